@@ -1,0 +1,1 @@
+"""One complete, commented file for each published run."""

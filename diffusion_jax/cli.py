@@ -1,0 +1,334 @@
+"""What the binaries share: answers to mistakes, checks, progress, tables.
+
+A mistake of the user gets one line on stderr and exit code 2, whatever raised
+it: absl's flags, ml_collections, a check, a file. A bug keeps its traceback.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_dict
+from tqdm import tqdm
+
+from diffusion_jax import runs
+from diffusion_jax.errors import UserError
+from diffusion_jax.process import gaussian, schedules
+from diffusion_jax.training import sharding
+
+# What absl and ml_collections raise for a mistake on the command line.
+FLAG_ERRORS = (
+  flags.Error,
+  AttributeError,
+  LookupError,
+  TypeError,
+  ValueError,
+)
+
+
+def fail(message: str) -> None:
+  """One line on stderr, exit code 2."""
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(2)
+
+
+def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
+  """Runs a binary's main; the last line of its file.
+
+  Args:
+    main: called without arguments once the flags are parsed and well.
+    doc: the binary's docstring, shown by --help.
+    required: flags that must be given.
+  """
+  sys.modules['__main__'].__doc__ = doc
+  sys.argv = _resolve_config(sys.argv)
+
+  def parse(argv):
+    if any(word in ('--help', '-h', '-help', '--helpfull') for word in argv):
+      _help(doc, full='--helpfull' in argv)
+    try:
+      rest = flags.FLAGS(argv)
+      for name in required:
+        if not flags.FLAGS[name].value:
+          raise UserError(f'--{name} is missing; see --help')
+      if 'config' in required:
+        # A file that is not there is an error only once it is touched.
+        _ = flags.FLAGS.config.to_dict
+      if rest[1:]:
+        raise UserError(
+          f'{rest[1]!r} is not a flag: every argument is --name=value'
+        )
+    except UserError as e:
+      fail(str(e))
+    except FLAG_ERRORS as e:
+      fail(_one_line(e, argv))
+    return rest
+
+  def wrapped(argv):
+    del argv
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)  # Orbax writes pages at INFO
+    try:
+      main()
+    except UserError as e:
+      fail(str(e))
+    except KeyboardInterrupt:
+      print(
+        '\ninterrupted; the same command goes on from what is kept',
+        file=sys.stderr,
+      )
+      sys.exit(130)
+
+  app.run(wrapped, flags_parser=parse)
+
+
+def _help(doc: str, full: bool) -> None:
+  """Prints the docstring and the binary's own flags; exits with 0."""
+  print(doc.strip() + '\n\nFlags:')
+  own = flags.FLAGS.flags_by_module_dict()[sys.argv[0]]
+  for flag in sorted(own, key=lambda flag: flag.name):
+    shown = '' if flag.default is None else f' [{flag.default}]'
+    name = f'--[no]{flag.name}' if flag.boolean else f'--{flag.name}'
+    text = textwrap.fill(
+      f'{name:<16} {flag.help}{shown}',
+      width=79,
+      initial_indent='  ',
+      subsequent_indent=' ' * 19,
+    )
+    print(text)
+  print("\nIn brackets: defaults. absl's own flags: --helpfull.")
+  if full:
+    print(flags.FLAGS.get_help())
+  sys.exit(0)
+
+
+def _one_line(error: Exception, argv: Sequence[str]) -> str:
+  """A library's message, without its quotes and line breaks."""
+  if isinstance(error, KeyError | AttributeError) and error.args:
+    # ml_collections quotes its two lines, 'KEY\nDid you mean ...', twice over.
+    lines = str(error.args[0]).replace('\\n', '\n').split('\n')
+    key, *hint = (line.strip(' "\'') for line in lines)
+    given = next((w for w in argv if key in w.split('=')[0].split('.')), key)
+    return ' '.join([f'{given}: there is no config key {key!r};', *hint]).strip(
+      ' ;'
+    )
+  text = ' '.join(line.strip() for line in str(error).splitlines())
+  if isinstance(error, flags.UnrecognizedFlagError):
+    text = text.replace(' ?', '?') + '; see --help'
+  return text
+
+
+def _resolve_config(argv: list[str]) -> list[str]:
+  """Turns --config=NAME into a file: as given, or one that is shipped."""
+  resolved, words = [], iter(argv)
+  for word in words:
+    if word in ('--config', '-config'):
+      word = f'--config={next(words, "")}'
+    if word.startswith(('--config=', '-config=')):
+      value = word.split('=', 1)[1]
+      path, colon, argument = value.partition(':')
+      found = find_config(path)
+      if found is None:
+        fail(
+          f'--config={value}: there is no such file, and the shipped configs '
+          f'are {", ".join(shipped_configs())}'
+        )
+      word = f'--config={found}{colon}{argument}'
+    resolved.append(word)
+  return resolved
+
+
+def _config_folders() -> list[str]:
+  spec = importlib.util.find_spec('diffusion_jax.configs')
+  folders = list(spec.submodule_search_locations) if spec else []
+  # A checkout that is not installed, used from another folder.
+  return [*folders, str(Path(__file__).parent.parent / 'configs')]
+
+
+def shipped_configs() -> list[str]:
+  names = set()
+  for folder in _config_folders():
+    names |= {path.stem for path in Path(folder).glob('[!_]*.py')}
+  return sorted(names)
+
+
+def find_config(name: str) -> str | None:
+  """The file of a config: a path, or the name of a shipped one."""
+  base = name.removeprefix('configs/').removesuffix('.py')
+  candidates = [name, f'{name}.py']
+  candidates += [os.path.join(f, f'{base}.py') for f in _config_folders()]
+  return next((path for path in candidates if os.path.isfile(path)), None)
+
+
+# --- checks -----------------------------------------------------------------
+
+
+def check(config: config_dict.ConfigDict, devices: Sequence) -> list[str]:
+  """What is wrong with a config on these devices, a line each; [] is well.
+
+  Only arithmetic: no file is touched, nothing is compiled.
+  """
+  rules = [
+    *_counts(config),
+    *_mesh(config, len(devices)),
+    *_model(config.model, config.data),
+    *_process(config),
+  ]
+  return [message for holds, message in rules if not holds]
+
+
+def _counts(config):
+  """(holds, message) pairs, as of all the functions below."""
+  for key, value in runs.flatten(config.to_dict()).items():
+    if key in ('num_steps', 'batch_size', 'keep_last', 'sample.num_images'):
+      yield value >= 1, f'{key}={value}: at least 1'
+    if key.endswith('_every') or key in ('seed', 'eval_images'):
+      yield value >= 0, f'{key}={value}: not below 0'
+
+
+def _mesh(config, num_devices):
+  try:
+    data, fsdp, _ = sharding.mesh_shape(num_devices, **config.mesh)
+  except ValueError as e:
+    yield False, str(e)
+    return
+  batch, parts = config.batch_size, data * fsdp
+  below = max(batch // parts, 1) * parts
+  yield (
+    batch % parts == 0,
+    f'batch_size={batch} is not a multiple of mesh data x fsdp = {data} x '
+    f'{fsdp} = {parts}: {below} and {below + parts} are',
+  )
+
+
+def _model(model, data):
+  size, levels = data.image_size, len(model.multipliers)
+  halved = 2 ** (levels - 1)
+  yield levels > 0, 'model.multipliers is empty: one a level'
+  yield (
+    size > 0 and size % halved == 0,
+    f'data.image_size={size}: {levels} model.multipliers halve it '
+    f'{levels - 1} times, so it must be a multiple of {halved}',
+  )
+  yield (
+    data.channels in (1, 3),
+    f'data.channels={data.channels}: 1 (grey) or 3 (RGB)',
+  )
+  yield (
+    model.channels >= 4 and model.channels % 2 == 0,
+    f'model.channels={model.channels}: an even number, at least 4',
+  )
+  for multiplier in sorted(set(model.multipliers)):
+    width = model.channels * multiplier
+    for name in ('num_groups', 'num_heads'):
+      yield (
+        model[name] > 0 and width > 0 and width % model[name] == 0,
+        f'model.{name}={model[name]} does not divide {width} channels '
+        f'(model.channels={model.channels} x {multiplier})',
+      )
+  yield model.num_blocks >= 1, f'model.num_blocks={model.num_blocks}: >= 1'
+  maps = [size // 2**level for level in range(levels)]
+  for resolution in model.attention_resolutions:
+    yield (
+      resolution in maps,
+      f'model.attention_resolutions has {resolution}, but the maps are of size '
+      f'{", ".join(map(str, maps))}',
+    )
+  yield 0 <= model.dropout < 1, f'model.dropout={model.dropout}: in [0, 1)'
+  yield (
+    model.dtype in ('float32', 'bfloat16'),
+    f'model.dtype={model.dtype!r}: float32 or bfloat16',
+  )
+
+
+def _process(config):
+  for name, value, known in (
+    ('loss.prediction', config.loss.prediction, gaussian.PREDICTIONS),
+    ('process.schedule', config.process.schedule, schedules.SCHEDULES),
+  ):
+    yield value in known, f'{name}={value!r}: one of {", ".join(known)}'
+  process, optim = config.process, config.optim
+  yield (
+    process.num_timesteps >= 2,
+    f'process.num_timesteps={process.num_timesteps}: at least 2',
+  )
+  yield (
+    0 < process.beta_start <= process.beta_end < 1,
+    f'process.beta_start={process.beta_start}, beta_end={process.beta_end}: '
+    '0 < beta_start <= beta_end < 1',
+  )
+  yield optim.lr > 0, f'optim.lr={optim.lr}: above 0'
+  for key in ('warmup_steps', 'clip_norm'):
+    yield optim[key] >= 0, f'optim.{key}={optim[key]}: 0 (none) or more'
+  yield 0 <= config.ema.decay < 1, f'ema.decay={config.ema.decay}: in [0, 1)'
+
+
+# --- progress and results ---------------------------------------------------
+
+
+class Progress:
+  """A bar on a terminal, a line now and then elsewhere; on stderr.
+
+  Args:
+    title: what is counted.
+    total: how many there will be.
+    done: how many there are already.
+    unit: of the count.
+    seconds: between lines where there is no terminal.
+  """
+
+  def __init__(self, title, total, done=0, unit='steps', seconds=20.0):
+    self._terminal = sys.stderr.isatty()
+    self._title, self._unit, self._seconds = title, unit, seconds
+    self._done, self._first, self._total = done, done, total
+    self._note, self._start, self._last = '', None, time.monotonic()
+    self._bar = tqdm(
+      total=total,
+      initial=done,
+      desc=title,
+      unit=f' {unit}',
+      disable=not self._terminal,
+      dynamic_ncols=True,
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._bar.close()
+
+  def update(self, count: int = 1, note: str = '') -> None:
+    """Counts on; a note ('loss 0.03') stays until the next one."""
+    self._done += count
+    self._bar.update(count)
+    if note:
+      self._note = note
+      self._bar.set_postfix_str(note, refresh=False)
+    now = time.monotonic()
+    if self._start is None:
+      # The first takes the compilation, and would spoil the rate.
+      self._start, self._first = now, self._done
+    elif not self._terminal and (
+      now - self._last > self._seconds or self._done == self._total
+    ):
+      self._last = now
+      rate = (self._done - self._first) / (now - self._start)
+      left = tqdm.format_interval((self._total - self._done) / rate)
+      print(
+        f'{self._title}: {self._done}/{self._total} {self._unit}, '
+        f'{rate:.3g} {self._unit}/s, {left} left'
+        + (f', {self._note}' if self._note else ''),
+        file=sys.stderr,
+        flush=True,
+      )
+
+
+def report(result: dict, text: str, as_json: bool) -> None:
+  """A binary's last word on stdout: a line for people, or JSON."""
+  print(json.dumps(result, indent=2) if as_json else text, flush=True)

@@ -1,0 +1,23 @@
+"""Closures round a denoiser: guidance.*(denoiser, ...) -> denoiser."""
+
+import jax.numpy as jnp
+
+from diffusion_jax.process.gaussian import Denoised, Denoiser, per_example
+from diffusion_jax.process.schedules import Schedule
+
+
+def clip_x0(denoiser: Denoiser, schedule: Schedule, bound=1.0) -> Denoiser:
+  """Clips x0 to [-bound, bound] and makes eps agree with it.
+
+  DDPM clips inside every ancestral step (arXiv 2006.11239, its published
+  sampler). Because eps is recomputed, xt = alpha x0 + sigma eps still holds,
+  and a sampler may use either of the two.
+  """
+
+  def denoise(xt, t):
+    x0 = jnp.clip(denoiser(xt, t).x0, -bound, bound)
+    alpha = per_example(schedule.alpha(t, xt.dtype), xt)
+    sigma = per_example(schedule.sigma(t, xt.dtype), xt)
+    return Denoised(x0, (xt - alpha * x0) / sigma)
+
+  return denoise

@@ -1,0 +1,92 @@
+"""Networks, behind a fence: outside there are only `params` and `apply`.
+
+Flax NNX builds the networks; everything else sees a nested dict of arrays and
+two pure functions. Parameter names are the dict's paths joined by '/', such as
+`down/0/blocks/1/conv1/kernel`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from flax import nnx, traverse_util
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.models.unet import UNet
+
+MODELS = {'unet': UNet}
+
+
+class Model(NamedTuple):
+  """A network as two pure functions.
+
+  Attributes:
+    init: key -> params, a nested dict of float32 arrays.
+    apply: (params, xt [B, ...], t [B], keys=None) -> prediction [B, ...]
+      float32. `keys` ([B] random keys) switch dropout on.
+  """
+
+  init: Callable
+  apply: Callable
+
+
+def create(name: str, image_shape: tuple[int, int, int], **kwargs) -> Model:
+  """A network by name.
+
+  Args:
+    name: a key of MODELS.
+    image_shape: (H, W, C).
+    **kwargs: the network's own arguments, see `unet.UNet`.
+
+  Raises:
+    UserError: the name is not known.
+  """
+  if name not in MODELS:
+    raise UserError(
+      f'model.name {name!r} is not known: use one of {", ".join(MODELS)}'
+    )
+
+  def build(key):
+    return MODELS[name](image_shape, rngs=nnx.Rngs(params=key), **kwargs)
+
+  abstract = nnx.eval_shape(lambda: build(jax.random.key(0)))
+  graphdef, state = nnx.split(abstract)
+
+  def init(key):
+    return _to_params(nnx.state(build(key)))
+
+  def apply(params, xt, t, keys=None):
+    return nnx.merge(graphdef, _to_state(params, state))(xt, t, keys)
+
+  return Model(init, apply)
+
+
+def names(params) -> list[str]:
+  """The names of all parameters, in the order of `jax.tree.leaves`."""
+  paths = jax.tree_util.tree_flatten_with_path(params)[0]
+  return [
+    jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in paths
+  ]
+
+
+def count(params) -> int:
+  """How many numbers the parameters hold."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _to_params(state: nnx.State) -> dict:
+  flat = {
+    tuple(map(str, path)): variable[...]
+    for path, variable in nnx.to_flat_state(state)
+  }
+  return traverse_util.unflatten_dict(flat)
+
+
+def _to_state(params: dict, like: nnx.State) -> nnx.State:
+  flat = traverse_util.flatten_dict(params)
+  return nnx.from_flat_state(
+    [
+      (path, variable.replace(flat[tuple(map(str, path))]))
+      for path, variable in nnx.to_flat_state(like)
+    ]
+  )

@@ -1,0 +1,155 @@
+"""The U-Net of DDPM (arXiv 2006.11239, appendix B), widths as arguments.
+
+Down: at each level `num_blocks` residual blocks, then halve. Middle: block,
+attention, block. Up: at each level `num_blocks + 1` blocks, then double.
+Attention follows *every* block whose map has a size in `attention_resolutions`.
+The skips are the first convolution, each block (after its attention) and each
+halving: 12 of them on CIFAR-10.
+"""
+
+import itertools
+
+import jax.numpy as jnp
+from flax import nnx
+
+from diffusion_jax.models import layers
+
+
+class Stage(nnx.Module):
+  """One level: blocks, the attention after each or none, and a resampling."""
+
+  def __init__(self, blocks, attentions, resample):
+    self.blocks = nnx.List(blocks)
+    self.attentions = nnx.List(attentions)
+    self.resample = resample
+
+  def block(self, i, x, time, keys):
+    x = self.blocks[i](x, time, keys)
+    return self.attentions[i](x) if self.attentions else x
+
+
+class UNet(nnx.Module):
+  """See the module's text.
+
+  Args:
+    image_shape: (H, W, C) of the images; H = W.
+    channels: of the first level.
+    multipliers: channels of each level over those of the first.
+    num_blocks: residual blocks in each level down (one more on the way up).
+    attention_resolutions: map sizes, in pixels, at which attention follows.
+    num_heads: of the attention.
+    num_groups: of the group norms; divides the channels of all levels.
+    dropout: rate inside the residual blocks.
+    dtype: what the layers compute in; parameters are float32.
+    rngs: initial values.
+  """
+
+  def __init__(
+    self,
+    image_shape,
+    *,
+    channels=128,
+    multipliers=(1, 2, 2, 2),
+    num_blocks=2,
+    attention_resolutions=(16,),
+    num_heads=1,
+    num_groups=32,
+    dropout=0.1,
+    dtype='float32',
+    rngs,
+  ):
+    size, _, colors = image_shape
+    widths = [channels * m for m in multipliers]
+    last = len(widths) - 1
+    common = {'dtype': jnp.dtype(dtype), 'rngs': rngs}
+    numbers = itertools.count()  # tells the dropout layers apart
+
+    def block(inputs, outputs):
+      return layers.ResBlock(
+        inputs,
+        outputs,
+        time_dim=4 * channels,
+        num_groups=num_groups,
+        dropout=dropout,
+        number=next(numbers),
+        **common,
+      )
+
+    def attention(width):
+      return layers.Attention(
+        width, num_heads=num_heads, num_groups=num_groups, **common
+      )
+
+    def stage(level, inputs, resample):
+      attends = size // 2**level in attention_resolutions
+      return Stage(
+        [block(width, widths[level]) for width in inputs],
+        [attention(widths[level]) for _ in inputs if attends],
+        resample(widths[level], **common) if resample else None,
+      )
+
+    self.channels = channels
+    self.time1 = layers.linear(channels, 4 * channels, **common)
+    self.time2 = layers.linear(4 * channels, 4 * channels, **common)
+    self.conv_in = layers.conv(colors, channels, **common)
+
+    down, width, skips = [], channels, [channels]
+    for level, outputs in enumerate(widths):
+      halve = layers.Downsample if level < last else None
+      inputs = [width] + [outputs] * (num_blocks - 1)
+      down.append(stage(level, inputs, halve))
+      skips += [outputs] * (num_blocks + (level < last))
+      width = outputs
+    self.down = nnx.List(down)
+
+    self.middle1 = block(width, width)
+    self.middle_attention = attention(width)
+    self.middle2 = block(width, width)
+
+    up = []
+    for level, outputs in reversed(list(enumerate(widths))):
+      double = layers.Upsample if level > 0 else None
+      inputs = [width] + [outputs] * num_blocks
+      up.append(stage(level, [i + skips.pop() for i in inputs], double))
+      width = outputs
+    self.up = nnx.List(up)
+
+    self.norm_out = layers.norm(width, num_groups, **common)
+    self.conv_out = layers.conv(
+      width, colors, scale=layers.ALMOST_ZERO, **common
+    )
+
+  def __call__(self, xt, t, keys=None):
+    """Predicts from noised images.
+
+    Args:
+      xt: [B, H, W, C] float.
+      t: [B] times, raw steps.
+      keys: [B] random keys of the dropout; None switches it off.
+
+    Returns:
+      [B, H, W, C] float32.
+    """
+    time = self.time1(layers.sinusoid(t, self.channels))
+    time = self.time2(nnx.swish(time))
+    x = self.conv_in(xt)
+    skips = [x]
+    for stage in self.down:
+      for i in range(len(stage.blocks)):
+        x = stage.block(i, x, time, keys)
+        skips.append(x)
+      if stage.resample is not None:
+        x = stage.resample(x)
+        skips.append(x)
+
+    x = self.middle1(x, time, keys)
+    x = self.middle2(self.middle_attention(x), time, keys)
+
+    for stage in self.up:
+      for i in range(len(stage.blocks)):
+        x = jnp.concatenate([x, skips.pop()], axis=-1)
+        x = stage.block(i, x, time, keys)
+      if stage.resample is not None:
+        x = stage.resample(x)
+    x = self.conv_out(nnx.swish(self.norm_out(x)))
+    return x.astype(jnp.float32)

@@ -1,0 +1,72 @@
+"""Pictures for people: grids with gutters, at a size that can be seen."""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+GUTTER = (255, 255, 255)
+TILE = 64  # small images are enlarged to at least this many pixels
+
+
+def enlarge(images: np.ndarray) -> np.ndarray:
+  """uint8 [N, H, W, C] -> RGB [N, h, w, 3], by whole pixels to TILE or more."""
+  factor = max(1, math.ceil(TILE / images.shape[1]))
+  images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+  return np.broadcast_to(images, (*images.shape[:3], 3))
+
+
+def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+  """Images side by side, with white gutters.
+
+  Args:
+    images: uint8 [N, H, W, C], C = 1 or 3.
+    columns: how many stand in a row; the root of N, rounded up, by default.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  tiles = enlarge(images)
+  count, height, width, _ = tiles.shape
+  columns = columns or math.ceil(math.sqrt(count))
+  rows = math.ceil(count / columns)
+  gap = max(4, height // 12)
+  canvas = np.full(
+    (rows * (height + gap) + gap, columns * (width + gap) + gap, 3),
+    GUTTER,
+    np.uint8,
+  )
+  for i, tile in enumerate(tiles):
+    top = gap + (i // columns) * (height + gap)
+    left = gap + (i % columns) * (width + gap)
+    canvas[top : top + height, left : left + width] = tile
+  return canvas
+
+
+def trajectory(frames: np.ndarray, times) -> np.ndarray:
+  """The way from noise to images: a row each, a labelled column for each time.
+
+  Args:
+    frames: uint8 [F, N, H, W, C].
+    times: F labels, the t of each column.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  picture = grid(
+    frames.swapaxes(0, 1).reshape(-1, *frames.shape[2:]), len(frames)
+  )
+  band = 18
+  canvas = Image.new('RGB', (picture.shape[1], picture.shape[0] + band), GUTTER)
+  canvas.paste(Image.fromarray(picture), (0, band))
+  pen = ImageDraw.Draw(canvas)
+  step = picture.shape[1] / len(frames)
+  for i, time in enumerate(times):
+    text = 'x0' if time < 0 else f't = {time:.4g}'
+    pen.text(((i + 0.5) * step, 3), text, fill=(60, 60, 60), anchor='ma')
+  return np.asarray(canvas)
+
+
+def save(path, picture: np.ndarray) -> None:
+  """Writes a PNG; uint8 [H, W, 3] or [H, W, 1]."""
+  Image.fromarray(picture.squeeze()).save(path, format='PNG')

@@ -1,0 +1,120 @@
+"""A run's folder: config.json and what may be written where.
+
+config.json            the resolved config
+checkpoints/           one folder a step
+metrics.jsonl          one object a line; TensorBoard's events beside it
+samples/               grids on the way (train_*.png) and sample stores
+"""
+
+import json
+import os
+from pathlib import Path
+
+from ml_collections import config_dict
+
+from diffusion_jax import files
+from diffusion_jax.errors import UserError
+
+# What may differ from config.json when a run goes on, and every *_every.
+MAY_CHANGE = ('num_steps', 'mesh', 'data.path')
+
+TORN = 'config.json.tmp'  # what a kill may leave of a new run
+
+
+def flatten(config: dict, prefix: str = '') -> dict:
+  """{'a': {'b': 1}} -> {'a.b': 1}."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f'{prefix}{key}.')
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def to_plain(config: config_dict.ConfigDict) -> dict:
+  """As it reads back from JSON: tuples are lists."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def image_shape(data) -> tuple[int, int, int]:
+  """(H, W, C) of a config's data."""
+  return data['image_size'], data['image_size'], data['channels']
+
+
+def may_change(key: str) -> bool:
+  """Whether a run may go on with another value of this (dotted) key."""
+  if '.' not in key and key.endswith('_every'):
+    return True
+  return any(key == name or key.startswith(f'{name}.') for name in MAY_CHANGE)
+
+
+def create(workdir, config: config_dict.ConfigDict) -> None:
+  """Makes a run's folder, or checks that the run there is of this config.
+
+  Writes config.json; on going on, the new values of what may change.
+
+  Raises:
+    UserError: the folder cannot be used; nothing was written.
+  """
+  path = Path(workdir)
+  plain = to_plain(config)
+  if path.exists() and not path.is_dir():
+    raise UserError(f'--workdir={workdir} is a file: give a folder')
+  if (path / 'config.json').exists():
+    old, new = flatten(read_config(workdir)), flatten(plain)
+    other = [
+      f'{key}: {old.get(key)} there, {new.get(key)} now'
+      for key in sorted(old.keys() | new.keys())
+      if old.get(key) != new.get(key) and not may_change(key)
+    ]
+    if other:
+      raise UserError(
+        f'--workdir={workdir} holds a run of another config ('
+        f'{"; ".join(other)}): give it its own values or another folder'
+      )
+  elif path.exists() and {p.name for p in path.iterdir()} - {TORN}:
+    raise UserError(
+      f'--workdir={workdir} is not empty and has no config.json: give a new '
+      'folder'
+    )
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path / 'config.json') as file:
+      file.write(json.dumps(plain, indent=2).encode() + b'\n')
+  except OSError as e:
+    raise UserError(
+      f'--workdir={workdir} cannot be written ({e.strerror})'
+    ) from e
+
+
+def read_config(workdir) -> dict:
+  """The config of the run in a workdir.
+
+  Raises:
+    UserError: there is no run.
+  """
+  path = Path(workdir) / 'config.json'
+  if not path.is_file():
+    raise UserError(
+      f'--workdir={workdir} holds no run (no config.json): train first'
+    )
+  try:
+    config = json.loads(path.read_text())
+  except (OSError, ValueError) as e:
+    raise UserError(f'{path} is unreadable ({e})') from e
+  parts = ('data', 'model', 'process', 'loss')
+  missing = [part for part in parts if part not in config]
+  if missing:
+    raise UserError(f'{path} is not a run of ours: it has no {missing[0]!r}')
+  return config
+
+
+def usable_folder(flag: str, directory) -> None:
+  """Raises UserError unless the folder exists or can be made; makes nothing."""
+  path = Path(directory).absolute()
+  existing = next(p for p in (path, *path.parents) if p.exists())
+  if not existing.is_dir():
+    raise UserError(f'--{flag}={directory}: {existing} is a file')
+  if not os.access(existing, os.W_OK):
+    raise UserError(f'--{flag}={directory}: {existing} cannot be written')

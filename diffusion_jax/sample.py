@@ -1,0 +1,188 @@
+r"""Draws images from a trained run.
+
+  python -m diffusion_jax.sample --workdir=runs/digits --num_samples=64 \
+    --sampler=ddim --num_steps=50
+
+Without --sampler: DDPM's own, 1000 ancestral steps. Images go to a sample store
+(by default a folder in WORKDIR/samples named after what was asked); a job that
+was interrupted goes on, one that asks for more draws the rest. The folder gets
+samples.npz (`arr_0`, uint8), grid.png, and what else is asked for.
+"""
+
+import hashlib
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from diffusion_jax import cli, models, pictures, runs, samplers
+from diffusion_jax.errors import UserError
+from diffusion_jax.process import schedules
+from diffusion_jax.samplers import draw, grid, store
+from diffusion_jax.training import checkpoint, sharding
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string('workdir', None, 'Folder of the run.')
+flags.DEFINE_string('output', None, 'Folder of the samples.')
+flags.DEFINE_integer('num_samples', 64, 'How many images are to be there.')
+flags.DEFINE_integer('batch_size', 256, 'Images drawn at once.')
+flags.DEFINE_string(
+  'sampler', 'ancestral', f'One of {", ".join(samplers.SAMPLERS)}.'
+)
+flags.DEFINE_integer(
+  'num_steps', None, 'Sampling steps; all of the schedule by default.'
+)
+flags.DEFINE_string(
+  'grid', 'uniform',
+  f'Times: {", ".join(grid.GRIDS)}, or a literal list such as 999,500,100.',
+)  # fmt: skip
+flags.DEFINE_float('eta', None, 'ddim: noise, from 0 (none, the default) to 1.')
+flags.DEFINE_string(
+  'variance', None, 'ancestral: fixedlarge (the default) or fixedsmall.'
+)
+flags.DEFINE_bool('clip', True, 'Clip the estimate of x0 in every step.')
+flags.DEFINE_bool('ema', True, 'Averaged weights, or the raw ones.')
+flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
+flags.DEFINE_integer('seed', 0, 'Of the samples.')
+flags.DEFINE_integer('grid_images', 100, 'At most so many on grid.png.')
+flags.DEFINE_bool('png', False, 'Also write every image as png/INDEX.png.')
+flags.DEFINE_integer(
+  'trajectory', 0,
+  'Also write trajectory.png: the way of so many images out of the noise.',
+)  # fmt: skip
+flags.DEFINE_bool('json', False, 'Print the result as JSON.')
+
+TRAJECTORY_FRAMES = 10
+
+
+def main():
+  config = runs.read_config(FLAGS.workdir)
+  workdir = Path(FLAGS.workdir)
+  for name, least in (
+    ('num_samples', 1), ('batch_size', 1), ('grid_images', 1),
+    ('trajectory', 0), ('seed', 0),
+  ):  # fmt: skip
+    if FLAGS[name].value < least:
+      raise UserError(f'--{name}={FLAGS[name].value}: at least {least}')
+  sampler = samplers.create(
+    FLAGS.sampler, eta=FLAGS.eta, variance=FLAGS.variance
+  )
+  num_timesteps = config['process']['num_timesteps']
+  steps = FLAGS.num_steps if FLAGS.num_steps is not None else num_timesteps
+  times = grid.create(FLAGS.grid, num_timesteps, steps)
+  directory = workdir / 'checkpoints'
+  at = checkpoint.find_step(directory, FLAGS.step)
+  output = Path(FLAGS.output or workdir / 'samples' / _name(at, len(times) - 1))
+  runs.usable_folder('output', output)
+
+  mesh = sharding.make_mesh()
+  image_shape = runs.image_shape(config['data'])
+  model = models.create(image_shape=image_shape, **config['model'])
+  schedule = schedules.create(**config['process'])
+  params = checkpoint.load_params(
+    directory, at, _abstract_params(model, mesh), ema=FLAGS.ema
+  )
+  store.open_store(output, _protocol(config, at, times, params))
+
+  def drawer(frames=()):
+    return jax.jit(
+      draw.drawer(
+        sharding.gathering(model.apply, mesh), schedule,
+        config['loss']['prediction'], sampler, times, image_shape,
+        seed=FLAGS.seed, clip=FLAGS.clip, frames=frames,
+      )
+    )  # fmt: skip
+
+  draw_fn = drawer()
+
+  def draw_batch(indices):
+    images = draw_fn(params, sharding.padded_indices(indices, mesh))
+    return sharding.to_host(images)[: len(indices)]
+
+  missing = len(store.missing(output, FLAGS.num_samples))
+  batch_size = min(FLAGS.batch_size, max(missing, 1))
+  with cli.Progress(
+    'sampling', FLAGS.num_samples, FLAGS.num_samples - missing, 'images'
+  ) as progress:
+    store.fill(
+      output, FLAGS.num_samples, batch_size, draw_batch, progress.update
+    )
+
+  images = store.load(output, FLAGS.num_samples)
+  store.write_npz(output, images)
+  grid_path = output / 'grid.png'
+  pictures.save(grid_path, pictures.grid(images[: FLAGS.grid_images]))
+  if FLAGS.png:
+    (output / 'png').mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+      pictures.save(output / 'png' / f'{i:06d}.png', image)
+  if FLAGS.trajectory:
+    frames = np.linspace(0, len(times) - 1, TRAJECTORY_FRAMES).astype(int)
+    frames = tuple(dict.fromkeys(frames.tolist()))
+    _, kept = drawer(frames)(
+      params, sharding.padded_indices(FLAGS.trajectory, mesh)
+    )
+    pictures.save(
+      output / 'trajectory.png',
+      pictures.trajectory(
+        sharding.to_host(kept)[:, : FLAGS.trajectory],
+        [times[frame] for frame in frames],
+      ),
+    )
+  cli.report(
+    {
+      'output': str(output), 'num_samples': FLAGS.num_samples, 'step': at,
+      'drawn': missing, 'grid': times,
+    },
+    f'{FLAGS.num_samples} images of step {at}, {missing} of them drawn now '
+    f'({len(times) - 1} network evaluations each); the grid is {grid_path}',
+    FLAGS.json,
+  )  # fmt: skip
+
+
+def _name(at, steps):
+  options = [
+    f'{name}{FLAGS[name].value}'
+    for name in ('eta', 'variance')
+    if FLAGS[name].value is not None
+  ]
+  grid_name = [FLAGS.grid] if FLAGS.grid != 'uniform' else []
+  parts = [f'step{at}', f'{FLAGS.sampler}{steps}', *options, *grid_name]
+  parts += [f'seed{FLAGS.seed}']
+  parts += ['raw'] * (not FLAGS.ema) + ['noclip'] * (not FLAGS.clip)
+  return '_'.join(parts).replace(',', '-')[:100]
+
+
+def _abstract_params(model, mesh):
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=where
+    ),
+    shapes,
+    sharding.shardings(shapes, mesh),
+  )
+
+
+def _protocol(config, at, times, params) -> dict:
+  """All that the images depend on."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(params):
+    digest.update(np.ascontiguousarray(sharding.to_host(leaf)).tobytes())
+  return {
+    'step': at,
+    'ema': FLAGS.ema,
+    'weights_sha256': digest.hexdigest(),
+    'dtype': config['model']['dtype'],
+    'sampler': FLAGS.sampler,
+    'eta': FLAGS.eta,
+    'variance': FLAGS.variance,
+    'clip': FLAGS.clip,
+    'seed': FLAGS.seed,
+    'grid': times,
+  }
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__, required=('workdir',))

@@ -1,0 +1,32 @@
+"""DDPM's ancestral sampling (arXiv 2006.11239, algorithm 2)."""
+
+import numpy as np
+
+from diffusion_jax.process import gaussian
+from diffusion_jax.samplers.solve import Sampler
+
+
+def ancestral(variance: str = 'fixedlarge') -> Sampler:
+  """Draws xs from N(mean of q(xs | xt, x0), variance), x0 estimated.
+
+  On a grid with fewer steps than the schedule, beta and the posterior are those
+  of the longer step, as in arXiv 2102.09672, section 3.3. No noise is added by
+  the last step.
+
+  Args:
+    variance: 'fixedlarge' or 'fixedsmall', see `gaussian.step_variance`.
+  """
+
+  def init(schedule, grid, x):
+    del x
+    t, s = grid[:-1], grid[1:]
+    c0, ct, _ = gaussian.posterior_coefficients(schedule, t, s)
+    std = np.sqrt(gaussian.step_variance(schedule, t, s, variance))
+    return {'t': t, 'c0': c0, 'ct': ct, 'std': np.where(s < 0, 0, std)}, ()
+
+  def step(denoiser, row, x, memory, noise_fn):
+    x0 = denoiser(x, row['t']).x0
+    mean = row['c0'] * x0 + row['ct'] * x
+    return mean + row['std'] * noise_fn(), memory
+
+  return Sampler(init, step)

@@ -1,0 +1,75 @@
+"""From (seed, index) to an image.
+
+A sample is addressed by (run, seed, index): its keys come from seed and index
+alone, so its noise is bitwise the same in any batch, on any mesh, in any order.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax import guidance
+from diffusion_jax.process import gaussian
+from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.samplers.solve import Sampler, solve
+
+
+def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """[B] uint32 indices -> (keys of the first noise [B], of the sampler [B])."""
+  root = jax.random.key(seed)
+
+  def keys(index):
+    return jax.random.split(jax.random.fold_in(root, index))
+
+  pairs = jax.vmap(keys)(indices)
+  return pairs[:, 0], pairs[:, 1]
+
+
+def to_uint8(x: jax.Array) -> jax.Array:
+  """[-1, 1] -> uint8, rounded to the nearest and clipped."""
+  return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def drawer(
+  apply: Callable,
+  schedule: Schedule,
+  prediction: str,
+  sampler: Sampler,
+  grid,
+  image_shape: tuple[int, int, int],
+  *,
+  seed: int,
+  clip: bool = True,
+  frames: tuple[int, ...] = (),
+) -> Callable:
+  """A function that draws samples, to be jitted.
+
+  Args:
+    apply: (params, xt, t) -> prediction.
+    schedule: the noise schedule.
+    prediction: what the network predicts, see `gaussian.from_prediction`.
+    sampler: which.
+    grid: falling times, see `grid`.
+    image_shape: (H, W, C).
+    seed: of the samples.
+    clip: whether x0 is clipped to [-1, 1] in every step.
+    frames: steps at which x is kept, see `solve`.
+
+  Returns:
+    draw(params, indices [B]) -> uint8 [B, H, W, C]; with frames, a pair of that
+    and uint8 [F, B, H, W, C].
+  """
+
+  def draw(params, indices):
+    denoiser = gaussian.denoiser(
+      lambda xt, t: apply(params, xt, t), schedule, prediction
+    )
+    if clip:
+      denoiser = guidance.clip_x0(denoiser, schedule)
+    first, later = sample_keys(seed, indices)
+    x = jax.vmap(lambda key: jax.random.normal(key, image_shape))(first)
+    out = solve(sampler, denoiser, schedule, grid, x, later, frames)
+    return jax.tree.map(to_uint8, out)
+
+  return draw

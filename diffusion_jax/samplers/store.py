@@ -1,0 +1,119 @@
+"""The sample store: drawn images on disk, each drawn once.
+
+A sample is addressed by (run, seed, index), see `draw`, so it does not matter
+in which batch, on which mesh or in which order it is drawn. A store is one
+folder that holds samples of one protocol:
+
+  store.json                      what the images depend on
+  parts/000000000-000000063.npy   uint8 [n, H, W, C], indices as in the name
+
+Parts appear by renaming, whole. A job that was interrupted draws what is
+missing, in batches of any size; one that asks for more draws the rest.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_jax import files
+from diffusion_jax.errors import UserError
+
+
+def open_store(directory, protocol: dict) -> None:
+  """Makes the store, or checks that it holds samples of the same protocol.
+
+  Raises:
+    UserError: it holds others (the field that differs is named), or something
+      that is not a store.
+  """
+  directory = Path(directory)
+  path = directory / 'store.json'
+  protocol = json.loads(json.dumps(protocol))
+  if path.exists():
+    stored = json.loads(path.read_text())
+    for name in sorted(stored.keys() | protocol.keys()):
+      if stored.get(name) != protocol.get(name):
+        raise UserError(
+          f'{directory} holds samples with {name}={stored.get(name)}, not '
+          f'{protocol.get(name)}: choose another --output'
+        )
+    return
+  if directory.exists() and any(directory.iterdir()):
+    raise UserError(
+      f'{directory} is not empty and not a sample store: choose another '
+      '--output'
+    )
+  (directory / 'parts').mkdir(parents=True, exist_ok=True)
+  with files.replacing(path) as file:
+    file.write(json.dumps(protocol, indent=2).encode())
+
+
+def parts(directory) -> list[tuple[int, int, Path]]:
+  """(first, last + 1, file) of every part, in order."""
+  found = []
+  for path in sorted((Path(directory) / 'parts').glob('*-*.npy')):
+    first, last = path.stem.split('-')
+    found.append((int(first), int(last) + 1, path))
+  return found
+
+
+def missing(directory, num_samples: int) -> np.ndarray:
+  """The indices below num_samples that are not drawn yet."""
+  absent = np.ones(num_samples, bool)
+  for first, end, _ in parts(directory):
+    absent[first:end] = False
+  return np.flatnonzero(absent)
+
+
+def save(directory, indices, images: np.ndarray) -> None:
+  """Keeps uint8 images [n, H, W, C]; one part for each run of indices."""
+  indices = np.asarray(indices)
+  cuts = np.flatnonzero(np.diff(indices) != 1) + 1
+  for rows, block in zip(
+    np.split(indices, cuts), np.split(images, cuts), strict=True
+  ):
+    path = Path(directory) / 'parts' / f'{rows[0]:09d}-{rows[-1]:09d}.npy'
+    with files.replacing(path) as file:
+      np.save(file, block, allow_pickle=False)
+
+
+def load(directory, num_samples: int) -> np.ndarray:
+  """uint8 [num_samples, H, W, C], in the order of the index."""
+  images = None
+  for first, end, path in parts(directory):
+    block = np.load(path, allow_pickle=False)
+    if images is None:
+      images = np.zeros((num_samples, *block.shape[1:]), np.uint8)
+    images[first : min(end, num_samples)] = block[: max(num_samples - first, 0)]
+  return images
+
+
+def fill(
+  directory, num_samples: int, batch_size: int, draw_fn, on_batch=None
+) -> None:
+  """Draws what is missing, batch by batch, and keeps each batch.
+
+  Args:
+    directory: an open store.
+    num_samples: indices 0 .. num_samples - 1 are to be there at the end.
+    batch_size: images drawn at once.
+    draw_fn: indices [batch_size] -> uint8 images [batch_size, H, W, C].
+    on_batch: called with the number of images kept after each batch.
+  """
+  absent = missing(directory, num_samples)
+  for start in range(0, len(absent), batch_size):
+    indices = absent[start : start + batch_size]
+    # The last batch is filled up with repeats, so that one program serves all.
+    padded = np.resize(indices, batch_size)
+    save(directory, indices, draw_fn(padded)[: len(indices)])
+    if on_batch:
+      on_batch(len(indices))
+
+
+def write_npz(directory, images: np.ndarray) -> Path:
+  """All samples as `samples.npz` (`arr_0`), as FID tools read them."""
+  path = Path(directory) / 'samples.npz'
+  with files.replacing(path) as file:
+    np.savez(file, images)
+  return path

@@ -1,0 +1,208 @@
+r"""Trains a diffusion model.
+
+  python -m diffusion_jax.train --config=configs/digits.py --workdir=runs/digits
+
+Any value of the config can be changed: --config.optim.lr=1e-4. The same command
+again goes on from the newest checkpoint; only num_steps, *_every, mesh.* and
+data.path may differ then. The workdir gets config.json, checkpoints/,
+metrics.jsonl, TensorBoard's events, and sample grids in samples/.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from diffusion_jax import cli, data, models, pictures, runs, samplers
+from diffusion_jax.data import pipeline
+from diffusion_jax.errors import UserError
+from diffusion_jax.process import schedules
+from diffusion_jax.samplers import draw, grid
+from diffusion_jax.training import (
+  checkpoint,
+  loop,
+  metrics,
+  optim,
+  sharding,
+  state,
+  step,
+)
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file(
+  'config', None, 'The run: a file, or the name of a shipped config.'
+)
+flags.DEFINE_string('workdir', None, 'Folder of the run; made if needed.')
+flags.DEFINE_bool('json', False, 'Print the result as JSON.')
+
+
+def main():
+  config, workdir = FLAGS.config, Path(FLAGS.workdir)
+
+  # Every answer to a mistake comes before anything is written.
+  for message in cli.check(config, jax.devices()):
+    raise UserError(message)
+  source = _source(config.data, config.data.train_split)
+  heldout = _source(config.data, config.data.heldout_split)
+  sampler = samplers.create(config.sample.sampler)
+  times = grid.create(
+    config.sample.grid, config.process.num_timesteps, config.sample.num_steps
+  )
+  runs.create(workdir, config)
+
+  mesh = sharding.make_mesh(**config.mesh)
+  image_shape = runs.image_shape(config.data)
+  model = models.create(image_shape=image_shape, **config.model)
+  schedule = schedules.create(**config.process)
+  optimizer = optim.create(**config.optim)
+  init_key, step_key, heldout_key = jax.random.split(
+    jax.random.key(config.seed), 3
+  )
+  process = {
+    'model': model,
+    'schedule': schedule,
+    'prediction': config.loss.prediction,
+    'mesh': mesh,
+  }
+  abstract = state.abstract_state(model, optimizer, mesh)
+  step_fn = jax.jit(
+    functools.partial(
+      step.train_step,
+      key=step_key,
+      optimizer=optimizer,
+      learning_rate=optim.learning_rate(
+        config.optim.lr, config.optim.warmup_steps
+      ),
+      ema_decay=config.ema.decay,
+      **process,
+    ),
+    donate_argnums=0,
+    out_shardings=(
+      jax.tree.map(lambda leaf: leaf.sharding, abstract),
+      sharding.replicated(mesh),
+    ),
+  )
+  loss_fn = jax.jit(
+    functools.partial(step.heldout_loss, key=heldout_key, **process)
+  )
+  draw_fn = jax.jit(
+    draw.drawer(
+      sharding.gathering(model.apply, mesh), schedule, config.loss.prediction,
+      sampler, times, image_shape, seed=config.seed,
+    )
+  )  # fmt: skip
+
+  with checkpoint.Checkpoints(
+    workdir / 'checkpoints', config.keep_last, config.keep_every
+  ) as checkpoints:
+    kept = checkpoint.steps(checkpoints.directory)
+    if kept:
+      train_state = checkpoints.restore(kept[-1], abstract)
+    else:
+      train_state = state.create(init_key, model, optimizer, mesh)
+    start = int(train_state.step)
+    if start >= config.num_steps:
+      _finish(workdir, start, {})
+      return
+    batches = pipeline.batches(
+      source,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      flip=config.data.flip,
+      start_step=start,
+      sharding=sharding.batch_sharding(mesh),
+    )
+    writer = metrics.Writer(workdir, start)
+
+    def eval_fn(train_state):
+      value = _heldout_loss(
+        loss_fn, train_state.ema_params, heldout, config.batch_size,
+        config.eval_images, mesh,
+      )  # fmt: skip
+      return {'heldout_loss': value}
+
+    def sample_fn(train_state, at):
+      indices = sharding.padded_indices(config.sample.num_images, mesh)
+      images = sharding.to_host(draw_fn(train_state.ema_params, indices))
+      picture = pictures.grid(images[: config.sample.num_images])
+      pictures.save(_made(workdir / 'samples') / f'train_{at:08d}.png', picture)
+      writer.picture(at, 'samples', picture)
+
+    with cli.Progress('training', config.num_steps, start) as progress:
+
+      def on_step(row):
+        progress.update(note=f'loss {row["loss"]:.4f}' if row else '')
+
+      loop.train(
+        train_state,
+        step_fn=step_fn,
+        batches=batches,
+        num_steps=config.num_steps,
+        batch_size=config.batch_size,
+        every=loop.Every(
+          config.log_every,
+          config.eval_every if heldout else 0,
+          config.sample_every,
+          config.checkpoint_every,
+        ),
+        checkpoints=checkpoints,
+        writer=writer,
+        eval_fn=eval_fn,
+        sample_fn=sample_fn,
+        on_step=on_step,
+      )
+    writer.close()
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  _finish(workdir, config.num_steps, rows[-1] if rows else {})
+
+
+def _source(config, split):
+  """The images of a split, or None where there are none."""
+  if not split:
+    return None
+  return data.create(
+    config.name,
+    path=config.path,
+    split=split,
+    image_size=config.image_size,
+    channels=config.channels,
+    heldout_every=config.heldout_every,
+  )
+
+
+def _heldout_loss(loss_fn, params, source, batch_size, num_images, mesh):
+  """The mean loss over the held-out images, as a device scalar."""
+  total, first, count = 0.0, 0, 0.0
+  for batch, weight in pipeline.heldout(
+    source, batch_size=batch_size, num_examples=num_images
+  ):
+    batch, placed = sharding.put_batch((batch, weight), mesh)
+    total += loss_fn(params, batch, placed, first)
+    first, count = first + batch_size, count + weight.sum()
+  return total / count
+
+
+def _made(folder):
+  folder.mkdir(exist_ok=True)
+  return folder
+
+
+def _finish(workdir, at, row):
+  losses = [
+    f'{name} {row[name]:.4f}'
+    for name in ('loss', 'heldout_loss')
+    if name in row
+  ]
+  cli.report(
+    {'workdir': str(workdir), 'step': at, **row},
+    f'trained to step {at}'
+    + (f' ({", ".join(losses)})' if losses else '')
+    + f'; the run lies in {workdir}',
+    FLAGS.json,
+  )
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__, required=('config', 'workdir'))

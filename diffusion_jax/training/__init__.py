@@ -1,0 +1,1 @@
+"""State, step, loop, and what keeps them: sharding, checkpoints, metrics."""

@@ -1,0 +1,173 @@
+"""Checkpoints: the only file that knows Orbax.
+
+A checkpoint holds the whole `TrainState` and can be restored on any mesh. What
+a restore would silently accept (another dtype) or answer with pages (another
+tree, a damaged file) is told in one line.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from diffusion_jax import models
+from diffusion_jax.errors import UserError
+from diffusion_jax.training.state import TrainState
+
+
+class Checkpoints:
+  """The checkpoints of a run, in `directory`, one folder a step.
+
+  Args:
+    directory: where they lie; made on the first save.
+    keep_last: how many of the newest are kept.
+    keep_every: those at multiples of this many steps are kept for ever; 0 =
+      none.
+  """
+
+  def __init__(self, directory, keep_last: int = 3, keep_every: int = 0):
+    self.directory = Path(directory).absolute()
+    self._saving = None
+    kept = [ocp.training.preservation_policies.LatestN(keep_last)]
+    if keep_every:
+      kept += [ocp.training.preservation_policies.EveryNSteps(keep_every)]
+    self._checkpointer = ocp.training.Checkpointer(
+      self.directory,
+      # The loop decides when to save.
+      save_decision_policy=(
+        ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+      ),
+      preservation_policy=(
+        ocp.training.preservation_policies.AnyPreservationPolicy(kept)
+      ),
+      cleanup_tmp_directories=True,
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._checkpointer.close()  # waits for the save that is under way
+
+  def save(self, step: int, state: TrainState) -> None:
+    """Begins to save; returns once the state may be donated."""
+    self._saving = self._checkpointer.save_async(step, state._asdict())
+
+  def wait(self) -> None:
+    """Returns when the last save is whole on disk; raises what it raised."""
+    if self._saving is not None:
+      self._saving.result()
+
+  def restore(self, step: int, abstract: TrainState) -> TrainState:
+    """The state at `step`, laid out as `abstract` says.
+
+    Raises:
+      UserError: the checkpoint is damaged or holds another model.
+    """
+    return TrainState(
+      **_load(self._checkpointer, self.directory, step, abstract._asdict())
+    )
+
+
+def steps(directory) -> list[int]:
+  """The steps that have a checkpoint, in order; nothing is written."""
+  directory = Path(directory)
+  if not directory.is_dir():
+    return []
+  # A save under way bears a longer name; it gets its own by renaming.
+  return sorted(
+    int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal()
+  )
+
+
+def find_step(directory, step: int | None) -> int:
+  """`step`, or the newest.
+
+  Raises:
+    UserError: there is no such checkpoint; the message lists those there are.
+  """
+  there = steps(directory)
+  if not there:
+    raise UserError(
+      f'{directory} holds no checkpoint: train first, at least to the first '
+      'multiple of checkpoint_every'
+    )
+  if step is None:
+    return there[-1]
+  if step not in there:
+    raise UserError(
+      f'--step={step}: there is no such checkpoint in {directory}; there are '
+      f'{", ".join(map(str, there))}'
+    )
+  return step
+
+
+def load_params(directory, step: int, abstract, *, ema: bool = True):
+  """The parameters alone, read without the optimiser's moments.
+
+  Args:
+    directory: the checkpoints'.
+    step: which one.
+    abstract: the parameters' shapes, dtypes and shardings.
+    ema: the average, or the raw parameters.
+
+  Raises:
+    UserError: the checkpoint is damaged or holds another model.
+  """
+  name = 'ema_params' if ema else 'params'
+  with ocp.training.Checkpointer(Path(directory).absolute()) as checkpointer:
+    return _load(checkpointer, directory, step, {name: abstract})[name]
+
+
+def _load(checkpointer, directory, step, abstract: dict) -> dict:
+  try:
+    stored = checkpointer.metadata(step).metadata
+    stored = stored.get('state', stored)
+  except Exception as e:
+    raise UserError(_unreadable(directory, step, e)) from e
+  parts = {name: stored.get(name, {}) for name in abstract}
+  difference = _first_difference(_shapes(parts), _shapes(abstract))
+  if difference:
+    raise UserError(
+      f'checkpoint {step} in {directory} holds another model: {difference}'
+    )
+  skipped = jax.tree.map(lambda _: ..., stored)
+  try:
+    return checkpointer.load(step, {**skipped, **abstract})
+  except Exception as e:
+    raise UserError(_unreadable(directory, step, e)) from e
+
+
+def _shapes(tree) -> dict:
+  return {
+    name: (tuple(leaf.shape), jnp.dtype(leaf.dtype))
+    for name, leaf in zip(
+      models.names(tree), jax.tree.leaves(tree), strict=True
+    )
+  }
+
+
+def _first_difference(stored: dict, wanted: dict) -> str:
+  for name in sorted(stored.keys() | wanted.keys()):
+    if stored.get(name) != wanted.get(name):
+      told = [
+        f'{shape[0]} {shape[1]}' if shape else 'nothing'
+        for shape in (stored.get(name), wanted.get(name))
+      ]
+      return f'{name} is {told[0]} there, {told[1]} here'
+  return ''
+
+
+def _unreadable(directory, step, error) -> str:
+  while error.__cause__:  # Orbax tells the reason last
+    error = error.__cause__
+  reason = (str(error) or type(error).__name__).splitlines()[0]
+  others = [s for s in steps(directory) if s != step]
+  remedy = (
+    f'move {directory}/{step} away to go on from {others[-1]}, or choose '
+    f'another by --step ({", ".join(map(str, others))})'
+    if others
+    else 'there is no other'
+  )
+  return f'checkpoint {step} is unreadable ({reason[:120]}): {remedy}'

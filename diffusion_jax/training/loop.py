@@ -1,0 +1,143 @@
+"""The training loop."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.training import checkpoint, metrics
+from diffusion_jax.training.state import TrainState
+
+
+class Every(NamedTuple):
+  """How often, in steps, things happen; 0 = never."""
+
+  log: int = 100
+  eval: int = 0
+  sample: int = 0
+  checkpoint: int = 0
+
+
+def due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+class Rows:
+  """Metrics on their way to the writer, one step late.
+
+  The values stay on the device until the next step has been dispatched, so that
+  the host never waits for a result that it could have asked for later. Every
+  loss is looked at, whether its step is logged or not.
+  """
+
+  def __init__(self, writer: metrics.Writer, examples_per_step: int):
+    self._writer = writer
+    self._examples = examples_per_step
+    self._waiting = []  # (step, what to write or None, values on the device)
+    self._then = None  # when the last logged step was seen to end
+    self._counted = 0
+
+  def add(self, step: int, values: dict, log: bool) -> None:
+    self._waiting.append((step, log, values))
+
+  def flush(self, keep: int) -> dict:
+    """Writes all but the last `keep` steps; returns the last row written.
+
+    Without a row to write, it looks only at every 100th step, so that the host
+    may run ahead.
+
+    Raises:
+      FloatingPointError: a loss or gradient that is not finite; names the step.
+    """
+    ready = self._waiting[: len(self._waiting) - keep]
+    row = {}
+    if keep and len(ready) < 100 and not any(log for _, log, _ in ready):
+      return row
+    self._waiting = self._waiting[len(ready) :]
+    for step, log, values in jax.device_get(ready):
+      for name in ('loss', 'grad_norm'):
+        if not np.isfinite(values[name]):
+          raise FloatingPointError(f'{name} is {values[name]} at step {step}')
+      self._counted += self._examples
+      if log:
+        row = {**values, **self._rate()}
+        self._writer.write(int(step), row)
+    return row
+
+  def _rate(self) -> dict:
+    now, then = time.monotonic(), self._then
+    rate = (
+      {} if then is None else {'images_per_sec': self._counted / (now - then)}
+    )
+    self._then, self._counted = now, 0
+    return rate
+
+
+def train(
+  state: TrainState,
+  *,
+  step_fn: Callable[[TrainState, Any], tuple[TrainState, dict]],
+  batches: Iterator,
+  num_steps: int,
+  batch_size: int,
+  every: Every,
+  checkpoints: checkpoint.Checkpoints,
+  writer: metrics.Writer,
+  eval_fn: Callable[[TrainState], dict] | None = None,
+  sample_fn: Callable[[TrainState, int], None] | None = None,
+  on_step: Callable[[dict], None] = lambda row: None,
+) -> TrainState:
+  """Trains from the state's step to num_steps.
+
+  A row of metrics belongs to step k when its loss is that of the k-th update,
+  counted from 1; held-out values in it are of the parameters after the update.
+
+  Args:
+    state: donated to the first step.
+    step_fn: the jitted training step.
+    batches: global batches, from the state's step on.
+    num_steps: where to end.
+    batch_size: images in a step, over all devices.
+    every: how often things happen.
+    checkpoints: where the state is kept, at the end too.
+    writer: of the metrics.
+    eval_fn: state -> values for the row.
+    sample_fn: (state, step) -> None, draws a grid.
+    on_step: called after each step with the newest row, {} mostly.
+
+  Raises:
+    UserError: the loss stopped being finite; the checkpoints are all good.
+  """
+  start = int(state.step)
+  rows = Rows(writer, batch_size)
+  try:
+    for step in range(start + 1, num_steps + 1):
+      state, values = step_fn(state, next(batches))
+      evaluate = eval_fn is not None and due(step, every.eval)
+      log = due(step, every.log) or evaluate
+      if evaluate:
+        values = {**values, **eval_fn(state)}
+      rows.add(step, values, log)
+      save = due(step, every.checkpoint) or step == num_steps
+      draw = sample_fn is not None and due(step, every.sample)
+      # One step late, except that nothing of a broken state is kept, and that
+      # a checkpoint at step k finds the rows up to k written: the next start
+      # cuts only what comes later.
+      row = rows.flush(keep=0 if save or draw else 1)
+      on_step(row)
+      if save:
+        checkpoints.save(step, state)
+      if draw:
+        sample_fn(state, step)
+  except FloatingPointError as e:
+    checkpoints.wait()
+    kept = checkpoint.steps(checkpoints.directory)
+    last = f'checkpoint {kept[-1]}' if kept else 'no checkpoint yet'
+    raise UserError(
+      f'training stopped: {e}; {last} in {checkpoints.directory} is good: '
+      'lower optim.lr or optim.clip_norm in a new workdir, or look at the data'
+    ) from e
+  return state

@@ -1,0 +1,70 @@
+"""Metrics: one JSON object a line, and TensorBoard's events beside it."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import tensorboardX
+
+from diffusion_jax import files
+
+
+def read(path) -> list[dict]:
+  """The whole lines of a metrics file; [] where there is none.
+
+  A last line that a kill tore is left out.
+  """
+  path = Path(path)
+  if not path.exists():
+    return []
+  lines = path.read_text().split('\n')
+  return [json.loads(line) for line in lines[:-1]]  # the rest after the last \n
+
+
+def truncate(path, step: int) -> None:
+  """Keeps the lines up to `step`: what came later will be computed again.
+
+  The file is replaced in one rename, so that a kill leaves the old or the new.
+  """
+  path = Path(path)
+  if not path.exists():
+    return
+  kept = [json.dumps(row) + '\n' for row in read(path) if row['step'] <= step]
+  with files.replacing(path) as file:
+    file.write(''.join(kept).encode())
+
+
+class Writer:
+  """Appends rows to `metrics.jsonl` and to TensorBoard's events.
+
+  Args:
+    workdir: where both lie.
+    step: of the checkpoint that the run goes on from; later rows are dropped.
+  """
+
+  def __init__(self, workdir, step: int):
+    self._path = Path(workdir) / 'metrics.jsonl'
+    truncate(self._path, step)
+    self._file = self._path.open('a')
+    self._board = tensorboardX.SummaryWriter(
+      str(workdir), purge_step=step + 1 if step else None
+    )
+
+  def write(self, step: int, values: dict) -> None:
+    """One row; NaN, the mean over nothing, is left out."""
+    values = {'loss': values['loss'], **values}  # first, for who reads along
+    values = {k: float(v) for k, v in values.items()}
+    values = {k: v for k, v in values.items() if not math.isnan(v)}
+    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+
+  def picture(self, step: int, name: str, image: np.ndarray) -> None:
+    """A uint8 [H, W, C] image, to TensorBoard."""
+    self._board.add_image(name, image, step, dataformats='HWC')
+
+  def close(self) -> None:
+    self._file.close()
+    self._board.close()

@@ -1,0 +1,160 @@
+"""Where arrays lie: the mesh, and sharding rules as data.
+
+The mesh has three axes. 'data' copies parameters and splits the batch, 'fsdp'
+splits both, 'tensor' splits the channels. `jax.jit` with shardings is what used
+to be called pjit.
+"""
+
+import math
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from diffusion_jax import models
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = P(('data', 'fsdp'))
+
+# Parameters smaller than this many numbers are not worth splitting.
+SMALL = 2**14
+
+# (regex over parameter names, spec of the last axes): the first that matches
+# decides, then the largest axis still free that divides goes over 'fsdp'. A
+# kernel's last axis is the channels out, of dense layers and convolutions both.
+RULES = ((r'.*/kernel', P('tensor')),)
+
+
+def mesh_shape(num_devices: int, data=-1, fsdp=1, tensor=1) -> tuple:
+  """(data, fsdp, tensor) with one -1 replaced by what is left.
+
+  Raises:
+    ValueError: the sizes do not use the devices exactly; one line.
+  """
+  sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+  given = ' x '.join(f'{k}={v}' for k, v in sizes.items())
+  free = [name for name, size in sizes.items() if size == -1]
+  if len(free) > 1 or any(v < 1 and v != -1 for v in sizes.values()):
+    raise ValueError(
+      f'mesh {given}: sizes are positive, and at most one is -1 (what is left)'
+    )
+  known = math.prod(v for v in sizes.values() if v != -1)
+  if free:
+    sizes[free[0]] = num_devices // known
+  if math.prod(sizes.values()) != num_devices:
+    raise ValueError(
+      f'mesh {given} takes {"a multiple of " if free else ""}{known} devices, '
+      f'but there are {num_devices}'
+    )
+  return tuple(sizes.values())
+
+
+def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
+  """The mesh of all devices; -1 is what is left."""
+  devices = jax.devices() if devices is None else devices
+  shape = mesh_shape(len(devices), data, fsdp, tensor)
+  # Explicit axes, the default, do not trace convolutions split over 'fsdp'.
+  return jax.make_mesh(
+    shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+  )
+
+
+def spec_of(name: str, shape: tuple, mesh: Mesh, rules=RULES) -> P:
+  """The PartitionSpec of one parameter (or of its moments)."""
+  axes = [None] * len(shape)
+  if math.prod(shape) < SMALL:
+    return P()
+  for pattern, spec in rules:
+    if re.fullmatch(pattern, name):
+      for i, axis in enumerate(spec, start=len(shape) - len(spec)):
+        if axis and shape[i] % mesh.shape[axis] == 0:
+          axes[i] = axis
+      break
+  free = [i for i, axis in enumerate(axes) if axis is None]
+  divisible = [i for i in free if shape[i] % mesh.shape['fsdp'] == 0]
+  if divisible:
+    # Of equal sizes the last: kernels then split over their inputs or outputs.
+    axes[max(divisible, key=lambda i: (shape[i], i))] = 'fsdp'
+  return P(*axes)
+
+
+def shardings(tree, mesh: Mesh, rules=RULES):
+  """A NamedSharding for each leaf of a state (arrays or their shapes).
+
+  Optimiser moments and the EMA follow the parameters, because the rules look at
+  the end of the name and the shape.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  named = zip(models.names(tree), leaves, strict=True)
+  return structure.unflatten(
+    NamedSharding(mesh, spec_of(name, leaf.shape, mesh, rules))
+    for name, leaf in named
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, BATCH)
+
+
+def gather_fsdp(params, mesh: Mesh, rules=RULES):
+  """Inside a jitted step: the parameters without their split over 'fsdp'.
+
+  That is what FSDP does anyway, said aloud. Left to itself XLA computes wrong
+  gradients, without an error, for convolutions whose kernels are split over
+  'fsdp' and 'tensor' at once on a mesh with all three axes above 1.
+  """
+
+  def gathered(leaf, sharding):
+    axes = [None if axis == 'fsdp' else axis for axis in sharding.spec]
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, P(*axes)))
+
+  return jax.tree.map(gathered, params, shardings(params, mesh, rules))
+
+
+def to_host(array) -> np.ndarray:
+  """A global array as NumPy, on every process."""
+  if array.is_fully_addressable:
+    return np.asarray(array)
+  return np.asarray(
+    jax.experimental.multihost_utils.process_allgather(array, tiled=True)
+  )
+
+
+def gathering(apply, mesh: Mesh, rules=RULES):
+  """`apply` on parameters that lie as `gather_fsdp` lays them."""
+
+  def gathered(params, *args):
+    return apply(gather_fsdp(params, mesh, rules), *args)
+
+  return gathered
+
+
+def put_batch(tree, mesh: Mesh):
+  """NumPy arrays [B, ...], the same on every process -> global arrays."""
+  where = batch_sharding(mesh)
+  return jax.tree.map(
+    lambda array: jax.make_array_from_callback(
+      array.shape, where, lambda index: array[index]
+    ),
+    tree,
+  )
+
+
+def padded_indices(indices, mesh: Mesh) -> jax.Array:
+  """uint32 indices, repeated until the mesh divides their number.
+
+  Args:
+    indices: [N], or N for 0 .. N-1.
+    mesh: the devices.
+  """
+  if np.ndim(indices) == 0:
+    indices = np.arange(indices)
+  parts = mesh.shape['data'] * mesh.shape['fsdp']
+  padded = np.resize(indices, -(-len(indices) // parts) * parts)
+  return put_batch(padded.astype(np.uint32), mesh)

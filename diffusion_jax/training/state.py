@@ -1,0 +1,62 @@
+"""What training carries from step to step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffusion_jax.models import Model
+from diffusion_jax.training import sharding
+
+
+class TrainState(NamedTuple):
+  """All of a run's state. It holds no random key: keys come from the step.
+
+  Attributes:
+    step: int32 scalar, how many updates were made.
+    params: the network's parameters.
+    ema_params: their exponential moving average, a plain copy at step 0.
+    opt_state: the optimiser's.
+    extras: a dict, empty for DDPM.
+  """
+
+  step: jax.Array
+  params: Any
+  ema_params: Any
+  opt_state: optax.OptState
+  extras: dict
+
+
+def init_state(
+  key, model: Model, optimizer: optax.GradientTransformation
+) -> TrainState:
+  params = model.init(key)
+  # A copy: the donated state may not hold one buffer twice.
+  ema_params = jax.tree.map(jnp.copy, params)
+  return TrainState(
+    jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params), {}
+  )
+
+
+def abstract_state(model, optimizer, mesh) -> TrainState:
+  """Shapes, dtypes and shardings of the state; nothing is allocated."""
+  shapes = jax.eval_shape(
+    lambda: init_state(jax.random.key(0), model, optimizer)
+  )
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=where
+    ),
+    shapes,
+    sharding.shardings(shapes, mesh),
+  )
+
+
+def create(key, model, optimizer, mesh) -> TrainState:
+  """The state at step 0, made where it lies: no device holds it whole."""
+  abstract = abstract_state(model, optimizer, mesh)
+  where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  return jax.jit(
+    lambda key: init_state(key, model, optimizer), out_shardings=where
+  )(key)

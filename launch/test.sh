@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Installs the test extra and runs the suite.
+#
+#   bash launch/test.sh             the default suite
+#   bash launch/test.sh --slow      the checks that take minutes
+#   bash launch/test.sh --parity    against torch and diffusers (installs them)
+#   bash launch/test.sh PYTEST_ARGUMENTS
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+extra=test
+arguments=()
+for argument in "$@"; do
+  case $argument in
+    --slow) arguments+=(-m slow) ;;
+    --parity) extra=test,parity; arguments+=(-m parity) ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+
+. launch/environment.sh
+install_package ".[$extra]"
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+python -m pytest -q "${arguments[@]}"

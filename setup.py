@@ -1,0 +1,58 @@
+"""Packaging: metadata, dependencies and extras."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+  name='diffusion_jax',
+  version='0.1.0',
+  description=(
+    'Train and sample diffusion models in JAX, from a laptop to a TPU pod'
+  ),
+  long_description=Path('README.md').read_text(encoding='utf-8'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=[
+    'diffusion_jax',
+    'diffusion_jax.configs',
+    'diffusion_jax.data',
+    'diffusion_jax.models',
+    'diffusion_jax.process',
+    'diffusion_jax.samplers',
+    'diffusion_jax.training',
+  ],
+  # configs/ stands at the top, where people look for it, and is shipped
+  # inside the package, where `--config=NAME` finds it.
+  package_dir={
+    'diffusion_jax': 'diffusion_jax',
+    'diffusion_jax.configs': 'configs',
+  },
+  # Each lower bound is the version that the suite was run with.
+  install_requires=[
+    'absl-py>=2.3',
+    'etils>=1.13',
+    'flax>=0.12.8',
+    'grain>=0.2.18',
+    'jax>=0.10.2',
+    'ml_collections>=1.1.0',
+    'numpy>=2.2',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12.8',
+    'pillow>=11.3',
+    'scikit-learn>=1.7',
+    'tensorboardX>=2.6.4',
+    'tensorflow-datasets>=4.9.10',
+    'tqdm>=4.67',
+  ],
+  extras_require={
+    'tpu': ['jax[tpu]>=0.10.2'],
+    'cuda': ['jax[cuda12]>=0.10.2'],
+    # TensorFlow prepares data sets (launch/prepare_data.sh), nothing else.
+    'prepare': ['tensorflow-cpu>=2.20', 'importlib_resources'],
+    'test': ['pytest>=8.4', 'ruff>=0.14'],
+    # Pinned: the golden files come from these.
+    'parity': ['torch==2.13.0', 'diffusers==0.42.1'],
+  },
+)
