@@ -1,8 +1,23 @@
 """Fixtures of all tests."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import jax
 import pytest
 
+# Many tests compile the same small programs; the binaries that they start too.
+CACHE = tempfile.mkdtemp(prefix='diffusion_jax_tests_')
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+jax.config.update('jax_compilation_cache_dir', CACHE)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+# Meshes are tested on eight simulated devices, in one process.
+jax.config.update('jax_num_cpu_devices', 8)
 # A rank that broadcasts by accident is a wrong loss that trains.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

@@ -43,7 +43,7 @@ def sinusoid(t: jax.Array, dim: int) -> jax.Array:
   """
   half = dim // 2
   frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / (half - 1))
-  angles = t.astype(jnp.float32)[:, None] * frequencies
+  angles = t.astype(jnp.float32)[:, None] * frequencies[None]
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

@@ -39,12 +39,14 @@ def open_store(directory, protocol: dict) -> None:
           f'{protocol.get(name)}: choose another --output'
         )
     return
-  if directory.exists() and any(directory.iterdir()):
+  # A kill may have left a folder that never came to hold a store.
+  left = {'store.json.tmp'}
+  if directory.exists() and {p.name for p in directory.iterdir()} - left:
     raise UserError(
       f'{directory} is not empty and not a sample store: choose another '
       '--output'
     )
-  (directory / 'parts').mkdir(parents=True, exist_ok=True)
+  directory.mkdir(parents=True, exist_ok=True)
   with files.replacing(path) as file:
     file.write(json.dumps(protocol, indent=2).encode())
 
@@ -68,12 +70,14 @@ def missing(directory, num_samples: int) -> np.ndarray:
 
 def save(directory, indices, images: np.ndarray) -> None:
   """Keeps uint8 images [n, H, W, C]; one part for each run of indices."""
+  folder = Path(directory) / 'parts'
+  folder.mkdir(exist_ok=True)
   indices = np.asarray(indices)
   cuts = np.flatnonzero(np.diff(indices) != 1) + 1
   for rows, block in zip(
     np.split(indices, cuts), np.split(images, cuts), strict=True
   ):
-    path = Path(directory) / 'parts' / f'{rows[0]:09d}-{rows[-1]:09d}.npy'
+    path = folder / f'{rows[0]:09d}-{rows[-1]:09d}.npy'
     with files.replacing(path) as file:
       np.save(file, block, allow_pickle=False)
 

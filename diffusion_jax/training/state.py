@@ -57,6 +57,10 @@ def create(key, model, optimizer, mesh) -> TrainState:
   """The state at step 0, made where it lies: no device holds it whole."""
   abstract = abstract_state(model, optimizer, mesh)
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  # It runs once: on a CPU, optimising a hundred random draws takes longer.
+  cpu = jax.default_backend() == 'cpu'
   return jax.jit(
-    lambda key: init_state(key, model, optimizer), out_shardings=where
+    lambda key: init_state(key, model, optimizer),
+    out_shardings=where,
+    compiler_options={'xla_backend_optimization_level': 0} if cpu else None,
   )(key)

@@ -1,0 +1,83 @@
+"""Data: sources of images, and the pipeline from a source to the devices.
+
+  create(name, ...)      opens a data set as a `Source` with random access
+  pipeline.batches(...)  training batches as global arrays, from any step on
+  pipeline.heldout(...)  one ordered pass for evaluation, as NumPy batches
+
+TensorFlow is never imported: launch/prepare_data.sh is the one place that
+needs it.
+"""
+
+import difflib
+
+from diffusion_jax.data import arrays, digits, folders, pipeline, prepared
+from diffusion_jax.data.sources import Source
+from diffusion_jax.errors import UserError
+
+__all__ = ['Source', 'create', 'pipeline']
+
+
+def create(
+  name: str,
+  *,
+  path: str = '',
+  split: str = 'train',
+  image_size: int,
+  channels: int,
+  heldout_every: int = 0,
+) -> Source | None:
+  """Opens a data set.
+
+  Args:
+    name: which kind of set:
+      'digits'     scikit-learn's 8x8 digits, embedded: nothing to download;
+      'arrays'     one .npy or .npz file, see arrays.py;
+      'folder'     a folder of image files, see folders.py;
+      'tfds:NAME'  a prepared TensorFlow data set such as 'tfds:cifar10' or
+                   'tfds:lsun/church_outdoor', see prepared.py.
+    path: the file or folder; for TFDS its data_dir, '' being TFDS's default.
+    split: 'train' or 'test'; for TFDS any of its split strings.
+    image_size: height and width of the images, in pixels.
+    channels: 1 (grey) or 3 (RGB); 'arrays' takes any number.
+    heldout_every: how 'arrays' and 'folder' hold images out: every n-th image
+      is 'test' and the others are 'train'; 0 holds out none. A set that has a
+      test set of its own keeps to that one.
+
+  Returns:
+    a `Source`, or None for split 'test' where no images are held out.
+
+  Raises:
+    UserError: for an unknown name or split, a size that the set does not
+      have, and files that are missing, damaged or of the wrong kind.
+  """
+  if image_size < 1:
+    raise UserError(f'data.image_size is {image_size}: use 1 or more')
+  if channels < 1:
+    raise UserError(f'data.channels is {channels}: use 1 (grey) or 3 (RGB)')
+  if heldout_every < 0 or heldout_every == 1:
+    raise UserError(
+      f'data.heldout_every is {heldout_every}: use 0 (no held-out images) or '
+      '2 and more (every n-th image)'
+    )
+
+  if name.startswith('tfds:'):
+    return prepared.create(
+      name, path, split, image_size, channels, heldout_every
+    )
+  if name not in ('digits', 'arrays', 'folder'):
+    near = difflib.get_close_matches(name, ['digits', 'arrays', 'folder'], 1)
+    hint = f'; did you mean {near[0]}?' if near else ''
+    raise UserError(
+      f'data.name {name!r} is not known: use digits, arrays, folder or '
+      f'tfds:NAME{hint}'
+    )
+  if split not in ('train', 'test'):
+    raise UserError(
+      f'split {split!r} of data.name {name!r} is not known: use train or test'
+    )
+  if name == 'digits':
+    return digits.create(split, image_size, channels)
+  if not path:
+    raise UserError(f'data.path is empty: data.name {name!r} needs a path')
+  kind = {'arrays': arrays, 'folder': folders}[name]
+  return kind.create(path, split, image_size, channels, heldout_every)

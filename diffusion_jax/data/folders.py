@@ -1,0 +1,112 @@
+"""A folder of image files."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffusion_jax.data import images, sources
+from diffusion_jax.errors import UserError
+
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
+
+
+def create(
+  path: str, split: str, image_size: int, channels: int, heldout_every: int
+) -> sources.Source | None:
+  """Opens a folder of png, jpg, jpeg, webp and bmp files.
+
+  Files are taken in the order of their path within the folder, as a string.
+  With images directly inside, the set is unlabelled. Otherwise every
+  sub-folder that holds images, at any depth, is a class, labelled in the
+  order of its name. Names that start with a dot are passed over, as are files
+  with other suffixes.
+
+  A symbolic link that leads out of the folder is refused; a linked sub-folder
+  within it is passed over, for its images are there already.
+
+  An image is decoded when it is first read, by the rules of images.py, and
+  kept if the whole set is of moderate size (sources.keep_in_memory). A damaged
+  one raises UserError at that moment and is named.
+
+  Returns:
+    a Source, or None for 'test' with heldout_every = 0.
+
+  Raises:
+    UserError: if the folder is missing, has no images, has images both
+      directly inside and in sub-folders, or has links that lead out of it.
+  """
+  images.check_channels(channels)
+  root = Path(path).expanduser()
+  if not root.is_dir():
+    raise UserError(f'data.path {path!r} is not a folder')
+  try:
+    names = sorted(_image_names(root.resolve(), ''))
+  except OSError as error:
+    raise UserError(
+      f'data.path {path!r} cannot be read: {error.strerror}'
+    ) from error
+  if not names:
+    raise UserError(
+      f'data.path {path!r} has no images: need files that end in '
+      f'{", ".join(SUFFIXES)}'
+    )
+
+  classes = sorted({name.split('/')[0] for name in names if '/' in name})
+  if classes and any('/' not in name for name in names):
+    raise UserError(
+      f'data.path {path!r} has images both directly inside and in sub-folders '
+      f'({classes[0]!r}): put all in sub-folders, one a class, or none'
+    )
+  label_of = {name: i for i, name in enumerate(classes)}
+
+  indices = sources.heldout_indices(len(names), split, heldout_every)
+  if indices is None:
+    return None
+  names = [names[i] for i in indices]
+
+  def read(index):
+    name = names[index]
+    image = images.read(
+      str(root / name),
+      f'{name!r} in {path!r}',
+      image_size=image_size,
+      channels=channels,
+    )
+    return image, label_of.get(name.split('/')[0], -1)
+
+  shape = (image_size, image_size, channels)
+  source = sources.Source(
+    num_images=len(names),
+    read_fn=read,
+    num_classes=len(classes),
+    description=sources.describe(
+      f'folder {path}', split, len(names), shape, len(classes)
+    ),
+  )
+  return sources.keep_in_memory(source, shape)
+
+
+def _image_names(root: Path, folder: str) -> Iterator[str]:
+  """Paths of the images in `root / folder`, relative to root, with '/'."""
+  with os.scandir(root / folder) as entries:
+    for entry in entries:
+      name = f'{folder}{entry.name}'
+      is_image = entry.name.lower().endswith(SUFFIXES)
+      if entry.name.startswith('.'):
+        continue
+      if entry.is_symlink():
+        # os.path's functions, for the others raise where links form a ring.
+        is_folder = os.path.isdir(entry.path)
+        if not (is_image or is_folder):
+          continue
+        if not Path(os.path.realpath(entry.path)).is_relative_to(root):
+          raise UserError(
+            f'{name!r} in {str(root)!r} is a link that leads out of the '
+            'folder: copy the images into it, or set data.path to their place'
+          )
+        if not is_folder:
+          yield name
+      elif entry.is_dir():
+        yield from _image_names(root, f'{name}/')
+      elif is_image and entry.is_file():
+        yield name

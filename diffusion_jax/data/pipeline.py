@@ -1,0 +1,261 @@
+"""From a source to batches on the devices, at any step and on any mesh.
+
+The training stream is a pure function: the image at global position p, and
+whether it is flipped, depend on the seed and on p alone. Position p is row
+p % batch_size of batch p // batch_size. So the stream is the same on one host
+or on many, with any number of threads, and after a restart at any step; the
+step number is all the state there is.
+
+Grain reads ahead in threads; one of its elements is one batch. Its own shuffle,
+repeat and random_map work record by record, which takes 2.6 ms for 64 digits
+against 0.3 ms here, and its shuffle walks through 2**16 indices: with twenty
+images that is a millisecond a record.
+"""
+
+import functools
+import math
+import os
+import sys
+from collections.abc import Iterator
+
+import grain
+import jax
+import numpy as np
+
+from diffusion_jax.data.sources import Source
+from diffusion_jax.errors import UserError
+
+# Branches of the seed, so that order and flips are independent.
+_ORDER, _FLIP = 0, 1
+
+
+def batches(
+  source: Source,
+  *,
+  batch_size: int,
+  seed: int,
+  flip: bool,
+  sharding: jax.sharding.NamedSharding,
+  start_step: int = 0,
+  num_threads: int | None = None,
+) -> Iterator[dict[str, jax.Array]]:
+  """Endless shuffled training batches as global arrays.
+
+  Args:
+    source: what data.create returns.
+    batch_size: rows of the global batch, over all processes.
+    seed: 0 or more; chooses the order of the images and the flips.
+    flip: whether to mirror every image left to right with probability 1/2.
+    sharding: over the batch axis, e.g. P(('data', 'fsdp')). Each process
+      reads the rows that its own devices hold, wherever they lie.
+    start_step: number of the first batch.
+    num_threads: batches that are read at the same time; None chooses by the
+      number of CPU cores, 0 reads in the caller's thread.
+
+  Returns:
+    an iterator, which `close()` stops early, of
+    {'image': uint8 [B, H, W, C], 'label': int32 [B]}.
+
+  Raises:
+    UserError: if batch_size, seed or start_step is out of range, or
+      batch_size cannot be divided over the mesh.
+  """
+  rows = local_rows(sharding, batch_size)
+  dataset = stream(
+    source, batch_size=batch_size, seed=seed, flip=flip, rows=rows
+  )
+  if start_step < 0:
+    raise UserError(f'start_step is {start_step}: use 0 or more')
+  iterator = _read_ahead(dataset, num_threads)
+  iterator.set_state({'next_index': start_step})
+  return _place(iterator, sharding, batch_size)
+
+
+def heldout(
+  source: Source,
+  *,
+  batch_size: int,
+  num_examples: int = 0,
+  rows: np.ndarray | slice = slice(None),
+  num_threads: int | None = None,
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+  """One pass over the first images, in order, in batches of equal size.
+
+  Args:
+    source: what data.create returns.
+    batch_size: rows of the global batch.
+    num_examples: at most so many images; 0 for all.
+    rows: which rows of each batch to read; see `local_rows`.
+    num_threads: as for `batches`.
+
+  Returns:
+    an iterator of (batch, weight): the batch in NumPy, as `batches` has it,
+    and float32 [B], 1 for a row that counts. The last batch is filled up by
+    repeating the last image with weight 0.
+
+  Raises:
+    UserError: if batch_size or num_examples is out of range.
+  """
+  _check_batch_size(batch_size)
+  if num_examples < 0:
+    raise UserError(f'num_examples is {num_examples}: use 0 (all) or more')
+  total = min(num_examples or len(source), len(source))
+  rows = np.arange(batch_size)[rows]
+
+  def read(step):
+    positions = step * batch_size + rows
+    batch = _read(source, np.minimum(positions, total - 1))
+    return batch, (positions < total).astype(np.float32)
+
+  num_batches = -(-total // batch_size)
+  return iter(
+    _read_ahead(grain.MapDataset.range(num_batches).map(read), num_threads)
+  )
+
+
+def stream(
+  source: Source,
+  *,
+  batch_size: int,
+  seed: int,
+  flip: bool,
+  rows: np.ndarray | slice = slice(None),
+) -> grain.MapDataset:
+  """The training stream: element k is (the chosen rows of) batch k.
+
+  Args:
+    source: what data.create returns.
+    batch_size: rows of the global batch.
+    seed: 0 or more.
+    flip: whether to mirror images with probability 1/2.
+    rows: which rows of every batch to read, e.g. `slice(8, 16)`.
+
+  Returns:
+    a dataset without end of NumPy batches: 'image' uint8 [R, H, W, C] and
+    'label' int32 [R], R being the number of rows.
+
+  Raises:
+    UserError: if batch_size or seed is out of range.
+  """
+  _check_batch_size(batch_size)
+  if seed < 0:
+    raise UserError(f'seed is {seed}: use 0 or more')
+  rows = np.arange(batch_size)[rows]
+  # A batch touches two epochs at most, unless the set is very small.
+  order = functools.lru_cache(maxsize=2)(
+    functools.partial(_epoch_order, seed, len(source))
+  )
+  flip_key = np.random.SeedSequence(seed, spawn_key=(_FLIP,)).generate_state(
+    1, np.uint64
+  )
+
+  def read(step):
+    positions = step * batch_size + rows
+    epochs, offsets = np.divmod(positions, len(source))
+    indices = np.empty_like(offsets)
+    for epoch in np.unique(epochs):
+      chosen = epochs == epoch
+      indices[chosen] = order(int(epoch))[offsets[chosen]]
+    batch = _read(source, indices)
+    if flip:
+      mirrored = _coins(flip_key, positions)
+      batch['image'][mirrored] = batch['image'][mirrored, :, ::-1]
+    return batch
+
+  return grain.MapDataset.range(sys.maxsize).map(read)
+
+
+def local_rows(
+  sharding: jax.sharding.NamedSharding, batch_size: int
+) -> np.ndarray:
+  """The rows of a global batch that this process's devices hold.
+
+  They need not be one run: on a TPU slice the devices of a host may lie
+  anywhere in the mesh.
+
+  Args:
+    sharding: over the batch axis.
+    batch_size: rows of the global batch.
+
+  Returns:
+    int64 [R], ascending.
+
+  Raises:
+    UserError: if batch_size cannot be divided over the mesh.
+  """
+  _check_batch_size(batch_size)
+  axes = sharding.spec[0] if len(sharding.spec) else None
+  axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+  num_shards = math.prod(sharding.mesh.shape[axis] for axis in axes)
+  if batch_size % num_shards:
+    raise UserError(
+      f'batch_size {batch_size} cannot be divided over {num_shards} devices '
+      f'(mesh axes {", ".join(axes)}): use a multiple of {num_shards}'
+    )
+  slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+  return np.unique(np.concatenate([np.arange(batch_size)[s] for s in slices]))
+
+
+def _read(source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
+  """Images by index, stacked to a batch."""
+  records = [source[i] for i in indices]
+  return {
+    'image': np.stack([record['image'] for record in records]),
+    'label': np.array([record['label'] for record in records], np.int32),
+  }
+
+
+def _read_ahead(
+  dataset: grain.MapDataset, num_threads: int | None
+) -> grain.DatasetIterator:
+  """Iterates over batches that threads have read before they are needed."""
+  if num_threads is None:
+    num_threads = min(16, os.cpu_count() or 1)
+  # Few spare batches: they take memory, and delay the end of the program.
+  options = grain.ReadOptions(
+    num_threads=num_threads,
+    prefetch_buffer_size=num_threads + 1 if num_threads else 0,
+  )
+  return iter(dataset.to_iter_dataset(options))
+
+
+def _place(
+  iterator: grain.DatasetIterator,
+  sharding: jax.sharding.NamedSharding,
+  batch_size: int,
+) -> Iterator[dict[str, jax.Array]]:
+  """This process's rows -> global arrays."""
+  try:
+    for batch in iterator:
+      yield {
+        name: jax.make_array_from_process_local_data(
+          sharding, x, (batch_size, *x.shape[1:])
+        )
+        for name, x in batch.items()
+      }
+  finally:
+    iterator.close()
+
+
+def _epoch_order(seed: int, num_images: int, epoch: int) -> np.ndarray:
+  """A permutation of the images: uint32 [num_images], 4 bytes an image."""
+  seed_sequence = np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))
+  indices = np.arange(num_images, dtype=np.uint32)
+  return np.random.default_rng(seed_sequence).permutation(indices)
+
+
+def _coins(key: np.ndarray, positions: np.ndarray) -> np.ndarray:
+  """One fair coin for each position: bool, same shape as positions.
+
+  SplitMix64 (Steele, Lea and Flood 2014): the hash of a counter. A generator
+  of random numbers would have to be set up anew for each position.
+  """
+  z = key + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+  z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return (z >> np.uint64(63)).astype(bool)
+
+
+def _check_batch_size(batch_size: int) -> None:
+  if batch_size < 1:
+    raise UserError(f'batch_size is {batch_size}: use 1 or more')

@@ -1,0 +1,201 @@
+"""Prepared TensorFlow data sets (TFDS), read without TensorFlow.
+
+launch/prepare_data.sh downloads and prepares a set once, with TensorFlow, as
+ArrayRecord files. Those are read here; nothing is ever downloaded.
+"""
+
+import contextlib
+import difflib
+import io
+import os
+import re
+import shlex
+from collections.abc import Iterator
+
+from absl import logging
+
+from diffusion_jax.data import images, sources
+from diffusion_jax.errors import UserError
+
+# name, name/config, and either with a version: no namespace, which would ask
+# the network, and no keyword arguments.
+_NAME = re.compile(r'(\w+)(/[\w.-]+)?(:\d+\.\d+\.\d+)?', re.ASCII)
+
+
+def create(
+  name: str,
+  path: str,
+  split: str,
+  image_size: int,
+  channels: int,
+  heldout_every: int,
+) -> sources.Source | None:
+  """Opens a prepared set with an 'image' and perhaps a class 'label'.
+
+  Without a version in its name, the latest prepared one is opened. Images are
+  decoded, cropped and resized by the rules of images.py when they are first
+  read, and kept if the whole set is of moderate size (sources.keep_in_memory).
+  A 'label' that is not a class, and every other feature, is passed over.
+
+  Args:
+    name: 'tfds:NAME', 'tfds:NAME/CONFIG', either perhaps with ':1.2.3'.
+    path: TFDS's data_dir; '' for its default.
+    split: a TFDS split string: 'train', 'test', 'train[:90%]', ...
+    image_size: height and width of the images, in pixels.
+    channels: 1 or 3.
+    heldout_every: must be 0, for split strings can hold out any part.
+
+  Returns:
+    a Source, or None for 'test' where the set has no such split.
+
+  Raises:
+    UserError: if the set is unknown, is not prepared as array_record, has no
+      images, or the split is not one of its splits.
+  """
+  # tfds takes most of a second to import, and only this source needs it.
+  import tensorflow_datasets as tfds
+
+  images.check_channels(channels)
+  if heldout_every:
+    raise UserError(
+      f'data.heldout_every is {heldout_every}, but data.name {name!r} holds '
+      "images out by its splits, such as 'train[:90%]': set it to 0"
+    )
+  data_dir = os.path.expanduser(path) or None
+  where = data_dir or str(tfds.core.constants.DATA_DIR)
+  what = f'split {split!r} of {name} in {where}'
+  with _quiet(), _one_line_errors(what):
+    builder = _find(name, data_dir, where)
+    _check_format(builder, name, where)
+    features = dict(builder.info.features.items())
+    image, label = features.get('image'), features.get('label')
+    if not isinstance(image, tfds.features.Image) or image.np_dtype.kind != 'u':
+      raise UserError(
+        f"{name} has the features {', '.join(features)}: needs 'image', an "
+        'image of whole numbers'
+      )
+    if split == 'test' and split not in builder.info.splits:
+      return None
+    # Only what is needed is parsed, and the image is decoded by our own rules.
+    needed = {'image': image}
+    num_classes = 0
+    if isinstance(label, tfds.features.ClassLabel):
+      needed['label'] = label
+      num_classes = label.num_classes or 0
+    parser = tfds.features.FeaturesDict(needed)
+    records = builder.as_data_source(
+      split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+    num_images = len(records)
+  if not num_images:
+    raise UserError(f'{what} has no images')
+
+  def read(index):
+    with _one_line_errors(f'image {index} of {what}'):
+      record = parser.deserialize_example_np(
+        records[index], decoders={'image': tfds.decode.SkipDecoding()}
+      )
+    image = images.read(
+      io.BytesIO(record['image']),
+      f'{index} of {what}',
+      image_size=image_size,
+      channels=channels,
+    )
+    return image, record.get('label', -1)
+
+  read(0)  # tfds opens the files no earlier
+  shape = (image_size, image_size, channels)
+  source = sources.Source(
+    num_images=num_images,
+    read_fn=read,
+    num_classes=num_classes,
+    description=sources.describe(
+      f'tfds:{builder.info.full_name}', split, num_images, shape, num_classes
+    ),
+  )
+  return sources.keep_in_memory(source, shape)
+
+
+def _find(name: str, data_dir: str | None, where: str):
+  """The builder of a prepared set; UserError where there is none.
+
+  Found by its files. `tfds.builder` would ask the code that prepares the set,
+  which often wants TensorFlow, and knows one version only.
+  """
+  import tensorflow_datasets as tfds
+
+  match = _NAME.fullmatch(name.removeprefix('tfds:'))
+  if not match:
+    raise UserError(
+      f'data.name {name!r} is not a data set of TFDS: use tfds:NAME or '
+      'tfds:NAME/CONFIG, such as tfds:cifar10'
+    )
+  base, config, version = match.group(1), match.group(2), match.group(3)
+  full_name = f'{base}{config or ""}{version or ":*.*.*"}'
+  try:
+    builder = tfds.core.read_only_builder.builder_from_files(
+      full_name, data_dir=data_dir
+    )
+  except tfds.core.DatasetNotFoundError:
+    builder = None
+  if builder and builder.is_prepared():
+    return builder
+
+  known = tfds.list_builders(with_community_datasets=False)
+  if base not in known:
+    near = difflib.get_close_matches(base, known, 1)
+    hint = f'; did you mean tfds:{near[0]}?' if near else ''
+    raise UserError(
+      f'data.name {name!r} is neither prepared in {where} nor known to TFDS'
+      f'{hint}'
+    )
+  directory = f' {shlex.quote(data_dir)}' if data_dir else ''
+  raise UserError(
+    f'{name} is not prepared in {where}: run bash launch/prepare_data.sh '
+    f'{match.group(0)}{directory}'
+  )
+
+
+def _check_format(builder, name: str, where: str) -> None:
+  """Raises UserError unless the set can be read at random."""
+  formats = {f.value for f in builder.info.available_file_formats()}
+  if 'array_record' not in formats:
+    raise UserError(
+      f'{name} in {where} is prepared as {", ".join(formats)}, need '
+      'array_record: run bash launch/prepare_data.sh '
+      f'{name.removeprefix("tfds:")} with another DATA_DIR, and give that as '
+      'data.path'
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Hides what tfds logs about every folder that it looks into."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.FATAL)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _one_line_errors(what: str) -> Iterator[None]:
+  """Turns what splits and damaged files raise into a UserError."""
+  from google.protobuf import json_format, message
+
+  try:
+    yield
+  except UserError:  # a ValueError too, and says already what is wrong
+    raise
+  except (
+    ValueError,
+    OSError,
+    KeyError,
+    AssertionError,
+    RuntimeError,
+    json_format.Error,
+    message.Error,
+  ) as error:
+    reason = str(error).strip().split('\n')[0]
+    raise UserError(f'{what} cannot be read: {reason}') from error

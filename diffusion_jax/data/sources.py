@@ -1,0 +1,118 @@
+"""What a source of images is, and how images are held out."""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable
+
+import numpy as np
+
+from diffusion_jax.errors import UserError
+
+KEEP_BYTES = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Random access to images; safe to read from several threads.
+
+  `len(source)` is the number of images and `source[i]` is
+
+    {'image': uint8 [image_size, image_size, channels], 'label': np.int32}
+
+  with label -1 where the set has none, so `grain.MapDataset.source` takes it.
+  The image may be a read-only view: copy it before writing to it.
+
+  Attributes:
+    num_images: how many images there are.
+    read_fn: index in [0, num_images) -> (image, label).
+    num_classes: labels are in [0, num_classes); 0 for an unlabelled set.
+    description: one line for the log.
+  """
+
+  num_images: int
+  read_fn: Callable[[int], tuple[np.ndarray, int]]
+  num_classes: int
+  description: str
+
+  def __len__(self) -> int:
+    return self.num_images
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
+    index = operator.index(index)
+    if not 0 <= index < self.num_images:
+      raise IndexError(f'image {index} of {self.num_images}')
+    image, label = self.read_fn(index)
+    return {'image': image, 'label': np.int32(label)}
+
+
+def keep_in_memory(source: Source, shape: tuple[int, int, int]) -> Source:
+  """The same source, where a set of moderate size is decoded only once.
+
+  Decoding a CIFAR-10 image takes a hundred times as long as copying it, and
+  the whole set is 154 MB. Images are kept as they are first read; sets above
+  KEEP_BYTES are read anew each time.
+
+  Args:
+    source: what decodes images of the given shape.
+    shape: (image_size, image_size, channels).
+
+  Returns:
+    a Source with equal images.
+  """
+  if len(source) * math.prod(shape) > KEEP_BYTES:
+    return source
+  images = np.zeros((len(source), *shape), np.uint8)
+  labels = np.zeros(len(source), np.int32)
+  is_kept = np.zeros(len(source), bool)
+  views = images.view()
+  views.flags.writeable = False
+
+  def read(index):
+    if not is_kept[index]:
+      images[index], labels[index] = source.read_fn(index)
+      is_kept[index] = True  # last, for other threads look at it first
+    return views[index], labels[index]
+
+  return dataclasses.replace(source, read_fn=read)
+
+
+def heldout_indices(
+  num_images: int, split: str, every: int
+) -> np.ndarray | None:
+  """The indices of a split, where every `every`-th image is 'test'.
+
+  Args:
+    num_images: size of the whole set.
+    split: 'train' or 'test'.
+    every: images every - 1, 2 every - 1, ... are 'test'; 0 holds out none.
+
+  Returns:
+    int64 indices in ascending order; None for 'test' with every = 0.
+
+  Raises:
+    UserError: if the set is too small to hold out a single image.
+  """
+  indices = np.arange(num_images)
+  if not every:
+    return indices if split == 'train' else None
+  if num_images < every:
+    raise UserError(
+      f'data.heldout_every is {every}, but the set has only {num_images} '
+      'images: use a smaller number, or 0 to hold out none'
+    )
+  is_test = indices % every == every - 1
+  return indices[is_test if split == 'test' else ~is_test]
+
+
+def describe(
+  name: str,
+  split: str,
+  num_images: int,
+  shape: tuple[int, int, int],
+  num_classes: int,
+) -> str:
+  """One line for the log: what was opened, with sizes."""
+  size = 'x'.join(str(n) for n in shape)
+  labels = f'{num_classes} classes' if num_classes else 'unlabelled'
+  return f'{name}, {split}: {num_images} images of {size}, {labels}'

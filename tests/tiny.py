@@ -1,0 +1,64 @@
+"""A tiny run for the tests: seconds to compile, every part of the real one."""
+
+import functools
+
+import jax
+import numpy as np
+
+from diffusion_jax import models
+from diffusion_jax.process import schedules
+from diffusion_jax.training import optim, sharding, state, step
+
+SHAPE = (8, 8, 1)
+BATCH = 8
+
+
+def model(**kwargs):
+  arguments = {
+    'channels': 8,
+    'multipliers': (1, 2),
+    'num_blocks': 1,
+    'attention_resolutions': (4,),
+    'num_groups': 4,
+    'dropout': 0.1,
+  }
+  return models.create('unet', SHAPE, **{**arguments, **kwargs})
+
+
+def images(count=BATCH, seed=0):
+  """uint8 [count, 8, 8, 1] and labels."""
+  rng = np.random.default_rng(seed)
+  return {'image': rng.integers(0, 256, (count, *SHAPE), dtype=np.uint8)}
+
+
+def run(
+  mesh, *, lr=1e-3, warmup=5, clip=1.0, ema=0.9, network=None, batch=BATCH
+):
+  """(state, jitted step, batch) on a mesh."""
+  network = network or model()
+  optimizer = optim.create(lr, warmup, clip)
+  start = state.create(jax.random.key(0), network, optimizer, mesh)
+  abstract = state.abstract_state(network, optimizer, mesh)
+  step_fn = jax.jit(
+    functools.partial(
+      step.train_step,
+      key=jax.random.key(1),
+      model=network,
+      schedule=schedules.linear(1000),
+      prediction='eps',
+      optimizer=optimizer,
+      learning_rate=optim.learning_rate(lr, warmup),
+      ema_decay=ema,
+      mesh=mesh,
+    ),
+    donate_argnums=0,
+    out_shardings=(
+      jax.tree.map(lambda leaf: leaf.sharding, abstract),
+      sharding.replicated(mesh),
+    ),
+  )
+  return start, step_fn, sharding.put_batch(images(batch), mesh)
+
+
+def one_device():
+  return sharding.make_mesh(devices=jax.devices()[:1])
