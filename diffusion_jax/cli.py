@@ -188,6 +188,8 @@ def _counts(config):
   for key, value in runs.flatten(config.to_dict()).items():
     if key in ('num_steps', 'batch_size', 'keep_last', 'sample.num_images'):
       yield value >= 1, f'{key}={value}: at least 1'
+    if key == 'seed':
+      yield value < 2**32, f'seed={value}: below 2**32'
     if key.endswith('_every') or key in ('seed', 'eval_images'):
       yield value >= 0, f'{key}={value}: not below 0'
 

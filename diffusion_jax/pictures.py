@@ -11,7 +11,7 @@ TILE = 64  # small images are enlarged to at least this many pixels
 
 def enlarge(images: np.ndarray) -> np.ndarray:
   """uint8 [N, H, W, C] -> RGB [N, h, w, 3], by whole pixels to TILE or more."""
-  factor = max(1, math.ceil(TILE / images.shape[1]))
+  factor = max(1, math.ceil(TILE / min(images.shape[1:3])))
   images = images.repeat(factor, axis=1).repeat(factor, axis=2)
   return np.broadcast_to(images, (*images.shape[:3], 3))
 
@@ -69,4 +69,6 @@ def trajectory(frames: np.ndarray, times) -> np.ndarray:
 
 def save(path, picture: np.ndarray) -> None:
   """Writes a PNG; uint8 [H, W, 3] or [H, W, 1]."""
-  Image.fromarray(picture.squeeze()).save(path, format='PNG')
+  if picture.shape[-1] == 1:
+    picture = picture[..., 0]
+  Image.fromarray(picture).save(path, format='PNG')

@@ -65,6 +65,8 @@ def main():
   ):  # fmt: skip
     if FLAGS[name].value < least:
       raise UserError(f'--{name}={FLAGS[name].value}: at least {least}')
+  if FLAGS.seed >= 2**32:
+    raise UserError(f'--seed={FLAGS.seed}: below 2**32')
   sampler = samplers.create(
     FLAGS.sampler, eta=FLAGS.eta, variance=FLAGS.variance
   )
@@ -176,8 +178,7 @@ def _protocol(config, at, times, params) -> dict:
     'weights_sha256': digest.hexdigest(),
     'dtype': config['model']['dtype'],
     'sampler': FLAGS.sampler,
-    'eta': FLAGS.eta,
-    'variance': FLAGS.variance,
+    **samplers.options(FLAGS.sampler, eta=FLAGS.eta, variance=FLAGS.variance),
     'clip': FLAGS.clip,
     'seed': FLAGS.seed,
     'grid': times,

@@ -12,6 +12,7 @@ extra=test
 arguments=()
 for argument in "$@"; do
   case $argument in
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
     --slow) arguments+=(-m slow) ;;
     --parity) extra=test,parity; arguments+=(-m parity) ;;
     *) arguments+=("$argument") ;;

@@ -1,39 +1,57 @@
 """Samplers: (init, step) pairs, grids, the scan that runs them, the store."""
 
+import inspect
+
 from diffusion_jax.errors import UserError
 from diffusion_jax.samplers.ancestral import ancestral
 from diffusion_jax.samplers.ddim import ddim
 from diffusion_jax.samplers.solve import Sampler, solve
 
-__all__ = ['SAMPLERS', 'Sampler', 'ancestral', 'create', 'ddim', 'solve']
+__all__ = [
+  'SAMPLERS',
+  'Sampler',
+  'ancestral',
+  'create',
+  'ddim',
+  'options',
+  'solve',
+]
 
-# Name -> (its function, the options that it takes).
-SAMPLERS = {'ancestral': (ancestral, ('variance',)), 'ddim': (ddim, ('eta',))}
+SAMPLERS = {'ancestral': ancestral, 'ddim': ddim}
 
 
-def create(name: str, **options) -> Sampler:
-  """A sampler by name.
+def options(name: str, **given) -> dict:
+  """All options of a sampler: those given, and the others' defaults.
 
   Args:
     name: a key of SAMPLERS.
-    **options: of any sampler; those that this one does not take must be None.
+    **given: options of any sampler; None is not given.
 
   Raises:
-    UserError: an unknown name or an option that is not this sampler's.
+    UserError: an unknown name, or an option that is not this sampler's.
   """
   if name not in SAMPLERS:
     raise UserError(
       f'--sampler={name} is not known: use one of {", ".join(SAMPLERS)}'
     )
-  function, taken = SAMPLERS[name]
-  given = {k: v for k, v in options.items() if v is not None}
+  taken = inspect.signature(SAMPLERS[name]).parameters
   for option, value in given.items():
-    if option not in taken:
+    if value is not None and option not in taken:
       raise UserError(
         f'--{option}={value}: {name} has no such option; it takes '
         f'{", ".join("--" + o for o in taken)}'
       )
-  eta = given.get('eta', 0.0)
-  if not 0 <= eta <= 1:
-    raise UserError(f'--eta={eta}: between 0 (deterministic) and 1')
-  return function(**given)
+  return {
+    option: parameter.default if given.get(option) is None else given[option]
+    for option, parameter in taken.items()
+  }
+
+
+def create(name: str, **given) -> Sampler:
+  """A sampler by name, with options as in `options`.
+
+  Raises:
+    UserError: as `options`, or an option out of range.
+  """
+  chosen = options(name, **given)
+  return SAMPLERS[name](**chosen)

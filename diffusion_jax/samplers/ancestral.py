@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.process import gaussian
 from diffusion_jax.samplers.solve import Sampler
 
@@ -15,7 +16,14 @@ def ancestral(variance: str = 'fixedlarge') -> Sampler:
 
   Args:
     variance: 'fixedlarge' or 'fixedsmall', see `gaussian.step_variance`.
+
+  Raises:
+    UserError: another variance.
   """
+  if variance not in gaussian.VARIANCES:
+    raise UserError(
+      f'--variance={variance}: one of {", ".join(gaussian.VARIANCES)}'
+    )
 
   def init(schedule, grid, x):
     del x

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.process import gaussian
 from diffusion_jax.samplers.solve import Sampler
 
@@ -11,7 +12,12 @@ def ddim(eta: float = 0.0) -> Sampler:
 
   Args:
     eta: the noise's standard deviation over the posterior's, in [0, 1].
+
+  Raises:
+    UserError: eta is out of range.
   """
+  if not 0 <= eta <= 1:
+    raise UserError(f'--eta={eta}: between 0 (deterministic) and 1')
 
   def init(schedule, grid, x):
     del x

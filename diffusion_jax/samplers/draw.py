@@ -68,7 +68,9 @@ def drawer(
     if clip:
       denoiser = guidance.clip_x0(denoiser, schedule)
     first, later = sample_keys(seed, indices)
-    x = jax.vmap(lambda key: jax.random.normal(key, image_shape))(first)
+    x = jax.vmap(lambda key: jax.random.normal(key, image_shape, jnp.float32))(
+      first
+    )
     out = solve(sampler, denoiser, schedule, grid, x, later, frames)
     return jax.tree.map(to_uint8, out)
 

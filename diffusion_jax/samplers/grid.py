@@ -13,7 +13,7 @@ from diffusion_jax.errors import UserError
 
 
 def uniform(num_timesteps: int, num_steps: int) -> list[int]:
-  """Evenly spaced with both ends: T-1 and 0 are always visited.
+  """Evenly spaced from T-1, with 0 as the last of two or more.
 
   The grid of improved DDPM (arXiv 2102.09672); with num_steps = T it is every
   time.
@@ -23,25 +23,34 @@ def uniform(num_timesteps: int, num_steps: int) -> list[int]:
 
 
 def leading(num_timesteps: int, num_steps: int) -> list[int]:
-  """Multiples of T // num_steps from 0: DDIM's own, never visits T-1."""
+  """Multiples of T / num_steps from 0 on: DDIM's own, short of T-1.
+
+  Where num_steps does not divide T, the published codes disagree, and a grid of
+  equal strides from 0 would end far from the noise: that is refused.
+  """
+  if num_timesteps % num_steps:
+    raise UserError(
+      f'--grid=leading takes a number of steps that divides {num_timesteps}, '
+      f'not {num_steps}: choose another, or --grid=uniform'
+    )
   stride = num_timesteps // num_steps
   return [*range((num_steps - 1) * stride, -1, -stride), -1]
 
 
 def trailing(num_timesteps: int, num_steps: int) -> list[int]:
-  """Equal strides down from T-1, 0 not visited (arXiv 2305.08891, table 2)."""
+  """Equal strides down from T-1 (arXiv 2305.08891, table 2)."""
   times = np.arange(num_timesteps, 0, -num_timesteps / num_steps)[:num_steps]
   return [*(np.rint(times).astype(int) - 1).tolist(), -1]
 
 
 def quadratic(num_timesteps: int, num_steps: int) -> list[float]:
-  """Squares of evenly spaced numbers: dense near the data, both ends visited.
+  """Squares of evenly spaced numbers: dense near the data.
 
-  In the manner of arXiv 2010.02502, appendix D.2. Times are fractional, so
-  that none repeats however dense they lie.
+  From T-1, in the manner of arXiv 2010.02502, appendix D.2. Times are
+  fractional, so that none repeats however dense they lie.
   """
-  roots = np.linspace(np.sqrt(num_timesteps - 1), 0.0, num_steps)
-  return [*np.square(roots).tolist(), -1]
+  roots = np.linspace(1.0, 0.0, num_steps)
+  return [*((num_timesteps - 1) * np.square(roots)).tolist(), -1]
 
 
 GRIDS = {
@@ -78,7 +87,7 @@ def create(grid: str, num_timesteps: int, num_steps: int) -> list:
       f'--grid={grid}: use one of {", ".join(GRIDS)}, or times separated by '
       f'commas, falling from at most {num_timesteps - 1}'
     ) from None
-  times = [int(time) if time == int(time) else time for time in times]
+  times = [int(time) if time.is_integer() else time for time in times]
   if times[-1] != -1:
     times.append(-1)
   check(times, num_timesteps)

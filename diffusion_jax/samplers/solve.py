@@ -55,6 +55,7 @@ def solve(
   rows, memory = sampler.init(schedule, np.asarray(grid, np.float64), x)
   rows = {name: jnp.asarray(row, x.dtype) for name, row in rows.items()}
   num_steps = len(grid) - 1
+  assert list(frames) == sorted(set(frames) & set(range(num_steps + 1)))
   # Where step i's result goes among the frames; past their end: nowhere.
   slots = np.full(num_steps + 1, len(frames))
   slots[list(frames)] = np.arange(len(frames))
@@ -68,9 +69,10 @@ def solve(
 
     def noise():
       def draw(key):
-        return jax.random.normal(jax.random.fold_in(key, i), x.shape[1:])
+        key = jax.random.fold_in(key, i)
+        return jax.random.normal(key, x.shape[1:], x.dtype)
 
-      return jax.vmap(draw)(keys).astype(x.dtype)
+      return jax.vmap(draw)(keys)
 
     x, memory = sampler.step(denoiser, row, x, memory, noise)
     if frames:

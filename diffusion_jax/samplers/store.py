@@ -31,7 +31,12 @@ def open_store(directory, protocol: dict) -> None:
   path = directory / 'store.json'
   protocol = json.loads(json.dumps(protocol))
   if path.exists():
-    stored = json.loads(path.read_text())
+    try:
+      stored = json.loads(path.read_text())
+    except ValueError as e:
+      raise UserError(
+        f'{path} is damaged ({e}): choose another --output'
+      ) from e
     for name in sorted(stored.keys() | protocol.keys()):
       if stored.get(name) != protocol.get(name):
         raise UserError(
@@ -83,7 +88,17 @@ def save(directory, indices, images: np.ndarray) -> None:
 
 
 def load(directory, num_samples: int) -> np.ndarray:
-  """uint8 [num_samples, H, W, C], in the order of the index."""
+  """uint8 [num_samples, H, W, C], in the order of the index.
+
+  Raises:
+    UserError: some are not drawn yet.
+  """
+  absent = missing(directory, num_samples)
+  if len(absent):
+    raise UserError(
+      f'{directory} lacks {len(absent)} of {num_samples} samples, first number '
+      f'{absent[0]}: draw them first'
+    )
   images = None
   for first, end, path in parts(directory):
     block = np.load(path, allow_pickle=False)

@@ -1,0 +1,207 @@
+"""Mistakes: one line, exit code 2, nothing written."""
+
+import json
+
+import binaries
+import pytest
+from ml_collections import ConfigDict
+
+from configs import cifar10, digits
+from diffusion_jax import cli, runs
+from diffusion_jax.errors import UserError
+
+DIGITS = '--config=configs/digits.py'
+
+
+def changed(**values) -> ConfigDict:
+  config = digits.get_config()
+  config.update_from_flattened_dict(values)
+  return config
+
+
+# --- check ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('config', [digits, cifar10])
+@pytest.mark.parametrize('devices', [1, 4, 8, 64])
+def test_shipped_configs_are_well(config, devices):
+  assert cli.check(config.get_config(), range(devices)) == []
+
+
+@pytest.mark.parametrize(
+  ('values', 'devices', 'must'),
+  [
+    ({'batch_size': 63}, 2, ['batch_size=63', '2 x 1 = 2', '62', '64']),
+    ({'batch_size': 0}, 1, ['batch_size=0']),
+    ({'num_steps': 0}, 1, ['num_steps=0']),
+    ({'log_every': -1}, 1, ['log_every=-1']),
+    ({'mesh.data': 7}, 1, ['data=7', '1']),
+    ({'mesh.fsdp': 3}, 8, ['fsdp=3', '8']),
+    ({'mesh.data': -1, 'mesh.fsdp': -1}, 8, ['at most one']),
+    ({'data.image_size': 9}, 1, ['data.image_size=9', 'multiple of 2']),
+    ({'data.image_size': 0}, 1, ['data.image_size=0']),
+    ({'data.channels': 4}, 1, ['data.channels=4', '1 (grey) or 3']),
+    ({'model.num_groups': 5}, 1, ['model.num_groups=5', '32 channels']),
+    ({'model.num_groups': 0}, 1, ['model.num_groups=0']),
+    ({'model.num_heads': 3}, 1, ['model.num_heads=3', '32 channels']),
+    ({'model.multipliers': ()}, 1, ['model.multipliers']),
+    ({'model.multipliers': (1, 0)}, 1, ['model.channels=32 x 0']),
+    ({'model.attention_resolutions': (16,)}, 1, ['has 16', '8, 4']),
+    ({'model.dropout': 1.0}, 1, ['model.dropout=1.0', '[0, 1)']),
+    ({'model.dtype': 'float16'}, 1, ["'float16'", 'bfloat16']),
+    ({'model.num_blocks': 0}, 1, ['model.num_blocks=0']),
+    ({'loss.prediction': 'noise'}, 1, ["'noise'", 'eps, x0, v']),
+    ({'process.schedule': 'cosin'}, 1, ["'cosin'", 'linear']),
+    ({'process.num_timesteps': 1}, 1, ['process.num_timesteps=1']),
+    ({'process.beta_end': 1.5}, 1, ['beta_end=1.5']),
+    ({'optim.lr': 0.0}, 1, ['optim.lr=0.0']),
+    ({'optim.clip_norm': -1.0}, 1, ['optim.clip_norm=-1.0']),
+    ({'ema.decay': 1.0}, 1, ['ema.decay=1.0']),
+    ({'sample.num_images': 0}, 1, ['sample.num_images=0']),
+    ({'seed': -1}, 1, ['seed=-1']),
+  ],
+)
+def test_check_names_the_key_and_what_is_allowed(values, devices, must):
+  messages = cli.check(changed(**values), range(devices))
+  assert messages
+  for word in must:
+    assert word in messages[0]
+  assert all('\n' not in message for message in messages)
+
+
+# --- the command line -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'must'),
+  [
+    ((DIGITS, '--config.modle.width=3'), ['modle', 'Did you mean "model"']),
+    ((DIGITS, '--config.batch_size=many'), ['many', 'batch_size']),
+    ((DIGITS, '--config.batch_size=63'), ['63']),
+    ((DIGITS, '--config.data.name=nonesuch'), ['nonesuch', 'digits', 'tfds:']),
+    ((DIGITS, '--config.data.name=arrays'), ['data.path']),
+    ((DIGITS, '--config.sample.sampler=magic'), ['magic', 'ddim']),
+    ((DIGITS, '--config.sample.num_steps=5000'), ['5000', '1000']),
+    ((DIGITS, '--wrkdir=x'), ['wrkdir', 'workdir']),
+    ((DIGITS, 'stray'), ["'stray'"]),
+    (('--config=configs/none.py',), ['none.py', 'digits']),
+    (('--config=configs/cifar10.py', '--config.data.path={empty}'),
+     ['cifar10', 'prepare_data.sh']),
+    ((), ['--config']),
+  ],
+)  # fmt: skip
+def test_training_answers_in_one_line(tmp_path, arguments, must):
+  workdir = tmp_path / 'w'
+  (tmp_path / 'empty').mkdir()
+  arguments = [a.format(empty=tmp_path / 'empty') for a in arguments]
+  result = binaries.run('train', *arguments, f'--workdir={workdir}', devices=2)
+  for word in must:
+    assert word in result.message
+  assert not workdir.exists()
+  assert list((tmp_path / 'empty').iterdir()) == []
+
+
+def test_a_workdir_is_needed_and_must_be_a_folder(tmp_path):
+  assert '--workdir' in binaries.run('train', DIGITS).message
+  file = tmp_path / 'file'
+  file.write_text('mine')
+  for workdir in (file, file / 'x'):
+    message = binaries.run('train', DIGITS, f'--workdir={workdir}').message
+    assert str(workdir) in message
+  assert file.read_text() == 'mine'
+
+
+@pytest.mark.parametrize('binary', ['train', 'sample'])
+def test_help_reads_well_and_is_no_error(binary):
+  result = binaries.run(binary, '--help')
+  assert result.code == 0
+  assert not result.err
+  assert f'python -m diffusion_jax.{binary}' in result.out
+  assert '--workdir' in result.out
+  assert max(map(len, result.out.splitlines())) <= 80
+  assert 'None' not in result.out
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+  """A config that does not parse is not a wrong flag."""
+  broken = tmp_path / 'broken.py'
+  broken.write_text('def get_config(:\n')
+  result = binaries.run('train', f'--config={broken}', f'--workdir={tmp_path}')
+  assert result.code == 1
+  assert 'SyntaxError' in result.err
+
+
+@pytest.mark.parametrize('name', ['digits', 'digits.py', 'configs/digits.py'])
+def test_shipped_configs_are_found_by_name(name):
+  assert cli.find_config(name).endswith('digits.py')
+
+
+def test_configs_of_ones_own_come_first(tmp_path, monkeypatch):
+  (tmp_path / 'digits.py').write_text('')
+  monkeypatch.chdir(tmp_path)
+  assert cli.find_config('digits.py') == 'digits.py'
+  assert cli.find_config('nothing') is None
+
+
+# --- workdirs -----------------------------------------------------------------
+
+
+def test_a_run_goes_on_only_with_its_own_config(tmp_path):
+  runs.create(tmp_path / 'w', digits.get_config())
+  runs.create(tmp_path / 'w', digits.get_config())
+  with pytest.raises(UserError) as error:
+    runs.create(tmp_path / 'w', changed(seed=77, **{'optim.lr': 2e-3}))
+  text = str(error.value)
+  assert 'seed: 0 there, 77 now' in text
+  assert 'optim.lr' in text
+  assert '\n' not in text
+  assert runs.read_config(tmp_path / 'w')['seed'] == 0
+
+
+def test_what_may_differ_may(tmp_path):
+  runs.create(tmp_path, digits.get_config())
+  new = {
+    'num_steps': 9, 'log_every': 1, 'eval_every': 2, 'sample_every': 3,
+    'checkpoint_every': 4, 'mesh.data': 1, 'mesh.fsdp': 1, 'data.path': 'x',
+  }  # fmt: skip
+  runs.create(tmp_path, changed(**new))
+  assert runs.flatten(runs.read_config(tmp_path)).items() >= new.items()
+  # Another split is another data set.
+  assert not runs.may_change('data.heldout_every')
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path):
+  (tmp_path / 'thesis.tex').write_text('mine')
+  with pytest.raises(UserError, match=r'no config\.json'):
+    runs.create(tmp_path, digits.get_config())
+  assert [p.name for p in tmp_path.iterdir()] == ['thesis.tex']
+  with pytest.raises(UserError, match='train first'):
+    runs.read_config(tmp_path)
+  (tmp_path / 'config.json').write_text('{"a": 1}')
+  with pytest.raises(UserError, match='not a run'):
+    runs.read_config(tmp_path)
+  (tmp_path / 'config.json').write_text('{"a')
+  with pytest.raises(UserError, match='unreadable'):
+    runs.read_config(tmp_path)
+
+
+def test_a_kill_before_the_config_was_whole_is_no_foreign_folder(tmp_path):
+  (tmp_path / 'config.json.tmp').write_text('{"se')
+  runs.create(tmp_path, digits.get_config())
+  assert runs.read_config(tmp_path)['seed'] == 0
+
+
+def test_progress_off_a_terminal_prints_lines(capsys):
+  with cli.Progress('counting', 10, 4, 'things', seconds=0) as progress:
+    for _ in range(6):
+      progress.update(note='loss 1')
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[-1].startswith('counting: 10/10 things, ')
+  assert lines[-1].endswith('left, loss 1')
+
+
+def test_report_is_json_when_asked(capsys):
+  cli.report({'a': 1}, 'text', as_json=True)
+  assert json.loads(capsys.readouterr().out) == {'a': 1}
+  cli.report({'a': 1}, 'text', as_json=False)
+  assert capsys.readouterr().out == 'text\n'

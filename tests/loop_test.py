@@ -1,0 +1,196 @@
+"""The loop and the metrics file, with a step that costs nothing."""
+
+import itertools
+import json
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.training import checkpoint, loop, metrics
+
+
+class State(NamedTuple):
+  step: int
+  params: dict
+
+
+class Kept:
+  """Stands in for Checkpoints; notes what was saved and what was written."""
+
+  def __init__(self, workdir):
+    self.directory = workdir / 'checkpoints'
+    self.file = workdir / 'metrics.jsonl'
+    self.saved = {}
+
+  def save(self, step, state):
+    self.saved[step] = (state.step, len(metrics.read(self.file)))
+    (self.directory / str(step)).mkdir(parents=True)
+
+  def wait(self):
+    pass
+
+
+def steps(loss_of):
+  def step_fn(state, batch):
+    loss = np.float32(loss_of(state.step))
+    values = {'loss': loss, 'grad_norm': np.float32(1)}
+    return State(state.step + 1, state.params), values
+
+  return step_fn
+
+
+def train(workdir, start=0, num_steps=20, loss_of=lambda k: 1 / (k + 1), **kw):
+  kept = Kept(workdir)
+  writer = metrics.Writer(workdir, start)
+  rows = []
+  loop.train(
+    State(start, {}),
+    step_fn=steps(loss_of),
+    batches=itertools.repeat(None),
+    num_steps=num_steps,
+    batch_size=4,
+    every=kw.pop('every', loop.Every(log=1)),
+    checkpoints=kept,
+    writer=writer,
+    on_step=rows.append,
+    **kw,
+  )
+  writer.close()
+  return kept, rows
+
+
+def lines(workdir):
+  text = (workdir / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def test_each_step_is_written_once_and_counted_from_one(tmp_path):
+  _, rows = train(tmp_path)
+  written = lines(tmp_path)
+  assert [row['step'] for row in written] == list(range(1, 21))
+  np.testing.assert_allclose(
+    [row['loss'] for row in written], [1 / k for k in range(1, 21)]
+  )
+  assert len(rows) == 20
+
+
+def test_log_every_skips_rows_not_steps(tmp_path):
+  seen = []
+  kept, _ = train(
+    tmp_path,
+    every=loop.Every(log=5, eval=4, sample=7, checkpoint=6),
+    eval_fn=lambda state: {'heldout_loss': np.float32(state.step)},
+    sample_fn=lambda state, step: seen.append((state.step, step)),
+  )
+  rows = {row['step']: row for row in lines(tmp_path)}
+  assert sorted(rows) == [4, 5, 8, 10, 12, 15, 16, 20]
+  # Held-out values are of the parameters after the update.
+  assert {k: r['heldout_loss'] for k, r in rows.items() if k % 4 == 0} == {
+    4: 4, 8: 8, 12: 12, 16: 16, 20: 20,
+  }  # fmt: skip
+  assert seen == [(7, 7), (14, 14)]
+  assert {k: v[0] for k, v in kept.saved.items()} == {6: 6, 12: 12, 18: 18,
+                                                      20: 20}  # fmt: skip
+
+
+def test_rows_are_on_disk_before_the_checkpoint(tmp_path):
+  """Or a kill between the two would lose a row for ever."""
+  kept, _ = train(tmp_path, every=loop.Every(log=1, checkpoint=5))
+  assert {step: count for step, (_, count) in kept.saved.items()} == {
+    5: 5, 10: 10, 15: 15, 20: 20,
+  }  # fmt: skip
+
+
+def test_metrics_are_fetched_one_step_late(tmp_path):
+  """While step k is being dispatched, row k - 1 is not asked for yet."""
+  order = []
+
+  class Value:
+    def __init__(self, step):
+      self.step = step
+
+    def __array__(self, dtype=None, copy=None):
+      order.append(('fetched', self.step))
+      return np.float32(1)
+
+  def step_fn(state, batch):
+    order.append(('dispatched', state.step))
+    value = Value(state.step)
+    return State(state.step + 1, {}), {'loss': value, 'grad_norm': 1.0}
+
+  writer = metrics.Writer(tmp_path, 0)
+  loop.train(
+    State(0, {}), step_fn=step_fn, batches=itertools.repeat(None),
+    num_steps=5, batch_size=1, every=loop.Every(log=1),
+    checkpoints=Kept(tmp_path), writer=writer,
+  )  # fmt: skip
+  for step in range(4):
+    fetched = order.index(('fetched', step))
+    assert order.index(('dispatched', step + 1)) < fetched
+
+
+@pytest.mark.parametrize('log', [1, 7, 0])
+@pytest.mark.parametrize('broken', [float('nan'), float('inf')])
+def test_a_broken_loss_stops_the_run_and_keeps_what_is_good(
+  tmp_path, log, broken
+):
+  every = loop.Every(log=log, checkpoint=5)
+  with pytest.raises(UserError) as error:
+    train(tmp_path, loss_of=lambda k: broken if k >= 12 else 1, every=every)
+  text = str(error.value)
+  assert '\n' not in text
+  assert f'loss is {broken} at step 13' in text
+  assert 'checkpoint 10 ' in text
+  assert checkpoint.steps(tmp_path / 'checkpoints') == [5, 10]
+
+
+def test_a_gradient_that_is_not_finite_stops_it_too(tmp_path):
+  def step_fn(state, batch):
+    norm = np.float32('inf' if state.step == 3 else 1)
+    return State(state.step + 1, {}), {'loss': 1.0, 'grad_norm': norm}
+
+  with pytest.raises(UserError, match='grad_norm is inf at step 4; no check'):
+    loop.train(
+      State(0, {}), step_fn=step_fn, batches=itertools.repeat(None),
+      num_steps=9, batch_size=1, every=loop.Every(log=0),
+      checkpoints=Kept(tmp_path), writer=metrics.Writer(tmp_path, 0),
+    )  # fmt: skip
+
+
+def test_a_restart_cuts_later_rows_and_mends_a_torn_one(tmp_path):
+  train(tmp_path, num_steps=10)
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text(path.read_text() + '{"step": 11, "lo')  # a kill in mid-line
+  assert [row['step'] for row in metrics.read(path)] == list(range(1, 11))
+  train(tmp_path, start=6, num_steps=12)
+  assert [row['step'] for row in lines(tmp_path)] == list(range(1, 13))
+
+
+def test_nan_of_nothing_is_left_out(tmp_path):
+  writer = metrics.Writer(tmp_path, 0)
+  writer.write(1, {'loss': 1.0, 'loss_q1': float('nan'), 'loss_q2': 2.0})
+  writer.close()
+  assert lines(tmp_path) == [{'step': 1, 'loss': 1.0, 'loss_q2': 2.0}]
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path):
+  """Read back by the format's own framing: length, crc, event, crc."""
+  import struct
+
+  from tensorboardX.proto.event_pb2 import Event
+
+  train(tmp_path, num_steps=3)
+  (path,) = tmp_path.glob('events*')
+  found = []
+  with path.open('rb') as file:
+    while head := file.read(12):
+      event = Event.FromString(file.read(struct.unpack('<Q', head[:8])[0]))
+      file.read(4)
+      found += [
+        (value.tag, event.step, value.simple_value)
+        for value in event.summary.value
+      ]
+  for row in lines(tmp_path):
+    assert ('loss', row['step'], np.float32(row['loss'])) in found

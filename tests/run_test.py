@@ -1,0 +1,286 @@
+"""A whole run, through the binaries: train, kill, go on, sample."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import binaries
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from diffusion_jax import models
+from diffusion_jax.training import checkpoint, metrics, sharding
+
+TINY = {
+  'num_steps': 30,
+  'batch_size': 16,
+  'log_every': 1,
+  'eval_every': 10,
+  'eval_images': 20,
+  'sample_every': 15,
+  'checkpoint_every': 5,
+  'keep_last': 2,
+  'keep_every': 10,
+  'model.channels': 8,
+  'model.num_groups': 4,
+  'model.num_blocks': 1,
+  'model.dropout': 0.1,
+  'optim.warmup_steps': 5,
+  'sample.num_steps': 3,
+  'sample.num_images': 9,
+}
+
+
+def flags(workdir, **changes):
+  return [
+    '--config=configs/digits.py',
+    f'--workdir={workdir}',
+    *(f'--config.{key}={value}' for key, value in {**TINY, **changes}.items()),
+  ]
+
+
+def train(workdir, **changes):
+  result = binaries.run('train', *flags(workdir, **changes))
+  assert result.code == 0, result.err
+  return result
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('runs') / 'digits'
+  train(workdir)
+  return workdir
+
+
+def losses(workdir):
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  assert len({row['step'] for row in rows}) == len(rows)
+  return {row['step']: row['loss'] for row in rows}
+
+
+def final_state(workdir):
+  network = tiny.model()
+  config = json.loads((workdir / 'config.json').read_text())['model']
+  network = models.create(image_shape=tiny.SHAPE, **config)
+  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  where = sharding.shardings(shapes, tiny.one_device())
+  abstract = jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    shapes,
+    where,
+  )
+  folder = workdir / 'checkpoints'
+  return [
+    jax.device_get(checkpoint.load_params(folder, 30, abstract, ema=ema))
+    for ema in (False, True)
+  ]
+
+
+def test_the_workdir_holds_what_was_promised(run):
+  names = {path.name for path in run.iterdir()}
+  assert {'config.json', 'checkpoints', 'metrics.jsonl', 'samples'} <= names
+  assert any(name.startswith('events.out.tfevents') for name in names)
+  assert checkpoint.steps(run / 'checkpoints') == [10, 20, 25, 30]
+  rows = metrics.read(run / 'metrics.jsonl')
+  assert [row['step'] for row in rows] == list(range(1, 31))
+  for row in rows:
+    assert {'loss', 'grad_norm', 'learning_rate'} <= row.keys()
+  assert [r['step'] for r in rows if 'heldout_loss' in r] == [10, 20, 30]
+  assert rows[-1]['images_per_sec'] > 0
+  pictures = sorted(path.name for path in (run / 'samples').iterdir())
+  assert pictures == ['train_00000015.png', 'train_00000030.png']
+
+
+def test_it_learns(run):
+  """The digits are mostly black: 30 steps halve the loss of knowing nothing."""
+  values = losses(run)
+  assert np.mean([values[k] for k in range(26, 31)]) < 0.6 * values[1]
+
+
+def test_it_ends_with_where_the_results_lie(run):
+  again = train(run)
+  assert str(run) in again.out.splitlines()[-1]
+  assert 'step 30' in again.out
+
+
+def test_kill_9_at_any_moment_changes_no_bit(run, tmp_path):
+  """Three kills, each after new rows; then losses and parameters bitwise."""
+  workdir = tmp_path / 'killed'
+  command = [sys.executable, '-m', 'diffusion_jax.train', *flags(workdir)]
+  environment = {**os.environ, 'PYTHONPATH': str(binaries.ROOT)}
+  environment['XLA_FLAGS'] = '--xla_force_host_platform_device_count=1'
+  seen = 0
+  for pause in (0.0, 0.05, 0.2):
+    process = subprocess.Popen(
+      command, cwd=binaries.ROOT, env=environment, stderr=subprocess.DEVNULL,
+      stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    goal = min(seen + 4, 28)
+    while len(metrics.read(workdir / 'metrics.jsonl')) < goal:
+      assert time.monotonic() < deadline
+      assert process.poll() is None, 'it ended before the kill'
+      time.sleep(0.01)
+    time.sleep(pause)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    seen = len(metrics.read(workdir / 'metrics.jsonl'))
+  train(workdir)
+  assert losses(workdir) == losses(run)
+  jax.tree.map(
+    np.testing.assert_array_equal, final_state(run), final_state(workdir)
+  )
+
+
+def test_more_steps_go_on_and_another_seed_does_not(run, tmp_path):
+  workdir = tmp_path / 'longer'
+  shutil.copytree(run, workdir)
+  before = losses(run)
+  train(workdir, num_steps=33, checkpoint_every=0)
+  after = losses(workdir)
+  assert sorted(after) == list(range(1, 34))
+  assert {k: after[k] for k in before} == before
+  result = binaries.run('train', *flags(workdir, seed=77))
+  assert 'seed: 0 there, 77 now' in result.message
+
+
+@pytest.mark.slow
+def test_a_broken_run_stops_and_names_the_last_good_checkpoint(tmp_path):
+  result = binaries.run(
+    'train',
+    *flags(
+      tmp_path, **{'optim.lr': 1e30, 'optim.warmup_steps': 0,
+                   'checkpoint_every': 1},
+    ),
+  )  # fmt: skip
+  lines = [k for k in result.err.splitlines() if k.startswith('error: ')]
+  assert result.code == 2
+  assert len(lines) == 1
+  assert 'training stopped: ' in lines[0]
+  kept = checkpoint.steps(tmp_path / 'checkpoints')
+  assert not kept or f'checkpoint {kept[-1]} ' in lines[0]
+
+
+# --- sampling ---------------------------------------------------------------
+
+
+def sample(workdir, *arguments, devices=1):
+  result = binaries.run(
+    'sample', f'--workdir={workdir}', *arguments, devices=devices
+  )
+  assert result.code == 0, result.err
+  return result
+
+
+def test_sampling_leaves_npz_grid_and_pictures(run, tmp_path):
+  out = tmp_path / 'out'
+  result = sample(
+    run, '--num_samples=10', '--sampler=ddim', '--num_steps=4', '--png',
+    '--trajectory=3', f'--output={out}', '--json',
+  )  # fmt: skip
+  told = json.loads(result.out)
+  assert told['output'] == str(out)
+  assert told['grid'] == [999, 666, 333, 0, -1]
+  with np.load(out / 'samples.npz') as archive:
+    assert list(archive) == ['arr_0']
+    images = archive['arr_0']
+  assert images.shape == (10, 8, 8, 1)
+  assert images.dtype == np.uint8
+  assert len(set(map(bytes, images))) == 10
+  assert len(list((out / 'png').iterdir())) == 10
+  np.testing.assert_array_equal(
+    Image.open(out / 'png' / '000007.png'), images[7, ..., 0]
+  )
+  width, height = Image.open(out / 'grid.png').size
+  assert min(width, height) > 3 * 64
+  assert Image.open(out / 'trajectory.png').size[0] > 5 * 64
+
+
+def test_an_interrupted_store_is_completed_not_redrawn(run, tmp_path):
+  few = [f'--output={tmp_path / "a"}', '--sampler=ddim', '--num_steps=3']
+  sample(run, *few, '--num_samples=5', '--batch_size=2')
+  parts = sorted((tmp_path / 'a' / 'parts').iterdir())
+  stamps = [path.stat().st_mtime_ns for path in parts]
+  sample(run, *few, '--num_samples=9', '--batch_size=7')
+  assert [path.stat().st_mtime_ns for path in parts] == stamps
+  whole = [f'--output={tmp_path / "b"}', '--sampler=ddim', '--num_steps=3']
+  sample(run, *whole, '--num_samples=9', devices=8)
+  a, b = (np.load(tmp_path / name / 'samples.npz')['arr_0'] for name in 'ab')
+  difference = np.abs(a.astype(int) - b)
+  assert difference.max() <= 1
+  assert (difference > 0).mean() < 1e-3
+
+
+def test_default_is_the_papers_sampler_and_stores_have_names(run):
+  result = sample(run, '--num_samples=1', '--grid=900,500,20', '--noema')
+  assert 'step30_ancestral3' in result.out
+  (path,) = (run / 'samples').glob('step30_ancestral3*')
+  told = json.loads((path / 'store.json').read_text())
+  assert told['grid'] == [900, 500, 20, -1]
+  assert told['ema'] is False
+  assert path.name.endswith('raw')
+  shutil.rmtree(path)
+
+
+def test_any_checkpoint_of_the_run(run, tmp_path):
+  drawn = {}
+  for step in (10, 20):
+    out = tmp_path / str(step)
+    sample(
+      run, f'--step={step}', '--num_samples=2', '--sampler=ddim',
+      '--num_steps=2', f'--output={out}', '--noclip',
+    )  # fmt: skip
+    drawn[step] = np.load(out / 'samples.npz')['arr_0']
+    assert json.loads((out / 'store.json').read_text())['step'] == step
+  assert np.any(drawn[10] != drawn[20])
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'must'),
+  [
+    (['--num_samples=0'], 'num_samples=0'),
+    (['--batch_size=-1'], 'batch_size=-1'),
+    (['--num_samples=some'], 'some'),
+    (['--sampler=magic'], 'magic'),
+    (['--sampler=ddim', '--num_steps=5000'], '5000'),
+    (['--sampler=ddim', '--num_steps=0'], 'num_steps=0'),
+    (['--sampler=ddim', '--eta=1.5'], 'eta=1.5'),
+    (['--eta=0.5'], '--eta=0.5: ancestral has no such option'),
+    (['--variance=large'], 'large'),
+    (['--grid=1,2,3'], 'fall'),
+    (['--grid=sideways'], 'sideways'),
+    (['--step=11'], '10, 20, 25, 30'),
+    (['--frobnicate=1'], 'frobnicate'),
+    (['--output=/dev/null/x'], '/dev/null'),
+  ],
+)
+def test_sampling_answers_in_one_line(run, arguments, must):
+  before = sorted(map(str, run.rglob('*')))
+  result = binaries.run('sample', f'--workdir={run}', *arguments)
+  assert must in result.message
+  assert sorted(map(str, run.rglob('*'))) == before
+
+
+def test_sampling_of_no_run(tmp_path):
+  empty = tmp_path / 'empty'
+  result = binaries.run('sample', f'--workdir={empty}')
+  assert str(empty) in result.message
+  assert 'train first' in result.message
+  assert not empty.exists()
+
+
+def test_another_protocol_needs_another_output(run, tmp_path):
+  out = f'--output={tmp_path / "o"}'
+  some = ['--num_samples=2', '--sampler=ddim', '--num_steps=2', out]
+  sample(run, *some)
+  result = binaries.run('sample', f'--workdir={run}', *some, '--seed=3')
+  assert 'seed=0, not 3' in result.message
+  assert Path(tmp_path / 'o' / 'samples.npz').exists()

@@ -1,0 +1,297 @@
+"""The sample store: every image drawn once, whatever happens on the way."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.samplers import store
+
+PROTOCOL = {'step': 9, 'eta': None, 'grid': [999, 0.5, -1], 'seed': 0}
+COUNT = 100
+
+
+class Killed(BaseException):
+  """What no handler of ordinary errors may swallow."""
+
+
+class Artist:
+  """Draws image i from i alone, and remembers whatever it was asked for."""
+
+  def __init__(self, fails_at=None):
+    self.calls = []
+    self.fails_at = fails_at
+
+  def __call__(self, indices):
+    if len(self.calls) == self.fails_at:
+      raise Killed
+    self.calls.append(np.array(indices))
+    return pictures_of(indices)
+
+  @property
+  def drawn(self):
+    return set(np.concatenate(self.calls).tolist()) if self.calls else set()
+
+
+def pictures_of(indices):
+  """uint8 [n, 2, 3, 1]; no two of 256 indices agree, none is all zero."""
+  indices = np.asarray(indices)[:, None, None, None]
+  return (indices + 17 * np.arange(1, 7).reshape(1, 2, 3, 1)).astype(np.uint8)
+
+
+def open_new(path, protocol=PROTOCOL):
+  store.open_store(path, protocol)
+  return path
+
+
+def tree(path):
+  """Every file below, with its bytes."""
+  return {
+    str(p.relative_to(path)): p.read_bytes()
+    for p in Path(path).rglob('*')
+    if p.is_file()
+  }
+
+
+def assert_complete(path, count=COUNT):
+  images = store.load(path, count)
+  assert images.dtype == np.uint8
+  np.testing.assert_array_equal(images, pictures_of(np.arange(count)))
+  assert store.missing(path, count).size == 0
+
+
+# --- filling -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('batch_size', [1, 7, 64, 100, 1000])
+def test_any_batch_size_leaves_the_same_images(tmp_path, batch_size):
+  artist, kept = Artist(), []
+  path = open_new(tmp_path / 'a' / 'store')
+  store.fill(path, COUNT, batch_size, artist, kept.append)
+  assert_complete(path)
+  assert artist.drawn == set(range(COUNT))
+  # One program serves all batches, so the last one is full too.
+  assert {len(call) for call in artist.calls} == {batch_size}
+  assert len(artist.calls) == -(-COUNT // batch_size)
+  assert sum(kept) == COUNT
+  assert len(kept) == len(artist.calls)
+
+
+@pytest.mark.parametrize(
+  ('before', 'batches', 'after'),
+  [(7, 3, 64), (64, 1, 7), (1, 10, 1), (9, 0, 9)],
+)
+def test_an_interrupted_job_redraws_nothing(tmp_path, before, batches, after):
+  path = open_new(tmp_path / 'store')
+  first = Artist(fails_at=batches)
+  with pytest.raises(Killed):
+    store.fill(path, COUNT, before, first)
+  assert first.drawn == set(range(before * batches))
+  second = Artist()
+  store.fill(open_new(path), COUNT, after, second)
+  assert second.drawn == set(range(COUNT)) - first.drawn
+  assert_complete(path)
+  third = Artist()
+  store.fill(open_new(path), COUNT, 5, third)
+  assert not third.calls
+
+
+def test_a_kill_in_the_middle_of_a_file_leaves_none(tmp_path, monkeypatch):
+  """Half of the bytes are on the disk, under another name; nothing reads it."""
+  path = open_new(tmp_path / 'store')
+  store.fill(path, 8, 4, Artist())
+  whole = np.save
+
+  def half(file, block, **kwargs):
+    whole(file, block, **kwargs)
+    file.truncate(file.tell() - 5)
+    raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(np, 'save', half)
+    with pytest.raises(Killed):
+      store.fill(path, 16, 4, Artist())
+  assert any(name.endswith('.tmp') for name in tree(path))
+  np.testing.assert_array_equal(store.missing(path, 16), np.arange(8, 16))
+  again = Artist()
+  store.fill(open_new(path), 16, 3, again)
+  assert again.drawn == set(range(8, 16))
+  assert_complete(path, 16)
+
+
+def test_torn_files_are_ignored(tmp_path):
+  path = open_new(tmp_path / 'store')
+  store.fill(path, 10, 5, Artist())
+  (path / 'store.json.tmp').write_bytes(b'{"step"')
+  (path / 'parts' / '000000010-000000014.npy.tmp').write_bytes(b'\x93NUMPY')
+  (path / 'samples.npz.tmp').write_bytes(b'PK')
+  open_new(path)
+  np.testing.assert_array_equal(store.missing(path, 15), np.arange(10, 15))
+  assert_complete(path, 10)
+
+
+def test_more_samples_draw_only_the_rest(tmp_path):
+  path = open_new(tmp_path / 'store')
+  store.fill(path, 30, 8, Artist())
+  artist = Artist()
+  store.fill(path, COUNT, 8, artist)
+  assert artist.drawn == set(range(30, COUNT))
+  assert_complete(path)
+
+
+@pytest.mark.parametrize('count', [1, 7, 8, 9, 31])
+def test_fewer_samples_are_the_first_of_them(tmp_path, count):
+  path = open_new(tmp_path / 'store')
+  store.fill(path, COUNT, 8, Artist())
+  artist = Artist()
+  store.fill(path, count, 8, artist)
+  assert not artist.calls
+  assert_complete(path, count)
+
+
+def test_holes_are_filled(tmp_path):
+  """A part that was deleted, and one in the middle: only those are drawn."""
+  path = open_new(tmp_path / 'store')
+  store.fill(path, COUNT, 10, Artist())
+  for first in (0, 40, 60):
+    (path / 'parts' / f'{first:09d}-{first + 9:09d}.npy').unlink()
+  artist = Artist()
+  store.fill(path, COUNT, 25, artist)
+  assert artist.drawn == {*range(10), *range(40, 50), *range(60, 70)}
+  assert_complete(path)
+
+
+def test_overlapping_parts_are_harmless(tmp_path):
+  """Two jobs at once: they draw the same, so it is all one who was last."""
+  path = open_new(tmp_path / 'store')
+  for first, end in ((0, 10), (5, 12), (5, 8), (20, 30), (0, 3)):
+    indices = np.arange(first, end)
+    store.save(path, indices, pictures_of(indices))
+  np.testing.assert_array_equal(store.missing(path, 30), np.arange(12, 20))
+  artist = Artist()
+  store.fill(path, COUNT, 16, artist)
+  assert artist.drawn == {*range(12, 20), *range(30, COUNT)}
+  assert_complete(path)
+
+
+def test_many_samples_stay_in_order(tmp_path):
+  """Names are padded to nine digits; the order may not depend on that."""
+  path = open_new(tmp_path / 'store')
+  indices = np.arange(999_999_998, 1_000_000_003)
+  store.save(path, indices, pictures_of(indices))
+  store.save(path, [3], pictures_of([3]))
+  found = [(first, end) for first, end, _ in store.parts(path)]
+  assert sorted(found) == [(3, 4), (999_999_998, 1_000_000_003)]
+  np.testing.assert_array_equal(store.missing(path, 5), [0, 1, 2, 4])
+
+
+# --- reading -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('drawn', [range(0), range(5), range(3, 10)])
+def test_a_store_with_holes_is_not_read(tmp_path, drawn):
+  """Black images among the drawn would go unnoticed into a metric."""
+  path = open_new(tmp_path / 'store')
+  if drawn:
+    store.save(path, np.array(drawn), pictures_of(drawn))
+  with pytest.raises(UserError) as error:
+    store.load(path, 10)
+  assert str(path) in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_the_npz_holds_one_array(tmp_path):
+  path = open_new(tmp_path / 'store')
+  store.fill(path, 12, 5, Artist())
+  before = tree(path)
+  written = store.write_npz(path, store.load(path, 12))
+  assert written == path / 'samples.npz'
+  with np.load(written, allow_pickle=False) as arrays:
+    assert arrays.files == ['arr_0']
+    assert arrays['arr_0'].dtype == np.uint8
+    np.testing.assert_array_equal(arrays['arr_0'], pictures_of(np.arange(12)))
+  assert tree(path).keys() - before.keys() == {'samples.npz'}
+  # It lies in the store, and does not keep the store from being opened.
+  assert_complete(open_new(path), 12)
+
+
+# --- opening -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('protocol', [PROTOCOL, {'a': 1.5, 'b': [1, None]}])
+def test_the_same_protocol_opens_again(tmp_path, protocol):
+  path = open_new(tmp_path / 'store', protocol)
+  before = tree(path)
+  # A tuple and a list are one in JSON; so are they here.
+  again = {
+    k: tuple(v) if isinstance(v, list) else v for k, v in protocol.items()
+  }
+  open_new(path, again)
+  assert tree(path) == before
+  assert json.loads((path / 'store.json').read_text()) == protocol
+
+
+@pytest.mark.parametrize(
+  ('change', 'said'),
+  [
+    ({'seed': 3}, ['seed', '0', '3']),
+    ({'eta': 0.5}, ['eta', 'None', '0.5']),
+    ({'grid': [999, -1]}, ['grid', '[999, 0.5, -1]', '[999, -1]']),
+    ({'clip': True}, ['clip', 'None', 'True']),
+  ],
+)
+def test_another_protocol_is_refused_in_one_line(tmp_path, change, said):
+  """It names the folder, the field and both values, and changes nothing."""
+  path = open_new(tmp_path / 'store')
+  store.fill(path, 5, 5, Artist())
+  before = tree(path)
+  with pytest.raises(UserError) as error:
+    store.open_store(path, PROTOCOL | change)
+  message = str(error.value)
+  assert '\n' not in message
+  assert str(path) in message
+  # The path may have digits of its own.
+  for word in said:
+    assert word in message.replace(str(path), '')
+  assert tree(path) == before
+
+
+@pytest.mark.parametrize('name', ['notes.txt', 'parts/a.npy', '.hidden'])
+def test_a_foreign_folder_is_refused_and_untouched(tmp_path, name):
+  (tmp_path / name).parent.mkdir(exist_ok=True)
+  (tmp_path / name).write_text('mine')
+  with pytest.raises(UserError) as error:
+    store.open_store(tmp_path, PROTOCOL)
+  assert str(tmp_path) in str(error.value)
+  assert '\n' not in str(error.value)
+  assert tree(tmp_path) == {name: b'mine'}
+
+
+@pytest.mark.parametrize('left', [None, 'store.json.tmp'])
+def test_a_kill_before_the_store_began_is_recovered(tmp_path, left):
+  """The folder is there and store.json is not: empty, or with half of it."""
+  if left:
+    (tmp_path / left).write_text('{"st')
+  store.fill(open_new(tmp_path), 10, 4, Artist())
+  assert_complete(tmp_path, 10)
+  assert json.loads((tmp_path / 'store.json').read_text()) == PROTOCOL
+
+
+def test_a_kill_while_the_protocol_is_written_is_recovered(
+  tmp_path, monkeypatch
+):
+  """At every moment: what one attempt leaves, the next one opens."""
+  path = tmp_path / 'deep' / 'store'
+
+  def killed(*args):
+    raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr('diffusion_jax.files.os.replace', killed)
+    with pytest.raises(Killed):
+      open_new(path)
+  assert not (path / 'store.json').exists()
+  store.fill(open_new(path), 10, 4, Artist())
+  assert_complete(path, 10)
