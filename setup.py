@@ -51,7 +51,7 @@ setup(
     'cuda': ['jax[cuda12]>=0.10.2'],
     # TensorFlow prepares data sets (launch/prepare_data.sh), nothing else.
     'prepare': ['tensorflow-cpu>=2.20', 'importlib_resources'],
-    'test': ['pytest>=8.4', 'ruff>=0.14'],
+    'test': ['pytest>=8.4', 'pytest-xdist>=3.8', 'ruff>=0.14'],
     # Pinned: the golden files come from these.
     'parity': ['torch==2.13.0', 'diffusers==0.42.1'],
   },

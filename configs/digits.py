@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 def get_config():
   config = ConfigDict()
   config.seed = 0
-  config.num_steps = 2500
+  config.num_steps = 3000
   config.batch_size = 64  # over all devices
 
   # In steps; 0 = never.
@@ -45,7 +45,7 @@ def get_config():
   config.model.name = 'unet'
   config.model.channels = 32
   config.model.multipliers = (1, 2)
-  config.model.num_blocks = 2
+  config.model.num_blocks = 1
   config.model.attention_resolutions = (4,)
   config.model.num_heads = 1
   config.model.num_groups = 8
@@ -68,7 +68,7 @@ def get_config():
   config.optim.b2 = 0.999
   config.optim.eps = 1e-8
 
-  config.ema = ConfigDict({'decay': 0.995})
+  config.ema = ConfigDict({'decay': 0.998})
 
   # Grids on the way.
   config.sample = ConfigDict()

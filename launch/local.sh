@@ -25,6 +25,10 @@ done
 
 . launch/environment.sh
 install_package .
+# On a CPU, XLA's buffers are handed back to the system after every step and
+# asked for again, unless glibc is told to keep them: a seventh of the time.
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4000000000}
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4000000000}
 
 if [ -n "$fresh" ] && [ -e "$workdir" ]; then
   # Only what a run has made is removed.

@@ -22,4 +22,5 @@ done
 . launch/environment.sh
 install_package ".[$extra]"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-python -m pytest -q "${arguments[@]}"
+# A worker for each core; a file's tests share what they have set up.
+python -m pytest -q -n auto --dist loadfile "${arguments[@]}"

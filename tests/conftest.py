@@ -8,9 +8,13 @@ import tempfile
 import jax
 import pytest
 
-# Many tests compile the same small programs; the binaries that they start too.
-CACHE = tempfile.mkdtemp(prefix='diffusion_jax_tests_')
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+# Many tests compile the same small programs, the binaries that they start too:
+# one cache for the session, its workers and their children.
+CACHE = os.environ.get('DIFFUSION_JAX_TEST_CACHE')
+if not CACHE:
+  CACHE = tempfile.mkdtemp(prefix='diffusion_jax_tests_')
+  atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+  os.environ['DIFFUSION_JAX_TEST_CACHE'] = CACHE
 os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 jax.config.update('jax_compilation_cache_dir', CACHE)

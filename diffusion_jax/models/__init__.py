@@ -47,7 +47,7 @@ def create(name: str, image_shape: tuple[int, int, int], **kwargs) -> Model:
     )
 
   def build(key):
-    return MODELS[name](image_shape, rngs=nnx.Rngs(params=key), **kwargs)
+    return MODELS[name](image_shape, rngs=_Keys(key), **kwargs)
 
   abstract = nnx.eval_shape(lambda: build(jax.random.key(0)))
   graphdef, state = nnx.split(abstract)
@@ -72,6 +72,20 @@ def names(params) -> list[str]:
 def count(params) -> int:
   """How many numbers the parameters hold."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+class _Keys:
+  """The keys of the initial values, as layers ask for them.
+
+  Stands in for nnx.Rngs, whose traced counters take seconds to build a network.
+  """
+
+  def __init__(self, key):
+    self._key, self._count = key, 0
+
+  def params(self):
+    self._count += 1
+    return jax.random.fold_in(self._key, self._count - 1)
 
 
 def _to_params(state: nnx.State) -> dict:

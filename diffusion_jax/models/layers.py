@@ -32,7 +32,7 @@ def linear(inputs, outputs, *, scale=1.0, **kwargs) -> nnx.Linear:
 def norm(channels, num_groups, **kwargs) -> nnx.GroupNorm:
   # Statistics are float32 whatever dtype says; two passes for accuracy.
   return nnx.GroupNorm(
-    channels, num_groups, epsilon=1e-6, use_fast_variance=True, **kwargs
+    channels, num_groups, epsilon=1e-6, use_fast_variance=False, **kwargs
   )
 
 

@@ -1,0 +1,1 @@
+"""Our networks against other people's: one module for each, used by tests."""
