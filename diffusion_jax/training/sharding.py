@@ -10,6 +10,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -121,9 +122,7 @@ def to_host(array) -> np.ndarray:
   """A global array as NumPy, on every process."""
   if array.is_fully_addressable:
     return np.asarray(array)
-  return np.asarray(
-    jax.experimental.multihost_utils.process_allgather(array, tiled=True)
-  )
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def gathering(apply, mesh: Mesh, rules=RULES):
