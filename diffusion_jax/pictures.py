@@ -30,7 +30,7 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
   count, height, width, _ = tiles.shape
   columns = columns or math.ceil(math.sqrt(count))
   rows = math.ceil(count / columns)
-  gap = max(4, height // 12)
+  gap = max(4, height // 8)
   canvas = np.full(
     (rows * (height + gap) + gap, columns * (width + gap) + gap, 3),
     GUTTER,

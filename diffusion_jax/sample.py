@@ -82,8 +82,9 @@ def main():
   image_shape = runs.image_shape(config['data'])
   model = models.create(image_shape=image_shape, **config['model'])
   schedule = schedules.create(**config['process'])
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
   params = checkpoint.load_params(
-    directory, at, _abstract_params(model, mesh), ema=FLAGS.ema
+    directory, at, sharding.abstract(shapes, mesh), ema=FLAGS.ema
   )
   store.open_store(output, _protocol(config, at, times, params))
 
@@ -154,17 +155,6 @@ def _name(at, steps):
   parts += [f'seed{FLAGS.seed}']
   parts += ['raw'] * (not FLAGS.ema) + ['noclip'] * (not FLAGS.clip)
   return '_'.join(parts).replace(',', '-')[:100]
-
-
-def _abstract_params(model, mesh):
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  return jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=where
-    ),
-    shapes,
-    sharding.shardings(shapes, mesh),
-  )
 
 
 def _protocol(config, at, times, params) -> dict:

@@ -42,8 +42,9 @@ def main():
   config, workdir = FLAGS.config, Path(FLAGS.workdir)
 
   # Every answer to a mistake comes before anything is written.
-  for message in cli.check(config, jax.devices()):
-    raise UserError(message)
+  wrong = cli.check(config, jax.devices())
+  if wrong:
+    raise UserError(wrong[0])
   source = _source(config.data, config.data.train_split)
   heldout = _source(config.data, config.data.heldout_split)
   sampler = samplers.create(config.sample.sampler)
@@ -127,7 +128,8 @@ def main():
       indices = sharding.padded_indices(config.sample.num_images, mesh)
       images = sharding.to_host(draw_fn(train_state.ema_params, indices))
       picture = pictures.grid(images[: config.sample.num_images])
-      pictures.save(_made(workdir / 'samples') / f'train_{at:08d}.png', picture)
+      (workdir / 'samples').mkdir(exist_ok=True)
+      pictures.save(workdir / 'samples' / f'train_{at:08d}.png', picture)
       writer.picture(at, 'samples', picture)
 
     with cli.Progress('training', config.num_steps, start) as progress:
@@ -182,11 +184,6 @@ def _heldout_loss(loss_fn, params, source, batch_size, num_images, mesh):
     total += loss_fn(params, batch, placed, first)
     first, count = first + batch_size, count + weight.sum()
   return total / count
-
-
-def _made(folder):
-  folder.mkdir(exist_ok=True)
-  return folder
 
 
 def _finish(workdir, at, row):

@@ -150,7 +150,7 @@ def test_a_run_goes_on_only_with_its_own_config(tmp_path):
   runs.create(tmp_path / 'w', digits.get_config())
   runs.create(tmp_path / 'w', digits.get_config())
   with pytest.raises(UserError) as error:
-    runs.create(tmp_path / 'w', changed(seed=77, **{'optim.lr': 2e-3}))
+    runs.create(tmp_path / 'w', changed(seed=77, **{'optim.lr': 7e-3}))
   text = str(error.value)
   assert 'seed: 0 there, 77 now' in text
   assert 'optim.lr' in text

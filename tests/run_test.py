@@ -16,7 +16,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from diffusion_jax import models
+from diffusion_jax import models, runs
 from diffusion_jax.training import checkpoint, metrics, sharding
 
 TINY = {
@@ -67,16 +67,10 @@ def losses(workdir):
 
 
 def final_state(workdir):
-  network = tiny.model()
-  config = json.loads((workdir / 'config.json').read_text())['model']
+  config = runs.read_config(workdir)['model']
   network = models.create(image_shape=tiny.SHAPE, **config)
   shapes = jax.eval_shape(network.init, jax.random.key(0))
-  where = sharding.shardings(shapes, tiny.one_device())
-  abstract = jax.tree.map(
-    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-    shapes,
-    where,
-  )
+  abstract = sharding.abstract(shapes, tiny.one_device())
   folder = workdir / 'checkpoints'
   return [
     jax.device_get(checkpoint.load_params(folder, 30, abstract, ema=ema))

@@ -95,6 +95,17 @@ def shardings(tree, mesh: Mesh, rules=RULES):
   )
 
 
+def abstract(tree, mesh: Mesh, rules=RULES):
+  """Shapes -> shapes that say where each leaf lies."""
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=where
+    ),
+    tree,
+    shardings(tree, mesh, rules),
+  )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 

@@ -44,13 +44,7 @@ def abstract_state(model, optimizer, mesh) -> TrainState:
   shapes = jax.eval_shape(
     lambda: init_state(jax.random.key(0), model, optimizer)
   )
-  return jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=where
-    ),
-    shapes,
-    sharding.shardings(shapes, mesh),
-  )
+  return sharding.abstract(shapes, mesh)
 
 
 def create(key, model, optimizer, mesh) -> TrainState:
