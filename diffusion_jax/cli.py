@@ -6,6 +6,7 @@ it: absl's flags, ml_collections, a check, a file. A bug keeps its traceback.
 
 import importlib.util
 import json
+import math
 import os
 import sys
 import textwrap
@@ -17,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 from tqdm import tqdm
 
-from diffusion_jax import runs
+from diffusion_jax import models, runs
 from diffusion_jax.errors import UserError
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.training import sharding
@@ -169,11 +170,32 @@ def find_config(name: str) -> str | None:
 # --- checks -----------------------------------------------------------------
 
 
+# Every run's config has these, and its model's arguments under `model`.
+KEYS = (
+  *('seed', 'num_steps', 'batch_size', 'log_every', 'eval_every'),
+  *('eval_images', 'sample_every', 'checkpoint_every', 'keep_last'),
+  *('keep_every', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'data.name'),
+  *('data.path', 'data.train_split', 'data.heldout_split'),
+  *('data.heldout_every', 'data.image_size', 'data.channels', 'data.flip'),
+  *('model.name', 'model.channels', 'model.multipliers', 'model.num_blocks'),
+  *('model.attention_resolutions', 'model.num_heads', 'model.num_groups'),
+  *('model.dropout', 'model.dtype', 'process.schedule'),
+  *('process.num_timesteps', 'process.beta_start', 'process.beta_end'),
+  *('loss.prediction', 'optim.lr', 'optim.warmup_steps', 'optim.clip_norm'),
+  *('optim.b1', 'optim.b2', 'optim.eps', 'ema.decay', 'sample.sampler'),
+  *('sample.grid', 'sample.num_steps', 'sample.num_images'),
+)
+
+
 def check(config: config_dict.ConfigDict, devices: Sequence) -> list[str]:
   """What is wrong with a config on these devices, a line each; [] is well.
 
   Only arithmetic: no file is touched, nothing is compiled.
   """
+  there = runs.flatten(config.to_dict())
+  lacking = [key for key in KEYS if key not in there]
+  if lacking:
+    return [f'the config has no {", ".join(lacking)}: every run has these keys']
   rules = [
     *_counts(config),
     *_mesh(config, len(devices)),
@@ -212,7 +234,15 @@ def _mesh(config, num_devices):
 def _model(model, data):
   size, levels = data.image_size, len(model.multipliers)
   halved = 2 ** (levels - 1)
+  yield (
+    model.name in models.MODELS,
+    f'model.name={model.name!r}: one of {", ".join(models.MODELS)}',
+  )
   yield levels > 0, 'model.multipliers is empty: one a level'
+  yield (
+    all(isinstance(multiplier, int) for multiplier in model.multipliers),
+    f'model.multipliers={model.multipliers}: whole numbers',
+  )
   yield (
     size > 0 and size % halved == 0,
     f'data.image_size={size}: {levels} model.multipliers halve it '
@@ -265,7 +295,10 @@ def _process(config):
     f'process.beta_start={process.beta_start}, beta_end={process.beta_end}: '
     '0 < beta_start <= beta_end < 1',
   )
-  yield optim.lr > 0, f'optim.lr={optim.lr}: above 0'
+  yield 0 < optim.lr < math.inf, f'optim.lr={optim.lr}: above 0, finite'
+  for key in ('b1', 'b2'):
+    yield 0 <= optim[key] < 1, f'optim.{key}={optim[key]}: in [0, 1)'
+  yield optim.eps > 0, f'optim.eps={optim.eps}: above 0'
   for key in ('warmup_steps', 'clip_norm'):
     yield optim[key] >= 0, f'optim.{key}={optim[key]}: 0 (none) or more'
   yield 0 <= config.ema.decay < 1, f'ema.decay={config.ema.decay}: in [0, 1)'
@@ -329,6 +362,11 @@ class Progress:
         file=sys.stderr,
         flush=True,
       )
+
+
+def say(text: str) -> None:
+  """A line for people, on stderr: what runs, not what came of it."""
+  print(text, file=sys.stderr, flush=True)
 
 
 def report(result: dict, text: str, as_json: bool) -> None:

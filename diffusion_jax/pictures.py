@@ -16,6 +16,11 @@ def enlarge(images: np.ndarray) -> np.ndarray:
   return np.broadcast_to(images, (*images.shape[:3], 3))
 
 
+def gutter(tile: int) -> int:
+  """The width of the white between tiles of this size, in pixels."""
+  return max(4, tile // 8)
+
+
 def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
   """Images side by side, with white gutters.
 
@@ -30,7 +35,7 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
   count, height, width, _ = tiles.shape
   columns = columns or math.ceil(math.sqrt(count))
   rows = math.ceil(count / columns)
-  gap = max(4, height // 8)
+  gap = gutter(height)
   canvas = np.full(
     (rows * (height + gap) + gap, columns * (width + gap) + gap, 3),
     GUTTER,
@@ -60,10 +65,13 @@ def trajectory(frames: np.ndarray, times) -> np.ndarray:
   canvas = Image.new('RGB', (picture.shape[1], picture.shape[0] + band), GUTTER)
   canvas.paste(Image.fromarray(picture), (0, band))
   pen = ImageDraw.Draw(canvas)
-  step = picture.shape[1] / len(frames)
+  gap = gutter(enlarge(frames[:1, 0]).shape[1])
+  pitch = (picture.shape[1] - gap) / len(frames)
   for i, time in enumerate(times):
     text = 'x0' if time < 0 else f't = {time:.4g}'
-    pen.text(((i + 0.5) * step, 3), text, fill=(60, 60, 60), anchor='ma')
+    pen.text(
+      (gap / 2 + (i + 0.5) * pitch, 3), text, fill=(60, 60, 60), anchor='ma'
+    )
   return np.asarray(canvas)
 
 

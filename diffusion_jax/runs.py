@@ -6,8 +6,11 @@ metrics.jsonl          one object a line; TensorBoard's events beside it
 samples/               grids on the way (train_*.png) and sample stores
 """
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import config_dict
@@ -18,7 +21,7 @@ from diffusion_jax.errors import UserError
 # What may differ from config.json when a run goes on, and every *_every.
 MAY_CHANGE = ('num_steps', 'mesh', 'data.path')
 
-TORN = 'config.json.tmp'  # what a kill may leave of a new run
+LOCK = '.lock'
 
 
 def flatten(config: dict, prefix: str = '') -> dict:
@@ -73,7 +76,7 @@ def create(workdir, config: config_dict.ConfigDict) -> None:
         f'--workdir={workdir} holds a run of another config ('
         f'{"; ".join(other)}): give it its own values or another folder'
       )
-  elif path.exists() and {p.name for p in path.iterdir()} - {TORN}:
+  elif path.exists() and files.entries(path) - {LOCK}:
     raise UserError(
       f'--workdir={workdir} is not empty and has no config.json: give a new '
       'folder'
@@ -86,6 +89,24 @@ def create(workdir, config: config_dict.ConfigDict) -> None:
     raise UserError(
       f'--workdir={workdir} cannot be written ({e.strerror})'
     ) from e
+
+
+@contextlib.contextmanager
+def lock(workdir) -> Iterator[None]:
+  """Holds a run against a second trainer; a kill lets go of it.
+
+  Raises:
+    UserError: another process trains there.
+  """
+  with (Path(workdir) / LOCK).open('a') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise UserError(
+        f'--workdir={workdir}: another process trains there; wait for it, or '
+        'give another folder'
+      ) from e
+    yield
 
 
 def read_config(workdir) -> dict:

@@ -57,8 +57,8 @@ TRAJECTORY_FRAMES = 10
 
 
 def main():
-  config = runs.read_config(FLAGS.workdir)
-  workdir = Path(FLAGS.workdir)
+  workdir = Path(FLAGS.workdir).expanduser()
+  config = runs.read_config(workdir)
   for name, least in (
     ('num_samples', 1), ('batch_size', 1), ('grid_images', 1),
     ('trajectory', 0), ('seed', 0),
@@ -75,7 +75,9 @@ def main():
   times = grid.create(FLAGS.grid, num_timesteps, steps)
   directory = workdir / 'checkpoints'
   at = checkpoint.find_step(directory, FLAGS.step)
-  output = Path(FLAGS.output or workdir / 'samples' / _name(at, len(times) - 1))
+  output = Path(
+    FLAGS.output or workdir / 'samples' / _name(at, len(times) - 1)
+  ).expanduser()
   runs.usable_folder('output', output)
 
   mesh = sharding.make_mesh()
@@ -154,7 +156,10 @@ def _name(at, steps):
   parts = [f'step{at}', f'{FLAGS.sampler}{steps}', *options, *grid_name]
   parts += [f'seed{FLAGS.seed}']
   parts += ['raw'] * (not FLAGS.ema) + ['noclip'] * (not FLAGS.clip)
-  return '_'.join(parts).replace(',', '-')[:100]
+  name = '_'.join(parts).replace(',', '-')
+  if len(name) > 100:  # a long literal grid
+    name = f'{name[:80]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}'
+  return name
 
 
 def _protocol(config, at, times, params) -> dict:
@@ -166,7 +171,10 @@ def _protocol(config, at, times, params) -> dict:
     'step': at,
     'ema': FLAGS.ema,
     'weights_sha256': digest.hexdigest(),
-    'dtype': config['model']['dtype'],
+    'model': config['model'],
+    'process': config['process'],
+    'loss': config['loss'],
+    'image_shape': runs.image_shape(config['data']),
     'sampler': FLAGS.sampler,
     **samplers.options(FLAGS.sampler, eta=FLAGS.eta, variance=FLAGS.variance),
     'clip': FLAGS.clip,

@@ -39,28 +39,24 @@ flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 
 def main():
-  config, workdir = FLAGS.config, Path(FLAGS.workdir)
-
-  # Every answer to a mistake comes before anything is written.
+  config, workdir = FLAGS.config, Path(FLAGS.workdir).expanduser()
   wrong = cli.check(config, jax.devices())
   if wrong:
     raise UserError(wrong[0])
-  source = _source(config.data, config.data.train_split)
-  heldout = _source(config.data, config.data.heldout_split)
+  source, heldout = _sources(config.data)
   sampler = samplers.create(config.sample.sampler)
   times = grid.create(
     config.sample.grid, config.process.num_timesteps, config.sample.num_steps
   )
-  runs.create(workdir, config)
 
   mesh = sharding.make_mesh(**config.mesh)
   image_shape = runs.image_shape(config.data)
   model = models.create(image_shape=image_shape, **config.model)
   schedule = schedules.create(**config.process)
   optimizer = optim.create(**config.optim)
-  init_key, step_key, heldout_key = jax.random.split(
-    jax.random.key(config.seed), 3
-  )
+  # Samples have the other child of the seed, see `draw.sample_keys`.
+  root = jax.random.fold_in(jax.random.key(config.seed), 0)
+  init_key, step_key, heldout_key = jax.random.split(root, 3)
   process = {
     'model': model,
     'schedule': schedule,
@@ -95,14 +91,25 @@ def main():
     )
   )  # fmt: skip
 
-  with checkpoint.Checkpoints(
-    workdir / 'checkpoints', config.keep_last, config.keep_every
-  ) as checkpoints:
+  # Nothing was written so far: every answer to a mistake comes before.
+  runs.create(workdir, config)
+  with (
+    runs.lock(workdir),
+    checkpoint.Checkpoints(
+      workdir / 'checkpoints', config.keep_last, config.keep_every
+    ) as checkpoints,
+  ):
     kept = checkpoint.steps(checkpoints.directory)
     if kept:
       train_state = checkpoints.restore(kept[-1], abstract)
     else:
       train_state = state.create(init_key, model, optimizer, mesh)
+    cli.say(f'training on {source.description}')
+    cli.say(
+      f'held out: {heldout.description}'
+      if heldout
+      else 'no images are held out: there is no held-out loss'
+    )
     start = int(train_state.step)
     if start >= config.num_steps:
       _finish(workdir, start, {})
@@ -160,18 +167,27 @@ def main():
   _finish(workdir, config.num_steps, rows[-1] if rows else {})
 
 
-def _source(config, split):
-  """The images of a split, or None where there are none."""
-  if not split:
-    return None
-  return data.create(
-    config.name,
-    path=config.path,
-    split=split,
-    image_size=config.image_size,
-    channels=config.channels,
-    heldout_every=config.heldout_every,
+def _sources(config):
+  """(images to train on, held-out images or None)."""
+  train, heldout = (
+    data.create(
+      config.name,
+      path=config.path,
+      split=split,
+      image_size=config.image_size,
+      channels=config.channels,
+      heldout_every=config.heldout_every,
+    )
+    if split
+    else None
+    for split in (config.train_split, config.heldout_split)
   )
+  if train is None:
+    raise UserError(
+      f'data.train_split={config.train_split!r} of {config.name} holds no '
+      'images: name the split to train on'
+    )
+  return train, heldout
 
 
 def _heldout_loss(loss_fn, params, source, batch_size, num_images, mesh):

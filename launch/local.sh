@@ -8,6 +8,7 @@
 #   --fresh    start over: remove WORKDIR first
 #   WORKDIR    runs/digits by default
 set -euo pipefail
+here=$PWD
 cd "$(dirname "$0")/.."
 
 fresh=
@@ -19,9 +20,22 @@ for argument in "$@"; do
     -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
     --config.*) overrides+=("$argument") ;;
     -*) echo "error: $argument is not known; see --help" >&2; exit 2 ;;
-    *) workdir=$argument ;;
+    /*) workdir=$argument ;;
+    *) workdir=$here/$argument ;;
   esac
 done
+
+if [ -n "$fresh" ] && [ -e "$workdir" ]; then
+  # Only what a run has made is removed, and only from a run.
+  grep -qs '"num_timesteps"' "$workdir/config.json" || {
+    echo "error: $workdir is not a run, so --fresh leaves it alone" >&2
+    exit 2
+  }
+  for part in config.json checkpoints metrics.jsonl samples .lock; do
+    rm -rf "${workdir:?}/$part"
+  done
+  rm -f "$workdir"/events.out.tfevents.*
+fi
 
 . launch/environment.sh
 install_package .
@@ -30,15 +44,7 @@ install_package .
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4000000000}
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4000000000}
 
-if [ -n "$fresh" ] && [ -e "$workdir" ]; then
-  # Only what a run has made is removed.
-  [ -f "$workdir/config.json" ] || {
-    echo "error: $workdir has no config.json: not a run, not removed" >&2
-    exit 2
-  }
-  rm -rf "$workdir"
-fi
 python -m diffusion_jax.train --config=configs/digits.py \
-  --workdir="$workdir" "${overrides[@]}"
+  --workdir="$workdir" ${overrides[@]+"${overrides[@]}"}
 python -m diffusion_jax.sample --workdir="$workdir" --num_samples=100 \
   --sampler=ddim --num_steps=50 --trajectory=8

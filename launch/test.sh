@@ -23,4 +23,4 @@ done
 install_package ".[$extra]"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 # A worker for each core; a file's tests share what they have set up.
-python -m pytest -q -n auto --dist loadfile "${arguments[@]}"
+python -m pytest -q -n auto --dist loadfile ${arguments[@]+"${arguments[@]}"}

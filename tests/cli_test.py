@@ -59,6 +59,12 @@ def test_shipped_configs_are_well(config, devices):
     ({'ema.decay': 1.0}, 1, ['ema.decay=1.0']),
     ({'sample.num_images': 0}, 1, ['sample.num_images=0']),
     ({'seed': -1}, 1, ['seed=-1']),
+    ({'seed': 2**32}, 1, ['seed=4294967296']),
+    ({'model.name': 'unt'}, 1, ["'unt'", 'unet']),
+    ({'model.multipliers': (1, 1.5)}, 1, ['1.5', 'whole']),
+    ({'optim.b1': 2.0}, 1, ['optim.b1=2.0']),
+    ({'optim.eps': -1.0}, 1, ['optim.eps=-1.0']),
+    ({'optim.lr': float('inf')}, 1, ['optim.lr=inf']),
   ],
 )
 def test_check_names_the_key_and_what_is_allowed(values, devices, must):
@@ -67,6 +73,13 @@ def test_check_names_the_key_and_what_is_allowed(values, devices, must):
   for word in must:
     assert word in messages[0]
   assert all('\n' not in message for message in messages)
+
+
+def test_a_config_without_a_key_is_told_which():
+  config = digits.get_config()
+  del config.optim.clip_norm
+  (message,) = cli.check(config, range(1))
+  assert 'optim.clip_norm' in message
 
 
 # --- the command line -------------------------------------------------------
@@ -82,6 +95,9 @@ def test_check_names_the_key_and_what_is_allowed(values, devices, must):
     ((DIGITS, '--config.data.name=arrays'), ['data.path']),
     ((DIGITS, '--config.sample.sampler=magic'), ['magic', 'ddim']),
     ((DIGITS, '--config.sample.num_steps=5000'), ['5000', '1000']),
+    ((DIGITS, '--config.data.train_split='), ['data.train_split']),
+    ((DIGITS, '--config.data.train_split=all'), ['all', 'train or test']),
+    ((DIGITS, '--config.model.name=unt'), ['unt', 'unet']),
     ((DIGITS, '--wrkdir=x'), ['wrkdir', 'workdir']),
     ((DIGITS, 'stray'), ["'stray'"]),
     (('--config=configs/none.py',), ['none.py', 'digits']),
@@ -186,7 +202,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
 
 
 def test_a_kill_before_the_config_was_whole_is_no_foreign_folder(tmp_path):
-  (tmp_path / 'config.json.tmp').write_text('{"se')
+  (tmp_path / 'config.json.host-1.tmp').write_text('{"se')
   runs.create(tmp_path, digits.get_config())
   assert runs.read_config(tmp_path)['seed'] == 0
 

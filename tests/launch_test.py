@@ -40,6 +40,15 @@ def test_unknown_arguments_are_refused_before_anything_is_installed(name):
   assert 'installing' not in result.stdout
 
 
+def test_fresh_removes_no_folder_of_others(tmp_path):
+  (tmp_path / 'config.json').write_text('{"architectures": []}')
+  (tmp_path / 'weights').write_text('dear')
+  result = bash('launch/local.sh', '--fresh', tmp_path)
+  assert result.returncode == 2
+  assert 'not a run' in result.stderr
+  assert (tmp_path / 'weights').read_text() == 'dear'
+
+
 def test_readme_names_commands_that_exist():
   text = (binaries.ROOT / 'README.md').read_text()
   for script in ('local', 'test', 'prepare_data'):

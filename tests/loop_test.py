@@ -142,7 +142,7 @@ def test_a_broken_loss_stops_the_run_and_keeps_what_is_good(
   text = str(error.value)
   assert '\n' not in text
   assert f'loss is {broken} at step 13' in text
-  assert 'checkpoint 10 ' in text
+  assert 'checkpoint 10 is good;' in text
   assert checkpoint.steps(tmp_path / 'checkpoints') == [5, 10]
 
 
@@ -151,12 +151,46 @@ def test_a_gradient_that_is_not_finite_stops_it_too(tmp_path):
     norm = np.float32('inf' if state.step == 3 else 1)
     return State(state.step + 1, {}), {'loss': 1.0, 'grad_norm': norm}
 
-  with pytest.raises(UserError, match='grad_norm is inf at step 4; no check'):
+  with pytest.raises(UserError, match='grad_norm is inf at step 4; no che'):
     loop.train(
       State(0, {}), step_fn=step_fn, batches=itertools.repeat(None),
       num_steps=9, batch_size=1, every=loop.Every(log=0),
       checkpoints=Kept(tmp_path), writer=metrics.Writer(tmp_path, 0),
     )  # fmt: skip
+
+
+def test_a_checkpoint_that_the_next_step_accuses_is_not_called_good(tmp_path):
+  """The loss of step 11 is that of checkpoint 10: five is the last good."""
+  with pytest.raises(UserError) as error:
+    train(
+      tmp_path,
+      loss_of=lambda k: float('nan') if k >= 10 else 1,
+      every=loop.Every(log=1, checkpoint=5),
+    )
+  text = str(error.value)
+  assert 'at step 11' in text
+  assert 'checkpoint 5 is good, move' in text
+  assert 'checkpoints/10 away' in text
+
+
+@pytest.mark.parametrize('name', ['param_norm', 'heldout_loss'])
+def test_broken_parameters_are_never_saved(tmp_path, name):
+  """They belong to the state after the update, which is about to be saved."""
+
+  def step_fn(state, batch):
+    value = np.float32('nan' if state.step == 9 else 1)
+    return State(state.step + 1, {}), {
+      'loss': np.float32(1), 'grad_norm': np.float32(1), name: value,
+    }  # fmt: skip
+
+  with pytest.raises(UserError, match=f'{name} is nan at step 10') as error:
+    loop.train(
+      State(0, {}), step_fn=step_fn, batches=itertools.repeat(None),
+      num_steps=20, batch_size=1, every=loop.Every(log=4, checkpoint=5),
+      checkpoints=Kept(tmp_path), writer=metrics.Writer(tmp_path, 0),
+    )  # fmt: skip
+  assert 'checkpoint 5 is good;' in str(error.value)
+  assert checkpoint.steps(tmp_path / 'checkpoints') == [5]
 
 
 def test_a_restart_cuts_later_rows_and_mends_a_torn_one(tmp_path):

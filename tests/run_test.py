@@ -163,6 +163,30 @@ def test_a_broken_run_stops_and_names_the_last_good_checkpoint(tmp_path):
   assert not kept or f'checkpoint {kept[-1]} ' in lines[0]
 
 
+@pytest.mark.slow
+def test_another_mesh_goes_on_with_the_same_losses(run, tmp_path):
+  """15 steps on one device, then eight: 3e-6, as the sums round otherwise."""
+  workdir = tmp_path / 'moved'
+  train(workdir, num_steps=15)
+  result = binaries.run(
+    'train', *flags(workdir, **{'mesh.data': 4, 'mesh.fsdp': 2}), devices=8
+  )
+  assert result.code == 0, result.err
+  alone, moved = losses(run), losses(workdir)
+  assert moved.keys() == alone.keys()
+  np.testing.assert_allclose(
+    [moved[k] for k in alone], list(alone.values()), rtol=3e-6
+  )
+
+
+def test_two_trainers_do_not_share_a_workdir(run):
+  with runs.lock(run):
+    result = binaries.run('train', *flags(run, num_steps=31))
+  assert 'another process trains there' in result.message
+  assert sorted(losses(run)) == list(range(1, 31))
+  train(run, num_steps=30)
+
+
 # --- sampling ---------------------------------------------------------------
 
 
@@ -247,7 +271,7 @@ def test_any_checkpoint_of_the_run(run, tmp_path):
     (['--sampler=ddim', '--num_steps=5000'], '5000'),
     (['--sampler=ddim', '--num_steps=0'], 'num_steps=0'),
     (['--sampler=ddim', '--eta=1.5'], 'eta=1.5'),
-    (['--eta=0.5'], '--eta=0.5: ancestral has no such option'),
+    (['--eta=0.5'], 'eta=0.5: ancestral has no such option'),
     (['--variance=large'], 'large'),
     (['--grid=1,2,3'], 'fall'),
     (['--grid=sideways'], 'sideways'),

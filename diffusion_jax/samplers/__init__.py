@@ -32,14 +32,14 @@ def options(name: str, **given) -> dict:
   """
   if name not in SAMPLERS:
     raise UserError(
-      f'--sampler={name} is not known: use one of {", ".join(SAMPLERS)}'
+      f'sampler={name} is not known: use one of {", ".join(SAMPLERS)}'
     )
   taken = inspect.signature(SAMPLERS[name]).parameters
   for option, value in given.items():
     if value is not None and option not in taken:
       raise UserError(
-        f'--{option}={value}: {name} has no such option; it takes '
-        f'{", ".join("--" + o for o in taken)}'
+        f'{option}={value}: {name} has no such option; it takes '
+        f'{", ".join(taken)}'
       )
   return {
     option: parameter.default if given.get(option) is None else given[option]

@@ -22,7 +22,7 @@ def ancestral(variance: str = 'fixedlarge') -> Sampler:
   """
   if variance not in gaussian.VARIANCES:
     raise UserError(
-      f'--variance={variance}: one of {", ".join(gaussian.VARIANCES)}'
+      f'variance={variance}: one of {", ".join(gaussian.VARIANCES)}'
     )
 
   def init(schedule, grid, x):

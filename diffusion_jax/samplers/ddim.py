@@ -17,7 +17,7 @@ def ddim(eta: float = 0.0) -> Sampler:
     UserError: eta is out of range.
   """
   if not 0 <= eta <= 1:
-    raise UserError(f'--eta={eta}: between 0 (deterministic) and 1')
+    raise UserError(f'eta={eta}: between 0 (deterministic) and 1')
 
   def init(schedule, grid, x):
     del x

@@ -16,8 +16,13 @@ from diffusion_jax.samplers.solve import Sampler, solve
 
 
 def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """[B] uint32 indices -> (keys of the first noise [B], of the sampler [B])."""
-  root = jax.random.key(seed)
+  """[B] uint32 indices -> (keys of the first noise [B], of the sampler [B]).
+
+  Training has its keys under fold_in(seed, 0), samples have theirs under
+  fold_in(seed, 1): split and fold_in of one key give the same children, so two
+  users of one root would share noise.
+  """
+  root = jax.random.fold_in(jax.random.key(seed), 1)
 
   def keys(index):
     return jax.random.split(jax.random.fold_in(root, index))

@@ -30,8 +30,8 @@ def leading(num_timesteps: int, num_steps: int) -> list[int]:
   """
   if num_timesteps % num_steps:
     raise UserError(
-      f'--grid=leading takes a number of steps that divides {num_timesteps}, '
-      f'not {num_steps}: choose another, or --grid=uniform'
+      f'grid=leading takes a number of steps that divides {num_timesteps}, '
+      f'not {num_steps}: choose another, or grid=uniform'
     )
   stride = num_timesteps // num_steps
   return [*range((num_steps - 1) * stride, -1, -stride), -1]
@@ -76,7 +76,7 @@ def create(grid: str, num_timesteps: int, num_steps: int) -> list:
   if grid in GRIDS:
     if not 1 <= num_steps <= num_timesteps:
       raise UserError(
-        f'--num_steps={num_steps}: a sampler takes 1 to {num_timesteps} steps '
+        f'num_steps={num_steps}: a sampler takes 1 to {num_timesteps} steps '
         'of this model'
       )
     return GRIDS[grid](num_timesteps, num_steps)
@@ -84,7 +84,7 @@ def create(grid: str, num_timesteps: int, num_steps: int) -> list:
     times = [float(part) for part in grid.split(',')]
   except ValueError:
     raise UserError(
-      f'--grid={grid}: use one of {", ".join(GRIDS)}, or times separated by '
+      f'grid={grid}: use one of {", ".join(GRIDS)}, or times separated by '
       f'commas, falling from at most {num_timesteps - 1}'
     ) from None
   times = [int(time) if time.is_integer() else time for time in times]
@@ -100,6 +100,6 @@ def check(grid, num_timesteps: int) -> None:
   inside = all(0 <= t <= num_timesteps - 1 for t in grid[:-1])
   if len(grid) < 2 or not falls or not inside or grid[-1] != -1:
     raise UserError(
-      f'--grid={",".join(map(str, grid))}: times must fall strictly, between '
+      f'grid={",".join(map(str, grid))}: times must fall strictly, between '
       f'{num_timesteps - 1} and 0, and end at -1'
     )

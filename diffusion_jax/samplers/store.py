@@ -12,12 +12,15 @@ missing, in batches of any size; one that asks for more draws the rest.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
 from diffusion_jax import files
 from diffusion_jax.errors import UserError
+
+PART = re.compile(r'(\d+)-(\d+)\.npy')
 
 
 def open_store(directory, protocol: dict) -> None:
@@ -45,8 +48,7 @@ def open_store(directory, protocol: dict) -> None:
         )
     return
   # A kill may have left a folder that never came to hold a store.
-  left = {'store.json.tmp'}
-  if directory.exists() and {p.name for p in directory.iterdir()} - left:
+  if directory.exists() and files.entries(directory):
     raise UserError(
       f'{directory} is not empty and not a sample store: choose another '
       '--output'
@@ -58,10 +60,12 @@ def open_store(directory, protocol: dict) -> None:
 
 def parts(directory) -> list[tuple[int, int, Path]]:
   """(first, last + 1, file) of every part, in order."""
+  if not (Path(directory) / 'parts').is_dir():
+    return []
   found = []
-  for path in sorted((Path(directory) / 'parts').glob('*-*.npy')):
-    first, last = path.stem.split('-')
-    found.append((int(first), int(last) + 1, path))
+  for path in sorted((Path(directory) / 'parts').iterdir()):
+    if match := PART.fullmatch(path.name):
+      found.append((int(match[1]), int(match[2]) + 1, path))
   return found
 
 
@@ -101,7 +105,14 @@ def load(directory, num_samples: int) -> np.ndarray:
     )
   images = None
   for first, end, path in parts(directory):
-    block = np.load(path, allow_pickle=False)
+    try:
+      block = np.load(path, allow_pickle=False)
+      if len(block) != end - first:
+        raise ValueError(f'{len(block)} images')
+    except (ValueError, EOFError) as e:
+      raise UserError(
+        f'{path} is damaged: delete it and draw again, which fills the gap'
+      ) from e
     if images is None:
       images = np.zeros((num_samples, *block.shape[1:]), np.uint8)
     images[first : min(end, num_samples)] = block[: max(num_samples - first, 0)]

@@ -162,6 +162,8 @@ def _first_difference(stored: dict, wanted: dict) -> str:
 def _unreadable(directory, step, error) -> str:
   while error.__cause__:  # Orbax tells the reason last
     error = error.__cause__
+  if isinstance(error, MemoryError | PermissionError):
+    raise error  # nothing is wrong with the checkpoint
   reason = (str(error) or type(error).__name__).splitlines()[0]
   others = [s for s in steps(directory) if s != step]
   remedy = (

@@ -25,6 +25,20 @@ def due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
+# What must be finite in every step, where it is there.
+WATCHED = ('loss', 'grad_norm', 'param_norm', 'heldout_loss')
+
+
+class Diverged(Exception):
+  """A number is not finite; `good` is the newest step known to be well."""
+
+  def __init__(self, name: str, value, step: int):
+    super().__init__(f'{name} is {value} at step {step}')
+    # Step k starts from the parameters of k - 1: a broken loss accuses those.
+    blames_before = name in ('loss', 'grad_norm')
+    self.good = step - 2 if blames_before else step - 1
+
+
 class Rows:
   """Metrics on their way to the writer, one step late.
 
@@ -50,7 +64,7 @@ class Rows:
     may run ahead.
 
     Raises:
-      FloatingPointError: a loss or gradient that is not finite; names the step.
+      Diverged: a watched number is not finite.
     """
     ready = self._waiting[: len(self._waiting) - keep]
     row = {}
@@ -58,9 +72,9 @@ class Rows:
       return row
     self._waiting = self._waiting[len(ready) :]
     for step, log, values in jax.device_get(ready):
-      for name in ('loss', 'grad_norm'):
-        if not np.isfinite(values[name]):
-          raise FloatingPointError(f'{name} is {values[name]} at step {step}')
+      for name in WATCHED:
+        if not np.isfinite(values.get(name, 0)):
+          raise Diverged(name, values[name], int(step))
       self._counted += self._examples
       if log:
         row = {**values, **self._rate()}
@@ -109,7 +123,8 @@ def train(
     on_step: called after each step with the newest row, {} mostly.
 
   Raises:
-    UserError: the loss stopped being finite; the checkpoints are all good.
+    UserError: the loss stopped being finite; the newest checkpoint known to be
+      good is named and kept.
   """
   start = int(state.step)
   rows = Rows(writer, batch_size)
@@ -129,15 +144,22 @@ def train(
       row = rows.flush(keep=0 if save or draw else 1)
       on_step(row)
       if save:
+        writer.flush()
         checkpoints.save(step, state)
       if draw:
         sample_fn(state, step)
-  except FloatingPointError as e:
+  except Diverged as e:
     checkpoints.wait()
     kept = checkpoint.steps(checkpoints.directory)
-    last = f'checkpoint {kept[-1]}' if kept else 'no checkpoint yet'
+    good = [step for step in kept if step <= e.good]
+    told = f'checkpoint {good[-1]} is good' if good else 'no checkpoint is good'
+    suspect = ''.join(
+      f', move {checkpoints.directory}/{step} away'
+      for step in kept
+      if step > e.good
+    )
     raise UserError(
-      f'training stopped: {e}; {last} in {checkpoints.directory} is good: '
-      'lower optim.lr or optim.clip_norm in a new workdir, or look at the data'
+      f'training stopped: {e}; {told}{suspect}; train with a lower optim.lr or '
+      'optim.clip_norm in a new workdir, or look at the data'
     ) from e
   return state

@@ -47,15 +47,17 @@ class Writer:
     self._path = Path(workdir) / 'metrics.jsonl'
     truncate(self._path, step)
     self._file = self._path.open('a')
+    # TensorBoard passes over what an earlier start wrote of these steps.
+    again = any(Path(workdir).glob('events.out.tfevents.*'))
     self._board = tensorboardX.SummaryWriter(
-      str(workdir), purge_step=step + 1 if step else None
+      str(workdir), purge_step=step + 1 if again else None
     )
 
   def write(self, step: int, values: dict) -> None:
     """One row; NaN, the mean over nothing, is left out."""
     values = {'loss': values['loss'], **values}  # first, for who reads along
     values = {k: float(v) for k, v in values.items()}
-    values = {k: v for k, v in values.items() if not math.isnan(v)}
+    values = {k: v for k, v in values.items() if math.isfinite(v)}
     self._file.write(json.dumps({'step': step, **values}) + '\n')
     self._file.flush()
     for name, value in values.items():
@@ -64,6 +66,10 @@ class Writer:
   def picture(self, step: int, name: str, image: np.ndarray) -> None:
     """A uint8 [H, W, C] image, to TensorBoard."""
     self._board.add_image(name, image, step, dataformats='HWC')
+
+  def flush(self) -> None:
+    """Both are on disk when it returns, as the JSON lines always are."""
+    self._board.flush()
 
   def close(self) -> None:
     self._file.close()

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from diffusion_jax.models import Model
@@ -11,6 +12,8 @@ from diffusion_jax.process import losses
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.training import sharding
 from diffusion_jax.training.state import TrainState
+
+GOLDEN = 2654435769  # 2**32 over the golden ratio
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -77,7 +80,8 @@ def train_step(
     mesh: the devices.
 
   Returns:
-    The state after the update, and float32 metrics of the state before it.
+    The state after the update, and float32 metrics: the loss and the gradient
+    are of the state before the update, `param_norm` of the one after.
   """
   x0 = to_float(batch['image'])
   keys = example_keys(key, state.step, len(x0))
@@ -105,6 +109,7 @@ def train_step(
   metrics = {
     'loss': loss,
     'grad_norm': optax.global_norm(grads),
+    'param_norm': optax.global_norm(params),
     'learning_rate': jnp.asarray(learning_rate(state.step), jnp.float32),
     **by_quarter(values, t, schedule.num_timesteps),
   }
@@ -138,8 +143,9 @@ def heldout_loss(
   index = first + jnp.arange(len(x0))
   keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
   _, eps, _ = draw_noise(keys, schedule, x0.shape[1:])
-  spread = (index * 0.6180339887498949) % 1.0
-  t = (spread * schedule.num_timesteps).astype(jnp.int32)
+  # In integers: a float32 has no digits left for the fraction of a large index.
+  spread = (index.astype(jnp.uint32) * np.uint32(GOLDEN)) >> 8
+  t = (spread * (schedule.num_timesteps / 2**24)).astype(jnp.int32)
   params = sharding.gather_fsdp(params, mesh)
   values = losses.squared_error(
     functools.partial(model.apply, params), schedule, prediction, x0, t, eps
