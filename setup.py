@@ -8,7 +8,7 @@ setup(
   name='diffusion_jax',
   version='0.1.0',
   description=(
-    'Train and sample diffusion models in JAX, from a laptop to a TPU pod'
+    'Train and sample diffusion models in JAX, on CPUs, GPUs and TPUs'
   ),
   long_description=Path('README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',

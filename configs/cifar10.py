@@ -2,7 +2,7 @@ r"""DDPM on CIFAR-10, unconditional: the paper's main result.
 
 Reproduces: arXiv 2006.11239, table 1, L_simple: FID 3.17 (against the training
             set, 50,000 samples, 1000 ancestral steps), IS 9.46, at most 3.75
-            bits/dim. 35,746,307 parameters. Not yet run to the end by us.
+            bits/dim. 35,746,307 parameters. Not yet run to the end.
 Data:       TFDS, prepared once by
               bash launch/prepare_data.sh cifar10
             or any .npz: --config.data.name=arrays --config.data.path=FILE.

@@ -1,7 +1,7 @@
 r"""DDPM on scikit-learn's handwritten digits: the whole road, on a laptop.
 
 Reproduces: nothing published; it shows that everything works, on real data.
-            701,345 parameters. Held-out loss 0.082 at the end.
+            701,345 parameters. Held-out loss 0.081 at the end.
 Data:       1,797 grey 8x8 images that scikit-learn carries, every fifth held
             out. No download.
 Hardware:   2 CPU cores.
