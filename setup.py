@@ -32,7 +32,6 @@ setup(
   # Each lower bound is the version that the suite was run with.
   install_requires=[
     'absl-py>=2.3',
-    'etils>=1.13',
     'flax>=0.12.8',
     'grain>=0.2.18',
     'jax>=0.10.2',
@@ -50,8 +49,12 @@ setup(
     'tpu': ['jax[tpu]>=0.10.2'],
     'cuda': ['jax[cuda12]>=0.10.2'],
     # TensorFlow prepares data sets (launch/prepare_data.sh), nothing else.
-    'prepare': ['tensorflow-cpu>=2.20', 'importlib_resources'],
-    'test': ['pytest>=8.4', 'pytest-xdist>=3.8', 'ruff>=0.14'],
+    'prepare': [
+      'tensorflow-cpu>=2.20; platform_system != "Darwin"',
+      'tensorflow>=2.20; platform_system == "Darwin"',
+      'importlib_resources',
+    ],
+    'test': ['pytest>=8.4', 'pytest-xdist>=3.8', 'ruff>=0.17'],
     # Pinned: the golden files come from these.
     'parity': ['torch==2.13.0', 'diffusers==0.42.1'],
   },
