@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import time
@@ -53,6 +54,10 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
   def parse(argv):
     if any(word in ('--help', '-h', '-help', '--helpfull') for word in argv):
       _help(doc, full='--helpfull' in argv)
+    names = [word.split('=')[0] for word in argv[1:] if word[:2] == '--']
+    for name in sorted(set(names)):
+      if names.count(name) > 1:
+        fail(f'{name} is given {names.count(name)} times')
     try:
       rest = flags.FLAGS(argv)
       for name in required:
@@ -91,7 +96,7 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
 
 def _help(doc: str, full: bool) -> None:
   """Prints the docstring and the binary's own flags; exits with 0."""
-  print(doc.strip() + '\n\nFlags:')
+  lines = [doc.strip() + '\n\nFlags:']
   own = flags.FLAGS.flags_by_module_dict()[sys.argv[0]]
   for flag in sorted(own, key=lambda flag: flag.name):
     shown = '' if flag.default is None else f' [{flag.default}]'
@@ -102,10 +107,11 @@ def _help(doc: str, full: bool) -> None:
       initial_indent='  ',
       subsequent_indent=' ' * 19,
     )
-    print(text)
-  print("\nIn brackets: defaults. absl's own flags: --helpfull.")
+    lines.append(text)
+  lines.append("\nIn brackets: defaults. absl's own flags: --helpfull.")
   if full:
-    print(flags.FLAGS.get_help())
+    lines.append(flags.FLAGS.get_help())
+  _print('\n'.join(lines))
   sys.exit(0)
 
 
@@ -113,11 +119,12 @@ def _one_line(error: Exception, argv: Sequence[str]) -> str:
   """A library's message, without its quotes and line breaks."""
   if isinstance(error, KeyError | AttributeError) and error.args:
     # ml_collections quotes its two lines, 'KEY\nDid you mean ...', twice over.
-    lines = str(error.args[0]).replace('\\n', '\n').split('\n')
-    key, *hint = (line.strip(' "\'') for line in lines)
+    text = str(error.args[0]).replace('\\n', ' ')
+    key = re.search(r'\w+', text)[0]
+    hint = re.search(r'Did you mean \W*(\w+)', text)
     given = next((w for w in argv if key in w.split('=')[0].split('.')), key)
-    return ' '.join([f'{given}: there is no config key {key!r};', *hint]).strip(
-      ' ;'
+    return f'{given}: there is no config key {key!r}' + (
+      f'; did you mean {hint[1]}?' if hint else ''
     )
   text = ' '.join(line.strip() for line in str(error).splitlines())
   if isinstance(error, flags.UnrecognizedFlagError):
@@ -162,7 +169,7 @@ def shipped_configs() -> list[str]:
 def find_config(name: str) -> str | None:
   """The file of a config: a path, or the name of a shipped one."""
   base = name.removeprefix('configs/').removesuffix('.py')
-  candidates = [name, f'{name}.py']
+  candidates = [name] * name.endswith('.py') + [f'{name}.py']
   candidates += [os.path.join(f, f'{base}.py') for f in _config_folders()]
   return next((path for path in candidates if os.path.isfile(path)), None)
 
@@ -239,10 +246,10 @@ def _model(model, data):
     f'model.name={model.name!r}: one of {", ".join(models.MODELS)}',
   )
   yield levels > 0, 'model.multipliers is empty: one a level'
-  yield (
-    all(isinstance(multiplier, int) for multiplier in model.multipliers),
-    f'model.multipliers={model.multipliers}: whole numbers',
-  )
+  whole = all(isinstance(multiplier, int) for multiplier in model.multipliers)
+  yield whole, f'model.multipliers={model.multipliers}: whole numbers'
+  if not whole:
+    return
   yield (
     size > 0 and size % halved == 0,
     f'data.image_size={size}: {levels} model.multipliers halve it '
@@ -371,4 +378,15 @@ def say(text: str) -> None:
 
 def report(result: dict, text: str, as_json: bool) -> None:
   """A binary's last word on stdout: a line for people, or JSON."""
-  print(json.dumps(result, indent=2) if as_json else text, flush=True)
+  _print(json.dumps(result, indent=2) if as_json else text)
+
+
+def _print(text: str) -> None:
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:
+    # Who read along has gone; Python's own flush at the end would complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except OSError as e:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    fail(f'standard output cannot be written ({e.strerror})')

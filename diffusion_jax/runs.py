@@ -52,20 +52,16 @@ def may_change(key: str) -> bool:
   return any(key == name or key.startswith(f'{name}.') for name in MAY_CHANGE)
 
 
-def create(workdir, config: config_dict.ConfigDict) -> None:
-  """Makes a run's folder, or checks that the run there is of this config.
+def check(workdir, config: config_dict.ConfigDict) -> None:
+  """Raises UserError unless a run of this config may begin or go on here.
 
-  Writes config.json; on going on, the new values of what may change.
-
-  Raises:
-    UserError: the folder cannot be used; nothing was written.
+  The folder is new, empty, or holds a run whose config differs only in what may
+  change; keys that differ are named. Nothing is written.
   """
+  usable_folder('workdir', workdir)
   path = Path(workdir)
-  plain = to_plain(config)
-  if path.exists() and not path.is_dir():
-    raise UserError(f'--workdir={workdir} is a file: give a folder')
   if (path / 'config.json').exists():
-    old, new = flatten(read_config(workdir)), flatten(plain)
+    old, new = flatten(read_config(workdir)), flatten(to_plain(config))
     other = [
       f'{key}: {old.get(key)} there, {new.get(key)} now'
       for key in sorted(old.keys() | new.keys())
@@ -81,23 +77,27 @@ def create(workdir, config: config_dict.ConfigDict) -> None:
       f'--workdir={workdir} is not empty and has no config.json: give a new '
       'folder'
     )
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path / 'config.json') as file:
-      file.write(json.dumps(plain, indent=2).encode() + b'\n')
-  except OSError as e:
-    raise UserError(
-      f'--workdir={workdir} cannot be written ({e.strerror})'
-    ) from e
+
+
+def write_config(workdir, config: config_dict.ConfigDict) -> None:
+  """Writes config.json, whole or not at all."""
+  with files.replacing(Path(workdir) / 'config.json') as file:
+    file.write(json.dumps(to_plain(config), indent=2).encode() + b'\n')
 
 
 @contextlib.contextmanager
 def lock(workdir) -> Iterator[None]:
-  """Holds a run against a second trainer; a kill lets go of it.
+  """Makes the folder and holds it against a second trainer.
+
+  A kill lets go of it.
 
   Raises:
-    UserError: another process trains there.
+    UserError: another process trains there, or the folder cannot be written.
   """
+  try:
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise UserError(f'--workdir={workdir} cannot be made ({e.strerror})') from e
   with (Path(workdir) / LOCK).open('a') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,8 +134,28 @@ def read_config(workdir) -> dict:
 def usable_folder(flag: str, directory) -> None:
   """Raises UserError unless the folder exists or can be made; makes nothing."""
   path = Path(directory).absolute()
-  existing = next(p for p in (path, *path.parents) if p.exists())
+  existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
+  if not existing.exists():
+    raise UserError(f'--{flag}={directory}: {existing} is a link to nothing')
   if not existing.is_dir():
     raise UserError(f'--{flag}={directory}: {existing} is a file')
   if not os.access(existing, os.W_OK):
     raise UserError(f'--{flag}={directory}: {existing} cannot be written')
+
+
+def usable_output(directory) -> None:
+  """As usable_folder, for samples: not among what belongs to something else."""
+  usable_folder('output', directory)
+  path = Path(directory).resolve()
+  for parent in path.parents:
+    if (parent / 'store.json').exists():
+      raise UserError(
+        f'--output={directory} is inside the sample store {parent}: choose '
+        'another folder'
+      )
+    inside = path.relative_to(parent).parts[0]
+    if (parent / 'config.json').exists() and inside != 'samples':
+      raise UserError(
+        f'--output={directory} is inside the run {parent}: choose a folder in '
+        f'{parent / "samples"} or outside'
+      )

@@ -70,15 +70,29 @@ def main():
   sampler = samplers.create(
     FLAGS.sampler, eta=FLAGS.eta, variance=FLAGS.variance
   )
+  if FLAGS.num_samples > 10**9:
+    raise UserError(f'--num_samples={FLAGS.num_samples}: at most 10**9')
+  if FLAGS.trajectory > min(FLAGS.num_samples, FLAGS.batch_size):
+    raise UserError(
+      f'--trajectory={FLAGS.trajectory}: at most --num_samples='
+      f'{FLAGS.num_samples} and --batch_size={FLAGS.batch_size}'
+    )
+  if FLAGS.output == '':
+    raise UserError('--output is empty: give a folder, or leave the flag out')
   num_timesteps = config['process']['num_timesteps']
   steps = FLAGS.num_steps if FLAGS.num_steps is not None else num_timesteps
   times = grid.create(FLAGS.grid, num_timesteps, steps)
+  if FLAGS.num_steps not in (None, len(times) - 1):
+    raise UserError(
+      f'--num_steps={FLAGS.num_steps}: the literal grid has {len(times) - 1} '
+      'steps, leave the flag out'
+    )
   directory = workdir / 'checkpoints'
   at = checkpoint.find_step(directory, FLAGS.step)
   output = Path(
     FLAGS.output or workdir / 'samples' / _name(at, len(times) - 1)
   ).expanduser()
-  runs.usable_folder('output', output)
+  runs.usable_output(output)
 
   mesh = sharding.make_mesh()
   image_shape = runs.image_shape(config['data'])
@@ -107,6 +121,11 @@ def main():
 
   missing = len(store.missing(output, FLAGS.num_samples))
   batch_size = min(FLAGS.batch_size, max(missing, 1))
+  if missing:
+    cli.say(
+      f'drawing {missing} images of {len(times) - 1} steps each, {batch_size} '
+      f'at once, into {output}'
+    )
   with cli.Progress(
     'sampling', FLAGS.num_samples, FLAGS.num_samples - missing, 'images'
   ) as progress:

@@ -8,6 +8,7 @@ data.path may differ then. The workdir gets config.json, checkpoints/,
 metrics.jsonl, TensorBoard's events, and sample grids in samples/.
 """
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def main():
   if wrong:
     raise UserError(wrong[0])
   source, heldout = _sources(config.data)
+  runs.check(workdir, config)
   sampler = samplers.create(config.sample.sampler)
   times = grid.create(
     config.sample.grid, config.process.num_timesteps, config.sample.num_steps
@@ -92,28 +94,31 @@ def main():
   )  # fmt: skip
 
   # Nothing was written so far: every answer to a mistake comes before.
-  runs.create(workdir, config)
-  with (
-    runs.lock(workdir),
-    checkpoint.Checkpoints(
-      workdir / 'checkpoints', config.keep_last, config.keep_every
-    ) as checkpoints,
-  ):
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(runs.lock(workdir))
+    if not (workdir / 'config.json').exists():
+      runs.write_config(workdir, config)
+    checkpoints = stack.enter_context(
+      checkpoint.Checkpoints(
+        workdir / 'checkpoints', config.keep_last, config.keep_every
+      )
+    )
     kept = checkpoint.steps(checkpoints.directory)
     if kept:
       train_state = checkpoints.restore(kept[-1], abstract)
     else:
       train_state = state.create(init_key, model, optimizer, mesh)
+    start = int(train_state.step)
+    if start >= config.num_steps:
+      _finish(workdir, start, {})
+      return
+    runs.write_config(workdir, config)  # with what has changed
     cli.say(f'training on {source.description}')
     cli.say(
       f'held out: {heldout.description}'
       if heldout
       else 'no images are held out: there is no held-out loss'
     )
-    start = int(train_state.step)
-    if start >= config.num_steps:
-      _finish(workdir, start, {})
-      return
     batches = pipeline.batches(
       source,
       batch_size=config.batch_size,
@@ -187,6 +192,7 @@ def _sources(config):
       f'data.train_split={config.train_split!r} of {config.name} holds no '
       'images: name the split to train on'
     )
+  train[0]  # a set whose first image is broken is found out here
   return train, heldout
 
 

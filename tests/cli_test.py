@@ -88,7 +88,7 @@ def test_a_config_without_a_key_is_told_which():
 @pytest.mark.parametrize(
   ('arguments', 'must'),
   [
-    ((DIGITS, '--config.modle.width=3'), ['modle', 'Did you mean "model"']),
+    ((DIGITS, '--config.modle.width=3'), ['modle', 'did you mean model?']),
     ((DIGITS, '--config.batch_size=many'), ['many', 'batch_size']),
     ((DIGITS, '--config.batch_size=63'), ['63']),
     ((DIGITS, '--config.data.name=nonesuch'), ['nonesuch', 'digits', 'tfds:']),
@@ -98,6 +98,11 @@ def test_a_config_without_a_key_is_told_which():
     ((DIGITS, '--config.data.train_split='), ['data.train_split']),
     ((DIGITS, '--config.data.train_split=all'), ['all', 'train or test']),
     ((DIGITS, '--config.model.name=unt'), ['unt', 'unet']),
+    ((DIGITS, '--config.num_step=3'), ['--config.num_step=3', 'num_steps?']),
+    ((DIGITS, '--config.model.multipliers=(1,"a")'), ['whole numbers']),
+    ((DIGITS, DIGITS), ['--config is given 2 times']),
+    ((DIGITS, '--config.data.path=/nope'), ['/nope', 'embedded']),
+    (('--config=README.md',), ['README.md', 'no such']),
     ((DIGITS, '--wrkdir=x'), ['wrkdir', 'workdir']),
     ((DIGITS, 'stray'), ["'stray'"]),
     (('--config=configs/none.py',), ['none.py', 'digits']),
@@ -121,7 +126,9 @@ def test_a_workdir_is_needed_and_must_be_a_folder(tmp_path):
   assert '--workdir' in binaries.run('train', DIGITS).message
   file = tmp_path / 'file'
   file.write_text('mine')
-  for workdir in (file, file / 'x'):
+  link = tmp_path / 'link'
+  link.symlink_to(tmp_path / 'nothing')
+  for workdir in (file, file / 'x', link):
     message = binaries.run('train', DIGITS, f'--workdir={workdir}').message
     assert str(workdir) in message
   assert file.read_text() == 'mine'
@@ -162,11 +169,17 @@ def test_configs_of_ones_own_come_first(tmp_path, monkeypatch):
 # --- workdirs -----------------------------------------------------------------
 
 
+def begin(workdir, config):
+  runs.check(workdir, config)
+  with runs.lock(workdir):
+    runs.write_config(workdir, config)
+
+
 def test_a_run_goes_on_only_with_its_own_config(tmp_path):
-  runs.create(tmp_path / 'w', digits.get_config())
-  runs.create(tmp_path / 'w', digits.get_config())
+  begin(tmp_path / 'w', digits.get_config())
+  begin(tmp_path / 'w', digits.get_config())
   with pytest.raises(UserError) as error:
-    runs.create(tmp_path / 'w', changed(seed=77, **{'optim.lr': 7e-3}))
+    begin(tmp_path / 'w', changed(seed=77, **{'optim.lr': 7e-3}))
   text = str(error.value)
   assert 'seed: 0 there, 77 now' in text
   assert 'optim.lr' in text
@@ -175,12 +188,12 @@ def test_a_run_goes_on_only_with_its_own_config(tmp_path):
 
 
 def test_what_may_differ_may(tmp_path):
-  runs.create(tmp_path, digits.get_config())
+  begin(tmp_path, digits.get_config())
   new = {
     'num_steps': 9, 'log_every': 1, 'eval_every': 2, 'sample_every': 3,
     'checkpoint_every': 4, 'mesh.data': 1, 'mesh.fsdp': 1, 'data.path': 'x',
   }  # fmt: skip
-  runs.create(tmp_path, changed(**new))
+  begin(tmp_path, changed(**new))
   assert runs.flatten(runs.read_config(tmp_path)).items() >= new.items()
   # Another split is another data set.
   assert not runs.may_change('data.heldout_every')
@@ -189,7 +202,7 @@ def test_what_may_differ_may(tmp_path):
 def test_a_foreign_folder_is_left_alone(tmp_path):
   (tmp_path / 'thesis.tex').write_text('mine')
   with pytest.raises(UserError, match=r'no config\.json'):
-    runs.create(tmp_path, digits.get_config())
+    begin(tmp_path, digits.get_config())
   assert [p.name for p in tmp_path.iterdir()] == ['thesis.tex']
   with pytest.raises(UserError, match='train first'):
     runs.read_config(tmp_path)
@@ -203,7 +216,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
 
 def test_a_kill_before_the_config_was_whole_is_no_foreign_folder(tmp_path):
   (tmp_path / 'config.json.host-1.tmp').write_text('{"se')
-  runs.create(tmp_path, digits.get_config())
+  begin(tmp_path, digits.get_config())
   assert runs.read_config(tmp_path)['seed'] == 0
 
 

@@ -183,6 +183,7 @@ def test_two_trainers_do_not_share_a_workdir(run):
   with runs.lock(run):
     result = binaries.run('train', *flags(run, num_steps=31))
   assert 'another process trains there' in result.message
+  assert runs.read_config(run)['num_steps'] == 30  # a refusal changes nothing
   assert sorted(losses(run)) == list(range(1, 31))
   train(run, num_steps=30)
 
@@ -278,10 +279,17 @@ def test_any_checkpoint_of_the_run(run, tmp_path):
     (['--step=11'], '10, 20, 25, 30'),
     (['--frobnicate=1'], 'frobnicate'),
     (['--output=/dev/null/x'], '/dev/null'),
+    (['--output='], '--output is empty'),
+    (['--output={run}/checkpoints/99'], 'inside the run'),
+    (['--grid=999,500', '--num_steps=7'], 'num_steps=7'),
+    (['--num_samples=10', '--trajectory=20'], 'trajectory=20'),
+    (['--num_samples=200000000000'], '200000000000'),
+    (['--seed=4294967296'], '2**32'),
   ],
 )
 def test_sampling_answers_in_one_line(run, arguments, must):
   before = sorted(map(str, run.rglob('*')))
+  arguments = [a.format(run=run) for a in arguments]
   result = binaries.run('sample', f'--workdir={run}', *arguments)
   assert must in result.message
   assert sorted(map(str, run.rglob('*'))) == before
@@ -293,6 +301,30 @@ def test_sampling_of_no_run(tmp_path):
   assert str(empty) in result.message
   assert 'train first' in result.message
   assert not empty.exists()
+
+
+def test_a_damaged_checkpoint_is_one_line_in_both(run, tmp_path):
+  workdir = tmp_path / 'damaged'
+  shutil.copytree(run, workdir)
+  for path in (workdir / 'checkpoints' / '30').rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  before = (workdir / 'config.json').read_text()
+  for result in (
+    binaries.run('train', *flags(workdir, num_steps=40)),
+    binaries.run('sample', f'--workdir={workdir}', '--num_samples=1'),
+  ):
+    assert 'checkpoint 30 is unreadable' in result.message
+  assert (workdir / 'config.json').read_text() == before
+  sample(workdir, '--step=25', '--num_samples=1', '--grid=500')
+
+
+def test_no_samples_inside_another_store(run, tmp_path):
+  sample(run, '--num_samples=1', '--grid=500', f'--output={tmp_path / "o"}')
+  result = binaries.run(
+    'sample', f'--workdir={run}', f'--output={tmp_path / "o" / "new"}'
+  )
+  assert 'inside the sample store' in result.message
 
 
 def test_another_protocol_needs_another_output(run, tmp_path):

@@ -75,6 +75,11 @@ def create(
     raise UserError(
       f'split {split!r} of data.name {name!r} is not known: use train or test'
     )
+  if name == 'digits' and path:
+    raise UserError(
+      f'data.path={path}: the digits are embedded and have no path; for other '
+      'images set data.name to arrays, folder or tfds:NAME'
+    )
   if name == 'digits':
     return digits.create(split, image_size, channels)
   if not path:

@@ -40,6 +40,10 @@ def open_store(directory, protocol: dict) -> None:
       raise UserError(
         f'{path} is damaged ({e}): choose another --output'
       ) from e
+    if not isinstance(stored, dict):
+      raise UserError(
+        f'{path} is not of a sample store: choose another --output'
+      )
     for name in sorted(stored.keys() | protocol.keys()):
       if stored.get(name) != protocol.get(name):
         raise UserError(
@@ -107,14 +111,17 @@ def load(directory, num_samples: int) -> np.ndarray:
   for first, end, path in parts(directory):
     try:
       block = np.load(path, allow_pickle=False)
-      if len(block) != end - first:
-        raise ValueError(f'{len(block)} images')
+      if images is None:
+        images = np.zeros((num_samples, *block.shape[1:]), np.uint8)
+      if block.dtype != np.uint8 or block.shape != (
+        end - first,
+        *images.shape[1:],
+      ):
+        raise ValueError(f'{block.dtype} {block.shape}')
     except (ValueError, EOFError) as e:
       raise UserError(
         f'{path} is damaged: delete it and draw again, which fills the gap'
       ) from e
-    if images is None:
-      images = np.zeros((num_samples, *block.shape[1:]), np.uint8)
     images[first : min(end, num_samples)] = block[: max(num_samples - first, 0)]
   return images
 

@@ -5,10 +5,12 @@ a restore would silently accept (another dtype) or answer with pages (another
 tree, a damaged file) is told in one line.
 """
 
+import contextlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from diffusion_jax import models
@@ -20,7 +22,7 @@ class Checkpoints:
   """The checkpoints of a run, in `directory`, one folder a step.
 
   Args:
-    directory: where they lie; made on the first save.
+    directory: where they lie; made if needed.
     keep_last: how many of the newest are kept.
     keep_every: those at multiples of this many steps are kept for ever; 0 =
       none.
@@ -32,17 +34,18 @@ class Checkpoints:
     kept = [ocp.training.preservation_policies.LatestN(keep_last)]
     if keep_every:
       kept += [ocp.training.preservation_policies.EveryNSteps(keep_every)]
-    self._checkpointer = ocp.training.Checkpointer(
-      self.directory,
-      # The loop decides when to save.
-      save_decision_policy=(
-        ocp.training.save_decision_policies.FixedIntervalPolicy(1)
-      ),
-      preservation_policy=(
-        ocp.training.preservation_policies.AnyPreservationPolicy(kept)
-      ),
-      cleanup_tmp_directories=True,
-    )
+    with _quiet():
+      self._checkpointer = ocp.training.Checkpointer(
+        self.directory,
+        # The loop decides when to save.
+        save_decision_policy=(
+          ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+        ),
+        preservation_policy=(
+          ocp.training.preservation_policies.AnyPreservationPolicy(kept)
+        ),
+        cleanup_tmp_directories=True,
+      )
 
   def __enter__(self):
     return self
@@ -116,13 +119,18 @@ def load_params(directory, step: int, abstract, *, ema: bool = True):
     UserError: the checkpoint is damaged or holds another model.
   """
   name = 'ema_params' if ema else 'params'
-  with ocp.training.Checkpointer(Path(directory).absolute()) as checkpointer:
+  with _quiet():
+    checkpointer = ocp.training.Checkpointer(Path(directory).absolute())
+  with checkpointer:
     return _load(checkpointer, directory, step, {name: abstract})[name]
 
 
 def _load(checkpointer, directory, step, abstract: dict) -> dict:
   try:
-    stored = checkpointer.metadata(step).metadata
+    with _quiet():
+      stored = checkpointer.metadata(step).metadata
+    if stored is None:
+      raise ValueError('it has no metadata')
     stored = stored.get('state', stored)
   except Exception as e:
     raise UserError(_unreadable(directory, step, e)) from e
@@ -134,9 +142,21 @@ def _load(checkpointer, directory, step, abstract: dict) -> dict:
     )
   skipped = jax.tree.map(lambda _: ..., stored)
   try:
-    return checkpointer.load(step, {**skipped, **abstract})
+    with _quiet():
+      return checkpointer.load(step, {**skipped, **abstract})
   except Exception as e:
     raise UserError(_unreadable(directory, step, e)) from e
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Hides what Orbax logs of damage, which is told in one line here."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.FATAL)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
 
 
 def _shapes(tree) -> dict:

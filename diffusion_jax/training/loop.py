@@ -143,11 +143,11 @@ def train(
       # cuts only what comes later.
       row = rows.flush(keep=0 if save or draw else 1)
       on_step(row)
+      if draw:  # before the checkpoint, or a kill between loses the picture
+        sample_fn(state, step)
       if save:
         writer.flush()
         checkpoints.save(step, state)
-      if draw:
-        sample_fn(state, step)
   except Diverged as e:
     checkpoints.wait()
     kept = checkpoint.steps(checkpoints.directory)
