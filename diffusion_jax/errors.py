@@ -1,4 +1,9 @@
-"""The one exception that every wing raises for a user's mistake."""
+"""A user's mistake, told once: the exception, and quiet for all others."""
+
+import contextlib
+from collections.abc import Iterator
+
+from absl import logging
 
 
 class UserError(ValueError):
@@ -7,3 +12,14 @@ class UserError(ValueError):
   The message is one line. The binaries print it and exit with code 2; a bug of
   ours is any other exception, and keeps its traceback.
   """
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+  """Hides what libraries log of a mistake that is told in one line here."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.FATAL)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)

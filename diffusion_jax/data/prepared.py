@@ -12,10 +12,8 @@ import re
 import shlex
 from collections.abc import Iterator
 
-from absl import logging
-
 from diffusion_jax.data import images, sources
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, quiet
 
 # name, name/config, and either with a version: no namespace, which would ask
 # the network, and no keyword arguments.
@@ -64,7 +62,7 @@ def create(
   data_dir = os.path.expanduser(path) or None
   where = data_dir or str(tfds.core.constants.DATA_DIR)
   what = f'split {split!r} of {name} in {where}'
-  with _quiet(), _one_line_errors(what):
+  with quiet(), _one_line_errors(what):
     builder = _find(name, data_dir, where)
     _check_format(builder, name, where)
     features = dict(builder.info.features.items())
@@ -166,17 +164,6 @@ def _check_format(builder, name: str, where: str) -> None:
       f'{name.removeprefix("tfds:")} with another DATA_DIR, and give that as '
       'data.path'
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Hides what tfds logs about every folder that it looks into."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.FATAL)
-  try:
-    yield
-  finally:
-    logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager

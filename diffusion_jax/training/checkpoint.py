@@ -5,16 +5,14 @@ a restore would silently accept (another dtype) or answer with pages (another
 tree, a damaged file) is told in one line.
 """
 
-import contextlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from diffusion_jax import models
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, quiet
 from diffusion_jax.training.state import TrainState
 
 
@@ -34,7 +32,7 @@ class Checkpoints:
     kept = [ocp.training.preservation_policies.LatestN(keep_last)]
     if keep_every:
       kept += [ocp.training.preservation_policies.EveryNSteps(keep_every)]
-    with _quiet():
+    with quiet():
       self._checkpointer = ocp.training.Checkpointer(
         self.directory,
         # The loop decides when to save.
@@ -119,7 +117,7 @@ def load_params(directory, step: int, abstract, *, ema: bool = True):
     UserError: the checkpoint is damaged or holds another model.
   """
   name = 'ema_params' if ema else 'params'
-  with _quiet():
+  with quiet():
     checkpointer = ocp.training.Checkpointer(Path(directory).absolute())
   with checkpointer:
     return _load(checkpointer, directory, step, {name: abstract})[name]
@@ -127,7 +125,7 @@ def load_params(directory, step: int, abstract, *, ema: bool = True):
 
 def _load(checkpointer, directory, step, abstract: dict) -> dict:
   try:
-    with _quiet():
+    with quiet():
       stored = checkpointer.metadata(step).metadata
     if stored is None:
       raise ValueError('it has no metadata')
@@ -142,21 +140,10 @@ def _load(checkpointer, directory, step, abstract: dict) -> dict:
     )
   skipped = jax.tree.map(lambda _: ..., stored)
   try:
-    with _quiet():
+    with quiet():
       return checkpointer.load(step, {**skipped, **abstract})
   except Exception as e:
     raise UserError(_unreadable(directory, step, e)) from e
-
-
-@contextlib.contextmanager
-def _quiet():
-  """Hides what Orbax logs of damage, which is told in one line here."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.FATAL)
-  try:
-    yield
-  finally:
-    logging.set_verbosity(verbosity)
 
 
 def _shapes(tree) -> dict:
@@ -187,8 +174,8 @@ def _unreadable(directory, step, error) -> str:
   reason = (str(error) or type(error).__name__).splitlines()[0]
   others = [s for s in steps(directory) if s != step]
   remedy = (
-    f'move {directory}/{step} away to go on from {others[-1]}, or choose '
-    f'another by --step ({", ".join(map(str, others))})'
+    f'move {directory}/{step} away to go on from {others[-1]}, or sample '
+    f'from another by --step ({", ".join(map(str, others))})'
     if others
     else 'there is no other'
   )
