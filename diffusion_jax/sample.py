@@ -59,26 +59,10 @@ TRAJECTORY_FRAMES = 10
 def main():
   workdir = Path(FLAGS.workdir).expanduser()
   config = runs.read_config(workdir)
-  for name, least in (
-    ('num_samples', 1), ('batch_size', 1), ('grid_images', 1),
-    ('trajectory', 0), ('seed', 0),
-  ):  # fmt: skip
-    if FLAGS[name].value < least:
-      raise UserError(f'--{name}={FLAGS[name].value}: at least {least}')
-  if FLAGS.seed >= 2**32:
-    raise UserError(f'--seed={FLAGS.seed}: below 2**32')
+  _check_flags()
   sampler = samplers.create(
     FLAGS.sampler, eta=FLAGS.eta, variance=FLAGS.variance
   )
-  if FLAGS.num_samples > 10**9:
-    raise UserError(f'--num_samples={FLAGS.num_samples}: at most 10**9')
-  if FLAGS.trajectory > min(FLAGS.num_samples, FLAGS.batch_size):
-    raise UserError(
-      f'--trajectory={FLAGS.trajectory}: at most --num_samples='
-      f'{FLAGS.num_samples} and --batch_size={FLAGS.batch_size}'
-    )
-  if FLAGS.output == '':
-    raise UserError('--output is empty: give a folder, or leave the flag out')
   num_timesteps = config['process']['num_timesteps']
   steps = FLAGS.num_steps if FLAGS.num_steps is not None else num_timesteps
   times = grid.create(FLAGS.grid, num_timesteps, steps)
@@ -142,18 +126,7 @@ def main():
     for i, image in enumerate(images):
       pictures.save(output / 'png' / f'{i:06d}.png', image)
   if FLAGS.trajectory:
-    frames = np.linspace(0, len(times) - 1, TRAJECTORY_FRAMES).astype(int)
-    frames = tuple(dict.fromkeys(frames.tolist()))
-    _, kept = drawer(frames)(
-      params, sharding.padded_indices(FLAGS.trajectory, mesh)
-    )
-    pictures.save(
-      output / 'trajectory.png',
-      pictures.trajectory(
-        sharding.to_host(kept)[:, : FLAGS.trajectory],
-        [times[frame] for frame in frames],
-      ),
-    )
+    _draw_trajectory(drawer, params, mesh, times, output)
   cli.report(
     {
       'output': str(output), 'num_samples': FLAGS.num_samples, 'step': at,
@@ -163,6 +136,43 @@ def main():
     f'({len(times) - 1} network evaluations each); the grid is {grid_path}',
     FLAGS.json,
   )  # fmt: skip
+
+
+def _draw_trajectory(drawer, params, mesh, times, output):
+  """The first samples, at some of the times between noise and image."""
+  frames = np.linspace(0, len(times) - 1, TRAJECTORY_FRAMES).astype(int)
+  frames = tuple(dict.fromkeys(frames.tolist()))
+  _, kept = drawer(frames)(
+    params, sharding.padded_indices(FLAGS.trajectory, mesh)
+  )
+  pictures.save(
+    output / 'trajectory.png',
+    pictures.trajectory(
+      sharding.to_host(kept)[:, : FLAGS.trajectory],
+      [times[frame] for frame in frames],
+    ),
+  )
+
+
+def _check_flags():
+  """Raises UserError for numbers out of range."""
+  for name, least in (
+    ('num_samples', 1), ('batch_size', 1), ('grid_images', 1),
+    ('trajectory', 0), ('seed', 0),
+  ):  # fmt: skip
+    if FLAGS[name].value < least:
+      raise UserError(f'--{name}={FLAGS[name].value}: at least {least}')
+  if FLAGS.seed >= 2**32:
+    raise UserError(f'--seed={FLAGS.seed}: below 2**32')
+  if FLAGS.num_samples > 10**9:
+    raise UserError(f'--num_samples={FLAGS.num_samples}: at most 10**9')
+  if FLAGS.trajectory > min(FLAGS.num_samples, FLAGS.batch_size):
+    raise UserError(
+      f'--trajectory={FLAGS.trajectory}: at most --num_samples='
+      f'{FLAGS.num_samples} and --batch_size={FLAGS.batch_size}'
+    )
+  if FLAGS.output == '':
+    raise UserError('--output is empty: give a folder, or leave the flag out')
 
 
 def _name(at, steps):
