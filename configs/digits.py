@@ -77,4 +77,5 @@ def get_config():
   config.sample.grid = 'uniform'
   config.sample.num_steps = 50
   config.sample.num_images = 64
+  config.sample.variance = 'fixedlarge'  # of ancestral sampling
   return config

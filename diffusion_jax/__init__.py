@@ -1,3 +1,6 @@
 """diffusion_jax: train and sample diffusion models in JAX."""
 
+from diffusion_jax.trained import Trained, load
+
+__all__ = ['Trained', 'load']
 __version__ = '0.1.0'

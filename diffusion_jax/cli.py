@@ -97,7 +97,7 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
 def _help(doc: str, full: bool) -> None:
   """Prints the docstring and the binary's own flags; exits with 0."""
   lines = [doc.strip() + '\n\nFlags:']
-  own = flags.FLAGS.flags_by_module_dict()[sys.argv[0]]
+  own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
   for flag in sorted(own, key=lambda flag: flag.name):
     shown = '' if flag.default is None else f' [{flag.default}]'
     name = f'--[no]{flag.name}' if flag.boolean else f'--{flag.name}'
@@ -191,6 +191,7 @@ KEYS = (
   *('loss.prediction', 'optim.lr', 'optim.warmup_steps', 'optim.clip_norm'),
   *('optim.b1', 'optim.b2', 'optim.eps', 'ema.decay', 'sample.sampler'),
   *('sample.grid', 'sample.num_steps', 'sample.num_images'),
+  'sample.variance',
 )
 
 

@@ -2,11 +2,15 @@
 
 config.json            the resolved config
 checkpoints/           one folder a step
+starts.jsonl           one object a start: time, step, versions, devices
 metrics.jsonl          one object a line; TensorBoard's events beside it
 samples/               grids on the way (train_*.png) and sample stores
+evaluations/           metric cards, and the networks that judged
+report.html            all of it to look at
 """
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
@@ -85,6 +89,13 @@ def write_config(workdir, config: config_dict.ConfigDict) -> None:
     file.write(json.dumps(to_plain(config), indent=2).encode() + b'\n')
 
 
+def note_start(workdir, facts: dict) -> None:
+  """Appends a line to starts.jsonl: what goes on from where, and when."""
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+  with (Path(workdir) / 'starts.jsonl').open('a') as file:
+    file.write(json.dumps({'time': now, **facts}) + '\n')
+
+
 @contextlib.contextmanager
 def lock(workdir) -> Iterator[None]:
   """Makes the folder and holds it against a second trainer.
@@ -124,7 +135,7 @@ def read_config(workdir) -> dict:
     config = json.loads(path.read_text())
   except (OSError, ValueError) as e:
     raise UserError(f'{path} is unreadable ({e})') from e
-  parts = ('data', 'model', 'process', 'loss')
+  parts = ('data', 'model', 'process', 'loss', 'sample')
   missing = [part for part in parts if part not in config]
   if missing:
     raise UserError(f'{path} is not a run of ours: it has no {missing[0]!r}')

@@ -16,7 +16,15 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from diffusion_jax import cli, data, models, pictures, runs, samplers
+from diffusion_jax import (
+  cli,
+  data,
+  environment,
+  models,
+  pictures,
+  runs,
+  samplers,
+)
 from diffusion_jax.data import pipeline
 from diffusion_jax.errors import UserError
 from diffusion_jax.process import schedules
@@ -113,6 +121,7 @@ def main():
       _finish(workdir, start, {})
       return
     runs.write_config(workdir, config)  # with what has changed
+    runs.note_start(workdir, {'step': start, **environment.describe()})
     cli.say(f'training on {source.description}')
     cli.say(
       f'held out: {heldout.description}'

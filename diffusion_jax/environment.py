@@ -1,0 +1,54 @@
+"""What numbers are computed with: versions, revision, devices."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+
+PACKAGES = (
+  *('diffusion_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint'),
+  *('grain', 'numpy'),
+)
+
+
+def describe() -> dict:
+  """Versions, git revision (None outside a checkout) and devices, as JSON."""
+  devices = jax.devices()
+  return {
+    'versions': {
+      'python': platform.python_version(),
+      **{name: _version(name) for name in PACKAGES},
+    },
+    'revision': _revision(),
+    'device': devices[0].device_kind,
+    'num_devices': len(devices),
+    'num_processes': jax.process_count(),
+  }
+
+
+def _version(package):
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None  # a checkout that is not installed
+
+
+def _revision():
+  root = Path(__file__).parent.parent
+  # An installed package may lie inside another project's checkout.
+  if not (root / '.git').exists():
+    return None
+  try:
+    result = subprocess.run(
+      ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*'],
+      cwd=root,
+      capture_output=True,
+      text=True,
+      timeout=10,
+      check=True,
+    )
+  except (OSError, subprocess.SubprocessError):
+    return None  # git is missing, or refuses a checkout of another user
+  return result.stdout.strip()

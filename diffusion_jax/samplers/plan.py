@@ -1,0 +1,99 @@
+"""How samples are drawn: all that they depend on beside the weights."""
+
+from typing import NamedTuple
+
+from diffusion_jax import samplers
+from diffusion_jax.errors import UserError
+from diffusion_jax.samplers import grid as grids
+
+
+class Plan(NamedTuple):
+  """A sampler with its options, its literal grid, and the seed.
+
+  Attributes:
+    sampler: a key of SAMPLERS.
+    options: all of the sampler's options, defaults included.
+    grid: falling times, the last one -1.
+    clip: whether x0 is clipped to [-1, 1] in every step.
+    seed: of the samples, see `draw.sample_keys`.
+  """
+
+  sampler: str
+  options: dict
+  grid: list
+  clip: bool
+  seed: int
+
+  @property
+  def num_steps(self) -> int:
+    return len(self.grid) - 1
+
+  def create(self) -> samplers.Sampler:
+    return samplers.create(self.sampler, **self.options)
+
+  def protocol(self) -> dict:
+    """As it stands beside samples and on metric cards."""
+    return {
+      'sampler': self.sampler,
+      **self.options,
+      'clip': self.clip,
+      'seed': self.seed,
+      'grid': self.grid,
+    }
+
+
+def create(
+  num_timesteps: int,
+  *,
+  sampler: str = 'ancestral',
+  num_steps: int | None = None,
+  grid: str = 'uniform',
+  clip: bool = True,
+  seed: int = 0,
+  **options,
+) -> Plan:
+  """A plan, checked.
+
+  Args:
+    num_timesteps: T of the schedule.
+    sampler: a key of SAMPLERS.
+    num_steps: sampling steps; None for all T, or for a literal grid's.
+    grid: a key of GRIDS, or literal times: '999,500,100'.
+    clip: whether x0 is clipped to [-1, 1] in every step.
+    seed: in [0, 2**32).
+    **options: the sampler's own, such as `eta`; None takes its default.
+
+  Raises:
+    UserError: an unknown name, an option that is not the sampler's, or a
+      number out of range.
+  """
+  chosen = samplers.options(sampler, **options)
+  samplers.create(sampler, **chosen)  # finds values out of range
+  times = grids.create(
+    grid, num_timesteps, num_timesteps if num_steps is None else num_steps
+  )
+  if num_steps not in (None, len(times) - 1):
+    raise UserError(
+      f'num_steps={num_steps}: the literal grid has {len(times) - 1} steps, '
+      'leave it out'
+    )
+  if not 0 <= seed < 2**32:
+    raise UserError(f'seed={seed}: at least 0 and below 2**32')
+  return Plan(sampler, chosen, times, clip, seed)
+
+
+def for_run(config: dict, *, sampler: str = 'ancestral', **given) -> Plan:
+  """A plan for a run's network; by default as the run's paper samples.
+
+  Args:
+    config: the run's.
+    sampler: a key of SAMPLERS.
+    **given: as of `create`; the variance is by default the config's.
+
+  Raises:
+    UserError: as `create`.
+  """
+  if given.get('variance') is None and 'variance' in samplers.options(sampler):
+    given['variance'] = config['sample']['variance']
+  num_timesteps = config['process']['num_timesteps']
+  return create(num_timesteps, sampler=sampler, **given)

@@ -1,0 +1,127 @@
+"""Samples of a run on disk: the flags that say which, the store they fill.
+
+Shared by the binaries that draw. `flags.adopt_module_key_flags(sampling)` makes
+these flags a binary's own.
+"""
+
+import hashlib
+from pathlib import Path
+
+from absl import flags
+
+from diffusion_jax import cli, runs, samplers
+from diffusion_jax.errors import UserError
+from diffusion_jax.samplers import grid, store
+from diffusion_jax.samplers import plan as plans
+from diffusion_jax.samplers.plan import Plan
+from diffusion_jax.trained import Trained, load
+from diffusion_jax.training import checkpoint
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string('workdir', None, 'Folder of the run.')
+flags.DEFINE_string('output', None, 'Folder of the samples.')
+flags.DEFINE_integer('batch_size', 256, 'Images drawn at once.')
+flags.DEFINE_string(
+  'sampler', 'ancestral', f'One of {", ".join(samplers.SAMPLERS)}.'
+)
+flags.DEFINE_integer(
+  'num_steps', None, 'Sampling steps; all of the schedule by default.'
+)
+flags.DEFINE_string(
+  'grid', 'uniform',
+  f'Times: {", ".join(grid.GRIDS)}, or a literal list such as 999,500,100.',
+)  # fmt: skip
+flags.DEFINE_float('eta', None, 'ddim: noise, from 0 (none, the default) to 1.')
+flags.DEFINE_string(
+  'variance', None,
+  "ancestral: fixedlarge or fixedsmall; the config's by default.",
+)  # fmt: skip
+flags.DEFINE_bool('clip', True, 'Clip the estimate of x0 in every step.')
+flags.DEFINE_bool('ema', True, 'Averaged weights, or the raw ones.')
+flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
+flags.DEFINE_integer('seed', 0, 'Of the samples.')
+
+
+def check_flags(**least) -> None:
+  """Raises UserError for numbers out of range: name = the least allowed."""
+  for name, value in {'batch_size': 1, **least}.items():
+    if FLAGS[name].value < value:
+      raise UserError(f'--{name}={FLAGS[name].value}: at least {value}')
+  if FLAGS.num_samples > 10**9:
+    raise UserError(f'--num_samples={FLAGS.num_samples}: at most 10**9')
+  if FLAGS.output == '':
+    raise UserError('--output is empty: give a folder, or leave the flag out')
+
+
+def chosen() -> tuple[Trained, Plan, Path]:
+  """The network, the plan and the folder that the flags ask for.
+
+  Raises:
+    UserError: they ask for what there is not; nothing was written.
+  """
+  workdir = Path(FLAGS.workdir).expanduser()
+  plan = plans.for_run(
+    runs.read_config(workdir),
+    sampler=FLAGS.sampler, num_steps=FLAGS.num_steps, grid=FLAGS.grid,
+    clip=FLAGS.clip, seed=FLAGS.seed, eta=FLAGS.eta, variance=FLAGS.variance,
+  )  # fmt: skip
+  step = checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
+  output = FLAGS.output or workdir / 'samples' / _name(step, plan)
+  output = Path(output).expanduser()
+  runs.usable_output(output)
+  trained = load(workdir, step, FLAGS.ema)
+  return trained, plan, output
+
+
+def fill(trained: Trained, plan: Plan, output: Path, num_samples: int) -> int:
+  """Draws what the store lacks of its first samples; returns their number.
+
+  Raises:
+    UserError: the folder holds something else.
+  """
+  store.open_store(output, protocol(trained, plan))
+  missing = len(store.missing(output, num_samples))
+  if not missing:
+    return 0
+  batch_size = min(FLAGS.batch_size, missing)
+  cli.say(
+    f'drawing {missing} images of {plan.num_steps} steps each, {batch_size} at '
+    f'once, into {output}'
+  )
+  with cli.Progress(
+    'sampling', num_samples, num_samples - missing, 'images'
+  ) as progress:
+    store.fill(
+      output, num_samples, batch_size, trained.drawer(plan), progress.update
+    )
+  return missing
+
+
+def protocol(trained: Trained, plan: Plan) -> dict:
+  """All that the images depend on."""
+  return {
+    'step': trained.step,
+    'ema': trained.ema,
+    'weights_sha256': trained.weights_sha256,
+    'model': trained.config['model'],
+    'process': trained.config['process'],
+    'loss': trained.config['loss'],
+    'image_shape': trained.image_shape,
+    **plan.protocol(),
+  }
+
+
+def _name(step, plan):
+  options = [
+    f'{name}{FLAGS[name].value}'
+    for name in ('eta', 'variance')
+    if FLAGS[name].value is not None
+  ]
+  grid_name = [FLAGS.grid] if FLAGS.grid != 'uniform' else []
+  parts = [f'step{step}', f'{plan.sampler}{plan.num_steps}']
+  parts += [*options, *grid_name, f'seed{plan.seed}']
+  parts += ['raw'] * (not FLAGS.ema) + ['noclip'] * (not plan.clip)
+  name = '_'.join(parts).replace(',', '-')
+  if len(name) > 100:  # a long literal grid
+    name = f'{name[:80]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}'
+  return name

@@ -1,0 +1,209 @@
+"""The library: a trained network, loaded from a run's folder."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_jax import models, runs
+from diffusion_jax.errors import UserError
+from diffusion_jax.process import gaussian, schedules
+from diffusion_jax.process.gaussian import Denoised
+from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.samplers import draw
+from diffusion_jax.samplers import plan as plans
+from diffusion_jax.samplers.plan import Plan
+from diffusion_jax.training import checkpoint, sharding
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+  """A trained network: a denoiser, its schedule, and how to sample from it.
+
+  Attributes:
+    config: the run's resolved config, plain dicts.
+    step: the training step of the weights.
+    ema: whether they are the averaged ones.
+    model: `models.Model`; `model.apply(params, xt, t)` is the bare prediction.
+    params: its parameters, a nested dict of arrays over `mesh`.
+    schedule: the noise schedule; times are 0 .. schedule.num_timesteps - 1.
+    image_shape: (H, W, C).
+    mesh: the devices that the parameters lie on.
+  """
+
+  config: dict
+  step: int
+  ema: bool
+  model: models.Model
+  params: dict
+  schedule: Schedule
+  image_shape: tuple[int, int, int]
+  mesh: Mesh
+
+  @property
+  def prediction(self) -> str:
+    """What the network predicts: 'eps', 'x0' or 'v'."""
+    return self.config['loss']['prediction']
+
+  def denoise(self, xt: jax.Array, t: jax.Array) -> Denoised:
+    """The denoiser, for samplers, guidance, and anything else.
+
+    Args:
+      xt: [B, H, W, C], alpha(t) x0 + sigma(t) eps with x0 in [-1, 1].
+      t: [B] or a scalar, times in [-1, T-1]; -1 is clean.
+
+    Returns:
+      Denoised(x0, eps), each of xt's shape; x0 is not clipped, see
+      `guidance.clip_x0`.
+    """
+    return self._denoise(self.params, xt, t)
+
+  @functools.cached_property
+  def _apply(self) -> Callable:
+    return sharding.gathering(self.model.apply, self.mesh)
+
+  @functools.cached_property
+  def _denoise(self) -> Callable:
+    def denoise(params, xt, t):
+      return gaussian.denoiser(
+        functools.partial(self._apply, params), self.schedule, self.prediction
+      )(xt, t)
+
+    return jax.jit(denoise)
+
+  @functools.cached_property
+  def weights_sha256(self) -> str:
+    """Of the parameters: float32, in the order of their names."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(self.params):
+      digest.update(np.ascontiguousarray(sharding.to_host(leaf)).tobytes())
+    return digest.hexdigest()
+
+  def plan(self, **options) -> Plan:
+    """How samples are drawn, by default as the run's paper draws them.
+
+    Args:
+      **options: sampler, num_steps, grid, clip, seed and the sampler's own, as
+        of `samplers.plan.create`.
+
+    Raises:
+      UserError: an unknown name, or a number out of range.
+    """
+    return plans.for_run(self.config, **options)
+
+  def drawer(self, how: Plan, frames: tuple[int, ...] = ()) -> Callable:
+    """A compiled function that draws samples by their index.
+
+    Args:
+      how: the plan.
+      frames: numbers of steps at which x is kept, see `samplers.solve`.
+
+    Returns:
+      indices (NumPy, [N]) -> uint8 [N, H, W, C]; with frames, a pair of that
+      and uint8 [F, N, H, W, C]. One N compiles once.
+    """
+    draw_fn = jax.jit(
+      draw.drawer(
+        self._apply, self.schedule, self.prediction, how.create(), how.grid,
+        self.image_shape, seed=how.seed, clip=how.clip, frames=frames,
+      )
+    )  # fmt: skip
+
+    def draw_batch(indices):
+      out = draw_fn(self.params, sharding.padded_indices(indices, self.mesh))
+      if not frames:
+        return sharding.to_host(out)[: len(indices)]
+      images, kept = map(sharding.to_host, out)
+      return images[: len(indices)], kept[:, : len(indices)]
+
+    return draw_batch
+
+  def sample(
+    self,
+    num_samples: int = 1,
+    *,
+    first: int = 0,
+    batch_size: int = 64,
+    **options,
+  ) -> np.ndarray:
+    """Draws images.
+
+    An image depends on the seed and its index alone, not on the batch: index 5
+    is the same of 6 and of 50,000.
+
+    Args:
+      num_samples: how many.
+      first: the index of the first.
+      batch_size: how many are drawn at once.
+      **options: as of `samplers.plan.create`: sampler ('ancestral'),
+        num_steps (all), grid ('uniform'), seed (0), clip (True), and the
+        sampler's own, such as eta.
+
+    Returns:
+      uint8 [num_samples, H, W, C].
+
+    Raises:
+      UserError: an unknown name, or a number out of range.
+    """
+    for name, value, least in (
+      ('num_samples', num_samples, 1), ('first', first, 0),
+      ('batch_size', batch_size, 1),
+    ):  # fmt: skip
+      if value < least:
+        raise UserError(f'{name}={value}: at least {least}')
+    how = self.plan(**options)
+    size = min(batch_size, num_samples)
+    draw_fn = self._drawer(json.dumps(how))
+    indices = np.arange(first, first + num_samples)
+    return np.concatenate(
+      [
+        # The last batch is filled up, so that one program serves all.
+        draw_fn(np.resize(part, size))[: len(part)]
+        for part in np.split(indices, range(size, num_samples, size))
+      ]
+    )
+
+  @functools.cached_property
+  def _drawer(self) -> Callable:
+    # Kept, so that a second call of `sample` compiles nothing.
+    return functools.lru_cache(maxsize=8)(
+      lambda how: self.drawer(Plan(*json.loads(how)))
+    )
+
+
+def load(
+  workdir, step: int | None = None, ema: bool = True, mesh: Mesh | None = None
+) -> Trained:
+  """Loads the network that a run has trained; the optimiser is not read.
+
+  Args:
+    workdir: the run's folder.
+    step: of the checkpoint; the newest by default.
+    ema: the averaged weights, or the raw ones.
+    mesh: where the parameters are to lie; by default every device has them
+      all, and samples are divided over the devices.
+
+  Raises:
+    UserError: there is no run or no such checkpoint, or it is damaged.
+  """
+  workdir = Path(workdir).expanduser()
+  config = runs.read_config(workdir)
+  directory = workdir / 'checkpoints'
+  step = checkpoint.find_step(directory, step)
+  mesh = mesh or sharding.make_mesh()
+  image_shape = runs.image_shape(config['data'])
+  model = models.create(image_shape=image_shape, **config['model'])
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  params = checkpoint.load_params(
+    directory, step, sharding.abstract(shapes, mesh), ema=ema
+  )
+  return Trained(
+    config, step, ema, model, params, schedules.create(**config['process']),
+    image_shape, mesh,
+  )  # fmt: skip
