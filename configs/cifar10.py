@@ -82,4 +82,6 @@ def get_config():
   config.sample.grid = 'uniform'
   config.sample.num_steps = 50
   config.sample.num_images = 64
+  # Of ancestral sampling; the paper's choice for CIFAR-10.
+  config.sample.variance = 'fixedlarge'
   return config
