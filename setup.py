@@ -53,6 +53,7 @@ setup(
       'tensorflow-cpu>=2.20; platform_system != "Darwin"',
       'tensorflow>=2.20; platform_system == "Darwin"',
       'importlib_resources',
+      'lmdb>=1.6',  # LSUN
     ],
     'test': ['pytest>=8.4', 'pytest-xdist>=3.8', 'ruff>=0.17'],
     # Pinned: the golden files come from these.

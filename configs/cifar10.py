@@ -82,5 +82,6 @@ def get_config():
   config.sample.grid = 'uniform'
   config.sample.num_steps = 50
   config.sample.num_images = 64
-  config.sample.variance = 'fixedlarge'  # of ancestral sampling
+  # Of ancestral sampling; the paper's choice for CIFAR-10.
+  config.sample.variance = 'fixedlarge'
   return config

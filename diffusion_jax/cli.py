@@ -73,7 +73,10 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
     except UserError as e:
       fail(str(e))
     except FLAG_ERRORS as e:
-      fail(_one_line(e, argv))
+      cause = _raised_by_config(e)
+      if cause and not isinstance(cause, UserError):
+        raise cause from None  # a bug
+      fail(_one_line(cause or e, argv))
     return rest
 
   def wrapped(argv):
@@ -113,6 +116,19 @@ def _help(doc: str, full: bool) -> None:
     lines.append(flags.FLAGS.get_help())
   _print('\n'.join(lines))
   sys.exit(0)
+
+
+def _raised_by_config(error: Exception) -> Exception | None:
+  """What get_config raised, out of ml_collections' and absl's wrappings."""
+  wrapped = 'Error whilst parsing config file'
+  given, found, _ = str(error).removeprefix('flag ').partition(f': {wrapped}')
+  if not found:
+    return None
+  while wrapped in str(error):
+    error = error.__context__
+  if 'get_config() takes 0' in str(error):
+    return UserError(f'{given}: this config takes nothing after a colon')
+  return error
 
 
 def _one_line(error: Exception, argv: Sequence[str]) -> str:
@@ -291,6 +307,7 @@ def _process(config):
   for name, value, known in (
     ('loss.prediction', config.loss.prediction, gaussian.PREDICTIONS),
     ('process.schedule', config.process.schedule, schedules.SCHEDULES),
+    ('sample.variance', config.sample.variance, gaussian.VARIANCES),
   ):
     yield value in known, f'{name}={value!r}: one of {", ".join(known)}'
   process, optim = config.process, config.optim

@@ -4,11 +4,12 @@
 #
 #   bash launch/prepare_data.sh NAME [DATA_DIR]
 #
-#   NAME       cifar10, lsun/church_outdoor, ... as TFDS calls it
+#   NAME       cifar10, lsun/church_outdoor, ... as TFDS calls it; or
+#              PATH/my_set.py, where a builder class of your own is
 #   DATA_DIR   ~/tensorflow_datasets by default
 set -euo pipefail
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
 case ${1:-} in
   -h | --help) usage; exit 0 ;;
   '') usage >&2; exit 2 ;;
@@ -23,6 +24,13 @@ data_dir=${2:-${TFDS_DATA_DIR:-$HOME/tensorflow_datasets}}
 case $data_dir in
   /* | *://*) ;;
   *) data_dir=$PWD/$data_dir ;;
+esac
+
+case $name in
+  *.py)
+    [ -f "$name" ] || { echo "error: $name is not a file" >&2; exit 2; }
+    name=$(cd "$(dirname "$name")" && pwd)/$(basename "$name")
+    ;;
 esac
 
 cd "$(dirname "$0")/.."

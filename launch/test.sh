@@ -4,6 +4,7 @@
 #   bash launch/test.sh             the default suite
 #   bash launch/test.sh --slow      the checks that take minutes
 #   bash launch/test.sh --parity    against torch and diffusers (installs them)
+#   bash launch/test.sh --prepare   launch/prepare_data.sh, with TensorFlow
 #   bash launch/test.sh PYTEST_ARGUMENTS
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,9 +13,10 @@ extra=test
 arguments=()
 for argument in "$@"; do
   case $argument in
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
     --slow) arguments+=(-m slow) ;;
     --parity) extra=test,parity; arguments+=(-m parity) ;;
+    --prepare) extra=test,prepare; arguments+=(-m prepare) ;;
     *) arguments+=("$argument") ;;
   esac
 done

@@ -6,7 +6,7 @@ import binaries
 import pytest
 from ml_collections import ConfigDict
 
-from configs import cifar10, digits
+from configs import celebahq256, cifar10, digits, lsun
 from diffusion_jax import cli, runs
 from diffusion_jax.errors import UserError
 
@@ -22,7 +22,7 @@ def changed(**values) -> ConfigDict:
 # --- check ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('config', [digits, cifar10])
+@pytest.mark.parametrize('config', [celebahq256, cifar10, digits, lsun])
 @pytest.mark.parametrize('devices', [1, 4, 8, 64])
 def test_shipped_configs_are_well(config, devices):
   assert cli.check(config.get_config(), range(devices)) == []
@@ -52,6 +52,7 @@ def test_shipped_configs_are_well(config, devices):
     ({'model.num_blocks': 0}, 1, ['model.num_blocks=0']),
     ({'loss.prediction': 'noise'}, 1, ["'noise'", 'eps, x0, v']),
     ({'process.schedule': 'cosin'}, 1, ["'cosin'", 'linear']),
+    ({'sample.variance': 'fixed'}, 1, ["'fixed'", 'fixedsmall, fixedlarge']),
     ({'process.num_timesteps': 1}, 1, ['process.num_timesteps=1']),
     ({'process.beta_end': 1.5}, 1, ['beta_end=1.5']),
     ({'optim.lr': 0.0}, 1, ['optim.lr=0.0']),
@@ -106,6 +107,15 @@ def test_a_config_without_a_key_is_told_which():
     ((DIGITS, '--wrkdir=x'), ['wrkdir', 'workdir']),
     ((DIGITS, 'stray'), ["'stray'"]),
     (('--config=configs/none.py',), ['none.py', 'digits']),
+    (('--config=lsun:chuch',), ['lsun:chuch', 'church, bedroom, cat']),
+    (('--config=lsun:',), ['lsun:', 'church, bedroom, cat']),
+    (('--config=digits:big',), ['digits.py:big', 'nothing after a colon']),
+    (('--config=lsun:bedroom', '--config.data.path={empty}'),
+     ['lsun/bedroom', 'prepare_data.sh']),
+    (('--config=configs/lsun.py:cat', '--config.data.path={empty}'),
+     ['lsun/cat', 'prepare_data.sh']),
+    (('--config=celebahq256',), ['data.path', 'folder']),
+    ((DIGITS, '--config.sample.variance=large'), ['large', 'fixedlarge']),
     (('--config=configs/cifar10.py', '--config.data.path={empty}'),
      ['cifar10', 'prepare_data.sh']),
     ((), ['--config']),
@@ -145,13 +155,21 @@ def test_help_reads_well_and_is_no_error(binary):
   assert 'None' not in result.out
 
 
-def test_a_bug_keeps_its_traceback(tmp_path):
-  """A config that does not parse is not a wrong flag."""
+@pytest.mark.parametrize(
+  ('source', 'name'),
+  [
+    ('def get_config(:\n', 'SyntaxError'),
+    ("def get_config():\n  return int('x')\n", 'ValueError'),
+  ],
+)
+def test_a_bug_keeps_its_traceback(tmp_path, source, name):
+  """A config that is broken is not a wrong flag."""
   broken = tmp_path / 'broken.py'
-  broken.write_text('def get_config(:\n')
+  broken.write_text(source)
   result = binaries.run('train', f'--config={broken}', f'--workdir={tmp_path}')
   assert result.code == 1
-  assert 'SyntaxError' in result.err
+  assert f'\n{name}: ' in result.err
+  assert f'File "{broken}"' in result.err
 
 
 @pytest.mark.parametrize('name', ['digits', 'digits.py', 'configs/digits.py'])

@@ -16,10 +16,32 @@ CONFIGS = sorted((binaries.ROOT / 'configs').glob('[!_]*.py'))
 CIFAR = binaries.ROOT.parent / 'shared' / 'data' / 'cifar10'
 
 
-def load(path: Path):
+# What the runs of arXiv 2006.11239 share (section 4 and appendix B).
+RECIPE = {
+  'ema.decay': 0.9999, 'optim.warmup_steps': 5000, 'optim.clip_norm': 1.0,
+  'optim.b1': 0.9, 'optim.b2': 0.999, 'optim.eps': 1e-8,
+  'process.num_timesteps': 1000, 'process.beta_start': 1e-4,
+  'process.beta_end': 0.02, 'process.schedule': 'linear',
+  'loss.prediction': 'eps', 'model.channels': 128, 'model.num_blocks': 2,
+  'model.attention_resolutions': (16,), 'model.num_heads': 1,
+  'model.num_groups': 32,
+}  # fmt: skip
+RECIPE_256 = {
+  **RECIPE, 'batch_size': 64, 'optim.lr': 2e-5, 'model.dropout': 0.0,
+  'model.multipliers': (1, 1, 2, 2, 4, 4), 'data.image_size': 256,
+  'data.channels': 3, 'sample.variance': 'fixedsmall',
+}  # fmt: skip
+
+
+def load(path: Path, *arguments):
   scope = {}
   exec(compile(path.read_text(), str(path), 'exec'), scope)
-  return scope['get_config']()
+  return scope['get_config'](*arguments)
+
+
+def flat(name: str, *arguments) -> dict:
+  config = load(binaries.ROOT / 'configs' / f'{name}.py', *arguments)
+  return runs.flatten(config.to_dict())
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -41,8 +63,13 @@ def test_state_traces_on_a_mesh(path):
     model, optim.create(**config.optim), sharding.make_mesh(2, 2, 2)
   )
   assert all(leaf.sharding for leaf in jax.tree.leaves(abstract))
-  if path.stem == 'cifar10':
-    assert models.count(abstract.params) == 35_746_307
+  published = {
+    'cifar10': 35_746_307,
+    'celebahq256': 113_673_219,
+    'lsun': 113_673_219,
+  }
+  count = models.count(abstract.params)
+  assert count == published.get(path.stem, count)
 
 
 def test_all_configs_have_the_same_keys():
@@ -51,19 +78,43 @@ def test_all_configs_have_the_same_keys():
 
 
 def test_cifar10_is_the_papers_recipe():
-  """arXiv 2006.11239, section 4 and appendix B."""
-  config = load(binaries.ROOT / 'configs' / 'cifar10.py')
   recipe = {
-    'num_steps': 800_000, 'batch_size': 128, 'ema.decay': 0.9999,
-    'optim.lr': 2e-4, 'optim.warmup_steps': 5000, 'optim.clip_norm': 1.0,
-    'optim.b1': 0.9, 'optim.b2': 0.999, 'optim.eps': 1e-8,
-    'process.num_timesteps': 1000, 'process.beta_start': 1e-4,
-    'process.beta_end': 0.02, 'loss.prediction': 'eps', 'data.flip': True,
-    'model.dropout': 0.1, 'model.channels': 128, 'model.num_blocks': 2,
-    'model.multipliers': (1, 2, 2, 2), 'model.attention_resolutions': (16,),
-    'model.num_heads': 1, 'model.num_groups': 32,
+    **RECIPE, 'num_steps': 800_000, 'batch_size': 128, 'optim.lr': 2e-4,
+    'model.dropout': 0.1, 'model.multipliers': (1, 2, 2, 2),
+    'data.image_size': 32, 'data.flip': True, 'sample.variance': 'fixedlarge',
   }  # fmt: skip
-  assert runs.flatten(config.to_dict()).items() >= recipe.items()
+  assert flat('cifar10').items() >= recipe.items()
+
+
+def test_celebahq_is_the_papers_recipe():
+  recipe = {**RECIPE_256, 'num_steps': 500_000, 'data.flip': True}
+  assert flat('celebahq256').items() >= recipe.items()
+
+
+@pytest.mark.parametrize(
+  ('category', 'name', 'heldout', 'num_steps', 'flip'),
+  [
+    ('church', 'church_outdoor', 'validation', 1_200_000, True),
+    ('bedroom', 'bedroom', 'validation', 2_400_000, False),
+    ('cat', 'cat', '', 1_800_000, True),
+  ],
+)
+def test_lsun_is_the_papers_recipe(category, name, heldout, num_steps, flip):
+  recipe = {
+    **RECIPE_256, 'num_steps': num_steps, 'data.flip': flip,
+    'data.name': f'tfds:lsun/{name}', 'data.heldout_split': heldout,
+  }  # fmt: skip
+  assert flat('lsun', category).items() >= recipe.items()
+
+
+def test_lsun_is_as_tfds_has_it():
+  """The names that are prepared are TFDS's; its own source says which."""
+  from tensorflow_datasets.image import lsun
+
+  known = {config.name for config in lsun.Lsun.BUILDER_CONFIGS}
+  for category in ('church', 'bedroom', 'cat'):
+    name = flat('lsun', category)['data.name'].removeprefix('tfds:lsun/')
+    assert name in known
 
 
 @pytest.fixture(scope='module')

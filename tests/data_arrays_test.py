@@ -1,0 +1,231 @@
+"""Arrays: .npy and .npz files, good and damaged."""
+
+import io
+import zipfile
+
+import binaries
+import numpy as np
+import pytest
+from imagesets import all_images, all_labels, error_line, random_images
+from PIL import Image
+
+from diffusion_jax import data
+from diffusion_jax.errors import UserError
+
+CIFAR = binaries.ROOT.parent / 'shared' / 'data' / 'cifar10'
+
+
+def arrays(path, split='train', channels=3, **kwargs):
+  return data.create(
+    'arrays',
+    path=str(path),
+    split=split,
+    image_size=8,
+    channels=channels,
+    **kwargs,
+  )
+
+
+@pytest.mark.parametrize('order', ['C', 'F'])
+def test_npy_is_read_as_it_is(tmp_path, order):
+  images = random_images(10)
+  np.save(tmp_path / 'a.npy', np.asarray(images, order=order))
+  source = arrays(tmp_path / 'a.npy')
+  np.testing.assert_array_equal(all_images(source), images)
+  assert all_labels(source) == [-1] * 10
+  assert source.num_classes == 0
+  assert arrays(tmp_path / 'a.npy', 'test') is None
+
+
+def test_a_grey_array_needs_no_channel_axis(tmp_path):
+  images = random_images(5, channels=1)
+  np.save(tmp_path / 'a.npy', images[..., 0])
+  source = arrays(tmp_path / 'a.npy', channels=1)
+  np.testing.assert_array_equal(all_images(source), images)
+
+
+def test_every_nth_image_is_held_out(tmp_path):
+  images = random_images(10)
+  np.savez(tmp_path / 'a.npz', images=images, labels=np.arange(10) % 3)
+  train = arrays(tmp_path / 'a.npz', heldout_every=4)
+  test = arrays(tmp_path / 'a.npz', 'test', heldout_every=4)
+  np.testing.assert_array_equal(all_images(test), images[[3, 7]])
+  np.testing.assert_array_equal(
+    all_images(train), images[[0, 1, 2, 4, 5, 6, 8, 9]]
+  )
+  assert all_labels(test) == [0, 1]
+  assert train.num_classes == test.num_classes == 3
+
+
+@pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
+def test_npz_with_a_test_set_of_its_own(tmp_path, save):
+  images, labels = random_images(10), np.arange(10) % 4
+  save(
+    tmp_path / 'a.npz',
+    train_images=images[:8],
+    train_labels=labels[:8, None],
+    test_images=images[8:],
+    test_labels=labels[8:],
+  )
+  train = arrays(tmp_path / 'a.npz', heldout_every=4)
+  test = arrays(tmp_path / 'a.npz', 'test', heldout_every=4)
+  np.testing.assert_array_equal(all_images(train), images[:8])
+  np.testing.assert_array_equal(all_images(test), images[8:])
+  assert all_labels(train) == list(labels[:8])
+  assert all_labels(test) == list(labels[8:])
+  assert train.num_classes == test.num_classes == 4
+
+
+def test_npz_with_unnamed_images(tmp_path):
+  np.savez(tmp_path / 'a.npz', random_images(3))
+  source = arrays(tmp_path / 'a.npz')
+  np.testing.assert_array_equal(all_images(source), random_images(3))
+
+
+def write_npz(path, **members):
+  """A .npz of members as they are given, in bytes."""
+  with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+    for name, content in members.items():
+      archive.writestr(f'{name}.npy', content)
+
+
+def npy_bytes(array, claim=None):
+  """A .npy in memory; its header may claim another shape."""
+  stream = io.BytesIO()
+  header = np.lib.format.header_data_from_array_1_0(array)
+  np.lib.format.write_array_header_1_0(
+    stream, header | ({'shape': claim} if claim else {})
+  )
+  return stream.getvalue() + array.tobytes()
+
+
+def truncated_npz(path):
+  np.savez(path, images=random_images(20))
+  path.write_bytes(path.read_bytes()[:-2000])
+
+
+def flipped_npz(path):
+  np.savez(path, images=random_images(20))
+  content = bytearray(path.read_bytes())
+  content[1000] ^= 255
+  path.write_bytes(content)
+
+
+# What is written, and what the answer must name.
+DAMAGED = {
+  'truncated': (truncated_npz, []),
+  'one bad byte': (flipped_npz, ['CRC']),
+  'not a zip': (lambda p: p.write_bytes(b'no zip at all'), ['zip']),
+  'empty': (lambda p: p.write_bytes(b''), []),
+  'pickled images': (
+    lambda p: np.savez(p, images=np.array([{}, {}], object)),
+    ['pickled', 'images'],
+  ),
+  'pickled labels': (
+    lambda p: np.savez(
+      p, images=random_images(2), labels=np.array(['a', None], object)
+    ),
+    ['pickled', 'labels'],
+  ),
+  'no images': (
+    lambda p: np.savez(p, x_train=random_images(2), y_train=[1, 2]),
+    ['x_train, y_train', 'train_images'],
+  ),
+  'other size': (
+    lambda p: np.savez(p, images=random_images(2, size=16)),
+    ['[2, 16, 16, 3]', '[N, 8, 8, 3]'],
+  ),
+  'floats': (
+    lambda p: np.savez(p, images=random_images(2) / 255),
+    ['float64', 'uint8'],
+  ),
+  'zero images': (lambda p: np.savez(p, images=random_images(0)), ['no image']),
+  'missing labels': (
+    lambda p: np.savez(p, images=random_images(3), labels=[1, 2]),
+    ['3 images', '2 labels'],
+  ),
+  'negative labels': (
+    lambda p: np.savez(p, images=random_images(2), labels=[-7, 2]),
+    ['-7'],
+  ),
+  'names as labels': (
+    lambda p: np.savez(p, images=random_images(2), labels=['cat', 'dog']),
+    ['labels', 'integers'],
+  ),
+  'a header that claims terabytes': (
+    lambda p: write_npz(
+      p, images=npy_bytes(random_images(2), claim=(10**10, 8, 8, 3))
+    ),
+    ['damaged', '10000000000'],
+  ),
+  'a header that claims less': (
+    lambda p: write_npz(p, images=npy_bytes(random_images(2), (1, 8, 8, 3))),
+    ['damaged'],
+  ),
+  'a member that is no array': (
+    lambda p: write_npz(p, images=b'hello'),
+    ['magic'],
+  ),
+}
+
+
+@pytest.mark.parametrize('case', DAMAGED)
+def test_a_damaged_npz_is_answered_in_one_line(tmp_path, case):
+  write_fn, must_name = DAMAGED[case]
+  write_fn(tmp_path / 'bad.npz')
+  message = error_line(
+    'arrays', path=str(tmp_path / 'bad.npz'), image_size=8, channels=3
+  )
+  for part in ['bad.npz', *must_name]:
+    assert part in message
+
+
+@pytest.mark.parametrize(
+  ('content', 'must_name'),
+  [
+    (npy_bytes(random_images(20))[:-1000], 'damaged'),
+    (npy_bytes(random_images(20))[:50], 'header'),
+    (b'', 'magic'),
+    (npy_bytes(random_images(2), (2**40, 8, 8, 3)), 'damaged'),
+    (npy_bytes(random_images(2)[..., :2]), '[2, 8, 8, 2]'),
+  ],
+  ids=['truncated', 'half a header', 'empty', 'terabytes', 'channels'],
+)
+def test_a_damaged_npy_is_answered_in_one_line(tmp_path, content, must_name):
+  (tmp_path / 'bad.npy').write_bytes(content)
+  message = error_line(
+    'arrays', path=str(tmp_path / 'bad.npy'), image_size=8, channels=3
+  )
+  assert 'bad.npy' in message
+  assert must_name in message
+
+
+def test_pickles_in_npy_are_never_loaded(tmp_path):
+  np.save(tmp_path / 'bad.npy', np.array([print], object))
+  message = error_line(
+    'arrays', path=str(tmp_path / 'bad.npy'), image_size=8, channels=3
+  )
+  assert 'pickled' in message
+
+
+def test_holding_out_more_than_there_is(tmp_path):
+  np.save(tmp_path / 'a.npy', random_images(5))
+  with pytest.raises(UserError, match=r'heldout_every is 9.*5 images'):
+    arrays(tmp_path / 'a.npy', 'test', heldout_every=9)
+
+
+@pytest.mark.skipif(
+  not CIFAR.is_dir(), reason='needs CIFAR-10 in ../shared/data/cifar10'
+)
+def test_cifar10_through_an_npz(tmp_path):
+  sheets = [np.asarray(Image.open(CIFAR / f'train/00{i}.webp')) for i in (0, 1)]
+  images = np.stack(sheets).reshape(2, 10, 32, 10, 32, 3)
+  images = images.transpose(0, 1, 3, 2, 4, 5).reshape(200, 32, 32, 3)
+  labels = np.load(CIFAR / 'labels.npz')['train'][:200]
+  np.savez(tmp_path / 'cifar.npz', images=images, labels=labels)
+  source = data.create(
+    'arrays', path=str(tmp_path / 'cifar.npz'), image_size=32, channels=3
+  )
+  np.testing.assert_array_equal(all_images(source), images)
+  assert all_labels(source)[:4] == [6, 9, 9, 4]  # frog, truck, truck, deer
+  assert source.num_classes == 10
