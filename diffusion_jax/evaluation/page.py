@@ -423,7 +423,9 @@ def _charts(run: Facts) -> list[dict]:
     )),
     ('Parameter norm', '', True, (raw('param_norm'),)),
     ('Learning rate', '', False, (raw('learning_rate'),)),
-    ('Images per second', 'all devices', False, (raw('images_per_sec'),)),
+    ('Images per second', 'all devices', False, (
+      raw('images_per_sec', style='faint'), smoothed('images_per_sec', ''),
+    )),
   )  # fmt: skip
   restarts = sorted({start['step'] for start in run.starts} - {0})
   charts = []

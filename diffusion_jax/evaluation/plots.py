@@ -105,7 +105,8 @@ def lines(
       **{
         'line': {'lw': 1.4},
         'faint': {'lw': 0.7, 'alpha': 0.35},
-        'marks': {'lw': 1.0, 'marker': 'o', 'ms': 3.2, 'mew': 0},
+        # Many marks would run together.
+        'marks': {'lw': 1, 'marker': 'o', 'ms': 3.2 * (len(x) < 50), 'mew': 0},
       }[line.style],
     )  # fmt: skip
   values = np.concatenate([np.asarray(line.y, float) for line in drawn])
