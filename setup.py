@@ -18,6 +18,7 @@ setup(
     'diffusion_jax',
     'diffusion_jax.configs',
     'diffusion_jax.data',
+    'diffusion_jax.evaluation',
     'diffusion_jax.models',
     'diffusion_jax.process',
     'diffusion_jax.samplers',
@@ -29,12 +30,15 @@ setup(
     'diffusion_jax': 'diffusion_jax',
     'diffusion_jax.configs': 'configs',
   },
+  package_data={'diffusion_jax.evaluation': ['*.jinja']},
   # Each lower bound is the version that the suite was run with.
   install_requires=[
     'absl-py>=2.3',
     'flax>=0.12.8',
     'grain>=0.2.18',
     'jax>=0.10.2',
+    'jinja2>=3.1.6',
+    'matplotlib>=3.10',
     'ml_collections>=1.1.0',
     'numpy>=2.2',
     'optax>=0.2.8',

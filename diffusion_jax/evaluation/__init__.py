@@ -1,0 +1,1 @@
+"""What samples are worth: networks that judge, statistics, metric cards."""

@@ -1,0 +1,230 @@
+"""What a run's folder tells: its files, read with what is damaged left out.
+
+A report is wanted most of a run that went wrong. So nothing but a missing
+config stops it: what cannot be read is left out, and told in a line.
+"""
+
+import collections
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusion_jax import runs
+
+CARD = 1  # the version of metric cards that is read here
+
+
+class Facts(NamedTuple):
+  """What is known of a run.
+
+  Attributes:
+    workdir: the run's folder.
+    config: of config.json.
+    rows: of metrics.jsonl, by step.
+    starts: of starts.jsonl, in the order of the file.
+    cards: of evaluations/*.json, by step and time, each with its 'name'.
+    stores: (folder, store.json) of the sample stores that have a grid.png, by
+      step and time.
+    drawn: (step, file) of the grids drawn on the way, by step.
+    origin: of init_from.json; None where the run began at random.
+    problems: what was left out and why, a line each.
+  """
+
+  workdir: Path
+  config: dict
+  rows: list[dict]
+  starts: list[dict]
+  cards: list[dict]
+  stores: list[tuple[Path, dict]]
+  drawn: list[tuple[int, Path]]
+  origin: dict | None
+  problems: list[str]
+
+
+def read(workdir) -> Facts:
+  """Reads a run's folder.
+
+  Raises:
+    UserError: there is no run, or its config.json is unreadable.
+  """
+  workdir, problems = Path(workdir).expanduser(), []
+  config = runs.read_config(workdir)
+
+  def whole(path: Path, is_well: Callable[[Any], bool]):
+    """The file's JSON; None, and a line in problems, where it is not well."""
+    try:
+      value = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+      told = str(e)
+    else:
+      if is_well(value):
+        return value
+      told = 'it holds something else'
+    name = path.relative_to(workdir)
+    problems.append(f'{name} cannot be read ({told}): left out')
+    return None
+
+  cards = []
+  for path in sorted(workdir.glob('evaluations/*.json')):
+    if card := whole(path, is_card):
+      cards.append({**card, 'name': path.stem})
+  stores = []
+  for path in sorted(workdir.glob('samples/*/store.json')):
+    has_grid = (path.parent / 'grid.png').exists()
+    if has_grid and (store := whole(path, is_subject)):
+      stores.append((path.parent, store))
+  drawn = []
+  for path in workdir.glob('samples/train_*.png'):
+    if match := re.fullmatch(r'train_(\d+)\.png', path.name):
+      drawn.append((int(match[1]), path))
+  origin = workdir / 'init_from.json'
+  return Facts(
+    workdir=workdir,
+    config=config,
+    rows=sorted(
+      _lines(workdir / 'metrics.jsonl', is_row, problems),
+      key=lambda row: row['step'],
+    ),
+    starts=_lines(workdir / 'starts.jsonl', is_start, problems),
+    cards=sorted(cards, key=_age),
+    stores=sorted(
+      stores,
+      key=lambda it: (it[1]['step'], (it[0] / 'grid.png').stat().st_mtime),
+    ),
+    drawn=sorted(drawn),
+    origin=whole(origin, is_step) if origin.exists() else None,
+    problems=problems,
+  )
+
+
+def _lines(path: Path, is_well, problems: list[str]) -> list[dict]:
+  """The objects of a file of JSON lines; those that are not well are told."""
+  try:
+    text = path.read_text(errors='replace')
+  except FileNotFoundError:
+    return []
+  except OSError as e:
+    problems.append(f'{path.name} cannot be read ({e.strerror}): left out')
+    return []
+  good, bad = [], []
+  for number, line in enumerate(text.split('\n'), 1):
+    if not line:
+      continue
+    try:
+      value = json.loads(line)
+    except ValueError:
+      value = None
+    if is_well(value):
+      good.append(value)
+    else:
+      bad.append(number)
+  if bad:
+    some = f'line {bad[0]}' + f' and {len(bad) - 1} more' * (len(bad) > 1)
+    problems.append(f'{path.name} is damaged in {some}: left out')
+  return good
+
+
+def _age(card: dict):
+  step, time = card['subject']['step'], card.get('time')
+  return step, time if isinstance(time, str) else ''
+
+
+def is_number(value) -> bool:
+  return (
+    isinstance(value, int | float)
+    and not isinstance(value, bool)
+    and math.isfinite(value)
+  )
+
+
+def is_step(value) -> bool:
+  return isinstance(value, dict) and isinstance(value.get('step'), int)
+
+
+def is_subject(value) -> bool:
+  return is_step(value) and isinstance(value.get('sampler', ''), str)
+
+
+def is_row(value) -> bool:
+  return is_step(value) and all(map(is_number, value.values()))
+
+
+def is_start(value) -> bool:
+  return (
+    is_step(value)
+    and isinstance(value.get('num_devices', 1), int)
+    and isinstance(value.get('versions', {}), dict)
+  )
+
+
+def is_card(value) -> bool:
+  if not isinstance(value, dict) or value.get('card') != CARD:
+    return False
+  details = value.get('details', {})
+  return (
+    all(isinstance(value.get(k), dict) for k in ('protocol', 'results'))
+    and is_subject(value.get('subject'))
+    and isinstance(details, dict)
+    and all(v is None or is_number(v) for v in value['results'].values())
+    and all(
+      isinstance(v, list) and all(map(is_number, v))
+      for k, v in details.items()
+      if k.endswith('class_histogram')
+    )
+  )
+
+
+# --- cost -------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+  """What the steps of a run took, as far as its files tell.
+
+  Attributes:
+    seconds: of training, evaluations and checkpoints between steps included;
+      None where no rate was written. Left out are compiling, and steps that a
+      kill threw away.
+    device_seconds: kind of device -> seconds x devices; the kind is None for
+      steps of which no start is recorded.
+    images: seen in training.
+  """
+
+  seconds: float | None
+  device_seconds: dict[str | None, float]
+  images: int
+
+
+def cost(rows: list[dict], starts: list[dict], batch_size: int) -> Cost:
+  """Adds up rows of metrics.
+
+  A row stands for the steps since the row before it. The first after a start
+  has no rate, for its time is that of compiling: it takes the next known one,
+  and the rows after the last known one take that.
+
+  Args:
+    rows: by step, 'images_per_sec' where known.
+    starts: 'step', 'device' and 'num_devices'; a row was computed by the last
+      start that went on from before it.
+    batch_size: images in a step, over all devices.
+  """
+  rates, known = [], None
+  for row in reversed(rows):
+    known = row.get('images_per_sec') or known
+    rates.insert(0, known)
+  last = next(filter(None, reversed(rates)), None)
+
+  seconds, before, device_seconds = 0.0, 0, collections.Counter()
+  for row, rate in zip(rows, rates, strict=True):
+    step, images = row['step'], (row['step'] - before) * batch_size
+    took = images / (rate or last) if last else 0.0
+    start = next((s for s in reversed(starts) if s['step'] < step), {})
+    device_seconds[start.get('device')] += took * start.get('num_devices', 1)
+    seconds, before = seconds + took, step
+  return Cost(
+    seconds if last else None,
+    dict(device_seconds) if last else {},
+    before * batch_size,
+  )

@@ -1,0 +1,518 @@
+"""report.html: a run on one page, in one file that can be sent to people.
+
+Every part says so where the run has nothing to show yet. Pictures and plots
+are inside the file, and there is nothing to run or to load.
+"""
+
+import base64
+import datetime
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jinja2
+from markupsafe import Markup
+from PIL import Image
+
+from diffusion_jax import data, files, models, runs
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import facts, plots
+from diffusion_jax.evaluation.facts import Facts
+
+# What results are called, and which way is good. Others go by their own name.
+RESULTS = {
+  'frechet': 'Fréchet distance\xa0↓',
+  'frechet_heldout_count': 'Fréchet distance, held-out count\xa0↓',
+  'frechet_floor': 'Fréchet distance, held-out images',
+  'confident': 'Confident\xa0↑',
+  'confident_heldout': 'Confident, held-out images',
+}
+SAMPLERS = {'ddim': 'DDIM', 'ancestral': 'Ancestral'}
+
+# What of a protocol stands in the title of its table.
+TITLE = ('data', 'split', 'num_samples', 'num_reference')
+LABELS = {'num_heldout': 'held-out images'}
+
+# A larger picture is embedded smaller: a report is to be sent by mail.
+MAX_BYTES = 500_000
+MAX_SIDE = 1200
+THUMBNAIL = 320
+STRIP = 6  # grids drawn on the way
+
+
+def write(workdir, told: Callable[[str], None] = lambda line: None) -> Path:
+  """Writes WORKDIR/report.html, whole or not at all.
+
+  Args:
+    workdir: the run's folder.
+    told: called with a line for each file that is damaged and left out; the
+      page says it too.
+
+  Returns:
+    the page's path.
+
+  Raises:
+    UserError: there is no run, its config.json is unreadable, or the folder
+      cannot be written.
+  """
+  run = facts.read(workdir)
+  runs.usable_folder('workdir', run.workdir)
+  page = render(run)
+  path = run.workdir / 'report.html'
+  with files.replacing(path) as file:
+    file.write(page.encode())
+  for line in run.problems:
+    told(line)
+  return path
+
+
+def render(run: Facts) -> str:
+  """The page of a run; adds damaged pictures to its problems."""
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader('diffusion_jax.evaluation', ''),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.filters |= {'number': number, 'value': value}
+  parts = {
+    'name': run.workdir.resolve().name,
+    'about': _about(run),
+    'newest': _newest(run),
+    'samples': _samples(run),
+    'strip': _strip(run),
+    'tables': _tables(run.cards),
+    'charts': _charts(run),
+    'cost': _cost(run),
+    'origin': _origin(run.origin),
+    'starts': _starts(run.starts),
+    'config': _grouped(run.config),
+  }
+  return environment.get_template('report.html.jinja').render(
+    **parts,
+    problems=run.problems,
+    colors=plots.COLORS,
+    written=datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
+  )
+
+
+# --- numbers ----------------------------------------------------------------
+
+
+def number(x) -> str:
+  """Four significant digits; whole numbers whole; '–' for None."""
+  if not facts.is_number(x):
+    return '–' if x is None else str(x)
+  if isinstance(x, int):
+    return f'{x:,}'
+  if abs(x) >= 1000:
+    return f'{float(f"{x:.4g}"):,.0f}'
+  return f'{x:#.4g}'
+
+
+def value(x) -> str:
+  """A value of a config, as it is typed."""
+  if isinstance(x, list):
+    return ', '.join(map(value, x))
+  return x if isinstance(x, str) else json.dumps(x)
+
+
+def duration(seconds: float) -> str:
+  """The two largest units: '3 min 42 s'."""
+  units = (('d', 86400), ('h', 3600), ('min', 60), ('s', 1))
+  parts, left = [], round(seconds)
+  for name, size in units:
+    count, left = divmod(left, size)
+    if count or parts or name == 's':
+      parts.append(f'{count} {name}')
+  return ' '.join(parts[:2])
+
+
+# --- the parts --------------------------------------------------------------
+
+
+def _about(run: Facts) -> list[str]:
+  """What it is: data, shape, size."""
+  shape = ' × '.join(map(str, runs.image_shape(run.config['data'])))
+  about = [run.config['data']['name'], f'{shape} images']
+  try:
+    return [*about, f'{_num_params(run.config):,} parameters']
+  except (TypeError, ValueError) as e:
+    run.problems.append(f'config.json has no model that can be built: {e}')
+    return about
+
+
+def _num_params(config) -> int:
+  model = models.create(
+    image_shape=runs.image_shape(config['data']), **config['model']
+  )
+  # Within eval_shape nothing touches a device, which a trainer may hold.
+  return models.count(jax.eval_shape(lambda: model.init(jax.random.key(0))))
+
+
+def _newest(run: Facts) -> list[tuple[str, str, str]]:
+  """The newest numbers: (label, number, note)."""
+  step = max((row['step'] for row in run.rows + run.starts), default=0)
+  tiles = [('Step', number(step), f'of {number(run.config.get("num_steps"))}')]
+  for key, label in (('loss', 'Loss'), ('heldout_loss', 'Held-out loss')):
+    steps, values = _series(run.rows, key)
+    if steps:
+      tiles.append((label, number(values[-1]), f'at step {steps[-1]:,}'))
+  for card in run.cards[-1:]:
+    results, at = card['results'], f'at step {card["subject"]["step"]:,}'
+    known = [key for key in RESULTS if key in results]
+    for key in (known or list(results))[:1]:
+      tiles.append((RESULTS.get(key, key), number(results[key]), at))
+  return tiles
+
+
+def _samples(run: Facts) -> list[dict]:
+  """The newest pictures: of samples, of their way, of their neighbours."""
+  if run.stores:
+    folder, subject = run.stores[-1]
+    wanted = [
+      (folder / 'grid.png', f'Samples. {_drawing(subject)}.'),
+      (
+        folder / 'trajectory.png',
+        'Their way out of the noise; t is the time, x0 the image.',
+      ),
+    ]
+  elif run.drawn:
+    step, path = run.drawn[-1]
+    wanted = [
+      (path, f'Samples. {_drawing({**_on_the_way(run), "step": step})}.')
+    ]
+  else:
+    wanted = []
+  for card in reversed(run.cards):
+    path = run.workdir / 'evaluations' / f'{card["name"]}_neighbours.png'
+    if path.exists():
+      told = 'Samples and the training images nearest to them.'
+      wanted.append((path, f'{told} {_drawing(card["subject"])}.'))
+      break
+  return [
+    {**picture, 'caption': caption}
+    for path, caption in wanted
+    if path.exists() and (picture := _picture(run, path))
+  ]
+
+
+def _strip(run: Facts) -> list[dict]:
+  """Some of the grids drawn on the way, the first and the last among them."""
+  count = min(len(run.drawn), STRIP)
+  chosen = [
+    run.drawn[round(i * (len(run.drawn) - 1) / (count - 1))]
+    for i in range(count if count > 1 else 0)
+  ]
+  return [
+    {**picture, 'caption': f'step {step:,}'}
+    for step, path in chosen
+    if (picture := _picture(run, path, THUMBNAIL, max_bytes=0))
+  ]
+
+
+def _on_the_way(run):
+  """How training draws its grids, as a sample store tells it."""
+  sample = run.config['sample']
+  return {
+    'ema': True, 'seed': run.config.get('seed'),
+    'sampler': sample.get('sampler'), 'evaluations': sample.get('num_steps'),
+  }  # fmt: skip
+
+
+def _picture(run, path, side=MAX_SIDE, max_bytes=MAX_BYTES) -> dict | None:
+  """src, width, height; None, and a problem, where it is damaged.
+
+  Above max_bytes it is embedded smaller: `side` pixels at most.
+  """
+  try:
+    content, kind = path.read_bytes(), 'png'
+    with Image.open(io.BytesIO(content)) as image:
+      image.load()  # the whole of it, or it is damaged
+      size = image.size
+      if len(content) > max_bytes:
+        content, kind = min((content, kind), _smaller(image, side), key=_bytes)
+  except (OSError, SyntaxError) as e:  # Pillow raises both
+    run.problems.append(
+      f'{path.relative_to(run.workdir)} cannot be read ({e}): left out'
+    )
+    return None
+  code = base64.b64encode(content).decode()
+  src = f'data:image/{kind};base64,{code}'
+  return {'src': src, 'width': size[0], 'height': size[1]}
+
+
+def _smaller(image, side) -> tuple[bytes, str]:
+  """The smaller of a PNG and a JPEG, and which it is."""
+  image = image.convert('RGB')
+  image.thumbnail((side, side))
+  encoded = []
+  for kind in ('png', 'jpeg'):
+    file = io.BytesIO()
+    image.save(file, format=kind, quality=90)
+    encoded.append((file.getvalue(), kind))
+  return min(encoded, key=_bytes)
+
+
+def _bytes(encoded) -> int:
+  return len(encoded[0])
+
+
+def _how(subject: dict) -> dict:
+  """How samples were drawn, by the names that people read."""
+  known = ('step', 'ema', 'sampler', 'evaluations', 'seed', 'grid', 'workdir')
+  name, grid = subject.get('sampler'), subject.get('grid')
+  steps = len(grid) - 1 if isinstance(grid, list) else None
+  evaluations = subject.get('evaluations')
+  how = {
+    'sampler': SAMPLERS.get(name, name),
+    'steps': steps,
+    'evaluations': evaluations if evaluations != steps else None,
+    'weights': {True: 'averaged', False: 'raw'}.get(subject.get('ema')),
+    **{
+      key: value(x)
+      for key, x in subject.items()
+      if isinstance(x, str | int | float)
+      and not (key in known or key.endswith('sha256'))
+    },
+    'seed': subject.get('seed'),
+  }
+  return {key: x for key, x in how.items() if x is not None}
+
+
+def _drawing(subject: dict) -> str:
+  """As _how, in a line."""
+  how = _how(subject)
+  steps = how.pop('steps', '?')
+  evaluations = how.pop('evaluations', steps)
+  told = [f'Step {subject["step"]:,}', how.pop('sampler', 'sampler unknown')]
+  told += [f'{evaluations} evaluations']
+  return ', '.join([*told, *(f'{key} {x}' for key, x in how.items())])
+
+
+def _tables(cards: list[dict]) -> list[dict]:
+  """One for each protocol, the newest first: only equals stand together."""
+  groups = {}
+  for card in reversed(cards):
+    key = json.dumps(card['protocol'], sort_keys=True)
+    groups.setdefault(key, []).insert(0, card)
+  return [_table(group) for group in groups.values()]
+
+
+def _table(cards: list[dict]) -> dict:
+  """A row for each card; what is the same in all is told once, in 'same'."""
+  told = [
+    {'step': card['subject']['step'], **_how(card['subject'])}
+    | {
+      key: x for key, x in card.get('details', {}).items() if facts.is_number(x)
+    }
+    for card in cards
+  ]
+  same = {
+    key: x
+    for key, x in told[0].items()
+    if key not in ('step', 'sampler', 'steps', 'seed')
+    and all(row.get(key) == x for row in told)
+  }
+  columns = dict.fromkeys(('step', 'sampler', 'steps', 'seed'))
+  columns |= dict.fromkeys(k for row in told for k in row if k not in same)
+  results = dict.fromkeys(k for card in cards for k in card['results'])
+  rows = [
+    [row.get(key) for key in columns]
+    + [card['results'].get(key) for key in results]
+    for row, card in zip(told, cards, strict=True)
+  ]
+  return {
+    'title': _title(cards[0]['protocol']),
+    'protocol': _protocol(cards[0]['protocol']),
+    'head': [
+      *(key.replace('_', ' ').capitalize() for key in columns),
+      *(RESULTS.get(key, key) for key in results),
+    ],
+    'is_text': [
+      any(isinstance(x, str) for x in column)
+      for column in zip(*rows, strict=True)
+    ],
+    'rows': rows,
+    'same': [(key.replace('_', ' '), x) for key, x in same.items()],
+    'classes': _classes(cards[-1]),
+  }
+
+
+def _title(protocol: dict) -> str:
+  count, reference = (
+    number(protocol[key]) if facts.is_number(protocol.get(key)) else 'some'
+    for key in ('num_samples', 'num_reference')
+  )
+  of = ', '.join(
+    value(protocol[key]) for key in ('data', 'split') if key in protocol
+  )
+  return f'{count} samples against {reference} images of {of}'
+
+
+def _protocol(protocol: dict) -> list[tuple[str, str, str]]:
+  """(label, text, the whole of it where the text is a shortened hash)."""
+  shown = []
+  for key, x in protocol.items():
+    name = key.removeprefix('num_').replace('_', ' ')
+    if key.endswith('_sha256') and isinstance(x, str):
+      shown.append((name, x[:8], x))
+    elif key not in TITLE:
+      text = value(x) if isinstance(x, list | bool) else number(x)
+      shown.append((LABELS.get(key, name), text, ''))
+  return shown
+
+
+def _classes(card: dict) -> dict | None:
+  """Which classes a judge saw in the samples, as bars."""
+  details = card.get('details', {})
+  named = {
+    'samples': ('blue', details.get('class_histogram')),
+    'held-out images': ('grey', details.get('heldout_class_histogram')),
+  }
+  there = {label: pair for label, pair in named.items() if pair[1]}
+  if 'samples' not in there:
+    return None
+  return {
+    'title': 'Classes',
+    'note': f'at step {card["subject"]["step"]:,}',
+    'keys': [(label, color, '') for label, (color, _) in there.items()],
+    'svg': Markup(plots.bars('Classes', dict(there.values()))),
+  }
+
+
+# --- curves -----------------------------------------------------------------
+
+
+def _series(rows, name) -> tuple[list, list]:
+  """(steps, values) of the rows that have it."""
+  there = [row for row in rows if name in row]
+  return [row['step'] for row in there], [row[name] for row in there]
+
+
+def _charts(run: Facts) -> list[dict]:
+  """The curves of training; those of which nothing is written are left out."""
+
+  def raw(name, label='', color='blue', style='line'):
+    return plots.Line(label, *_series(run.rows, name), color, style)
+
+  def smoothed(name, label, color='blue'):
+    steps, values = _series(run.rows, name)
+    smooth = plots.smooth(values) if values else []
+    return plots.Line(label, steps, smooth, color)
+
+  timesteps = run.config['process']['num_timesteps']
+  first = [math.ceil(q * timesteps / 4) for q in range(5)]
+  quarters = [
+    smoothed(f'loss_q{q}', f't {first[q - 1]}–{first[q] - 1}', f'q{q}')
+    for q in (1, 2, 3, 4)
+  ]
+  clip = run.config.get('optim', {}).get('clip_norm')
+  wanted = (
+    ('Loss', 'smoothed over what was logged', True, (
+      raw('loss', style='faint'), smoothed('loss', 'training'),
+      raw('heldout_loss', 'held out', 'orange', 'marks'),
+    )),
+    ('Loss by quarter of t', 'smoothed', True, quarters),
+    ('Gradient norm', f'clipped at {clip}' if clip else '', True, (
+      raw('grad_norm', style='faint'), smoothed('grad_norm', ''),
+    )),
+    ('Parameter norm', '', True, (raw('param_norm'),)),
+    ('Learning rate', '', False, (raw('learning_rate'),)),
+    ('Images per second', 'all devices', False, (
+      raw('images_per_sec', style='faint'), smoothed('images_per_sec', ''),
+    )),
+  )  # fmt: skip
+  restarts = sorted({start['step'] for start in run.starts} - {0})
+  charts = []
+  for title, note, log, drawn in wanted:
+    if drawn := [line for line in drawn if len(line.x)]:
+      svg = plots.lines(title, drawn, log=log, restarts=restarts)
+      charts.append({
+        'title': title, 'note': note, 'svg': Markup(svg),
+        'keys': [
+          (line.label, line.color, number(float(line.y[-1])))
+          for line in drawn if line.style != 'faint'
+        ],
+      })  # fmt: skip
+  return charts
+
+
+# --- cost, config, starts ---------------------------------------------------
+
+
+def _cost(run: Facts) -> list[tuple[str, str, str]]:
+  """(label, number, note), of what the steps so far took."""
+  batch_size = run.config.get('batch_size', 0)
+  cost = facts.cost(run.rows, run.starts, batch_size)
+  if not cost.images:
+    return []
+  tiles = []
+  if cost.seconds is not None:
+    tiles.append(
+      ('Training time', duration(cost.seconds), 'compiling not counted')
+    )
+  for kind, seconds in cost.device_seconds.items():
+    tiles.append(
+      ('Device-hours', number(seconds / 3600), kind or 'devices not recorded')
+    )
+  tiles.append(('Images seen', number(cost.images), f'{batch_size} a step'))
+  if size := _num_images(run.config['data']):
+    tiles.append(('Epochs', number(cost.images / size), f'of {size:,} images'))
+  return tiles
+
+
+def _num_images(config: dict) -> int | None:
+  """The size of the training set; None where it is not on this machine."""
+  try:
+    source = data.create(
+      config['name'], path=config['path'], split=config['train_split'],
+      image_size=config['image_size'], channels=config['channels'],
+      heldout_every=config['heldout_every'],
+    )  # fmt: skip
+  except (UserError, KeyError):
+    return None
+  return len(source) if source else None
+
+
+def _origin(origin: dict | None) -> str:
+  """Whose parameters the run began with, in a sentence."""
+  if not origin:
+    return ''
+  weights = 'raw' if origin.get('ema') is False else 'averaged'
+  left = origin.get('left', [])
+  return (
+    f'It began with the {weights} parameters of {origin.get("workdir")}, step '
+    f'{origin["step"]:,}: {origin.get("taken")} arrays taken, '
+    f'{len(left) if isinstance(left, list) else left} not.'
+  )
+
+
+def _starts(starts: list[dict]) -> list[dict]:
+  """A row for each start; of the versions, what changed with it."""
+  rows, before = [], {}
+  for start in starts:
+    versions = start.get('versions', {})
+    changed = {k: v for k, v in versions.items() if before.get(k) != v}
+    told = ', '.join(f'{name} {v}' for name, v in changed.items() if v)
+    rows.append({
+      'time': str(start.get('time', '–'))[:19].replace('T', ' '),
+      'step': start['step'],
+      'devices': f'{start.get("num_devices", "?")} × {start.get("device")}',
+      'processes': start.get('num_processes'),
+      'revision': start.get('revision') or '–',
+      'versions': told or 'the same',
+    })  # fmt: skip
+    before = versions
+  return rows
+
+
+def _grouped(config: dict) -> list[tuple[str, dict]]:
+  """The config's groups, what stands alone first."""
+  alone = {k: x for k, x in config.items() if not isinstance(x, dict)}
+  groups = [(k, runs.flatten(x)) for k, x in config.items() if k not in alone]
+  return [('run', alone), *groups]

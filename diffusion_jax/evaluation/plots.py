@@ -1,0 +1,194 @@
+"""Plots as SVG to stand inside a page, which colours and labels them.
+
+Colours are names of the page's CSS variables, so that one plot suits a light
+page, a dark one and paper. The same numbers give the same bytes.
+"""
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
+# CSS variable -> its colour on a light page.
+COLORS = {
+  'ink': '#22262b',
+  'muted': '#6b727b',
+  'rule': '#e3e6e9',
+  'blue': '#2f6db5',
+  'orange': '#c96a1b',
+  'grey': '#aab1b9',
+  'q1': '#93b8de',
+  'q2': '#5b8fc7',
+  'q3': '#2c64a0',
+  'q4': '#163a66',
+}
+SIZE = (4.3, 2.3)  # inches; the page scales it
+NICE = (1, 2, 5, 10)  # what ticks are multiples of
+NUM_POINTS = 400  # of a line; more cannot be seen
+
+
+class Line(NamedTuple):
+  """One line of a plot.
+
+  Attributes:
+    label: for the page's key.
+    x: [N], rising.
+    y: [N].
+    color: a key of COLORS.
+    style: 'line'; 'faint', for what another line smooths; or 'marks'.
+  """
+
+  label: str
+  x: Sequence[float]
+  y: Sequence[float]
+  color: str = 'blue'
+  style: str = 'line'
+
+
+def smooth(y) -> np.ndarray:
+  """[N] -> [N]: the mean of each point and its neighbours, a tenth of all.
+
+  At most 101 of them; at the ends, those that there are.
+  """
+  y = np.asarray(y, float)
+  window = np.ones(2 * min(len(y) // 20, 50) + 1)
+  count = np.convolve(np.ones_like(y), window, 'same')
+  return np.convolve(y, window, 'same') / count
+
+
+def thin(x, y, num_points: int = NUM_POINTS):
+  """At most num_points of a line: of each stretch the lowest and the highest.
+
+  Spikes stay, which a mean or every n-th point would lose.
+  """
+  x, y = np.asarray(x), np.asarray(y)
+  if len(x) <= num_points:
+    return x, y
+  kept = set()
+  for part in np.array_split(np.arange(len(x)), num_points // 2):
+    kept |= {part[y[part].argmin()], part[y[part].argmax()]}
+  kept = sorted(kept)
+  return x[kept], y[kept]
+
+
+def lines(
+  title: str,
+  drawn: Sequence[Line],
+  *,
+  log: bool = False,
+  restarts: Sequence[int] = (),
+) -> str:
+  """A plot of values over training steps.
+
+  Args:
+    title: for those who cannot see it.
+    drawn: the lines; the first are drawn first.
+    log: a logarithmic y axis, where the values are above 0 and span enough.
+    restarts: steps at which the run went on, marked by faint rules.
+
+  Returns:
+    an <svg> element.
+  """
+  figure, axes = _axes()
+  for step in restarts:
+    axes.axvline(step, color=COLORS['muted'], lw=0.6, ls=(0, (1, 3)), zorder=0)
+  for line in drawn:
+    x, y = thin(line.x, line.y)
+    axes.plot(
+      x, y, color=COLORS[line.color],
+      **{
+        'line': {'lw': 1.4},
+        'faint': {'lw': 0.7, 'alpha': 0.35},
+        # Many marks would run together.
+        'marks': {'lw': 1, 'marker': 'o', 'ms': 3.2 * (len(x) < 50), 'mew': 0},
+      }[line.style],
+    )  # fmt: skip
+  values = np.concatenate([np.asarray(line.y, float) for line in drawn])
+  if log and 0 < 2 * values.min() < values.max():
+    axes.set_yscale('log')
+    ratio = values.max() / values.min()
+    subs = (1, 2, 5) if ratio > 10 else (1, 1.5, 2, 3, 5, 7)
+    axes.yaxis.set_major_locator(
+      ticker.LogLocator(subs=subs if ratio < 1000 else (1,), numticks=12)
+    )
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+  else:
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(4, steps=NICE))
+    if not log:
+      axes.set_ylim(bottom=0)
+  axes.yaxis.set_major_formatter(ticker.FuncFormatter(_short))
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=NICE, integer=True))
+  axes.xaxis.set_major_formatter(ticker.FuncFormatter(_short))
+  axes.set_xlim(left=0)
+  axes.set_xlabel('step', loc='right', labelpad=0)
+  return _svg(figure, title, repr(drawn))
+
+
+def bars(title: str, groups: dict[str, Sequence[float]]) -> str:
+  """Bars side by side, an <svg>: color -> one share of 1 for each class."""
+  figure, axes = _axes()
+  width = 0.8 / len(groups)
+  for i, (color, shares) in enumerate(groups.items()):
+    place = np.arange(len(shares)) + (i - (len(groups) - 1) / 2) * width
+    axes.bar(place, shares, 0.9 * width, color=COLORS[color])
+  axes.yaxis.set_major_locator(ticker.MaxNLocator(4, steps=NICE))
+  axes.yaxis.set_major_formatter(ticker.FuncFormatter(_percent))
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(10, steps=NICE, integer=True))
+  axes.set_xlabel('class', loc='right', labelpad=0)
+  return _svg(figure, title, repr(groups))
+
+
+def _axes():
+  figure = Figure(figsize=SIZE, layout='constrained')
+  axes = figure.subplots()
+  axes.margins(x=0.01)
+  axes.spines[['top', 'right', 'left']].set_visible(False)
+  axes.spines['bottom'].set_color(COLORS['rule'])
+  axes.grid(axis='y', color=COLORS['rule'], lw=0.7)
+  axes.set_axisbelow(True)
+  axes.tick_params(length=0, labelsize=7.5, labelcolor=COLORS['muted'], pad=4)
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.label.set(size=7.5, color=COLORS['muted'])
+  return figure, axes
+
+
+def _short(value: float, _=None) -> str:
+  """12000 -> '12k', as there is little room."""
+  for size, letter in ((1e6, 'M'), (1e3, 'k')):
+    if abs(value) >= max(size, 1e4):
+      return f'{value / size:g}{letter}'
+  return f'{value:,g}'
+
+
+def _percent(share: float, _=None) -> str:
+  return f'{100 * share:g}%'
+
+
+def _svg(figure: Figure, title: str, salt: str) -> str:
+  file = io.StringIO()
+  # The salt goes into ids, of which a page with many plots has one each.
+  with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': salt}):
+    figure.savefig(
+      file, format='svg', transparent=True,
+      metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')),
+    )  # fmt: skip
+  svg = file.getvalue()
+  svg = svg[svg.index('<svg') :]
+  svg = re.sub(r'<style.*?</style>', '', svg)  # would hold for the whole page
+  svg = re.sub(r'<g id="[^"]*"', '<g', svg)
+  svg = re.sub(r' font-family: [^;"]*;', '', svg)  # the page's own
+  svg = re.sub(
+    r' width="\S*pt" height="\S*pt"',
+    f' role="img" aria-label="{html.escape(title)}"',
+    svg,
+    count=1,
+  )
+  for name, color in COLORS.items():
+    svg = svg.replace(color, f'var(--{name})')
+  return svg
