@@ -72,7 +72,11 @@ class Checkpoints:
 
 
 def steps(directory) -> list[int]:
-  """The steps that have a checkpoint, in order; nothing is written."""
+  """The steps that have a checkpoint, in order; nothing is written.
+
+  Args:
+    directory: the checkpoints'; [] where it does not exist.
+  """
   directory = Path(directory)
   if not directory.is_dir():
     return []

@@ -48,8 +48,16 @@ def _with(params, given: dict):
   return structure.unflatten(map(given.get, names, leaves))
 
 
-def abstract_state(model, optimizer, mesh) -> TrainState:
-  """Shapes, dtypes and shardings of the state; nothing is allocated."""
+def abstract_state(
+  model: Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+  """Shapes, dtypes and shardings of the state; nothing is allocated.
+
+  Args:
+    model: the network.
+    optimizer: gradient -> update.
+    mesh: the devices.
+  """
   shapes = jax.eval_shape(
     lambda: init_state(jax.random.key(0), model, optimizer)
   )
