@@ -12,6 +12,11 @@ def clip_x0(denoiser: Denoiser, schedule: Schedule, bound=1.0) -> Denoiser:
   DDPM clips inside every ancestral step (arXiv 2006.11239, its published
   sampler). Because eps is recomputed, xt = alpha x0 + sigma eps still holds,
   and a sampler may use either of the two.
+
+  Args:
+    denoiser: (xt, t) -> (x0, eps).
+    schedule: the noise schedule.
+    bound: 1 for images in [-1, 1].
   """
 
   def denoise(xt, t):

@@ -1,6 +1,7 @@
 """A run's folder: config.json and what may be written where.
 
 config.json            the resolved config
+init_from.json         whose parameters it began with, see finetune.py
 checkpoints/           one folder a step
 starts.jsonl           one object a start: time, step, versions, devices
 metrics.jsonl          one object a line; TensorBoard's events beside it
@@ -26,6 +27,7 @@ from diffusion_jax.errors import UserError
 MAY_CHANGE = ('num_steps', 'mesh', 'data.path')
 
 LOCK = '.lock'
+INIT = 'init_from.json'
 
 
 def flatten(config: dict, prefix: str = '') -> dict:
@@ -56,6 +58,16 @@ def may_change(key: str) -> bool:
   return any(key == name or key.startswith(f'{name}.') for name in MAY_CHANGE)
 
 
+def differences(old: dict, new: dict) -> dict[str, str]:
+  """(Dotted) key -> 'key: VALUE there, VALUE now', of two plain configs."""
+  old, new = flatten(old), flatten(new)
+  return {
+    key: f'{key}: {old.get(key)} there, {new.get(key)} now'
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+  }
+
+
 def check(workdir, config: config_dict.ConfigDict) -> None:
   """Raises UserError unless a run of this config may begin or go on here.
 
@@ -65,12 +77,8 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
   usable_folder('workdir', workdir)
   path = Path(workdir)
   if (path / 'config.json').exists():
-    old, new = flatten(read_config(workdir)), flatten(to_plain(config))
-    other = [
-      f'{key}: {old.get(key)} there, {new.get(key)} now'
-      for key in sorted(old.keys() | new.keys())
-      if old.get(key) != new.get(key) and not may_change(key)
-    ]
+    differ = differences(read_config(workdir), to_plain(config))
+    other = [line for key, line in differ.items() if not may_change(key)]
     if other:
       raise UserError(
         f'--workdir={workdir} holds a run of another config ('
@@ -120,8 +128,12 @@ def lock(workdir) -> Iterator[None]:
     yield
 
 
-def read_config(workdir) -> dict:
+def read_config(workdir, flag: str = 'workdir') -> dict:
   """The config of the run in a workdir.
+
+  Args:
+    workdir: the run's folder.
+    flag: what the user gave it by, for the message.
 
   Raises:
     UserError: there is no run.
@@ -129,7 +141,7 @@ def read_config(workdir) -> dict:
   path = Path(workdir) / 'config.json'
   if not path.is_file():
     raise UserError(
-      f'--workdir={workdir} holds no run (no config.json): train first'
+      f'--{flag}={workdir} holds no run (no config.json): train first'
     )
   try:
     config = json.loads(path.read_text())

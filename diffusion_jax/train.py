@@ -6,6 +6,10 @@ Any value of the config can be changed: --config.optim.lr=1e-4. The same command
 again goes on from the newest checkpoint; only num_steps, *_every, mesh.* and
 data.path may differ then. The workdir gets config.json, checkpoints/,
 metrics.jsonl, TensorBoard's events, and sample grids in samples/.
+
+Fine-tuning: --init_from=runs/other begins with the parameters of another run
+that this config's network has too, by name and shape; the optimiser and the
+step begin afresh. init_from.json in the workdir says what was taken.
 """
 
 import contextlib
@@ -20,6 +24,7 @@ from diffusion_jax import (
   cli,
   data,
   environment,
+  finetune,
   models,
   pictures,
   runs,
@@ -44,6 +49,13 @@ config_flags.DEFINE_config_file(
   'config', None, 'The run: a file, or the name of a shipped config.'
 )
 flags.DEFINE_string('workdir', None, 'Folder of the run; made if needed.')
+flags.DEFINE_string(
+  'init_from', None, 'Folder of a run whose parameters this one begins with.'
+)
+flags.DEFINE_integer(
+  'init_step', None, 'Its checkpoint; the newest by default.'
+)
+flags.DEFINE_bool('init_ema', True, 'Its averaged weights, or the raw ones.')
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 
@@ -54,6 +66,9 @@ def main():
     raise UserError(wrong[0])
   source, heldout = _sources(config.data)
   runs.check(workdir, config)
+  origin = finetune.find(
+    workdir, FLAGS.init_from, FLAGS.init_step, FLAGS.init_ema
+  )
   sampler = samplers.create(config.sample.sampler)
   times = grid.create(
     config.sample.grid, config.process.num_timesteps, config.sample.num_steps
@@ -101,6 +116,8 @@ def main():
     )
   )  # fmt: skip
 
+  given, left = finetune.load(origin, abstract.params) if origin else ({}, [])
+
   # Nothing was written so far: every answer to a mistake comes before.
   with contextlib.ExitStack() as stack:
     stack.enter_context(runs.lock(workdir))
@@ -115,13 +132,24 @@ def main():
     if kept:
       train_state = checkpoints.restore(kept[-1], abstract)
     else:
-      train_state = state.create(init_key, model, optimizer, mesh)
+      train_state = state.create(init_key, model, optimizer, mesh, given)
+      if origin:
+        finetune.record(workdir, origin, given, left)
     start = int(train_state.step)
     if start >= config.num_steps:
       _finish(workdir, start, {})
       return
     runs.write_config(workdir, config)  # with what has changed
     runs.note_start(workdir, {'step': start, **environment.describe()})
+    if origin and not kept:
+      for line in finetune.told(origin, given, left, runs.to_plain(config)):
+        cli.say(line)
+    elif FLAGS.init_from:
+      cli.say(
+        f'going on from step {start}: --init_from was applied when this run '
+        'began'
+      )
+    del given  # they are copied
     cli.say(f'training on {source.description}')
     cli.say(
       f'held out: {heldout.description}'

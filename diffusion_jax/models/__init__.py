@@ -70,7 +70,11 @@ def names(params) -> list[str]:
 
 
 def count(params) -> int:
-  """How many numbers the parameters hold."""
+  """How many numbers the parameters hold.
+
+  Args:
+    params: a nested dict of arrays or of their shapes.
+  """
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -87,6 +87,12 @@ def step_variance(schedule: Schedule, t, s, variance: str) -> np.ndarray:
   'fixedsmall' is the posterior's (eq. 7 of arXiv 2006.11239), 'fixedlarge' the
   variance that was added between s and t (beta_t where s = t - 1).
 
+  Args:
+    schedule: the noise schedule.
+    t: times, concrete.
+    s: earlier times of the same shape, -1 for clean data.
+    variance: one of VARIANCES.
+
   Raises:
     UserError: another variance was asked for.
   """
@@ -105,6 +111,10 @@ def log_variance_table(schedule: Schedule, variance: str) -> np.ndarray:
   The first entry (t = 0, of which no noise is drawn) is the posterior variance
   of t = 1 for both choices, as in the paper's likelihoods; it would be log 0
   for 'fixedsmall'.
+
+  Args:
+    schedule: the noise schedule.
+    variance: one of VARIANCES.
   """
   t = np.arange(schedule.num_timesteps)
   values = step_variance(schedule, t, t - 1, variance)
@@ -122,6 +132,9 @@ def from_prediction(schedule, prediction, xt, t, kind: str) -> Denoised:
     t: [B] times.
     kind: what the prediction means: 'eps', 'x0', or
       'v' = alpha eps - sigma x0 (arXiv 2202.00512).
+
+  Raises:
+    UserError: the kind is not known.
   """
   alpha, sigma = _alpha_sigma(schedule, t, xt)
   if kind == 'eps':
@@ -136,7 +149,21 @@ def from_prediction(schedule, prediction, xt, t, kind: str) -> Denoised:
 
 
 def to_target(schedule, x0, eps, t, kind: str) -> jax.Array:
-  """(x0, eps, t) -> target: the other half; the inverse of the first."""
+  """(x0, eps, t) -> target: the other half; the inverse of the first.
+
+  Args:
+    schedule: the noise schedule.
+    x0: [B, ...] clean data.
+    eps: [B, ...] noise.
+    t: [B] times.
+    kind: what the network is to predict, see `from_prediction`.
+
+  Returns:
+    [B, ...].
+
+  Raises:
+    UserError: the kind is not known.
+  """
   alpha, sigma = _alpha_sigma(schedule, t, x0)
   if kind == 'eps':
     return eps

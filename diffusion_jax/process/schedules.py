@@ -96,7 +96,14 @@ class Schedule:
 
 
 def from_betas(betas) -> Schedule:
-  """The schedule whose step t adds variance betas[t]; betas in (0, 1)."""
+  """The schedule whose step t adds variance betas[t].
+
+  Args:
+    betas: [T], each between 0 and 1.
+
+  Raises:
+    UserError: they are not.
+  """
   betas = np.asarray(betas, np.float64)
   if betas.ndim != 1 or not np.all((betas > 0) & (betas < 1)):
     raise UserError('betas must be a list of numbers between 0 and 1')
@@ -104,7 +111,13 @@ def from_betas(betas) -> Schedule:
 
 
 def linear(num_timesteps: int, beta_start=1e-4, beta_end=0.02) -> Schedule:
-  """DDPM's schedule (arXiv 2006.11239, section 4): betas rise linearly."""
+  """DDPM's schedule (arXiv 2006.11239, section 4): betas rise linearly.
+
+  Args:
+    num_timesteps: T.
+    beta_start: the variance that t = 0 adds.
+    beta_end: the variance that t = T-1 adds.
+  """
   return from_betas(np.linspace(beta_start, beta_end, num_timesteps))
 
 
@@ -112,7 +125,15 @@ SCHEDULES = {'linear': linear}
 
 
 def create(schedule: str = 'linear', **kwargs) -> Schedule:
-  """A schedule by name, with its plain arguments."""
+  """A schedule by name.
+
+  Args:
+    schedule: a key of SCHEDULES.
+    **kwargs: the schedule's own arguments, see `linear`.
+
+  Raises:
+    UserError: the name is not known.
+  """
   if schedule not in SCHEDULES:
     raise UserError(
       f'process.schedule {schedule!r} is not known: use one of '

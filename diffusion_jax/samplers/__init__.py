@@ -48,7 +48,11 @@ def options(name: str, **given) -> dict:
 
 
 def create(name: str, **given) -> Sampler:
-  """A sampler by name, with options as in `options`.
+  """A sampler by name.
+
+  Args:
+    name: a key of SAMPLERS.
+    **given: its options; None leaves the default, see `options`.
 
   Raises:
     UserError: as `options`, or an option out of range.

@@ -65,10 +65,14 @@ def create(grid: str, num_timesteps: int, num_steps: int) -> list:
   """A grid by name, or the literal one: 'uniform', or '999,500,100'.
 
   Args:
-    grid: a key of GRIDS, or times separated by commas (-1 at the end may be
-      left out); a literal grid overrides num_steps.
+    grid: times separated by commas, the -1 at the end may be left out; or one
+      of
+      'uniform'    evenly spaced from T-1 to 0;
+      'leading'    multiples of T / num_steps: DDIM's own, short of T-1;
+      'trailing'   equal strides down from T-1;
+      'quadratic'  dense near the data; times are fractional.
     num_timesteps: T of the schedule.
-    num_steps: 1 .. T.
+    num_steps: 1 .. T; a literal grid has its own.
 
   Raises:
     UserError: the name is not known, or the times do not descend in [0, T-1].

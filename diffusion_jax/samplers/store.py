@@ -26,6 +26,10 @@ PART = re.compile(r'(\d+)-(\d+)\.npy')
 def open_store(directory, protocol: dict) -> None:
   """Makes the store, or checks that it holds samples of the same protocol.
 
+  Args:
+    directory: of the store; made if needed.
+    protocol: all that the images depend on, as JSON can hold it.
+
   Raises:
     UserError: it holds others (the field that differs is named), or something
       that is not a store.
@@ -98,8 +102,12 @@ def save(directory, indices, images: np.ndarray) -> None:
 def load(directory, num_samples: int) -> np.ndarray:
   """uint8 [num_samples, H, W, C], in the order of the index.
 
+  Args:
+    directory: of the store.
+    num_samples: how many, from index 0 on.
+
   Raises:
-    UserError: some are not drawn yet.
+    UserError: some are not drawn yet, or a file is damaged.
   """
   absent = missing(directory, num_samples)
   if len(absent):

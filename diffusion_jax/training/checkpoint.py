@@ -72,7 +72,11 @@ class Checkpoints:
 
 
 def steps(directory) -> list[int]:
-  """The steps that have a checkpoint, in order; nothing is written."""
+  """The steps that have a checkpoint, in order; nothing is written.
+
+  Args:
+    directory: the checkpoints'; [] where it does not exist.
+  """
   directory = Path(directory)
   if not directory.is_dir():
     return []
@@ -82,8 +86,13 @@ def steps(directory) -> list[int]:
   )
 
 
-def find_step(directory, step: int | None) -> int:
+def find_step(directory, step: int | None, flag: str = 'step') -> int:
   """`step`, or the newest.
+
+  Args:
+    directory: the checkpoints'.
+    step: which one; None = the newest.
+    flag: what the user gave the step by, for the message.
 
   Raises:
     UserError: there is no such checkpoint; the message lists those there are.
@@ -98,7 +107,7 @@ def find_step(directory, step: int | None) -> int:
     return there[-1]
   if step not in there:
     raise UserError(
-      f'--step={step}: there is no such checkpoint in {directory}; there are '
+      f'--{flag}={step}: there is no such checkpoint in {directory}; there are '
       f'{", ".join(map(str, there))}'
     )
   return step
@@ -123,35 +132,103 @@ def load_params(directory, step: int, abstract, *, ema: bool = True):
     return _load(checkpointer, directory, step, {name: abstract})[name]
 
 
+def load_common(
+  directory, step: int, abstract, *, ema: bool = True
+) -> tuple[dict, list[dict]]:
+  """The parameters that another model has in common with this one.
+
+  Those are taken whose name and shape agree; no others are read.
+
+  Args:
+    directory: the other run's checkpoints.
+    step: which one.
+    abstract: this model's parameters: shapes, dtypes and shardings.
+    ema: the average, or the raw parameters.
+
+  Returns:
+    (taken, left): name -> array, laid out as `abstract` says, and for every
+    other parameter of the two models {'name', 'there', 'here'}, its shape in
+    each, None where it has none.
+
+  Raises:
+    UserError: the checkpoint is damaged, or nothing is in common.
+  """
+  part = 'ema_params' if ema else 'params'
+  with quiet():
+    checkpointer = ocp.training.Checkpointer(Path(directory).absolute())
+  with checkpointer:
+    stored = _metadata(checkpointer, directory, step, 'init_step')
+    there, here = (
+      {name: shape for name, (shape, _) in _shapes(tree).items()}
+      for tree in (stored.get(part, {}), abstract)
+    )
+    left = [
+      {'name': name, 'there': there.get(name), 'here': here.get(name)}
+      for name in sorted(there.keys() | here.keys())
+      if there.get(name) != here.get(name)
+    ]
+    wanted = {
+      name: leaf
+      for name, leaf in _named(abstract).items()
+      if there.get(name) == here[name]
+    }
+    if not wanted:
+      raise UserError(
+        f'checkpoint {step} in {directory} has no parameter of this name and '
+        'shape in common with the config: begin from a run of a similar model'
+      )
+    chosen = jax.tree.structure(stored[part]).unflatten(
+      wanted.get(name, ...) for name in models.names(stored[part])
+    )
+    loaded = _read(
+      checkpointer, directory, step, stored, {part: chosen}, 'init_step'
+    )
+  return {
+    name: leaf for name, leaf in _named(loaded[part]).items() if name in wanted
+  }, left
+
+
 def _load(checkpointer, directory, step, abstract: dict) -> dict:
-  try:
-    with quiet():
-      stored = checkpointer.metadata(step).metadata
-    if stored is None:
-      raise ValueError('it has no metadata')
-    stored = stored.get('state', stored)
-  except Exception as e:
-    raise UserError(_unreadable(directory, step, e)) from e
+  stored = _metadata(checkpointer, directory, step)
   parts = {name: stored.get(name, {}) for name in abstract}
   difference = _first_difference(_shapes(parts), _shapes(abstract))
   if difference:
     raise UserError(
       f'checkpoint {step} in {directory} holds another model: {difference}'
     )
+  return _read(checkpointer, directory, step, stored, abstract)
+
+
+def _metadata(checkpointer, directory, step, flag='step') -> dict:
+  """Shapes and dtypes of what was stored."""
+  try:
+    with quiet():
+      stored = checkpointer.metadata(step).metadata
+    if stored is None:
+      raise ValueError('it has no metadata')
+    return stored.get('state', stored)
+  except Exception as e:
+    raise UserError(_unreadable(directory, step, e, flag)) from e
+
+
+def _read(checkpointer, directory, step, stored, chosen: dict, flag='step'):
+  """The chosen parts; leaves that are `...`, and all else, are not read."""
   skipped = jax.tree.map(lambda _: ..., stored)
   try:
     with quiet():
-      return checkpointer.load(step, {**skipped, **abstract})
+      return checkpointer.load(step, {**skipped, **chosen})
   except Exception as e:
-    raise UserError(_unreadable(directory, step, e)) from e
+    raise UserError(_unreadable(directory, step, e, flag)) from e
+
+
+def _named(tree) -> dict:
+  return dict(zip(models.names(tree), jax.tree.leaves(tree), strict=True))
 
 
 def _shapes(tree) -> dict:
   return {
     name: (tuple(leaf.shape), jnp.dtype(leaf.dtype))
-    for name, leaf in zip(
-      models.names(tree), jax.tree.leaves(tree), strict=True
-    )
+    for name, leaf in _named(tree).items()
   }
 
 
@@ -166,7 +243,7 @@ def _first_difference(stored: dict, wanted: dict) -> str:
   return ''
 
 
-def _unreadable(directory, step, error) -> str:
+def _unreadable(directory, step, error, flag) -> str:
   while error.__cause__:  # Orbax tells the reason last
     error = error.__cause__
   if isinstance(error, MemoryError | PermissionError):
@@ -174,8 +251,8 @@ def _unreadable(directory, step, error) -> str:
   reason = (str(error) or type(error).__name__).splitlines()[0]
   others = [s for s in steps(directory) if s != step]
   remedy = (
-    f'move {directory}/{step} away to go on from {others[-1]}, or sample '
-    f'from another by --step ({", ".join(map(str, others))})'
+    f'move {directory}/{step} away to go on from {others[-1]}, or take '
+    f'another by --{flag} ({", ".join(map(str, others))})'
     if others
     else 'there is no other'
   )

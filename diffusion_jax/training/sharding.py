@@ -53,7 +53,15 @@ def mesh_shape(num_devices: int, data=-1, fsdp=1, tensor=1) -> tuple:
 
 
 def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
-  """The mesh of all devices; -1 is what is left."""
+  """The mesh of all devices.
+
+  Args:
+    data: size of the axis that copies parameters and splits the batch.
+    fsdp: of the axis that splits both.
+    tensor: of the axis that splits channels. One of the three may be -1, what
+      is left.
+    devices: JAX's, or some of them.
+  """
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(len(devices), data, fsdp, tensor)
   # Explicit axes, the default, do not trace convolutions split over 'fsdp'.
@@ -96,7 +104,13 @@ def shardings(tree, mesh: Mesh, rules=RULES):
 
 
 def abstract(tree, mesh: Mesh, rules=RULES):
-  """Shapes -> shapes that say where each leaf lies."""
+  """Shapes -> shapes that say where each leaf lies.
+
+  Args:
+    tree: of arrays or of their shapes; parameters or a whole state.
+    mesh: the devices.
+    rules: (regex over names, spec of the last axes), the first that matches.
+  """
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=where
@@ -120,6 +134,11 @@ def gather_fsdp(params, mesh: Mesh, rules=RULES):
   That is what FSDP does anyway, said aloud. Left to itself XLA computes wrong
   gradients, without an error, for convolutions whose kernels are split over
   'fsdp' and 'tensor' at once on a mesh with all three axes above 1.
+
+  Args:
+    params: the parameters, traced.
+    mesh: the devices.
+    rules: those that laid the parameters out, see `abstract`.
   """
 
   def gathered(leaf, sharding):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from diffusion_jax import models
 from diffusion_jax.models import Model
 from diffusion_jax.training import sharding
 
@@ -29,9 +30,10 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-  key, model: Model, optimizer: optax.GradientTransformation
+  key, model: Model, optimizer: optax.GradientTransformation, given=None
 ) -> TrainState:
-  params = model.init(key)
+  """The state at step 0; `given` is as in `create`."""
+  params = _with(model.init(key), given or {})
   # A copy: the donated state may not hold one buffer twice.
   ema_params = jax.tree.map(jnp.copy, params)
   return TrainState(
@@ -39,22 +41,52 @@ def init_state(
   )
 
 
-def abstract_state(model, optimizer, mesh) -> TrainState:
-  """Shapes, dtypes and shardings of the state; nothing is allocated."""
+def _with(params, given: dict):
+  leaves, structure = jax.tree.flatten(params)
+  names = models.names(params)
+  assert given.keys() <= set(names)
+  return structure.unflatten(map(given.get, names, leaves))
+
+
+def abstract_state(
+  model: Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+  """Shapes, dtypes and shardings of the state; nothing is allocated.
+
+  Args:
+    model: the network.
+    optimizer: gradient -> update.
+    mesh: the devices.
+  """
   shapes = jax.eval_shape(
     lambda: init_state(jax.random.key(0), model, optimizer)
   )
   return sharding.abstract(shapes, mesh)
 
 
-def create(key, model, optimizer, mesh) -> TrainState:
-  """The state at step 0, made where it lies: no device holds it whole."""
+def create(
+  key,
+  model: Model,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  given: dict | None = None,
+) -> TrainState:
+  """The state at step 0, made where it lies: no device holds it whole.
+
+  Args:
+    key: of the initial values.
+    model: the network.
+    optimizer: gradient -> update; its moments start afresh.
+    mesh: the devices.
+    given: name -> array, parameters (and their averages) to begin with in
+      place of random ones; any part of them.
+  """
   abstract = abstract_state(model, optimizer, mesh)
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   # It runs once: on a CPU, optimising a hundred random draws takes longer.
   cpu = jax.default_backend() == 'cpu'
   return jax.jit(
-    lambda key: init_state(key, model, optimizer),
+    lambda key, given: init_state(key, model, optimizer, given),
     out_shardings=where,
     compiler_options={'xla_backend_optimization_level': 0} if cpu else None,
-  )(key)
+  )(key, given or {})
