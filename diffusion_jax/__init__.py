@@ -1,4 +1,4 @@
-"""diffusion_jax: train and sample diffusion models in JAX."""
+"""Train and sample diffusion models in JAX."""
 
 from diffusion_jax.trained import Trained, load
 

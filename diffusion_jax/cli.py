@@ -394,6 +394,20 @@ def say(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+  """Lines of aligned text: the first column to the left, numbers right."""
+  widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+
+  def line(cells):
+    first, *others = (
+      cell.rjust(width) if i else cell.ljust(width)
+      for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+    return '  '.join([first, *others]).rstrip()
+
+  return [line(cells) for cells in (heads, *rows)]
+
+
 def report(result: dict, text: str, as_json: bool) -> None:
   """A binary's last word on stdout: a line for people, or JSON."""
   _print(json.dumps(result, indent=2) if as_json else text)

@@ -1,11 +1,13 @@
 """Pictures for people: grids with gutters, at a size that can be seen."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 GUTTER = (255, 255, 255)
+SAMPLE = (200, 60, 40)  # round what is drawn, beside what is real
 TILE = 64  # small images are enlarged to at least this many pixels
 
 
@@ -72,6 +74,43 @@ def trajectory(frames: np.ndarray, times) -> np.ndarray:
     pen.text(
       (gap / 2 + (i + 0.5) * pitch, 3), text, fill=(60, 60, 60), anchor='ma'
     )
+  return np.asarray(canvas)
+
+
+def neighbours(
+  images: np.ndarray, labels: Sequence[str], columns: int = 2
+) -> np.ndarray:
+  """Samples, framed, beside their nearest training images; labels below.
+
+  Args:
+    images: uint8 [Q, 1 + k, H, W, C]: a sample, then its k nearest.
+    labels: Q texts.
+    columns: how many such rows stand side by side.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  strips = [grid(row, len(row)) for row in images]
+  height, width, _ = strips[0].shape
+  gap = gutter(enlarge(images[0, :1]).shape[1])
+  tile = (width - gap) // images.shape[1] - gap
+  band, apart = 18, 3 * gap
+  columns = min(columns, len(strips))
+  rows = math.ceil(len(strips) / columns)
+  canvas = Image.new(
+    'RGB',
+    (columns * width + (columns - 1) * apart, rows * (height + band)),
+    GUTTER,
+  )
+  pen = ImageDraw.Draw(canvas)
+  for i, (strip, label) in enumerate(zip(strips, labels, strict=True)):
+    left = (i % columns) * (width + apart)
+    top = (i // columns) * (height + band)
+    canvas.paste(Image.fromarray(strip), (left, top))
+    frame = (left + gap - 2, top + gap - 2, left + gap + tile + 1,
+             top + gap + tile + 1)  # fmt: skip
+    pen.rectangle(frame, outline=SAMPLE, width=2)
+    pen.text((left + gap, top + height - 1), label, fill=(60, 60, 60))
   return np.asarray(canvas)
 
 

@@ -66,7 +66,7 @@ def chosen() -> tuple[Trained, Plan, Path]:
     clip=FLAGS.clip, seed=FLAGS.seed, eta=FLAGS.eta, variance=FLAGS.variance,
   )  # fmt: skip
   step = checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
-  output = FLAGS.output or workdir / 'samples' / _name(step, plan)
+  output = FLAGS.output or workdir / 'samples' / name(step, plan)
   output = Path(output).expanduser()
   runs.usable_output(output)
   trained = load(workdir, step, FLAGS.ema)
@@ -111,17 +111,18 @@ def protocol(trained: Trained, plan: Plan) -> dict:
   }
 
 
-def _name(step, plan):
+def name(step: int, plan: Plan) -> str:
+  """What samples and cards of these flags are called."""
   options = [
-    f'{name}{FLAGS[name].value}'
-    for name in ('eta', 'variance')
-    if FLAGS[name].value is not None
+    f'{option}{FLAGS[option].value}'
+    for option in ('eta', 'variance')
+    if FLAGS[option].value is not None
   ]
   grid_name = [FLAGS.grid] if FLAGS.grid != 'uniform' else []
   parts = [f'step{step}', f'{plan.sampler}{plan.num_steps}']
   parts += [*options, *grid_name, f'seed{plan.seed}']
   parts += ['raw'] * (not FLAGS.ema) + ['noclip'] * (not plan.clip)
-  name = '_'.join(parts).replace(',', '-')
-  if len(name) > 100:  # a long literal grid
-    name = f'{name[:80]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}'
-  return name
+  whole = '_'.join(parts).replace(',', '-')
+  if len(whole) > 100:  # a long literal grid
+    whole = f'{whole[:80]}_{hashlib.sha256(whole.encode()).hexdigest()[:12]}'
+  return whole

@@ -64,7 +64,7 @@ def main():
   wrong = cli.check(config, jax.devices())
   if wrong:
     raise UserError(wrong[0])
-  source, heldout = _sources(config.data)
+  source, heldout = data.splits(config.data)
   runs.check(workdir, config)
   origin = finetune.find(
     workdir, FLAGS.init_from, FLAGS.init_step, FLAGS.init_ema
@@ -207,30 +207,6 @@ def main():
     writer.close()
   rows = metrics.read(workdir / 'metrics.jsonl')
   _finish(workdir, config.num_steps, rows[-1] if rows else {})
-
-
-def _sources(config):
-  """(images to train on, held-out images or None)."""
-  train, heldout = (
-    data.create(
-      config.name,
-      path=config.path,
-      split=split,
-      image_size=config.image_size,
-      channels=config.channels,
-      heldout_every=config.heldout_every,
-    )
-    if split
-    else None
-    for split in (config.train_split, config.heldout_split)
-  )
-  if train is None:
-    raise UserError(
-      f'data.train_split={config.train_split!r} of {config.name} holds no '
-      'images: name the split to train on'
-    )
-  train[0]  # a set whose first image is broken is found out here
-  return train, heldout
 
 
 def _heldout_loss(loss_fn, params, source, batch_size, num_images, mesh):

@@ -17,6 +17,7 @@ PAGE = ROOT / 'docs' / 'api.md'
 # Module -> what of it is public, in the order in which it is best read. The
 # package itself is ''.
 PUBLIC = {
+  '': 'load Trained',
   'process.schedules': 'Schedule create linear from_betas',
   'process.gaussian': (
     'q_sample posterior_coefficients step_variance log_variance_table '
@@ -28,9 +29,10 @@ PUBLIC = {
   'guidance': 'clip_x0',
   'samplers': 'create options ddim ancestral solve Sampler',
   'samplers.grid': 'create',
+  'samplers.plan': 'Plan create',
   'samplers.draw': 'drawer',
-  'samplers.store': 'open_store fill load',
-  'data': 'create Source',
+  'samplers.store': 'open_store fill load stream',
+  'data': 'create splits Source',
   'data.pipeline': 'batches heldout stream',
   'training.state': 'TrainState create abstract_state',
   'training.step': 'train_step heldout_loss',
@@ -38,6 +40,13 @@ PUBLIC = {
   'training.sharding': 'make_mesh abstract gather_fsdp',
   'training.checkpoint': 'Checkpoints steps find_step load_params load_common',
   'training.loop': 'train Every',
+  'evaluation.features': 'Judge pixels passes summarise',
+  'evaluation.classifier': 'train load fit',
+  'evaluation.frechet': 'Moments moments_of merge distance',
+  'evaluation.neighbours': 'Nearest update share_nearer',
+  'evaluation.measure': 'measure Measured',
+  'evaluation.cards': 'create compare',
+  'evaluation.page': 'write',
   'errors': 'UserError',
 }
 

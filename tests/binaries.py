@@ -7,6 +7,7 @@ and started nothing, which takes tenths of a second in place of seconds.
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -33,16 +34,31 @@ class Result(NamedTuple):
     return lines[0]
 
 
-def run(binary: str, *arguments, devices: int = 1) -> Result:
+def run(binary: str, *arguments, devices: int = 1, limit: int = 300) -> Result:
   with tempfile.TemporaryDirectory() as folder:
     out, err = Path(folder, 'out'), Path(folder, 'err')
     process = CONTEXT.Process(
       target=_child, args=(binary, list(map(str, arguments)), devices, out, err)
     )
     process.start()
-    process.join(300)
-    assert process.exitcode is not None, 'no end in 300 s'
+    process.join(limit)
+    assert process.exitcode is not None, f'no end in {limit} s'
     return Result(process.exitcode, out.read_text(), err.read_text())
+
+
+def start(binary: str, *arguments) -> subprocess.Popen:
+  """Starts a binary on one device, to be killed."""
+  return subprocess.Popen(
+    [sys.executable, '-m', f'diffusion_jax.{binary}', *map(str, arguments)],
+    cwd=ROOT,
+    env={
+      **os.environ,
+      'PYTHONPATH': str(ROOT),
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
+    },
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
 
 
 def _child(binary, arguments, devices, out, err):

@@ -1,11 +1,8 @@
 """A whole run, through the binaries: train, kill, go on, sample."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,44 +16,11 @@ from PIL import Image
 from diffusion_jax import models, runs
 from diffusion_jax.training import checkpoint, metrics, sharding
 
-TINY = {
-  'num_steps': 30,
-  'batch_size': 16,
-  'log_every': 1,
-  'eval_every': 10,
-  'eval_images': 20,
-  'sample_every': 15,
-  'checkpoint_every': 5,
-  'keep_last': 2,
-  'keep_every': 10,
-  'model.channels': 8,
-  'model.num_groups': 4,
-  'model.num_blocks': 1,
-  'model.dropout': 0.1,
-  'optim.warmup_steps': 5,
-  'sample.num_steps': 3,
-  'sample.num_images': 9,
-}
-
-
-def flags(workdir, **changes):
-  return [
-    '--config=configs/digits.py',
-    f'--workdir={workdir}',
-    *(f'--config.{key}={value}' for key, value in {**TINY, **changes}.items()),
-  ]
-
-
-def train(workdir, **changes):
-  result = binaries.run('train', *flags(workdir, **changes))
-  assert result.code == 0, result.err
-  return result
-
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('runs') / 'digits'
-  train(workdir)
+  tiny.train(workdir)
   return workdir
 
 
@@ -100,7 +64,7 @@ def test_it_learns(run):
 
 
 def test_it_ends_with_where_the_results_lie(run):
-  again = train(run)
+  again = tiny.train(run)
   assert str(run) in again.out.splitlines()[-1]
   assert 'step 30' in again.out
 
@@ -108,15 +72,9 @@ def test_it_ends_with_where_the_results_lie(run):
 def test_kill_9_at_any_moment_changes_no_bit(run, tmp_path):
   """Three kills, each after new rows; then losses and parameters bitwise."""
   workdir = tmp_path / 'killed'
-  command = [sys.executable, '-m', 'diffusion_jax.train', *flags(workdir)]
-  environment = {**os.environ, 'PYTHONPATH': str(binaries.ROOT)}
-  environment['XLA_FLAGS'] = '--xla_force_host_platform_device_count=1'
   seen = 0
   for pause in (0.0, 0.05, 0.2):
-    process = subprocess.Popen(
-      command, cwd=binaries.ROOT, env=environment, stderr=subprocess.DEVNULL,
-      stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = binaries.start('train', *tiny.flags(workdir))
     deadline = time.monotonic() + 120
     goal = min(seen + 4, 28)
     while len(metrics.read(workdir / 'metrics.jsonl')) < goal:
@@ -127,7 +85,7 @@ def test_kill_9_at_any_moment_changes_no_bit(run, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     seen = len(metrics.read(workdir / 'metrics.jsonl'))
-  train(workdir)
+  tiny.train(workdir)
   assert losses(workdir) == losses(run)
   jax.tree.map(
     np.testing.assert_array_equal, final_state(run), final_state(workdir)
@@ -138,11 +96,11 @@ def test_more_steps_go_on_and_another_seed_does_not(run, tmp_path):
   workdir = tmp_path / 'longer'
   shutil.copytree(run, workdir)
   before = losses(run)
-  train(workdir, num_steps=33, checkpoint_every=0)
+  tiny.train(workdir, num_steps=33, checkpoint_every=0)
   after = losses(workdir)
   assert sorted(after) == list(range(1, 34))
   assert {k: after[k] for k in before} == before
-  result = binaries.run('train', *flags(workdir, seed=77))
+  result = binaries.run('train', *tiny.flags(workdir, seed=77))
   assert 'seed: 0 there, 77 now' in result.message
 
 
@@ -150,7 +108,7 @@ def test_more_steps_go_on_and_another_seed_does_not(run, tmp_path):
 def test_a_broken_run_stops_and_names_the_last_good_checkpoint(tmp_path):
   result = binaries.run(
     'train',
-    *flags(
+    *tiny.flags(
       tmp_path, **{'optim.lr': 1e30, 'optim.warmup_steps': 0,
                    'checkpoint_every': 1},
     ),
@@ -167,9 +125,9 @@ def test_a_broken_run_stops_and_names_the_last_good_checkpoint(tmp_path):
 def test_another_mesh_goes_on_with_the_same_losses(run, tmp_path):
   """15 steps on one device, then eight: 3e-6, as the sums round otherwise."""
   workdir = tmp_path / 'moved'
-  train(workdir, num_steps=15)
+  tiny.train(workdir, num_steps=15)
   result = binaries.run(
-    'train', *flags(workdir, **{'mesh.data': 4, 'mesh.fsdp': 2}), devices=8
+    'train', *tiny.flags(workdir, **{'mesh.data': 4, 'mesh.fsdp': 2}), devices=8
   )
   assert result.code == 0, result.err
   alone, moved = losses(run), losses(workdir)
@@ -181,11 +139,11 @@ def test_another_mesh_goes_on_with_the_same_losses(run, tmp_path):
 
 def test_two_trainers_do_not_share_a_workdir(run):
   with runs.lock(run):
-    result = binaries.run('train', *flags(run, num_steps=31))
+    result = binaries.run('train', *tiny.flags(run, num_steps=31))
   assert 'another process trains there' in result.message
   assert runs.read_config(run)['num_steps'] == 30  # a refusal changes nothing
   assert sorted(losses(run)) == list(range(1, 31))
-  train(run, num_steps=30)
+  tiny.train(run, num_steps=30)
 
 
 # --- sampling ---------------------------------------------------------------
@@ -311,7 +269,7 @@ def test_a_damaged_checkpoint_is_one_line_in_both(run, tmp_path):
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
   before = (workdir / 'config.json').read_text()
   for result in (
-    binaries.run('train', *flags(workdir, num_steps=40)),
+    binaries.run('train', *tiny.flags(workdir, num_steps=40)),
     binaries.run('sample', f'--workdir={workdir}', '--num_samples=1'),
   ):
     assert 'checkpoint 30 is unreadable' in result.message

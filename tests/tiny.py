@@ -2,6 +2,7 @@
 
 import functools
 
+import binaries
 import jax
 import numpy as np
 
@@ -62,3 +63,40 @@ def run(
 
 def one_device():
   return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+# The digits' config, made small.
+CONFIG = {
+  'num_steps': 30,
+  'batch_size': 16,
+  'log_every': 1,
+  'eval_every': 10,
+  'eval_images': 20,
+  'sample_every': 15,
+  'checkpoint_every': 5,
+  'keep_last': 2,
+  'keep_every': 10,
+  'model.channels': 8,
+  'model.num_groups': 4,
+  'model.num_blocks': 1,
+  'model.dropout': 0.1,
+  'optim.warmup_steps': 5,
+  'sample.num_steps': 3,
+  'sample.num_images': 9,
+}
+
+
+def flags(workdir, **changes):
+  return [
+    '--config=configs/digits.py',
+    f'--workdir={workdir}',
+    *(
+      f'--config.{key}={value}' for key, value in {**CONFIG, **changes}.items()
+    ),
+  ]
+
+
+def train(workdir, **changes):
+  result = binaries.run('train', *flags(workdir, **changes))
+  assert result.code == 0, result.err
+  return result

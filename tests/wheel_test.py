@@ -97,11 +97,11 @@ def test_a_new_package_and_its_template_are_shipped(copy, tmp_path):
   new.mkdir(parents=True)
   for folder in (new, new.parent):
     (folder / '__init__.py').touch()
-  (new / 'page.html').write_text('<p>')
+  (new / 'page.jinja').write_text('<p>')
   (copy / 'configs' / 'mine.py').touch()
   shipped = build(copy, tmp_path / 'built')
   assert shipped == wanted(copy)
-  assert Path('diffusion_jax/somewhere/deep/page.html') in shipped
+  assert Path('diffusion_jax/somewhere/deep/page.jinja') in shipped
 
 
 def test_what_would_be_forgotten_is_seen(copy, tmp_path):

@@ -1,6 +1,7 @@
 """Data: sources of images, and the pipeline from a source to the devices.
 
   create(name, ...)      opens a data set as a `Source` with random access
+  splits(config)         a run's two: to train on, and held out
   pipeline.batches(...)  training batches as global arrays, from any step on
   pipeline.heldout(...)  one ordered pass for evaluation, as NumPy batches
 
@@ -9,12 +10,13 @@ needs it.
 """
 
 import difflib
+from collections.abc import Mapping
 
 from diffusion_jax.data import arrays, digits, folders, pipeline, prepared
 from diffusion_jax.data.sources import Source
 from diffusion_jax.errors import UserError
 
-__all__ = ['Source', 'create', 'pipeline']
+__all__ = ['Source', 'create', 'pipeline', 'splits']
 
 
 def create(
@@ -86,3 +88,36 @@ def create(
     raise UserError(f'data.path is empty: data.name {name!r} needs a path')
   kind = {'arrays': arrays, 'folder': folders}[name]
   return kind.create(path, split, image_size, channels, heldout_every)
+
+
+def splits(config: Mapping) -> tuple[Source, Source | None]:
+  """The images to train on and the held-out ones, or None.
+
+  Args:
+    config: a run's `data`: name, path, train_split, heldout_split ('' for
+      none), heldout_every, image_size, channels.
+
+  Raises:
+    UserError: as `create`; there is nothing to train on, or the first image is
+      broken.
+  """
+  train, heldout = (
+    create(
+      config['name'],
+      path=config['path'],
+      split=split,
+      image_size=config['image_size'],
+      channels=config['channels'],
+      heldout_every=config['heldout_every'],
+    )
+    if split
+    else None
+    for split in (config['train_split'], config['heldout_split'])
+  )
+  if train is None:
+    raise UserError(
+      f'data.train_split={config["train_split"]!r} of {config["name"]} holds '
+      'no images: name the split to train on'
+    )
+  train[0]  # a set whose first image is broken is found out here
+  return train, heldout

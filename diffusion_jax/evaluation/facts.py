@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusion_jax import runs
-
-CARD = 1  # the version of metric cards that is read here
+from diffusion_jax.evaluation import cards as metric_cards
 
 
 class Facts(NamedTuple):
@@ -161,7 +160,7 @@ def is_start(value) -> bool:
 
 
 def is_card(value) -> bool:
-  if not isinstance(value, dict) or value.get('card') != CARD:
+  if not isinstance(value, dict) or value.get('card') != metric_cards.VERSION:
     return False
   details = value.get('details', {})
   return (

@@ -19,17 +19,9 @@ from PIL import Image
 
 from diffusion_jax import data, files, models, runs
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import facts, plots
+from diffusion_jax.evaluation import cards, facts, plots
 from diffusion_jax.evaluation.facts import Facts
 
-# What results are called, and which way is good. Others go by their own name.
-RESULTS = {
-  'frechet': 'Fréchet distance\xa0↓',
-  'frechet_heldout_count': 'Fréchet distance, held-out count\xa0↓',
-  'frechet_floor': 'Fréchet distance, held-out images',
-  'confident': 'Confident\xa0↑',
-  'confident_heldout': 'Confident, held-out images',
-}
 SAMPLERS = {'ddim': 'DDIM', 'ancestral': 'Ancestral'}
 
 # What of a protocol stands in the title of its table.
@@ -164,9 +156,8 @@ def _newest(run: Facts) -> list[tuple[str, str, str]]:
       tiles.append((label, number(values[-1]), f'at step {steps[-1]:,}'))
   for card in run.cards[-1:]:
     results, at = card['results'], f'at step {card["subject"]["step"]:,}'
-    known = [key for key in RESULTS if key in results]
-    for key in (known or list(results))[:1]:
-      tiles.append((RESULTS.get(key, key), number(results[key]), at))
+    for key in cards.columns(run.cards[-1:])[:1]:
+      tiles.append((cards.head(key), number(results[key]), at))
   return tiles
 
 
@@ -294,23 +285,23 @@ def _drawing(subject: dict) -> str:
   return ', '.join([*told, *(f'{key} {x}' for key, x in how.items())])
 
 
-def _tables(cards: list[dict]) -> list[dict]:
+def _tables(found: list[dict]) -> list[dict]:
   """One for each protocol, the newest first: only equals stand together."""
   groups = {}
-  for card in reversed(cards):
+  for card in reversed(found):
     key = json.dumps(card['protocol'], sort_keys=True)
     groups.setdefault(key, []).insert(0, card)
   return [_table(group) for group in groups.values()]
 
 
-def _table(cards: list[dict]) -> dict:
+def _table(group: list[dict]) -> dict:
   """A row for each card; what is the same in all is told once, in 'same'."""
   told = [
     {'step': card['subject']['step'], **_how(card['subject'])}
     | {
       key: x for key, x in card.get('details', {}).items() if facts.is_number(x)
     }
-    for card in cards
+    for card in group
   ]
   same = {
     key: x
@@ -320,26 +311,29 @@ def _table(cards: list[dict]) -> dict:
   }
   columns = dict.fromkeys(('step', 'sampler', 'steps', 'seed'))
   columns |= dict.fromkeys(k for row in told for k in row if k not in same)
-  results = dict.fromkeys(k for card in cards for k in card['results'])
+  results = cards.columns(group)
   rows = [
     [row.get(key) for key in columns]
     + [card['results'].get(key) for key in results]
-    for row, card in zip(told, cards, strict=True)
+    for row, card in zip(told, group, strict=True)
   ]
+  real = cards.heldout(group[-1])
   return {
-    'title': _title(cards[0]['protocol']),
-    'protocol': _protocol(cards[0]['protocol']),
+    'title': _title(group[0]['protocol']),
+    'protocol': _protocol(group[0]['protocol']),
     'head': [
-      *(key.replace('_', ' ').capitalize() for key in columns),
-      *(RESULTS.get(key, key) for key in results),
+      *((key.replace('_', ' ').capitalize(), '') for key in columns),
+      *((cards.head(key), cards.meaning(key)) for key in results),
     ],
     'is_text': [
       any(isinstance(x, str) for x in column)
       for column in zip(*rows, strict=True)
     ],
     'rows': rows,
+    'num_subject': len(columns),
+    'heldout': [real.get(key) for key in results] if real else [],
     'same': [(key.replace('_', ' '), x) for key, x in same.items()],
-    'classes': _classes(cards[-1]),
+    'classes': _classes(group[-1]),
   }
 
 

@@ -22,8 +22,9 @@ class Model(NamedTuple):
 
   Attributes:
     init: key -> params, a nested dict of float32 arrays.
-    apply: (params, xt [B, ...], t [B], keys=None) -> prediction [B, ...]
-      float32. `keys` ([B] random keys) switch dropout on.
+    apply: (params, *what the network takes). A denoising network takes
+      (xt [B, ...], t [B], keys=None) and gives its prediction [B, ...] float32;
+      `keys` ([B] random keys) switch dropout on.
   """
 
   init: Callable
@@ -46,17 +47,27 @@ def create(name: str, image_shape: tuple[int, int, int], **kwargs) -> Model:
       f'model.name {name!r} is not known: use one of {", ".join(MODELS)}'
     )
 
-  def build(key):
-    return MODELS[name](image_shape, rngs=_Keys(key), **kwargs)
+  return fence(lambda keys: MODELS[name](image_shape, rngs=keys, **kwargs))
 
-  abstract = nnx.eval_shape(lambda: build(jax.random.key(0)))
+
+def fence(build: Callable) -> Model:
+  """An NNX module as two pure functions.
+
+  Args:
+    build: takes what stands for nnx.Rngs, and returns the module.
+  """
+
+  def module(key):
+    return build(_Keys(key))
+
+  abstract = nnx.eval_shape(lambda: module(jax.random.key(0)))
   graphdef, state = nnx.split(abstract)
 
   def init(key):
-    return _to_params(nnx.state(build(key)))
+    return _to_params(nnx.state(module(key)))
 
-  def apply(params, xt, t, keys=None):
-    return nnx.merge(graphdef, _to_state(params, state))(xt, t, keys)
+  def apply(params, *args):
+    return nnx.merge(graphdef, _to_state(params, state))(*args)
 
   return Model(init, apply)
 

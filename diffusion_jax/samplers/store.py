@@ -13,6 +13,7 @@ missing, in batches of any size; one that asks for more draws the rest.
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -107,31 +108,60 @@ def load(directory, num_samples: int) -> np.ndarray:
     num_samples: how many, from index 0 on.
 
   Raises:
-    UserError: some are not drawn yet, or a file is damaged.
+    UserError: some are not drawn yet, or a part is damaged.
   """
-  absent = missing(directory, num_samples)
+  return np.concatenate(list(stream(directory, 0, num_samples, num_samples)))
+
+
+def stream(
+  directory, first: int, end: int, batch_size: int
+) -> Iterator[np.ndarray]:
+  """Samples first .. end - 1, with one part of the store in memory at a time.
+
+  Args:
+    directory: of the store.
+    first: the index of the first.
+    end: one more than that of the last.
+    batch_size: at most so many at once.
+
+  Returns:
+    an iterator of uint8 [n, H, W, C], n <= batch_size, in the order of the
+    index.
+
+  Raises:
+    UserError: some are not drawn yet, or a part is damaged.
+  """
+  absent = missing(directory, end)
   if len(absent):
     raise UserError(
-      f'{directory} lacks {len(absent)} of {num_samples} samples, first number '
+      f'{directory} lacks {len(absent)} of {end} samples, first number '
       f'{absent[0]}: draw them first'
     )
-  images = None
-  for first, end, path in parts(directory):
-    try:
-      block = np.load(path, allow_pickle=False)
-      if images is None:
-        images = np.zeros((num_samples, *block.shape[1:]), np.uint8)
-      if block.dtype != np.uint8 or block.shape != (
-        end - first,
-        *images.shape[1:],
-      ):
-        raise ValueError(f'{block.dtype} {block.shape}')
-    except (ValueError, EOFError) as e:
-      raise UserError(
-        f'{path} is damaged: delete it and draw again, which fills the gap'
-      ) from e
-    images[first : min(end, num_samples)] = block[: max(num_samples - first, 0)]
-  return images
+  there, at, shape = parts(directory), first, None
+  while at < end:
+    # Parts may overlap, where jobs have drawn in batches of several sizes.
+    start, stop, path = next(p for p in there if p[0] <= at < p[1])
+    block = _read_part(path, stop - start, shape)
+    shape = block.shape[1:]
+    block = block[at - start : end - start]
+    for i in range(0, len(block), batch_size):
+      yield block[i : i + batch_size]
+    at = stop
+
+
+def _read_part(path, count, shape):
+  try:
+    block = np.load(path, allow_pickle=False)
+    if block.dtype != np.uint8 or block.shape != (
+      count,
+      *(shape or block.shape[1:]),
+    ):
+      raise ValueError(f'{block.dtype} {block.shape}')
+  except (ValueError, EOFError) as e:
+    raise UserError(
+      f'{path} is damaged: delete it and draw again, which fills the gap'
+    ) from e
+  return block
 
 
 def fill(

@@ -1,0 +1,205 @@
+"""The judge of small labelled images: a classifier of the run's own data.
+
+It is trained once, kept in the run's folder, and says how often it is right on
+held-out images. Its features are those of its hidden layer.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+from diffusion_jax import files, models
+from diffusion_jax.data import Source
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.features import Judge
+from diffusion_jax.models.classifier import Classifier
+
+NUM_STEPS = 1500
+BATCH = 128
+LEARNING_RATE = 2e-3
+LARGEST = 64  # pixels: what this small network can judge
+
+FACTS = 'facts'  # the entry of a file that holds no parameter
+
+
+def network(image_shape, num_classes: int) -> models.Model:
+  """apply(params, x [B, H, W, C], keys=None) -> (features, logits)."""
+  return models.fence(
+    lambda keys: Classifier(image_shape, num_classes, rngs=keys)
+  )
+
+
+def scale(images: jax.Array) -> jax.Array:
+  """uint8 -> float32 in [-1, 1]."""
+  return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def fit(
+  images: np.ndarray,
+  labels: np.ndarray,
+  num_classes: int,
+  *,
+  num_steps: int = NUM_STEPS,
+  on_step: Callable[[], None] = lambda: None,
+) -> dict:
+  """Trains a classifier.
+
+  Adam with a falling rate; images are shifted by up to a sixteenth of their
+  size, at least by a pixel. One device does it, so that the same data give the
+  same parameters on any mesh of one kind of machine.
+
+  Args:
+    images: uint8 [N, H, W, C].
+    labels: int [N], in [0, num_classes).
+    num_classes: K.
+    num_steps: of 128 images.
+    on_step: called after each step.
+
+  Returns:
+    the parameters, a nested dict, on the host.
+  """
+  model = network(images.shape[1:], num_classes)
+  init_key, root = jax.random.split(jax.random.key(0))
+  params = model.init(init_key)
+  optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, num_steps))
+  images, labels = jnp.asarray(images), jnp.asarray(labels)
+  shift = max(1, images.shape[1] // 16)
+
+  def shifted(key, image):
+    by = jax.random.randint(key, (2,), 0, 2 * shift + 1)
+    padded = jnp.pad(image, ((shift, shift), (shift, shift), (0, 0)), 'edge')
+    return jax.lax.dynamic_slice(padded, (by[0], by[1], 0), image.shape)
+
+  # Not a scan: XLA's convolutions are slow inside of one on a CPU.
+  @jax.jit
+  def step(params, state, number):
+    keys = jax.random.split(jax.random.fold_in(root, number), 3)
+    chosen = jax.random.randint(keys[0], (BATCH,), 0, len(images))
+    batch = jax.vmap(shifted)(
+      jax.random.split(keys[1], BATCH), scale(images[chosen])
+    )
+
+    def loss_fn(params):
+      _, logits = model.apply(params, batch, jax.random.split(keys[2], BATCH))
+      return optax.softmax_cross_entropy_with_integer_labels(
+        logits, labels[chosen]
+      ).mean()
+
+    updates, state = optimizer.update(jax.grad(loss_fn)(params), state)
+    return optax.apply_updates(params, updates), state
+
+  state = optimizer.init(params)
+  for number in range(num_steps):
+    params, state = step(params, state, number)
+    on_step()
+  return jax.device_get(params)
+
+
+def train(
+  path,
+  source: Source,
+  heldout: Source | None,
+  *,
+  num_steps: int = NUM_STEPS,
+  on_step: Callable[[], None] = lambda: None,
+) -> None:
+  """Trains a classifier of a labelled source, and keeps it in `path` (.npz).
+
+  Args:
+    path: of the file, which appears whole or not at all.
+    source: what to train on.
+    heldout: what to count the right answers on, or None.
+    num_steps: of 128 images.
+    on_step: called after each step.
+  """
+  images, labels = _arrays(source)
+  params = fit(
+    images, labels, source.num_classes, num_steps=num_steps, on_step=on_step
+  )
+  facts = {
+    'image_shape': images.shape[1:],
+    'num_classes': source.num_classes,
+    'trained_on': source.description,
+    'accuracy': None,
+  }
+  if heldout:
+    images, labels = _arrays(heldout)
+    apply = jax.jit(network(images.shape[1:], source.num_classes).apply)
+    taken = [
+      np.argmax(apply(params, scale(part))[1], axis=1)
+      for part in np.array_split(images, -(-len(images) // 1024))
+    ]
+    facts['accuracy'] = float(np.mean(np.concatenate(taken) == labels))
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  flat = traverse_util.flatten_dict(params, sep='/')
+  with files.replacing(path) as file:
+    np.savez(file, **flat, **{FACTS: json.dumps(facts)})
+
+
+def load(path, image_shape: tuple[int, int, int]) -> Judge:
+  """A judge from a file that `train` wrote.
+
+  Args:
+    path: of the file.
+    image_shape: (H, W, C) of what it is to judge.
+
+  Raises:
+    UserError: there is no such file, it is something else, or it judges images
+      of another shape.
+  """
+  try:
+    with np.load(path, allow_pickle=False) as archive:
+      flat = {name: archive[name] for name in archive.files}
+    facts = json.loads(str(flat.pop(FACTS)))
+    shape, classes = tuple(facts['image_shape']), facts['num_classes']
+    model = network(shape, classes)
+    wanted = jax.eval_shape(model.init, jax.random.key(0))
+    flat_wanted = traverse_util.flatten_dict(wanted, sep='/')
+    if {k: v.shape for k, v in flat.items()} != {
+      k: v.shape for k, v in flat_wanted.items()
+    }:
+      raise ValueError('its parameters are of another network')
+  except FileNotFoundError as e:
+    raise UserError(f'--features={path}: there is no such file') from e
+  except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+    raise UserError(
+      f'{path} is not a classifier of ours ({e}): delete it, or give another '
+      '--features'
+    ) from e
+  if shape != tuple(image_shape):
+    raise UserError(
+      f'{path} judges images of {shape}, not of {tuple(image_shape)}: give '
+      'another --features'
+    )
+  params = traverse_util.unflatten_dict(flat, sep='/')
+
+  def apply(params, images):
+    features, logits = model.apply(params, scale(images))
+    return features, jax.nn.softmax(logits)
+
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(params):
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  protocol = {
+    'features': 'classifier',
+    'features_sha256': digest.hexdigest(),
+    'resize': 'none',
+  }
+  details = {
+    'classifier_accuracy': facts['accuracy'],
+    'classifier_trained_on': facts['trained_on'],
+  }
+  return Judge(apply, params, protocol, details)
+
+
+def _arrays(source):
+  images, labels = zip(*(source.read_fn(i) for i in range(len(source))))  # noqa: B905
+  return np.stack(images), np.array(labels, np.int32)
