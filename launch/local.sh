@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs, trains on the embedded digits and draws a grid: the whole road, on
-# a laptop, in minutes and without a download. Run again, it goes on from the
-# newest checkpoint.
+# Installs, trains on the embedded digits, draws samples, judges them and writes
+# WORKDIR/report.html: the whole road, on a laptop, in minutes and without a
+# download. Run again, it goes on from the newest checkpoint.
 #
 #   bash launch/local.sh [--fresh] [WORKDIR] [--config.num_steps=5000 ...]
 #
@@ -49,3 +49,5 @@ python -m diffusion_jax.train --config=configs/digits.py \
   --workdir="$workdir" ${overrides[@]+"${overrides[@]}"}
 python -m diffusion_jax.sample --workdir="$workdir" --num_samples=100 \
   --sampler=ddim --num_steps=50 --trajectory=8
+python -m diffusion_jax.evaluate --workdir="$workdir" --num_samples=2000 \
+  --sampler=ddim --num_steps=50

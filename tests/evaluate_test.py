@@ -28,9 +28,7 @@ def evaluate(*arguments, devices=1):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('runs') / 'digits'
-  tiny.train(workdir)
-  return workdir
+  return tiny.trained(tmp_path_factory.mktemp('runs') / 'digits')
 
 
 @pytest.fixture(scope='module')

@@ -72,7 +72,9 @@ def test_fewer_images_than_features():
   )[0]
   np.testing.assert_allclose(
     frechet.distance(a_moments, b_moments),
-    frechet.distance(frechet.moments_of(a @ basis), frechet.moments_of(b @ basis)),
+    frechet.distance(
+      frechet.moments_of(a @ basis), frechet.moments_of(b @ basis)
+    ),
     rtol=1e-8,
   )
 

@@ -144,7 +144,7 @@ def test_a_state_begins_with_what_is_given(saved, sizes):
 
 def test_what_is_said(tmp_path):
   config = {'process': {'schedule': 'linear'}, 'loss': {'prediction': 'eps'},
-            'data': {}, 'model': {'num_heads': 1}}  # fmt: skip
+            'data': {}, 'model': {'num_heads': 1}, 'sample': {}}  # fmt: skip
   (tmp_path / 'config.json').write_text(json.dumps(config))
   origin = finetune.Origin(str(tmp_path), 7, True)
   assert finetune.told(origin, {'a': 0, 'b': 0}, [], config) == [

@@ -19,9 +19,7 @@ from diffusion_jax.training import checkpoint, metrics, sharding
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('runs') / 'digits'
-  tiny.train(workdir)
-  return workdir
+  return tiny.trained(tmp_path_factory.mktemp('runs') / 'digits')
 
 
 def losses(workdir):

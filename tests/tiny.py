@@ -1,6 +1,10 @@
 """A tiny run for the tests: seconds to compile, every part of the real one."""
 
+import fcntl
 import functools
+import os
+import shutil
+from pathlib import Path
 
 import binaries
 import jax
@@ -100,3 +104,16 @@ def train(workdir, **changes):
   result = binaries.run('train', *flags(workdir, **changes))
   assert result.code == 0, result.err
   return result
+
+
+def trained(workdir) -> Path:
+  """A copy of a finished run, which the session trains once."""
+  session = os.environ.get('PYTEST_XDIST_TESTRUNUID', str(os.getpid()))
+  made = Path(os.environ['DIFFUSION_JAX_TEST_CACHE'], f'run_{session}')
+  with made.with_suffix('.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # of the workers, the first one trains
+    if not made.exists():
+      train(made.with_suffix('.unfinished'))
+      made.with_suffix('.unfinished').rename(made)
+  shutil.copytree(made, workdir)
+  return Path(workdir)

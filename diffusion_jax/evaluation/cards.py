@@ -25,7 +25,7 @@ PARTS = ('subject', 'protocol', 'results', 'details', 'environment')
 HEADS = {
   'frechet': ('Fréchet ↓', 'Fréchet distance to the training images'),
   'frechet_heldout_count': (
-    'at held-out count ↓',
+    'equal count ↓',
     'Fréchet distance of as many samples as there are held-out images',
   ),
   'frechet_ratio': (

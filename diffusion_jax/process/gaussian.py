@@ -40,7 +40,8 @@ def per_example(values: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _alpha_sigma(schedule, t, like):
-  alpha, sigma = schedule.alpha(t, like.dtype), schedule.sigma(t, like.dtype)
+  dtype = jnp.result_type(like)  # of JAX, which has no float64 by default
+  alpha, sigma = schedule.alpha(t, dtype), schedule.sigma(t, dtype)
   return per_example(alpha, like), per_example(sigma, like)
 
 

@@ -1,0 +1,188 @@
+"""The library: `diffusion_jax.load`, as the README shows it."""
+
+import re
+
+import binaries
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import diffusion_jax
+from diffusion_jax import guidance, samplers
+from diffusion_jax.errors import UserError
+from diffusion_jax.process import gaussian
+from diffusion_jax.samplers import draw
+from diffusion_jax.training import sharding
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Where runs/digits is a tiny run."""
+  folder = tmp_path_factory.mktemp('library')
+  tiny.trained(folder / 'runs' / 'digits')
+  return folder
+
+
+@pytest.fixture(scope='module')
+def trained(folder):
+  return diffusion_jax.load(folder / 'runs' / 'digits')
+
+
+def test_the_readmes_lines_run(folder, monkeypatch):
+  text = (binaries.ROOT / 'README.md').read_text()
+  (block,) = re.findall(r'```python\n(import.*?)```', text, re.S)
+  monkeypatch.chdir(folder)
+  scope = {}
+  exec(block, scope)
+  assert scope['images'].shape == (16, 8, 8, 1)
+  assert scope['guess'].shape == (16, 8, 8, 1)
+  assert np.isfinite(scope['guess']).all()
+  assert Image.open(folder / 'digits.png').size[0] > 4 * 64
+  assert len(block.strip().splitlines()) <= 12
+
+
+def test_it_says_what_it_is(trained):
+  assert trained.step == 30
+  assert trained.image_shape == (8, 8, 1)
+  assert trained.schedule.num_timesteps == 1000
+  assert trained.prediction == 'eps'
+  assert trained.ema
+
+
+def test_samples_are_those_of_the_binary(trained, folder, tmp_path):
+  result = binaries.run(
+    'sample', f'--workdir={folder / "runs" / "digits"}', '--num_samples=6',
+    '--sampler=ddim', '--num_steps=4', '--eta=0.3', '--seed=7',
+    f'--output={tmp_path}',
+  )  # fmt: skip
+  assert result.code == 0, result.err
+  drawn = np.load(tmp_path / 'samples.npz')['arr_0']
+  images = trained.sample(6, sampler='ddim', num_steps=4, eta=0.3, seed=7)
+  difference = np.abs(images.astype(int) - drawn)
+  assert difference.max() <= 1
+  assert images.std() > 20
+
+
+def test_a_sample_has_an_address(trained):
+  how = {'sampler': 'ddim', 'num_steps': 3}
+  many = trained.sample(12, batch_size=5, **how).astype(int)
+  some = trained.sample(4, first=6, **how)
+  assert np.abs(many[6:10] - some).max() <= 1
+  assert np.abs(many[:4] - some).max() > 1
+
+
+def test_the_default_is_the_papers_sampler(trained):
+  plan = trained.plan(num_steps=10)
+  assert plan.sampler == 'ancestral'
+  assert plan.options == {'variance': 'fixedlarge'}
+  config = {**trained.config, 'sample': {'variance': 'fixedsmall'}}
+  other = samplers.plan.for_run(config)
+  assert other.options == {'variance': 'fixedsmall'}
+  assert other.num_steps == 1000
+
+
+def test_the_denoiser_is_the_networks_prediction(trained):
+  xt = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
+  for t in (400, jnp.array([999, 0, 300])):
+    got = trained.denoise(xt, t)
+    eps = trained.model.apply(
+      trained.params, xt, jnp.broadcast_to(jnp.asarray(t), (3,))
+    )
+    np.testing.assert_allclose(got.eps, eps, atol=1e-5)
+    again = gaussian.q_sample(trained.schedule, got.x0, t, got.eps)
+    np.testing.assert_allclose(again, xt, atol=1e-4)
+
+
+def test_the_denoiser_goes_into_solve_and_guidance(trained):
+  """Composed by hand, as `sample` composes it."""
+  plan = trained.plan(sampler='ddim', num_steps=4)
+  first, later = draw.sample_keys(0, jnp.arange(3, dtype=jnp.uint32))
+  x = jnp.stack([jax.random.normal(key, (8, 8, 1)) for key in first])
+  clipped = guidance.clip_x0(trained.denoise, trained.schedule)
+  out = samplers.solve(
+    plan.create(), clipped, trained.schedule, plan.grid, x, later
+  )
+  images = trained.sample(3, sampler='ddim', num_steps=4)
+  assert np.abs(np.asarray(draw.to_uint8(out)).astype(int) - images).max() <= 1
+
+
+def test_weights_by_step_and_kind(folder, trained):
+  workdir = folder / 'runs' / 'digits'
+  raw = diffusion_jax.load(workdir, ema=False)
+  early = diffusion_jax.load(workdir, step=10)
+  assert early.step == 10
+  hashes = {t.weights_sha256 for t in (trained, raw, early)}
+  assert len(hashes) == 3
+
+
+def test_any_mesh(folder, trained):
+  mesh = sharding.make_mesh(2, 2, 2)
+  other = diffusion_jax.load(folder / 'runs' / 'digits', mesh=mesh)
+  assert other.weights_sha256 == trained.weights_sha256
+  how = {'sampler': 'ddim', 'num_steps': 3}
+  difference = other.sample(5, **how).astype(int) - trained.sample(5, **how)
+  assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+@pytest.mark.parametrize('batch_size', [1, 7, 64])
+def test_batch_and_mesh_change_no_sample(folder, trained, devices, batch_size):
+  """50 steps of DDIM: the noise bit by bit, pixels by 1 in under 0.1%."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+  one = diffusion_jax.load(folder / 'runs' / 'digits', mesh=mesh)
+  count = 64 if batch_size > 1 else 4
+
+  @jax.jit
+  def noise(indices):
+    first, later = draw.sample_keys(0, indices)
+    return jax.vmap(lambda key: jax.random.normal(key, (8, 8, 1)))(
+      jnp.concatenate([first, later])
+    )
+
+  def noise_of(indices):
+    padded = sharding.padded_indices(indices, one.mesh)
+    first, later = np.split(np.asarray(noise(padded)), 2)
+    return np.stack([first, later], 1)[: len(indices)]
+
+  got = np.concatenate(
+    [
+      noise_of(np.arange(at, min(at + batch_size, count)))
+      for at in range(0, count, batch_size)
+    ]
+  )
+  alone = np.concatenate([noise_of(np.array([i])) for i in range(4)])
+  np.testing.assert_array_equal(got[:4], alone)
+
+  how = {'sampler': 'ddim', 'num_steps': 50}
+  images = one.sample(count, batch_size=batch_size, **how).astype(int)
+  expected = trained.sample(64, **how)[:count]
+  difference = np.abs(images - expected)
+  assert difference.max() <= 1
+  assert np.mean(difference > 0) < 1e-3
+
+
+@pytest.mark.parametrize(
+  ('call', 'said'),
+  [
+    (lambda t: t.sample(0), 'num_samples=0'),
+    (lambda t: t.sample(1, first=-1), 'first=-1'),
+    (lambda t: t.sample(1, batch_size=0), 'batch_size=0'),
+    (lambda t: t.sample(1, sampler='magic'), 'magic'),
+    (lambda t: t.sample(1, sampler='ddim', eta=2.0), 'eta=2.0'),
+    (lambda t: t.sample(1, num_steps=5000), '5000'),
+    (lambda t: t.sample(1, seed=-1), 'seed=-1'),
+    (lambda t: t.sample(1, order=2), 'order=2'),
+  ],
+)
+def test_mistakes_are_one_line(trained, call, said):
+  with pytest.raises(UserError, match=said) as error:
+    call(trained)
+  assert '\n' not in str(error.value)
+
+
+def test_no_run(tmp_path):
+  with pytest.raises(UserError, match='train first'):
+    diffusion_jax.load(tmp_path)
