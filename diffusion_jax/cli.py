@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 from tqdm import tqdm
 
-from diffusion_jax import models, runs
+from diffusion_jax import distributed, models, runs
 from diffusion_jax.errors import UserError
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.training import sharding
@@ -86,13 +87,20 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
     try:
       main()
     except UserError as e:
-      fail(str(e))
+      print(f'error: {e}', file=sys.stderr)
+      distributed.leave(2)
+      sys.exit(2)
     except KeyboardInterrupt:
       print(
         '\ninterrupted; the same command goes on from what is kept',
         file=sys.stderr,
       )
+      distributed.leave(130)
       sys.exit(130)
+    except Exception:
+      traceback.print_exc()
+      distributed.leave(1)
+      sys.exit(1)
 
   app.run(wrapped, flags_parser=parse)
 
@@ -344,7 +352,7 @@ class Progress:
   """
 
   def __init__(self, title, total, done=0, unit='steps', seconds=20.0):
-    self._terminal = sys.stderr.isatty()
+    self._terminal = sys.stderr.isatty() and distributed.is_first()
     self._title, self._unit, self._seconds = title, unit, seconds
     self._done, self._first, self._total = done, done, total
     self._note, self._start, self._last = '', None, time.monotonic()
@@ -374,8 +382,10 @@ class Progress:
     if self._start is None:
       # The first takes the compilation, and would spoil the rate.
       self._start, self._first = now, self._done
-    elif not self._terminal and (
-      now - self._last > self._seconds or self._done == self._total
+    elif (
+      not self._terminal
+      and distributed.is_first()
+      and (now - self._last > self._seconds or self._done == self._total)
     ):
       self._last = now
       rate = (self._done - self._first) / (now - self._start)
@@ -391,7 +401,8 @@ class Progress:
 
 def say(text: str) -> None:
   """A line for people, on stderr: what runs, not what came of it."""
-  print(text, file=sys.stderr, flush=True)
+  if distributed.is_first():
+    print(text, file=sys.stderr, flush=True)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -410,7 +421,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def report(result: dict, text: str, as_json: bool) -> None:
   """A binary's last word on stdout: a line for people, or JSON."""
-  _print(json.dumps(result, indent=2) if as_json else text)
+  if distributed.is_first():
+    _print(json.dumps(result, indent=2) if as_json else text)
 
 
 def _print(text: str) -> None:

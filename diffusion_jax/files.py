@@ -18,9 +18,13 @@ def replacing(path) -> Iterator[BinaryIO]:
   path = Path(path)
   own = f'{socket.gethostname()}-{os.getpid()}'
   temporary = path.with_name(f'{path.name}.{own}.tmp')
-  with temporary.open('wb') as file:
-    yield file
-  os.replace(temporary, path)
+  try:
+    with temporary.open('wb') as file:
+      yield file
+    os.replace(temporary, path)
+  except BaseException:  # a full disk, or Ctrl-C
+    temporary.unlink(missing_ok=True)
+    raise
 
 
 def entries(directory) -> set[str]:

@@ -50,7 +50,10 @@ def recorded(workdir) -> Origin | None:
     return None
   try:
     facts = json.loads(path.read_text())
-    return Origin(*(facts[name] for name in Origin._fields))
+    origin = Origin(*(facts[name] for name in Origin._fields))
+    if list(map(type, origin)) != [str, int, bool]:
+      raise ValueError('it holds something else')
+    return origin
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise UserError(f'{path} is unreadable ({e}): give a new workdir') from e
 
@@ -74,7 +77,10 @@ def find(
     UserError: the other run or its checkpoint does not exist, or is not what
       the run in `workdir` began with.
   """
-  before, begun = recorded(workdir), checkpoint.steps(_checkpoints(workdir))
+  begun = checkpoint.steps(_checkpoints(workdir))
+  if begun and not init_from and step is None and ema:
+    return None
+  before = recorded(workdir)
   if init_from:
     there = Path(init_from).expanduser().resolve()
     if there == Path(workdir).resolve():

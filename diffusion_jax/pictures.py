@@ -13,6 +13,8 @@ TILE = 64  # small images are enlarged to at least this many pixels
 
 def enlarge(images: np.ndarray) -> np.ndarray:
   """uint8 [N, H, W, C] -> RGB [N, h, w, 3], by whole pixels to TILE or more."""
+  if images.dtype != np.uint8:
+    raise ValueError(f'pictures are made of uint8 images, not {images.dtype}')
   factor = max(1, math.ceil(TILE / min(images.shape[1:3])))
   images = images.repeat(factor, axis=1).repeat(factor, axis=2)
   return np.broadcast_to(images, (*images.shape[:3], 3))
@@ -115,7 +117,12 @@ def neighbours(
 
 
 def save(path, picture: np.ndarray) -> None:
-  """Writes a PNG; uint8 [H, W, 3] or [H, W, 1]."""
+  """Writes a PNG.
+
+  Args:
+    path: of the file, or an open one.
+    picture: uint8 [H, W, 3] or [H, W, 1].
+  """
   if picture.shape[-1] == 1:
     picture = picture[..., 0]
   Image.fromarray(picture).save(path, format='PNG')

@@ -84,7 +84,7 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
         f'--workdir={workdir} holds a run of another config ('
         f'{"; ".join(other)}): give it its own values or another folder'
       )
-  elif path.exists() and files.entries(path) - {LOCK}:
+  elif path.exists() and files.entries(path) - {LOCK, INIT}:
     raise UserError(
       f'--workdir={workdir} is not empty and has no config.json: give a new '
       'folder'

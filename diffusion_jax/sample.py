@@ -12,9 +12,10 @@ samples.npz (`arr_0`, uint8), grid.png, and what else is asked for.
 import numpy as np
 from absl import flags
 
-from diffusion_jax import cli, pictures, sampling
+from diffusion_jax import cli, distributed, pictures, sampling
 from diffusion_jax.errors import UserError
 from diffusion_jax.samplers import store
+from diffusion_jax.training import sharding
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(sampling)
@@ -31,6 +32,7 @@ TRAJECTORY_FRAMES = 10
 
 
 def main():
+  distributed.initialize()
   sampling.check_flags(num_samples=1, grid_images=1, trajectory=0)
   if FLAGS.trajectory > min(FLAGS.num_samples, FLAGS.batch_size):
     raise UserError(
@@ -39,15 +41,8 @@ def main():
     )
   trained, plan, output = sampling.chosen()
   drawn = sampling.fill(trained, plan, output, FLAGS.num_samples)
-
-  images = store.load(output, FLAGS.num_samples)
-  store.write_npz(output, images)
-  grid_path = output / 'grid.png'
-  pictures.save(grid_path, pictures.grid(images[: FLAGS.grid_images]))
-  if FLAGS.png:
-    (output / 'png').mkdir(exist_ok=True)
-    for i, image in enumerate(images):
-      pictures.save(output / 'png' / f'{i:06d}.png', image)
+  if distributed.is_first():
+    _write(output)
   if FLAGS.trajectory:
     _draw_trajectory(trained, plan, output)
   cli.report(
@@ -56,9 +51,22 @@ def main():
       'step': trained.step, 'drawn': drawn, 'grid': plan.grid,
     },
     f'{FLAGS.num_samples} images of step {trained.step}, {drawn} of them drawn '
-    f'now ({plan.num_steps} network evaluations each); the grid is {grid_path}',
+    f'now ({plan.num_steps} network evaluations each); the grid is '
+    f'{output / "grid.png"}',
     FLAGS.json,
   )  # fmt: skip
+
+
+def _write(output):
+  """All that is made of the images in the store."""
+  images = store.load(output, FLAGS.num_samples)
+  store.write_npz(output, images)
+  picture = pictures.grid(images[: FLAGS.grid_images])
+  pictures.save(output / 'grid.png', picture)
+  if FLAGS.png:
+    (output / 'png').mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+      pictures.save(output / 'png' / f'{i:06d}.png', image)
 
 
 def _draw_trajectory(trained, plan, output):
@@ -66,10 +74,11 @@ def _draw_trajectory(trained, plan, output):
   frames = np.linspace(0, plan.num_steps, TRAJECTORY_FRAMES).astype(int)
   frames = tuple(dict.fromkeys(frames.tolist()))
   _, kept = trained.drawer(plan, frames)(np.arange(FLAGS.trajectory))
-  pictures.save(
-    output / 'trajectory.png',
-    pictures.trajectory(kept, [plan.grid[frame] for frame in frames]),
-  )
+  kept = sharding.to_host(kept)[:, : FLAGS.trajectory]
+  if distributed.is_first():
+    times = [plan.grid[frame] for frame in frames]
+    picture = pictures.trajectory(kept, times)
+    pictures.save(output / 'trajectory.png', picture)
 
 
 if __name__ == '__main__':

@@ -9,15 +9,16 @@ from pathlib import Path
 
 from absl import flags
 
-from diffusion_jax import cli, runs, samplers
+from diffusion_jax import cli, distributed, runs, samplers
 from diffusion_jax.errors import UserError
 from diffusion_jax.samplers import grid, store
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.trained import Trained, load
-from diffusion_jax.training import checkpoint
+from diffusion_jax.training import checkpoint, sharding
 
 FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(distributed)
 flags.DEFINE_string('workdir', None, 'Folder of the run.')
 flags.DEFINE_string('output', None, 'Folder of the samples.')
 flags.DEFINE_integer('batch_size', 256, 'Images drawn at once.')
@@ -65,7 +66,9 @@ def chosen() -> tuple[Trained, Plan, Path]:
     sampler=FLAGS.sampler, num_steps=FLAGS.num_steps, grid=FLAGS.grid,
     clip=FLAGS.clip, seed=FLAGS.seed, eta=FLAGS.eta, variance=FLAGS.variance,
   )  # fmt: skip
-  step = checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
+  step = distributed.on_first(
+    lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
+  )
   output = FLAGS.output or workdir / 'samples' / name(step, plan)
   output = Path(output).expanduser()
   runs.usable_output(output)
@@ -76,25 +79,40 @@ def chosen() -> tuple[Trained, Plan, Path]:
 def fill(trained: Trained, plan: Plan, output: Path, num_samples: int) -> int:
   """Draws what the store lacks of its first samples; returns their number.
 
+  When it returns, all processes have kept what they drew.
+
   Raises:
     UserError: the folder holds something else.
   """
-  store.open_store(output, protocol(trained, plan))
-  missing = len(store.missing(output, num_samples))
-  if not missing:
+  facts = protocol(trained, plan)
+
+  def begin():
+    store.open_store(output, facts)
+    return store.missing(output, num_samples).tolist()
+
+  absent = distributed.on_first(begin)
+  if not absent:
     return 0
-  batch_size = min(FLAGS.batch_size, missing)
+  batch_size = min(FLAGS.batch_size, len(absent))
   cli.say(
-    f'drawing {missing} images of {plan.num_steps} steps each, {batch_size} at '
-    f'once, into {output}'
+    f'drawing {len(absent)} images of {plan.num_steps} steps each, '
+    f'{batch_size} at once, into {output}'
   )
+  if plan.num_steps > 500 and FLAGS.num_steps is None:
+    cli.say('(--sampler=ddim --num_steps=50 would take a fraction of the time)')
+  draw_fn = trained.drawer(plan)
   with cli.Progress(
-    'sampling', num_samples, num_samples - missing, 'images'
+    'sampling', num_samples, num_samples - len(absent), 'images'
   ) as progress:
     store.fill(
-      output, num_samples, batch_size, trained.drawer(plan), progress.update
+      output,
+      absent,
+      batch_size,
+      lambda indices: sharding.local_rows(draw_fn(indices)),
+      progress.update,
     )
-  return missing
+  distributed.on_first(lambda: None)
+  return len(absent)
 
 
 def protocol(trained: Trained, plan: Plan) -> dict:

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from diffusion_jax import (
   cli,
   data,
+  distributed,
   environment,
   finetune,
   models,
@@ -48,6 +49,7 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
   'config', None, 'The run: a file, or the name of a shipped config.'
 )
+flags.adopt_module_key_flags(distributed)
 flags.DEFINE_string('workdir', None, 'Folder of the run; made if needed.')
 flags.DEFINE_string(
   'init_from', None, 'Folder of a run whose parameters this one begins with.'
@@ -60,6 +62,7 @@ flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 
 def main():
+  distributed.initialize()
   config, workdir = FLAGS.config, Path(FLAGS.workdir).expanduser()
   wrong = cli.check(config, jax.devices())
   if wrong:
@@ -120,27 +123,35 @@ def main():
 
   # Nothing was written so far: every answer to a mistake comes before.
   with contextlib.ExitStack() as stack:
-    stack.enter_context(runs.lock(workdir))
-    if not (workdir / 'config.json').exists():
-      runs.write_config(workdir, config)
+
+    def begin():
+      stack.enter_context(runs.lock(workdir))
+      if origin:
+        finetune.record(workdir, origin, given, left)
+      if not (workdir / 'config.json').exists():
+        runs.write_config(workdir, config)
+      return checkpoint.steps(workdir / 'checkpoints')
+
+    kept = distributed.on_first(begin)
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(
         workdir / 'checkpoints', config.keep_last, config.keep_every
       )
     )
-    kept = checkpoint.steps(checkpoints.directory)
     if kept:
       train_state = checkpoints.restore(kept[-1], abstract)
     else:
       train_state = state.create(init_key, model, optimizer, mesh, given)
-      if origin:
-        finetune.record(workdir, origin, given, left)
     start = int(train_state.step)
     if start >= config.num_steps:
       _finish(workdir, start, {})
       return
-    runs.write_config(workdir, config)  # with what has changed
-    runs.note_start(workdir, {'step': start, **environment.describe()})
+
+    def note():
+      runs.write_config(workdir, config)  # with what has changed
+      runs.note_start(workdir, {'step': start, **environment.describe()})
+
+    distributed.on_first(note)
     if origin and not kept:
       for line in finetune.told(origin, given, left, runs.to_plain(config)):
         cli.say(line)
@@ -149,12 +160,13 @@ def main():
         f'going on from step {start}: --init_from was applied when this run '
         'began'
       )
-    del given  # they are copied
+    given = {}  # let go of them: they are copied
     cli.say(f'training on {source.description}')
     cli.say(
       f'held out: {heldout.description}'
       if heldout
-      else 'no images are held out: there is no held-out loss'
+      else 'no images are held out (data.heldout_every=10 would hold out every '
+      'tenth): there is no held-out loss'
     )
     batches = pipeline.batches(
       source,
@@ -164,7 +176,8 @@ def main():
       start_step=start,
       sharding=sharding.batch_sharding(mesh),
     )
-    writer = metrics.Writer(workdir, start)
+    first = distributed.is_first()
+    writer = metrics.Writer(workdir, start) if first else metrics.Mute()
 
     def eval_fn(train_state):
       value = _heldout_loss(
@@ -176,6 +189,8 @@ def main():
     def sample_fn(train_state, at):
       indices = sharding.padded_indices(config.sample.num_images, mesh)
       images = sharding.to_host(draw_fn(train_state.ema_params, indices))
+      if not first:
+        return
       picture = pictures.grid(images[: config.sample.num_images])
       (workdir / 'samples').mkdir(exist_ok=True)
       pictures.save(workdir / 'samples' / f'train_{at:08d}.png', picture)
@@ -211,14 +226,15 @@ def main():
 
 def _heldout_loss(loss_fn, params, source, batch_size, num_images, mesh):
   """The mean loss over the held-out images, as a device scalar."""
-  total, first, count = 0.0, 0, 0.0
-  for batch, weight in pipeline.heldout(
-    source, batch_size=batch_size, num_examples=num_images
+  total, first = 0.0, 0
+  rows = pipeline.local_rows(sharding.batch_sharding(mesh), batch_size)
+  for local in pipeline.heldout(
+    source, batch_size=batch_size, num_examples=num_images, rows=rows
   ):
-    batch, placed = sharding.put_batch((batch, weight), mesh)
-    total += loss_fn(params, batch, placed, first)
-    first, count = first + batch_size, count + weight.sum()
-  return total / count
+    batch, weight = sharding.put_rows(local, mesh, batch_size)
+    total += loss_fn(params, batch, weight, first)
+    first += batch_size
+  return total / min(num_images or len(source), len(source))
 
 
 def _finish(workdir, at, row):

@@ -105,8 +105,9 @@ class Trained:
       frames: numbers of steps at which x is kept, see `samplers.solve`.
 
     Returns:
-      indices (NumPy, [N]) -> uint8 [N, H, W, C]; with frames, a pair of that
-      and uint8 [F, N, H, W, C]. One N compiles once.
+      indices (NumPy, [N]) -> uint8 [M, H, W, C], a global array, of which the
+      first N count: M is N rounded up to what the mesh divides. With frames, a
+      pair of that and uint8 [F, M, H, W, C]. One M compiles once.
     """
     draw_fn = jax.jit(
       draw.drawer(
@@ -116,11 +117,7 @@ class Trained:
     )  # fmt: skip
 
     def draw_batch(indices):
-      out = draw_fn(self.params, sharding.padded_indices(indices, self.mesh))
-      if not frames:
-        return sharding.to_host(out)[: len(indices)]
-      images, kept = map(sharding.to_host, out)
-      return images[: len(indices)], kept[:, : len(indices)]
+      return draw_fn(self.params, sharding.padded_indices(indices, self.mesh))
 
     return draw_batch
 
@@ -164,7 +161,7 @@ class Trained:
     return np.concatenate(
       [
         # The last batch is filled up, so that one program serves all.
-        draw_fn(np.resize(part, size))[: len(part)]
+        sharding.to_host(draw_fn(np.resize(part, size)))[: len(part)]
         for part in np.split(indices, range(size, num_samples, size))
       ]
     )

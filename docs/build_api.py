@@ -30,7 +30,7 @@ PUBLIC = {
   'samplers': 'create options ddim ancestral solve Sampler',
   'samplers.grid': 'create',
   'samplers.plan': 'Plan create',
-  'samplers.draw': 'drawer',
+  'samplers.draw': 'drawer sample_keys to_uint8',
   'samplers.store': 'open_store fill load stream',
   'data': 'create splits Source',
   'data.pipeline': 'batches heldout stream',
@@ -47,6 +47,7 @@ PUBLIC = {
   'evaluation.measure': 'measure Measured',
   'evaluation.cards': 'create compare',
   'evaluation.page': 'write',
+  'pictures': 'grid trajectory neighbours save',
   'errors': 'UserError',
 }
 

@@ -28,7 +28,7 @@ class Artist:
     if len(self.calls) == self.fails_at:
       raise Killed
     self.calls.append(np.array(indices))
-    return pictures_of(indices)
+    return np.arange(len(indices)), pictures_of(indices)
 
   @property
   def drawn(self):
@@ -69,7 +69,7 @@ def assert_complete(path, count=COUNT):
 def test_any_batch_size_leaves_the_same_images(tmp_path, batch_size):
   artist, kept = Artist(), []
   path = open_new(tmp_path / 'a' / 'store')
-  store.fill(path, COUNT, batch_size, artist, kept.append)
+  store.fill(path, store.missing(path, COUNT), batch_size, artist, kept.append)
   assert_complete(path)
   assert artist.drawn == set(range(COUNT))
   # One program serves all batches, so the last one is full too.
@@ -87,21 +87,21 @@ def test_an_interrupted_job_redraws_nothing(tmp_path, before, batches, after):
   path = open_new(tmp_path / 'store')
   first = Artist(fails_at=batches)
   with pytest.raises(Killed):
-    store.fill(path, COUNT, before, first)
+    store.fill(path, store.missing(path, COUNT), before, first)
   assert first.drawn == set(range(before * batches))
   second = Artist()
-  store.fill(open_new(path), COUNT, after, second)
+  store.fill(open_new(path), store.missing(path, COUNT), after, second)
   assert second.drawn == set(range(COUNT)) - first.drawn
   assert_complete(path)
   third = Artist()
-  store.fill(open_new(path), COUNT, 5, third)
+  store.fill(open_new(path), store.missing(path, COUNT), 5, third)
   assert not third.calls
 
 
 def test_a_kill_in_the_middle_of_a_file_leaves_none(tmp_path, monkeypatch):
-  """Half of the bytes are on the disk, under another name; nothing reads it."""
+  """Half of the bytes were written, under another name; nothing reads it."""
   path = open_new(tmp_path / 'store')
-  store.fill(path, 8, 4, Artist())
+  store.fill(path, store.missing(path, 8), 4, Artist())
   whole = np.save
 
   def half(file, block, **kwargs):
@@ -112,18 +112,18 @@ def test_a_kill_in_the_middle_of_a_file_leaves_none(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(np, 'save', half)
     with pytest.raises(Killed):
-      store.fill(path, 16, 4, Artist())
-  assert any(name.endswith('.tmp') for name in tree(path))
+      store.fill(path, store.missing(path, 16), 4, Artist())
+  assert not any(name.endswith('.tmp') for name in tree(path))
   np.testing.assert_array_equal(store.missing(path, 16), np.arange(8, 16))
   again = Artist()
-  store.fill(open_new(path), 16, 3, again)
+  store.fill(open_new(path), store.missing(path, 16), 3, again)
   assert again.drawn == set(range(8, 16))
   assert_complete(path, 16)
 
 
 def test_torn_files_are_ignored(tmp_path):
   path = open_new(tmp_path / 'store')
-  store.fill(path, 10, 5, Artist())
+  store.fill(path, store.missing(path, 10), 5, Artist())
   (path / 'store.json.tmp').write_bytes(b'{"step"')
   (path / 'parts' / '000000010-000000014.npy.tmp').write_bytes(b'\x93NUMPY')
   (path / 'samples.npz.tmp').write_bytes(b'PK')
@@ -134,9 +134,9 @@ def test_torn_files_are_ignored(tmp_path):
 
 def test_more_samples_draw_only_the_rest(tmp_path):
   path = open_new(tmp_path / 'store')
-  store.fill(path, 30, 8, Artist())
+  store.fill(path, store.missing(path, 30), 8, Artist())
   artist = Artist()
-  store.fill(path, COUNT, 8, artist)
+  store.fill(path, store.missing(path, COUNT), 8, artist)
   assert artist.drawn == set(range(30, COUNT))
   assert_complete(path)
 
@@ -144,9 +144,9 @@ def test_more_samples_draw_only_the_rest(tmp_path):
 @pytest.mark.parametrize('count', [1, 7, 8, 9, 31])
 def test_fewer_samples_are_the_first_of_them(tmp_path, count):
   path = open_new(tmp_path / 'store')
-  store.fill(path, COUNT, 8, Artist())
+  store.fill(path, store.missing(path, COUNT), 8, Artist())
   artist = Artist()
-  store.fill(path, count, 8, artist)
+  store.fill(path, store.missing(path, count), 8, artist)
   assert not artist.calls
   assert_complete(path, count)
 
@@ -154,11 +154,11 @@ def test_fewer_samples_are_the_first_of_them(tmp_path, count):
 def test_holes_are_filled(tmp_path):
   """A part that was deleted, and one in the middle: only those are drawn."""
   path = open_new(tmp_path / 'store')
-  store.fill(path, COUNT, 10, Artist())
+  store.fill(path, store.missing(path, COUNT), 10, Artist())
   for first in (0, 40, 60):
     (path / 'parts' / f'{first:09d}-{first + 9:09d}.npy').unlink()
   artist = Artist()
-  store.fill(path, COUNT, 25, artist)
+  store.fill(path, store.missing(path, COUNT), 25, artist)
   assert artist.drawn == {*range(10), *range(40, 50), *range(60, 70)}
   assert_complete(path)
 
@@ -171,7 +171,7 @@ def test_overlapping_parts_are_harmless(tmp_path):
     store.save(path, indices, pictures_of(indices))
   np.testing.assert_array_equal(store.missing(path, 30), np.arange(12, 20))
   artist = Artist()
-  store.fill(path, COUNT, 16, artist)
+  store.fill(path, store.missing(path, COUNT), 16, artist)
   assert artist.drawn == {*range(12, 20), *range(30, COUNT)}
   assert_complete(path)
 
@@ -204,7 +204,7 @@ def test_a_store_with_holes_is_not_read(tmp_path, drawn):
 
 def test_the_npz_holds_one_array(tmp_path):
   path = open_new(tmp_path / 'store')
-  store.fill(path, 12, 5, Artist())
+  store.fill(path, store.missing(path, 12), 5, Artist())
   before = tree(path)
   written = store.write_npz(path, store.load(path, 12))
   assert written == path / 'samples.npz'
@@ -245,7 +245,7 @@ def test_the_same_protocol_opens_again(tmp_path, protocol):
 def test_another_protocol_is_refused_in_one_line(tmp_path, change, said):
   """It names the folder, the field and both values, and changes nothing."""
   path = open_new(tmp_path / 'store')
-  store.fill(path, 5, 5, Artist())
+  store.fill(path, store.missing(path, 5), 5, Artist())
   before = tree(path)
   with pytest.raises(UserError) as error:
     store.open_store(path, PROTOCOL | change)
@@ -274,7 +274,7 @@ def test_a_kill_before_the_store_began_is_recovered(tmp_path, left):
   """The folder is there and store.json is not: empty, or with half of it."""
   if left:
     (tmp_path / left).write_text('{"st')
-  store.fill(open_new(tmp_path), 10, 4, Artist())
+  store.fill(open_new(tmp_path), store.missing(tmp_path, 10), 4, Artist())
   assert_complete(tmp_path, 10)
   assert json.loads((tmp_path / 'store.json').read_text()) == PROTOCOL
 
@@ -293,5 +293,5 @@ def test_a_kill_while_the_protocol_is_written_is_recovered(
     with pytest.raises(Killed):
       open_new(path)
   assert not (path / 'store.json').exists()
-  store.fill(open_new(path), 10, 4, Artist())
+  store.fill(open_new(path), store.missing(path, 10), 4, Artist())
   assert_complete(path, 10)

@@ -19,7 +19,6 @@ from diffusion_jax import environment, files, runs
 from diffusion_jax.errors import UserError
 
 VERSION = 1
-PARTS = ('subject', 'protocol', 'results', 'details', 'environment')
 
 # Of the results: the head of its column, and what it means.
 HEADS = {
@@ -37,6 +36,7 @@ HEADS = {
     'share of images given a class with a probability above 0.8',
   ),
   'smallest_class': ('least class ↑', 'share of the least frequent class'),
+  'identical': ('identical ↓', 'share of images that are a training image'),
   'nearest': (
     'nearest',
     'median distance to the nearest training image, between features',
@@ -44,7 +44,7 @@ HEADS = {
   'nearest_share': (
     'near',
     'share of samples nearer to a training image than 95% of the held-out '
-    'images are, so that 5% are to be expected',
+    'images are; below it, what is expected of images that are not copied',
   ),
 }
 # Of held-out images: it stands below the samples' number, and is the same on
@@ -53,7 +53,9 @@ HELDOUT = {
   'frechet_heldout_count': 'frechet_floor',
   'confident': 'confident_heldout',
   'smallest_class': 'smallest_class_heldout',
+  'identical': 'identical_heldout',
   'nearest': 'nearest_heldout',
+  'nearest_share': 'nearest_share_expected',
 }
 
 
@@ -112,46 +114,81 @@ def write(path, card: dict) -> None:
 def read(path) -> dict:
   """A card.
 
+  Args:
+    path: of its file.
+
   Raises:
     UserError: there is none, or the file is something else.
   """
   try:
     card = json.loads(Path(path).read_text())
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise UserError(f'{path} is not a metric card ({e})') from e
-  if not isinstance(card, dict) or card.get('card') != VERSION:
-    raise UserError(f'{path} is not a metric card of version {VERSION}')
-  for part in PARTS:
-    if not isinstance(card.get(part), dict):
-      raise UserError(f'{path} is a damaged metric card: it has no {part!r}')
+  if not is_card(card):
+    raise UserError(f'{path} is not a metric card, or is a damaged one')
   return card
+
+
+def is_number(value) -> bool:
+  """Whether it can be printed, added up and plotted."""
+  return (
+    isinstance(value, int | float)
+    and not isinstance(value, bool)
+    and (value == 0 or 1e-100 < abs(value) < 1e100)
+  )
+
+
+def is_subject(value) -> bool:
+  return (
+    isinstance(value, dict)
+    and isinstance(value.get('step'), int)
+    and isinstance(value.get('ema', True), bool)
+    and all(isinstance(value.get(k, ''), str) for k in ('sampler', 'workdir'))
+  )
+
+
+def is_card(value) -> bool:
+  if not isinstance(value, dict) or value.get('card') != VERSION:
+    return False
+  details = value.get('details', {})
+  return (
+    all(isinstance(value.get(k), dict) for k in ('protocol', 'results'))
+    and is_subject(value.get('subject'))
+    and isinstance(details, dict)
+    and all(v is None or is_number(v) for v in value['results'].values())
+    and all(
+      isinstance(v, list) and all(map(is_number, v))
+      for k, v in details.items()
+      if k.endswith('class_histogram')
+    )
+  )
 
 
 def name(subject_name: str, protocol: dict) -> str:
   """The name of a card, without .json; cards of one protocol end alike."""
-  digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode())
+  digest = hashlib.sha256(_key({'protocol': protocol}).encode())
   return (
     f'{subject_name}_{protocol["features"]}_{protocol["num_samples"]}_'
     f'{digest.hexdigest()[:8]}'
   )
 
 
-def find(places: Sequence[str]) -> list[Path]:
-  """The files of cards: as given, or all of a run or of a folder.
+def find(place) -> list[Path]:
+  """The files of cards: the one given, or all of a run or of a folder.
+
+  Args:
+    place: a file, a run's folder, or a folder of cards.
 
   Raises:
     UserError: there are none.
   """
-  found = []
-  for place in map(Path, places):
-    if place.is_dir():
-      inner = place / 'evaluations'
-      inside = sorted((inner if inner.is_dir() else place).glob('*.json'))
-      if not inside:
-        raise UserError(f'{place} holds no metric cards: evaluate first')
-      found += inside
-    else:
-      found.append(place)
+  place = Path(place).expanduser()
+  if not place.is_dir():
+    return [place]
+  inner = place / 'evaluations'
+  found = sorted((inner if inner.is_dir() else place).glob('*.json'))
+  if not found:
+    raise UserError(f'{place} holds no metric cards: evaluate first')
   return found
 
 
@@ -167,29 +204,48 @@ def differences(cards: Sequence[dict]) -> dict:
   return {k: v for k, v in values.items() if any(x != v[0] for x in v)}
 
 
-def compare(paths: Sequence[Path]) -> list[dict]:
-  """The cards, of one protocol.
+def compare(places: Sequence[str]) -> list[list[dict]]:
+  """Cards in groups of one protocol, which stand in one table each.
+
+  Of a run's folder, those cards are taken of whose protocol all the other
+  places have some.
 
   Args:
-    paths: of their files.
+    places: files of cards, or folders, see `find`.
 
   Raises:
-    UserError: two were measured in different ways; every field that differs is
-      named.
+    UserError: the places have no protocol in common; every field that differs
+      is named.
   """
-  cards = [read(path) for path in paths]
-  for path, card in zip(paths, cards, strict=True):
-    unlike = differences([cards[0], card])
-    if unlike:
-      told = '; '.join(
-        f'{field}: {_short(a)} and {_short(b)}'
-        for field, (a, b) in unlike.items()
-      )
-      raise UserError(
-        f'{paths[0]} and {path} were measured in different ways and are not '
-        f'compared ({told})' + _remedy(unlike)
-      )
-  return cards
+  found = [[read(path) for path in find(place)] for place in places]
+  keys = [[_key(card) for card in cards] for cards in found]
+  common = [
+    key for key in dict.fromkeys(keys[0]) if all(key in k for k in keys)
+  ]
+  if not common:
+    first = found[0][0]
+    place, other = next(
+      (place, cards[0])
+      for place, cards in zip(places, found, strict=True)
+      if cards[0]['protocol'] != first['protocol']
+    )
+    unlike = differences([first, other])
+    told = '; '.join(
+      f'{field}: {_short(a)} and {_short(b)}'
+      for field, (a, b) in unlike.items()
+    )
+    raise UserError(
+      f'{places[0]} and {place} were measured in different ways and are not '
+      f'compared ({told})' + _remedy(unlike)
+    )
+  return [
+    [card for cards in found for card in cards if _key(card) == key]
+    for key in common
+  ]
+
+
+def _key(card):
+  return json.dumps(card['protocol'], sort_keys=True)
 
 
 def _remedy(unlike):
@@ -204,23 +260,42 @@ def table(cards: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
   A row a card, first who it is, then its results; below them those of the
   held-out images.
   """
-  subjects = ('run', 'step', 'weights', 'sampler', 'evaluations', 'seed')
   names = columns(cards)
-  rows = []
-  for card in cards:
-    subject = card['subject']
-    who = [
-      Path(subject.get('workdir', '?')).name,
-      subject.get('step', '?'),
-      'EMA' if subject.get('ema') else 'raw',
-      *(subject.get(name, '?') for name in subjects[3:]),
+  who = [_who(card['subject']) for card in cards]
+  always = ('run', 'step', 'weights', 'sampler', 'evaluations')
+  subjects = [
+    field
+    for field in dict.fromkeys(f for told in who for f in told)
+    if field in always or len({told.get(field) for told in who}) > 1
+  ]
+  rows = [
+    [
+      *(told.get(field, '') for field in subjects),
+      *(number(card['results'].get(name)) for name in names),
     ]
-    results = [number(card['results'].get(name)) for name in names]
-    rows.append([*map(str, who), *results])
+    for told, card in zip(who, cards, strict=True)
+  ]
   if real := heldout(cards[0]):
     cells = [number(real[name]) if name in real else '' for name in names]
     rows.append(['held-out images', *[''] * (len(subjects) - 1), *cells])
   return [*subjects, *map(head, names)], rows
+
+
+def _who(subject):
+  """field -> text: what was judged, as people tell one from another."""
+  told = {
+    'run': Path(subject.get('workdir', '?')).name,
+    'step': subject['step'],
+    'weights': 'EMA' if subject.get('ema') else 'raw',
+    'sampler': subject.get('sampler', '?'),
+    'evaluations': subject.get('evaluations', '?'),
+  }
+  for name, value in subject.items():
+    if name not in ('workdir', 'ema', 'weights_sha256', *told):
+      if isinstance(value, list):  # the grid
+        value = ' '.join(f'{x:.4g}' for x in value[:3]) + ' ..'
+      told[name] = value
+  return {name: str(value) for name, value in told.items()}
 
 
 def number(value) -> str:

@@ -1,7 +1,7 @@
 """The judge of small labelled images: a classifier of the run's own data.
 
-It is trained once, kept in the run's folder, and says how often it is right on
-held-out images. Its features are those of its hidden layer.
+It is trained once and kept in the run's folder. Its features are those of its
+hidden layer. How often it is right is counted on held-out images.
 """
 
 import hashlib
@@ -27,6 +27,13 @@ BATCH = 128
 LEARNING_RATE = 2e-3
 LARGEST = 64  # pixels: what this small network can judge
 
+MOST_CLASSES = 1000
+
+# What a file that is something else, or damaged, raises.
+DAMAGED = (
+  *(OSError, ValueError, KeyError, TypeError, EOFError, RecursionError),
+  *(MemoryError, zipfile.BadZipFile),
+)
 FACTS = 'facts'  # the entry of a file that holds no parameter
 
 
@@ -106,7 +113,6 @@ def fit(
 def train(
   path,
   source: Source,
-  heldout: Source | None,
   *,
   num_steps: int = NUM_STEPS,
   on_step: Callable[[], None] = lambda: None,
@@ -116,7 +122,6 @@ def train(
   Args:
     path: of the file, which appears whole or not at all.
     source: what to train on.
-    heldout: what to count the right answers on, or None.
     num_steps: of 128 images.
     on_step: called after each step.
   """
@@ -128,20 +133,43 @@ def train(
     'image_shape': images.shape[1:],
     'num_classes': source.num_classes,
     'trained_on': source.description,
-    'accuracy': None,
   }
-  if heldout:
-    images, labels = _arrays(heldout)
-    apply = jax.jit(network(images.shape[1:], source.num_classes).apply)
-    taken = [
-      np.argmax(apply(params, scale(part))[1], axis=1)
-      for part in np.array_split(images, -(-len(images) // 1024))
-    ]
-    facts['accuracy'] = float(np.mean(np.concatenate(taken) == labels))
   Path(path).parent.mkdir(parents=True, exist_ok=True)
   flat = traverse_util.flatten_dict(params, sep='/')
   with files.replacing(path) as file:
     np.savez(file, **flat, **{FACTS: json.dumps(facts)})
+
+
+def fingerprint(source: Source) -> str:
+  """A hash of all images and labels, to tell what a classifier is for.
+
+  Args:
+    source: of moderate size, all of which is read.
+  """
+  digest = hashlib.sha256(str(source.num_classes).encode())
+  for i in range(len(source)):
+    image, label = source.read_fn(i)
+    digest.update(np.ascontiguousarray(image))
+    digest.update(int(label).to_bytes(8, 'little', signed=True))
+  return digest.hexdigest()
+
+
+def accuracy(judge: Judge, source: Source) -> float | None:
+  """How often a judge is right; None where not all images have labels.
+
+  Args:
+    judge: as of `load`.
+    source: images that it was not trained on.
+  """
+  images, labels = _arrays(source)
+  if labels.min() < 0:
+    return None
+  apply = jax.jit(judge.apply)
+  taken = [
+    np.argmax(apply(judge.params, part)[1], axis=1)
+    for part in np.array_split(images, -(-len(images) // 1024))
+  ]
+  return float(np.mean(np.concatenate(taken) == labels))
 
 
 def load(path, image_shape: tuple[int, int, int]) -> Judge:
@@ -156,10 +184,11 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
       of another shape.
   """
   try:
-    with np.load(path, allow_pickle=False) as archive:
-      flat = {name: archive[name] for name in archive.files}
+    flat = _read(path)
     facts = json.loads(str(flat.pop(FACTS)))
-    shape, classes = tuple(facts['image_shape']), facts['num_classes']
+    shape, classes = tuple(facts['image_shape']), int(facts['num_classes'])
+    if len(shape) != 3 or max(shape) > LARGEST or classes > MOST_CLASSES:
+      raise ValueError(f'it judges {classes} classes of {shape}')
     model = network(shape, classes)
     wanted = jax.eval_shape(model.init, jax.random.key(0))
     flat_wanted = traverse_util.flatten_dict(wanted, sep='/')
@@ -168,8 +197,11 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
     }:
       raise ValueError('its parameters are of another network')
   except FileNotFoundError as e:
-    raise UserError(f'--features={path}: there is no such file') from e
-  except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+    raise UserError(
+      f'--features={path}: there is no such file; it is classifier, pixels, or '
+      'the file of a judge'
+    ) from e
+  except DAMAGED as e:
     raise UserError(
       f'{path} is not a classifier of ours ({e}): delete it, or give another '
       '--features'
@@ -190,14 +222,23 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
     digest.update(np.ascontiguousarray(leaf).tobytes())
   protocol = {
     'features': 'classifier',
+    'num_classes': classes,
     'features_sha256': digest.hexdigest(),
     'resize': 'none',
   }
-  details = {
-    'classifier_accuracy': facts['accuracy'],
-    'classifier_trained_on': facts['trained_on'],
-  }
+  details = {'classifier_trained_on': str(facts['trained_on'])}
   return Judge(apply, params, protocol, details)
+
+
+def _read(path):
+  """The arrays of a file, which may come from anywhere."""
+  with zipfile.ZipFile(path) as archive:
+    # As np.savez writes: nothing is larger than the file that holds it.
+    for info in archive.infolist():
+      if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f'{info.filename} is compressed')
+  with np.load(path, allow_pickle=False) as archive:
+    return {name: archive[name] for name in archive.files}
 
 
 def _arrays(source):

@@ -6,7 +6,6 @@ config stops it: what cannot be read is left out, and told in a line.
 
 import collections
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +55,7 @@ def read(workdir) -> Facts:
     """The file's JSON; None, and a line in problems, where it is not well."""
     try:
       value = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
       told = str(e)
     else:
       if is_well(value):
@@ -68,12 +67,12 @@ def read(workdir) -> Facts:
 
   cards = []
   for path in sorted(workdir.glob('evaluations/*.json')):
-    if card := whole(path, is_card):
+    if card := whole(path, metric_cards.is_card):
       cards.append({**card, 'name': path.stem})
   stores = []
   for path in sorted(workdir.glob('samples/*/store.json')):
     has_grid = (path.parent / 'grid.png').exists()
-    if has_grid and (store := whole(path, is_subject)):
+    if has_grid and (store := whole(path, metric_cards.is_subject)):
       stores.append((path.parent, store))
   drawn = []
   for path in workdir.glob('samples/train_*.png'):
@@ -114,7 +113,7 @@ def _lines(path: Path, is_well, problems: list[str]) -> list[dict]:
       continue
     try:
       value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
       value = None
     if is_well(value):
       good.append(value)
@@ -131,48 +130,20 @@ def _age(card: dict):
   return step, time if isinstance(time, str) else ''
 
 
-def is_number(value) -> bool:
-  return (
-    isinstance(value, int | float)
-    and not isinstance(value, bool)
-    and math.isfinite(value)
-  )
-
-
 def is_step(value) -> bool:
   return isinstance(value, dict) and isinstance(value.get('step'), int)
 
 
-def is_subject(value) -> bool:
-  return is_step(value) and isinstance(value.get('sampler', ''), str)
-
-
 def is_row(value) -> bool:
-  return is_step(value) and all(map(is_number, value.values()))
+  return is_step(value) and all(map(metric_cards.is_number, value.values()))
 
 
 def is_start(value) -> bool:
   return (
     is_step(value)
     and isinstance(value.get('num_devices', 1), int)
+    and isinstance(value.get('device', ''), str)
     and isinstance(value.get('versions', {}), dict)
-  )
-
-
-def is_card(value) -> bool:
-  if not isinstance(value, dict) or value.get('card') != metric_cards.VERSION:
-    return False
-  details = value.get('details', {})
-  return (
-    all(isinstance(value.get(k), dict) for k in ('protocol', 'results'))
-    and is_subject(value.get('subject'))
-    and isinstance(details, dict)
-    and all(v is None or is_number(v) for v in value['results'].values())
-    and all(
-      isinstance(v, list) and all(map(is_number, v))
-      for k, v in details.items()
-      if k.endswith('class_histogram')
-    )
   )
 
 

@@ -18,7 +18,7 @@ from diffusion_jax.evaluation import frechet
 from diffusion_jax.evaluation.frechet import Moments
 from diffusion_jax.training import sharding
 
-PIXELS = 32  # larger images are averaged down to at most this size
+PIXELS = 16  # larger images are averaged down to at most this size
 
 
 class Judge(NamedTuple):
@@ -70,7 +70,7 @@ CONFIDENT = 0.8
 
 
 def pixels(image_shape: tuple[int, int, int]) -> Judge:
-  """The images themselves, in [-1, 1], averaged down to 32x32 at most.
+  """The images themselves, in [-1, 1], averaged down to 16x16 at most.
 
   Args:
     image_shape: (H, W, C).
@@ -112,6 +112,7 @@ def passes(
   parts = mesh.shape['data'] * mesh.shape['fsdp']
   size = -(-batch_size // parts) * parts
   for images in batches:
+    assert len(images) <= batch_size
     padded = images[np.resize(np.arange(len(images)), size)]
     out = apply(params, sharding.put_batch(padded, mesh))
     features, probabilities = jax.tree.map(sharding.to_host, out)

@@ -68,7 +68,8 @@ def distance(a: Moments, b: Moments) -> float:
 
   Returns:
     the squared Frechet (2-Wasserstein) distance of the two Gaussians, which the
-    literature calls the distance; in units of squared features.
+    literature calls the distance; in units of squared features. Equal sets
+    are at 0 to the rounding of their covariances.
   """
   assert min(a.count, b.count) >= 2, 'a covariance takes two images'
   # With C = R R^T, tr (C_a C_b)^(1/2) is the sum of the singular values of
@@ -77,7 +78,8 @@ def distance(a: Moments, b: Moments) -> float:
   roots = [_root(m.covariance) for m in (a, b)]
   cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
   traces = sum(np.square(root).sum() for root in roots)
-  return float(np.square(a.mean - b.mean).sum() + traces - 2 * cross)
+  squares = np.square(a.mean - b.mean).sum()
+  return max(0.0, float(squares + traces - 2 * cross))
 
 
 def _root(covariance):

@@ -1,7 +1,9 @@
 """What samples are worth: one pass each of samples, training and held-out."""
 
+import collections
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ from diffusion_jax.evaluation import features, frechet, neighbours
 from diffusion_jax.evaluation.features import Judge
 from diffusion_jax.evaluation.neighbours import Nearest
 
-QUERIES = 1000  # at most so many images are searched for near ones
+QUERIES = 10_000  # of at most so many images the nearest ones are found
 NEAR = 0.05  # the share of held-out images that counts as near
 
 
@@ -65,65 +67,94 @@ def measure(
     on_images: called with the number of images after each batch.
   """
   count = min(num_samples, len(heldout)) if heldout else num_samples
-  kept = {'samples': [], 'heldout': []}  # features to be searched for
+  batch_size = min(batch_size, max(num_samples, len(reference)))
+  # Features of these are searched for: the first samples, and held-out images
+  # at even distances, as a set may be sorted.
+  asked = {
+    'samples': np.arange(min(num_samples, QUERIES)),
+    'heldout': np.arange(min(count, QUERIES)) * count // min(count, QUERIES),
+  }
+  kept = {name: [] for name in asked}
+  hashes = {'reference': hashlib.sha256(), 'heldout': hashlib.sha256()}
+  seen = collections.defaultdict(list)  # of every image, to find equal ones
 
-  def judged(batches, name=None):
+  def judged(batches, name=None, first=0):
     for batch in features.passes(judge, batches, batch_size, mesh):
       if name:
-        room = QUERIES - sum(map(len, kept[name]))
-        kept[name].append(batch.features[: max(room, 0)])
+        end = first + len(batch.images)
+        chosen = asked[name][(asked[name] >= first) & (asked[name] < end)]
+        kept[name].append(batch.features[chosen - first])
+        first = end
+      seen[name or 'train'] += [hash(x.tobytes()) for x in batch.images]
       on_images(len(batch.images))
       yield batch
+
+  def hashed(batches, name):
+    for images in batches:
+      hashes[name].update(np.ascontiguousarray(images))
+      yield images
 
   summaries = {}
   parts = [(0, count), (count, num_samples)] if heldout else [(0, num_samples)]
   for first, end in parts:
     if first < end:
-      part = features.summarise(judged(sample_fn(first, end), 'samples'))
+      part = features.summarise(judged(sample_fn(first, end), 'samples', first))
       summaries.setdefault('samples at held-out count', part)
       summaries['samples'] = features.merge(summaries.get('samples'), part)
   if heldout:
     images = features.images_of(_evenly(heldout, count), batch_size)
-    summaries['heldout'] = features.summarise(judged(images, 'heldout'))
+    summaries['heldout'] = features.summarise(
+      judged(hashed(images, 'heldout'), 'heldout')
+    )
 
   queries = {name: np.concatenate(x) for name, x in kept.items() if x}
+  num_near = min(num_near, len(reference))
   near = {
     name: neighbours.nothing(len(x), num_near) for name, x in queries.items()
   }
-  digest = hashlib.sha256()
 
   def searched(batches):
     first = 0
     for batch in batches:
-      digest.update(batch.images.tobytes())
       for name, x in queries.items():
         near[name] = neighbours.update(near[name], x, batch.features, first)
       first += len(batch.images)
       yield batch
 
-  summaries['train'] = features.summarise(
-    searched(judged(features.images_of(reference, batch_size)))
-  )
+  images = hashed(features.images_of(reference, batch_size), 'reference')
+  summaries['train'] = features.summarise(searched(judged(images)))
   protocol = {
-    'reference': reference.description,
     'num_reference': len(reference),
-    'reference_sha256': digest.hexdigest(),
+    'reference_sha256': hashes['reference'].hexdigest(),
     'num_samples': num_samples,
     'num_heldout': count if heldout else 0,
+    'num_searched': len(queries['samples']),
+    'heldout_sha256': hashes['heldout'].hexdigest() if heldout else '',
     **judge.protocol,
     'rounding': 'nearest',
   }
-  distances = near['samples'].distances[:, 0]
-  results, nearer = {'nearest': np.median(distances)}, None
+  distances, known = near['samples'].distances[:, 0], set(seen['train'])
+  results = {
+    f'identical{head}': np.mean([image in known for image in seen[name]])
+    for name, head in (('samples', ''), ('heldout', '_heldout'))
+    if name in summaries
+  }
+  results['nearest'], nearer = np.median(distances), None
   if heldout:
     real = near['heldout'].distances[:, 0]
     nearer = neighbours.share_nearer(distances, real)
     results |= {
       'nearest_heldout': np.median(real),
       'nearest_share': np.mean(nearer < NEAR),
+      # Of M + 1 images of one kind each is as likely to have any rank.
+      'nearest_share_expected': math.ceil(NEAR * len(real)) / (len(real) + 1),
     }
   results = {**_frechet(summaries), **_classes(summaries), **results}
-  details = {**judge.details, **_histograms(summaries)}
+  details = {
+    'reference': reference.description,
+    **judge.details,
+    **_histograms(summaries),
+  }
   return Measured(
     protocol,
     {name: float(value) for name, value in results.items()},
@@ -143,21 +174,21 @@ def _frechet(summaries):
   results = {'frechet': distances['samples']}
   if 'heldout' in summaries:
     same, floor = distances['samples at held-out count'], distances['heldout']
-    results |= {
-      'frechet_heldout_count': same,
-      'frechet_floor': floor,
-      'frechet_ratio': same / floor,
-    }
+    results |= {'frechet_heldout_count': same, 'frechet_floor': floor}
+    # Held-out images that equal the training images are at 0 but for rounding.
+    if floor > 1e-9 * np.trace(summaries['train'].moments.covariance):
+      results['frechet_ratio'] = same / floor
   return results
 
 
 def _classes(summaries):
-  results = {}
+  results, known = {}, summaries['train'].classes
   for name, head in (('samples', ''), ('heldout', '_heldout')):
     if name in summaries and summaries[name].classes is not None:
       classes, total = summaries[name].classes, summaries[name].moments.count
       results['confident' + head] = summaries[name].confident / total
-      results['smallest_class' + head] = classes.min() / total
+      # Of the classes that there are: labels may begin at 1.
+      results['smallest_class' + head] = classes[known > 0].min() / total
   return results
 
 

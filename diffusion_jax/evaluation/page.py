@@ -34,6 +34,14 @@ MAX_SIDE = 1200
 THUMBNAIL = 320
 STRIP = 6  # grids drawn on the way
 
+# What Pillow raises for a damaged picture, or for one of too many pixels.
+PICTURE_ERRORS = (
+  OSError,
+  SyntaxError,
+  ValueError,
+  Image.DecompressionBombError,
+)
+
 
 def write(workdir, told: Callable[[str], None] = lambda line: None) -> Path:
   """Writes WORKDIR/report.html, whole or not at all.
@@ -97,7 +105,7 @@ def render(run: Facts) -> str:
 
 def number(x) -> str:
   """Four significant digits; whole numbers whole; '–' for None."""
-  if not facts.is_number(x):
+  if not cards.is_number(x):
     return '–' if x is None else str(x)
   if isinstance(x, int):
     return f'{x:,}'
@@ -154,9 +162,13 @@ def _newest(run: Facts) -> list[tuple[str, str, str]]:
     steps, values = _series(run.rows, key)
     if steps:
       tiles.append((label, number(values[-1]), f'at step {steps[-1]:,}'))
-  for card in run.cards[-1:]:
-    results, at = card['results'], f'at step {card["subject"]["step"]:,}'
-    for key in cards.columns(run.cards[-1:])[:1]:
+  # Of the newest step, the card of the most samples.
+  chosen = sorted(run.cards, key=lambda card: (
+    card['subject']['step'], card['protocol'].get('num_samples') or 0,
+  ))[-1:]  # fmt: skip
+  for card in chosen:
+    results, at = card['results'], _drawing(card['subject'], short=True)
+    for key in cards.columns(chosen)[:1]:
       tiles.append((cards.head(key), number(results[key]), at))
   return tiles
 
@@ -182,7 +194,7 @@ def _samples(run: Facts) -> list[dict]:
   for card in reversed(run.cards):
     path = run.workdir / 'evaluations' / f'{card["name"]}_neighbours.png'
     if path.exists():
-      told = 'Samples and the training images nearest to them.'
+      told = 'Samples, framed, and the training images nearest to them.'
       wanted.append((path, f'{told} {_drawing(card["subject"])}.'))
       break
   return [
@@ -227,7 +239,7 @@ def _picture(run, path, side=MAX_SIDE, max_bytes=MAX_BYTES) -> dict | None:
       size = image.size
       if len(content) > max_bytes:
         content, kind = min((content, kind), _smaller(image, side), key=_bytes)
-  except (OSError, SyntaxError) as e:  # Pillow raises both
+  except PICTURE_ERRORS as e:
     run.problems.append(
       f'{path.relative_to(run.workdir)} cannot be read ({e}): left out'
     )
@@ -275,11 +287,14 @@ def _how(subject: dict) -> dict:
   return {key: x for key, x in how.items() if x is not None}
 
 
-def _drawing(subject: dict) -> str:
+def _drawing(subject: dict, short: bool = False) -> str:
   """As _how, in a line."""
   how = _how(subject)
   steps = how.pop('steps', '?')
   evaluations = how.pop('evaluations', steps)
+  if short:
+    sampler = how.get('sampler', 'sampler unknown')
+    return f'at step {subject["step"]:,}, {sampler} {evaluations}'
   told = [f'Step {subject["step"]:,}', how.pop('sampler', 'sampler unknown')]
   told += [f'{evaluations} evaluations']
   return ', '.join([*told, *(f'{key} {x}' for key, x in how.items())])
@@ -299,7 +314,7 @@ def _table(group: list[dict]) -> dict:
   told = [
     {'step': card['subject']['step'], **_how(card['subject'])}
     | {
-      key: x for key, x in card.get('details', {}).items() if facts.is_number(x)
+      key: x for key, x in card.get('details', {}).items() if cards.is_number(x)
     }
     for card in group
   ]
@@ -339,7 +354,7 @@ def _table(group: list[dict]) -> dict:
 
 def _title(protocol: dict) -> str:
   count, reference = (
-    number(protocol[key]) if facts.is_number(protocol.get(key)) else 'some'
+    number(protocol[key]) if cards.is_number(protocol.get(key)) else 'some'
     for key in ('num_samples', 'num_reference')
   )
   of = ', '.join(

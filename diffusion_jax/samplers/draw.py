@@ -16,7 +16,15 @@ from diffusion_jax.samplers.solve import Sampler, solve
 
 
 def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """[B] uint32 indices -> (keys of the first noise [B], of the sampler [B]).
+  """The random keys of samples: of the noise they begin as, of the sampler's.
+
+  Args:
+    seed: of the samples.
+    indices: [B] uint32, of the samples.
+
+  Returns:
+    (first [B], later [B]): a sample begins as jax.random.normal(first[b],
+    image_shape), and `later` goes into `solve`.
 
   Training has its keys under fold_in(seed, 0), samples have theirs under
   fold_in(seed, 1): split and fold_in of one key give the same children, so two
@@ -32,7 +40,14 @@ def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def to_uint8(x: jax.Array) -> jax.Array:
-  """[-1, 1] -> uint8, rounded to the nearest and clipped."""
+  """Images as people save them, rounded to the nearest and clipped.
+
+  Args:
+    x: [..., H, W, C] in [-1, 1].
+
+  Returns:
+    uint8 of the same shape.
+  """
   return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 

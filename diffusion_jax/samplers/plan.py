@@ -94,6 +94,6 @@ def for_run(config: dict, *, sampler: str = 'ancestral', **given) -> Plan:
     UserError: as `create`.
   """
   if given.get('variance') is None and 'variance' in samplers.options(sampler):
-    given['variance'] = config['sample']['variance']
+    given['variance'] = config['sample'].get('variance')
   num_timesteps = config['process']['num_timesteps']
   return create(num_timesteps, sampler=sampler, **given)

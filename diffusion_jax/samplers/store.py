@@ -110,7 +110,13 @@ def load(directory, num_samples: int) -> np.ndarray:
   Raises:
     UserError: some are not drawn yet, or a part is damaged.
   """
-  return np.concatenate(list(stream(directory, 0, num_samples, num_samples)))
+  images, at = None, 0
+  for block in stream(directory, 0, num_samples, num_samples):
+    if images is None:
+      images = np.empty((num_samples, *block.shape[1:]), np.uint8)
+    images[at : at + len(block)] = block
+    at += len(block)
+  return images
 
 
 def stream(
@@ -151,37 +157,41 @@ def stream(
 
 def _read_part(path, count, shape):
   try:
-    block = np.load(path, allow_pickle=False)
+    # Mapped, so that a header that lies about the size is found out.
+    block = np.load(path, mmap_mode='r', allow_pickle=False)
     if block.dtype != np.uint8 or block.shape != (
       count,
       *(shape or block.shape[1:]),
     ):
       raise ValueError(f'{block.dtype} {block.shape}')
-  except (ValueError, EOFError) as e:
+  except (ValueError, EOFError, AttributeError) as e:
     raise UserError(
       f'{path} is damaged: delete it and draw again, which fills the gap'
     ) from e
   return block
 
 
-def fill(
-  directory, num_samples: int, batch_size: int, draw_fn, on_batch=None
-) -> None:
+def fill(directory, absent, batch_size: int, draw_fn, on_batch=None) -> None:
   """Draws what is missing, batch by batch, and keeps each batch.
+
+  Of several processes each keeps what it has drawn.
 
   Args:
     directory: an open store.
-    num_samples: indices 0 .. num_samples - 1 are to be there at the end.
-    batch_size: images drawn at once.
-    draw_fn: indices [batch_size] -> uint8 images [batch_size, H, W, C].
+    absent: the indices to draw, as of `missing`; the same in all processes.
+    batch_size: images drawn at once, over all devices.
+    draw_fn: indices [batch_size] -> (rows [R], uint8 images [R, H, W, C]),
+      the rows of the batch that this process has drawn.
     on_batch: called with the number of images kept after each batch.
   """
-  absent = missing(directory, num_samples)
+  absent = np.asarray(absent)
   for start in range(0, len(absent), batch_size):
     indices = absent[start : start + batch_size]
     # The last batch is filled up with repeats, so that one program serves all.
-    padded = np.resize(indices, batch_size)
-    save(directory, indices, draw_fn(padded)[: len(indices)])
+    rows, images = draw_fn(np.resize(indices, batch_size))
+    kept = rows < len(indices)
+    if kept.any():
+      save(directory, indices[rows[kept]], images[kept])
     if on_batch:
       on_batch(len(indices))
 

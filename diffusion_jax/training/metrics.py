@@ -35,6 +35,22 @@ def truncate(path, step: int) -> None:
     file.write(''.join(kept).encode())
 
 
+class Mute:
+  """Stands in for the writer in all processes but the first."""
+
+  def write(self, step: int, values: dict) -> None:
+    pass
+
+  def picture(self, step: int, name: str, image: np.ndarray) -> None:
+    pass
+
+  def flush(self) -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+
 class Writer:
   """Appends rows to `metrics.jsonl` and to TensorBoard's events.
 

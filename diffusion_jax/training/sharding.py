@@ -155,6 +155,24 @@ def to_host(array) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def local_rows(array) -> tuple[np.ndarray, np.ndarray]:
+  """What of a global array [B, ...] this process's devices hold.
+
+  Args:
+    array: split over its first axis alone.
+
+  Returns:
+    (rows [R] ascending, values [R, ...]), every row once.
+  """
+  shards = {
+    shard.index[0].indices(len(array))[:2]: shard.data
+    for shard in array.addressable_shards
+  }
+  rows = [np.arange(*bounds) for bounds in sorted(shards)]
+  values = [np.asarray(shards[bounds]) for bounds in sorted(shards)]
+  return np.concatenate(rows), np.concatenate(values)
+
+
 def gathering(apply, mesh: Mesh, rules=RULES):
   """`apply` on parameters that lie as `gather_fsdp` lays them."""
 
@@ -170,6 +188,23 @@ def put_batch(tree, mesh: Mesh):
   return jax.tree.map(
     lambda array: jax.make_array_from_callback(
       array.shape, where, lambda index: array[index]
+    ),
+    tree,
+  )
+
+
+def put_rows(tree, mesh: Mesh, batch_size: int):
+  """This process's rows of a batch, in NumPy -> global arrays.
+
+  Args:
+    tree: arrays [R, ...], the rows that `pipeline.local_rows` names.
+    mesh: the devices.
+    batch_size: rows of the global batch.
+  """
+  where = batch_sharding(mesh)
+  return jax.tree.map(
+    lambda array: jax.make_array_from_process_local_data(
+      where, array, (batch_size, *array.shape[1:])
     ),
     tree,
   )

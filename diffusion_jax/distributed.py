@@ -1,0 +1,285 @@
+"""Several processes, one run.
+
+Each host of a pod or a cluster runs the same command. They find each other from
+SLURM's variables, on TPU pods from the platform, and elsewhere by flags:
+
+  python -m diffusion_jax.train ... --coordinator=host0:8476 \
+    --num_processes=2 --process_id=0    (and --process_id=1 on the other host)
+
+Before JAX takes over, the processes meet at the coordinator's port. JAX itself
+would abort with pages of C++ when one is missing; here it is named.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+
+from diffusion_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string(
+  'coordinator', None,
+  'Several processes: HOST:PORT of number 0. SLURM and TPU pods need no flag.',
+)  # fmt: skip
+flags.DEFINE_integer('num_processes', None, 'Several processes: how many.')
+flags.DEFINE_integer('process_id', None, 'Several processes: which, from 0 on.')
+flags.DEFINE_integer(
+  'join_secs', 300, 'Several processes: how long they wait for each other.'
+)
+flags.DEFINE_integer(
+  'heartbeat_secs', 60,
+  'Several processes: when one is silent for so long, the others end.',
+)  # fmt: skip
+
+HELLO = 'diffusion_jax'
+
+
+def initialize() -> None:
+  """Joins the other processes, if there are any; first thing in a binary.
+
+  Raises:
+    UserError: the flags do not fit together, or a process is missing.
+  """
+  found = _by_flags() or _by_slurm()
+  timeouts = {
+    'initialization_timeout': FLAGS.join_secs,
+    'heartbeat_timeout_seconds': FLAGS.heartbeat_secs,
+    'shutdown_timeout_seconds': FLAGS.heartbeat_secs,
+  }
+  if found:
+    coordinator, num_processes, index = found
+    meet(coordinator, num_processes, index, FLAGS.join_secs)
+    jax.distributed.initialize(coordinator, num_processes, index, **timeouts)
+  elif _on_tpu():
+    jax.distributed.initialize(**timeouts)
+
+
+def is_first() -> bool:
+  """Whether this is process 0, which writes files and talks to people."""
+  return not _is_several() or jax.process_index() == 0
+
+
+def on_first(fn: Callable[[], Any]) -> Any:
+  """Calls a function in process 0; all processes wait and get its result.
+
+  Args:
+    fn: returns what JSON can hold.
+
+  Raises:
+    UserError: in all processes, where process 0 raised one.
+  """
+  if not _is_several():
+    return fn()
+  told = {}
+  if jax.process_index() == 0:
+    try:
+      told = {'result': fn()}
+    except UserError as e:
+      told = {'error': str(e)}
+  told = _broadcast(told)
+  if 'error' in told:
+    raise UserError(told['error'])
+  return told['result']
+
+
+def leave(code: int) -> None:
+  """Ends this process at once where others would wait for it; else returns.
+
+  JAX's own end waits until all have come to theirs, which they never do when
+  one of them has failed.
+  """
+  if _is_several():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _is_several():
+  # Asking for the count starts JAX's devices, which a report has no use for.
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _broadcast(value):
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+  padded = np.zeros(size, np.uint8)
+  if jax.process_index() == 0:
+    padded[:] = data
+  data = np.asarray(multihost_utils.broadcast_one_to_all(padded))
+  return json.loads(data.astype(np.uint8).tobytes())
+
+
+# --- who and where -----------------------------------------------------------
+
+
+def _by_flags():
+  names = ('coordinator', 'num_processes', 'process_id')
+  given = [name for name in names if FLAGS[name].value is not None]
+  if not given:
+    return None
+  if len(given) < 3:
+    lacking = ', '.join(f'--{name}' for name in names if name not in given)
+    raise UserError(
+      f'--{given[0]} is given without {lacking}: all three, or none'
+    )
+  num_processes, index = FLAGS.num_processes, FLAGS.process_id
+  if not 0 <= index < num_processes:
+    raise UserError(
+      f'--process_id={index}: from 0 to --num_processes - 1 = '
+      f'{num_processes - 1}'
+    )
+  host, _, port = FLAGS.coordinator.rpartition(':')
+  if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    raise UserError(
+      f'--coordinator={FLAGS.coordinator}: HOST:PORT, such as host0:8476'
+    )
+  return FLAGS.coordinator, num_processes, index
+
+
+def _by_slurm():
+  names = ('JOB_ID', 'STEP_NODELIST', 'NTASKS', 'PROCID')
+  values = [os.environ.get(f'SLURM_{name}') for name in names]
+  if None in values or int(values[2]) < 2:
+    return None
+  job, nodes, num_processes, index = values
+  # 'a1', 'a1,b2', 'a[01-15],b2', 'a[01,07-15]': the first host.
+  head, _, ranges = nodes.partition('[')
+  host = head.split(',')[0]
+  if ranges and ',' not in head:
+    host += ranges.replace(']', ',').replace('-', ',').split(',')[0]
+  port = 61440 + int(job) % 4096  # jobs on one host get different ones
+  return f'{host}:{port}', int(num_processes), int(index)
+
+
+def _on_tpu():
+  """Whether JAX will find TPUs here, and by them the other hosts."""
+  wanted = os.environ.get('JAX_PLATFORMS', 'tpu').split(',')
+  chips = [*Path('/dev').glob('accel*'), *Path('/dev/vfio').glob('[0-9]*')]
+  return (
+    'tpu' in wanted and bool(chips) and bool(importlib.util.find_spec('libtpu'))
+  )
+
+
+# --- meeting -----------------------------------------------------------------
+
+
+def meet(address: str, num_processes: int, index: int, seconds: float) -> None:
+  """Returns once all processes are there.
+
+  Number 0 listens, the others knock; when all have come it lets them go.
+
+  Args:
+    address: HOST:PORT of number 0.
+    num_processes: how many there are.
+    index: which this one is.
+    seconds: how long to wait.
+
+  Raises:
+    UserError: some did not come, two bear one number, or they disagree about
+      how many they are.
+  """
+  if num_processes == 1:
+    return
+  host, _, port = address.rpartition(':')
+  deadline = time.monotonic() + seconds
+  if index:
+    _knock(host, int(port), num_processes, index, seconds, deadline)
+  else:
+    _listen(int(port), address, num_processes, seconds, deadline)
+
+
+def _listen(port, address, num_processes, seconds, deadline):
+  try:
+    server = socket.create_server(('', port))
+  except OSError as e:
+    raise UserError(
+      f'--coordinator={address}: port {port} cannot be used ({e.strerror}): '
+      'give another'
+    ) from e
+  guests, greeted, problem = {}, [], None
+  with server, contextlib.ExitStack() as stack:
+    while len(guests) < num_processes - 1 and not problem:
+      server.settimeout(max(deadline - time.monotonic(), 0.001))
+      try:
+        guest, _ = server.accept()
+      except TimeoutError:
+        lacking = sorted(set(range(1, num_processes)) - guests.keys())
+        problem = (
+          f'{_listed(lacking)} of {num_processes} did not join within '
+          f'{seconds:g} s: see whether it was started, with --num_processes='
+          f'{num_processes}, and reaches {address}'
+        )
+        break
+      stack.enter_context(guest)
+      guest.settimeout(5)
+      with contextlib.suppress(OSError, ValueError):
+        name, *numbers = guest.makefile().readline().split()
+        theirs, total = map(int, numbers)
+        if name != HELLO or not theirs > 0:
+          continue
+        if total != num_processes:
+          problem = (
+            f'process {theirs} was started with --num_processes={total}, '
+            f'process 0 with {num_processes}: give all the same'
+          )
+        elif theirs in guests and not _gone(guests[theirs]):
+          problem = (
+            f'two processes have --process_id={theirs}: give each its own'
+          )
+        guests[theirs] = guest
+        greeted.append(guest)
+    for guest in greeted:
+      with contextlib.suppress(OSError):
+        guest.sendall(f'{problem or "go"}\n'.encode())
+        guest.recv(1)  # they hang up first, so that the port is free at once
+  if problem:
+    raise UserError(problem)
+
+
+def _gone(guest):
+  """Whether it hung up, as one does that was killed and started again."""
+  try:
+    guest.setblocking(False)
+    return guest.recv(1) == b''
+  except OSError:
+    return False
+  finally:
+    guest.settimeout(5)
+
+
+def _knock(host, port, num_processes, index, seconds, deadline):
+  answer = ''
+  while not answer and time.monotonic() < deadline:
+    try:
+      with socket.create_connection((host, port), timeout=5) as server:
+        server.sendall(f'{HELLO} {index} {num_processes}\n'.encode())
+        # The coordinator speaks first when the time is over.
+        server.settimeout(max(deadline - time.monotonic(), 0) + 5)
+        answer = server.makefile().readline().strip()
+    except OSError:
+      time.sleep(0.2)
+  if not answer:
+    raise UserError(
+      f'process 0 was not to be found at {host}:{port} within {seconds:g} s: '
+      'see whether it was started, and whether the port is open to this host'
+    )
+  if answer != 'go':
+    raise UserError(answer)
+
+
+def _listed(numbers):
+  shown = ', '.join(map(str, numbers[:10]))
+  more = f' and {len(numbers) - 10} more' if len(numbers) > 10 else ''
+  return f'process {shown}{more}'

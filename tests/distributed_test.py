@@ -1,0 +1,322 @@
+"""Several processes: how they meet, and that they do what one does."""
+
+import socket
+import threading
+import time
+
+import binaries
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from diffusion_jax import distributed
+from diffusion_jax.errors import UserError
+from diffusion_jax.samplers import store
+from diffusion_jax.training import metrics, sharding
+
+
+def free_port():
+  with socket.create_server(('localhost', 0)) as server:
+    return server.getsockname()[1]
+
+
+# --- meeting -----------------------------------------------------------------
+
+
+def meet_all(calls, seconds=10):
+  """Runs meet() in a thread each; returns what each raised, or None."""
+  address = f'localhost:{free_port()}'
+  raised = [None] * len(calls)
+
+  def join(place, total, index, after):
+    time.sleep(after)
+    try:
+      distributed.meet(address, total, index, seconds)
+    except UserError as e:
+      raised[place] = str(e)
+
+  threads = [
+    threading.Thread(target=join, args=(place, *call))
+    for place, call in enumerate(calls)
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(seconds + 20)
+    assert not thread.is_alive()
+  return raised
+
+
+@pytest.mark.parametrize('order', [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
+def test_all_come_in_any_order(order):
+  assert meet_all([(4, i, 0.1 * k) for k, i in enumerate(order)]) == [None] * 4
+
+
+def test_a_missing_one_is_named_to_all():
+  raised = meet_all([(4, 0, 0), (4, 1, 0), (4, 3, 0)], seconds=1)
+  for told in raised:
+    assert 'process 2 of 4 did not join within 1 s' in told
+    assert 'see whether it was started' in told
+    assert '\n' not in told
+
+
+def test_a_missing_first_one_is_named():
+  (told,) = meet_all([(2, 1, 0)], seconds=1)
+  assert 'process 0 was not to be found at localhost:' in told
+  assert 'whether the port is open' in told
+
+
+def test_two_of_one_number():
+  for told in meet_all([(3, 0, 0), (3, 1, 0.1), (3, 1, 0.3)], seconds=3):
+    assert told == 'two processes have --process_id=1: give each its own'
+
+
+def test_another_number_of_processes():
+  for told in meet_all([(2, 0, 0), (3, 1, 0.1)], seconds=3):
+    assert told.startswith('process 1 was started with --num_processes=3')
+
+
+def test_one_that_was_killed_and_started_again_is_let_in():
+  port = free_port()
+  raised = []
+
+  def join(index):
+    try:
+      distributed.meet(f'localhost:{port}', 3, index, 10)
+    except UserError as e:
+      raised.append(str(e))
+
+  threads = [threading.Thread(target=join, args=(0,))]
+  threads[0].start()
+  time.sleep(0.3)
+  with socket.create_connection(('localhost', port)) as killed:
+    killed.sendall(b'diffusion_jax 1 3\n')
+    time.sleep(0.3)
+  with socket.create_connection(('localhost', port)) as stranger:
+    stranger.sendall(b'GET / HTTP/1.1\n')
+  threads += [threading.Thread(target=join, args=(i,)) for i in (1, 2)]
+  for thread in threads[1:]:
+    thread.start()
+  for thread in threads:
+    thread.join(20)
+  assert not raised
+
+
+def test_a_port_in_use():
+  with socket.create_server(('', 0)) as server:
+    address = f'localhost:{server.getsockname()[1]}'
+    with pytest.raises(UserError, match='cannot be used'):
+      distributed.meet(address, 2, 0, 1)
+
+
+@pytest.mark.parametrize(
+  ('nodes', 'host'),
+  [
+    ('tpu', 'tpu'), ('a1,b2', 'a1'), ('a[01-15],b2', 'a01'),
+    ('a[07,09-15]', 'a07'), ('b2,a[01-15]', 'b2'), ('gpu-3[4]', 'gpu-34'),
+  ],
+)  # fmt: skip
+def test_slurm_names_the_first_host(monkeypatch, nodes, host):
+  for name, value in (
+    ('JOB_ID', '8195'), ('STEP_NODELIST', nodes), ('NTASKS', '4'),
+    ('PROCID', '2'),
+  ):  # fmt: skip
+    monkeypatch.setenv(f'SLURM_{name}', value)
+  assert distributed._by_slurm() == (f'{host}:61443', 4, 2)
+  monkeypatch.setenv('SLURM_NTASKS', '1')
+  assert distributed._by_slurm() is None
+
+
+@pytest.mark.parametrize(
+  ('flags', 'must'),
+  [
+    (['--coordinator=h:1'], 'without --num_processes, --process_id'),
+    (['--process_id=1'], 'without --coordinator, --num_processes'),
+    (['--coordinator=h:1', '--num_processes=2', '--process_id=2'], '= 1'),
+    (['--coordinator=h', '--num_processes=2', '--process_id=1'], 'HOST:PORT'),
+    (['--coordinator=h:x', '--num_processes=2', '--process_id=0'], 'HOST:PORT'),
+  ],
+)
+def test_flags_that_do_not_fit_are_one_line(tmp_path, flags, must):
+  result = binaries.run('train', *tiny.flags(tmp_path / 'w'), *flags)
+  assert must in result.message
+  assert not (tmp_path / 'w').exists()
+
+
+def test_alone_nobody_is_asked():
+  assert distributed.is_first()
+  assert distributed.on_first(lambda: {'a': [1, None]}) == {'a': [1, None]}
+  distributed.leave(3)
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2), (1, 8, 1)])
+def test_local_rows_are_each_row_once(sizes):
+  array = sharding.put_batch(np.arange(16.0), sharding.make_mesh(*sizes))
+  rows, values = sharding.local_rows(array)
+  assert rows.tolist() == list(range(16))
+  np.testing.assert_array_equal(values, rows)
+
+
+# --- two real processes ------------------------------------------------------
+
+
+def together(binary, *arguments, count=2, devices=1, limit=280):
+  """Runs a binary in several processes; returns their results."""
+  results = [None] * count
+  flags = [f'--coordinator=localhost:{free_port()}', f'--num_processes={count}']
+
+  def one(i):
+    results[i] = binaries.run(
+      binary, *arguments, *flags, f'--process_id={i}', devices=devices,
+      limit=limit,
+    )  # fmt: skip
+
+  threads = [threading.Thread(target=one, args=(i,)) for i in range(count)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  return results
+
+
+def rows(workdir):
+  return {row['step']: row for row in metrics.read(workdir / 'metrics.jsonl')}
+
+
+FEW = {'num_steps': 4, 'eval_every': 2, 'sample_every': 2,
+       'checkpoint_every': 2}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory):
+  """The workdirs of a run by one process, and of the same by two."""
+  folder = tmp_path_factory.mktemp('runs')
+  tiny.train(folder / 'one', **FEW)
+  results = together('train', *tiny.flags(folder / 'two', **FEW))
+  assert [r.code for r in results] == [0, 0], [r.err for r in results]
+  # One process writes, and talks to people.
+  assert 'trained to step 4' in results[0].out
+  assert not results[1].out
+  return folder / 'one', folder / 'two'
+
+
+def test_two_processes_train_as_one(both):
+  one, two = map(rows, both)
+  assert list(one) == list(two) == [1, 2, 3, 4]
+  for step in one:
+    for name in ('loss', 'heldout_loss', 'grad_norm'):
+      if name in one[step]:
+        assert two[step][name] == pytest.approx(one[step][name], rel=3e-6)
+  there = sorted(path.name for path in (both[1] / 'samples').iterdir())
+  assert there == ['train_00000002.png', 'train_00000004.png']
+  assert len((both[1] / 'starts.jsonl').read_text().splitlines()) == 1
+
+
+def test_one_goes_on_where_two_stopped_and_back(both, tmp_path):
+  """2 processes -> 1 -> 2: the losses of one that was never stopped."""
+  more = {**FEW, 'num_steps': 6}
+  result = binaries.run('train', *tiny.flags(both[1], **more))
+  assert result.code == 0, result.err
+  more['num_steps'] = 8
+  results = together('train', *tiny.flags(both[1], **more))
+  assert [r.code for r in results] == [0, 0], [r.err for r in results]
+  tiny.train(both[0], **more)
+  one, two = map(rows, both)
+  assert list(one) == list(two) == list(range(1, 9))
+  for step in one:
+    assert two[step]['loss'] == pytest.approx(one[step]['loss'], rel=3e-6)
+
+
+def test_two_processes_sample_and_judge_as_one(both, tmp_path):
+  how = ['--num_samples=13', '--batch_size=4', '--sampler=ddim',
+         '--num_steps=3']  # fmt: skip
+  images = {}
+  for name in ('alone', 'together'):
+    flags = [f'--workdir={both[0]}', *how, f'--output={tmp_path / name}']
+    if name == 'alone':
+      results = [binaries.run('sample', *flags)]
+    else:
+      results = together('sample', *flags, '--trajectory=2')
+    assert all(r.code == 0 for r in results), [r.err for r in results]
+    images[name] = store.load(tmp_path / name, 13).astype(int)
+  assert np.abs(images['alone'] - images['together']).max() <= 1
+  assert (tmp_path / 'together' / 'trajectory.png').exists()
+  # Each process has kept its own rows: parts of at most two images.
+  assert (
+    max(end - first for first, end, _ in store.parts(tmp_path / 'together'))
+    == 2
+  )
+
+  flags = [f'--workdir={both[0]}', *how, '--features=pixels']
+  results = together('evaluate', *flags, f'--output={tmp_path / "together"}')
+  assert all(r.code == 0 for r in results), [r.err for r in results]
+  assert 'Frechet distance' in results[0].out
+  assert not results[1].out
+  alone = binaries.run('evaluate', *flags, f'--output={tmp_path / "together"}')
+  assert results[0].out.splitlines()[:8] == alone.out.splitlines()[:8]
+
+
+def test_a_mistake_is_told_by_all_and_hangs_none(both, tmp_path):
+  started = time.monotonic()
+  results = together('train', *tiny.flags(both[0], seed=7))
+  for result in results:
+    assert result.code == 2
+    assert 'seed: 0 there, 7 now' in result.err
+  with binaries_lock(both[0]):
+    results = together('train', *tiny.flags(both[0], **FEW, log_every=2))
+  for result in results:
+    assert result.code == 2
+    assert 'another process trains there' in result.err
+  assert time.monotonic() - started < 250
+
+
+def binaries_lock(workdir):
+  from diffusion_jax import runs
+
+  return runs.lock(workdir)
+
+
+@pytest.mark.slow
+def test_one_that_dies_takes_the_other_with_it(tmp_path):
+  """Killed in the middle: the other ends within the heartbeat, not never."""
+  port = free_port()
+  processes = [
+    binaries.start(
+      'train', *tiny.flags(tmp_path, num_steps=100_000, sample_every=0),
+      f'--coordinator=localhost:{port}', '--num_processes=2',
+      f'--process_id={i}', '--heartbeat_secs=10',
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  deadline = time.monotonic() + 200
+  while len(metrics.read(tmp_path / 'metrics.jsonl')) < 3:
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+  processes[1].kill()
+  assert processes[0].wait(timeout=90) != 0
+
+
+@pytest.mark.slow
+def test_losses_of_two_processes_with_four_devices_each(tmp_path):
+  """20 steps with dropout, equal to 3e-6; and bit by bit to 1 x 8.
+
+  Where jax.distributed is initialised in both, both sum by the same
+  collectives.
+  """
+  changes = {'num_steps': 20, 'sample_every': 0, 'eval_every': 0,
+             'checkpoint_every': 0, 'model.channels': 16}  # fmt: skip
+  tiny.train(tmp_path / 'one', **changes)
+  for name, count in (('1x8', 1), ('2x4', 2)):
+    results = together(
+      'train', *tiny.flags(tmp_path / name, **changes), count=count,
+      devices=8 // count, limit=900,
+    )  # fmt: skip
+    assert all(r.code == 0 for r in results), [r.err for r in results]
+  losses = {
+    name: [row['loss'] for row in rows(tmp_path / name).values()]
+    for name in ('one', '1x8', '2x4')
+  }
+  np.testing.assert_allclose(losses['2x4'], losses['one'], rtol=3e-6)
+  assert losses['1x8'] == losses['2x4']
+  assert jax.device_count() == 8
