@@ -61,9 +61,18 @@ def initialize() -> None:
   if found:
     coordinator, num_processes, index = found
     meet(coordinator, num_processes, index, FLAGS.join_secs)
+    _keep_stdout()
     jax.distributed.initialize(coordinator, num_processes, index, **timeouts)
   elif _on_tpu():
+    _keep_stdout()
     jax.distributed.initialize(**timeouts)
+
+
+def _keep_stdout():
+  """Leaves standard output to results: collectives print who they have met."""
+  sys.stdout.flush()
+  sys.stdout = os.fdopen(os.dup(1), 'w')
+  os.dup2(2, 1)
 
 
 def is_first() -> bool:
@@ -224,17 +233,19 @@ def _listen(port, address, num_processes, seconds, deadline):
         break
       stack.enter_context(guest)
       guest.settimeout(5)
+      # One that was killed meanwhile may come again, or must still be awaited.
+      guests = {i: there for i, there in guests.items() if not _gone(there)}
       with contextlib.suppress(OSError, ValueError):
         name, *numbers = guest.makefile().readline().split()
         theirs, total = map(int, numbers)
-        if name != HELLO or not theirs > 0:
+        if name != HELLO or not 0 < theirs < max(total, num_processes):
           continue
         if total != num_processes:
           problem = (
             f'process {theirs} was started with --num_processes={total}, '
             f'process 0 with {num_processes}: give all the same'
           )
-        elif theirs in guests and not _gone(guests[theirs]):
+        elif theirs in guests:
           problem = (
             f'two processes have --process_id={theirs}: give each its own'
           )
