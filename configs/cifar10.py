@@ -23,6 +23,8 @@ def get_config():
   config.seed = 0
   config.num_steps = 800_000
   config.batch_size = 128  # over all devices
+  # Pieces of a batch, one after the other: less memory, the same numbers.
+  config.microbatches = 1
 
   # In steps; 0 = never.
   config.log_every = 100

@@ -41,6 +41,8 @@ def get_config(category='church'):
   config.seed = 0
   config.num_steps = num_steps
   config.batch_size = 64  # over all devices
+  # Pieces of a batch, one after the other: less memory, the same numbers.
+  config.microbatches = 1
 
   # In steps; 0 = never.
   config.log_every = 100

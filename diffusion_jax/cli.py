@@ -203,7 +203,8 @@ def find_config(name: str) -> str | None:
 
 # Every run's config has these, and its model's arguments under `model`.
 KEYS = (
-  *('seed', 'num_steps', 'batch_size', 'log_every', 'eval_every'),
+  *('seed', 'num_steps', 'batch_size', 'microbatches'),
+  *('log_every', 'eval_every'),
   *('eval_images', 'sample_every', 'checkpoint_every', 'keep_last'),
   *('keep_every', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'data.name'),
   *('data.path', 'data.train_split', 'data.heldout_split'),
@@ -216,6 +217,12 @@ KEYS = (
   *('optim.b1', 'optim.b2', 'optim.eps', 'ema.decay', 'sample.sampler'),
   *('sample.grid', 'sample.num_steps', 'sample.num_images'),
   'sample.variance',
+)
+
+
+AT_LEAST_1 = (
+  *('num_steps', 'batch_size', 'microbatches', 'keep_last'),
+  'sample.num_images',
 )
 
 
@@ -240,7 +247,7 @@ def check(config: config_dict.ConfigDict, devices: Sequence) -> list[str]:
 def _counts(config):
   """(holds, message) pairs, as of all the functions below."""
   for key, value in runs.flatten(config.to_dict()).items():
-    if key in ('num_steps', 'batch_size', 'keep_last', 'sample.num_images'):
+    if key in AT_LEAST_1:
       yield value >= 1, f'{key}={value}: at least 1'
     if key == 'seed':
       yield value < 2**32, f'seed={value}: below 2**32'
@@ -254,12 +261,16 @@ def _mesh(config, num_devices):
   except ValueError as e:
     yield False, str(e)
     return
-  batch, parts = config.batch_size, data * fsdp
+  batch, pieces = config.batch_size, max(config.microbatches, 1)
+  parts = pieces * data * fsdp
+  what, sizes = 'mesh data x fsdp', f'{data} x {fsdp}'
+  if pieces > 1:
+    what, sizes = f'microbatches x {what}', f'{pieces} x {sizes}'
   below = max(batch // parts, 1) * parts
   yield (
     batch % parts == 0,
-    f'batch_size={batch} is not a multiple of mesh data x fsdp = {data} x '
-    f'{fsdp} = {parts}: {below} and {below + parts} are',
+    f'batch_size={batch} is not a multiple of {what} = {sizes} = {parts}: '
+    f'{below} and {below + parts} are',
   )
 
 

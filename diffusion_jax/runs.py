@@ -24,7 +24,7 @@ from diffusion_jax import files
 from diffusion_jax.errors import UserError
 
 # What may differ from config.json when a run goes on, and every *_every.
-MAY_CHANGE = ('num_steps', 'mesh', 'data.path')
+MAY_CHANGE = ('num_steps', 'microbatches', 'mesh', 'data.path')
 
 LOCK = '.lock'
 INIT = 'init_from.json'

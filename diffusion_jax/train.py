@@ -3,9 +3,9 @@ r"""Trains a diffusion model.
   python -m diffusion_jax.train --config=configs/digits.py --workdir=runs/digits
 
 Any value of the config can be changed: --config.optim.lr=1e-4. The same command
-again goes on from the newest checkpoint; only num_steps, *_every, mesh.* and
-data.path may differ then. The workdir gets config.json, checkpoints/,
-metrics.jsonl, TensorBoard's events, and sample grids in samples/.
+again goes on from the newest checkpoint; only num_steps, *_every, microbatches,
+mesh.* and data.path may differ then. The workdir gets config.json,
+checkpoints/, metrics.jsonl, TensorBoard's events, and sample grids in samples/.
 
 Fine-tuning: --init_from=runs/other begins with the parameters of another run
 that this config's network has too, by name and shape; the optimiser and the
@@ -101,6 +101,7 @@ def main():
         config.optim.lr, config.optim.warmup_steps
       ),
       ema_decay=config.ema.decay,
+      microbatches=config.microbatches,
       **process,
     ),
     donate_argnums=0,

@@ -33,6 +33,12 @@ def test_shipped_configs_are_well(config, devices):
   [
     ({'batch_size': 63}, 2, ['batch_size=63', '2 x 1 = 2', '62', '64']),
     ({'batch_size': 0}, 1, ['batch_size=0']),
+    (
+      {'batch_size': 96, 'microbatches': 5},
+      4,
+      ['batch_size=96', 'microbatches x', '5 x 4 x 1 = 20', '80 and 100 are'],
+    ),
+    ({'microbatches': 0}, 1, ['microbatches=0: at least 1']),
     ({'num_steps': 0}, 1, ['num_steps=0']),
     ({'log_every': -1}, 1, ['log_every=-1']),
     ({'mesh.data': 7}, 1, ['data=7', '1']),
@@ -210,6 +216,7 @@ def test_what_may_differ_may(tmp_path):
   new = {
     'num_steps': 9, 'log_every': 1, 'eval_every': 2, 'sample_every': 3,
     'checkpoint_every': 4, 'mesh.data': 1, 'mesh.fsdp': 1, 'data.path': 'x',
+    'microbatches': 2,
   }  # fmt: skip
   begin(tmp_path, changed(**new))
   assert runs.flatten(runs.read_config(tmp_path)).items() >= new.items()

@@ -121,12 +121,14 @@ def test_a_broken_run_stops_and_names_the_last_good_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_another_mesh_goes_on_with_the_same_losses(run, tmp_path):
-  """15 steps on one device, then eight: 3e-6, as the sums round otherwise."""
+  """15 steps on one device, then on eight with the batch in two pieces.
+
+  To 3e-6, as the sums round otherwise.
+  """
   workdir = tmp_path / 'moved'
   tiny.train(workdir, num_steps=15)
-  result = binaries.run(
-    'train', *tiny.flags(workdir, **{'mesh.data': 4, 'mesh.fsdp': 2}), devices=8
-  )
+  changes = {'mesh.data': 4, 'mesh.fsdp': 2, 'microbatches': 2}
+  result = binaries.run('train', *tiny.flags(workdir, **changes), devices=8)
   assert result.code == 0, result.err
   alone, moved = losses(run), losses(workdir)
   assert moved.keys() == alone.keys()

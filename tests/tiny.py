@@ -30,19 +30,26 @@ def model(**kwargs):
   return models.create('unet', SHAPE, **{**arguments, **kwargs})
 
 
+def wide(**kwargs):
+  """64 channels on 8x8 maps: where XLA's gradients go wrong if left alone."""
+  return model(
+    channels=64, multipliers=(1,), attention_resolutions=(8,), num_groups=8,
+    **kwargs,
+  )  # fmt: skip
+
+
 def images(count=BATCH, seed=0):
   """uint8 [count, 8, 8, 1] and labels."""
   rng = np.random.default_rng(seed)
   return {'image': rng.integers(0, 256, (count, *SHAPE), dtype=np.uint8)}
 
 
-def run(
-  mesh, *, lr=1e-3, warmup=5, clip=1.0, ema=0.9, network=None, batch=BATCH
+def program(
+  mesh, *, lr=1e-3, warmup=5, clip=1.0, ema=0.9, network=None, **kwargs
 ):
-  """(state, jitted step, batch) on a mesh."""
+  """(the abstract state, the jitted step) on a mesh."""
   network = network or model()
   optimizer = optim.create(lr, warmup, clip)
-  start = state.create(jax.random.key(0), network, optimizer, mesh)
   abstract = state.abstract_state(network, optimizer, mesh)
   step_fn = jax.jit(
     functools.partial(
@@ -55,6 +62,7 @@ def run(
       learning_rate=optim.learning_rate(lr, warmup),
       ema_decay=ema,
       mesh=mesh,
+      **kwargs,
     ),
     donate_argnums=0,
     out_shardings=(
@@ -62,7 +70,41 @@ def run(
       sharding.replicated(mesh),
     ),
   )
+  return abstract, step_fn
+
+
+def run(
+  mesh, *, lr=1e-3, warmup=5, clip=1.0, ema=0.9, network=None, batch=BATCH
+):
+  """(state, jitted step, batch) on a mesh."""
+  network = network or model()
+  optimizer = optim.create(lr, warmup, clip)
+  start = state.create(jax.random.key(0), network, optimizer, mesh)
+  _, step_fn = program(
+    mesh, lr=lr, warmup=warmup, clip=clip, ema=ema, network=network
+  )
   return start, step_fn, sharding.put_batch(images(batch), mesh)
+
+
+def random_state(abstract):
+  """Where it lies, at step 0, without compiling an initialisation.
+
+  No parameter is zero: a layer that starts at zero hides what is upstream.
+  """
+  rng = np.random.default_rng(0)
+
+  def draw(name, leaf):
+    width = max(np.prod(leaf.shape[:-1]), 100)
+    values = rng.standard_normal(leaf.shape) / np.sqrt(width)
+    return (name.endswith('scale') + values).astype(leaf.dtype)
+
+  leaves, structure = jax.tree.flatten(abstract.params)
+  params = structure.unflatten(map(draw, models.names(abstract.params), leaves))
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+  return jax.device_put(
+    zeros._replace(params=params, ema_params=params),
+    jax.tree.map(lambda leaf: leaf.sharding, abstract),
+  )
 
 
 def one_device():

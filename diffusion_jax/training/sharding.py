@@ -10,11 +10,12 @@ import re
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diffusion_jax import models
+from diffusion_jax.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = P(('data', 'fsdp'))
@@ -55,19 +56,53 @@ def mesh_shape(num_devices: int, data=-1, fsdp=1, tensor=1) -> tuple:
 def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
   """The mesh of all devices.
 
+  Along 'fsdp' and 'tensor' devices talk in every layer, along 'data' once a
+  step. So only 'data' crosses the slow network between TPU slices; between the
+  hosts of other devices too, where fsdp x tensor divides a host's devices.
+
   Args:
     data: size of the axis that copies parameters and splits the batch.
     fsdp: of the axis that splits both.
     tensor: of the axis that splits channels. One of the three may be -1, what
       is left.
     devices: JAX's, or some of them.
+
+  Raises:
+    ValueError: the sizes do not use the devices exactly; one line.
+    UserError: fsdp x tensor does not fit into a TPU slice.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = list(jax.devices() if devices is None else devices)
   shape = mesh_shape(len(devices), data, fsdp, tensor)
   # Explicit axes, the default, do not trace convolutions split over 'fsdp'.
-  return jax.make_mesh(
-    shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+  types = (AxisType.Auto,) * 3
+  islands = {_island(device) for device in devices}
+  if len(islands) == 1:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  if devices[0].platform != 'tpu':
+    devices.sort(key=_island)  # the last axes are then of neighbours
+    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
+  if shape[0] % len(islands):
+    given = ' x '.join(f'{k}={v}' for k, v in zip(AXES, shape, strict=True))
+    raise UserError(
+      f'mesh {given} on {len(islands)} TPU slices: fsdp x tensor may not span '
+      f'slices, so data must be a multiple of {len(islands)}'
+    )
+  return Mesh(
+    mesh_utils.create_hybrid_device_mesh(
+      (shape[0] // len(islands), *shape[1:]),
+      (len(islands), 1, 1),
+      devices,
+      allow_split_physical_axes=True,
+    ),
+    AXES,
+    axis_types=types,
   )
+
+
+def _island(device):
+  """What the slow network connects: TPU slices, and hosts of other devices."""
+  island = getattr(device, 'slice_index', 0)
+  return island if device.platform == 'tpu' else (island, device.process_index)
 
 
 def spec_of(name: str, shape: tuple, mesh: Mesh, rules=RULES) -> P:
@@ -208,6 +243,32 @@ def put_rows(tree, mesh: Mesh, batch_size: int):
     ),
     tree,
   )
+
+
+def split_batch(tree, pieces: int, mesh: Mesh):
+  """Inside a jitted step: [B, ...] -> [pieces, B / pieces, ...].
+
+  Each device keeps its rows and gives some of them to every piece, so that
+  nothing moves between devices; a piece's rows are not neighbours then.
+
+  Args:
+    tree: of traced arrays, split over the mesh.
+    pieces: how many; pieces x data x fsdp divides B.
+    mesh: the devices.
+  """
+  parts = mesh.shape['data'] * mesh.shape['fsdp']
+
+  def lie(array, *spec):
+    return jax.lax.with_sharding_constraint(
+      array, NamedSharding(mesh, P(*spec))
+    )
+
+  def split(array):
+    here = array.reshape(parts, pieces, -1, *array.shape[1:])
+    there = lie(lie(here, *BATCH).swapaxes(0, 1), None, *BATCH)
+    return lie(there.reshape(pieces, -1, *array.shape[1:]), None, *BATCH)
+
+  return jax.tree.map(split, tree)
 
 
 def padded_indices(indices, mesh: Mesh) -> jax.Array:

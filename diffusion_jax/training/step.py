@@ -45,11 +45,36 @@ def draw_noise(keys, schedule: Schedule, shape):
 
 
 def by_quarter(values: jax.Array, t: jax.Array, num_timesteps: int) -> dict:
-  """The mean of values [B] over each quarter of t; NaN where none fell."""
+  """The mean of values, shaped as t, over each quarter of t; NaN if empty."""
   quarter = 4 * t // num_timesteps
   return {
     f'loss_q{q + 1}': jnp.mean(values, where=quarter == q) for q in range(4)
   }
+
+
+def accumulate(gradient, params, rows, pieces: int, mesh: jax.sharding.Mesh):
+  """The gradient of a mean over rows, one piece of them after the other.
+
+  Args:
+    gradient: (params, rows [b, ...]) -> (grads, aux), of the mean over b rows.
+    params: float32.
+    rows: a tree of [B, ...], split over the mesh.
+    pieces: how many; pieces x data x fsdp divides B.
+    mesh: the devices.
+
+  Returns:
+    The mean of the pieces' float32 gradients, and aux [pieces, ...].
+  """
+  where = sharding.shardings(params, mesh)
+
+  def add(total, piece):
+    grads, aux = gradient(params, piece)
+    total = jax.tree.map(lambda sum_, g: sum_ + g / pieces, total, grads)
+    # The sum lies in pieces too: no device holds it whole.
+    return jax.lax.with_sharding_constraint(total, where), aux
+
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  return jax.lax.scan(add, zeros, sharding.split_batch(rows, pieces, mesh))
 
 
 def train_step(
@@ -64,6 +89,7 @@ def train_step(
   learning_rate: optax.Schedule,
   ema_decay: float,
   mesh: jax.sharding.Mesh,
+  microbatches: int = 1,
 ) -> tuple[TrainState, dict]:
   """One update.
 
@@ -78,27 +104,38 @@ def train_step(
     learning_rate: of the step, to be reported.
     ema_decay: of the parameters' average, applied after the update, no ramp.
     mesh: the devices.
+    microbatches: pieces of the batch that go through the network one after the
+      other. The numbers stay the same but for rounding, the memory shrinks.
 
   Returns:
     The state after the update, and float32 metrics: the loss and the gradient
     are of the state before the update, `param_norm` of the one after.
   """
-  x0 = to_float(batch['image'])
-  keys = example_keys(key, state.step, len(x0))
-  t, eps, dropout_keys = draw_noise(keys, schedule, x0.shape[1:])
 
-  def loss_fn(params):
-    params = sharding.gather_fsdp(params, mesh)
+  def gradient(params, rows):
+    x0 = to_float(rows['image'])
+    t, eps, dropout_keys = draw_noise(rows['key'], schedule, x0.shape[1:])
 
-    def predict(xt, t):
-      return model.apply(params, xt, t, dropout_keys)
+    def loss_fn(params):
+      params = sharding.gather_fsdp(params, mesh)
 
-    values = losses.squared_error(predict, schedule, prediction, x0, t, eps)
-    return jnp.mean(values), values
+      def predict(xt, t):
+        return model.apply(params, xt, t, dropout_keys)
 
-  (loss, values), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-    state.params
-  )
+      values = losses.squared_error(predict, schedule, prediction, x0, t, eps)
+      return jnp.mean(values), values
+
+    grads, values = jax.grad(loss_fn, has_aux=True)(params)
+    return grads, (values, t)
+
+  keys = example_keys(key, state.step, len(batch['image']))
+  rows = {'image': batch['image'], 'key': keys}
+  if microbatches == 1:
+    grads, (values, t) = gradient(state.params, rows)
+  else:
+    grads, (values, t) = accumulate(
+      gradient, state.params, rows, microbatches, mesh
+    )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   ema_params = jax.tree.map(
@@ -107,7 +144,7 @@ def train_step(
     params,
   )
   metrics = {
-    'loss': loss,
+    'loss': jnp.mean(values),
     'grad_norm': optax.global_norm(grads),
     'param_norm': optax.global_norm(params),
     'learning_rate': jnp.asarray(learning_rate(state.step), jnp.float32),

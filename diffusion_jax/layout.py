@@ -1,0 +1,130 @@
+r"""Shows how a config's mesh splits the parameters, and what a device holds.
+
+  python -m diffusion_jax.layout --config=cifar10 --config.mesh.fsdp=8
+
+The devices need not be there: nothing is allocated and nothing is compiled.
+Bytes are of the state between two steps; activations come on top.
+"""
+
+import math
+
+import jax
+from absl import flags
+from jax.sharding import AbstractMesh
+from ml_collections import config_flags
+
+from diffusion_jax import cli, models, runs
+from diffusion_jax.errors import UserError
+from diffusion_jax.training import optim, sharding, state
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file(
+  'config', None, 'The run: a file, or the name of a shipped config.'
+)
+flags.DEFINE_integer(
+  'num_devices',
+  None,
+  "Devices of the mesh; by default this machine's where the mesh takes them, "
+  'otherwise as many as its sizes ask for.',
+  lower_bound=1,
+)
+flags.DEFINE_bool('json', False, 'Print the result as JSON.')
+
+
+def main():
+  config = FLAGS.config
+  count = FLAGS.num_devices or _asked_for(config.mesh)
+  wrong = cli.check(config, range(count))
+  if wrong:
+    raise UserError(wrong[0])
+  sizes = sharding.mesh_shape(count, **config.mesh)
+  mesh = AbstractMesh(sizes, sharding.AXES)
+  model = models.create(
+    image_shape=runs.image_shape(config.data), **config.model
+  )
+  abstract = state.abstract_state(model, optim.create(**config.optim), mesh)
+  rows = [
+    {'name': name, **_lies(leaf)}
+    for name, leaf in zip(
+      models.names(abstract.params),
+      jax.tree.leaves(abstract.params),
+      strict=True,
+    )
+  ]
+  totals = {
+    'parameters': _bytes(abstract.params),
+    'EMA': _bytes(abstract.ema_params),
+    'optimiser': _bytes(abstract.opt_state),
+    'state': _bytes(abstract),
+  }
+  cli.report(
+    {'mesh': dict(mesh.shape), 'parameters': rows, 'bytes': totals},
+    '\n'.join(_shown(mesh, rows, totals)),
+    FLAGS.json,
+  )
+
+
+def _asked_for(mesh) -> int:
+  here = jax.device_count()
+  known = math.prod(size for size in mesh.values() if size > 0)
+  return known if here % known else here
+
+
+def _lies(leaf) -> dict:
+  """An array's shape, what splits each of its axes, its bytes on a device."""
+  where = leaf.sharding
+  spec = [*where.spec, *[None] * (leaf.ndim - len(where.spec))]
+  split = [axis if where.mesh.shape.get(axis, 1) > 1 else None for axis in spec]
+  return {
+    'shape': list(leaf.shape),
+    'split': split,
+    'device_bytes': _device_bytes(leaf),
+  }
+
+
+def _device_bytes(leaf) -> int:
+  return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _bytes(tree) -> dict:
+  leaves = jax.tree.leaves(tree)
+  return {
+    'total': sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+    'device': sum(map(_device_bytes, leaves)),
+  }
+
+
+def _shown(mesh, rows, totals):
+  count = mesh.size
+  yield from cli.table(
+    ['parameter', 'shape', 'split over', 'bytes a device'],
+    [
+      (
+        row['name'],
+        ' '.join(map(str, row['shape'])),
+        ' '.join(axis or '-' for axis in row['split']),
+        f'{row["device_bytes"]:,}',
+      )
+      for row in rows
+    ],
+  )
+  yield ''
+  sizes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
+  yield f'{sizes} = {count} device{"s" * (count > 1)}'
+  yield from cli.table(
+    ['bytes', 'total', f'total / {count}', 'a device', 'ratio'],
+    [
+      (
+        name,
+        f'{total["total"]:,}',
+        f'{total["total"] / count:,.0f}',
+        f'{total["device"]:,}',
+        f'{total["device"] * count / total["total"]:.3f}',
+      )
+      for name, total in totals.items()
+    ],
+  )
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__, required=('config',))
