@@ -1,6 +1,9 @@
 """Checkpoints: what is saved comes back, on any mesh; damage is told."""
 
+import errno
 import json
+import os
+import resource
 import shutil
 
 import jax
@@ -11,7 +14,9 @@ import tiny
 from diffusion_jax.errors import UserError
 from diffusion_jax.training import checkpoint, optim, sharding, state
 
-NETWORK, OPTIMIZER = tiny.model(), optim.create(1e-3, 5, 1.0)
+# Few arrays, for each takes its time, but some large enough to be split.
+NETWORK = tiny.model(channels=64, multipliers=(1,), attention_resolutions=())
+OPTIMIZER = optim.create(1e-3, 5, 1.0)
 
 
 @pytest.fixture(scope='module')
@@ -81,7 +86,7 @@ def one_line(error, *must):
 
 
 def test_another_model_is_named_not_loaded(saved):
-  wider = tiny.model(channels=16)
+  wider = tiny.model(channels=128, multipliers=(1,), attention_resolutions=())
   with pytest.raises(UserError) as error:
     restore(saved[0], 7, network=wider)
   one_line(error, 'checkpoint 7', 'another model', 'conv_in')
@@ -98,6 +103,135 @@ def test_a_truncated_checkpoint_is_named_with_what_to_do(folder):
     restore(folder, 7)
   one_line(error, 'checkpoint 7 is unreadable', '6', '--step')
   assert restore(folder, 6).step == 6
+
+
+def sums_of(folder, step):
+  """(path, its JSON) of the file that holds a checkpoint's checksums."""
+  path = folder / str(step) / '_CHECKPOINT_METADATA'
+  return path, json.loads(path.read_text())
+
+
+def load_ema(folder, step):
+  shapes = state.abstract_state(NETWORK, OPTIMIZER, tiny.one_device()).params
+  return checkpoint.load_params(folder, step, shapes)
+
+
+def same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (a, b)))
+
+
+@pytest.mark.parametrize('flips', [2, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_flipped_bit_is_named_or_changes_nothing(saved, folder, flips, capfd):
+  """In any file of arrays; a few bytes of those belong to nothing."""
+  rng = np.random.default_rng(0)
+  whole = restore(folder, 7)
+  files = [*folder.glob('7/state/**/d/*'), *folder.glob('7/state/**/*.ocdbt')]
+  assert sum(path.stat().st_size for path in files) > 2**18
+  told = {}
+  for path in files:
+    data = path.read_bytes()
+    for place in rng.choice(len(data), flips, replace=False):
+      damaged = bytearray(data)
+      damaged[place] ^= 1 << rng.integers(8)
+      path.write_bytes(damaged)
+      try:
+        same(restore(folder, 7), whole)
+      except UserError as e:
+        text = str(e)
+        assert text.startswith('checkpoint 7 is unreadable ('), text
+        assert text.endswith('by --step (2, 4, 6)'), text
+        assert '\n' not in text
+        told.setdefault(path, []).append(text)
+        if 'unreadable (params/' in text or 'unreadable (opt_state/' in text:
+          same(load_ema(folder, 7), whole.ema_params)  # it reads neither
+    path.write_bytes(data)
+  assert not capfd.readouterr().err
+  # One file, which a single process leaves behind, is of no use.
+  assert len(told) == len(files) - 1
+  assert sum(map(len, told.values())) >= 0.8 * flips * (len(files) - 1)
+  same(restore(folder, 7), whole)
+
+
+@pytest.mark.parametrize('part', ['ema_params', 'params', 'opt_state', 'step'])
+def test_what_is_read_is_verified_and_no_more(folder, part):
+  path, facts = sums_of(folder, 7)
+  sums = facts['custom_metadata']['checksums']
+  name = next(name for name in sums if name.split('/')[0] == part)
+  sums[name] ^= 1
+  path.write_text(json.dumps(facts))
+  with pytest.raises(UserError) as error:
+    restore(folder, 7)
+  one_line(error, f'checkpoint 7 is unreadable ({name} is not what was saved)')
+  shapes = state.abstract_state(NETWORK, OPTIMIZER, tiny.one_device()).params
+  for ema, load, flag in (
+    (True, checkpoint.load_params, 'step'),
+    (False, checkpoint.load_common, 'init_step'),
+  ):
+    if part == ('ema_params' if ema else 'params'):
+      with pytest.raises(UserError) as error:
+        load(folder, 7, shapes, ema=ema)
+      one_line(error, f'({name} is not what was saved)', f'--{flag}')
+    else:
+      load(folder, 7, shapes, ema=ema)
+
+
+def test_common_parameters_are_verified_and_no_others(folder):
+  """Of a network of other colours, whose ends are left."""
+  shapes = state.abstract_state(NETWORK, OPTIMIZER, tiny.one_device()).params
+  shapes['conv_in']['kernel'] = jax.ShapeDtypeStruct((3, 3, 3, 64), 'float32')
+  path, facts = sums_of(folder, 7)
+  sums = facts['custom_metadata']['checksums']
+  sums['ema_params/conv_in/kernel'] ^= 1
+  path.write_text(json.dumps(facts))
+  taken, _ = checkpoint.load_common(folder, 7, shapes)
+  assert 'conv_in/kernel' not in taken
+  sums['ema_params/conv_in/bias'] ^= 1
+  path.write_text(json.dumps(facts))
+  with pytest.raises(UserError) as error:
+    checkpoint.load_common(folder, 7, shapes)
+  one_line(error, 'ema_params/conv_in/bias', 'checkpoint 7', '--init_step')
+
+
+def test_checksums_are_required(folder):
+  path, facts = sums_of(folder, 7)
+  del facts['custom_metadata']
+  path.write_text(json.dumps(facts))
+  with pytest.raises(UserError) as error:
+    load_ema(folder, 7)
+  one_line(error, 'checkpoint 7', 'it has no checksums', 'from 6')
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_checksums_do_not_depend_on_the_mesh(saved, tmp_path, sizes):
+  folder, _ = saved
+  on_mesh = restore(folder, 4, sharding.make_mesh(*sizes))
+  with checkpoint.Checkpoints(tmp_path / 'other') as kept:
+    kept.save(4, on_mesh)
+  wanted = sums_of(folder, 4)[1]['custom_metadata']
+  assert sums_of(tmp_path / 'other', 4)[1]['custom_metadata'] == wanted
+  assert len(wanted['checksums']) == len(jax.tree.leaves(on_mesh))
+  same(restore(tmp_path / 'other', 4), on_mesh)
+
+
+def test_a_save_that_cannot_be_written_is_one_line(saved, tmp_path):
+  """What fails on a thread is told by wait(), once, and then it closes."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  made = state.create(jax.random.key(0), NETWORK, OPTIMIZER, tiny.one_device())
+  with checkpoint.Checkpoints(tmp_path / 'few') as kept:
+    kept.save(1, made)
+    kept.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+      with pytest.raises(UserError) as error:  # noqa: PT012
+        kept.save(2, made)
+        kept.wait()
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    one_line(error, 'checkpoint 2 cannot be written', os.strerror(errno.EFBIG))
+    assert checkpoint.steps(tmp_path / 'few') == [1]
+  with checkpoint.Checkpoints(tmp_path / 'few') as kept:
+    kept.save(2, made)
+  same(restore(tmp_path / 'few', 2), made)
 
 
 def test_an_empty_folder_is_no_checkpoint_in_silence(folder):

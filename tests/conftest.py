@@ -16,9 +16,9 @@ if not CACHE:
   atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
   os.environ['DIFFUSION_JAX_TEST_CACHE'] = CACHE
 os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 jax.config.update('jax_compilation_cache_dir', CACHE)
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 # Meshes are tested on eight simulated devices, in one process.
 jax.config.update('jax_num_cpu_devices', 8)

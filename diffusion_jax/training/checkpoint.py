@@ -1,10 +1,17 @@
 """Checkpoints: the only file that knows Orbax.
 
-A checkpoint holds the whole `TrainState` and can be restored on any mesh. What
-a restore would silently accept (another dtype) or answer with pages (another
-tree, a damaged file) is told in one line.
+A checkpoint holds the whole `TrainState`, with a checksum of each of its
+arrays, and can be restored on any mesh. What a restore would silently accept
+(another dtype, flipped bits) or answer with pages (another tree, a damaged
+file) is told in one line, and so is what keeps a save from being written.
 """
 
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,7 +20,10 @@ from orbax.checkpoint import v1 as ocp
 
 from diffusion_jax import models
 from diffusion_jax.errors import UserError, quiet
+from diffusion_jax.training import checksum
 from diffusion_jax.training.state import TrainState
+
+SUMS = 'checksums'  # the key, in Orbax's metadata of a step
 
 
 class Checkpoints:
@@ -28,7 +38,7 @@ class Checkpoints:
 
   def __init__(self, directory, keep_last: int = 3, keep_every: int = 0):
     self.directory = Path(directory).absolute()
-    self._saving = None
+    self._saving = None  # (step, what Orbax gives to wait for)
     kept = [ocp.training.preservation_policies.LatestN(keep_last)]
     if keep_every:
       kept += [ocp.training.preservation_policies.EveryNSteps(keep_every)]
@@ -48,17 +58,40 @@ class Checkpoints:
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    self._checkpointer.close()  # waits for the save that is under way
+  def __exit__(self, *raised):
+    try:
+      if not any(raised):
+        self.wait()
+    finally:
+      # What goes wrong here has been told: by wait(), or by what was raised.
+      with contextlib.suppress(Exception), quiet():
+        self._checkpointer.close()
 
   def save(self, step: int, state: TrainState) -> None:
-    """Begins to save; returns once the state may be donated."""
-    self._saving = self._checkpointer.save_async(step, state._asdict())
+    """Begins to save; returns once the state may be donated.
+
+    Raises:
+      UserError: it, or the save before it, cannot be written.
+    """
+    self.wait()
+    tree = state._asdict()
+    sums = checksum.of(tree)  # of what the devices hold, before any copy
+    with _writing(step):
+      self._saving = (
+        step,
+        self._checkpointer.save_async(step, tree, custom_metadata={SUMS: sums}),
+      )
 
   def wait(self) -> None:
-    """Returns when the last save is whole on disk; raises what it raised."""
+    """Returns when the last save is whole on disk.
+
+    Raises:
+      UserError: it cannot be written; once.
+    """
     if self._saving is not None:
-      self._saving.result()
+      (step, saving), self._saving = self._saving, None
+      with _writing(step):
+        saving.result()
 
   def restore(self, step: int, abstract: TrainState) -> TrainState:
     """The state at `step`, laid out as `abstract` says.
@@ -83,6 +116,16 @@ def steps(directory) -> list[int]:
   # A save under way bears a longer name; it gets its own by renaming.
   return sorted(
     int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal()
+  )
+
+
+def newest(directory) -> str:
+  """For people: what a run goes on from."""
+  there = steps(directory)
+  if not there:
+    return 'there is no checkpoint yet'
+  return (
+    f'checkpoint {there[-1]} is whole, and the same command goes on from it'
   )
 
 
@@ -157,7 +200,7 @@ def load_common(
   with quiet():
     checkpointer = ocp.training.Checkpointer(Path(directory).absolute())
   with checkpointer:
-    stored = _metadata(checkpointer, directory, step, 'init_step')
+    stored, sums = _metadata(checkpointer, directory, step, 'init_step')
     there, here = (
       {name: shape for name, (shape, _) in _shapes(tree).items()}
       for tree in (stored.get(part, {}), abstract)
@@ -181,7 +224,7 @@ def load_common(
       wanted.get(name, ...) for name in models.names(stored[part])
     )
     loaded = _read(
-      checkpointer, directory, step, stored, {part: chosen}, 'init_step'
+      checkpointer, directory, step, stored, sums, {part: chosen}, 'init_step'
     )
   return {
     name: leaf for name, leaf in _named(loaded[part]).items() if name in wanted
@@ -189,36 +232,81 @@ def load_common(
 
 
 def _load(checkpointer, directory, step, abstract: dict) -> dict:
-  stored = _metadata(checkpointer, directory, step)
+  stored, sums = _metadata(checkpointer, directory, step)
   parts = {name: stored.get(name, {}) for name in abstract}
   difference = _first_difference(_shapes(parts), _shapes(abstract))
   if difference:
     raise UserError(
       f'checkpoint {step} in {directory} holds another model: {difference}'
     )
-  return _read(checkpointer, directory, step, stored, abstract)
+  return _read(checkpointer, directory, step, stored, sums, abstract)
 
 
-def _metadata(checkpointer, directory, step, flag='step') -> dict:
-  """Shapes and dtypes of what was stored."""
-  try:
-    with quiet():
-      stored = checkpointer.metadata(step).metadata
+def _metadata(checkpointer, directory, step, flag='step') -> tuple[dict, dict]:
+  """Shapes and dtypes of what was stored, and its checksums."""
+  with _reading(directory, step, flag):
+    metadata = checkpointer.metadata(step)
+    stored = metadata.metadata
     if stored is None:
-      raise ValueError('it has no metadata')
-    return stored.get('state', stored)
-  except Exception as e:
-    raise UserError(_unreadable(directory, step, e, flag)) from e
+      raise ValueError('its metadata cannot be read')
+    sums = (metadata.custom_metadata or {}).get(SUMS)
+    if not isinstance(sums, dict):
+      raise ValueError('it has no checksums')
+    return stored.get('state', stored), sums
 
 
-def _read(checkpointer, directory, step, stored, chosen: dict, flag='step'):
+def _read(checkpointer, directory, step, stored, sums, chosen, flag='step'):
   """The chosen parts; leaves that are `...`, and all else, are not read."""
   skipped = jax.tree.map(lambda _: ..., stored)
+  with _reading(directory, step, flag):
+    loaded = checkpointer.load(step, {**skipped, **chosen})
+  read = {
+    name: leaf for name, leaf in _named(loaded).items() if leaf is not ...
+  }
+  for name, found in checksum.of(read).items():
+    if found != sums.get(name):
+      damage = ValueError(f'{name} is not what was saved')
+      raise UserError(_unreadable(directory, step, damage, flag))
+  return loaded
+
+
+@contextlib.contextmanager
+def _reading(directory, step, flag) -> Iterator[None]:
+  """Tells in one line what Orbax has against a checkpoint."""
+  hook, sys.unraisablehook = sys.unraisablehook, _pass_over_stragglers
   try:
     with quiet():
-      return checkpointer.load(step, {**skipped, **chosen})
+      yield
   except Exception as e:
+    # The stragglers end when they like: the hook stays.
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
     raise UserError(_unreadable(directory, step, e, flag)) from e
+  sys.unraisablehook = hook
+
+
+def _pass_over_stragglers(unraisable) -> None:
+  """For sys.unraisablehook.
+
+  Where one read of many fails, Orbax closes its event loop, and TensorStore
+  prints a traceback for each of the others that ends later.
+  """
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
+
+
+@contextlib.contextmanager
+def _writing(step) -> Iterator[None]:
+  """Tells in one line what the system has against a save."""
+  try:
+    with quiet():
+      yield
+  except (OSError, ValueError) as e:
+    # TensorStore's errors are ValueErrors, with the system's number in them.
+    code = re.search(r"os_error_code='(\d+)'", str(e))
+    if not (code or isinstance(e, OSError)):
+      raise
+    reason = os.strerror(int(code[1])) if code else e.strerror or str(e)
+    raise UserError(f'checkpoint {step} cannot be written ({reason})') from e
 
 
 def _named(tree) -> dict:
