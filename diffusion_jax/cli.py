@@ -96,10 +96,6 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
       main()
     except UserError as e:
       fail(str(e))
-    except OSError as e:
-      if e.errno in DISK:
-        fail(f'{e.strerror}: {e.filename}' if e.filename else e.strerror)
-      raise
     except KeyboardInterrupt:
       print(
         '\ninterrupted; the same command goes on from what is kept',
@@ -107,7 +103,9 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
       )
       distributed.leave(130)
       sys.exit(130)
-    except Exception:
+    except Exception as e:
+      if isinstance(e, OSError) and e.errno in DISK:
+        fail(f'{e.strerror}: {e.filename}' if e.filename else e.strerror)
       traceback.print_exc()
       distributed.leave(1)
       sys.exit(1)
