@@ -4,6 +4,7 @@ A mistake of the user gets one line on stderr and exit code 2, whatever raised
 it: absl's flags, ml_collections, a check, a file. A bug keeps its traceback.
 """
 
+import errno
 import importlib.util
 import json
 import math
@@ -34,11 +35,18 @@ FLAG_ERRORS = (
   ValueError,
 )
 
+# Not bugs, wherever they are raised.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
 
 def fail(message: str) -> None:
-  """One line on stderr, exit code 2."""
-  print(f'error: {message}', file=sys.stderr)
-  sys.exit(2)
+  """One line on stderr, exit code 2, at once.
+
+  Python's own exit waits for all threads, and those of a save that has failed
+  wait for minutes.
+  """
+  print(f'error: {message}', file=sys.stderr, flush=True)
+  os._exit(2)
 
 
 def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
@@ -87,9 +95,7 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
     try:
       main()
     except UserError as e:
-      print(f'error: {e}', file=sys.stderr)
-      distributed.leave(2)
-      sys.exit(2)
+      fail(str(e))
     except KeyboardInterrupt:
       print(
         '\ninterrupted; the same command goes on from what is kept',
@@ -97,7 +103,9 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
       )
       distributed.leave(130)
       sys.exit(130)
-    except Exception:
+    except Exception as e:
+      if isinstance(e, OSError) and e.errno in DISK:
+        fail(f'{e.strerror}: {e.filename}' if e.filename else e.strerror)
       traceback.print_exc()
       distributed.leave(1)
       sys.exit(1)

@@ -10,10 +10,14 @@ checkpoints/, metrics.jsonl, TensorBoard's events, and sample grids in samples/.
 Fine-tuning: --init_from=runs/other begins with the parameters of another run
 that this config's network has too, by name and shape; the optimiser and the
 step begin afresh. init_from.json in the workdir says what was taken.
+
+SIGTERM and SIGUSR1 end the run after the step it is in, which is saved. After
+SIGUSR1 in a Slurm job the job is put back into the queue.
 """
 
 import contextlib
 import functools
+import os
 from pathlib import Path
 
 import jax
@@ -40,6 +44,7 @@ from diffusion_jax.training import (
   loop,
   metrics,
   optim,
+  preemption,
   sharding,
   state,
   step,
@@ -134,6 +139,7 @@ def main():
       return checkpoint.steps(workdir / 'checkpoints')
 
     kept = distributed.on_first(begin)
+    signals = preemption.Signals()
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(
         workdir / 'checkpoints', config.keep_last, config.keep_every
@@ -202,7 +208,7 @@ def main():
       def on_step(row):
         progress.update(note=f'loss {row["loss"]:.4f}' if row else '')
 
-      loop.train(
+      train_state = loop.train(
         train_state,
         step_fn=step_fn,
         batches=batches,
@@ -219,8 +225,14 @@ def main():
         eval_fn=eval_fn,
         sample_fn=sample_fn,
         on_step=on_step,
+        stop=signals.reached,
       )
     writer.close()
+  at = int(train_state.step)
+  if at < config.num_steps:
+    if distributed.is_first():
+      cli.say(_stopped(signals.name, at))
+    return
   rows = metrics.read(workdir / 'metrics.jsonl')
   _finish(workdir, config.num_steps, rows[-1] if rows else {})
 
@@ -236,6 +248,19 @@ def _heldout_loss(loss_fn, params, source, batch_size, num_images, mesh):
     total += loss_fn(params, batch, weight, first)
     first += batch_size
   return total / min(num_images or len(source), len(source))
+
+
+def _stopped(name, at):
+  line = f'stopped by {name} at step {at}, which is saved; '
+  job = os.environ.get('SLURM_JOB_ID')
+  if name != 'SIGUSR1' or not job:
+    return line + 'the same command goes on'
+  failed = preemption.requeue(job)
+  if not failed:
+    return line + f'Slurm job {job} is requeued'
+  return line + (
+    f'Slurm job {job} cannot be requeued ({failed}): the same command goes on'
+  )
 
 
 def _finish(workdir, at, row):

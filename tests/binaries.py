@@ -7,11 +7,13 @@ and started nothing, which takes tenths of a second in place of seconds.
 import multiprocessing
 import os
 import runpy
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context('forkserver')
@@ -34,38 +36,61 @@ class Result(NamedTuple):
     return lines[0]
 
 
+class Running(NamedTuple):
+  """A binary at work, in a process of its own."""
+
+  process: multiprocessing.process.BaseProcess
+  folder: tempfile.TemporaryDirectory
+
+  def send(self, number: int) -> None:
+    assert self.process.is_alive(), self.end()
+    os.kill(self.process.pid, number)
+
+  def kill(self) -> None:
+    self.process.kill()
+    self.process.join()
+
+  def end(self, limit: int = 300) -> Result:
+    """Waits for it."""
+    self.process.join(limit)
+    if self.process.exitcode is None:
+      self.kill()
+      pytest.fail(f'no end in {limit} s: {self.end()}')
+    out, err = (Path(self.folder.name, n).read_text() for n in ('out', 'err'))
+    return Result(self.process.exitcode, out, err)
+
+  def wait_until(self, holds, limit: int = 300) -> None:
+    """Until holds() is true, which the binary must live to see."""
+    deadline = time.monotonic() + limit
+    while not holds():
+      assert self.process.is_alive(), self.end()
+      assert time.monotonic() < deadline
+      time.sleep(0.002)
+
+
+def start(binary: str, *arguments, devices: int = 1, **environment) -> Running:
+  folder = tempfile.TemporaryDirectory()
+  process = CONTEXT.Process(
+    target=_child,
+    args=(
+      binary, list(map(str, arguments)), devices, folder.name, environment,
+    ),
+  )  # fmt: skip
+  process.start()
+  return Running(process, folder)
+
+
 def run(binary: str, *arguments, devices: int = 1, limit: int = 300) -> Result:
-  with tempfile.TemporaryDirectory() as folder:
-    out, err = Path(folder, 'out'), Path(folder, 'err')
-    process = CONTEXT.Process(
-      target=_child, args=(binary, list(map(str, arguments)), devices, out, err)
-    )
-    process.start()
-    process.join(limit)
-    assert process.exitcode is not None, f'no end in {limit} s'
-    return Result(process.exitcode, out.read_text(), err.read_text())
+  return start(binary, *arguments, devices=devices).end(limit)
 
 
-def start(binary: str, *arguments) -> subprocess.Popen:
-  """Starts a binary on one device, to be killed."""
-  return subprocess.Popen(
-    [sys.executable, '-m', f'diffusion_jax.{binary}', *map(str, arguments)],
-    cwd=ROOT,
-    env={
-      **os.environ,
-      'PYTHONPATH': str(ROOT),
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
-    },
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.DEVNULL,
-  )
-
-
-def _child(binary, arguments, devices, out, err):
+def _child(binary, arguments, devices, folder, environment):
   os.chdir(ROOT)
+  os.environ.update(environment)
   os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'
-  for stream, path in ((1, out), (2, err)):
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+  for stream, name in ((1, 'out'), (2, 'err')):
+    path = os.path.join(folder, name)
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
   sys.argv = [binary, *arguments]
   runpy.run_module(f'diffusion_jax.{binary}', run_name='__main__',
                    alter_sys=True)  # fmt: skip

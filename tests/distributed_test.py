@@ -1,5 +1,7 @@
 """Several processes: how they meet, and that they do what one does."""
 
+import os
+import signal
 import socket
 import threading
 import time
@@ -13,7 +15,7 @@ import tiny
 from diffusion_jax import distributed
 from diffusion_jax.errors import UserError
 from diffusion_jax.samplers import store
-from diffusion_jax.training import metrics, sharding
+from diffusion_jax.training import checkpoint, metrics, sharding
 
 
 def free_port():
@@ -278,6 +280,38 @@ def binaries_lock(workdir):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
+def test_one_that_is_told_to_go_takes_all_to_one_step(tmp_path, name):
+  """The second of two is told; what they saved goes on in one process."""
+  tool = tmp_path / 'scontrol'
+  tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+  tool.chmod(0o755)
+  port, workdir = free_port(), tmp_path / 'run'
+  processes = [
+    binaries.start(
+      'train', *tiny.flags(workdir, num_steps=100_000, sample_every=0),
+      f'--coordinator=localhost:{port}', '--num_processes=2',
+      f'--process_id={i}', SLURM_JOB_ID='4711',
+      PATH=f'{tmp_path}:{os.environ["PATH"]}',
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  processes[0].wait_until(lambda: len(rows(workdir)) >= 3)
+  processes[1].send(signal.Signals[name])
+  results = [process.end() for process in processes]
+  assert [r.code for r in results] == [0, 0], [r.err for r in results]
+  step = max(rows(workdir))
+  assert checkpoint.steps(workdir / 'checkpoints')[-1] == step
+  assert f'stopped by {name} at step {step}, which is saved; ' in results[0].err
+  assert 'stopped' not in results[1].err
+  asked = tmp_path / 'asked'
+  assert asked.exists() == (name == 'SIGUSR1')
+  assert not asked.exists() or asked.read_text() == 'requeue 4711\n'
+  tiny.train(workdir, num_steps=step + 3, sample_every=0)
+  assert sorted(rows(workdir)) == list(range(1, step + 4))
+
+
+@pytest.mark.slow
 def test_one_that_dies_takes_the_other_with_it(tmp_path):
   """Killed in the middle: the other ends within the heartbeat, not never."""
   port = free_port()
@@ -289,12 +323,9 @@ def test_one_that_dies_takes_the_other_with_it(tmp_path):
     )
     for i in range(2)
   ]  # fmt: skip
-  deadline = time.monotonic() + 200
-  while len(metrics.read(tmp_path / 'metrics.jsonl')) < 3:
-    assert time.monotonic() < deadline
-    time.sleep(0.1)
+  processes[0].wait_until(lambda: len(rows(tmp_path)) >= 3)
   processes[1].kill()
-  assert processes[0].wait(timeout=90) != 0
+  assert processes[0].end(limit=90).code != 0
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def train(workdir, start=0, num_steps=20, loss_of=lambda k: 1 / (k + 1), **kw):
   loop.train(
     State(start, {}),
     step_fn=steps(loss_of),
-    batches=itertools.repeat(None),
+    batches=kw.pop('batches', itertools.repeat(None)),
     num_steps=num_steps,
     batch_size=4,
     every=kw.pop('every', loop.Every(log=1)),
@@ -191,6 +191,72 @@ def test_broken_parameters_are_never_saved(tmp_path, name):
     )  # fmt: skip
   assert 'checkpoint 5 is good;' in str(error.value)
   assert checkpoint.steps(tmp_path / 'checkpoints') == [5]
+
+
+def test_it_stops_where_it_must_and_saves(tmp_path):
+  asked = []
+
+  def stop(step):
+    asked.append(step)
+    return step == 7
+
+  every = loop.Every(log=3, checkpoint=5)
+  kept, _ = train(tmp_path, start=2, every=every, stop=stop)
+  assert asked == [3, 4, 5, 6, 7]
+  assert {step: at for step, (at, _) in kept.saved.items()} == {5: 5, 7: 7}
+  assert [row['step'] for row in lines(tmp_path)] == [3, 6]
+
+
+@pytest.mark.parametrize('last', [5, 20])
+def test_to_stop_where_it_saves_anyway_saves_once(tmp_path, last):
+  every = loop.Every(checkpoint=last)
+  kept, _ = train(tmp_path, every=every, stop=lambda step: step == last)
+  assert list(kept.saved) == [last]
+
+
+@pytest.mark.parametrize(
+  ('error', 'must'),
+  [
+    (OSError(28, 'No space left on device'), 'No space left on device: {dir};'),
+    (OSError(2, 'No such file', 'a.png'), 'No such file: a.png;'),
+    (UserError('image a.png cannot be read'), 'image a.png cannot be read;'),
+  ],
+)
+def test_what_cannot_be_read_or_written_names_the_whole_one(
+  tmp_path, error, must
+):
+  def batches():
+    yield from [None] * 12
+    raise error
+
+  every = loop.Every(log=1, checkpoint=5)
+  with pytest.raises(UserError) as told:
+    train(tmp_path, batches=batches(), every=every)
+  assert str(told.value) == (
+    f'training stopped at step 13: {must.format(dir=tmp_path)} checkpoint 10 '
+    'is whole, and the same command goes on from it'
+  )
+
+
+def test_a_save_that_fails_is_told_after_the_last_step_too(tmp_path):
+  class Failing(Kept):
+    def save(self, step, state):
+      pass
+
+    def wait(self):
+      raise UserError('checkpoint 3 cannot be written (No space)')
+
+  with pytest.raises(UserError) as told:
+    loop.train(
+      State(0, {}), step_fn=steps(lambda k: 1.0),
+      batches=itertools.repeat(None), num_steps=3, batch_size=1,
+      every=loop.Every(), checkpoints=Failing(tmp_path),
+      writer=metrics.Writer(tmp_path, 0),
+    )  # fmt: skip
+  assert str(told.value) == (
+    'training stopped at step 3: checkpoint 3 cannot be written (No space); '
+    'there is no checkpoint yet'
+  )
 
 
 def test_a_restart_cuts_later_rows_and_mends_a_torn_one(tmp_path):

@@ -10,9 +10,16 @@ import binaries
 import jax
 import numpy as np
 
-from diffusion_jax import models
+from diffusion_jax import models, runs
 from diffusion_jax.process import schedules
-from diffusion_jax.training import optim, sharding, state, step
+from diffusion_jax.training import (
+  checkpoint,
+  metrics,
+  optim,
+  sharding,
+  state,
+  step,
+)
 
 SHAPE = (8, 8, 1)
 BATCH = 8
@@ -159,3 +166,23 @@ def trained(workdir) -> Path:
       made.with_suffix('.unfinished').rename(made)
   shutil.copytree(made, workdir)
   return Path(workdir)
+
+
+def losses(workdir) -> dict:
+  """step -> loss; no step may be there twice."""
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  assert len({row['step'] for row in rows}) == len(rows)
+  return {row['step']: row['loss'] for row in rows}
+
+
+def final_state(workdir):
+  """All of the newest checkpoint, as NumPy."""
+  folder = Path(workdir) / 'checkpoints'
+  newest = checkpoint.steps(folder)[-1]
+  config = runs.read_config(workdir)
+  network = models.create(image_shape=SHAPE, **config['model'])
+  abstract = state.abstract_state(
+    network, optim.create(**config['optim']), one_device()
+  )
+  with checkpoint.Checkpoints(folder) as kept:
+    return jax.device_get(kept.restore(newest, abstract))

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import os
 import tokenize
 import zipfile
 import zlib
@@ -101,8 +102,16 @@ def create(
     if indices is None:
       return None
   images.flags.writeable = False
+  opened = file.open('rb') if file.suffix == '.npy' else None
+  size = file.stat().st_size
 
   def read(index):
+    # A memory map ends the process where its file does, without a word.
+    if opened and os.fstat(opened.fileno()).st_size < size:
+      raise UserError(
+        f'data.path {path!r} has become shorter since it was opened: write it '
+        'again'
+      )
     index = indices[index]
     return images[index], -1 if labels is None else labels[index]
 

@@ -16,14 +16,37 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from absl import logging as absl
 from orbax.checkpoint import v1 as ocp
 
 from diffusion_jax import models
-from diffusion_jax.errors import UserError, quiet
+from diffusion_jax.errors import UserError
 from diffusion_jax.training import checksum
 from diffusion_jax.training.state import TrainState
 
 SUMS = 'checksums'  # the key, in Orbax's metadata of a step
+
+
+def _hush() -> None:
+  """What Orbax prints in pages, from its threads at any time, it also raises.
+
+  It logs at level ERROR. And where one read or write of many fails, it closes
+  its event loop, and TensorStore prints a traceback for each that ends later.
+  """
+  printed = sys.unraisablehook
+
+  def logs(record):
+    return 'orbax' not in record.pathname or absl.get_verbosity() >= absl.INFO
+
+  def prints(unraisable):
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      printed(unraisable)
+
+  logging.getLogger('absl').addFilter(logs)
+  sys.unraisablehook = prints
+
+
+_hush()
 
 
 class Checkpoints:
@@ -42,18 +65,17 @@ class Checkpoints:
     kept = [ocp.training.preservation_policies.LatestN(keep_last)]
     if keep_every:
       kept += [ocp.training.preservation_policies.EveryNSteps(keep_every)]
-    with quiet():
-      self._checkpointer = ocp.training.Checkpointer(
-        self.directory,
-        # The loop decides when to save.
-        save_decision_policy=(
-          ocp.training.save_decision_policies.FixedIntervalPolicy(1)
-        ),
-        preservation_policy=(
-          ocp.training.preservation_policies.AnyPreservationPolicy(kept)
-        ),
-        cleanup_tmp_directories=True,
-      )
+    self._checkpointer = ocp.training.Checkpointer(
+      self.directory,
+      # The loop decides when to save.
+      save_decision_policy=(
+        ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+      ),
+      preservation_policy=(
+        ocp.training.preservation_policies.AnyPreservationPolicy(kept)
+      ),
+      cleanup_tmp_directories=True,
+    )
 
   def __enter__(self):
     return self
@@ -64,7 +86,7 @@ class Checkpoints:
         self.wait()
     finally:
       # What goes wrong here has been told: by wait(), or by what was raised.
-      with contextlib.suppress(Exception), quiet():
+      with contextlib.suppress(Exception):
         self._checkpointer.close()
 
   def save(self, step: int, state: TrainState) -> None:
@@ -77,10 +99,10 @@ class Checkpoints:
     tree = state._asdict()
     sums = checksum.of(tree)  # of what the devices hold, before any copy
     with _writing(step):
-      self._saving = (
-        step,
-        self._checkpointer.save_async(step, tree, custom_metadata={SUMS: sums}),
+      saving = self._checkpointer.save_async(
+        step, tree, custom_metadata={SUMS: sums}
       )
+    self._saving = step, saving
 
   def wait(self) -> None:
     """Returns when the last save is whole on disk.
@@ -169,8 +191,7 @@ def load_params(directory, step: int, abstract, *, ema: bool = True):
     UserError: the checkpoint is damaged or holds another model.
   """
   name = 'ema_params' if ema else 'params'
-  with quiet():
-    checkpointer = ocp.training.Checkpointer(Path(directory).absolute())
+  checkpointer = ocp.training.Checkpointer(Path(directory).absolute())
   with checkpointer:
     return _load(checkpointer, directory, step, {name: abstract})[name]
 
@@ -197,8 +218,7 @@ def load_common(
     UserError: the checkpoint is damaged, or nothing is in common.
   """
   part = 'ema_params' if ema else 'params'
-  with quiet():
-    checkpointer = ocp.training.Checkpointer(Path(directory).absolute())
+  checkpointer = ocp.training.Checkpointer(Path(directory).absolute())
   with checkpointer:
     stored, sums = _metadata(checkpointer, directory, step, 'init_step')
     there, here = (
@@ -273,40 +293,31 @@ def _read(checkpointer, directory, step, stored, sums, chosen, flag='step'):
 @contextlib.contextmanager
 def _reading(directory, step, flag) -> Iterator[None]:
   """Tells in one line what Orbax has against a checkpoint."""
-  hook, sys.unraisablehook = sys.unraisablehook, _pass_over_stragglers
   try:
-    with quiet():
-      yield
+    yield
   except Exception as e:
-    # The stragglers end when they like: the hook stays.
-    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+    _hush_tasks()
     raise UserError(_unreadable(directory, step, e, flag)) from e
-  sys.unraisablehook = hook
-
-
-def _pass_over_stragglers(unraisable) -> None:
-  """For sys.unraisablehook.
-
-  Where one read of many fails, Orbax closes its event loop, and TensorStore
-  prints a traceback for each of the others that ends later.
-  """
-  if str(unraisable.exc_value) != 'Event loop is closed':
-    sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager
 def _writing(step) -> Iterator[None]:
   """Tells in one line what the system has against a save."""
   try:
-    with quiet():
-      yield
+    yield
   except (OSError, ValueError) as e:
     # TensorStore's errors are ValueErrors, with the system's number in them.
     code = re.search(r"os_error_code='(\d+)'", str(e))
     if not (code or isinstance(e, OSError)):
       raise
     reason = os.strerror(int(code[1])) if code else e.strerror or str(e)
+    _hush_tasks()
     raise UserError(f'checkpoint {step} cannot be written ({reason})') from e
+
+
+def _hush_tasks() -> None:
+  """asyncio's word on the others of many tasks, of which one has failed."""
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
 
 
 def _named(tree) -> dict:

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -103,8 +104,9 @@ def train(
   eval_fn: Callable[[TrainState], dict] | None = None,
   sample_fn: Callable[[TrainState, int], None] | None = None,
   on_step: Callable[[dict], None] = lambda row: None,
+  stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
-  """Trains from the state's step to num_steps.
+  """Trains from the state's step to num_steps, or to where it must stop.
 
   A row of metrics belongs to step k when its loss is that of the k-th update,
   counted from 1; held-out values in it are of the parameters after the update.
@@ -116,17 +118,19 @@ def train(
     num_steps: where to end.
     batch_size: images in a step, over all devices.
     every: how often things happen.
-    checkpoints: where the state is kept, at the end too.
+    checkpoints: where the state is kept, whole at the end too.
     writer: of the metrics.
     eval_fn: state -> values for the row.
     sample_fn: (state, step) -> None, draws a grid.
     on_step: called after each step with the newest row, {} mostly.
+    stop: step -> whether it is the last one; asked after each.
 
   Raises:
-    UserError: the loss stopped being finite; the newest checkpoint known to be
-      good is named and kept.
+    UserError: the loss stopped being finite, and the newest checkpoint known to
+      be good is named and kept; or a file cannot be read or written, and the
+      newest that is whole is named.
   """
-  start = int(state.step)
+  start = step = int(state.step)
   rows = Rows(writer, batch_size)
   try:
     for step in range(start + 1, num_steps + 1):
@@ -136,7 +140,8 @@ def train(
       if evaluate:
         values = {**values, **eval_fn(state)}
       rows.add(step, values, log)
-      save = due(step, every.checkpoint) or step == num_steps
+      last = stop(step) or step == num_steps
+      save = due(step, every.checkpoint) or last
       draw = sample_fn is not None and due(step, every.sample)
       # One step late, except that nothing of a broken state is kept, and that
       # a checkpoint at step k finds the rows up to k written: the next start
@@ -148,7 +153,18 @@ def train(
       if save:
         writer.flush()
         checkpoints.save(step, state)
+      if last:
+        break
+    checkpoints.wait()
+  except (OSError, UserError) as e:
+    with contextlib.suppress(UserError):
+      checkpoints.wait()  # the one that is called whole may be under way
+    raise UserError(
+      f'training stopped at step {step}: {_reason(e, checkpoints.directory)}; '
+      f'{checkpoint.newest(checkpoints.directory)}'
+    ) from e
   except Diverged as e:
+    writer.flush()
     checkpoints.wait()
     kept = checkpoint.steps(checkpoints.directory)
     good = [step for step in kept if step <= e.good]
@@ -163,3 +179,10 @@ def train(
       'optim.clip_norm in a new workdir, or look at the data'
     ) from e
   return state
+
+
+def _reason(error: OSError | UserError, checkpoints) -> str:
+  if isinstance(error, OSError) and error.strerror:
+    # A write, unlike an opening, does not say of what: all are in the workdir.
+    return f'{error.strerror}: {error.filename or checkpoints.parent}'
+  return str(error)

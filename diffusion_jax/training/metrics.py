@@ -2,10 +2,13 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
 from diffusion_jax import files
 
@@ -63,11 +66,14 @@ class Writer:
     self._path = Path(workdir) / 'metrics.jsonl'
     truncate(self._path, step)
     self._file = self._path.open('a')
-    # TensorBoard passes over what an earlier start wrote of these steps.
     again = any(Path(workdir).glob('events.out.tfevents.*'))
-    self._board = tensorboardX.SummaryWriter(
-      str(workdir), purge_step=step + 1 if again else None
-    )
+    # Not a SummaryWriter: on a full disk its thread dies, and the rows to come
+    # wait for it without end.
+    self._board = EventsWriter(str(Path(workdir) / 'events'))
+    if again:
+      # TensorBoard passes over what an earlier start wrote of these steps.
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._event(step + 1, session_log=start)
 
   def write(self, step: int, values: dict) -> None:
     """One row; NaN, the mean over nothing, is left out."""
@@ -77,11 +83,12 @@ class Writer:
     self._file.write(json.dumps({'step': step, **values}) + '\n')
     self._file.flush()
     for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+      self._event(step, summary=summary.scalar(name, value))
 
   def picture(self, step: int, name: str, image: np.ndarray) -> None:
     """A uint8 [H, W, C] image, to TensorBoard."""
-    self._board.add_image(name, image, step, dataformats='HWC')
+    picture = summary.image(name, image, dataformats='HWC')
+    self._event(step, summary=picture)
 
   def flush(self) -> None:
     """Both are on disk when it returns, as the JSON lines always are."""
@@ -90,3 +97,8 @@ class Writer:
   def close(self) -> None:
     self._file.close()
     self._board.close()
+
+  def _event(self, step: int, **what) -> None:
+    self._board.write_event(
+      event_pb2.Event(wall_time=time.time(), step=step, **what)
+    )

@@ -1,0 +1,323 @@
+"""Kills, signals, full disks and lost data, done to real processes.
+
+Whatever happened, the same command goes on, and the end is bitwise that of the
+run that was left alone.
+"""
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import binaries
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from diffusion_jax import runs
+from diffusion_jax.training import checkpoint, preemption
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """Left alone: 30 steps on one device."""
+  return tiny.trained(tmp_path_factory.mktemp('runs') / 'digits')
+
+
+def at(workdir) -> int:
+  """The newest step in its metrics, 0 = none yet."""
+  return max(tiny.losses(workdir), default=0)
+
+
+def kept(workdir) -> list[int]:
+  return checkpoint.steps(workdir / 'checkpoints')
+
+
+def saving(workdir) -> list:
+  """What a save that is under way, or was torn, looks like."""
+  return list((workdir / 'checkpoints').glob('*.orbax-checkpoint-tmp'))
+
+
+def assert_same(a, b):
+  assert tiny.losses(a) == tiny.losses(b)
+  jax.tree.map(
+    np.testing.assert_array_equal, tiny.final_state(a), tiny.final_state(b)
+  )
+
+
+def goes_on_as(run, workdir):
+  tiny.train(workdir)
+  assert_same(run, workdir)
+
+
+def stopped(process, code) -> str:
+  """The one line that a run leaves when it is stopped by what happens."""
+  result = process.end()
+  assert result.code == code, result
+  assert not result.out
+  # Before it, what runs and how far; nothing else.
+  told = ('training on ', 'held out: ', 'no images are held', 'training: ')
+  *before, last = result.err.splitlines()
+  assert all(line.startswith(told) for line in before), result.err
+  return last
+
+
+# --- kill -9 ----------------------------------------------------------------
+
+
+def kill(workdir, flags, seconds, inside=False) -> bool:
+  """Starts, and kills after a new step and a pause; whether it tore a save."""
+  process = binaries.start('train', *flags)
+  goal = max([0, *kept(workdir)]) + 1
+  process.wait_until(lambda: at(workdir) >= goal)
+  if inside:
+    process.wait_until(lambda: saving(workdir))
+  time.sleep(seconds)
+  assert process.process.is_alive(), 'it ended before the kill'
+  process.kill()
+  return bool(saving(workdir))
+
+
+def test_kill_9_at_any_moment_changes_no_bit(run, tmp_path):
+  workdir = tmp_path / 'killed'
+  flags = tiny.flags(workdir)
+  kill(workdir, flags, 0.0)
+  kill(workdir, flags, 0.05)
+  kill(workdir, flags, 0.0, inside=True)
+  goes_on_as(run, workdir)
+
+
+@pytest.mark.slow
+def test_thirty_kills_some_inside_a_save(tmp_path):
+  """With a larger state, which takes a while to write."""
+  alone, killed = tmp_path / 'alone', tmp_path / 'killed'
+  large = {'model.channels': 48, 'num_steps': 150}
+  rng, torn = random.Random(0), 0
+  for count in range(30):
+    every = {'checkpoint_every': 1 + count % 3}
+    flags = tiny.flags(killed, **large, **every)
+    torn += kill(killed, flags, rng.uniform(0, 0.2), inside=count % 2)
+    assert max([0, *kept(killed)]) < 150
+  assert torn >= 5
+  tiny.train(killed, **large)
+  tiny.train(alone, **large)
+  assert_same(alone, killed)
+
+
+# --- signals ----------------------------------------------------------------
+
+
+def test_sigterm_saves_and_ends_well(run, tmp_path):
+  """And again while it saves, which loses nothing."""
+  workdir = tmp_path / 'told'
+  process = binaries.start('train', *tiny.flags(workdir, checkpoint_every=0))
+  process.wait_until(lambda: at(workdir) >= 4)
+  process.send(signal.SIGTERM)
+  process.wait_until(lambda: saving(workdir) or kept(workdir))
+  with contextlib.suppress(ProcessLookupError):
+    os.kill(process.process.pid, signal.SIGTERM)
+  last, step = stopped(process, 0), at(workdir)
+  assert last == (
+    f'stopped by SIGTERM at step {step}, which is saved; the same command '
+    'goes on'
+  )
+  assert kept(workdir) == [step]
+  assert 4 <= step < 30
+  with runs.lock(workdir):
+    pass  # it is free
+  goes_on_as(run, workdir)
+
+
+def test_slurm_gets_its_job_back(run, tmp_path):
+  """SIGUSR1 in the first compilation; then where the job cannot be requeued."""
+  workdir, tool = tmp_path / 'slurm', tmp_path / 'scontrol'
+  environment = {
+    'SLURM_JOB_ID': '4711', 'PATH': f'{tmp_path}:{os.environ["PATH"]}',
+  }  # fmt: skip
+  tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+  tool.chmod(0o755)
+  process = binaries.start('train', *tiny.flags(workdir), **environment)
+  process.wait_until((workdir / 'starts.jsonl').exists)
+  process.send(signal.SIGUSR1)
+  last, step = stopped(process, 0), at(workdir)
+  assert last == (
+    f'stopped by SIGUSR1 at step {step}, which is saved; Slurm job 4711 is '
+    'requeued'
+  )
+  assert kept(workdir) == [step]
+  assert 1 <= step < 15
+  assert (tmp_path / 'asked').read_text() == 'requeue 4711\n'
+
+  tool.write_text('#!/bin/sh\nprintf "no such job\\nat all\\n" >&2; exit 1\n')
+  process = binaries.start('train', *tiny.flags(workdir), **environment)
+  process.wait_until(lambda: at(workdir) > step)
+  process.send(signal.SIGUSR1)
+  last, step = stopped(process, 0), at(workdir)
+  assert last == (
+    f'stopped by SIGUSR1 at step {step}, which is saved; Slurm job 4711 cannot '
+    'be requeued (no such job at all): the same command goes on'
+  )
+  goes_on_as(run, workdir)
+
+
+def test_slurm_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+  monkeypatch.setenv('PATH', str(tmp_path))
+  assert 'scontrol' in preemption.requeue('1')
+  assert '\n' not in preemption.requeue('1')
+
+
+@pytest.mark.slow
+def test_fewer_and_fewer_devices(run, tmp_path):
+  """Stopped on eight, then on four, ended on one."""
+  workdir = tmp_path / 'moved'
+  for devices in (8, 4):
+    process = binaries.start('train', *tiny.flags(workdir), devices=devices)
+    goal = at(workdir) + 3
+    process.wait_until(lambda goal=goal: at(workdir) >= goal)
+    process.send(signal.SIGTERM)
+    assert f'at step {at(workdir)}, which' in stopped(process, 0)
+  assert at(workdir) < 30
+  tiny.train(workdir)
+  alone, moved = tiny.losses(run), tiny.losses(workdir)
+  assert moved.keys() == alone.keys()
+  np.testing.assert_allclose(
+    list(moved.values()), list(alone.values()), rtol=3e-6
+  )
+
+
+# --- disks and data ---------------------------------------------------------
+
+
+def limit_files(process, size):
+  """From now on no file of the process grows beyond `size` bytes."""
+  pid = process.process.pid
+  hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
+  resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, hard))
+
+
+@contextlib.contextmanager
+def unwritable(folder):
+  """Modes do not bind root, who has another way on some file systems."""
+  if os.geteuid():
+    folder.chmod(0o555)
+  elif subprocess.run(['chattr', '+i', folder], capture_output=True).returncode:
+    pytest.skip('root can write everywhere here')
+  try:
+    yield
+  finally:
+    if os.geteuid():
+      folder.chmod(0o755)
+    else:
+      subprocess.run(['chattr', '-i', folder], check=True)
+
+
+def names_the_whole_one(line, workdir):
+  assert line.startswith('error: training stopped at step ')
+  newest = kept(workdir)[-1]
+  end = f'; checkpoint {newest} is whole, and the same command goes on from it'
+  assert line.endswith(end)
+
+
+@pytest.mark.parametrize(
+  ('size', 'must'),
+  [
+    pytest.param(2**17, 'checkpoint ', id='checkpoints'),
+    pytest.param(
+      0, 'File too large: ', id='everything', marks=pytest.mark.slow
+    ),
+  ],
+)
+def test_files_that_cannot_grow_end_it_in_one_line(run, tmp_path, size, must):
+  workdir = tmp_path / 'full'
+  process = binaries.start('train', *tiny.flags(workdir))
+  process.wait_until(lambda: 5 in kept(workdir))
+  # stderr is a file too.
+  limit_files(process, size or (workdir / 'metrics.jsonl').stat().st_size)
+  last = stopped(process, 2)
+  names_the_whole_one(last, workdir)
+  assert must in last
+  goes_on_as(run, workdir)
+
+
+@pytest.mark.slow
+def test_a_full_disk(run, tmp_path):
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=16m', 'none', disk]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('no file system can be mounted here')
+  try:
+    workdir = disk / 'run'
+    process = binaries.start('train', *tiny.flags(workdir))
+    process.wait_until(lambda: 5 in kept(workdir))
+    filler = ['dd', 'if=/dev/zero', f'of={disk / "filler"}', 'bs=4096']
+    assert subprocess.run(filler, capture_output=True).returncode
+    last = stopped(process, 2)
+    names_the_whole_one(last, workdir)
+    assert 'No space left on device' in last
+    (disk / 'filler').unlink()
+    goes_on_as(run, workdir)
+  finally:
+    subprocess.run(['umount', '-l', disk], check=True)
+
+
+def test_a_workdir_that_cannot_be_written(run, tmp_path):
+  """From some moment on, and then from the start."""
+  workdir = tmp_path / 'fixed'
+  process = binaries.start('train', *tiny.flags(workdir))
+  process.wait_until(lambda: kept(workdir))
+  with unwritable(workdir / 'checkpoints'):
+    last = stopped(process, 2)
+    names_the_whole_one(last, workdir)
+    assert 'cannot be written (' in last
+  with unwritable(workdir):
+    result = binaries.run('train', *tiny.flags(workdir))
+    assert 'cannot be written' in result.message
+  goes_on_as(run, workdir)
+
+
+def test_a_folder_of_images_that_vanishes(tmp_path):
+  pictures, workdir = tmp_path / 'pictures', tmp_path / 'run'
+  pictures.mkdir()
+  images = tiny.images(600)['image']
+  for index, image in enumerate(images):
+    Image.fromarray(image[..., 0]).save(pictures / f'{index:03}.png')
+  flags = {'data.name': 'folder', 'data.path': pictures, 'checkpoint_every': 2}
+  process = binaries.start('train', *tiny.flags(workdir, **flags))
+  process.wait_until(lambda: kept(workdir))
+  pictures.rename(tmp_path / 'away')
+  last = stopped(process, 2)
+  names_the_whole_one(last, workdir)
+  assert 'image ' in last
+  assert str(pictures) in last
+  (tmp_path / 'away').rename(pictures)
+  tiny.train(workdir, **flags)
+  assert sorted(tiny.losses(workdir)) == list(range(1, 31))
+
+
+def test_an_array_file_that_is_cut_or_vanishes(tmp_path):
+  """What vanishes is there until the run ends; what is cut is missed."""
+  path, workdir = tmp_path / 'images.npy', tmp_path / 'run'
+  np.save(path, tiny.images(600)['image'])
+  shutil.copy(path, tmp_path / 'copy.npy')
+  flags = {'data.name': 'arrays', 'data.path': path, 'checkpoint_every': 2}
+  process = binaries.start('train', *tiny.flags(workdir, **flags))
+  process.wait_until(lambda: kept(workdir))
+  os.truncate(path, 1000)
+  last = stopped(process, 2)
+  names_the_whole_one(last, workdir)
+  assert 'has become shorter' in last
+  shutil.copy(tmp_path / 'copy.npy', path)
+  process = binaries.start('train', *tiny.flags(workdir, **flags))
+  newest = kept(workdir)[-1]
+  process.wait_until(lambda: at(workdir) > newest)
+  path.unlink()
+  result = process.end()
+  assert result.code == 0, result.err
+  assert sorted(tiny.losses(workdir)) == list(range(1, 31))
