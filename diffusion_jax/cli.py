@@ -4,6 +4,7 @@ A mistake of the user gets one line on stderr and exit code 2, whatever raised
 it: absl's flags, ml_collections, a check, a file. A bug keeps its traceback.
 """
 
+import contextlib
 import errno
 import importlib.util
 import json
@@ -12,9 +13,10 @@ import os
 import re
 import sys
 import textwrap
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -416,6 +418,33 @@ class Progress:
         file=sys.stderr,
         flush=True,
       )
+
+
+@contextlib.contextmanager
+def waiting(title: str, seconds: float = 20.0) -> Iterator[None]:
+  """Shows that something long is under way, whose end is not known; on stderr.
+
+  Args:
+    title: what is.
+    seconds: between lines where there is no terminal.
+  """
+  terminal = sys.stderr.isatty()
+  start, done = time.monotonic(), threading.Event()
+
+  def told():
+    return f'{title}: {time.monotonic() - start:.0f} s'
+
+  def tell():
+    while not done.wait(1.0 if terminal else seconds):
+      print(told(), file=sys.stderr, end='\r' if terminal else '\n', flush=True)
+
+  if distributed.is_first():
+    say(title)
+    threading.Thread(target=tell, daemon=True).start()
+  try:
+    yield
+  finally:
+    done.set()
 
 
 def say(text: str) -> None:

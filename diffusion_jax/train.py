@@ -16,7 +16,6 @@ SIGUSR1 in a Slurm job the job is put back into the queue.
 """
 
 import contextlib
-import functools
 import os
 from pathlib import Path
 
@@ -30,24 +29,19 @@ from diffusion_jax import (
   distributed,
   environment,
   finetune,
-  models,
   pictures,
+  programs,
   runs,
-  samplers,
 )
 from diffusion_jax.data import pipeline
 from diffusion_jax.errors import UserError
-from diffusion_jax.process import schedules
-from diffusion_jax.samplers import draw, grid
 from diffusion_jax.training import (
   checkpoint,
   loop,
   metrics,
-  optim,
   preemption,
   sharding,
   state,
-  step,
 )
 
 FLAGS = flags.FLAGS
@@ -77,54 +71,9 @@ def main():
   origin = finetune.find(
     workdir, FLAGS.init_from, FLAGS.init_step, FLAGS.init_ema
   )
-  sampler = samplers.create(config.sample.sampler)
-  times = grid.create(
-    config.sample.grid, config.process.num_timesteps, config.sample.num_steps
-  )
-
   mesh = sharding.make_mesh(**config.mesh)
-  image_shape = runs.image_shape(config.data)
-  model = models.create(image_shape=image_shape, **config.model)
-  schedule = schedules.create(**config.process)
-  optimizer = optim.create(**config.optim)
-  # Samples have the other child of the seed, see `draw.sample_keys`.
-  root = jax.random.fold_in(jax.random.key(config.seed), 0)
-  init_key, step_key, heldout_key = jax.random.split(root, 3)
-  process = {
-    'model': model,
-    'schedule': schedule,
-    'prediction': config.loss.prediction,
-    'mesh': mesh,
-  }
-  abstract = state.abstract_state(model, optimizer, mesh)
-  step_fn = jax.jit(
-    functools.partial(
-      step.train_step,
-      key=step_key,
-      optimizer=optimizer,
-      learning_rate=optim.learning_rate(
-        config.optim.lr, config.optim.warmup_steps
-      ),
-      ema_decay=config.ema.decay,
-      microbatches=config.microbatches,
-      **process,
-    ),
-    donate_argnums=0,
-    out_shardings=(
-      jax.tree.map(lambda leaf: leaf.sharding, abstract),
-      sharding.replicated(mesh),
-    ),
-  )
-  loss_fn = jax.jit(
-    functools.partial(step.heldout_loss, key=heldout_key, **process)
-  )
-  draw_fn = jax.jit(
-    draw.drawer(
-      sharding.gathering(model.apply, mesh), schedule, config.loss.prediction,
-      sampler, times, image_shape, seed=config.seed,
-    )
-  )  # fmt: skip
-
+  program = programs.create(config, mesh)
+  abstract = program.abstract
   given, left = finetune.load(origin, abstract.params) if origin else ({}, [])
 
   # Nothing was written so far: every answer to a mistake comes before.
@@ -148,7 +97,9 @@ def main():
     if kept:
       train_state = checkpoints.restore(kept[-1], abstract)
     else:
-      train_state = state.create(init_key, model, optimizer, mesh, given)
+      train_state = state.create(
+        program.init_key, program.model, program.optimizer, mesh, given
+      )
     start = int(train_state.step)
     if start >= config.num_steps:
       _finish(workdir, start, {})
@@ -188,14 +139,16 @@ def main():
 
     def eval_fn(train_state):
       value = _heldout_loss(
-        loss_fn, train_state.ema_params, heldout, config.batch_size,
+        program.loss_fn, train_state.ema_params, heldout, config.batch_size,
         config.eval_images, mesh,
       )  # fmt: skip
       return {'heldout_loss': value}
 
     def sample_fn(train_state, at):
       indices = sharding.padded_indices(config.sample.num_images, mesh)
-      images = sharding.to_host(draw_fn(train_state.ema_params, indices))
+      images = sharding.to_host(
+        program.draw_fn(train_state.ema_params, indices)
+      )
       if not first:
         return
       picture = pictures.grid(images[: config.sample.num_images])
@@ -210,7 +163,7 @@ def main():
 
       train_state = loop.train(
         train_state,
-        step_fn=step_fn,
+        step_fn=program.step_fn,
         batches=batches,
         num_steps=config.num_steps,
         batch_size=config.batch_size,

@@ -136,6 +136,10 @@ def train_step(
     grads, (values, t) = accumulate(
       gradient, state.params, rows, microbatches, mesh
     )
+  # Each device keeps its piece: a reduce-scatter, not an all-reduce.
+  grads = jax.lax.with_sharding_constraint(
+    grads, sharding.shardings(state.params, mesh)
+  )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   ema_params = jax.tree.map(

@@ -1,0 +1,1 @@
+"""Planning: what a run would take on devices that are not there."""

@@ -1,0 +1,119 @@
+"""Chips as their makers publish them, and slices of them that are not here."""
+
+import importlib.util
+import math
+import os
+import re
+from typing import NamedTuple
+
+from diffusion_jax.errors import UserError
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """What is published of a chip.
+
+  Attributes:
+    memory: bytes.
+    flops: a second, bfloat16, at the peak.
+    memory_rate: bytes a second between the chip and its memory.
+    link_rate: bytes a second over all its links to other chips, one way.
+    axes: of the grid that chips are connected in.
+    closed: an axis whose length is a multiple of this is a ring, shorter ones
+      are lines.
+  """
+
+  memory: int
+  flops: float
+  memory_rate: float
+  link_rate: float
+  axes: int
+  closed: int
+
+
+# docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; the links of v4 are of
+# arXiv 2304.01433, table 4. Published link rates are of both ways.
+CHIPS = {
+  'v4': Chip(32 * GIB, 275e12, 1200e9, 300e9, 3, 4),
+  'v5e': Chip(16 * GIB, 197e12, 819e9, 200e9, 2, 16),
+  'v5p': Chip(95 * GIB, 459e12, 2765e9, 600e9, 3, 4),
+  'v6e': Chip(32 * GIB, 918e12, 1638e9, 400e9, 2, 16),
+}
+
+
+class Slice(NamedTuple):
+  """Chips that are connected.
+
+  Attributes:
+    name: such as 'v5e:4x4'.
+    chip: one of them.
+    shape: chips along each axis.
+  """
+
+  name: str
+  chip: Chip
+  shape: tuple[int, ...]
+
+  @property
+  def size(self) -> int:
+    """How many chips."""
+    return math.prod(self.shape)
+
+
+def parse(name: str) -> Slice:
+  """'v5e:4x4' -> the slice.
+
+  Raises:
+    UserError: there is no such chip, or its slices have other axes.
+  """
+  kind, _, sizes = name.partition(':')
+  if kind not in CHIPS:
+    raise UserError(
+      f'--topology={name}: a chip ({", ".join(CHIPS)}) and its slice, such as '
+      'v5e:4x4 or v4:2x2x2'
+    )
+  chip = CHIPS[kind]
+  if not re.fullmatch(r'[1-9]\d{0,3}(x[1-9]\d{0,3})*', sizes) or (
+    sizes.count('x') + 1 != chip.axes
+  ):
+    raise UserError(
+      f'--topology={name}: slices of {kind} have {chip.axes} axes, such as '
+      f'{kind}:{"x".join(["2"] * chip.axes)}'
+    )
+  return Slice(name, chip, tuple(map(int, sizes.split('x'))))
+
+
+def devices(where: Slice) -> list:
+  """JAX devices of the slice, one a chip, to compile for.
+
+  Raises:
+    UserError: libtpu, which compiles, is not installed, or has no such slice.
+  """
+  if not importlib.util.find_spec('libtpu'):
+    raise UserError(
+      f'--topology={where.name}: the compiler for TPUs is not installed; pip '
+      "install 'diffusion_jax[tpu]' brings it, to any Linux machine"
+    )
+  # Without, libtpu asks the cloud where it is, tells in pages that it was not
+  # answered, and refuses to be loaded by two processes.
+  for name, value in (
+    ('TPU_SKIP_MDS_QUERY', '1'), ('TPU_ACCELERATOR_TYPE', 'v5litepod-4'),
+    ('TPU_WORKER_HOSTNAMES', 'localhost'), ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
+  ):  # fmt: skip
+    os.environ.setdefault(name, value)
+  from jax.experimental import topologies
+
+  kind = where.name.split(':')[0]
+  # Two cores of a chip work as one device.
+  options = {'chip_config_name': 'megacore'} if kind in ('v4', 'v5p') else {}
+  try:
+    found = topologies.get_topology_desc(
+      platform='tpu', topology_name=where.name, **options
+    ).devices
+  except Exception as e:
+    reason = str(e).splitlines()[0][:150]
+    raise UserError(
+      f'--topology={where.name}: libtpu has no such slice ({reason})'
+    ) from e
+  return list(found)

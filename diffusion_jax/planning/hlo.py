@@ -1,0 +1,121 @@
+"""What a compiled program tells about itself: the text that XLA prints."""
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+KINDS = (
+  'all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
+  'collective-permute',
+)  # fmt: skip
+HEAD = re.compile(r'^(?:ENTRY )?%?([\w.-]+) \(.*\{$')
+CALL = re.compile(r'(?:calls|body|to_apply|condition|called_computations)='
+                  r'\{?((?:%?[\w.-]+(?:, )?)+)')  # fmt: skip
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+OP = re.compile(rf'= (.*?) ({"|".join(KINDS)})(?:-start)?\(')
+ARRAY = re.compile(r'([a-z]+)(\d+)\w*\[([\d,]*)\]')
+
+
+class Collective(NamedTuple):
+  """Arrays that devices exchange.
+
+  Attributes:
+    kind: one of `KINDS`.
+    group: how many devices exchange them with each other.
+    count: how many operations a step has.
+    bytes: of the whole arrays that are reduced, gathered or scattered, as one
+      device has them before or after, all operations together.
+  """
+
+  kind: str
+  group: int
+  count: int
+  bytes: int
+
+
+def collectives(text: str) -> list[Collective]:
+  """The collectives of a compiled program, on one device.
+
+  On TPUs a reduce-scatter is a fusion named all-reduce-scatter, with an
+  all-reduce inside: that is counted as what it does. What is in a loop counts
+  as often as the loop runs.
+
+  Args:
+    text: `compiled.as_text()`.
+  """
+  bodies, entry = _computations(text)
+  counts, sizes = Counter(), Counter()
+  for name, times in _times(bodies, entry).items():
+    for line in bodies[name]:
+      match = OP.search(line)
+      if not match:
+        continue
+      kind, group = match[2], _group(line)
+      arrays = [_bytes(*array) for array in ARRAY.findall(match[1])]
+      # The start of a gather has what goes in beside what comes out.
+      size = max(arrays) if f'{kind}-start(' in line else sum(arrays)
+      if kind == 'reduce-scatter':
+        size *= group
+      if 'all-reduce-scatter' in name:
+        kind = 'reduce-scatter'
+      counts[kind, group] += times
+      sizes[kind, group] += times * size
+  return [
+    Collective(kind, group, counts[kind, group], sizes[kind, group])
+    for kind, group in sorted(sizes, key=sizes.get, reverse=True)
+  ]
+
+
+def _computations(text):
+  """Name -> lines, and the name of the one that begins."""
+  bodies, entry, name = {}, '', None
+  for line in text.splitlines():
+    if name is None:
+      if match := HEAD.match(line):
+        name = match[1]
+        bodies[name] = []
+        if line.startswith('ENTRY'):
+          entry = name
+    elif line == '}':
+      name = None
+    else:
+      bodies[name].append(line)
+  return bodies, entry
+
+
+def _times(bodies, entry) -> Counter:
+  """How often each computation runs in a step."""
+  times = Counter()
+
+  def visit(name, count):
+    times[name] += count
+    for line in bodies[name]:
+      loops = TRIPS.search(line)
+      for names in CALL.findall(line):
+        for called in names.replace('%', '').split(', '):
+          if called in bodies:
+            visit(called, count * (int(loops[1]) if loops else 1))
+
+  visit(entry, 1)
+  return times
+
+
+def _bytes(letters, bits, sizes) -> int:
+  del letters
+  numbers = math.prod(int(size) for size in sizes.split(',') if size)
+  return -(-numbers * int(bits) // 8)
+
+
+def _group(line) -> int:
+  """Devices in a group: {{0,1},{2,3}}, [2,2]<=[4], or mesh['a'=2] {'a'}."""
+  if match := re.search(r'replica_groups=\{\{([\d,]+)\}', line):
+    return match[1].count(',') + 1
+  if match := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
+    return int(match[1])
+  if match := re.search(r'replica_groups=mesh\[(.*?)\] ?\{(.*?)\}', line):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+    return math.prod(
+      int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2])
+    )
+  return 1
