@@ -172,14 +172,23 @@ run() {
     how=$(status) || { pause; continue; }
     say "$how"
     case $began:$how in
-      *:running) began=yes; follow || true; pause ;;
+      *:running)
+        began=yes
+        follow || true
+        pause
+        ;;
       yes:done) return ;;
       yes:refused) fail "$name: it cannot go on; its last line says why" ;;
       yes:stopped) fail "$name: stopped by hand; run goes on with it" ;;
       yes:interrupted) began=''; pause ;;  # it may be preempted by then
       *)
         [ $((tries += 1)) -le 5 ] || fail "$name: it has failed five times"
-        if install && start; then began=yes; else pause; fi
+        if install && start; then
+          began=yes
+          follow || true
+        else
+          pause
+        fi
         ;;
     esac
   done

@@ -4,8 +4,8 @@
 #
 #   bash launch/worker.sh install [gs://BUCKET/tensorflow_datasets]
 #   bash launch/worker.sh start BINARY FLAGS    unless something runs here
-#   bash launch/worker.sh status   running, done, stopped (by hand), interrupted,
-#                                  refused (exit code 2), failed CODE, or none
+#   bash launch/worker.sh status   running, done, stopped (by hand), refused
+#                                  (exit code 2), interrupted, failed or none
 #   bash launch/worker.sh follow   the log, until the end
 #   bash launch/worker.sh stop     lets it save; returns once it has ended
 #   bash launch/worker.sh hold COMMAND    in the foreground; 75 is its exit code
@@ -38,20 +38,22 @@ install() {
 }
 
 start() {
+  exec 8>"$state/starting"
+  flock 8  # one after the other
   if running; then
     echo "$HOSTNAME: something runs here already"
     return
   fi
   rm -f "$state/ended"
   setsid bash launch/worker.sh hold .venv/bin/python -m "diffusion_jax.$1" \
-    "${@:2}" >>"$state/log" 2>&1 </dev/null &
+    "${@:2}" >>"$state/log" 2>&1 </dev/null 8>&- &
   until running || [ -e "$state/ended" ]; do sleep 0.1; done
 }
 
 hold() {
   local child='' told='' code=0
   exec 9>"$state/lock"  # which the child inherits
-  flock --timeout 5 9 || fail 'something runs here already'
+  flock --timeout 1 9 || fail 'something runs here already'
   rm -f "$state/ended"
   echo $$ >"$state/pid"
   # The training ends well when it is told to stop. Whoever starts it again has
