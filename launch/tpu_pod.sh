@@ -108,7 +108,7 @@ on() {  # on WORKER COMMAND
 }
 
 install() {
-  local archive=${TMPDIR:-/tmp}/$name.tar.gz
+  local archive=${TMPDIR:-/var/tmp}/$name.tar.gz
   call git -C "$PWD" archive --format=tar.gz --output="$archive" HEAD &&
     call gcloud compute tpus tpu-vm scp "$archive" "$name:" "${place[@]}" \
       --worker=all &&

@@ -518,6 +518,7 @@ def test_jobsets_restart_whole_and_in_time_to_save(jobset):
   (container,) = pod['containers']
   assert job['backoffLimit'] == 0
   assert job['parallelism'] == job['completions'] == 4
+  assert job['completionMode'] == 'Indexed'
   # A mistake, exit code 2, is not tried again.
   (rule,) = job['podFailurePolicy']['rules']
   assert rule['onExitCodes']['values'] == [2]
@@ -558,7 +559,6 @@ def test_jobsets_give_flags_that_exist(jobset):
     assert given['num_processes'] == '4'
     assert given['process_id'] == '$(JOB_COMPLETION_INDEX)'
     assert document['spec']['network']['enableDNSHostnames'] is True
-    assert group['template']['spec']['completionMode'] == 'Indexed'
 
 
 def test_the_dockerfile_installs_extras_that_exist():
