@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts of this folder, in the project's root. Makes .venv and
 # activates it, unless a virtual environment is active already.
 if [ -z "${VIRTUAL_ENV:-}" ]; then

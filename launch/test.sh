@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-extra=test
+extra='test'
 arguments=()
 for argument in "$@"; do
   case $argument in

@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# What one worker does: tpu_pod.sh calls this on each of a slice, and it starts
+# the containers of gke_jobset.yaml.
+#
+#   bash launch/worker.sh install [gs://BUCKET/tensorflow_datasets]
+#   bash launch/worker.sh start BINARY FLAGS    unless something runs here
+#   bash launch/worker.sh status   running, done, stopped (by hand), refused
+#                                  (exit code 2), interrupted, failed or none
+#   bash launch/worker.sh follow   the log, until the end
+#   bash launch/worker.sh stop     lets it save; returns once it has ended
+#   bash launch/worker.sh hold COMMAND    in the foreground; 75 is its exit code
+#                                         where a SIGTERM came
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+state=.worker  # lock, pid, ended (the exit code), log
+
+fail() {
+  echo "error: $HOSTNAME: $1" >&2
+  exit 2
+}
+
+# The lock is held by the trainer itself, so that neither a kill nor a reboot
+# leaves a stale one.
+running() { ! flock --nonblock --shared "$state/lock" true; }
+
+install() {
+  ! running || fail 'something runs here: stop it first'
+  # The Python of Ubuntu 22.04 is 3.10, which is too old; uv brings its own.
+  export PATH=$HOME/.local/bin:$PATH
+  command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+  uv venv --quiet --clear --python '>=3.11' .venv
+  # With what reads and writes gs://.
+  uv pip install --quiet --python .venv/bin/python '.[tpu]' gcsfs \
+    google-cloud-storage
+  if [ -n "${1:-}" ]; then
+    mkdir -p ~/tensorflow_datasets
+    gcloud storage rsync --recursive "$1" ~/tensorflow_datasets
+  fi
+}
+
+start() {
+  exec 8>"$state/starting"
+  flock 8  # one after the other
+  if running; then
+    echo "$HOSTNAME: something runs here already"
+    return
+  fi
+  rm -f "$state/ended"
+  setsid bash launch/worker.sh hold .venv/bin/python -m "diffusion_jax.$1" \
+    "${@:2}" >>"$state/log" 2>&1 </dev/null 8>&- &
+  until running || [ -e "$state/ended" ]; do sleep 0.1; done
+}
+
+hold() {
+  local child='' told='' code=0
+  exec 9>"$state/lock"  # which the child inherits
+  flock --timeout 1 9 || fail 'something runs here already'
+  rm -f "$state/ended"
+  echo $$ >"$state/pid"
+  # The training ends well when it is told to stop. Whoever starts it again has
+  # to know that it was not done.
+  trap 'told=yes; [ -z "$child" ] || kill "$child" 2>/dev/null || true' TERM
+  "$@" &
+  child=$!
+  [ -z "$told" ] || kill "$child" 2>/dev/null || true
+  while code=0; wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do
+    :  # it was the trap that ended the wait
+  done
+  [ -z "$told" ] || code=75
+  echo "$code" >"$state/ended"
+  exit "$code"
+}
+
+status() {
+  local ended=none
+  if running; then
+    ended=running
+  elif [ -e "$state/ended" ]; then
+    ended=$(cat "$state/ended")
+  fi
+  case $ended in
+    0) echo 'done' ;;
+    2) echo refused ;;
+    75) echo interrupted ;;
+    [1-9]*) echo "failed $ended" ;;
+    *) echo "$ended" ;;
+  esac
+}
+
+follow() {
+  running || exec tail -n 20 "$state/log"
+  exec tail -n 20 -F --pid="$(cat "$state/pid")" "$state/log"
+}
+
+stop() {
+  running || return 0
+  kill "$(cat "$state/pid")" 2>/dev/null || true
+  for _ in {1..1200}; do
+    running || break
+    sleep 0.1
+  done
+  ! running || kill -KILL -- "-$(cat "$state/pid")" || true
+  echo stopped >"$state/ended"
+}
+
+case ${1:-} in
+  install | start | hold | status | follow | stop) ;;
+  -h | --help) sed -n '2,13s/^# \{0,1\}//p' launch/worker.sh; exit 0 ;;
+  *) fail "'${1:-}' is not a command; see --help" ;;
+esac
+mkdir -p "$state"
+"$@"
