@@ -12,7 +12,6 @@ import logging
 import os
 import pathlib
 import re
-import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -50,7 +49,9 @@ def at(path) -> Path:
   scheme, _, place = text.partition('://')
   bucket, *names = place.split('/')
   if scheme != 'gs' or not bucket or '..' in names:
-    raise UserError(f'{text} is neither a local path nor gs://BUCKET/FOLDER')
+    raise UserError(
+      f"{text}: give a local folder, or gs://BUCKET/FOLDER without '..' in it"
+    )
   _reach(bucket)
   return epath.Path(text)
 
@@ -176,9 +177,7 @@ def mapped(path) -> np.ndarray:
   if not in_bucket(path):
     return np.load(path, mmap_mode='r', allow_pickle=False)
   with tempfile.NamedTemporaryFile() as copy:  # lives on while it is mapped
-    with path.open('rb') as file:
-      shutil.copyfileobj(file, copy)
-    copy.flush()
+    _objects().get_file(str(path), copy.name)
     return np.load(copy.name, mmap_mode='r', allow_pickle=False)
 
 
