@@ -179,7 +179,7 @@ def load(
   """Loads the network that a run has trained; the optimiser is not read.
 
   Args:
-    workdir: the run's folder.
+    workdir: the run's folder, local or gs://BUCKET/FOLDER.
     step: of the checkpoint; the newest by default.
     ema: the averaged weights, or the raw ones.
     mesh: where the parameters are to lie; by default every device has them

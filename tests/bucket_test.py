@@ -14,9 +14,13 @@ import diffusion_jax
 from diffusion_jax import files
 from diffusion_jax.training import checkpoint
 
-pytest.importorskip('gcsfs', reason="needs pip install '.[gcs]'")
-pytest.importorskip('google.cloud.storage', reason="needs '.[gcs]'")
-pytestmark = pytest.mark.slow
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    not all(map(files._is_installed, files.PACKAGES)),
+    reason="needs pip install '.[gcs]'",
+  ),
+]
 
 FEW = {'num_steps': 20, 'checkpoint_every': 10}
 DDIM = ['--num_samples=9', '--sampler=ddim', '--num_steps=3']
