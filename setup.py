@@ -28,7 +28,9 @@ setup(
   # Each lower bound is the version that the suite was run with.
   install_requires=[
     'absl-py>=2.3',
+    'etils[epath]>=1.15',  # gs://, which Orbax reaches by it too
     'flax>=0.12.8',
+    'fsspec>=2026.9',
     'grain>=0.2.18',
     'jax>=0.10.2',
     'jinja2>=3.1.6',
@@ -46,6 +48,8 @@ setup(
   extras_require={
     'tpu': ['jax[tpu]>=0.10.2'],
     'cuda': ['jax[cuda12]>=0.10.2'],
+    # Runs in a bucket: gs:// as a workdir or an output.
+    'gcs': ['gcsfs>=2026.10', 'google-cloud-storage>=3.17'],
     # TensorFlow prepares data sets (launch/prepare_data.sh), nothing else.
     'prepare': [
       'tensorflow-cpu>=2.20; platform_system != "Darwin"',

@@ -15,8 +15,6 @@ WORKDIR/evaluations, and WORKDIR/report.html.
 Without --sampler: DDPM's own, 1000 ancestral steps, which takes its time.
 """
 
-from pathlib import Path
-
 import numpy as np
 from absl import flags
 
@@ -69,7 +67,7 @@ def main():
     raise UserError('--workdir is missing; see --help')
   sampling.check_flags(num_samples=2, neighbours=0)
   trained, plan, output = sampling.chosen()
-  workdir = Path(FLAGS.workdir).expanduser()
+  workdir = files.at(FLAGS.workdir).expanduser()
   folder = workdir / 'evaluations'
   runs.usable_folder('workdir', workdir)
   runs.usable_folder('workdir', folder)
@@ -145,7 +143,7 @@ def _judge(folder, reference, heldout, image_shape):
   name = FLAGS.features or ('classifier' if reference.num_classes else 'pixels')
   if name == 'pixels':
     return features.pixels(image_shape)
-  path = Path(name).expanduser()
+  path = files.at(name).expanduser()
   if name == 'classifier':
     path = _train_classifier(folder, reference, image_shape)
   judge = classifier.load(path, image_shape)
@@ -183,7 +181,7 @@ def _train_classifier(folder, reference, image_shape):
         classifier.train(path, reference, on_step=progress.update)
     return str(path)
 
-  return Path(distributed.on_first(train))
+  return files.at(distributed.on_first(train))
 
 
 def _draw_neighbours(path, measured, output, reference):
@@ -200,10 +198,8 @@ def _draw_neighbours(path, measured, output, reference):
     if measured.nearer is not None:
       label += f'; {measured.nearer[i]:.0%} of the held-out are nearer'
     labels.append(label)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  picture = pictures.neighbours(np.stack(rows), labels)
-  with files.replacing(path) as file:
-    pictures.save(file, picture)
+  files.make(path.parent)
+  pictures.save(path, pictures.neighbours(np.stack(rows), labels))
 
 
 def _text(card):

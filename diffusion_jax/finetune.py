@@ -12,7 +12,6 @@ from that, and asks the other run for nothing.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from diffusion_jax import files, runs
@@ -45,7 +44,7 @@ def recorded(workdir) -> Origin | None:
   Raises:
     UserError: the file is damaged.
   """
-  path = Path(workdir) / runs.INIT
+  path = files.at(workdir) / runs.INIT
   if not path.exists():
     return None
   try:
@@ -82,8 +81,8 @@ def find(
     return None
   before = recorded(workdir)
   if init_from:
-    there = Path(init_from).expanduser().resolve()
-    if there == Path(workdir).resolve():
+    there = files.resolved(files.at(init_from).expanduser())
+    if there == files.resolved(workdir):
       raise UserError(
         f'--init_from={init_from} is the --workdir itself: leave it out to go '
         'on, or begin in a new folder'
@@ -121,7 +120,7 @@ def load(origin: Origin, abstract) -> tuple[dict, list[dict]]:
 def record(workdir, origin: Origin, taken: dict, left: list[dict]) -> None:
   """Writes init_from.json."""
   facts = {**origin._asdict(), 'taken': len(taken), 'left': left}
-  with files.replacing(Path(workdir) / runs.INIT) as file:
+  with files.replacing(files.at(workdir) / runs.INIT) as file:
     file.write(json.dumps(facts, indent=2).encode() + b'\n')
 
 
@@ -162,8 +161,8 @@ def told(
   return lines
 
 
-def _checkpoints(workdir) -> Path:
-  return Path(workdir) / 'checkpoints'
+def _checkpoints(workdir) -> files.Path:
+  return files.at(workdir) / 'checkpoints'
 
 
 def _shortened(names: Sequence[str]) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+from diffusion_jax import files
+
 GUTTER = (255, 255, 255)
 SAMPLE = (200, 60, 40)  # round what is drawn, beside what is real
 TILE = 64  # small images are enlarged to at least this many pixels
@@ -117,12 +119,13 @@ def neighbours(
 
 
 def save(path, picture: np.ndarray) -> None:
-  """Writes a PNG.
+  """Writes a PNG, whole or not at all.
 
   Args:
-    path: of the file, or an open one.
+    path: of the file.
     picture: uint8 [H, W, 3] or [H, W, 1].
   """
   if picture.shape[-1] == 1:
     picture = picture[..., 0]
-  Image.fromarray(picture).save(path, format='PNG')
+  with files.replacing(path) as file:
+    Image.fromarray(picture).save(file, format='PNG')

@@ -16,7 +16,6 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from ml_collections import config_dict
 
@@ -75,7 +74,7 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
   change; keys that differ are named. Nothing is written.
   """
   usable_folder('workdir', workdir)
-  path = Path(workdir)
+  path = files.at(workdir)
   if (path / 'config.json').exists():
     differ = differences(read_config(workdir), to_plain(config))
     other = [line for key, line in differ.items() if not may_change(key)]
@@ -93,31 +92,37 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
 
 def write_config(workdir, config: config_dict.ConfigDict) -> None:
   """Writes config.json, whole or not at all."""
-  with files.replacing(Path(workdir) / 'config.json') as file:
+  with files.replacing(files.at(workdir) / 'config.json') as file:
     file.write(json.dumps(to_plain(config), indent=2).encode() + b'\n')
 
 
 def note_start(workdir, facts: dict) -> None:
   """Appends a line to starts.jsonl: what goes on from where, and when."""
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-  with (Path(workdir) / 'starts.jsonl').open('a') as file:
+  folder, put = files.growing(workdir, 'starts.jsonl')
+  with (folder / 'starts.jsonl').open('a') as file:
     file.write(json.dumps({'time': now, **facts}) + '\n')
+  put('starts.jsonl')
 
 
 @contextlib.contextmanager
 def lock(workdir) -> Iterator[None]:
   """Makes the folder and holds it against a second trainer.
 
-  A kill lets go of it.
+  A kill lets go of it. A bucket has no locks: that no two trainers write to one
+  folder of it is left to the user.
 
   Raises:
     UserError: another process trains there, or the folder cannot be written.
   """
   try:
-    Path(workdir).mkdir(parents=True, exist_ok=True)
+    folder = files.make(workdir)
   except OSError as e:
     raise UserError(f'--workdir={workdir} cannot be made ({e.strerror})') from e
-  with (Path(workdir) / LOCK).open('a') as file:
+  if files.in_bucket(folder):
+    yield
+    return
+  with (folder / LOCK).open('a') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -138,7 +143,7 @@ def read_config(workdir, flag: str = 'workdir') -> dict:
   Raises:
     UserError: there is no run.
   """
-  path = Path(workdir) / 'config.json'
+  path = files.at(workdir) / 'config.json'
   if not path.is_file():
     raise UserError(
       f'--{flag}={workdir} holds no run (no config.json): train first'
@@ -156,7 +161,11 @@ def read_config(workdir, flag: str = 'workdir') -> dict:
 
 def usable_folder(flag: str, directory) -> None:
   """Raises UserError unless the folder exists or can be made; makes nothing."""
-  path = Path(directory).absolute()
+  path = files.absolute(directory)
+  if files.in_bucket(path):
+    if path.is_file():
+      raise UserError(f'--{flag}={directory} is a file')
+    return
   existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
   if not existing.exists():
     raise UserError(f'--{flag}={directory}: {existing} is a link to nothing')
@@ -169,8 +178,8 @@ def usable_folder(flag: str, directory) -> None:
 def usable_output(directory) -> None:
   """As usable_folder, for samples: not among what belongs to something else."""
   usable_folder('output', directory)
-  path = Path(directory).resolve()
-  for parent in path.parents:
+  path = files.resolved(directory)
+  for parent in files.parents(path):
     if (parent / 'store.json').exists():
       raise UserError(
         f'--output={directory} is inside the sample store {parent}: choose '

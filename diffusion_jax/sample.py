@@ -12,7 +12,7 @@ samples.npz (`arr_0`, uint8), grid.png, and what else is asked for.
 import numpy as np
 from absl import flags
 
-from diffusion_jax import cli, distributed, pictures, sampling
+from diffusion_jax import cli, distributed, files, pictures, sampling
 from diffusion_jax.errors import UserError
 from diffusion_jax.samplers import store
 from diffusion_jax.training import sharding
@@ -64,7 +64,7 @@ def _write(output):
   picture = pictures.grid(images[: FLAGS.grid_images])
   pictures.save(output / 'grid.png', picture)
   if FLAGS.png:
-    (output / 'png').mkdir(exist_ok=True)
+    files.make(output / 'png')
     for i, image in enumerate(images):
       pictures.save(output / 'png' / f'{i:06d}.png', image)
 

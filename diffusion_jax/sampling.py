@@ -5,11 +5,10 @@ these flags a binary's own.
 """
 
 import hashlib
-from pathlib import Path
 
 from absl import flags
 
-from diffusion_jax import cli, distributed, runs, samplers
+from diffusion_jax import cli, distributed, files, runs, samplers
 from diffusion_jax.errors import UserError
 from diffusion_jax.samplers import grid, store
 from diffusion_jax.samplers import plan as plans
@@ -54,13 +53,13 @@ def check_flags(**least) -> None:
     raise UserError('--output is empty: give a folder, or leave the flag out')
 
 
-def chosen() -> tuple[Trained, Plan, Path]:
+def chosen() -> tuple[Trained, Plan, files.Path]:
   """The network, the plan and the folder that the flags ask for.
 
   Raises:
     UserError: they ask for what there is not; nothing was written.
   """
-  workdir = Path(FLAGS.workdir).expanduser()
+  workdir = files.at(FLAGS.workdir).expanduser()
   plan = plans.for_run(
     runs.read_config(workdir),
     sampler=FLAGS.sampler, num_steps=FLAGS.num_steps, grid=FLAGS.grid,
@@ -70,13 +69,15 @@ def chosen() -> tuple[Trained, Plan, Path]:
     lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
   )
   output = FLAGS.output or workdir / 'samples' / name(step, plan)
-  output = Path(output).expanduser()
+  output = files.at(output).expanduser()
   runs.usable_output(output)
   trained = load(workdir, step, FLAGS.ema)
   return trained, plan, output
 
 
-def fill(trained: Trained, plan: Plan, output: Path, num_samples: int) -> int:
+def fill(
+  trained: Trained, plan: Plan, output: files.Path, num_samples: int
+) -> int:
   """Draws what the store lacks of its first samples; returns their number.
 
   When it returns, all processes have kept what they drew.

@@ -17,7 +17,6 @@ SIGUSR1 in a Slurm job the job is put back into the queue.
 
 import contextlib
 import os
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -28,6 +27,7 @@ from diffusion_jax import (
   data,
   distributed,
   environment,
+  files,
   finetune,
   pictures,
   programs,
@@ -62,7 +62,7 @@ flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 def main():
   distributed.initialize()
-  config, workdir = FLAGS.config, Path(FLAGS.workdir).expanduser()
+  config, workdir = FLAGS.config, files.at(FLAGS.workdir).expanduser()
   wrong = cli.check(config, jax.devices())
   if wrong:
     raise UserError(wrong[0])
@@ -152,8 +152,8 @@ def main():
       if not first:
         return
       picture = pictures.grid(images[: config.sample.num_images])
-      (workdir / 'samples').mkdir(exist_ok=True)
-      pictures.save(workdir / 'samples' / f'train_{at:08d}.png', picture)
+      folder = files.make(workdir / 'samples')
+      pictures.save(folder / f'train_{at:08d}.png', picture)
       writer.picture(at, 'samples', picture)
 
     with cli.Progress('training', config.num_steps, start) as progress:

@@ -5,13 +5,12 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax import models, runs
+from diffusion_jax import files, models, runs
 from diffusion_jax.errors import UserError
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.process.gaussian import Denoised
@@ -180,7 +179,7 @@ def load(
   """Loads the network that a run has trained; the optimiser is not read.
 
   Args:
-    workdir: the run's folder.
+    workdir: the run's folder, local or gs://BUCKET/FOLDER.
     step: of the checkpoint; the newest by default.
     ema: the averaged weights, or the raw ones.
     mesh: where the parameters are to lie; by default every device has them
@@ -189,7 +188,7 @@ def load(
   Raises:
     UserError: there is no run or no such checkpoint, or it is damaged.
   """
-  workdir = Path(workdir).expanduser()
+  workdir = files.at(workdir).expanduser()
   config = runs.read_config(workdir)
   directory = workdir / 'checkpoints'
   step = checkpoint.find_step(directory, step)

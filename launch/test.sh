@@ -14,7 +14,7 @@ arguments=()
 for argument in "$@"; do
   case $argument in
     -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    --slow) arguments+=(-m slow) ;;
+    --slow) extra=test,gcs; arguments+=(-m slow) ;;
     --parity) extra=test,parity; arguments+=(-m parity) ;;
     --prepare) extra=test,prepare; arguments+=(-m prepare) ;;
     *) arguments+=("$argument") ;;

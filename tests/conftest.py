@@ -20,6 +20,9 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 jax.config.update('jax_compilation_cache_dir', CACHE)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
+# Buckets are tested on a stand-in, which has no accounts.
+os.environ['FSSPEC_GCS_TOKEN'] = 'anon'
+
 # Meshes are tested on eight simulated devices, in one process.
 jax.config.update('jax_num_cpu_devices', 8)
 # A rank that broadcasts by accident is a wrong loss that trains.

@@ -10,7 +10,7 @@ import binaries
 import jax
 import numpy as np
 
-from diffusion_jax import models, runs
+from diffusion_jax import files, models, runs
 from diffusion_jax.process import schedules
 from diffusion_jax.training import (
   checkpoint,
@@ -177,7 +177,7 @@ def losses(workdir) -> dict:
 
 def final_state(workdir):
   """All of the newest checkpoint, as NumPy."""
-  folder = Path(workdir) / 'checkpoints'
+  folder = files.at(workdir) / 'checkpoints'
   newest = checkpoint.steps(folder)[-1]
   config = runs.read_config(workdir)
   network = models.create(image_shape=SHAPE, **config['model'])

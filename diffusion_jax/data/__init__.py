@@ -61,6 +61,11 @@ def create(
       f'data.heldout_every is {heldout_every}: use 0 (no held-out images) or '
       '2 and more (every n-th image)'
     )
+  if '://' in path:
+    raise UserError(
+      f'data.path={path}: data are read from local disks, in any order; copy '
+      'them to one, or mount the bucket as a folder (gcsfuse)'
+    )
 
   if name.startswith('tfds:'):
     return prepared.create(

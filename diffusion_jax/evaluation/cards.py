@@ -13,7 +13,7 @@ import datetime
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePath
 
 from diffusion_jax import environment, files, runs
 from diffusion_jax.errors import UserError
@@ -106,7 +106,7 @@ def create(subject: dict, protocol: dict, results: dict, details: dict) -> dict:
 
 def write(path, card: dict) -> None:
   """Writes a card, whole or not at all."""
-  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  files.make(files.at(path).parent)
   with files.replacing(path) as file:
     file.write(json.dumps(card, indent=2).encode() + b'\n')
 
@@ -121,7 +121,7 @@ def read(path) -> dict:
     UserError: there is none, or the file is something else.
   """
   try:
-    card = json.loads(Path(path).read_text())
+    card = json.loads(files.at(path).read_text())
   except (OSError, ValueError, RecursionError) as e:
     raise UserError(f'{path} is not a metric card ({e})') from e
   if not is_card(card):
@@ -173,7 +173,7 @@ def name(subject_name: str, protocol: dict) -> str:
   )
 
 
-def find(place) -> list[Path]:
+def find(place) -> list[files.Path]:
   """The files of cards: the one given, or all of a run or of a folder.
 
   Args:
@@ -182,7 +182,7 @@ def find(place) -> list[Path]:
   Raises:
     UserError: there are none.
   """
-  place = Path(place).expanduser()
+  place = files.at(place).expanduser()
   if not place.is_dir():
     return [place]
   inner = place / 'evaluations'
@@ -284,7 +284,7 @@ def table(cards: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
 def _who(subject):
   """field -> text: what was judged, as people tell one from another."""
   told = {
-    'run': Path(subject.get('workdir', '?')).name,
+    'run': PurePath(subject.get('workdir', '?')).name,
     'step': subject['step'],
     'weights': 'EMA' if subject.get('ema') else 'raw',
     'sampler': subject.get('sampler', '?'),

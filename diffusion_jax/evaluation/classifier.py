@@ -8,7 +8,6 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +133,7 @@ def train(
     'num_classes': source.num_classes,
     'trained_on': source.description,
   }
-  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  files.make(files.at(path).parent)
   flat = traverse_util.flatten_dict(params, sep='/')
   with files.replacing(path) as file:
     np.savez(file, **flat, **{FACTS: json.dumps(facts)})
@@ -232,13 +231,15 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
 
 def _read(path):
   """The arrays of a file, which may come from anywhere."""
-  with zipfile.ZipFile(path) as archive:
-    # As np.savez writes: nothing is larger than the file that holds it.
-    for info in archive.infolist():
-      if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f'{info.filename} is compressed')
-  with np.load(path, allow_pickle=False) as archive:
-    return {name: archive[name] for name in archive.files}
+  with files.at(path).open('rb') as file:
+    with zipfile.ZipFile(file) as archive:
+      # As np.savez writes: nothing is larger than the file that holds it.
+      for info in archive.infolist():
+        if info.compress_type != zipfile.ZIP_STORED:
+          raise ValueError(f'{info.filename} is compressed')
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as archive:
+      return {name: archive[name] for name in archive.files}
 
 
 def _arrays(source):

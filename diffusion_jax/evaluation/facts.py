@@ -8,10 +8,9 @@ import collections
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusion_jax import runs
+from diffusion_jax import files, runs
 from diffusion_jax.evaluation import cards as metric_cards
 
 
@@ -31,13 +30,13 @@ class Facts(NamedTuple):
     problems: what was left out and why, a line each.
   """
 
-  workdir: Path
+  workdir: files.Path
   config: dict
   rows: list[dict]
   starts: list[dict]
   cards: list[dict]
-  stores: list[tuple[Path, dict]]
-  drawn: list[tuple[int, Path]]
+  stores: list[tuple[files.Path, dict]]
+  drawn: list[tuple[int, files.Path]]
   origin: dict | None
   problems: list[str]
 
@@ -48,10 +47,10 @@ def read(workdir) -> Facts:
   Raises:
     UserError: there is no run, or its config.json is unreadable.
   """
-  workdir, problems = Path(workdir).expanduser(), []
+  workdir, problems = files.at(workdir).expanduser(), []
   config = runs.read_config(workdir)
 
-  def whole(path: Path, is_well: Callable[[Any], bool]):
+  def whole(path: files.Path, is_well: Callable[[Any], bool]):
     """The file's JSON; None, and a line in problems, where it is not well."""
     try:
       value = json.loads(path.read_text())
@@ -90,7 +89,7 @@ def read(workdir) -> Facts:
     cards=sorted(cards, key=_age),
     stores=sorted(
       stores,
-      key=lambda it: (it[1]['step'], (it[0] / 'grid.png').stat().st_mtime),
+      key=lambda it: (it[1]['step'], files.modified(it[0] / 'grid.png')),
     ),
     drawn=sorted(drawn),
     origin=whole(origin, is_step) if origin.exists() else None,
@@ -98,10 +97,10 @@ def read(workdir) -> Facts:
   )
 
 
-def _lines(path: Path, is_well, problems: list[str]) -> list[dict]:
+def _lines(path: files.Path, is_well, problems: list[str]) -> list[dict]:
   """The objects of a file of JSON lines; those that are not well are told."""
   try:
-    text = path.read_text(errors='replace')
+    text = path.read_bytes().decode(errors='replace')
   except FileNotFoundError:
     return []
   except OSError as e:

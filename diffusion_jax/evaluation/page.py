@@ -10,7 +10,6 @@ import io
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jinja2
@@ -43,7 +42,9 @@ PICTURE_ERRORS = (
 )
 
 
-def write(workdir, told: Callable[[str], None] = lambda line: None) -> Path:
+def write(
+  workdir, told: Callable[[str], None] = lambda line: None
+) -> files.Path:
   """Writes WORKDIR/report.html, whole or not at all.
 
   Args:
@@ -80,7 +81,7 @@ def render(run: Facts) -> str:
   )
   environment.filters |= {'number': number, 'value': value}
   parts = {
-    'name': run.workdir.resolve().name,
+    'name': files.resolved(run.workdir).name,
     'about': _about(run),
     'newest': _newest(run),
     'samples': _samples(run),

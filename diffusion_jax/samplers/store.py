@@ -7,14 +7,13 @@ folder that holds samples of one protocol:
   store.json                      what the images depend on
   parts/000000000-000000063.npy   uint8 [n, H, W, C], indices as in the name
 
-Parts appear by renaming, whole. A job that was interrupted draws what is
+Parts appear whole. A job that was interrupted draws what is
 missing, in batches of any size; one that asks for more draws the rest.
 """
 
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -35,7 +34,7 @@ def open_store(directory, protocol: dict) -> None:
     UserError: it holds others (the field that differs is named), or something
       that is not a store.
   """
-  directory = Path(directory)
+  directory = files.at(directory)
   path = directory / 'store.json'
   protocol = json.loads(json.dumps(protocol))
   if path.exists():
@@ -62,17 +61,18 @@ def open_store(directory, protocol: dict) -> None:
       f'{directory} is not empty and not a sample store: choose another '
       '--output'
     )
-  directory.mkdir(parents=True, exist_ok=True)
+  files.make(directory)
   with files.replacing(path) as file:
     file.write(json.dumps(protocol, indent=2).encode())
 
 
-def parts(directory) -> list[tuple[int, int, Path]]:
+def parts(directory) -> list[tuple[int, int, files.Path]]:
   """(first, last + 1, file) of every part, in order."""
-  if not (Path(directory) / 'parts').is_dir():
+  folder = files.at(directory) / 'parts'
+  if not folder.is_dir():
     return []
   found = []
-  for path in sorted((Path(directory) / 'parts').iterdir()):
+  for path in sorted(folder.iterdir()):
     if match := PART.fullmatch(path.name):
       found.append((int(match[1]), int(match[2]) + 1, path))
   return found
@@ -88,8 +88,7 @@ def missing(directory, num_samples: int) -> np.ndarray:
 
 def save(directory, indices, images: np.ndarray) -> None:
   """Keeps uint8 images [n, H, W, C]; one part for each run of indices."""
-  folder = Path(directory) / 'parts'
-  folder.mkdir(exist_ok=True)
+  folder = files.make(files.at(directory) / 'parts')
   indices = np.asarray(indices)
   cuts = np.flatnonzero(np.diff(indices) != 1) + 1
   for rows, block in zip(
@@ -158,7 +157,7 @@ def stream(
 def _read_part(path, count, shape):
   try:
     # Mapped, so that a header that lies about the size is found out.
-    block = np.load(path, mmap_mode='r', allow_pickle=False)
+    block = files.mapped(path)
     if block.dtype != np.uint8 or block.shape != (
       count,
       *(shape or block.shape[1:]),
@@ -196,9 +195,9 @@ def fill(directory, absent, batch_size: int, draw_fn, on_batch=None) -> None:
       on_batch(len(indices))
 
 
-def write_npz(directory, images: np.ndarray) -> Path:
+def write_npz(directory, images: np.ndarray) -> files.Path:
   """All samples as `samples.npz` (`arr_0`), as FID tools read them."""
-  path = Path(directory) / 'samples.npz'
+  path = files.at(directory) / 'samples.npz'
   with files.replacing(path) as file:
     np.savez(file, images)
   return path

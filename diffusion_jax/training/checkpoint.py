@@ -12,19 +12,19 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from absl import logging as absl
 from orbax.checkpoint import v1 as ocp
 
-from diffusion_jax import models
+from diffusion_jax import files, models
 from diffusion_jax.errors import UserError
 from diffusion_jax.training import checksum
 from diffusion_jax.training.state import TrainState
 
 SUMS = 'checksums'  # the key, in Orbax's metadata of a step
+WHOLE = 'commit_success.txt'  # Orbax's last word on a step in a bucket
 
 
 def _hush() -> None:
@@ -60,7 +60,7 @@ class Checkpoints:
   """
 
   def __init__(self, directory, keep_last: int = 3, keep_every: int = 0):
-    self.directory = Path(directory).absolute()
+    self.directory = files.absolute(directory)
     self._saving = None  # (step, what Orbax gives to wait for)
     kept = [ocp.training.preservation_policies.LatestN(keep_last)]
     if keep_every:
@@ -132,12 +132,16 @@ def steps(directory) -> list[int]:
   Args:
     directory: the checkpoints'; [] where it does not exist.
   """
-  directory = Path(directory)
+  directory = files.at(directory)
   if not directory.is_dir():
     return []
-  # A save under way bears a longer name; it gets its own by renaming.
+  # A save under way bears a longer name; it gets its own by renaming. In a
+  # bucket it has its own, and a file is added that says that it is whole.
   return sorted(
-    int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal()
+    int(entry.name)
+    for entry in directory.iterdir()
+    if entry.name.isdecimal()
+    and (not files.in_bucket(entry) or (entry / WHOLE).exists())
   )
 
 
@@ -191,7 +195,7 @@ def load_params(directory, step: int, abstract, *, ema: bool = True):
     UserError: the checkpoint is damaged or holds another model.
   """
   name = 'ema_params' if ema else 'params'
-  checkpointer = ocp.training.Checkpointer(Path(directory).absolute())
+  checkpointer = ocp.training.Checkpointer(files.absolute(directory))
   with checkpointer:
     return _load(checkpointer, directory, step, {name: abstract})[name]
 
@@ -218,7 +222,7 @@ def load_common(
     UserError: the checkpoint is damaged, or nothing is in common.
   """
   part = 'ema_params' if ema else 'params'
-  checkpointer = ocp.training.Checkpointer(Path(directory).absolute())
+  checkpointer = ocp.training.Checkpointer(files.absolute(directory))
   with checkpointer:
     stored, sums = _metadata(checkpointer, directory, step, 'init_step')
     there, here = (
@@ -308,7 +312,7 @@ def _writing(step) -> Iterator[None]:
   except (OSError, ValueError) as e:
     # TensorStore's errors are ValueErrors, with the system's number in them.
     code = re.search(r"os_error_code='(\d+)'", str(e))
-    if not (code or isinstance(e, OSError)):
+    if not (code or isinstance(e, OSError) or 'gs://' in str(e)):
       raise
     reason = os.strerror(int(code[1])) if code else e.strerror or str(e)
     _hush_tasks()

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from pathlib import Path
 
 import numpy as np
 from tensorboardX import summary
@@ -12,13 +11,16 @@ from tensorboardX.proto import event_pb2
 
 from diffusion_jax import files
 
+ROWS = 'metrics.jsonl'
+EVERY = 30  # seconds
+
 
 def read(path) -> list[dict]:
   """The whole lines of a metrics file; [] where there is none.
 
   A last line that a kill tore is left out.
   """
-  path = Path(path)
+  path = files.at(path)
   if not path.exists():
     return []
   lines = path.read_text().split('\n')
@@ -28,9 +30,9 @@ def read(path) -> list[dict]:
 def truncate(path, step: int) -> None:
   """Keeps the lines up to `step`: what came later will be computed again.
 
-  The file is replaced in one rename, so that a kill leaves the old or the new.
+  The file is replaced whole, so that a kill leaves the old or the new.
   """
-  path = Path(path)
+  path = files.at(path)
   if not path.exists():
     return
   kept = [json.dumps(row) + '\n' for row in read(path) if row['step'] <= step]
@@ -57,19 +59,23 @@ class Mute:
 class Writer:
   """Appends rows to `metrics.jsonl` and to TensorBoard's events.
 
+  In a bucket both are written anew by `flush`, the rows by `write` too, where
+  they are older than EVERY seconds.
+
   Args:
     workdir: where both lie.
     step: of the checkpoint that the run goes on from; later rows are dropped.
   """
 
   def __init__(self, workdir, step: int):
-    self._path = Path(workdir) / 'metrics.jsonl'
-    truncate(self._path, step)
-    self._file = self._path.open('a')
-    again = any(Path(workdir).glob('events.out.tfevents.*'))
+    workdir = files.at(workdir)
+    truncate(workdir / ROWS, step)
+    folder, self._put = files.growing(workdir, ROWS)
+    self._file, self._then = (folder / ROWS).open('a'), time.monotonic()
+    again = any(workdir.glob('events.out.tfevents.*'))
     # Not a SummaryWriter: on a full disk its thread dies, and the rows to come
     # wait for it without end.
-    self._board = EventsWriter(str(Path(workdir) / 'events'))
+    self._board = EventsWriter(str(folder / 'events'))
     if again:
       # TensorBoard passes over what an earlier start wrote of these steps.
       start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -82,6 +88,9 @@ class Writer:
     values = {k: v for k, v in values.items() if math.isfinite(v)}
     self._file.write(json.dumps({'step': step, **values}) + '\n')
     self._file.flush()
+    if time.monotonic() - self._then > EVERY:
+      self._put(ROWS)
+      self._then = time.monotonic()
     for name, value in values.items():
       self._event(step, summary=summary.scalar(name, value))
 
@@ -91,12 +100,14 @@ class Writer:
     self._event(step, summary=picture)
 
   def flush(self) -> None:
-    """Both are on disk when it returns, as the JSON lines always are."""
+    """Both are where they belong when it returns; rows on a disk always are."""
     self._board.flush()
+    self._put()
 
   def close(self) -> None:
     self._file.close()
     self._board.close()
+    self._put()
 
   def _event(self, step: int, **what) -> None:
     self._board.write_event(
