@@ -30,9 +30,7 @@ install() {
   export PATH=$HOME/.local/bin:$PATH
   command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
   uv venv --quiet --clear --python '>=3.11' .venv
-  # With what reads and writes gs://.
-  uv pip install --quiet --python .venv/bin/python '.[tpu]' gcsfs \
-    google-cloud-storage
+  uv pip install --quiet --python .venv/bin/python '.[tpu,gcs]'
   if [ -n "${1:-}" ]; then
     mkdir -p ~/tensorflow_datasets
     gcloud storage rsync --recursive "$1" ~/tensorflow_datasets

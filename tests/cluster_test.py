@@ -564,7 +564,7 @@ def test_jobsets_give_flags_that_exist(jobset):
 def test_the_dockerfile_installs_extras_that_exist():
   text = (ROOT / 'launch' / 'Dockerfile').read_text()
   setup = (ROOT / 'setup.py').read_text()
-  assert '".[${EXTRA:?is tpu or cuda}]"' in text
-  for extra in ('tpu', 'cuda'):
+  assert '".[gcs,${EXTRA:?is tpu or cuda}]"' in text
+  for extra in ('tpu', 'cuda', 'gcs'):
     assert f"'{extra}': [" in setup
-  assert "'.[tpu]'" in (ROOT / 'launch' / 'worker.sh').read_text()
+  assert "'.[tpu,gcs]'" in (ROOT / 'launch' / 'worker.sh').read_text()

@@ -10,8 +10,10 @@ KINDS = (
   'collective-permute',
 )  # fmt: skip
 HEAD = re.compile(r'^(?:ENTRY )?%?([\w.-]+) \(.*\{$')
-CALL = re.compile(r'(?:calls|body|to_apply|condition|called_computations)='
-                  r'\{?((?:%?[\w.-]+(?:, )?)+)')  # fmt: skip
+CALL = re.compile(
+  r'(?:calls|body|condition|called_computations|branch_computations)='
+  r'(?:\{([^}]*)\}|%?([\w.-]+))'
+)
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 OP = re.compile(rf'= (.*?) ({"|".join(KINDS)})(?:-start)?\(')
 ARRAY = re.compile(r'([a-z]+)(\d+)\w*\[([\d,]*)\]')
@@ -92,8 +94,8 @@ def _times(bodies, entry) -> Counter:
     times[name] += count
     for line in bodies[name]:
       loops = TRIPS.search(line)
-      for names in CALL.findall(line):
-        for called in names.replace('%', '').split(', '):
+      for several, one in CALL.findall(line):
+        for called in (several or one).replace('%', '').split(', '):
           if called in bodies:
             visit(called, count * (int(loops[1]) if loops else 1))
 
