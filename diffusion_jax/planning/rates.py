@@ -106,7 +106,7 @@ def _next(fits, does_not, tried, earlier, accuracy):
     slope = tried.used / tried.count
   guess = tried.count + (tried.limit - tried.used) / max(slope, 1e-9)
   # A little to the side that is not known yet, so that both ends move.
-  step = accuracy / 2 * guess
+  step = accuracy / 3 * guess
   guess = int(guess + step if tried.used <= tried.limit else guess - step)
   low = fits.count + 1
   high = does_not.count - 1 if does_not else max(guess, 2 * fits.count)
