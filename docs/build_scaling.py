@@ -63,8 +63,8 @@ def compiled() -> dict:
       continue
     config, topology, batch, flags = run
     command = [
-      *(sys.executable, '-m', 'diffusion_jax.preflight', *COMMON, *flags),
-      f'--config={config}',
+      *(sys.executable, '-m', 'diffusion_jax.preflight', f'--config={config}'),
+      *(*COMMON, *flags),
       f'--topology={topology}',
       f'--config.batch_size={batch}',
       '--json',
