@@ -4,6 +4,7 @@ config.json            the resolved config
 init_from.json         whose parameters it began with, see finetune.py
 checkpoints/           one folder a step
 starts.jsonl           one object a start: time, step, versions, devices
+heartbeats/            of several processes, see training/watchdog.py
 metrics.jsonl          one object a line; TensorBoard's events beside it
 samples/               grids on the way (train_*.png) and sample stores
 evaluations/           metric cards, and the networks that judged

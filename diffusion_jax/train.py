@@ -42,6 +42,7 @@ from diffusion_jax.training import (
   preemption,
   sharding,
   state,
+  watchdog,
 )
 
 FLAGS = flags.FLAGS
@@ -57,6 +58,11 @@ flags.DEFINE_integer(
   'init_step', None, 'Its checkpoint; the newest by default.'
 )
 flags.DEFINE_bool('init_ema', True, 'Its averaged weights, or the raw ones.')
+flags.DEFINE_float(
+  'still_secs', 300,
+  'A step that takes longer is told of, with where its process stands.',
+  lower_bound=0.1,
+)  # fmt: skip
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 
@@ -156,15 +162,27 @@ def main():
       pictures.save(folder / f'train_{at:08d}.png', picture)
       writer.picture(at, 'samples', picture)
 
+    dog = stack.enter_context(
+      watchdog.Watchdog(
+        workdir,
+        distributed.index(),
+        jax.process_count(),
+        still_secs=FLAGS.still_secs,
+        silent_secs=FLAGS.heartbeat_secs / 2,
+        every_secs=min(FLAGS.heartbeat_secs / 6, 10),
+        tell=cli.say,
+      )
+    )
     with cli.Progress('training', config.num_steps, start) as progress:
 
       def on_step(row):
+        dog.step()
         progress.update(note=f'loss {row["loss"]:.4f}' if row else '')
 
       train_state = loop.train(
         train_state,
         step_fn=program.step_fn,
-        batches=batches,
+        batches=dog.waiting(batches),
         num_steps=config.num_steps,
         batch_size=config.batch_size,
         every=loop.Every(

@@ -154,8 +154,13 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %slice = bf16[2,64] dynamic-slice(%all-reduce.7, %zero)
 }
 
+%async_collective_fusion.4 (p: f32[8]) -> f32[32] {
+  %all-gather.9 = f32[32]{0} all-gather(%part), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
 %body.3 (p: (s32[], f32[32])) -> (s32[], f32[32]) {
   %all-gather.2 = f32[32]{0} all-gather(%part), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+  %fusion.2 = f32[32]{0} fusion(%a), kind=kCustom, calls=%async_collective_fusion.4
   %fusion.1 = bf16[2,64]{1,0} fusion(%a, %b), kind=kCustom, calls=%all-reduce-scatter.1
 }
 

@@ -47,20 +47,26 @@ def collectives(text: str) -> list[Collective]:
     text: `compiled.as_text()`.
   """
   bodies, entry = _computations(text)
-  counts, sizes = Counter(), Counter()
+  counts, sizes, seen = Counter(), Counter(), set()
   for name, times in _times(bodies, entry).items():
     for line in bodies[name]:
       match = OP.search(line)
       if not match:
         continue
       kind, group = match[2], _group(line)
+      channel = re.search(r'channel_id=(\d+)', line)
+      if 'all-reduce-scatter' in name:
+        kind = 'reduce-scatter'  # of which several may share a channel
+      elif channel:
+        # One that is asynchronous is printed in each of its parts.
+        if (kind, channel[1]) in seen:
+          continue
+        seen.add((kind, channel[1]))
       arrays = [_bytes(*array) for array in ARRAY.findall(match[1])]
       # The start of a gather has what goes in beside what comes out.
       size = max(arrays) if f'{kind}-start(' in line else sum(arrays)
-      if kind == 'reduce-scatter':
+      if match[2] == 'reduce-scatter':
         size *= group
-      if 'all-reduce-scatter' in name:
-        kind = 'reduce-scatter'
       counts[kind, group] += times
       sizes[kind, group] += times * size
   return [

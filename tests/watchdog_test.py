@@ -1,0 +1,163 @@
+"""Who is named, when processes are missing, stand still, or are slow."""
+
+import os
+import signal
+import threading
+import time
+
+import binaries
+import pytest
+import tiny
+from distributed_test import free_port, rows
+
+from diffusion_jax.training import watchdog
+from diffusion_jax.training.watchdog import Beat
+
+
+def beat(process, **changes):
+  well = Beat(process, f'host{process}, pid 7', 5, 100, 0.1, 0.01, ['a stack'])
+  return well._replace(**changes)
+
+
+def judged(*beats, silent=None):
+  heard = {one.process: 0.0 for one in beats}
+  return watchdog.judge(list(beats), {**heard, **(silent or {})}, 60, 30)
+
+
+def test_all_is_well():
+  assert not judged(beat(0), beat(1), beat(2, waited=0.2))
+  assert not judged(beat(0, waited=0.2))
+
+
+def test_a_missing_process_is_named_with_where_it_was():
+  # The others wait for it, which is not their fault.
+  found = judged(beat(0, still=90), beat(1, steps=99), silent={1: 31.0})
+  assert found == {
+    (1, 'missing'): (
+      'watchdog: process 1 (host1, pid 7) is missing: silent for 31 s, last '
+      'seen after 99 steps since its start, in\na stack'
+    )
+  }
+
+
+def test_one_that_was_never_there():
+  found = judged(beat(0), silent={1: 40.0})
+  assert found[1, 'missing'].startswith('watchdog: process 1 is missing')
+  assert 'is the workdir shared?' in found[1, 'missing']
+
+
+def test_the_one_that_is_behind_stands_still():
+  found = judged(
+    beat(0, still=70), beat(1, still=71, steps=99), beat(2, still=70)
+  )
+  assert found.keys() == {(1, 'still')}
+  told = found[1, 'still']
+  assert 'process 1 (host1, pid 7) stands still for 71 s, and the' in told
+  assert told.endswith('a stack')
+
+
+def test_where_all_stand_still_no_host_is_blamed():
+  found = judged(beat(0, still=70), beat(1, still=70))
+  assert found.keys() == {(0, 'still')}
+  assert 'all 2 stand still for 70 s: devices, or the' in found[0, 'still']
+
+
+def test_a_slow_host_is_named():
+  found = judged(beat(0, waited=0.02), beat(1, waited=0.6), beat(2))
+  assert found.keys() == {(1, 'slow')}
+  assert 'waits for data 60% of the time, the others 2%;' in found[1, 'slow']
+  # All read from one slow disk: that is no host's fault.
+  assert not judged(*(beat(i, waited=0.5) for i in range(3)))
+  assert judged(beat(0, waited=0.5)).keys() == {(0, 'slow')}
+
+
+class Held:
+  """An iterator whose fourth element lets the test look first."""
+
+  def __init__(self):
+    self.go = threading.Event()
+
+  def batches(self):
+    yield from range(3)
+    assert self.go.wait(60)
+    yield 3
+
+
+def test_data_that_do_not_come(tmp_path):
+  """In one process, which has nobody to write for: with its own stack."""
+  told, held = [], Held()
+  with watchdog.Watchdog(
+    tmp_path, 0, 1, still_secs=0.2, silent_secs=9, every_secs=0.02,
+    tell=told.append,
+  ) as dog:  # fmt: skip
+    threading.Thread(target=release, args=(told, held)).start()
+    for _ in dog.waiting(held.batches()):
+      dog.step()
+  assert 'process 0' in told[0]
+  assert 'stands still' in told[0]
+  assert 'after 3 steps since its start' in told[0]
+  assert 'held.batches' in told[0]
+  assert 'self.go.wait(60)' in told[0]
+  assert len([line for line in told if 'stands still' in line]) == 1
+  assert not list(tmp_path.iterdir())
+
+
+def release(told, held):
+  deadline = time.monotonic() + 30
+  while not told and time.monotonic() < deadline:
+    time.sleep(0.01)
+  held.go.set()
+
+
+def test_processes_find_each_other_in_the_workdir(tmp_path):
+  """The second beats, then ends without a word; a third never comes."""
+  told = []
+  how = {'still_secs': 9, 'silent_secs': 0.3, 'every_secs': 0.02}
+  first = watchdog.Watchdog(tmp_path, 0, 3, tell=told.append, **how)
+  second = watchdog.Watchdog(tmp_path, 1, 3, tell=pytest.fail, **how)
+  with first:
+    with second:
+      deadline = time.monotonic() + 30
+      while not told and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert 'process 2 is missing' in told[0]
+    while len(told) < 2 and time.monotonic() < deadline:
+      time.sleep(0.01)
+  assert 'process 1 (' in told[1]
+  assert 'is missing' in told[1]
+  assert len(told) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_told_once(tmp_path):
+  (tmp_path / 'heartbeats').write_text('in the way')
+  told = []
+  with watchdog.Watchdog(
+    tmp_path, 0, 2, still_secs=9, silent_secs=9, every_secs=0.01,
+    tell=told.append,
+  ):  # fmt: skip
+    time.sleep(0.2)
+  assert len(told) == 1
+  assert 'no heartbeat can be kept' in told[0]
+
+
+@pytest.mark.slow
+def test_a_stopped_process_is_named_before_the_run_ends(tmp_path):
+  """SIGSTOP, as of a host that hangs; JAX then ends the others."""
+  port = free_port()
+  processes = [
+    binaries.start(
+      'train', *tiny.flags(tmp_path, num_steps=100_000, sample_every=0),
+      f'--coordinator=localhost:{port}', '--num_processes=2',
+      f'--process_id={i}', '--heartbeat_secs=20',
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  processes[0].wait_until(lambda: len(rows(tmp_path)) >= 3)
+  processes[1].send(signal.SIGSTOP)
+  result = processes[0].end(limit=120)
+  os.kill(processes[1].process.pid, signal.SIGCONT)
+  processes[1].kill()
+  assert result.code != 0
+  assert 'watchdog: process 1 (' in result.err
+  assert 'is missing: silent for 1' in result.err
+  assert 'steps since its start, in' in result.err
