@@ -14,7 +14,6 @@ training is, it compares them. Nothing is trained, and nothing is kept.
 """
 
 import contextlib
-import math
 import os
 
 import jax
@@ -24,8 +23,9 @@ from ml_collections import config_flags
 
 from diffusion_jax import cli, distributed, programs, runs
 from diffusion_jax.errors import UserError
-from diffusion_jax.planning import checks, chips, compiled, rates
-from diffusion_jax.planning.compiled import Compiled, TooLarge
+from diffusion_jax.planning import checks, chips, compiled, page, rates
+from diffusion_jax.planning.compiled import Compiled, TooLarge, device_bytes
+from diffusion_jax.planning.page import gib
 from diffusion_jax.training import sharding
 
 FLAGS = flags.FLAGS
@@ -87,7 +87,7 @@ def main():
   sample = _sample(config, devices) if FLAGS.sampling else None
   result = _result(config, where, devices, limit, train, sample)
   result['checks'] = [check._asdict() for check in looked_at]
-  cli.report(result, '\n'.join(_shown(result)), FLAGS.json)
+  cli.report(result, '\n'.join(page.lines(result)), FLAGS.json)
 
 
 # --- compiling ----------------------------------------------------------------
@@ -135,7 +135,7 @@ def _sample(config, devices) -> Compiled:
       )  # fmt: skip
     except TooLarge as e:
       raise UserError(
-        f'--sample_batch_size={count}: {_gb(e.used)} a chip, {_gb(e.limit)} '
+        f'--sample_batch_size={count}: {gib(e.used)} a chip, {gib(e.limit)} '
         'there are; draw fewer at once'
       ) from e
 
@@ -176,9 +176,9 @@ def _largest(config, devices, limit) -> None:
       'too_large_bytes': does_not.used,
       'limit': does_not.limit,
     },
-    f'{name}: batch_size={fits.count * unit} fits ({_gb(fits.used)} a chip), '
-    f'{does_not.count * unit} does not ({_gb(does_not.used)} of '
-    f'{_gb(does_not.limit)})',
+    f'{name}: batch_size={fits.count * unit} fits ({gib(fits.used)} a chip), '
+    f'{does_not.count * unit} does not ({gib(does_not.used)} of '
+    f'{gib(does_not.limit)})',
     FLAGS.json,
   )
 
@@ -201,7 +201,7 @@ def _too_large(config, devices, used, limit) -> str:
   data, fsdp, _ = sharding.mesh_shape(len(devices), **config.mesh)
   each = config.batch_size // (data * fsdp)
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  state = _bytes(programs.create(config, mesh).abstract)
+  state = device_bytes(programs.create(config, mesh).abstract)
   remedies = []
   if state < 0.8 * limit:
     # Activations, which are the rest, follow the images at once.
@@ -220,9 +220,9 @@ def _too_large(config, devices, used, limit) -> str:
   remedies.append('more or larger chips')
   name = FLAGS.topology or f'{len(devices)} {devices[0].device_kind}'
   return (
-    f'batch_size={config.batch_size} does not fit {name}: {_gb(used)} a chip, '
-    f'{_gb(used - limit)} more than its {_gb(limit)}; what may make it fit: '
-    + ', or '.join(remedies)
+    f'batch_size={config.batch_size} does not fit {name}: {gib(used)} a chip, '
+    f'{gib(used - limit)} more than its {gib(limit)}; what may make it fit: '
+    f'{", or ".join(remedies)}'
   )
 
 
@@ -239,25 +239,13 @@ def _memory(device) -> int:
   return whole // jax.local_device_count()
 
 
-def _bytes(tree) -> int:
-  """On one device."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-  )
-
-
-def _gb(count) -> str:
-  return f'{count / 2**30:.2f} GiB'
-
-
 def _result(config, where, devices, limit, train, sample) -> dict:
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   state = programs.create(config, mesh).abstract
   parts = {
-    'parameters': _bytes(state.params),
-    'EMA': _bytes(state.ema_params),
-    'optimiser': _bytes(state.opt_state),
+    'parameters': device_bytes(state.params),
+    'EMA': device_bytes(state.ema_params),
+    'optimiser': device_bytes(state.opt_state),
   }
   batch_size = config.batch_size
   result = {
@@ -289,8 +277,8 @@ def _result(config, where, devices, limit, train, sample) -> dict:
       'sampler': config.sample.sampler,
       'num_steps': config.sample.num_steps,
       'bytes': {
-        'EMA': _bytes(state.ema_params),
-        'batch': sample.arguments - _bytes(state.ema_params),
+        'EMA': device_bytes(state.ema_params),
+        'batch': sample.arguments - device_bytes(state.ema_params),
         'outputs': sample.outputs - sample.aliased,
         'temporaries': sample.temporaries,
         'code': sample.code,
@@ -320,87 +308,6 @@ def _program(program, images, num_devices) -> dict:
     'collectives': [one._asdict() for one in program.collectives],
     'compile_seconds': round(program.seconds, 1),
   }
-
-
-def _shown(result):
-  """Lines for people."""
-  name = result['topology'] or 'this machine'
-  mesh = ' x '.join(f'{axis} {size}' for axis, size in result['mesh'].items())
-  effort = '; compiled at low effort: memory within 6%' * result['fast']
-  yield (
-    f'{name}: {result["num_devices"]} {result["device"]}, {mesh}, '
-    f'{result["dtype"]}{effort}'
-  )
-  kinds = [kind for kind in ('train', 'sample') if kind in result]
-  for kind in kinds:
-    yield from ['', *_program_shown(kind, result)]
-  if 'predicted' in result:
-    yield from ['', *_predicted_shown(result)]
-  total = max(result[kind]['bytes']['total'] for kind in kinds)
-  yield ''
-  yield (
-    f'it fits: {_gb(total)} of {_gb(result["memory"])} a chip, '
-    f'{total / result["memory"]:.0%}'
-  )
-
-
-def _program_shown(kind, result):
-  program = result[kind]
-  if kind == 'train':
-    yield (
-      f'training, batch {result["batch_size"]} in {result["microbatches"]} '
-      f'microbatch{"es" * (result["microbatches"] > 1)}'
-    )
-  else:
-    yield (
-      f'sampling, {program["batch_size"]} images at once, '
-      f'{program["num_steps"]} steps of {program["sampler"]}'
-    )
-  rows = [
-    (name, f'{size:,}', f'{size / result["memory"]:.1%}')
-    for name, size in program['bytes'].items()
-  ]
-  yield from cli.table(['bytes a chip', '', 'of its memory'], rows)
-  yield (
-    f'{program["product_flops_per_image"] / 1e9:,.2f} GFLOP an image in '
-    'convolutions and matrix products'
-  )
-  if kind == 'train':
-    yield (
-      f'{program["xla_flops_per_image"] / 1e9:,.2f} GFLOP an image in all, as '
-      'XLA counts'
-    )
-    share = program['aliased'] / program['outputs']
-    yield f'{share:.2%} of the outputs take the place of donated arguments'
-  if program['collectives']:
-    yield from cli.table(
-      ['chips exchange', 'in groups of', 'operations', 'bytes a chip'],
-      [
-        (
-          one['kind'], str(one['group']), str(one['count']), f'{one["bytes"]:,}'
-        )
-        for one in program['collectives']
-      ],
-    )  # fmt: skip
-  else:
-    yield 'chips exchange nothing'
-  yield f'compiled in {program["compile_seconds"]:.0f} s'
-
-
-def _predicted_shown(result):
-  predicted = result['predicted']
-  yield (
-    'a step at the published rates: '
-    f'{1e3 * predicted["compute_seconds"]:.2f} ms of products, '
-    f'{1e3 * predicted["memory_seconds"]:.2f} ms of memory, '
-    f'{1e3 * predicted["exchange_seconds"]:.2f} ms of exchange'
-  )
-  yield (
-    f'{1e3 * predicted["seconds"]:.2f} ms if nothing overlaps but products and '
-    f'memory: {predicted["images_per_sec_per_chip"]:,.0f} images/s a chip, '
-    f'{predicted["hours"]:.1f} hours for the run, efficiency '
-    f'{predicted["efficiency"]:.0%}; no chip reaches its published rates'
-  )
 
 
 if __name__ == '__main__':

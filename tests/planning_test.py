@@ -204,6 +204,20 @@ def test_a_compiled_program():
   assert program.collectives == [Collective('all-reduce', 8, 1, 4000)]
 
 
+@pytest.mark.parametrize(
+  'message',
+  [
+    'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required '
+    'for HLO temporaries (38.50G) exceeds available HBM (15.75G).',
+    'Ran out of memory in memory space hbm. Used 38.50G of 15.75G hbm.',
+  ],
+)
+def test_what_libtpu_says_of_too_large_a_program(message):
+  gib = 2**30
+  assert compiled._exceeded(message) == (38.5 * gib, 15.75 * gib)
+  assert compiled._exceeded('INTERNAL: something else') is None
+
+
 # --- predictions ------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """A program compiled for devices: what it takes of them in a step."""
 
+import math
 import re
 import time
 from typing import NamedTuple
@@ -67,6 +68,14 @@ class Compiled(NamedTuple):
     )
 
 
+def device_bytes(tree) -> int:
+  """Bytes that one device has of abstract arrays."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
 def compile(fn, args, *, options: dict | None = None) -> Compiled:
   """Compiles a jitted function; nothing is run.
 
@@ -84,13 +93,11 @@ def compile(fn, args, *, options: dict | None = None) -> Compiled:
   try:
     program = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as e:
-    exceeded = re.search(r'Used ([\d.]+)(\w?) of ([\d.]+)(\w?) hbm', str(e))
+    exceeded = _exceeded(str(e))
     if not exceeded:
       raise
-    used, used_unit, limit, limit_unit = exceeded.groups()
-    raise TooLarge(
-      int(float(used) * UNITS[used_unit]), int(float(limit) * UNITS[limit_unit])
-    ) from e
+    # What goes in has its place before anything is computed.
+    raise TooLarge(exceeded[0] + device_bytes(args), exceeded[1]) from e
   memory, cost = program.memory_analysis(), program.cost_analysis() or {}
   return Compiled(
     memory.argument_size_in_bytes,
@@ -104,3 +111,19 @@ def compile(fn, args, *, options: dict | None = None) -> Compiled:
     hlo.collectives(program.as_text()),
     time.monotonic() - start,
   )
+
+
+def _exceeded(message) -> tuple[int, int] | None:
+  """(bytes of temporaries, bytes that there are), of libtpu's refusal."""
+  size = r'\(?([\d.]+)([KMGT]?)\)?'
+  for form in (
+    rf'temporaries {size} exceeds available HBM {size}',
+    rf'Used {size} of {size} hbm',
+  ):
+    if found := re.search(form, message):
+      used, used_unit, limit, limit_unit = found.groups()
+      return (
+        int(float(used) * UNITS[used_unit]),
+        int(float(limit) * UNITS[limit_unit]),
+      )
+  return None

@@ -1,0 +1,95 @@
+"""What a preflight found, as a table."""
+
+from collections.abc import Iterator
+
+from diffusion_jax import cli
+
+
+def gib(count: float) -> str:
+  """Bytes, for people."""
+  return f'{count / 2**30:.2f} GiB'
+
+
+def lines(result: dict) -> Iterator[str]:
+  """What preflight found, for people.
+
+  Args:
+    result: what it prints as JSON.
+  """
+  name = result['topology'] or 'this machine'
+  mesh = ' x '.join(f'{axis} {size}' for axis, size in result['mesh'].items())
+  effort = '; compiled at low effort: memory within 6%' * result['fast']
+  yield (
+    f'{name}: {result["num_devices"]} {result["device"]}, {mesh}, '
+    f'{result["dtype"]}{effort}'
+  )
+  kinds = [kind for kind in ('train', 'sample') if kind in result]
+  for kind in kinds:
+    yield from ['', *_program(kind, result)]
+  if 'predicted' in result:
+    yield from ['', *_predicted(result)]
+  total = max(result[kind]['bytes']['total'] for kind in kinds)
+  yield ''
+  yield (
+    f'it fits: {gib(total)} of {gib(result["memory"])} a chip, '
+    f'{total / result["memory"]:.0%}'
+  )
+
+
+def _program(kind, result):
+  program = result[kind]
+  if kind == 'train':
+    yield (
+      f'training, batch {result["batch_size"]} in {result["microbatches"]} '
+      f'microbatch{"es" * (result["microbatches"] > 1)}'
+    )
+  else:
+    yield (
+      f'sampling, {program["batch_size"]} images at once, '
+      f'{program["num_steps"]} steps of {program["sampler"]}'
+    )
+  rows = [
+    (name, f'{size:,}', f'{size / result["memory"]:.1%}')
+    for name, size in program['bytes'].items()
+  ]
+  yield from cli.table(['bytes a chip', '', 'of its memory'], rows)
+  yield (
+    f'{program["product_flops_per_image"] / 1e9:,.2f} GFLOP an image in '
+    'convolutions and matrix products'
+  )
+  if kind == 'train':
+    yield (
+      f'{program["xla_flops_per_image"] / 1e9:,.2f} GFLOP an image in all, as '
+      'XLA counts'
+    )
+    share = program['aliased'] / program['outputs']
+    yield f'{share:.2%} of the outputs take the place of donated arguments'
+  if program['collectives']:
+    yield from cli.table(
+      ['chips exchange', 'in groups of', 'operations', 'bytes a chip'],
+      [
+        (
+          one['kind'], str(one['group']), str(one['count']), f'{one["bytes"]:,}'
+        )
+        for one in program['collectives']
+      ],
+    )  # fmt: skip
+  else:
+    yield 'chips exchange nothing'
+  yield f'compiled in {program["compile_seconds"]:.0f} s'
+
+
+def _predicted(result):
+  predicted = result['predicted']
+  yield (
+    'a step at the published rates: '
+    f'{1e3 * predicted["compute_seconds"]:.2f} ms of products, '
+    f'{1e3 * predicted["memory_seconds"]:.2f} ms of memory, '
+    f'{1e3 * predicted["exchange_seconds"]:.2f} ms of exchange'
+  )
+  yield (
+    f'{1e3 * predicted["seconds"]:.2f} ms if nothing overlaps but products and '
+    f'memory: {predicted["images_per_sec_per_chip"]:,.0f} images/s a chip, '
+    f'{predicted["hours"]:.1f} hours for the run, efficiency '
+    f'{predicted["efficiency"]:.0%}; no chip reaches its published rates'
+  )

@@ -1,0 +1,258 @@
+"""The preflight as people call it; and what it looks at before it compiles."""
+
+import importlib.util
+import json
+import sys
+import threading
+
+import binaries
+import numpy as np
+import pytest
+import tiny
+from distributed_test import together
+
+from configs import digits
+from diffusion_jax.planning import checks, page
+
+TINY = [
+  '--config=configs/digits.py', '--config.model.channels=8',
+  '--config.model.num_groups=4', '--config.model.num_blocks=1',
+  '--config.sample.num_steps=3',
+]  # fmt: skip
+HAS_LIBTPU = importlib.util.find_spec('libtpu') is not None
+
+
+def preflight(*flags, devices=1, limit=300):
+  return binaries.run('preflight', *TINY, *flags, devices=devices, limit=limit)
+
+
+def test_of_this_machine(tmp_path):
+  """On eight devices, parameters split over four: table and JSON agree."""
+  flags = ['--config.mesh.fsdp=4', '--config.batch_size=16',
+           '--sample_batch_size=30',
+           f'--workdir={tmp_path / "new" / "run"}']  # fmt: skip
+  result = preflight(*flags, '--json', devices=8)
+  assert result.code == 0, result.err
+  found = json.loads(result.out)
+  assert not list(tmp_path.iterdir())  # tried, and left as it was
+  assert [check['name'] for check in found['checks']] == [
+    'batch', 'data', 'workdir', 'versions', 'TensorFlow'
+  ]  # fmt: skip
+  assert all(check['well'] for check in found['checks'])
+  assert found['mesh'] == {'data': 2, 'fsdp': 4, 'tensor': 1}
+  train = found['train']
+  parts = {**train['bytes']}
+  outputs = train['outputs'] - train['aliased']
+  assert parts.pop('total') == sum(parts.values()) + outputs
+  assert parts['EMA'] == parts['parameters']
+  assert parts['optimiser'] == pytest.approx(2 * parts['parameters'], rel=0.01)
+  # So small a network is not split: its gradients are summed, with scalars.
+  (sums,) = train['collectives']
+  assert sums['kind'] == 'all-reduce'
+  assert sums['bytes'] == pytest.approx(parts['parameters'], rel=0.1)
+  assert train['aliased'] > 0.99 * train['outputs']
+  assert found['sample']['batch_size'] == 32  # what the mesh divides
+  assert found['sample']['num_steps'] == 3
+  # Three evaluations of the network, of which training has one and its
+  # gradient, twice as much.
+  assert found['sample']['product_flops_per_image'] == pytest.approx(
+    train['product_flops_per_image'], rel=0.02
+  )
+
+  lines = list(page.lines(found))
+  assert lines[0].startswith('this machine: 8 cpu, data 2 x fsdp 4 x tensor 1')
+  assert lines[-1].startswith('it fits: ')
+  total = f'{train["bytes"]["total"]:,}'
+  assert any(line.split()[:2] == ['total', total] for line in lines)
+  assert 'ok       batch: 16 images on mesh data 2' in result.err
+  assert 'compiling the training step, 16 images' in result.err
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_one_line_with_what_would():
+  message = last_line(preflight('--config.batch_size=4194304', '--nosampling'))
+  assert 'batch_size=4194304 does not fit 1 cpu: ' in message
+  assert ' more than its ' in message
+  assert '--config.microbatches=' in message
+  assert 'bfloat16' in message
+
+
+def last_line(result):
+  """After what was looked at comes one line, and nothing on stdout."""
+  assert result.code == 2, result
+  assert not result.out
+  *before, last = result.err.strip().splitlines()
+  assert all(
+    line.startswith(('ok ', 'FAILS ', 'not here ', 'compiling ', 'E0', 'W0'))
+    for line in before
+  ), result.err
+  assert last.startswith('error: ')
+  return last
+
+
+@pytest.mark.parametrize(
+  ('flags', 'must'),
+  [
+    (['--topology=v9:2x2'], 'v4, v5e, v5p, v6e'),
+    (['--topology=v5e:2x2x2'], 'have 2 axes'),
+    (['--topology=v5e:2x2', '--coordinator=h:1'], 'is for one process'),
+    (['--config.batch_size=13', '--config.mesh.fsdp=1'], 'not a multiple'),
+    (['--sample_batch_size=0'], 'sample_batch_size'),
+  ],
+)
+def test_mistakes_are_one_line(flags, must):
+  assert must in preflight(*flags, devices=8).message
+
+
+@pytest.mark.skipif(HAS_LIBTPU, reason='libtpu is installed')
+def test_without_the_compiler_for_tpus():
+  message = preflight('--topology=v5e:2x2').message
+  assert "pip install 'diffusion_jax[tpu]'" in message
+
+
+def test_data_that_are_not_here():
+  flags = ['--config.data.name=arrays', '--config.data.path=/none.npz']
+  message = last_line(preflight(*flags))
+  assert 'data: ' in message
+  assert '/none.npz' in message
+
+
+def test_a_workdir_that_is_a_file(tmp_path):
+  (tmp_path / 'file').write_text('')
+  message = last_line(preflight(f'--workdir={tmp_path / "file" / "run"}'))
+  assert 'workdir: ' in message
+
+
+# --- what is looked at ------------------------------------------------------
+
+
+def test_the_hash_of_the_data_tells_sets_apart(tmp_path):
+  told = []
+  for seed in (0, 0, 1):
+    path = tmp_path / f'{len(told)}.npy'
+    np.save(path, tiny.images(100, seed)['image'])
+    data = {
+      **digits.get_config().data.to_dict(), 'name': 'arrays', 'path': str(path)
+    }  # fmt: skip
+    found = checks.run({'data': data}, None)
+    assert [check.well for check in found] == [True] * 3
+    told.append(found[0].told.split('sha256 of 64 of them ')[1])
+  assert told[0] == told[1] != told[2]
+
+
+def test_tensorflow_is_noticed(monkeypatch):
+  config = {'data': digits.get_config().data.to_dict()}
+  assert checks.run(config, None)[-1].well
+  monkeypatch.setitem(sys.modules, 'tensorflow', object())
+  assert not checks.run(config, None)[-1].well
+
+
+class Processes:
+  """Stands in for `distributed` in threads: gather is a barrier."""
+
+  def __init__(self, count):
+    self.barrier = threading.Barrier(count, timeout=60)
+    self.values, self.local = [None] * count, threading.local()
+
+  def index(self):
+    return self.local.index
+
+  def gather(self, value):
+    self.values[self.local.index] = value
+    self.barrier.wait()
+    values = list(self.values)
+    self.barrier.wait()
+    return values
+
+  def on_first(self, fn):
+    return self.gather(fn() if not self.local.index else None)[0]
+
+
+def together_in_threads(monkeypatch, workdirs, look):
+  """What each of several processes finds, each with a workdir of its own."""
+  processes, found = Processes(len(workdirs)), [None] * len(workdirs)
+  monkeypatch.setattr(checks, 'distributed', processes)
+
+  def one(index):
+    processes.local.index = index
+    found[index] = look(workdirs[index])
+
+  threads = [
+    threading.Thread(target=one, args=(i,)) for i in range(len(workdirs))
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert found[0] is not None
+  assert all(one == found[0] for one in found)
+  return found[0]
+
+
+def test_a_workdir_that_hosts_do_not_share(monkeypatch, tmp_path):
+  shared, own = tmp_path / 'a' / 'b', tmp_path / 'own'
+  check = together_in_threads(monkeypatch, [shared] * 3, checks._workdir)
+  assert check.well
+  assert 'by all 3 processes' in check.told
+  assert not list(tmp_path.iterdir())
+  found = together_in_threads(
+    monkeypatch, [shared, shared, own],
+    lambda workdir: checks._workdir(workdir)._replace(told=''),
+  )  # fmt: skip
+  assert not found.well
+  assert not list(tmp_path.iterdir())
+
+
+def test_versions_that_differ(monkeypatch):
+  versions = iter([{'jax': '1', 'flax': '2'}, {'jax': '1', 'flax': '3'}])
+  monkeypatch.setattr(
+    checks.environment, 'describe',
+    lambda: {'versions': next(versions), 'revision': 'abc'},
+  )  # fmt: skip
+  check = together_in_threads(
+    monkeypatch, [None] * 2, lambda _: checks._versions()
+  )
+  assert not check.well
+  assert 'flax ' in check.told
+  assert 'install the same on all hosts' in check.told
+
+
+@pytest.mark.slow
+def test_two_processes_look_together(tmp_path):
+  results = together(
+    'preflight', *TINY, '--config.batch_size=16', '--nosampling', '--json',
+    f'--workdir={tmp_path / "run"}',
+  )  # fmt: skip
+  assert [r.code for r in results] == [0, 0], [r.err for r in results]
+  assert 'by all 2 processes' in results[0].err
+  assert json.loads(results[0].out)['num_devices'] == 2
+  assert not results[1].out
+  assert not list(tmp_path.iterdir())
+
+
+# --- with the compiler for TPUs -----------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason="needs pip install '.[tpu]'")
+def test_of_a_slice():
+  """The tiny network, split over a v5e:2x2: what chips exchange is theory.
+
+  Of P bytes of parameters, S of them split: gathers S, scatters S, sums P - S;
+  all in bfloat16 or float32, as the compiler likes.
+  """
+  flags = ['--topology=v5e:2x2', '--fast', '--config.mesh.data=1',
+           '--config.mesh.fsdp=4', '--config.batch_size=16', '--nosampling',
+           '--config.model.channels=64']  # fmt: skip
+  result = preflight(*flags, '--json', limit=900)
+  assert result.code == 0, result.err
+  found = json.loads(result.out)['train']
+  bytes_of = {one['kind']: one['bytes'] for one in found['collectives']}
+  assert bytes_of.keys() == {'all-gather', 'reduce-scatter', 'all-reduce'}
+  assert found['aliased'] > 0.99 * found['outputs']
+  split = bytes_of['reduce-scatter']
+  assert bytes_of['all-gather'] == pytest.approx(split, rel=0.1)
+  assert bytes_of['all-reduce'] < 0.1 * split
+  assert found['xla_flops_per_image'] == pytest.approx(
+    found['product_flops_per_image'], rel=0.1
+  )
