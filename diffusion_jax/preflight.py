@@ -254,6 +254,7 @@ def _result(config, where, devices, limit, train, sample) -> dict:
     'num_devices': len(devices),
     'mesh': dict(mesh.shape),
     'dtype': config.model.dtype,
+    'num_steps': config.num_steps,
     'batch_size': batch_size,
     'microbatches': config.microbatches,
     'fast': FLAGS.fast,

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from diffusion_jax.planning import chips
+
 DOCS = Path(__file__).parent
 RESULTS = DOCS / 'scaling.json'
 COMMON = ['--fast', '--config.model.dtype=bfloat16']
@@ -192,6 +194,42 @@ def _rented(found):
     yield f'| {" | ".join(cells)} |\n'
 
 
+SHARE = 0.19  # of the published rate, see ASSUMED
+SAMPLES, EVALUATIONS = 50_000, 1000  # of the papers' FID
+
+
+def costs(found) -> str:
+  """Hours of the papers' runs, at the share of the rate that they reached."""
+  lines = [
+    '| run | slice | training | 50,000 samples, 1000 steps | chip-hours |\n',
+    '|---|---|---:|---:|---:|\n',
+  ]
+  for run in RENTED:
+    config, topology, _, flags = run
+    row = found.get(key(*run))
+    # Others train with batches that are not the paper's.
+    if not row or flags or run[2] > 128:
+      continue
+    rate = SHARE * chips.parse(topology).chip.flops * row['num_devices']
+    images = row['num_steps'] * row['batch_size']
+    train = images * row['train']['product_flops_per_image'] / rate / 3600
+    once = row['sample']['product_flops_per_image'] / row['sample']['num_steps']
+    sample = SAMPLES * EVALUATIONS * once / rate / 3600
+    lines.append(
+      f'| {config} | {topology} | {train:.1f} h | {sample:.1f} h | '
+      f'{(train + sample) * row["num_devices"]:,.0f} |\n'
+    )
+  return ''.join(lines)
+
+
+def fill_in(path, text) -> None:
+  """Puts a text between the marks of a file."""
+  marks = '<!-- costs: docs/build_scaling.py -->\n', '<!-- end of costs -->\n'
+  before, _, rest = path.read_text().partition(marks[0])
+  _, _, after = rest.partition(marks[1])
+  path.write_text(''.join([before, marks[0], text, marks[1], after]))
+
+
 def plot(found, path) -> None:
   figure = Figure(figsize=(7, 3.2), layout='constrained')
   left, right = figure.subplots(1, 2, sharey=True)
@@ -228,3 +266,4 @@ if __name__ == '__main__':
   results = compiled()
   plot(results, DOCS / 'scaling.png')
   (DOCS / 'scaling.md').write_text(page(results))
+  fill_in(DOCS.parent / 'launch' / 'README.md', costs(results))
