@@ -230,6 +230,7 @@ KEYS = (
 )
 
 
+LARGEST_BATCH = 10**8  # XLA aborts where a size overflows
 AT_LEAST_1 = (
   *('num_steps', 'batch_size', 'microbatches', 'keep_last'),
   'sample.num_images',
@@ -259,6 +260,8 @@ def _counts(config):
   for key, value in runs.flatten(config.to_dict()).items():
     if key in AT_LEAST_1:
       yield value >= 1, f'{key}={value}: at least 1'
+    if key == 'batch_size':
+      yield value <= LARGEST_BATCH, f'{key}={value}: at most {LARGEST_BATCH}'
     if key == 'seed':
       yield value < 2**32, f'seed={value}: below 2**32'
     if key.endswith('_every') or key in ('seed', 'eval_images'):
@@ -445,6 +448,8 @@ def waiting(title: str, seconds: float = 20.0) -> Iterator[None]:
     yield
   finally:
     done.set()
+    if terminal:
+      print('\r' + ' ' * len(told()), file=sys.stderr, end='\r', flush=True)
 
 
 def say(text: str) -> None:

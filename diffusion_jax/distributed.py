@@ -41,6 +41,7 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
   'heartbeat_secs', 60,
   'Several processes: when one is silent for so long, the others end.',
+  lower_bound=1,
 )  # fmt: skip
 
 HELLO = 'diffusion_jax'

@@ -13,13 +13,14 @@ arithmetic, the data, the workdir, versions, TensorFlow. Started on all hosts as
 training is, it compares them. Nothing is trained, and nothing is kept.
 """
 
-import contextlib
+import math
 import os
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 from diffusion_jax import cli, distributed, programs, runs
 from diffusion_jax.errors import UserError
@@ -41,7 +42,8 @@ flags.DEFINE_string(
 flags.DEFINE_string('workdir', None, 'Folder of the run to come, to be tried.')
 flags.DEFINE_bool(
   'fast', False,
-  'TPUs: compile at low effort, in a tenth of the time; memory is within 6%.',
+  'TPUs: compile at low effort, several times faster. Memory is an estimate '
+  'then: 8% to 22% less than it will be was seen.',
 )  # fmt: skip
 flags.DEFINE_bool('sampling', True, 'The sampling program too.')
 flags.DEFINE_integer(
@@ -55,130 +57,185 @@ flags.DEFINE_bool(
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 
+class Place(NamedTuple):
+  """A config on the devices that it is looked at for.
+
+  Attributes:
+    config: the run's.
+    name: of the devices, for people.
+    mesh: of them.
+    program: what is compiled.
+    limit: bytes that a device has for it.
+    where: the slice; None = this machine.
+    options: the compiler's.
+  """
+
+  config: config_dict.ConfigDict
+  name: str
+  mesh: jax.sharding.Mesh
+  program: programs.Programs
+  limit: int
+  where: chips.Slice | None
+  options: dict | None
+
+
 def main():
-  where = chips.parse(FLAGS.topology) if FLAGS.topology else None
+  where = chips.parse(FLAGS.topology) if FLAGS.topology is not None else None
   if not where:
     distributed.initialize()
   elif FLAGS.coordinator:
     raise UserError('--topology is for one process: leave --coordinator out')
-  config = FLAGS.config
   devices = chips.devices(where) if where else jax.devices()
-  wrong = cli.check(config, devices)
+  wrong = cli.check(FLAGS.config, devices)
   if wrong:
     raise UserError(wrong[0])
-  looked_at = [
-    checks.Check('batch', True, _batch(config, devices)),
-    *checks.run(config, FLAGS.workdir),
-  ]
-  for check in looked_at:
-    # That the data are not here is no mistake where the chips are not either.
-    word = 'ok' if check.well else 'not here' if where else 'FAILS'
-    cli.say(f'{word:<8} {check.name}: {check.told}')
-  failed = [check for check in looked_at if not check.well]
-  if failed and not where:
-    raise UserError(
-      '; '.join(f'{check.name}: {check.told}' for check in failed)
-    )
-  limit = where.chip.memory if where else _memory(devices[0])
+  place = _place(FLAGS.config, where, devices)
+  looked_at = _look(place)
   if FLAGS.largest_batch:
-    _largest(config, devices, limit)
+    _largest(place)
     return
-  train = _train(config, devices, limit)
-  sample = _sample(config, devices) if FLAGS.sampling else None
-  result = _result(config, where, devices, limit, train, sample)
+  train = _compile_step(place, place.config.batch_size)
+  if _used(train) > _limit(place, train):
+    raise UserError(_too_large(place, place.config.batch_size, train))
+  sample = _compile_sampling(place) if FLAGS.sampling else None
+  result = _result(place, train, sample)
   result['checks'] = [check._asdict() for check in looked_at]
   cli.report(result, '\n'.join(page.lines(result)), FLAGS.json)
+
+
+def _place(config, where, devices) -> Place:
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  limit = where.chip.memory if where else _memory()
+  fast = FLAGS.fast and devices[0].platform == 'tpu'
+  name = where.name if where else f'{len(devices)} {devices[0].device_kind}'
+  return Place(
+    config, name, mesh, programs.create(config, mesh), limit, where,
+    compiled.FAST if fast else None,
+  )  # fmt: skip
+
+
+def _memory() -> int:
+  """Bytes that a device may use, of all that there are the least."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  whole = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  limit = stats.get('bytes_limit', whole // jax.local_device_count())
+  return min(distributed.gather(limit))
+
+
+def _look(place) -> list[checks.Check]:
+  """Raises UserError for what is wrong, where the run is to be."""
+  workdir = FLAGS.workdir and os.path.expanduser(FLAGS.workdir)
+  batch = checks.Check('batch', True, _batch(place))
+  looked_at = [batch, *checks.run(place.config, workdir)]
+  failed = []
+  for check in looked_at:
+    if check.well:
+      cli.say(f'ok        {check.name}: {check.told}')
+    elif place.where and check.name == 'data':
+      # That they are not here is no mistake where the chips are not either.
+      cli.say(f'not here  {check.name}: {check.told}')
+    else:
+      failed.append(f'{check.name}: {check.told}')
+  if failed:
+    raise UserError('; '.join(failed))
+  return looked_at
+
+
+def _batch(place) -> str:
+  config, sizes = place.config, place.mesh.shape
+  each = config.batch_size // (
+    sizes['data'] * sizes['fsdp'] * config.microbatches
+  )
+  on = ' x '.join(f'{axis} {size}' for axis, size in sizes.items())
+  pieces = f', {config.microbatches} microbatches' * (config.microbatches > 1)
+  return (
+    f'{config.batch_size} images on mesh {on}{pieces}: {each} at once a device'
+  )
 
 
 # --- compiling ----------------------------------------------------------------
 
 
-def _train(config, devices, limit) -> Compiled:
-  """The step, or a line of what to change."""
-  try:
-    program = _compile_step(config, devices, config.batch_size)
-  except TooLarge as e:
-    raise UserError(_too_large(config, devices, e.used, e.limit)) from e
-  if program.total > limit:
-    raise UserError(_too_large(config, devices, program.total, limit))
-  return program
+def _compile_step(place, batch_size) -> Compiled | TooLarge:
+  shape = (batch_size, *runs.image_shape(place.config.data))
+  batch = {'image': _rows(place, shape, jnp.uint8)}
+  return _compile(
+    place, f'the training step, {batch_size} images',
+    place.program.step_fn, (place.program.abstract, batch),
+  )  # fmt: skip
 
 
-def _compile_step(config, devices, batch_size) -> Compiled:
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  program = programs.create(config, mesh)
-  shape = (batch_size, *runs.image_shape(config.data))
-  batch = {
-    'image': jax.ShapeDtypeStruct(
-      shape, jnp.uint8, sharding=sharding.batch_sharding(mesh)
+def _sampled(place) -> int:
+  """Images drawn at once: what was asked for, rounded up to the mesh."""
+  parts = place.mesh.shape['data'] * place.mesh.shape['fsdp']
+  return -(-FLAGS.sample_batch_size // parts) * parts
+
+
+def _compile_sampling(place) -> Compiled:
+  count = _sampled(place)
+  found = _compile(
+    place, f'the sampling program, {count} images', place.program.draw_fn,
+    (place.program.abstract.ema_params, _rows(place, (count,), jnp.uint32)),
+  )  # fmt: skip
+  used, limit = _used(found), _limit(place, found)
+  if used > limit:
+    raise UserError(
+      f'--sample_batch_size={count} does not fit {place.name}: {gib(used)} a '
+      f'chip, {gib(used - limit)} more than its {gib(limit)}; draw fewer'
     )
-  }
-  with _waiting(f'the training step, {batch_size} images'):
-    return compiled.compile(
-      program.step_fn, (program.abstract, batch), options=_options(devices)
-    )
+  return found
 
 
-def _sample(config, devices) -> Compiled:
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  program = programs.create(config, mesh)
-  parts = mesh.shape['data'] * mesh.shape['fsdp']
-  count = -(-FLAGS.sample_batch_size // parts) * parts
-  indices = jax.ShapeDtypeStruct(
-    (count,), jnp.uint32, sharding=sharding.batch_sharding(mesh)
-  )
-  with _waiting(f'the sampling program, {count} images'):
+def _rows(place, shape, dtype):
+  where = sharding.batch_sharding(place.mesh)
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+
+def _compile(place, what, fn, args) -> Compiled | TooLarge:
+  effort = ' at low effort' if place.options else ''
+  with cli.waiting(f'compiling {what}{effort}'):
     try:
-      return compiled.compile(
-        program.draw_fn, (program.abstract.ema_params, indices),
-        options=_options(devices),
-      )  # fmt: skip
+      return compiled.compile(fn, args, options=place.options)
     except TooLarge as e:
-      raise UserError(
-        f'--sample_batch_size={count}: {gib(e.used)} a chip, {gib(e.limit)} '
-        'there are; draw fewer at once'
-      ) from e
+      return e
 
 
-def _options(devices):
-  return compiled.FAST if FLAGS.fast and devices[0].platform == 'tpu' else None
+def _used(found) -> int:
+  return found.used if isinstance(found, TooLarge) else found.total
 
 
-def _waiting(what) -> contextlib.AbstractContextManager:
-  effort = ' at low effort' if FLAGS.fast and FLAGS.topology else ''
-  return cli.waiting(f'compiling {what}{effort}')
+def _limit(place, found) -> int:
+  return found.limit if isinstance(found, TooLarge) else place.limit
 
 
-def _largest(config, devices, limit) -> None:
+def _largest(place) -> None:
   """Prints the largest batch that fits, and the next that does not."""
-  data, fsdp, _ = sharding.mesh_shape(len(devices), **config.mesh)
-  unit = data * fsdp * config.microbatches
+  sizes = place.mesh.shape
+  unit = sizes['data'] * sizes['fsdp'] * place.config.microbatches
+  tried = {}
 
   def used(count):
-    try:
-      return _compile_step(config, devices, count * unit).total, limit
-    except TooLarge as e:
-      return e.used, e.limit
+    found = tried[count] = _compile_step(place, count * unit)
+    takes, limit = _used(found), _limit(place, found)
+    cli.say(f'batch_size={count * unit}: {gib(takes)} of {gib(limit)} a chip')
+    return takes, limit
 
-  fits, does_not = rates.largest(used, max(config.batch_size // unit, 1))
+  fits, does_not = rates.largest(used, max(place.config.batch_size // unit, 1))
   if not fits.count:
-    raise UserError(
-      f'even batch_size={unit} does not fit: '
-      + _too_large(config, devices, does_not.used, does_not.limit)
-    )
-  name = FLAGS.topology or f'{len(devices)} {devices[0].device_kind}'
+    raise UserError(_too_large(place, unit, tried[does_not.count]))
   cli.report(
     {
-      'topology': name,
+      'topology': FLAGS.topology,
       'batch_size': fits.count * unit,
       'bytes': fits.used,
       'too_large': does_not.count * unit,
       'too_large_bytes': does_not.used,
-      'limit': does_not.limit,
+      'memory': does_not.limit,
+      'fast': place.options is not None,
     },
-    f'{name}: batch_size={fits.count * unit} fits ({gib(fits.used)} a chip), '
-    f'{does_not.count * unit} does not ({gib(does_not.used)} of '
-    f'{gib(does_not.limit)})',
+    f'{place.name}: batch_size={fits.count * unit} fits ({gib(fits.used)} a '
+    f'chip), {does_not.count * unit} does not ({gib(does_not.used)} of '
+    f'{gib(does_not.limit)})' + page.ESTIMATE * (place.options is not None),
     FLAGS.json,
   )
 
@@ -186,123 +243,104 @@ def _largest(config, devices, limit) -> None:
 # --- words and numbers ------------------------------------------------------
 
 
-def _batch(config, devices) -> str:
-  data, fsdp, tensor = sharding.mesh_shape(len(devices), **config.mesh)
-  each = config.batch_size // (data * fsdp * config.microbatches)
-  pieces = f', {config.microbatches} microbatches' * (config.microbatches > 1)
-  return (
-    f'{config.batch_size} images on mesh data {data} x fsdp {fsdp} x tensor '
-    f'{tensor}{pieces}: {each} at once a device'
-  )
-
-
-def _too_large(config, devices, used, limit) -> str:
-  """What does not fit, by how much, and what would."""
-  data, fsdp, _ = sharding.mesh_shape(len(devices), **config.mesh)
-  each = config.batch_size // (data * fsdp)
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  state = device_bytes(programs.create(config, mesh).abstract)
+def _too_large(place, batch_size, found) -> str:
+  """What does not fit, by how much, and what may."""
+  used, limit = _used(found), _limit(place, found)
+  config, sizes = place.config, place.mesh.shape
+  parts = sizes['data'] * sizes['fsdp']
+  each, pieces = batch_size // parts, config.microbatches
+  state = device_bytes(place.program.abstract)
   remedies = []
-  if state < 0.8 * limit:
-    # Activations, which are the rest, follow the images at once.
-    share = (0.9 * limit - state) / max(used - state, 1)
-    at_once = int(each / config.microbatches * share)
-    pieces = next((m for m in _divisors(each) if each // m <= at_once), None)
-    if pieces and pieces > config.microbatches:
-      remedies.append(f'--config.microbatches={pieces}')
-    if at_once:
-      smaller = at_once * config.microbatches * data * fsdp
-      remedies.append(f'--config.batch_size={smaller}')
-  if fsdp < data * fsdp and state > 0.2 * limit:
-    remedies.append(f'--config.mesh.data=1 --config.mesh.fsdp={data * fsdp}')
+  # Activations, which are the rest, follow the images at once.
+  share = (0.9 * limit - state) / max(used - state, 1)
+  at_once = int(each / pieces * share)
+  if at_once >= 1:
+    smaller = [m for m in range(pieces + 1, each + 1) if each % m == 0]
+    fitting = [m for m in smaller if each // m <= at_once]
+    remedies += [f'--config.microbatches={m}' for m in fitting[:1]]
+    remedies.append(f'--config.batch_size={at_once * pieces * parts}')
+  if sizes['data'] > 1 and state > 0.2 * limit:
+    remedies.append(f'--config.mesh.data=1 --config.mesh.fsdp={parts}')
   if config.model.dtype == 'float32':
     remedies.append('--config.model.dtype=bfloat16')
   remedies.append('more or larger chips')
-  name = FLAGS.topology or f'{len(devices)} {devices[0].device_kind}'
   return (
-    f'batch_size={config.batch_size} does not fit {name}: {gib(used)} a chip, '
+    f'batch_size={batch_size} does not fit {place.name}: {gib(used)} a chip, '
     f'{gib(used - limit)} more than its {gib(limit)}; what may make it fit: '
     f'{", or ".join(remedies)}'
   )
 
 
-def _divisors(number):
-  return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _memory(device) -> int:
-  """Bytes that a device of this machine may use."""
-  stats = device.memory_stats() or {}
-  if 'bytes_limit' in stats:
-    return stats['bytes_limit']
-  whole = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  return whole // jax.local_device_count()
-
-
-def _result(config, where, devices, limit, train, sample) -> dict:
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  state = programs.create(config, mesh).abstract
+def _result(place, train, sample) -> dict:
+  config, state = place.config, place.program.abstract
   parts = {
     'parameters': device_bytes(state.params),
     'EMA': device_bytes(state.ema_params),
     'optimiser': device_bytes(state.opt_state),
   }
-  batch_size = config.batch_size
+  image = math.prod(runs.image_shape(config.data))
+  num_devices = place.mesh.size
+  rows = place.mesh.shape['data'] * place.mesh.shape['fsdp']
   result = {
     'topology': FLAGS.topology,
-    'device': devices[0].device_kind,
-    'num_devices': len(devices),
-    'mesh': dict(mesh.shape),
+    'device': place.mesh.devices.flat[0].device_kind,
+    'num_devices': num_devices,
+    'mesh': dict(place.mesh.shape),
     'dtype': config.model.dtype,
     'num_steps': config.num_steps,
-    'batch_size': batch_size,
+    'batch_size': config.batch_size,
     'microbatches': config.microbatches,
-    'fast': FLAGS.fast,
-    'memory': limit,
+    'fast': place.options is not None,
+    'memory': place.limit,
+    'fits': True,  # what does not is refused
     'train': {
-      'bytes': {
-        **parts,
-        'batch': train.arguments - sum(parts.values()),
-        'temporaries': train.temporaries,
-        'code': train.code,
-        'total': train.total,
-      },
-      **_program(train, batch_size, len(devices)),
+      'bytes': _bytes(
+        {**parts, 'batch': config.batch_size // rows * image}, train
+      ),
+      **_program(train, config.batch_size, num_devices),
     },
   }
   if sample:
-    parts = mesh.shape['data'] * mesh.shape['fsdp']
-    count = -(-FLAGS.sample_batch_size // parts) * parts
+    count = _sampled(place)
     result['sample'] = {
       'batch_size': count,
       'sampler': config.sample.sampler,
       'num_steps': config.sample.num_steps,
-      'bytes': {
-        'EMA': device_bytes(state.ema_params),
-        'batch': sample.arguments - device_bytes(state.ema_params),
-        'outputs': sample.outputs - sample.aliased,
-        'temporaries': sample.temporaries,
-        'code': sample.code,
-        'total': sample.total,
-      },
-      **_program(sample, count, len(devices)),
+      'bytes': _bytes(
+        {'EMA': parts['EMA'], 'batch': count // rows * 4}, sample
+      ),
+      **_program(sample, count, num_devices),
     }
-  if where:
-    result['predicted'] = rates.predict(where, train)._asdict()
-    seconds = result['predicted']['seconds']
-    result['predicted']['images_per_sec_per_chip'] = (
-      batch_size / len(devices) / seconds
-    )
-    result['predicted']['hours'] = config.num_steps * seconds / 3600
+  if place.where and train.flops:
+    predicted = rates.predict(place.where, train)
+    result['predicted'] = {
+      **predicted._asdict(),
+      'images_per_sec_per_chip': (
+        config.batch_size / num_devices / predicted.seconds
+      ),
+      'hours': config.num_steps * predicted.seconds / 3600,
+    }
   return result
 
 
-def _program(program, images, num_devices) -> dict:
-  products = sum(program.product_flops.values())
+def _bytes(arguments: dict, program) -> dict:
+  """The parts, which add up; padding is the devices' own, of the arguments."""
   return {
-    'product_flops_per_image': products / images,
+    **arguments,
+    'padding': program.arguments - sum(arguments.values()),
+    'outputs': program.outputs - program.aliased,
+    'temporaries': program.temporaries,
+    'code': program.code,
+    'total': program.total,
+  }
+
+
+def _program(program, images, num_devices) -> dict:
+  whole = program.flops and program.flops * num_devices / images
+  return {
+    'product_flops_per_image': sum(program.product_flops.values()) / images,
     'products': program.product_flops,
-    'xla_flops_per_image': program.flops * num_devices / images,
+    'xla_flops_per_image': whole,
     'bytes_accessed': program.bytes_accessed,
     'aliased': program.aliased,
     'outputs': program.outputs,

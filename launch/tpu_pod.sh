@@ -112,7 +112,8 @@ install() {
   call git -C "$PWD" archive --format=tar.gz --output="$archive" HEAD &&
     call gcloud compute tpus tpu-vm scp "$archive" "$name:" "${place[@]}" \
       --worker=all &&
-    on all "rm -rf $there && mkdir $there &&\
+    on all "cp $there/.worker/log $there.log 2>/dev/null;\
+ rm -rf $there && mkdir $there &&\
  tar -xzf $name.tar.gz -C $there &&\
  bash $there/launch/worker.sh install $(quoted "$data")"
 }
@@ -230,7 +231,11 @@ done
 need name zone
 [[ $name =~ ^[a-z][a-z0-9-]*$ ]] ||
   fail "--name=$name: lower-case letters, digits and hyphens"
-[[ $poll_secs =~ ^[0-9.]+$ ]] || fail "--poll_secs=$poll_secs: a number"
+[[ $poll_secs =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--poll_secs=$poll_secs: a number"
+case $binary in
+  train | sample | evaluate) ;;
+  *) fail "--binary=$binary: train, sample or evaluate" ;;
+esac
 place=(--zone="$zone" ${project:+"--project=$project"})
 case $command in run | create) need accelerator_type ;; esac
 case $command in

@@ -84,6 +84,7 @@ def test_a_dry_run_prints_every_command():
     f'{tpu_vm} scp /var/tmp/pod.tar.gz pod: --zone=us-x1-a --worker=all',
     ssh(
       'all',
+      'cp .diffusion_jax/.worker/log .diffusion_jax.log 2>/dev/null; '
       'rm -rf .diffusion_jax && mkdir .diffusion_jax && '
       'tar -xzf pod.tar.gz -C .diffusion_jax && '
       f'bash {there} install gs://bucket/data',

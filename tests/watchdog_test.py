@@ -1,5 +1,6 @@
 """Who is named, when processes are missing, stand still, or are slow."""
 
+import json
 import os
 import signal
 import threading
@@ -126,6 +127,64 @@ def test_processes_find_each_other_in_the_workdir(tmp_path):
   assert 'process 1 (' in told[1]
   assert 'is missing' in told[1]
   assert len(told) == 2
+
+
+def test_beats_of_an_earlier_start_are_not_believed(tmp_path):
+  (tmp_path / 'heartbeats').mkdir()
+  old = tmp_path / 'heartbeats' / '1.json'
+  old.write_text(json.dumps(beat(1, count=9000, waited=0.9)))
+  told = []
+  with watchdog.Watchdog(
+    tmp_path, 0, 2, still_secs=9, silent_secs=0.2, every_secs=0.02,
+    tell=told.append,
+  ):  # fmt: skip
+    assert not old.exists()
+    deadline = time.monotonic() + 30
+    while not told and time.monotonic() < deadline:
+      time.sleep(0.01)
+  assert told == [
+    line for line in told if line.startswith('watchdog: process 1 is missing')
+  ]
+
+
+def test_a_damaged_beat_does_not_end_the_watch(tmp_path):
+  told = []
+  with watchdog.Watchdog(
+    tmp_path, 0, 2, still_secs=9, silent_secs=0.3, every_secs=0.02,
+    tell=told.append,
+  ):  # fmt: skip
+    damaged = tmp_path / 'heartbeats' / '1.json'
+    damaged.write_text('[1, "h"]')
+    deadline = time.monotonic() + 30
+    while not told and time.monotonic() < deadline:
+      time.sleep(0.01)
+    damaged.unlink()
+    while len(told) < 2 and time.monotonic() < deadline:
+      time.sleep(0.01)
+  assert 'no heartbeat can be kept' in told[0]
+  assert 'process 1 is missing' in told[1]
+
+
+def test_a_slow_host_is_told_of_again_after_it_has_recovered(tmp_path):
+  """The share is of several beats: one hiccup among them tells nothing."""
+  told = []
+  dog = watchdog.Watchdog(
+    tmp_path, 0, 1, still_secs=9, silent_secs=9, every_secs=9,
+    tell=told.append,
+  )  # fmt: skip
+  clock, waited = 0.0, 0.0
+  dog._past.clear()
+  dog._past.append((clock, waited))
+  shares = [0.0] * 5 + [0.9] + [0.0] * 5 + [0.8] * 6 + [0.0] * 6 + [0.8] * 6
+  with pytest.MonkeyPatch.context() as patch:
+    for share in shares:
+      clock, waited = clock + 10, waited + 10 * share
+      dog._waited = dog._since = waited
+      patch.setattr(watchdog.time, 'monotonic', lambda now=clock: now)
+      dog._since = clock
+      dog._look([dog._beat()])
+  assert len(told) == 2
+  assert 'is slow: it waits for data' in told[0]
 
 
 def test_a_folder_that_cannot_be_written_is_told_once(tmp_path):

@@ -38,7 +38,7 @@ def run(config: Mapping, workdir) -> list[Check]:
       before when this returns.
 
   Returns:
-    the same on all processes.
+    what was found, well or not, on all processes alike.
   """
   return [
     _data(config['data']),
@@ -61,7 +61,7 @@ def _data(config) -> Check:
       'sha256': digest.hexdigest(),
       'description': train.description,
     }
-  except UserError as e:
+  except (OSError, UserError) as e:
     found = {'error': str(e)}
   every = distributed.gather(found)
   for index, there in enumerate(every):
@@ -114,11 +114,16 @@ def _trace(workdir, name, index):
 
 def _try_to_write(workdir, name, undo) -> str:
   """What is wrong with the folder, or ''; `undo` leaves it as it was."""
-  new = []
-  if not str(workdir).startswith('gs:'):  # a bucket has no folders
+  new, wrong = [], ''
+  try:
     path = files.at(workdir)
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    if not files.in_bucket(path):  # which has no folders
+      new = [folder for folder in (path, *path.parents) if not folder.exists()]
+  except (OSError, UserError) as e:
+    wrong = _reason(workdir, e)
   distributed.gather(None)  # all have looked before one makes them
+  if wrong:
+    return wrong
   try:
     for folder in reversed(new):
       folder.mkdir(exist_ok=True)
@@ -127,11 +132,15 @@ def _try_to_write(workdir, name, undo) -> str:
     with files.replacing(own) as file:
       file.write(name.encode())
     undo.callback(own.unlink)
-  except OSError as e:
-    return f'{workdir} cannot be written ({e.strerror or e})'
-  except UserError as e:
-    return str(e)
+  except (OSError, UserError) as e:
+    return _reason(workdir, e)
   return ''
+
+
+def _reason(workdir, error) -> str:
+  if isinstance(error, UserError):
+    return str(error)
+  return f'{workdir} cannot be written ({error.strerror or error})'
 
 
 def _remove_empty(folder):

@@ -15,11 +15,13 @@ class Chip(NamedTuple):
   """What is published of a chip.
 
   Attributes:
-    memory: bytes.
+    memory: bytes that a program may use, as libtpu 0.0.42 refuses more. The
+      published capacity is 32, 16, 95 and 32 GiB.
     flops: a second, bfloat16, at the peak.
     memory_rate: bytes a second between the chip and its memory.
     link_rate: bytes a second over all its links to other chips, one way.
     axes: of the grid that chips are connected in.
+    most: chips in a slice.
     closed: an axis whose length is a multiple of this is a ring, shorter ones
       are lines.
   """
@@ -29,16 +31,17 @@ class Chip(NamedTuple):
   memory_rate: float
   link_rate: float
   axes: int
+  most: int
   closed: int
 
 
 # docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; the links of v4 are of
 # arXiv 2304.01433, table 4. Published link rates are of both ways.
 CHIPS = {
-  'v4': Chip(32 * GIB, 275e12, 1200e9, 300e9, 3, 4),
-  'v5e': Chip(16 * GIB, 197e12, 819e9, 200e9, 2, 16),
-  'v5p': Chip(95 * GIB, 459e12, 2765e9, 600e9, 3, 4),
-  'v6e': Chip(32 * GIB, 918e12, 1638e9, 400e9, 2, 16),
+  'v4': Chip(int(30.75 * GIB), 275e12, 1200e9, 300e9, 3, 4096, 4),
+  'v5e': Chip(int(15.75 * GIB), 197e12, 819e9, 200e9, 2, 256, 16),
+  'v5p': Chip(int(95.74 * GIB), 459e12, 2765e9, 600e9, 3, 6144, 4),
+  'v6e': Chip(int(31.25 * GIB), 918e12, 1638e9, 400e9, 2, 256, 16),
 }
 
 
@@ -81,7 +84,13 @@ def parse(name: str) -> Slice:
       f'--topology={name}: slices of {kind} have {chip.axes} axes, such as '
       f'{kind}:{"x".join(["2"] * chip.axes)}'
     )
-  return Slice(name, chip, tuple(map(int, sizes.split('x'))))
+  where = Slice(name, chip, tuple(map(int, sizes.split('x'))))
+  if where.size > chip.most:
+    raise UserError(
+      f'--topology={name}: {where.size} chips, and slices of {kind} have at '
+      f'most {chip.most}'
+    )
+  return where
 
 
 def devices(where: Slice) -> list:
@@ -107,6 +116,8 @@ def devices(where: Slice) -> list:
   kind = where.name.split(':')[0]
   # Two cores of a chip work as one device.
   options = {'chip_config_name': 'megacore'} if kind in ('v4', 'v5p') else {}
+  if where.size < 4:  # less than the host that libtpu takes for granted
+    options['chips_per_host_bounds'] = [1, 1, 1]
   try:
     found = topologies.get_topology_desc(
       platform='tpu', topology_name=where.name, **options

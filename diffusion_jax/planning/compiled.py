@@ -9,7 +9,9 @@ import jax
 
 from diffusion_jax.planning import flops, hlo
 
-# libtpu's compiler at low effort: a tenth of the time, memory within 6%.
+# libtpu's compiler at low effort. Memory is then an estimate: in all 8% less
+# than by default for the CIFAR-10 step (fsdp 4 on v5e:2x2), 22% less for the
+# digits'.
 FAST = {'exec_time_optimization_effort': -1.0}
 UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
@@ -18,7 +20,7 @@ class TooLarge(Exception):
   """A program that the compiler refuses, since memory does not hold it.
 
   Attributes:
-    used: bytes on a device that it would take.
+    used: bytes on a device that it would take, without its code.
     limit: bytes that there are.
   """
 
@@ -38,9 +40,9 @@ class Compiled(NamedTuple):
     code: bytes.
     product_flops: {'convolutions', 'matrix products'} -> FLOPs of the whole
       program over all devices, as of `flops.products`.
-    flops: all FLOPs as XLA counts them, on one device; 0 if it does not say.
-    bytes_accessed: bytes that move between device and memory, as XLA counts
-      them, a loop's body once; 0 if it does not say.
+    flops: all FLOPs as XLA counts them, on one device; None where it does not
+      say, or where products are in a loop, whose body it counts once.
+    bytes_accessed: bytes that move between device and memory, likewise.
     collectives: as of `hlo.collectives`.
     seconds: that compiling took.
   """
@@ -51,8 +53,8 @@ class Compiled(NamedTuple):
   temporaries: int
   code: int
   product_flops: dict
-  flops: float
-  bytes_accessed: float
+  flops: float | None
+  bytes_accessed: float | None
   collectives: list[hlo.Collective]
   seconds: float
 
@@ -96,9 +98,11 @@ def compile(fn, args, *, options: dict | None = None) -> Compiled:
     exceeded = _exceeded(str(e))
     if not exceeded:
       raise
-    # What goes in has its place before anything is computed.
-    raise TooLarge(exceeded[0] + device_bytes(args), exceeded[1]) from e
+    raise TooLarge(*exceeded) from e
   memory, cost = program.memory_analysis(), program.cost_analysis() or {}
+  if flops.has_loops(traced.jaxpr):
+    cost = {}
+  num_devices = jax.tree.leaves(args)[0].sharding.mesh.size
   return Compiled(
     memory.argument_size_in_bytes,
     memory.output_size_in_bytes,
@@ -106,15 +110,15 @@ def compile(fn, args, *, options: dict | None = None) -> Compiled:
     memory.temp_size_in_bytes,
     memory.generated_code_size_in_bytes,
     dict(flops.products(traced.jaxpr)),
-    float(cost.get('flops', 0)),
-    float(cost.get('bytes accessed', 0)),
-    hlo.collectives(program.as_text()),
+    cost.get('flops'),
+    cost.get('bytes accessed'),
+    hlo.collectives(program.as_text(), num_devices),
     time.monotonic() - start,
   )
 
 
 def _exceeded(message) -> tuple[int, int] | None:
-  """(bytes of temporaries, bytes that there are), of libtpu's refusal."""
+  """(bytes with arguments, bytes that there are), of libtpu's refusal."""
   size = r'\(?([\d.]+)([KMGT]?)\)?'
   for form in (
     rf'temporaries {size} exceeds available HBM {size}',

@@ -36,14 +36,29 @@ def products(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Counter:
   return total
 
 
-def _inside(eqn) -> Counter:
-  """Of the programs that an equation calls."""
-  found = [
-    products(value)
+def has_loops(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> bool:
+  """Whether products are in a loop, whose body XLA counts once."""
+  for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+    for value in _called(eqn):
+      if eqn.primitive.name == 'scan' and products(value).total():
+        return True
+      if has_loops(value):
+        return True
+  return False
+
+
+def _called(eqn) -> list:
+  return [
+    value
     for entry in eqn.params.values()
     for value in (entry if isinstance(entry, tuple | list) else [entry])
     if isinstance(value, core.ClosedJaxpr | core.Jaxpr)
   ]
+
+
+def _inside(eqn) -> Counter:
+  """Of the programs that an equation calls."""
+  found = [products(value) for value in _called(eqn)]
   if eqn.primitive.name == 'cond':
     return max(found, key=lambda count: count.total())
   total = sum(found, Counter())

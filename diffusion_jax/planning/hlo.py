@@ -16,7 +16,7 @@ CALL = re.compile(
 )
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 OP = re.compile(rf'= (.*?) ({"|".join(KINDS)})(?:-start)?\(')
-ARRAY = re.compile(r'([a-z]+)(\d+)\w*\[([\d,]*)\]')
+ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
 
 
 class Collective(NamedTuple):
@@ -24,7 +24,8 @@ class Collective(NamedTuple):
 
   Attributes:
     kind: one of `KINDS`.
-    group: how many devices exchange them with each other.
+    group: how many devices exchange them with each other; a permutation is one
+      of pairs.
     count: how many operations a step has.
     bytes: of the whole arrays that are reduced, gathered or scattered, as one
       device has them before or after, all operations together.
@@ -36,7 +37,7 @@ class Collective(NamedTuple):
   bytes: int
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str, num_devices: int) -> list[Collective]:
   """The collectives of a compiled program, on one device.
 
   On TPUs a reduce-scatter is a fusion named all-reduce-scatter, with an
@@ -45,6 +46,7 @@ def collectives(text: str) -> list[Collective]:
 
   Args:
     text: `compiled.as_text()`.
+    num_devices: that it is for.
   """
   bodies, entry = _computations(text)
   counts, sizes, seen = Counter(), Counter(), set()
@@ -53,7 +55,7 @@ def collectives(text: str) -> list[Collective]:
       match = OP.search(line)
       if not match:
         continue
-      kind, group = match[2], _group(line)
+      kind, group = match[2], _group(line, num_devices)
       channel = re.search(r'channel_id=(\d+)', line)
       if 'all-reduce-scatter' in name:
         kind = 'reduce-scatter'  # of which several may share a channel
@@ -62,9 +64,7 @@ def collectives(text: str) -> list[Collective]:
         if (kind, channel[1]) in seen:
           continue
         seen.add((kind, channel[1]))
-      arrays = [_bytes(*array) for array in ARRAY.findall(match[1])]
-      # The start of a gather has what goes in beside what comes out.
-      size = max(arrays) if f'{kind}-start(' in line else sum(arrays)
+      size = _result_bytes(kind, line, match[1])
       if match[2] == 'reduce-scatter':
         size *= group
       counts[kind, group] += times
@@ -109,21 +109,34 @@ def _times(bodies, entry) -> Counter:
   return times
 
 
-def _bytes(letters, bits, sizes) -> int:
-  del letters
-  numbers = math.prod(int(size) for size in sizes.split(',') if size)
-  return -(-numbers * int(bits) // 8)
+def _result_bytes(kind, line, shapes) -> int:
+  """Of what an operation gives; where it only starts, of what it will give."""
+  arrays = [
+    math.prod(int(size) for size in sizes.split(',') if size)
+    * (1 if name == 'pred' else -(-int(bits) // 8))
+    for name, bits, sizes in ARRAY.findall(shapes)
+  ]
+  if f'{kind}-start(' in line and kind != 'all-reduce':
+    # What goes in stands first, and a permutation has two counters at the end.
+    half = 1 if kind == 'collective-permute' else len(arrays) // 2
+    arrays = arrays[half : 2 * half]
+  return sum(arrays)
 
 
-def _group(line) -> int:
-  """Devices in a group: {{0,1},{2,3}}, [2,2]<=[4], or mesh['a'=2] {'a'}."""
+def _group(line, num_devices) -> int:
+  """Devices in a group, as XLA writes it.
+
+  {{0,1},{2,3}}, [2,2]<=[4], mesh['a'=2,'b'=2] {'a'}, with parts of an axis as
+  {'a':(1)2}, and {} for all of them.
+  """
+  if 'source_target_pairs' in line:
+    return 2
   if match := re.search(r'replica_groups=\{\{([\d,]+)\}', line):
     return match[1].count(',') + 1
   if match := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
     return int(match[1])
-  if match := re.search(r'replica_groups=mesh\[(.*?)\] ?\{(.*?)\}', line):
+  if match := re.search(r'replica_groups=mesh\[(.*?)\].*?\{(.*?)\}', line):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-    return math.prod(
-      int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2])
-    )
-  return 1
+    over = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in over)
+  return num_devices

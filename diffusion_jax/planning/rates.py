@@ -31,6 +31,10 @@ def predict(where: Slice, program: Compiled) -> Prediction:
   Chips compute while they read memory, but not while they exchange. A group of
   all chips uses all links; a smaller one lies along one axis. An axis that is
   not closed to a ring has half the rate.
+
+  Args:
+    where: the slice.
+    program: one whose FLOPs and bytes XLA tells.
   """
   chip = where.chip
   compute = program.flops / chip.flops
@@ -46,6 +50,8 @@ def predict(where: Slice, program: Compiled) -> Prediction:
 
 def _traffic(kind: str, group: int) -> float:
   """What a chip sends of each byte, by the algorithms that send least."""
+  if kind == 'collective-permute':
+    return 1.0
   rounds = 2 if kind == 'all-reduce' else 1
   return rounds * (group - 1) / group
 
@@ -55,6 +61,9 @@ def _rate(where: Slice, group: int) -> float:
   closed = all(size % chip.closed == 0 for size in where.shape)
   axes = 1.0 if group == where.size else 1 / chip.axes
   return chip.link_rate * axes * (1.0 if closed else 0.5)
+
+
+LEAP = 16  # how much larger the next batch is at most
 
 
 class Tried(NamedTuple):
@@ -105,6 +114,7 @@ def _next(fits, does_not, tried, earlier, accuracy):
   else:
     slope = tried.used / tried.count
   guess = tried.count + (tried.limit - tried.used) / max(slope, 1e-9)
+  guess = min(guess, LEAP * tried.count)  # two small ones tell little
   # A little to the side that is not known yet, so that both ends move.
   step = accuracy / 3 * guess
   guess = int(guess + step if tried.used <= tried.limit else guess - step)

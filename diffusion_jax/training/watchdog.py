@@ -8,6 +8,8 @@ workdir's heartbeats/. The thread of process 0 reads them all, and names in the
 log who is behind. Nothing is ended here: JAX does that, when a process is gone.
 """
 
+import collections
+import contextlib
 import json
 import os
 import socket
@@ -24,6 +26,7 @@ from diffusion_jax.errors import UserError
 
 FOLDER = 'heartbeats'
 MUCH = 0.3  # the share of waiting for data from which a host is called slow
+OVER = 6  # beats that the share is of
 DEPTH = 12  # innermost lines of a stack
 
 
@@ -36,7 +39,7 @@ class Beat(NamedTuple):
     count: of its beats, so that one that stays the same is seen to.
     steps: how many it is through with, since it was started.
     still: seconds since the last.
-    waited: the share of the time since the last beat that it waited for data.
+    waited: the share of the last beats' time that it waited for data.
     stack: of its main thread, innermost last.
   """
 
@@ -80,7 +83,9 @@ class Watchdog:
     self._every, self._tell = every_secs, tell
     self._main = threading.main_thread().ident
     self._steps, self._waited, self._beats = 0, 0.0, 0
-    self._since = self._last = time.monotonic()
+    self._since = time.monotonic()
+    # (when, how long it had waited) at the last beats
+    self._past = collections.deque([(self._since, 0.0)], OVER)
     # process -> count of its newest beat, when it came
     self._seen = dict.fromkeys(range(count), (0, self._since))
     self._told: set[tuple[int, str]] = set()
@@ -88,6 +93,11 @@ class Watchdog:
     self._thread = threading.Thread(target=self._watch, daemon=True)
 
   def __enter__(self):
+    if self._count > 1 and self._index == 0:
+      with contextlib.suppress(OSError, UserError):  # which the thread tells
+        files.make(self._folder)
+        for path in self._folder.iterdir():  # of an earlier start
+          path.unlink()
     self._thread.start()
     return self
 
@@ -115,20 +125,19 @@ class Watchdog:
         beats = [beat] if self._count == 1 else self._exchange(beat)
         if self._index == 0:
           self._look(beats)
-      except (OSError, UserError) as e:
-        # A disk that is full ends the training by itself.
+      except Exception as e:  # of disks and buckets, and of damaged beats
         self._tell_once(self._index, 'disk', f'no heartbeat can be kept: {e}')
 
   def _beat(self) -> Beat:
-    now = time.monotonic()
-    passed, self._last = now - self._last, now
-    waited, self._waited = self._waited / passed, 0.0
+    now, waited = time.monotonic(), self._waited
+    then, before = self._past[0]
+    self._past.append((now, waited))
     self._beats += 1
     frame = sys._current_frames()[self._main]
     stack = [line.rstrip() for line in traceback.format_stack(frame)[-DEPTH:]]
     return Beat(
       self._index, f'{socket.gethostname()}, pid {os.getpid()}', self._beats,
-      self._steps, now - self._since, min(waited, 1.0), stack,
+      self._steps, now - self._since, (waited - before) / (now - then), stack,
     )  # fmt: skip
 
   def _exchange(self, beat: Beat) -> list[Beat]:
@@ -154,8 +163,7 @@ class Watchdog:
     found = judge(beats, silent, first * self._still_secs, self._silent_secs)
     for (process, kind), line in found.items():
       self._tell_once(process, kind, line)
-    # Who has recovered may be told of again, but for what comes and goes.
-    self._told = {one for one in self._told if one in found or one[1] == 'slow'}
+    self._told &= found.keys()  # who has recovered may be told of again
 
   def _tell_once(self, process, kind, line):
     if (process, kind) not in self._told:
