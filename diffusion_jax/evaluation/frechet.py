@@ -94,7 +94,8 @@ def merge(a: Moments | None, b: Moments) -> Moments:
 def distance(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
   """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-  Covariances may be singular, as those of fewer images than dimensions are.
+  Covariances may be singular, as those of fewer images than dimensions are. It
+  takes O(D^3): for D = 2048, up to a minute of two CPU cores.
 
   Args:
     a: moments of at least two images, or a Gaussian.

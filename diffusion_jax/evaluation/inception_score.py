@@ -33,7 +33,7 @@ class Score(NamedTuple):
   Attributes:
     mean: over the splits; from 1, where all images look alike to the network
       or like nothing, to K.
-    std: over the splits, divided by their number as the original does.
+    std: over the splits (not of one fewer, as the original).
   """
 
   mean: float

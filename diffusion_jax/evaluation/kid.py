@@ -19,8 +19,8 @@ class Estimate(NamedTuple):
 
   Attributes:
     mean: over the subsets.
-    std: over the subsets, divided by their number as torch-fidelity does: how
-      far the estimate from one subset lies from the mean.
+    std: over the subsets (not of one fewer, as torch-fidelity): how far the
+      estimate from one of them lies from the mean.
     standard_error: of the mean. It tells what drawing other subsets of these
       images would change, not what drawing other images would.
     subset_size: how many images of each set are in a subset.
@@ -119,8 +119,8 @@ def caveats(count: int, subset_size: int = SUBSET_SIZE) -> list[str]:
     return [f'KID: {count} images, and it takes at least 2 of both sets']
   if count <= subset_size:
     return [
-      f'KID: {count} images in subsets of {subset_size}, so that all subsets '
-      'are alike and the standard error says nothing'
+      f'KID: {count} images in subsets of {subset_size}, so that each takes '
+      'all of a set and the standard error says little'
     ]
   return []
 
