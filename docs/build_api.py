@@ -42,7 +42,14 @@ PUBLIC = {
   'training.loop': 'train Every',
   'evaluation.features': 'Judge pixels passes summarise',
   'evaluation.classifier': 'train load fit',
-  'evaluation.frechet': 'Moments moments_of merge distance',
+  'evaluation.frechet': (
+    'Moments Gaussian moments_of merge distance bias read write caveats'
+  ),
+  'evaluation.kid': 'Estimate over_subsets squared_mmd caveats',
+  'evaluation.inception_score': (
+    'Sums Score splits_of nothing update score_of caveats'
+  ),
+  'evaluation.precision': 'Precision precision_recall radii caveats',
   'evaluation.neighbours': 'Nearest update share_nearer',
   'evaluation.measure': 'measure Measured',
   'evaluation.cards': 'create compare',
