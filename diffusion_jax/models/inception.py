@@ -8,6 +8,7 @@ Its batch norms are folded: a convolution is relu(conv(x, w) + b), and its name
 is that of the graph with _ for /, such as `mixed_4_tower_1_conv_3`.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -151,6 +152,11 @@ def shapes(taps: Sequence[str] = ('logits',)) -> dict[str, tuple[int, ...]]:
   Raises:
     UserError: a tap is not known.
   """
+  return dict(_shapes(tuple(taps)))
+
+
+@functools.cache
+def _shapes(taps: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
   found = {}
 
   def weights(name, shape):

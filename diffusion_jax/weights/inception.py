@@ -9,6 +9,7 @@ the order of `models.inception.shapes`, and the batch norms folded.
 import hashlib
 import http.client
 import re
+import tokenize
 import urllib.request
 import zipfile
 from collections.abc import Callable, Sequence
@@ -31,6 +32,12 @@ EPSILON = 1e-3  # of the batch norms
 PIECE = 2**20  # bytes
 PATIENCE = 60  # seconds that a server may take to answer
 HEADER = 2**10  # bytes, more than what precedes an array in a .npz
+
+# What a .npz file that is something else, or damaged, raises.
+DAMAGED = (
+  *(OSError, ValueError, LookupError, EOFError, RuntimeError, SyntaxError),
+  *(tokenize.TokenError, zipfile.BadZipFile),
+)
 
 # Blocks of the network, as the two of PyTorch call them: ours, theirs, and the
 # names of its branch without a tower, of tower and of tower_1.
@@ -98,7 +105,7 @@ def fetch(
   Raises:
     UserError: the server does not give it, or gives something else.
   """
-  path = files.make(directory) / url.rpartition('/')[2]
+  path = files.at(directory) / url.rpartition('/')[2]
   if path.exists() and _sha256(path) == sha256:
     return path
   advice = f'download {url} by other means, and give the file'
@@ -106,7 +113,7 @@ def fetch(
   try:
     with (
       urllib.request.urlopen(url, timeout=PATIENCE) as answer,
-      files.replacing(path) as file,
+      files.replacing(files.make(directory) / path.name) as file,
     ):
       while piece := answer.read(PIECE):
         digest.update(piece)
@@ -170,7 +177,7 @@ def from_torch(state: dict[str, np.ndarray]) -> dict:
   }
   axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}  # OIHW -> HWIO
   turned = {k: np.transpose(v, axes.get(v.ndim)) for k, v in given.items()}
-  return _fold(_pick(turned, {**_parts(_torch_name, _TORCH_PARTS), **_FC}))
+  return _fold(_pick(turned, torch_names()))
 
 
 def from_graph(constants: dict[str, np.ndarray]) -> dict:
@@ -186,9 +193,28 @@ def from_graph(constants: dict[str, np.ndarray]) -> dict:
   Raises:
     ValueError: the graph is of another network.
   """
-  names = {**_parts(str, _GRAPH_PARTS, '_'), **_SOFTMAX}
+  names = graph_names()
   known = {k: v for k, v in constants.items() if k in names}
   return _fold(_pick(known, names))
+
+
+def torch_names() -> dict[str, str]:
+  """{name in a state dict: ours}; ours end in w, gamma, beta, mean, variance.
+
+  Of softmax, there are w and b.
+  """
+  return _parts(lambda name: f'{_torch_name(name)}.', _TORCH_PARTS) | {
+    'fc.weight': 'softmax/w',
+    'fc.bias': 'softmax/b',
+  }
+
+
+def graph_names() -> dict[str, str]:
+  """{name of a constant of the graph, with _ for /: ours}."""
+  return _parts(lambda name: f'{name}_', _GRAPH_PARTS) | {
+    'softmax_weights': 'softmax/w',
+    'softmax_biases': 'softmax/b',
+  }
 
 
 def write(path, params: dict) -> None:
@@ -248,7 +274,7 @@ def read(path, taps: Sequence[str] = ('logits',)) -> dict:
       f'{path}: there is no such file; give Inception weights, as '
       'weights.inception.convert writes them'
     ) from e
-  except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile) as e:
+  except DAMAGED as e:
     reason = ' '.join(str(e).split())[:200]
     raise UserError(
       f'{path} is not a file of Inception weights ({reason}): give one that '
@@ -261,7 +287,7 @@ def read(path, taps: Sequence[str] = ('logits',)) -> dict:
 
 
 def _array(archive, name, shape):
-  """An array of a .npz file that may have any: read once its header is right."""
+  """An array of a .npz file; it is read once its header is seen to be right."""
   info = archive.getinfo(f'{name}.npy')
   size = 4 * int(np.prod(shape))
   if info.compress_type != zipfile.ZIP_STORED:
@@ -304,8 +330,8 @@ def _sha256(path) -> str:
 
 
 def _check_name(path) -> None:
-  """A hash in a file's name, such as -6726825d.pth, is the file's."""
-  match = re.search(r'-([0-9a-f]{8,64})\.\w+$', str(path))
+  """The hash in a published name, -6726825d.pth, must be the file's."""
+  match = re.search(r'inception-2015-12-05-([0-9a-f]{8})\.pth$', str(path))
   try:
     found = _sha256(path)
   except OSError as e:
@@ -338,14 +364,10 @@ def _torch_name(name: str) -> str:
   return f'{module}.{branch}_{1 + int(number or 0)}'
 
 
-_FC = {'fc.weight': 'softmax/w', 'fc.bias': 'softmax/b'}
-_SOFTMAX = {'softmax_weights': 'softmax/w', 'softmax_biases': 'softmax/b'}
-
-
-def _parts(rename: Callable, parts: dict, joint: str = '.') -> dict[str, str]:
+def _parts(prefix: Callable, parts: dict) -> dict[str, str]:
   """Their names of what folds into a convolution, and ours."""
   return {
-    f'{rename(name)}{joint}{theirs}': f'{name}/{part}'
+    f'{prefix(name)}{theirs}': f'{name}/{part}'
     for name in inception.shapes()
     if name != 'softmax'
     for part, theirs in parts.items()
