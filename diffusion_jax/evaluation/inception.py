@@ -56,6 +56,7 @@ def load(path, *, tap: str = '2048', convention: str = 'tf1') -> Judge:
     'features': 'inception',
     'features_sha256': digest.hexdigest(),
     'tap': tap,
-    'resize': convention,
+    'resize': f'bilinear to {inception.SIZE}',
+    'convention': convention,
   }
   return Judge(apply, params, protocol, {})

@@ -225,7 +225,7 @@ def write(path, params: dict) -> None:
     params: {name: {'w', 'b'}}.
   """
   arrays = {
-    f'{name}/{part}': np.asarray(params[name][part], np.float32)
+    f'{name}/{part}': np.ascontiguousarray(params[name][part], np.float32)
     for name in params
     for part in 'wb'
   }
@@ -257,9 +257,7 @@ def read(path, taps: Sequence[str] = ('logits',)) -> dict:
       files.at(path).open('rb') as file,
       zipfile.ZipFile(file) as archive,
     ):
-      found = [
-        info.filename.removesuffix('.npy') for info in archive.infolist()
-      ]
+      found = [name.removesuffix('.npy') for name in archive.namelist()]
       if extra := [name for name in found if name not in known]:
         raise ValueError(f'{_some(extra)} is not of this network')
       if missing := [name for name in wanted if name not in found]:
@@ -298,8 +296,9 @@ def _array(archive, name, shape):
       raise ValueError(f'{name} has the version {version}')
     header = np.lib.format.read_array_header_1_0(file, max_header_size=HEADER)
     if header != (shape, False, np.dtype('<f4')):
+      order = ' in the order of Fortran' if header[1] else ''
       raise ValueError(
-        f'{name} is {header[2]} {header[0]}, and not float32 {shape}'
+        f'{name} is {header[2]} {header[0]}{order}, and not float32 {shape}'
       )
     data = file.read(size)
     if len(data) != size or file.read(1):
@@ -390,6 +389,8 @@ def _pick(given: dict, names: dict[str, str]) -> dict[str, np.ndarray]:
       )
     if not np.isfinite(given[theirs]).all():
       raise ValueError(f'{theirs} holds numbers that are not finite')
+    if part == 'variance' and given[theirs].min() < 0:
+      raise ValueError(f'{theirs} holds negative numbers')
   return {ours: given[theirs] for theirs, ours in names.items()}
 
 
