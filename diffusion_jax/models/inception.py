@@ -1,11 +1,11 @@
 """The network of FID, Inception v3 of 2015-12-05 (arXiv 1512.00567).
 
-It is TensorFlow's graph `classify_image_graph_def.pb`, to which every published
-FID refers, and differs from other networks of this name: its average pools do
-not count the padding, its last block has a maximum pool in place of an average,
-and it knows 1008 classes. It is never trained here, so it is a pure function.
-Its batch norms are folded: a convolution is relu(conv(x, w) + b), and its name
-is that of the graph with _ for /, such as `mixed_4_tower_1_conv_3`.
+It is TensorFlow's graph `classify_image_graph_def.pb`, by which FID was defined
+(arXiv 1706.08500), and differs from other networks of this name: its average
+pools do not count the padding, its last block has a maximum pool in place of an
+average, and it has 1008 classes. It is never trained here, so it is a pure
+function. Its batch norms are folded: a convolution is relu(conv(x, w) + b), and
+its name is that of the graph with _ for /, such as `mixed_4_tower_1_conv_3`.
 """
 
 import functools
@@ -62,11 +62,10 @@ def apply(
 def preprocess(images: jax.Array, convention: str) -> jax.Array:
   """Images as the network takes them; two conventions are in use.
 
-  'tf1', that of the original FID, guided-diffusion, StyleGAN and
-  torch-fidelity: bilinear as in TensorFlow 1, where pixel i is taken at
-  i H / 299, then (x - 128) / 128. 'pytorch-fid': bilinear at
-  (i + 1/2) H / 299 - 1/2, then (x - 127.5) / 127.5. Neither averages where
-  images become smaller.
+  'tf1', that of the graph itself and of torch-fidelity: bilinear as in
+  TensorFlow 1, where pixel i is taken at i H / 299, then (x - 128) / 128.
+  'pytorch-fid': bilinear at (i + 1/2) H / 299 - 1/2, then (x - 127.5) /
+  127.5. Neither averages where images become smaller.
 
   Args:
     images: uint8, or float in [0, 255], [B, H, W, C]; C is 1, which is

@@ -1,9 +1,9 @@
 """The weights of FID's Inception: published files, and ours, which has no code.
 
-Three files hold the same network: TensorFlow's frozen graph, and the two which
-pytorch-fid and torch-fidelity made of it, which are equal to the last bit.
-Ours is a .npz of `NAME/w` (HWIO) and `NAME/b`, float32, with the names and in
-the order of `models.inception.shapes`, and the batch norms folded.
+Three files hold the same network: TensorFlow's frozen graph, and those that
+pytorch-fid and torch-fidelity publish, which are one by their SHA-256. Ours is
+a .npz of `NAME/w` (HWIO) and `NAME/b`, float32, with the names and in the order
+of `models.inception.shapes`, and the batch norms folded.
 """
 
 import hashlib
