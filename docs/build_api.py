@@ -26,6 +26,7 @@ PUBLIC = {
   'process.losses': 'squared_error',
   'models': 'create Model count',
   'models.unet': 'UNet',
+  'models.inception': 'apply preprocess features shapes',
   'guidance': 'clip_x0',
   'samplers': 'create options ddim ancestral solve Sampler',
   'samplers.grid': 'create',
@@ -42,6 +43,7 @@ PUBLIC = {
   'training.loop': 'train Every',
   'evaluation.features': 'Judge pixels passes summarise',
   'evaluation.classifier': 'train load fit',
+  'evaluation.inception': 'load',
   'evaluation.frechet': (
     'Moments Gaussian moments_of merge distance bias read write caveats'
   ),
@@ -54,6 +56,8 @@ PUBLIC = {
   'evaluation.measure': 'measure Measured',
   'evaluation.cards': 'create compare',
   'evaluation.page': 'write',
+  'weights.inception': 'fetch convert read write from_torch from_graph',
+  'weights.pytorch': 'read',
   'pictures': 'grid trajectory neighbours save',
   'errors': 'UserError',
 }

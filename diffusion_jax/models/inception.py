@@ -1,0 +1,286 @@
+"""The network of FID, Inception v3 of 2015-12-05 (arXiv 1512.00567).
+
+It is TensorFlow's graph `classify_image_graph_def.pb`, by which FID was defined
+(arXiv 1706.08500), and differs from other networks of this name: its average
+pools do not count the padding, its last block has a maximum pool in place of an
+average, and it has 1008 classes. It is never trained here, so it is a pure
+function. Its batch norms are folded: a convolution is relu(conv(x, w) + b), and
+its name is that of the graph with _ for /, such as `mixed_4_tower_1_conv_3`.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from diffusion_jax.errors import UserError
+
+SIZE = 299
+NUM_CLASSES = 1008
+
+# What can be asked for, in the order in which the network comes by it.
+TAPS = {
+  '64': 64,  # after the first maximum pool, averaged over positions
+  '192': 192,  # after the second
+  'spatial': 17 * 17 * 7,  # of sFID: mixed_6/conv, its first 7 channels
+  '768': 768,  # mixed_7, averaged
+  '2048': 2048,  # mixed_10, averaged: the usual features of FID
+  'logits_unbiased': NUM_CLASSES,  # without softmax/b: those of IS
+  'logits': NUM_CLASSES,
+}
+CONVENTIONS = ('tf1', 'pytorch-fid')
+
+# The product of two float32 numbers, where it is not the default.
+EXACT = lax.Precision.HIGHEST
+
+
+def apply(
+  params: dict, images: jax.Array, taps: Sequence[str], convention: str = 'tf1'
+) -> dict[str, jax.Array]:
+  """What the network says of images.
+
+  Args:
+    params: {name: {'w', 'b'}}, at least those of `shapes(taps)`.
+    images: uint8, or float in [0, 255], [B, H, W, C]; C is 1 or 3.
+    taps: keys of TAPS.
+    convention: of CONVENTIONS, see `preprocess`.
+
+  Returns:
+    {tap: [B, TAPS[tap]] float32}.
+
+  Raises:
+    UserError: a tap or the convention is not known, or the images are neither
+      grey nor RGB.
+  """
+  return features(params, preprocess(images, convention), taps)
+
+
+def preprocess(images: jax.Array, convention: str) -> jax.Array:
+  """Images as the network takes them; two conventions are in use.
+
+  'tf1', that of the graph itself and of torch-fidelity: bilinear as in
+  TensorFlow 1, where pixel i is taken at i H / 299, then (x - 128) / 128.
+  'pytorch-fid': bilinear at (i + 1/2) H / 299 - 1/2, then (x - 127.5) /
+  127.5. Neither averages where images become smaller.
+
+  Args:
+    images: uint8, or float in [0, 255], [B, H, W, C]; C is 1, which is
+      repeated, or 3.
+    convention: of CONVENTIONS.
+
+  Returns:
+    [B, 299, 299, 3] float32.
+
+  Raises:
+    UserError: the convention is not known, or C is neither.
+  """
+  if convention not in CONVENTIONS:
+    raise UserError(
+      f'the input convention {convention!r} is not known: use one of '
+      f'{", ".join(CONVENTIONS)}'
+    )
+  _, height, width, channels = images.shape
+  if channels not in (1, 3):
+    raise UserError(
+      f'images of {channels} channels: Inception judges grey ones, of 1, and '
+      'RGB, of 3; give other features'
+    )
+  x = jnp.einsum(
+    'bhwc,yh,xw->byxc',
+    images.astype(jnp.float32),
+    resize_matrix(height, convention),
+    resize_matrix(width, convention),
+    precision=EXACT,
+  )
+  middle = 128.0 if convention == 'tf1' else 127.5
+  x = (x - middle) / middle
+  return x.repeat(3, axis=-1) if channels == 1 else x
+
+
+def resize_matrix(size: int, convention: str) -> np.ndarray:
+  """The weights of a bilinear resize along one axis, from float64.
+
+  Args:
+    size: of the axis before.
+    convention: of CONVENTIONS, see `preprocess`.
+
+  Returns:
+    [299, size] float32; a row has two weights at the most.
+  """
+  at = np.arange(SIZE) * size / SIZE
+  if convention != 'tf1':
+    at = at + (size / SIZE - 1) / 2
+  at = np.clip(at, 0, size - 1)
+  return np.maximum(0, 1 - abs(at[:, None] - np.arange(size))).astype('f4')
+
+
+def features(
+  params: dict, x: jax.Array, taps: Sequence[str]
+) -> dict[str, jax.Array]:
+  """The network without what comes before it, up to the last tap wanted.
+
+  Args:
+    params: as of `apply`.
+    x: [B, 299, 299, 3] float32, as of `preprocess`.
+    taps: keys of TAPS.
+
+  Returns:
+    {tap: [B, TAPS[tap]] float32}.
+
+  Raises:
+    UserError: a tap is not known.
+  """
+
+  return _until(taps, _walk(lambda name, shape: params[name], x))
+
+
+def shapes(taps: Sequence[str] = ('logits',)) -> dict[str, tuple[int, ...]]:
+  """The parameters that taps need, in the order of the network.
+
+  Args:
+    taps: keys of TAPS; the last of them needs all.
+
+  Returns:
+    {name: shape of w}, HWIO, but for the last, softmax, [2048, 1008]. A b has
+    the last axis of its w.
+
+  Raises:
+    UserError: a tap is not known.
+  """
+  return dict(_shapes(tuple(taps)))
+
+
+@functools.cache
+def _shapes(taps: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+  found = {}
+
+  def weights(name, shape):
+    found[name] = shape
+    return {'w': jnp.zeros(shape), 'b': jnp.zeros(shape[-1])}
+
+  image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+  jax.eval_shape(lambda x: _until(taps, _walk(weights, x)), image)
+  return found
+
+
+def _until(taps, steps) -> dict[str, jax.Array]:
+  """Those wanted of the network's steps; none is taken after the last."""
+  for tap in taps:
+    if tap not in TAPS:
+      raise UserError(
+        f'Inception has no tap {tap!r}: use one of {", ".join(TAPS)}'
+      )
+  found = {}
+  for tap, value in steps:
+    if tap in taps:
+      found[tap] = value
+    if len(found) == len(set(taps)):
+      break
+  return found
+
+
+def _walk(weights: Callable, x: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+  """Each tap and its value; `weights` is (name, shape of w) -> {'w', 'b'}."""
+
+  def conv(name, x, channels, kernel=(1, 1), stride=1, padding='SAME'):
+    p = weights(name, (*kernel, x.shape[-1], channels))
+    y = lax.conv_general_dilated(
+      x, p['w'], (stride, stride), padding,
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision=EXACT,
+    )  # fmt: skip
+    return nnx.relu(y + p['b'][None, None, None])
+
+  def chain(name, x, *layers):
+    for i, layer in enumerate(layers):
+      x = conv(f'{name}_conv_{i}' if i else f'{name}_conv', x, *layer)
+    return x
+
+  def fork(name, x):  # 1x3 beside 3x1
+    parts = [((1, 3), f'{name}_mixed_conv'), ((3, 1), f'{name}_mixed_conv_1')]
+    return _join(*(conv(part, x, 384, kernel) for kernel, part in parts))
+
+  half = 2, 'VALID'  # a stride and its padding
+
+  x = conv('conv', x, 32, (3, 3), *half)  # 149
+  x = conv('conv_1', x, 32, (3, 3), 1, 'VALID')  # 147
+  x = conv('conv_2', x, 64, (3, 3))
+  x = _max_pool(x, *half)  # 73
+  yield '64', _mean(x)
+
+  x = conv('conv_3', x, 80)
+  x = conv('conv_4', x, 192, (3, 3), 1, 'VALID')  # 71
+  x = _max_pool(x, *half)  # 35
+  yield '192', _mean(x)
+
+  for name, pooled in (('mixed', 32), ('mixed_1', 64), ('mixed_2', 64)):
+    x = _join(
+      chain(name, x, [64]),
+      chain(f'{name}_tower', x, [48], [64, (5, 5)]),
+      chain(f'{name}_tower_1', x, [64], [96, (3, 3)], [96, (3, 3)]),
+      chain(f'{name}_tower_2', _average_pool(x), [pooled]),
+    )
+
+  x = _join(  # 17
+    chain('mixed_3', x, [384, (3, 3), *half]),
+    chain('mixed_3_tower', x, [64], [96, (3, 3)], [96, (3, 3), *half]),
+    _max_pool(x, *half),
+  )
+
+  for name, c in (
+    *(('mixed_4', 128), ('mixed_5', 160)),
+    *(('mixed_6', 160), ('mixed_7', 192)),
+  ):
+    wide, high = [c, (1, 7)], [c, (7, 1)]
+    x = _join(
+      chain(name, x, [192]),
+      chain(f'{name}_tower', x, [c], wide, [192, (7, 1)]),
+      chain(f'{name}_tower_1', x, [c], high, wide, high, [192, (1, 7)]),
+      chain(f'{name}_tower_2', _average_pool(x), [192]),
+    )
+    if name == 'mixed_6':
+      yield 'spatial', x[..., :7].reshape(len(x), -1)
+  yield '768', _mean(x)
+
+  wide, high = [192, (1, 7)], [192, (7, 1)]
+  x = _join(  # 8
+    chain('mixed_8_tower', x, [192], [320, (3, 3), *half]),
+    chain('mixed_8_tower_1', x, [192], wide, high, [192, (3, 3), *half]),
+    _max_pool(x, *half),
+  )
+
+  for name, pool in (('mixed_9', _average_pool), ('mixed_10', _max_pool)):
+    x = _join(
+      chain(name, x, [320]),
+      fork(f'{name}_tower', chain(f'{name}_tower', x, [384])),
+      fork(
+        f'{name}_tower_1', chain(f'{name}_tower_1', x, [448], [384, (3, 3)])
+      ),
+      chain(f'{name}_tower_2', pool(x), [192]),
+    )
+  x = _mean(x)
+  yield '2048', x
+
+  last = weights('softmax', (x.shape[-1], NUM_CLASSES))
+  x = jnp.matmul(x, last['w'], precision=EXACT)
+  yield 'logits_unbiased', x
+  yield 'logits', x + last['b'][None]
+
+
+def _max_pool(x, stride=1, padding='SAME'):
+  return nnx.max_pool(x, (3, 3), (stride, stride), padding)
+
+
+def _average_pool(x):
+  return nnx.avg_pool(x, (3, 3), (1, 1), 'SAME', count_include_pad=False)
+
+
+def _join(*parts):
+  return jnp.concatenate(parts, axis=-1)
+
+
+def _mean(x):
+  return x.mean((1, 2))

@@ -1,0 +1,1 @@
+"""Weights that others trained: their formats, read without their code."""

@@ -1,0 +1,193 @@
+"""PyTorch's weight files, read without PyTorch, and with nothing executed.
+
+Such a file is a pickle, a program that may call anything. Here it can name a
+handful of things, each of which is replaced by something inert; whatever else
+it names is refused. There are two layouts: a zip file, and what torch.save
+wrote before version 1.6, a stream of pickles and the bytes of the tensors.
+"""
+
+import io
+import math
+import pickle
+import zipfile
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion_jax import files
+from diffusion_jax.errors import UserError
+
+STORAGES = {
+  'DoubleStorage': '<f8',
+  'FloatStorage': '<f4',
+  'HalfStorage': '<f2',
+  'LongStorage': '<i8',
+  'IntStorage': '<i4',
+  'ShortStorage': '<i2',
+  'CharStorage': 'i1',
+  'ByteStorage': 'u1',
+  'BoolStorage': '?',
+}
+
+# Of the older layout: what begins it, and its only version.
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL = 1001
+
+
+def read(path) -> dict[str, np.ndarray]:
+  """The tensors of a state dict that torch.save wrote.
+
+  Args:
+    path: of the file, in either layout.
+
+  Returns:
+    {name: array}, in the file's order; the arrays are read-only. Entries that
+    are no tensors are left out.
+
+  Raises:
+    UserError: there is no such file, it is something else or damaged, or it
+      names what weights do not need.
+  """
+  path = files.at(path)
+  try:
+    data = path.read_bytes()
+  except OSError as e:
+    raise UserError(
+      f'{path} cannot be read ({e.strerror or e}): give a file of PyTorch '
+      'weights'
+    ) from e
+  try:
+    state, storages = (_zipped if data[:4] == b'PK\3\4' else _stream)(data)
+    tensors = {
+      name: _array(value, storages)
+      for name, value in (state if isinstance(state, dict) else {}).items()
+      if isinstance(name, str) and isinstance(value, _Tensor)
+    }
+    if not tensors:
+      raise ValueError('it holds no tensors by name')
+  except Exception as e:  # a damaged pickle may raise anything
+    reason = ' '.join(str(e).split())[:200] or type(e).__name__
+    raise UserError(
+      f'{path} is not a state dict of PyTorch ({reason}); nothing in it was '
+      'run: give weights as they were published'
+    ) from e
+  return tensors
+
+
+class _Storage(NamedTuple):
+  key: str
+  dtype: np.dtype
+  count: int
+
+
+class _Tensor(NamedTuple):
+  storage: _Storage
+  offset: int
+  shape: tuple
+  strides: tuple
+
+
+class _State(dict):
+  """An OrderedDict; the attributes that a state dict brings are left out."""
+
+  def __setstate__(self, state):
+    pass
+
+
+# The one in Python: C's allots as much memory as a memo's index asks for.
+class _Unpickler(pickle._Unpickler):
+  """Knows nothing but what a state dict is made of."""
+
+  def __init__(self, file):
+    super().__init__(file, encoding='utf-8')
+    self.storages = {}
+
+  def find_class(self, module, name):
+    # Made anew each time: a pickle can change what it is given.
+    if (module, name) == ('collections', 'OrderedDict'):
+      return lambda *args: _State(*args)
+    if (module, name) == ('torch._utils', '_rebuild_tensor_v2'):
+      return lambda *args: _Tensor(*args[:4])
+    if (module, name) == ('torch._utils', '_rebuild_parameter'):
+      return lambda tensor, *_: tensor
+    if module == 'torch' and name in STORAGES:
+      return STORAGES[name]
+    raise ValueError(
+      f'it names {f"{module}.{name}"[:100]}, which weights do not need'
+    )
+
+  def persistent_load(self, pid):
+    kind, dtype, key, _, count, *views = pid
+    if (
+      kind != 'storage'
+      or not isinstance(key, str)
+      or dtype not in STORAGES.values()
+      or not isinstance(count, int)
+      or any(view is not None for view in views)
+    ):
+      raise ValueError('it refers to what is no plain storage')
+    self.storages[key] = _Storage(key, np.dtype(dtype), count)
+    return self.storages[key]
+
+
+def _zipped(data: bytes):
+  """(what was saved, {key: bytes}) of the layout of today."""
+  with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    # As torch.save writes: entries are not compressed, nor do they overlap.
+    infos = archive.infolist()
+    for info in infos:
+      if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f'{info.filename[:100]} in it is compressed')
+    if sum(info.file_size for info in infos) > len(data):
+      raise ValueError('its entries are larger than the file')
+    entries = {
+      info.filename.partition('/')[2]: archive.read(info) for info in infos
+    }
+  if entries.get('byteorder', b'little') != b'little':
+    raise ValueError('its numbers are big-endian')
+  if 'data.pkl' not in entries:
+    raise ValueError('a zip file without data.pkl')
+  state = _Unpickler(io.BytesIO(entries['data.pkl'])).load()
+  return state, {
+    name.removeprefix('data/'): entry
+    for name, entry in entries.items()
+    if name.startswith('data/')
+  }
+
+
+def _stream(data: bytes):
+  """(what was saved, {key: bytes}) of the layout before PyTorch 1.6."""
+  if not data.startswith(pickle.dumps(MAGIC, 2)):
+    raise ValueError('it begins as no layout of torch.save does')
+  file = io.BytesIO(data)
+  _, protocol, system = (_Unpickler(file).load() for _ in range(3))
+  if protocol != PROTOCOL or not system['little_endian']:
+    raise ValueError('its protocol is not 1001, or it is big-endian')
+  unpickler = _Unpickler(file)
+  state = unpickler.load()
+  found = {}
+  for key in _Unpickler(file).load():
+    _, dtype, count = unpickler.storages[key]
+    if int.from_bytes(file.read(8), 'little') != count:
+      raise ValueError(f'storage {key[:100]} is of another size')
+    found[key] = file.read(count * dtype.itemsize)
+  return state, found
+
+
+def _array(tensor: _Tensor, storages: dict[str, bytes]) -> np.ndarray:
+  """A tensor as a view of its storage, once it is sure to lie within."""
+  storage, offset, shape, strides = tensor
+  flat = np.frombuffer(storages.get(storage.key, b''), storage.dtype)
+  if len(flat) != storage.count:
+    raise ValueError(f'storage {storage.key[:100]} is missing or cut off')
+  if len(shape) != len(strides) or min(offset, *shape, *strides, 0) < 0:
+    raise ValueError('the shape of a tensor makes no sense')
+  if 0 in shape:
+    return flat[:0].reshape(shape)
+  end = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+  # A stride of 0 would make much of little.
+  if end >= len(flat) or math.prod(shape) > len(flat):
+    raise ValueError('a tensor does not lie within its storage')
+  return np.lib.stride_tricks.as_strided(
+    flat[offset:], shape, [s * flat.itemsize for s in strides], writeable=False
+  )
