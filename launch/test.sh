@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh             the default suite
 #   bash launch/test.sh --slow      the checks that take minutes
-#   bash launch/test.sh --parity    against torch's networks and FID's tools
+#   bash launch/test.sh --parity    against torch and diffusers (installs them)
 #   bash launch/test.sh --prepare   launch/prepare_data.sh, with TensorFlow
 #   bash launch/test.sh PYTEST_ARGUMENTS
 set -euo pipefail

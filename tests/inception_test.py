@@ -45,6 +45,8 @@ def test_equals_golden():
 
 @pytest.mark.parity
 def test_equals_theirs():
+  for tool in ('torch_fidelity', 'pytorch_fid'):
+    pytest.importorskip(tool, reason=f'needs {tool}, see CONTRIBUTING.md')
   assert_equal(parity.reference_live(), answers())
 
 

@@ -1,6 +1,6 @@
 """Writes tests/golden/inception.npz, and files of torch.save to be read.
 
-From the root, with the extra `parity` installed:
+From the root, where FID's tools are installed (CONTRIBUTING.md):
 
   PYTHONPATH=.:tests python tests/golden/make_inception.py
 

@@ -1,6 +1,6 @@
 """Writes tests/golden/metrics.json: what torch-fidelity answers.
 
-From the root, with torch-fidelity installed (the extra `parity`):
+From the root, where FID's tools are installed (CONTRIBUTING.md):
 
   PYTHONPATH=.:tests python tests/golden/make_metrics.py
 
