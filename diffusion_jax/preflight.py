@@ -98,6 +98,7 @@ def main():
   if _used(train) > _limit(place, train):
     raise UserError(_too_large(place, place.config.batch_size, train))
   sample = _compile_sampling(place) if FLAGS.sampling else None
+  distributed.gather(None)  # who is through first waits for the others
   result = _result(place, train, sample)
   result['checks'] = [check._asdict() for check in looked_at]
   cli.report(result, '\n'.join(page.lines(result)), FLAGS.json)
