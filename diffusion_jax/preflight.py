@@ -15,6 +15,7 @@ training is, it compares them. Nothing is trained, and nothing is kept.
 
 import math
 import os
+from concurrent import futures
 from typing import NamedTuple
 
 import jax
@@ -94,10 +95,11 @@ def main():
   if FLAGS.largest_batch:
     _largest(place)
     return
-  train = _compile_step(place, place.config.batch_size)
+  train, sample = _compile_both(place)
   if _used(train) > _limit(place, train):
     raise UserError(_too_large(place, place.config.batch_size, train))
-  sample = _compile_sampling(place) if FLAGS.sampling else None
+  if sample and _used(sample) > _limit(place, sample):
+    raise UserError(_too_many_samples(place, sample))
   distributed.gather(None)  # who is through first waits for the others
   result = _result(place, train, sample)
   result['checks'] = [check._asdict() for check in looked_at]
@@ -157,13 +159,29 @@ def _batch(place) -> str:
 # --- compiling ----------------------------------------------------------------
 
 
+def _compile_both(place) -> tuple:
+  """The training step, and the sampling program or None.
+
+  At once: XLA compiles a program on one core, for the most part.
+  """
+  what = f'the training step, {place.config.batch_size} images'
+  if FLAGS.sampling:
+    what += f', and the sampling program, {_sampled(place)} images'
+  with cli.waiting(f'compiling {what}{_effort(place)}'):
+    pool = futures.ThreadPoolExecutor()
+    train = pool.submit(_compile_step, place, place.config.batch_size)
+    sample = pool.submit(_compile_sampling, place) if FLAGS.sampling else None
+    return train.result(), sample and sample.result()
+
+
+def _effort(place) -> str:
+  return ' at low effort' if place.options else ''
+
+
 def _compile_step(place, batch_size) -> Compiled | TooLarge:
   shape = (batch_size, *runs.image_shape(place.config.data))
   batch = {'image': _rows(place, shape, jnp.uint8)}
-  return _compile(
-    place, f'the training step, {batch_size} images',
-    place.program.step_fn, (place.program.abstract, batch),
-  )  # fmt: skip
+  return _compile(place, place.program.step_fn, (place.program.abstract, batch))
 
 
 def _sampled(place) -> int:
@@ -172,19 +190,11 @@ def _sampled(place) -> int:
   return -(-FLAGS.sample_batch_size // parts) * parts
 
 
-def _compile_sampling(place) -> Compiled:
-  count = _sampled(place)
-  found = _compile(
-    place, f'the sampling program, {count} images', place.program.draw_fn,
-    (place.program.abstract.ema_params, _rows(place, (count,), jnp.uint32)),
-  )  # fmt: skip
-  used, limit = _used(found), _limit(place, found)
-  if used > limit:
-    raise UserError(
-      f'--sample_batch_size={count} does not fit {place.name}: {gib(used)} a '
-      f'chip, {gib(used - limit)} more than its {gib(limit)}; draw fewer'
-    )
-  return found
+def _compile_sampling(place) -> Compiled | TooLarge:
+  indices = _rows(place, (_sampled(place),), jnp.uint32)
+  return _compile(
+    place, place.program.draw_fn, (place.program.abstract.ema_params, indices)
+  )
 
 
 def _rows(place, shape, dtype):
@@ -192,13 +202,11 @@ def _rows(place, shape, dtype):
   return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
 
-def _compile(place, what, fn, args) -> Compiled | TooLarge:
-  effort = ' at low effort' if place.options else ''
-  with cli.waiting(f'compiling {what}{effort}'):
-    try:
-      return compiled.compile(fn, args, options=place.options)
-    except TooLarge as e:
-      return e
+def _compile(place, fn, args) -> Compiled | TooLarge:
+  try:
+    return compiled.compile(fn, args, options=place.options)
+  except TooLarge as e:
+    return e
 
 
 def _used(found) -> int:
@@ -216,7 +224,9 @@ def _largest(place) -> None:
   tried = {}
 
   def used(count):
-    found = tried[count] = _compile_step(place, count * unit)
+    what = f'the training step, {count * unit} images'
+    with cli.waiting(f'compiling {what}{_effort(place)}'):
+      found = tried[count] = _compile_step(place, count * unit)
     takes, limit = _used(found), _limit(place, found)
     cli.say(f'batch_size={count * unit}: {gib(takes)} of {gib(limit)} a chip')
     return takes, limit
@@ -269,6 +279,15 @@ def _too_large(place, batch_size, found) -> str:
     f'batch_size={batch_size} does not fit {place.name}: {gib(used)} a chip, '
     f'{gib(used - limit)} more than its {gib(limit)}; what may make it fit: '
     f'{", or ".join(remedies)}'
+  )
+
+
+def _too_many_samples(place, found) -> str:
+  used, limit = _used(found), _limit(place, found)
+  return (
+    f'--sample_batch_size={_sampled(place)} does not fit {place.name}: '
+    f'{gib(used)} a chip, {gib(used - limit)} more than its {gib(limit)}; draw '
+    'fewer'
   )
 
 
