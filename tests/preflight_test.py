@@ -6,13 +6,16 @@ import sys
 import threading
 
 import binaries
+import jax
 import numpy as np
 import pytest
 import tiny
 from distributed_test import together
 
 from configs import digits
+from diffusion_jax import programs
 from diffusion_jax.planning import checks, page
+from diffusion_jax.training import sharding
 
 TINY = [
   '--config=configs/digits.py', '--config.model.channels=8',
@@ -254,23 +257,29 @@ def test_two_processes_look_together(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBTPU, reason="needs pip install '.[tpu]'")
 def test_of_a_slice():
-  """The tiny network, split over a v5e:2x2: what chips exchange is theory.
+  """The digits' network, split over a v5e:2x2: what chips exchange is theory.
 
-  Of P bytes of parameters, S of them split: gathers S, scatters S, sums P - S;
-  all in bfloat16 or float32, as the compiler likes.
+  Of P bytes of parameters, S of them split: gathers S, scatters S, sums P - S.
   """
-  flags = ['--topology=v5e:2x2', '--fast', '--config.mesh.data=1',
-           '--config.mesh.fsdp=4', '--config.batch_size=16', '--nosampling',
-           '--config.model.channels=64']  # fmt: skip
-  result = preflight(*flags, '--json', limit=900)
+  result = binaries.run(
+    'preflight', '--config=configs/digits.py', '--config.batch_size=16',
+    '--config.mesh.data=1', '--config.mesh.fsdp=4', '--topology=v5e:2x2',
+    '--fast', '--nosampling', '--json', limit=900,
+  )  # fmt: skip
   assert result.code == 0, result.err
   found = json.loads(result.out)['train']
   bytes_of = {one['kind']: one['bytes'] for one in found['collectives']}
   assert bytes_of.keys() == {'all-gather', 'reduce-scatter', 'all-reduce'}
   assert found['aliased'] > 0.99 * found['outputs']
-  split = bytes_of['reduce-scatter']
+  program = programs.create(
+    digits.get_config(), sharding.make_mesh(devices=jax.devices()[:1])
+  )
+  leaves = jax.tree.leaves(program.abstract.params)
+  whole = 4 * sum(leaf.size for leaf in leaves)
+  split = 4 * sum(leaf.size for leaf in leaves if leaf.size >= sharding.SMALL)
   assert bytes_of['all-gather'] == pytest.approx(split, rel=0.1)
-  assert bytes_of['all-reduce'] < 0.1 * split
+  assert bytes_of['reduce-scatter'] == pytest.approx(split, rel=0.1)
+  assert bytes_of['all-reduce'] == pytest.approx(whole - split, rel=0.1)
   assert found['xla_flops_per_image'] == pytest.approx(
     found['product_flops_per_image'], rel=0.1
   )
