@@ -295,6 +295,21 @@ def test_the_largest_batch_is_between_its_neighbours(first, bend):
   assert calls <= 9
 
 
+def test_memory_that_falls_near_the_limit():
+  """XLA computes things twice there, rather than keep them."""
+  tries = []
+
+  def used(count):
+    tries.append(count)
+    size = 1000 + 7 * count
+    return (size if size < 90_000 else int(0.85 * size)), 100_000
+
+  fits, does_not = rates.largest(used, 12_000)
+  assert 0.95 * 16_664 < fits.count <= 16_664 < does_not.count
+  assert max(tries) < 2.1 * 16_664
+  assert len(tries) <= 9
+
+
 def test_nothing_fits():
   fits, does_not = rates.largest(lambda count: (5000 + count, 100), 64)
   assert fits.count == 0

@@ -112,9 +112,13 @@ def _next(fits, does_not, tried, earlier, accuracy):
   if earlier and earlier.count != tried.count:
     slope = (tried.used - earlier.used) / (tried.count - earlier.count)
   else:
+    slope = 0.0
+  if slope <= 0:
     slope = tried.used / tried.count
   guess = tried.count + (tried.limit - tried.used) / max(slope, 1e-9)
-  guess = min(guess, LEAP * tried.count)  # two small ones tell little
+  # Two small ones tell little; near the limit XLA begins to save memory.
+  leap = LEAP if tried.used < tried.limit / 4 else 2
+  guess = min(guess, leap * tried.count)
   # A little to the side that is not known yet, so that both ends move.
   step = accuracy / 3 * guess
   guess = int(guess + step if tried.used <= tried.limit else guess - step)
