@@ -441,13 +441,17 @@ def waiting(title: str, seconds: float = 20.0) -> Iterator[None]:
     while not done.wait(1.0 if terminal else seconds):
       print(told(), file=sys.stderr, end='\r' if terminal else '\n', flush=True)
 
-  if distributed.is_first():
-    say(title)
-    threading.Thread(target=tell, daemon=True).start()
+  if not distributed.is_first():
+    yield
+    return
+  say(title)
+  thread = threading.Thread(target=tell, daemon=True)
+  thread.start()
   try:
     yield
   finally:
     done.set()
+    thread.join()
     if terminal:
       print('\r' + ' ' * len(told()), file=sys.stderr, end='\r', flush=True)
 

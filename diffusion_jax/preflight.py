@@ -43,8 +43,8 @@ flags.DEFINE_string(
 flags.DEFINE_string('workdir', None, 'Folder of the run to come, to be tried.')
 flags.DEFINE_bool(
   'fast', False,
-  'TPUs: compile at low effort, several times faster. Memory is an estimate '
-  'then: 8% to 22% less than it will be was seen.',
+  'TPUs: compile at low effort, several times faster. Memory is then an '
+  'estimate, seen to be 8% to 22% too low.',
 )  # fmt: skip
 flags.DEFINE_bool('sampling', True, 'The sampling program too.')
 flags.DEFINE_integer(
@@ -160,9 +160,10 @@ def _batch(place) -> str:
 
 
 def _compile_both(place) -> tuple:
-  """The training step, and the sampling program or None.
+  """The training step, and the sampling program if it is wanted.
 
-  At once: XLA compiles a program on one core, for the most part.
+  At once: XLA compiles a program on one core, for the most part. A step that
+  does not fit waits for nothing.
   """
   what = f'the training step, {place.config.batch_size} images'
   if FLAGS.sampling:
@@ -171,7 +172,9 @@ def _compile_both(place) -> tuple:
     pool = futures.ThreadPoolExecutor()
     train = pool.submit(_compile_step, place, place.config.batch_size)
     sample = pool.submit(_compile_sampling, place) if FLAGS.sampling else None
-    return train.result(), sample and sample.result()
+    step = train.result()
+    fits = _used(step) <= _limit(place, step)
+    return step, sample.result() if sample and fits else None
 
 
 def _effort(place) -> str:

@@ -140,20 +140,18 @@ def page(found) -> str:
       f"\n{config}, the paper's batch on all chips together:\n\n",
       COLUMNS.format('of four chips'),
     ]
-    for topology, share, row in _strong(found, config):
-      del topology
-      parts.append(_line(row, share))
+    parts += [_line(row, share) for row, share in _strong(found, config)]
   return ''.join([*parts, ASSUMED])
 
 
 def _strong(found, config):
-  """(topology, speed a chip beside that on the fewest chips, result)."""
+  """(result, speed a chip beside that on the fewest chips)."""
   first = None
   for topology, batch in STRONG[config]:
     if row := found.get(key(config, topology, batch, [])):
       speed = row['predicted']['images_per_sec_per_chip']
       first = first or speed
-      yield topology, speed / first, row
+      yield row, speed / first
 
 
 def _line(row, share) -> str:
@@ -251,8 +249,8 @@ def plot(found, path) -> None:
     )  # fmt: skip
     strong = list(_strong(found, config))
     right.plot(
-      [row['num_devices'] for _, _, row in strong],
-      [share for _, share, _ in strong],
+      [row['num_devices'] for row, _ in strong],
+      [share for _, share in strong],
       'o-', color=color, label=config,
     )  # fmt: skip
   for axes, title in (

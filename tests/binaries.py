@@ -7,6 +7,7 @@ and started nothing, which takes tenths of a second in place of seconds.
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import tempfile
 import time
@@ -78,6 +79,30 @@ def start(binary: str, *arguments, devices: int = 1, **environment) -> Running:
   )  # fmt: skip
   process.start()
   return Running(process, folder)
+
+
+def free_port() -> int:
+  with socket.create_server(('localhost', 0)) as server:
+    return server.getsockname()[1]
+
+
+def start_several(
+  binary: str, *arguments, count: int = 2, devices: int = 1, **environment
+) -> list[Running]:
+  """A binary in several processes, which are one run."""
+  several = [f'--coordinator=localhost:{free_port()}',
+             f'--num_processes={count}']  # fmt: skip
+  return [
+    start(
+      binary, *arguments, *several, f'--process_id={i}', devices=devices,
+      **environment,
+    )
+    for i in range(count)
+  ]  # fmt: skip
+
+
+def run_several(binary: str, *arguments, **how) -> list[Result]:
+  return [one.end() for one in start_several(binary, *arguments, **how)]
 
 
 def run(binary: str, *arguments, devices: int = 1, limit: int = 300) -> Result:

@@ -8,7 +8,6 @@ import bucket
 import numpy as np
 import pytest
 import tiny
-from distributed_test import free_port
 
 import diffusion_jax
 from diffusion_jax import files
@@ -133,7 +132,10 @@ def test_two_processes_in_one_bucket(served, run):
     ('train', few),
     ('sample', [f'--workdir={workdir}', *DDIM]),
   ):
-    how = [f'--coordinator=localhost:{free_port()}', '--num_processes=2']
+    how = [
+      f'--coordinator=localhost:{binaries.free_port()}',
+      '--num_processes=2',
+    ]
     processes = [
       binaries.start(
         binary, *flags, *how, f'--process_id={i}', **served[1]

@@ -18,7 +18,6 @@ import binaries
 import cloud
 import pytest
 import tiny
-from distributed_test import free_port
 
 from configs import cifar10
 from diffusion_jax import distributed, runs
@@ -290,7 +289,8 @@ def test_two_workers_train_through_a_preemption(tmp_path):
   environment = cloud.create(
     tmp_path / 'cloud',
     preempt_when=str(workdir / 'checkpoints' / '5'),
-    python=f'exec {sys.executable} "$@" --coordinator=localhost:{free_port()} '
+    python=f'exec {sys.executable} "$@" '
+    f'--coordinator=localhost:{binaries.free_port()} '
     '--num_processes=2 --process_id=$WORKER',
   )
   environment |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
@@ -458,7 +458,7 @@ def test_slurm_stops_in_time_is_requeued_and_goes_on(tmp_path):
   cloud.write(tmp_path / 'scontrol', f'echo "$@" >>{tmp_path}/asked')
   environment = {
     **os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}',
-    'PYTHON': sys.executable, 'SLURM_JOB_ID': str(free_port()),
+    'PYTHON': sys.executable, 'SLURM_JOB_ID': str(binaries.free_port()),
     'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT),
   }  # fmt: skip
 

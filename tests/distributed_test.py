@@ -18,18 +18,12 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.samplers import store
 from diffusion_jax.training import checkpoint, metrics, sharding
 
-
-def free_port():
-  with socket.create_server(('localhost', 0)) as server:
-    return server.getsockname()[1]
-
-
 # --- meeting -----------------------------------------------------------------
 
 
 def meet_all(calls, seconds=10):
   """Runs meet() in a thread each; returns what each raised, or None."""
-  address = f'localhost:{free_port()}'
+  address = f'localhost:{binaries.free_port()}'
   raised = [None] * len(calls)
 
   def join(place, total, index, after):
@@ -81,7 +75,7 @@ def test_another_number_of_processes():
 
 
 def test_one_that_was_killed_and_started_again_is_let_in():
-  port = free_port()
+  port = binaries.free_port()
   raised = []
 
   def join(index):
@@ -164,25 +158,6 @@ def test_local_rows_are_each_row_once(sizes):
 # --- two real processes ------------------------------------------------------
 
 
-def together(binary, *arguments, count=2, devices=1, limit=280):
-  """Runs a binary in several processes; returns their results."""
-  results = [None] * count
-  flags = [f'--coordinator=localhost:{free_port()}', f'--num_processes={count}']
-
-  def one(i):
-    results[i] = binaries.run(
-      binary, *arguments, *flags, f'--process_id={i}', devices=devices,
-      limit=limit,
-    )  # fmt: skip
-
-  threads = [threading.Thread(target=one, args=(i,)) for i in range(count)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  return results
-
-
 def rows(workdir):
   return {row['step']: row for row in metrics.read(workdir / 'metrics.jsonl')}
 
@@ -196,7 +171,7 @@ def both(tmp_path_factory):
   """The workdirs of a run by one process, and of the same by two."""
   folder = tmp_path_factory.mktemp('runs')
   tiny.train(folder / 'one', **FEW)
-  results = together('train', *tiny.flags(folder / 'two', **FEW))
+  results = binaries.run_several('train', *tiny.flags(folder / 'two', **FEW))
   assert [r.code for r in results] == [0, 0], [r.err for r in results]
   # One process writes, and talks to people.
   assert 'trained to step 4' in results[0].out
@@ -222,7 +197,7 @@ def test_one_goes_on_where_two_stopped_and_back(both, tmp_path):
   result = binaries.run('train', *tiny.flags(both[1], **more))
   assert result.code == 0, result.err
   more['num_steps'] = 8
-  results = together('train', *tiny.flags(both[1], **more))
+  results = binaries.run_several('train', *tiny.flags(both[1], **more))
   assert [r.code for r in results] == [0, 0], [r.err for r in results]
   tiny.train(both[0], **more)
   one, two = map(rows, both)
@@ -240,7 +215,7 @@ def test_two_processes_sample_and_judge_as_one(both, tmp_path):
     if name == 'alone':
       results = [binaries.run('sample', *flags)]
     else:
-      results = together('sample', *flags, '--trajectory=2')
+      results = binaries.run_several('sample', *flags, '--trajectory=2')
     assert all(r.code == 0 for r in results), [r.err for r in results]
     images[name] = store.load(tmp_path / name, 13).astype(int)
   assert np.abs(images['alone'] - images['together']).max() <= 1
@@ -252,7 +227,9 @@ def test_two_processes_sample_and_judge_as_one(both, tmp_path):
   )
 
   flags = [f'--workdir={both[0]}', *how, '--features=pixels']
-  results = together('evaluate', *flags, f'--output={tmp_path / "together"}')
+  results = binaries.run_several(
+    'evaluate', *flags, f'--output={tmp_path / "together"}'
+  )
   assert all(r.code == 0 for r in results), [r.err for r in results]
   assert 'Frechet distance' in results[0].out
   assert not results[1].out
@@ -262,12 +239,14 @@ def test_two_processes_sample_and_judge_as_one(both, tmp_path):
 
 def test_a_mistake_is_told_by_all_and_hangs_none(both, tmp_path):
   started = time.monotonic()
-  results = together('train', *tiny.flags(both[0], seed=7))
+  results = binaries.run_several('train', *tiny.flags(both[0], seed=7))
   for result in results:
     assert result.code == 2
     assert 'seed: 0 there, 7 now' in result.err
   with binaries_lock(both[0]):
-    results = together('train', *tiny.flags(both[0], **FEW, log_every=2))
+    results = binaries.run_several(
+      'train', *tiny.flags(both[0], **FEW, log_every=2)
+    )
   for result in results:
     assert result.code == 2
     assert 'another process trains there' in result.err
@@ -287,16 +266,11 @@ def test_one_that_is_told_to_go_takes_all_to_one_step(tmp_path, name):
   tool = tmp_path / 'scontrol'
   tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
   tool.chmod(0o755)
-  port, workdir = free_port(), tmp_path / 'run'
-  processes = [
-    binaries.start(
-      'train', *tiny.flags(workdir, num_steps=100_000, sample_every=0),
-      f'--coordinator=localhost:{port}', '--num_processes=2',
-      f'--process_id={i}', SLURM_JOB_ID='4711',
-      PATH=f'{tmp_path}:{os.environ["PATH"]}',
-    )
-    for i in range(2)
-  ]  # fmt: skip
+  workdir = tmp_path / 'run'
+  processes = binaries.start_several(
+    'train', *tiny.flags(workdir, num_steps=100_000, sample_every=0),
+    SLURM_JOB_ID='4711', PATH=f'{tmp_path}:{os.environ["PATH"]}',
+  )  # fmt: skip
   processes[0].wait_until(lambda: len(rows(workdir)) >= 3)
   processes[1].send(signal.Signals[name])
   results = [process.end() for process in processes]
@@ -315,15 +289,10 @@ def test_one_that_is_told_to_go_takes_all_to_one_step(tmp_path, name):
 @pytest.mark.slow
 def test_one_that_dies_takes_the_other_with_it(tmp_path):
   """Killed in the middle: the other ends within the heartbeat, not never."""
-  port = free_port()
-  processes = [
-    binaries.start(
-      'train', *tiny.flags(tmp_path, num_steps=100_000, sample_every=0),
-      f'--coordinator=localhost:{port}', '--num_processes=2',
-      f'--process_id={i}', '--heartbeat_secs=10',
-    )
-    for i in range(2)
-  ]  # fmt: skip
+  processes = binaries.start_several(
+    'train', *tiny.flags(tmp_path, num_steps=100_000, sample_every=0),
+    '--heartbeat_secs=10',
+  )  # fmt: skip
   processes[0].wait_until(lambda: len(rows(tmp_path)) >= 3)
   processes[1].kill()
   assert processes[0].end(limit=90).code != 0
@@ -343,7 +312,7 @@ def test_losses_of_two_processes_with_four_devices_each(tmp_path):
              'checkpoint_every': 0, 'model.channels': 16}  # fmt: skip
   tiny.train(tmp_path / 'one', **changes)
   for name, count in (('1x8', 1), ('2x4', 2)):
-    address = f'localhost:{free_port()}'
+    address = f'localhost:{binaries.free_port()}'
     devices = f'--xla_force_host_platform_device_count={8 // count}'
     started = [
       subprocess.Popen(

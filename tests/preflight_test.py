@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from distributed_test import together
 
 from configs import digits
 from diffusion_jax import programs
@@ -240,7 +239,7 @@ def test_versions_that_differ(monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_look_together(tmp_path):
-  results = together(
+  results = binaries.run_several(
     'preflight', *TINY, '--config.batch_size=16', '--nosampling', '--json',
     f'--workdir={tmp_path / "run"}',
   )  # fmt: skip

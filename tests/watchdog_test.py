@@ -9,7 +9,6 @@ import time
 import binaries
 import pytest
 import tiny
-from distributed_test import free_port, rows
 
 from diffusion_jax.training import watchdog
 from diffusion_jax.training.watchdog import Beat
@@ -202,16 +201,11 @@ def test_a_folder_that_cannot_be_written_is_told_once(tmp_path):
 @pytest.mark.slow
 def test_a_stopped_process_is_named_before_the_run_ends(tmp_path):
   """SIGSTOP, as of a host that hangs; JAX then ends the others."""
-  port = free_port()
-  processes = [
-    binaries.start(
-      'train', *tiny.flags(tmp_path, num_steps=100_000, sample_every=0),
-      f'--coordinator=localhost:{port}', '--num_processes=2',
-      f'--process_id={i}', '--heartbeat_secs=20',
-    )
-    for i in range(2)
-  ]  # fmt: skip
-  processes[0].wait_until(lambda: len(rows(tmp_path)) >= 3)
+  processes = binaries.start_several(
+    'train', *tiny.flags(tmp_path, num_steps=100_000, sample_every=0),
+    '--heartbeat_secs=20',
+  )  # fmt: skip
+  processes[0].wait_until(lambda: len(tiny.losses(tmp_path)) >= 3)
   processes[1].send(signal.SIGSTOP)
   result = processes[0].end(limit=120)
   os.kill(processes[1].process.pid, signal.SIGCONT)

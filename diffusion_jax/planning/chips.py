@@ -6,6 +6,8 @@ import os
 import re
 from typing import NamedTuple
 
+from jax.experimental import topologies
+
 from diffusion_jax.errors import UserError
 
 GIB = 2**30
@@ -111,8 +113,6 @@ def devices(where: Slice) -> list:
     ('TPU_WORKER_HOSTNAMES', 'localhost'), ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
   ):  # fmt: skip
     os.environ.setdefault(name, value)
-  from jax.experimental import topologies
-
   kind = where.name.split(':')[0]
   # Two cores of a chip work as one device.
   options = {'chip_config_name': 'megacore'} if kind in ('v4', 'v5p') else {}

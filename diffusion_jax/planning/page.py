@@ -11,7 +11,7 @@ def gib(count: float) -> str:
 
 
 # At low effort, see compiled.FAST.
-ESTIMATE = '; an estimate, which was seen 8% to 22% too low: see --fast'
+ESTIMATE = '; an estimate of --fast, seen to be 8% to 22% too low'
 
 
 def lines(result: dict) -> Iterator[str]:
@@ -32,11 +32,8 @@ def lines(result: dict) -> Iterator[str]:
   if 'predicted' in result:
     yield from ['', *_predicted(result)]
   elif result['topology']:
-    yield from [
-      '',
-      'no time is predicted: XLA counts a loop once, such as '
-      'that over microbatches',
-    ]
+    yield ''
+    yield 'no time is predicted: XLA counts the loop over microbatches once'
   total = max(result[kind]['bytes']['total'] for kind in kinds)
   yield ''
   yield (
