@@ -33,7 +33,7 @@ PUBLIC = {
   'samplers.plan': 'Plan create',
   'samplers.draw': 'drawer sample_keys to_uint8',
   'samplers.store': 'open_store fill load stream',
-  'data': 'create splits Source',
+  'data': 'create open_set splits Source',
   'data.pipeline': 'batches heldout stream',
   'training.state': 'TrainState create abstract_state',
   'training.step': 'train_step heldout_loss',

@@ -2,6 +2,7 @@
 
   create(name, ...)      opens a data set as a `Source` with random access
   splits(config)         a run's two: to train on, and held out
+  open_set(text)         one to judge, as it is, without a config
   pipeline.batches(...)  training batches as global arrays, from any step on
   pipeline.heldout(...)  one ordered pass for evaluation, as NumPy batches
 
@@ -12,11 +13,19 @@ needs it.
 import difflib
 from collections.abc import Mapping
 
-from diffusion_jax.data import arrays, digits, folders, pipeline, prepared
+from diffusion_jax.data import (
+  arrays,
+  digits,
+  folders,
+  pipeline,
+  prepared,
+  sources,
+)
+from diffusion_jax.data.sets import open_set
 from diffusion_jax.data.sources import Source
 from diffusion_jax.errors import UserError
 
-__all__ = ['Source', 'create', 'pipeline', 'splits']
+__all__ = ['Source', 'create', 'open_set', 'pipeline', 'splits']
 
 
 def create(
@@ -61,12 +70,7 @@ def create(
       f'data.heldout_every is {heldout_every}: use 0 (no held-out images) or '
       '2 and more (every n-th image)'
     )
-  if '://' in path:
-    raise UserError(
-      f'data.path={path}: data are read from local disks, in any order; copy '
-      'them to one, or mount the bucket as a folder (gcsfuse)'
-    )
-
+  sources.check_local(path, f'data.path={path}')
   if name.startswith('tfds:'):
     return prepared.create(
       name, path, split, image_size, channels, heldout_every
@@ -92,7 +96,14 @@ def create(
   if not path:
     raise UserError(f'data.path is empty: data.name {name!r} needs a path')
   kind = {'arrays': arrays, 'folder': folders}[name]
-  return kind.create(path, split, image_size, channels, heldout_every)
+  return kind.create(
+    path,
+    split,
+    image_size,
+    channels,
+    heldout_every,
+    what=f'data.path {path!r}',
+  )
 
 
 def splits(config: Mapping) -> tuple[Source, Source | None]:

@@ -64,9 +64,23 @@ class _Header:
 
 
 def create(
-  path: str, split: str, image_size: int, channels: int, heldout_every: int
+  path: str,
+  split: str,
+  image_size: int | None,
+  channels: int | None,
+  heldout_every: int,
+  *,
+  what: str,
 ) -> sources.Source | None:
   """Opens a .npy or .npz file.
+
+  Args:
+    path: the file.
+    split: 'train' or 'test'.
+    image_size: height and width of the images, in pixels; None for any.
+    channels: of the images; None for any.
+    heldout_every: see sources.heldout_indices.
+    what: what to call the file in an error.
 
   Returns:
     a Source, or None for 'test' where there are neither test images nor
@@ -79,21 +93,19 @@ def create(
   file = Path(path).expanduser()
   if file.suffix not in ('.npy', '.npz'):
     raise UserError(
-      f'data.path {path!r} is not an array file: data.name arrays needs one '
-      'that ends in .npy or .npz'
+      f'{what} is not an array file: need one that ends in .npy or .npz'
     )
   if not file.is_file():
-    raise UserError(f'data.path {path!r} is not a file: use a .npy or .npz')
+    raise UserError(f'{what} is not a file: use a .npy or .npz')
 
-  shape = (image_size, image_size, channels)
   labels, num_classes, has_test = None, 0, False
-  with _one_line_errors(path):
+  with _one_line_errors(what):
     if file.suffix == '.npy':
-      images = _map_npy(file, path, shape)
+      images = _map_npy(file, what, image_size, channels)
     else:
       with zipfile.ZipFile(file) as archive:
         images, labels, num_classes, has_test = _read_npz(
-          archive, path, split, shape
+          archive, what, split, image_size, channels
         )
 
   indices = np.arange(len(images))
@@ -109,8 +121,7 @@ def create(
     # A memory map ends the process where its file does, without a word.
     if opened and os.fstat(opened.fileno()).st_size < size:
       raise UserError(
-        f'data.path {path!r} has become shorter since it was opened: write it '
-        'again'
+        f'{what} has become shorter since it was opened: write it again'
       )
     index = indices[index]
     image = np.array(images[index]) if opened else images[index]
@@ -121,17 +132,19 @@ def create(
     read_fn=read,
     num_classes=num_classes,
     description=sources.describe(
-      f'arrays {path}', split, len(indices), shape, num_classes
+      f'arrays {path}', split, len(indices), images.shape[1:], num_classes
     ),
   )
 
 
-def _map_npy(file: Path, path: str, shape: tuple[int, int, int]) -> np.ndarray:
+def _map_npy(
+  file: Path, what: str, image_size: int | None, channels: int | None
+) -> np.ndarray:
   """Memory-maps images: uint8 [N, H, W, C]."""
   with file.open('rb') as stream:
-    header = _read_header(stream, path)
-  _check_images(header, path, shape)
-  _check_bytes(header, file.stat().st_size, path)
+    header = _read_header(stream, what)
+  shape = _shape_of_images(header, what, image_size, channels)
+  _check_bytes(header, file.stat().st_size, what)
   images = np.memmap(
     file, np.uint8, 'r', header.offset, header.shape, header.order
   )
@@ -140,9 +153,10 @@ def _map_npy(file: Path, path: str, shape: tuple[int, int, int]) -> np.ndarray:
 
 def _read_npz(
   archive: zipfile.ZipFile,
-  path: str,
+  what: str,
   split: str,
-  shape: tuple[int, int, int],
+  image_size: int | None,
+  channels: int | None,
 ) -> tuple[np.ndarray, np.ndarray | None, int, bool]:
   """The arrays of a split: images, labels, num_classes, has_test.
 
@@ -156,9 +170,8 @@ def _read_npz(
   if not found:
     keys = ' '.join(', '.join(list(infos)[:10]).split()) or 'nothing'
     raise UserError(
-      f'data.path {path!r} holds {keys}: needs '
-      'train_images (and train_labels, test_images, test_labels), or images '
-      '(and labels)'
+      f'{what} holds {keys}: needs train_images (and train_labels, '
+      'test_images, test_labels), or images (and labels)'
     )
   train_images, has_test = found[0], 'test_images' in infos
   train_labels = 'train_labels' if train_images == 'train_images' else 'labels'
@@ -169,20 +182,22 @@ def _read_npz(
   images = _read_member(
     archive,
     infos[images_key],
-    f'{path}:{images_key}',
-    lambda header, where: _check_images(header, where, shape),
-  ).reshape(-1, *shape)
+    f'array {images_key!r} in {what}',
+    lambda header, where: _shape_of_images(header, where, image_size, channels),
+  )
+  if images.ndim == 3:
+    images = images[..., None]
 
   # Both splits' labels, so that both have the same number of classes.
   labels = {
-    key: _read_labels(archive, infos[key], f'{path}:{key}')
+    key: _read_labels(archive, infos[key], f'array {key!r} in {what}')
     for key in (train_labels, 'test_labels')
     if key in infos
   }
   num_classes = max((int(x.max()) + 1 for x in labels.values()), default=0)
   if labels_key in labels and len(labels[labels_key]) != len(images):
     raise UserError(
-      f'data.path {path!r} has {len(images)} {images_key}, but '
+      f'{what} has {len(images)} {images_key}, but '
       f'{len(labels[labels_key])} {labels_key}: need one label an image'
     )
   return images, labels.get(labels_key), num_classes, has_test
@@ -197,16 +212,15 @@ def _read_labels(
     is_vector = len(header.shape) == 1 or header.shape[1:] == (1,)
     if header.dtype.kind not in 'iu' or not is_vector or not header.shape[0]:
       raise UserError(
-        f'data.path {where!r} has {header.dtype} {list(header.shape)}: labels '
-        'must be integers [N], one an image'
+        f'{where} has {header.dtype} {list(header.shape)}: labels must be '
+        'integers [N], one an image'
       )
 
   labels = _read_member(archive, info, where, check).reshape(-1)
   low, high = int(labels.min()), int(labels.max())
   if low < 0 or high >= 2**31:
     raise UserError(
-      f'data.path {where!r} has labels from {low} to {high}: they must be 0, '
-      '1, 2, ...'
+      f'{where} has labels from {low} to {high}: they must be 0, 1, 2, ...'
     )
   return labels.astype(np.int32)
 
@@ -225,13 +239,13 @@ def _read_member(
   # np.savez knows these two, and both bound what a small file can hold.
   if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
     raise UserError(
-      f'data.path {where!r} is compressed in a way that NumPy does not use: '
-      'write it with np.savez or np.savez_compressed'
+      f'{where} is compressed in a way that NumPy does not use: write it with '
+      'np.savez or np.savez_compressed'
     )
   if info.file_size > _MAX_COMPRESSION * info.compress_size + 1024:
     raise UserError(
-      f'data.path {where!r} claims {info.file_size} bytes in '
-      f'{info.compress_size} compressed ones: the file is damaged'
+      f'{where} claims {info.file_size} bytes in {info.compress_size} '
+      'compressed ones: the file is damaged'
     )
 
   data = np.empty(header.num_bytes - header.offset, np.uint8)
@@ -259,42 +273,55 @@ def _read_header(stream: BinaryIO, where: str) -> _Header:
   shape, is_fortran, dtype = fields
   if dtype.hasobject:
     raise UserError(
-      f'data.path {where!r} holds pickled Python objects, which are never '
-      'loaded: write a plain array of numbers'
+      f'{where} holds pickled Python objects, which are never loaded: write a '
+      'plain array of numbers'
     )
   if min(shape, default=0) < 0:
     raise ValueError(f'shape {shape}')
   return _Header(shape, dtype, 'F' if is_fortran else 'C', head.tell())
 
 
-def _check_images(
-  header: _Header, where: str, shape: tuple[int, int, int]
-) -> None:
-  """Raises UserError unless the header is of uint8 [N, *shape], N > 0."""
+def _shape_of_images(
+  header: _Header, where: str, image_size: int | None, channels: int | None
+) -> tuple[int, int, int]:
+  """[H, W, C] of uint8 [N, H, W, C], N > 0; None is what the header says."""
   given = header.shape
-  if len(given) == 3 and shape[2] == 1:
+  if len(given) == 3 and channels in (None, 1):
     given = (*given, 1)
-  if header.dtype != np.uint8 or given[1:] != shape:
+  shape = given[1:]
+  is_image = len(given) == 4 and shape[0] == shape[1] and 0 not in shape
+  if (
+    header.dtype != np.uint8
+    or not is_image
+    or image_size not in (None, shape[0])
+    or channels not in (None, shape[2])
+  ):
+    size = image_size or 'S'
+    hint = (
+      'set image_size and channels to theirs, or convert the images'
+      if image_size or channels
+      else 'images must be square, channels last'
+    )
     raise UserError(
-      f'data.path {where!r} has {header.dtype} {list(header.shape)}, need '
-      f'uint8 [N, {shape[0]}, {shape[1]}, {shape[2]}]: set data.image_size '
-      'and data.channels, or convert the images'
+      f'{where} has {header.dtype} {list(header.shape)}, need uint8 '
+      f'[N, {size}, {size}, {channels or "C"}]: {hint}'
     )
   if not given[0]:
-    raise UserError(f'data.path {where!r} has no images: {list(given)}')
+    raise UserError(f'{where} has no images: {list(given)}')
+  return shape
 
 
 def _check_bytes(header: _Header, num_bytes: int, where: str) -> None:
   """Raises UserError unless the array fills its file exactly."""
   if header.num_bytes != num_bytes:
     raise UserError(
-      f'data.path {where!r} is damaged: {header.dtype} {list(header.shape)} '
-      f'takes {header.num_bytes} bytes, but it has {num_bytes}'
+      f'{where} is damaged: {header.dtype} {list(header.shape)} takes '
+      f'{header.num_bytes} bytes, but it has {num_bytes}'
     )
 
 
 @contextlib.contextmanager
-def _one_line_errors(path: str) -> Iterator[None]:
+def _one_line_errors(what: str) -> Iterator[None]:
   """Turns what damaged files raise into a UserError that names the file."""
   try:
     yield
@@ -303,6 +330,6 @@ def _one_line_errors(path: str) -> Iterator[None]:
   except _DAMAGED as error:
     reason = ' '.join(str(error).split()) or type(error).__name__
     raise UserError(
-      f'data.path {path!r} cannot be read: {reason}; write it again with '
-      'np.save or np.savez'
+      f'{what} cannot be read: {reason}; write it again with np.save or '
+      'np.savez'
     ) from error

@@ -19,8 +19,8 @@ def create(split: str, image_size: int, channels: int) -> sources.Source:
   """
   if (image_size, channels) != (8, 1):
     raise UserError(
-      f'data.name digits has 8x8x1 images, not {image_size}x{image_size}x'
-      f'{channels}: set data.image_size=8 and data.channels=1'
+      f'the digits are 8x8x1, not {image_size}x{image_size}x{channels}: set '
+      'image_size=8 and channels=1'
     )
   # scikit-learn takes a second to import, and only this source needs it.
   from sklearn.datasets import load_digits

@@ -11,7 +11,13 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 
 
 def create(
-  path: str, split: str, image_size: int, channels: int, heldout_every: int
+  path: str,
+  split: str,
+  image_size: int | None,
+  channels: int | None,
+  heldout_every: int,
+  *,
+  what: str,
 ) -> sources.Source | None:
   """Opens a folder of png, jpg, jpeg, webp and bmp files.
 
@@ -28,6 +34,15 @@ def create(
   kept if the whole set is of moderate size (sources.keep_in_memory). A damaged
   one raises UserError at that moment and is named.
 
+  Args:
+    path: the folder.
+    split: 'train' or 'test'.
+    image_size: height and width of the images, in pixels; None for those of
+      the first image, which all must have then.
+    channels: 1 or 3; None for those of the first image.
+    heldout_every: see sources.heldout_indices.
+    what: what to call the folder in an error.
+
   Returns:
     a Source, or None for 'test' with heldout_every = 0.
 
@@ -38,23 +53,20 @@ def create(
   images.check_channels(channels)
   root = Path(path).expanduser()
   if not root.is_dir():
-    raise UserError(f'data.path {path!r} is not a folder')
+    raise UserError(f'{what} is not a folder')
   try:
     names = sorted(_image_names(root.resolve(), ''))
   except OSError as error:
-    raise UserError(
-      f'data.path {path!r} cannot be read: {error.strerror}'
-    ) from error
+    raise UserError(f'{what} cannot be read: {error.strerror}') from error
   if not names:
     raise UserError(
-      f'data.path {path!r} has no images: need files that end in '
-      f'{", ".join(SUFFIXES)}'
+      f'{what} has no images: need files that end in {", ".join(SUFFIXES)}'
     )
 
   classes = sorted({name.split('/')[0] for name in names if '/' in name})
   if classes and any('/' not in name for name in names):
     raise UserError(
-      f'data.path {path!r} has images both directly inside and in sub-folders '
+      f'{what} has images both directly inside and in sub-folders '
       f'({classes[0]!r}): put all in sub-folders, one a class, or none'
     )
   label_of = {name: i for i, name in enumerate(classes)}
@@ -64,26 +76,24 @@ def create(
     return None
   names = [names[i] for i in indices]
 
-  def read(index):
-    name = names[index]
-    image = images.read(
-      str(root / name),
-      f'{name!r} in {path!r}',
-      image_size=image_size,
-      channels=channels,
-    )
-    return image, label_of.get(name.split('/')[0], -1)
+  def file_of(index):
+    return str(root / names[index]), f'{names[index]!r} in {path!r}'
 
-  shape = (image_size, image_size, channels)
+  rule = images.rule_of(*file_of(0), image_size, channels)
+
+  def read(index):
+    label = label_of.get(names[index].split('/')[0], -1)
+    return images.read(*file_of(index), rule), label
+
   source = sources.Source(
     num_images=len(names),
     read_fn=read,
     num_classes=len(classes),
     description=sources.describe(
-      f'folder {path}', split, len(names), shape, len(classes)
+      f'folder {path}', split, len(names), rule.shape, len(classes)
     ),
   )
-  return sources.keep_in_memory(source, shape)
+  return sources.keep_in_memory(source, rule.shape)
 
 
 def _image_names(root: Path, folder: str) -> Iterator[str]:
@@ -102,7 +112,7 @@ def _image_names(root: Path, folder: str) -> Iterator[str]:
         if not Path(os.path.realpath(entry.path)).is_relative_to(root):
           raise UserError(
             f'{name!r} in {str(root)!r} is a link that leads out of the '
-            'folder: copy the images into it, or set data.path to their place'
+            'folder: copy the images into it, or give their own place'
           )
         if not is_folder:
           yield name

@@ -24,8 +24,8 @@ def create(
   name: str,
   path: str,
   split: str,
-  image_size: int,
-  channels: int,
+  image_size: int | None,
+  channels: int | None,
   heldout_every: int,
 ) -> sources.Source | None:
   """Opens a prepared set with an 'image' and perhaps a class 'label'.
@@ -39,8 +39,9 @@ def create(
     name: 'tfds:NAME', 'tfds:NAME/CONFIG', either perhaps with ':1.2.3'.
     path: TFDS's data_dir; '' for its default.
     split: a TFDS split string: 'train', 'test', 'train[:90%]', ...
-    image_size: height and width of the images, in pixels.
-    channels: 1 or 3.
+    image_size: height and width of the images, in pixels; None for those of
+      the first image, which all must have then.
+    channels: 1 or 3; None for those of the first image.
     heldout_every: must be 0, for split strings can hold out any part.
 
   Returns:
@@ -88,21 +89,23 @@ def create(
   if not num_images:
     raise UserError(f'{what} has no images')
 
-  def read(index):
+  def record_of(index):
     with _one_line_errors(f'image {index} of {what}'):
-      record = parser.deserialize_example_np(
+      return parser.deserialize_example_np(
         records[index], decoders={'image': tfds.decode.SkipDecoding()}
       )
-    image = images.read(
-      io.BytesIO(record['image']),
-      f'{index} of {what}',
-      image_size=image_size,
-      channels=channels,
-    )
+
+  first = io.BytesIO(record_of(0)['image'])  # tfds opens the files no earlier
+  rule = images.rule_of(first, f'0 of {what}', image_size, channels)
+
+  def read(index):
+    record = record_of(index)
+    file = io.BytesIO(record['image'])
+    image = images.read(file, f'{index} of {what}', rule)
     return image, record.get('label', -1)
 
-  read(0)  # tfds opens the files no earlier
-  shape = (image_size, image_size, channels)
+  read(0)
+  shape = rule.shape
   source = sources.Source(
     num_images=num_images,
     read_fn=read,
@@ -125,7 +128,7 @@ def _find(name: str, data_dir: str | None, where: str):
   match = _NAME.fullmatch(name.removeprefix('tfds:'))
   if not match:
     raise UserError(
-      f'data.name {name!r} is not a data set of TFDS: use tfds:NAME or '
+      f'{name!r} is not a data set of TFDS: use tfds:NAME or '
       'tfds:NAME/CONFIG, such as tfds:cifar10'
     )
   base, config, version = match.group(1), match.group(2), match.group(3)
@@ -144,8 +147,7 @@ def _find(name: str, data_dir: str | None, where: str):
     near = difflib.get_close_matches(base, known, 1)
     hint = f'; did you mean tfds:{near[0]}?' if near else ''
     raise UserError(
-      f'data.name {name!r} is neither prepared in {where} nor known to TFDS'
-      f'{hint}'
+      f'{name!r} is neither prepared in {where} nor known to TFDS{hint}'
     )
   directory = f' {shlex.quote(data_dir)}' if data_dir else ''
   raise UserError(
@@ -161,8 +163,8 @@ def _check_format(builder, name: str, where: str) -> None:
     raise UserError(
       f'{name} in {where} is prepared as {", ".join(formats)}, need '
       'array_record: run bash launch/prepare_data.sh '
-      f'{name.removeprefix("tfds:")} with another DATA_DIR, and give that as '
-      'data.path'
+      f'{name.removeprefix("tfds:")} with another DATA_DIR, and read that '
+      'one'
     )
 
 

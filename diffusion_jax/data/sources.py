@@ -77,6 +77,15 @@ def keep_in_memory(source: Source, shape: tuple[int, int, int]) -> Source:
   return dataclasses.replace(source, read_fn=read)
 
 
+def check_local(path: str, what: str) -> None:
+  """Raises UserError, which begins with `what`, where the path is a URL."""
+  if '://' in path:
+    raise UserError(
+      f'{what}: data are read from local disks, in any order; copy them to '
+      'one, or mount the bucket as a folder (gcsfuse)'
+    )
+
+
 def heldout_indices(
   num_images: int, split: str, every: int
 ) -> np.ndarray | None:

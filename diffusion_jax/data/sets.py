@@ -1,0 +1,106 @@
+"""A set of images to judge, opened from what a user types.
+
+Nobody has to know its size: that is read from the images. And none is resized
+in silence, for how images are resized changes their FID (arXiv 2104.11222).
+"""
+
+import dataclasses
+import os
+
+from diffusion_jax.data import arrays, digits, folders, prepared, sources
+from diffusion_jax.errors import UserError
+
+
+def open_set(
+  text: str,
+  *,
+  path: str = '',
+  image_size: int | None = None,
+  channels: int | None = None,
+) -> sources.Source:
+  """Opens a set of images for evaluation.
+
+  Args:
+    text: which set, perhaps with a split after it, as in 'tfds:cifar10@test':
+      'train', which is meant without it and is all of a folder, 'test', or for
+      TFDS any of its split strings. A folder or file of the exact name goes
+      before the other names:
+        DIR             a folder of image files, see folders.py;
+        FILE.npy, .npz  uint8 images, see arrays.py;
+        digits          scikit-learn's 8x8 digits;
+        tfds:NAME       a prepared TensorFlow data set, see prepared.py.
+    path: TFDS's data_dir, '' being TFDS's default; the others have no use for
+      it.
+    image_size: height and width of the images, in pixels. None reads them as
+      they are: all must be squares of one size. With a number, files and TFDS
+      sets are cropped to the centre square and resized (Pillow's bicubic);
+      arrays and the digits must have that size.
+    channels: 1 (grey) or 3 (RGB), to which files and TFDS sets are converted;
+      of an array any number, which it must have. None takes those of the first
+      image; if that is grey, an image in colour is refused.
+
+  Returns:
+    a `Source`, with labels where the set has them. Its first image has been
+    read; another one that is damaged or refused raises UserError when it is.
+
+  Raises:
+    UserError: the text names no set, or one without images, without this
+      split, or with images that are damaged or refused.
+  """
+  for name, value in (('image_size', image_size), ('channels', channels)):
+    if value is not None and value < 1:
+      raise UserError(f'{name} is {value}: use 1 or more')
+  sources.check_local(text, repr(text))
+  sources.check_local(path, repr(path))
+  source = _open(text, path, image_size, channels)
+  source[0]  # a set whose first image is broken is found out here
+  return source
+
+
+def _open(
+  text: str, path: str, image_size: int | None, channels: int | None
+) -> sources.Source:
+  """As open_set, with arguments that are in range."""
+  name, split = _parse(text)
+  place = os.path.expanduser(name)
+  is_folder = os.path.isdir(place)
+  is_array = os.path.isfile(place) and name.endswith(('.npy', '.npz'))
+  is_tfds = name.startswith('tfds:') and not os.path.exists(place)
+  is_digits = name == 'digits' and not os.path.exists(place)
+  if not split or not (is_folder or is_array or is_digits or is_tfds):
+    raise UserError(
+      f'{text!r} names no set of images: give a folder of image files or a '
+      '.npy or .npz file that exists, digits, or tfds:NAME, perhaps with a '
+      'split after it, such as tfds:cifar10@test'
+    )
+  if split not in ('train', 'test') and not is_tfds:
+    raise UserError(
+      f'split {split!r} of {name!r} is not known: use train or test'
+    )
+
+  if is_digits:
+    return digits.create(split, image_size or 8, channels or 1)
+  if is_tfds:
+    source = prepared.create(name, path, split, image_size, channels, 0)
+  else:
+    kind = folders if is_folder else arrays
+    source = kind.create(name, split, image_size, channels, 0, what=repr(name))
+  if source is None:
+    raise UserError(
+      f'{text!r} has no test images: leave @test out, or give another set'
+    )
+  if image_size and not is_array:
+    description = (
+      f'{source.description}; those of another size are cropped and resized to '
+      f"{image_size}x{image_size} (Pillow's bicubic)"
+    )
+    source = dataclasses.replace(source, description=description)
+  return source
+
+
+def _parse(text: str) -> tuple[str, str]:
+  """'NAME@SPLIT' -> NAME, SPLIT, unless it is the name of a file."""
+  name, at, split = text.rpartition('@')
+  if not at or os.path.exists(os.path.expanduser(text)):
+    return text, 'train'
+  return name, split
