@@ -53,8 +53,11 @@ def check_flags(**least) -> None:
     raise UserError('--output is empty: give a folder, or leave the flag out')
 
 
-def chosen() -> tuple[Trained, Plan, files.Path]:
+def chosen(dtype: str = 'uint8') -> tuple[Trained, Plan, files.Path]:
   """The network, the plan and the folder that the flags ask for.
+
+  Args:
+    dtype: of the samples, see `draw.drawer`; only the folder depends on it.
 
   Raises:
     UserError: they ask for what there is not; nothing was written.
@@ -68,7 +71,7 @@ def chosen() -> tuple[Trained, Plan, files.Path]:
   step = distributed.on_first(
     lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
   )
-  output = FLAGS.output or workdir / 'samples' / name(step, plan)
+  output = FLAGS.output or workdir / 'samples' / name(step, plan, dtype)
   output = files.at(output).expanduser()
   runs.usable_output(output)
   trained = load(workdir, step, FLAGS.ema)
@@ -76,16 +79,27 @@ def chosen() -> tuple[Trained, Plan, files.Path]:
 
 
 def fill(
-  trained: Trained, plan: Plan, output: files.Path, num_samples: int
+  trained: Trained,
+  plan: Plan,
+  output: files.Path,
+  num_samples: int,
+  dtype: str = 'uint8',
 ) -> int:
   """Draws what the store lacks of its first samples; returns their number.
 
   When it returns, all processes have kept what they drew.
 
+  Args:
+    trained: the network.
+    plan: how it draws.
+    output: the store's folder.
+    num_samples: how many are to be there.
+    dtype: of the samples, see `draw.drawer`.
+
   Raises:
     UserError: the folder holds something else.
   """
-  facts = protocol(trained, plan)
+  facts = protocol(trained, plan, dtype)
 
   def begin():
     store.open_store(output, facts)
@@ -101,7 +115,7 @@ def fill(
   )
   if plan.num_steps > 500 and FLAGS.num_steps is None:
     cli.say('(--sampler=ddim --num_steps=50 would take a fraction of the time)')
-  draw_fn = trained.drawer(plan)
+  draw_fn = trained.drawer(plan, dtype=dtype)
   with cli.Progress(
     'sampling', num_samples, num_samples - len(absent), 'images'
   ) as progress:
@@ -116,8 +130,8 @@ def fill(
   return len(absent)
 
 
-def protocol(trained: Trained, plan: Plan) -> dict:
-  """All that the images depend on."""
+def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
+  """All that the images depend on; of uint8, as ever, it says nothing."""
   return {
     'step': trained.step,
     'ema': trained.ema,
@@ -127,10 +141,11 @@ def protocol(trained: Trained, plan: Plan) -> dict:
     'loss': trained.config['loss'],
     'image_shape': trained.image_shape,
     **plan.protocol(),
+    **({} if dtype == 'uint8' else {'dtype': dtype}),
   }
 
 
-def name(step: int, plan: Plan) -> str:
+def name(step: int, plan: Plan, dtype: str = 'uint8') -> str:
   """What samples and cards of these flags are called."""
   options = [
     f'{option}{FLAGS[option].value}'
@@ -144,4 +159,4 @@ def name(step: int, plan: Plan) -> str:
   whole = '_'.join(parts).replace(',', '-')
   if len(whole) > 100:  # a long literal grid
     whole = f'{whole[:80]}_{hashlib.sha256(whole.encode()).hexdigest()[:12]}'
-  return whole
+  return whole + '_float' * (dtype == 'float32')

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,11 +22,47 @@ from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.training import checkpoint, sharding
 
 
+class Compiled(NamedTuple):
+  """What is compiled of a network once, for the parameters of any checkpoint.
+
+  Attributes:
+    denoise: (params, xt, t) -> Denoised.
+    drawer: (a plan as JSON, frames, dtype) -> draw(params, indices).
+  """
+
+  denoise: Callable
+  drawer: Callable
+
+
+def _compile(model, mesh, schedule, prediction, image_shape) -> Compiled:
+  apply = sharding.gathering(model.apply, mesh)
+
+  @jax.jit
+  def denoise(params, xt, t):
+    return gaussian.denoiser(
+      functools.partial(apply, params), schedule, prediction
+    )(xt, t)
+
+  # Kept, so that a second call of `sample` compiles nothing.
+  @functools.lru_cache(maxsize=8)
+  def drawer(plan, frames, dtype):
+    how = Plan(*json.loads(plan))
+    return jax.jit(
+      draw.drawer(
+        apply, schedule, prediction, how.create(), how.grid, image_shape,
+        seed=how.seed, clip=how.clip, frames=frames, dtype=dtype,
+      )
+    )  # fmt: skip
+
+  return Compiled(denoise, drawer)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trained:
   """A trained network: a denoiser, its schedule, and how to sample from it.
 
   Attributes:
+    workdir: the run's folder.
     config: the run's resolved config, plain dicts.
     step: the training step of the weights.
     ema: whether they are the averaged ones.
@@ -34,8 +71,10 @@ class Trained:
     schedule: the noise schedule; times are 0 .. schedule.num_timesteps - 1.
     image_shape: (H, W, C).
     mesh: the devices that the parameters lie on.
+    compiled: its functions, shared with what `at` gives.
   """
 
+  workdir: files.Path
   config: dict
   step: int
   ema: bool
@@ -44,6 +83,7 @@ class Trained:
   schedule: Schedule
   image_shape: tuple[int, int, int]
   mesh: Mesh
+  compiled: Compiled
 
   @property
   def prediction(self) -> str:
@@ -61,20 +101,26 @@ class Trained:
       Denoised(x0, eps), each of xt's shape; x0 is not clipped, see
       `guidance.clip_x0`.
     """
-    return self._denoise(self.params, xt, t)
+    return self.compiled.denoise(self.params, xt, t)
 
-  @functools.cached_property
-  def _apply(self) -> Callable:
-    return sharding.gathering(self.model.apply, self.mesh)
+  def at(self, step: int | None = None) -> 'Trained':
+    """The same network at another checkpoint of its run.
 
-  @functools.cached_property
-  def _denoise(self) -> Callable:
-    def denoise(params, xt, t):
-      return gaussian.denoiser(
-        functools.partial(self._apply, params), self.schedule, self.prediction
-      )(xt, t)
+    What is compiled serves both, so a run's checkpoints can be drawn from one
+    after the other without compiling anew.
 
-    return jax.jit(denoise)
+    Args:
+      step: of the checkpoint; the newest by default.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is damaged.
+    """
+    directory = self.workdir / 'checkpoints'
+    step = checkpoint.find_step(directory, step)
+    params = checkpoint.load_params(
+      directory, step, sharding.abstract(self.params, self.mesh), ema=self.ema
+    )
+    return dataclasses.replace(self, step=step, params=params)
 
   @functools.cached_property
   def weights_sha256(self) -> str:
@@ -96,24 +142,25 @@ class Trained:
     """
     return plans.for_run(self.config, **options)
 
-  def drawer(self, how: Plan, frames: tuple[int, ...] = ()) -> Callable:
+  def drawer(
+    self, how: Plan, frames: tuple[int, ...] = (), dtype: str = 'uint8'
+  ) -> Callable:
     """A compiled function that draws samples by their index.
 
     Args:
       how: the plan.
       frames: numbers of steps at which x is kept, see `samplers.solve`.
+      dtype: of the pixels: 'uint8', or 'float32' in [0, 255], not rounded.
 
     Returns:
-      indices (NumPy, [N]) -> uint8 [M, H, W, C], a global array, of which the
+      indices (NumPy, [N]) -> dtype [M, H, W, C], a global array, of which the
       first N count: M is N rounded up to what the mesh divides. With frames, a
-      pair of that and uint8 [F, M, H, W, C]. One M compiles once.
+      pair of that and dtype [F, M, H, W, C]. One M compiles once.
+
+    Raises:
+      UserError: an unknown dtype.
     """
-    draw_fn = jax.jit(
-      draw.drawer(
-        self._apply, self.schedule, self.prediction, how.create(), how.grid,
-        self.image_shape, seed=how.seed, clip=how.clip, frames=frames,
-      )
-    )  # fmt: skip
+    draw_fn = self.compiled.drawer(json.dumps(how), tuple(frames), dtype)
 
     def draw_batch(indices):
       return draw_fn(self.params, sharding.padded_indices(indices, self.mesh))
@@ -126,6 +173,7 @@ class Trained:
     *,
     first: int = 0,
     batch_size: int = 64,
+    dtype: str = 'uint8',
     **options,
   ) -> np.ndarray:
     """Draws images.
@@ -137,12 +185,13 @@ class Trained:
       num_samples: how many.
       first: the index of the first.
       batch_size: how many are drawn at once.
+      dtype: of the pixels: 'uint8', or 'float32' in [0, 255], not rounded.
       **options: as of `samplers.plan.create`: sampler ('ancestral'),
         num_steps (all), grid ('uniform'), seed (0), clip (True), and the
         sampler's own, such as eta.
 
     Returns:
-      uint8 [num_samples, H, W, C].
+      dtype [num_samples, H, W, C].
 
     Raises:
       UserError: an unknown name, or a number out of range.
@@ -153,9 +202,8 @@ class Trained:
     ):  # fmt: skip
       if value < least:
         raise UserError(f'{name}={value}: at least {least}')
-    how = self.plan(**options)
     size = min(batch_size, num_samples)
-    draw_fn = self._drawer(json.dumps(how))
+    draw_fn = self.drawer(self.plan(**options), dtype=dtype)
     indices = np.arange(first, first + num_samples)
     return np.concatenate(
       [
@@ -163,13 +211,6 @@ class Trained:
         sharding.to_host(draw_fn(np.resize(part, size)))[: len(part)]
         for part in np.split(indices, range(size, num_samples, size))
       ]
-    )
-
-  @functools.cached_property
-  def _drawer(self) -> Callable:
-    # Kept, so that a second call of `sample` compiles nothing.
-    return functools.lru_cache(maxsize=8)(
-      lambda how: self.drawer(Plan(*json.loads(how)))
     )
 
 
@@ -199,7 +240,9 @@ def load(
   params = checkpoint.load_params(
     directory, step, sharding.abstract(shapes, mesh), ema=ema
   )
+  schedule = schedules.create(**config['process'])
+  prediction = config['loss']['prediction']
   return Trained(
-    config, step, ema, model, params, schedules.create(**config['process']),
-    image_shape, mesh,
+    workdir, config, step, ema, model, params, schedule, image_shape, mesh,
+    _compile(model, mesh, schedule, prediction, image_shape),
   )  # fmt: skip

@@ -31,7 +31,7 @@ PUBLIC = {
   'samplers': 'create options ddim ancestral solve Sampler',
   'samplers.grid': 'create',
   'samplers.plan': 'Plan create',
-  'samplers.draw': 'drawer sample_keys to_uint8',
+  'samplers.draw': 'drawer sample_keys to_uint8 to_float',
   'samplers.store': 'open_store fill load stream',
   'data': 'create open_set splits Source',
   'data.pipeline': 'batches heldout stream',

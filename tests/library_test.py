@@ -1,5 +1,6 @@
 """The library: `diffusion_jax.load`, as the README shows it."""
 
+import json
 import re
 
 import binaries
@@ -74,6 +75,17 @@ def test_a_sample_has_an_address(trained):
   assert np.abs(many[:4] - some).max() > 1
 
 
+def test_float_samples_are_those_that_were_not_rounded(trained):
+  # Times so late that most pixels are neither black nor white.
+  how = {'sampler': 'ddim', 'grid': '20,10', 'seed': 4}
+  images = trained.sample(7, batch_size=5, **how)
+  floats = trained.sample(7, batch_size=5, dtype='float32', **how)
+  assert images.dtype == np.uint8
+  assert floats.dtype == np.float32
+  assert np.mean(floats != np.round(floats)) > 0.5
+  np.testing.assert_array_equal(np.round(floats), images)
+
+
 def test_the_default_is_the_papers_sampler(trained):
   plan = trained.plan(num_steps=10)
   assert plan.sampler == 'ancestral'
@@ -116,6 +128,35 @@ def test_weights_by_step_and_kind(folder, trained):
   assert early.step == 10
   hashes = {t.weights_sha256 for t in (trained, raw, early)}
   assert len(hashes) == 3
+
+
+def test_checkpoint_after_checkpoint_compiles_once(folder, trained):
+  how = {'sampler': 'ddim', 'num_steps': 3, 'seed': 11}
+  xt = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
+  plan, last = trained.plan(**how), trained
+  trained.denoise(xt, 7)
+  denoisers = trained.compiled.denoise._cache_size()
+  drawn = {30: trained.sample(5, **how)}
+  for step in (10, 20):
+    last = last.at(step)
+    drawn[step] = last.sample(5, **how)
+    last.denoise(xt, 7)
+    assert last.step == step
+    assert last.compiled is trained.compiled
+    loaded = diffusion_jax.load(folder / 'runs' / 'digits', step)
+    assert last.weights_sha256 == loaded.weights_sha256
+    apart = drawn[step].astype(int) - loaded.sample(5, **how)
+    assert np.abs(apart).max() <= 1
+  assert np.abs(drawn[10].astype(int) - drawn[20]).max() > 1
+  compiled = trained.compiled.drawer(json.dumps(plan), (), 'uint8')
+  assert compiled._cache_size() == 1
+  assert trained.compiled.denoise._cache_size() == denoisers
+  # The first is as it was, and the newest is the default.
+  assert trained.step == last.at().step == 30
+  np.testing.assert_array_equal(trained.sample(5, **how), drawn[30])
+  assert last.at().weights_sha256 == trained.weights_sha256
+  with pytest.raises(UserError, match='there are 10, 20, 25, 30'):
+    trained.at(7)
 
 
 def test_any_mesh(folder, trained):
@@ -175,6 +216,7 @@ def test_batch_and_mesh_change_no_sample(folder, trained, devices, batch_size):
     (lambda t: t.sample(1, num_steps=5000), '5000'),
     (lambda t: t.sample(1, seed=-1), 'seed=-1'),
     (lambda t: t.sample(1, order=2), 'order=2'),
+    (lambda t: t.sample(1, dtype='int8'), "dtype='int8': one of uint8"),
   ],
 )
 def test_mistakes_are_one_line(trained, call, said):

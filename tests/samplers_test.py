@@ -613,6 +613,23 @@ def test_pixels_are_rounded_to_the_nearest_and_clipped():
   np.testing.assert_array_equal(got, [0, 128, 255, 0, 255, 0, 255, 0, 255])
 
 
+def test_float_pixels_are_those_that_were_not_rounded():
+  rng = np.random.default_rng(0)
+  inside = rng.uniform(-1, 1, (2, 50, 50, 3))
+  x = np.concatenate([inside, rng.normal(0, 20, inside.shape)])
+  x = jnp.asarray(x, jnp.float32)
+  got = np.asarray(jax.jit(draw.to_float)(x))
+  assert got.dtype == np.float32
+  np.testing.assert_array_equal(np.round(got), draw.to_uint8(x))
+  expected = np.clip((np.asarray(x, np.float64) + 1) * 127.5, 0, 255)
+  np.testing.assert_allclose(got, expected, atol=3e-5)
+  assert got[2:].min() == 0
+  assert got[2:].max() == 255
+  assert np.mean(got == np.round(got)) < 0.6  # the clipped half, hardly more
+  ends = jnp.array([-1.0, 1.0, -jnp.inf, jnp.inf])
+  np.testing.assert_array_equal(draw.to_float(ends), [0, 255, 0, 255])
+
+
 @pytest.mark.parametrize(
   ('clip', 'sampler'), [(True, samplers.ancestral()), (False, samplers.ddim())]
 )
@@ -663,15 +680,34 @@ def test_drawer_is_its_parts(schedule, clip, sampler):
 def test_drawer_gives_the_pixels_of_what_the_network_says(schedule):
   """A network that always sees the same x0, predicted as x0: its levels."""
   values = np.array([-1.7, -1.0, -0.3, 0.25, 1.0, 1.7], np.float32)
-  images = jax.jit(
-    draw.drawer(
+
+  def drawn(**dtype):
+    draw_fn = draw.drawer(
       lambda params, xt, t: jnp.broadcast_to(params, xt.shape), schedule, 'x0',
-      samplers.ancestral(), (999, 400, -1), (2, 3, 1), seed=0,
-    )
-  )(values.reshape(2, 3, 1), jnp.arange(2))  # fmt: skip
+      samplers.ancestral(), (999, 400, -1), (2, 3, 1), seed=0, **dtype,
+    )  # fmt: skip
+    return jax.jit(draw_fn)(values.reshape(2, 3, 1), jnp.arange(2))
+
   # (1 - 0.3) 127.5 = 89.25, (1 + 0.25) 127.5 = 159.375
-  for image in images:
+  for image in drawn():
     np.testing.assert_array_equal(image.ravel(), [0, 0, 89, 159, 255, 255])
+  unrounded = drawn(dtype='float32')
+  assert unrounded.dtype == jnp.float32
+  for image in unrounded:
+    np.testing.assert_allclose(
+      image.ravel(), [0, 0, 89.25, 159.375, 255, 255], atol=1e-3
+    )
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'uint', '', None])
+def test_an_unknown_dtype_is_one_line(schedule, dtype):
+  with pytest.raises(UserError, match='one of uint8, float32') as error:
+    draw.drawer(
+      None, schedule, 'x0', samplers.ddim(), (0, -1), (2, 3, 1), seed=0,
+      dtype=dtype,
+    )  # fmt: skip
+  assert repr(dtype) in str(error.value)
+  assert '\n' not in str(error.value)
 
 
 # --- (seed, index) -> noise, x, pixels ---------------------------------------

@@ -20,15 +20,16 @@ class Killed(BaseException):
 class Artist:
   """Draws image i from i alone, and remembers whatever it was asked for."""
 
-  def __init__(self, fails_at=None):
+  def __init__(self, fails_at=None, paint=None):
     self.calls = []
     self.fails_at = fails_at
+    self.paint = paint or pictures_of
 
   def __call__(self, indices):
     if len(self.calls) == self.fails_at:
       raise Killed
     self.calls.append(np.array(indices))
-    return np.arange(len(indices)), pictures_of(indices)
+    return np.arange(len(indices)), self.paint(indices)
 
   @property
   def drawn(self):
@@ -39,6 +40,11 @@ def pictures_of(indices):
   """uint8 [n, 2, 3, 1]; no two of 256 indices agree, none is all zero."""
   indices = np.asarray(indices)[:, None, None, None]
   return (indices + 17 * np.arange(1, 7).reshape(1, 2, 3, 1)).astype(np.uint8)
+
+
+def floats_of(indices):
+  """float32 of the same shape, in [0, 255], hardly one of them whole."""
+  return (pictures_of(indices) * np.float32(0.9931)).astype(np.float32)
 
 
 def open_new(path, protocol=PROTOCOL):
@@ -215,6 +221,82 @@ def test_the_npz_holds_one_array(tmp_path):
   assert tree(path).keys() - before.keys() == {'samples.npz'}
   # It lies in the store, and does not keep the store from being opened.
   assert_complete(open_new(path), 12)
+
+
+# --- images that are not rounded ---------------------------------------------
+
+FLOAT = {**PROTOCOL, 'dtype': 'float32'}
+
+
+def test_floats_come_back_bit_by_bit_and_after_a_kill(tmp_path):
+  path = open_new(tmp_path / 'store', FLOAT)
+  first = Artist(fails_at=3, paint=floats_of)
+  with pytest.raises(Killed):
+    store.fill(path, store.missing(path, COUNT), 9, first)
+  second = Artist(paint=floats_of)
+  store.fill(open_new(path, FLOAT), store.missing(path, COUNT), 64, second)
+  assert second.drawn == set(range(27, COUNT))
+  images = store.load(path, COUNT)
+  assert images.dtype == np.float32
+  np.testing.assert_array_equal(images, floats_of(np.arange(COUNT)))
+  blocks = list(store.stream(path, 20, 70, 8))
+  assert {block.dtype for block in blocks} == {np.dtype('float32')}
+  np.testing.assert_array_equal(
+    np.concatenate(blocks), floats_of(np.arange(20, 70))
+  )
+
+
+@pytest.mark.parametrize(
+  ('protocol', 'good', 'bad'),
+  [
+    (PROTOCOL, pictures_of, floats_of),
+    (FLOAT, floats_of, pictures_of),
+    (FLOAT, floats_of, lambda i: floats_of(i).astype(np.float64)),
+  ],
+)
+def test_a_part_of_another_dtype_is_damaged(tmp_path, protocol, good, bad):
+  path = open_new(tmp_path / 'store', protocol)
+  store.save(path, range(5), good(range(5)))
+  store.save(path, range(5, 9), bad(range(5, 9)))
+  np.testing.assert_array_equal(store.load(path, 5), good(range(5)))
+  with pytest.raises(UserError, match=r'-000000008\.npy is damaged') as error:
+    store.load(path, 9)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('there', 'now', 'said'),
+  [
+    (PROTOCOL, FLOAT, 'dtype=uint8, not float32'),
+    (FLOAT, PROTOCOL, 'dtype=float32, not uint8'),
+  ],
+)
+def test_a_store_holds_one_dtype(tmp_path, there, now, said):
+  path = open_new(tmp_path / 'store', there)
+  before = tree(path)
+  with pytest.raises(UserError, match=said) as error:
+    open_new(path, now)
+  assert '\n' not in str(error.value)
+  assert tree(path) == before
+
+
+def test_what_says_no_dtype_is_uint8(tmp_path):
+  path = open_new(tmp_path / 'store')
+  assert 'dtype' not in json.loads((path / 'store.json').read_text())
+  store.fill(path, store.missing(path, 10), 4, Artist())
+  assert_complete(open_new(path, {**PROTOCOL, 'dtype': 'uint8'}), 10)
+
+
+@pytest.mark.parametrize('text', ['{"step"', '[]', None])
+def test_a_damaged_protocol_is_one_line(tmp_path, text):
+  path = open_new(tmp_path / 'store')
+  store.save(path, range(5), pictures_of(range(5)))
+  (path / 'store.json').unlink()
+  if text:
+    (path / 'store.json').write_text(text)
+  with pytest.raises(UserError, match=r'store\.json is') as error:
+    store.load(path, 5)
+  assert '\n' not in str(error.value)
 
 
 # --- opening -----------------------------------------------------------------

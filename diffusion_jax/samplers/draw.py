@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax import guidance
+from diffusion_jax.errors import UserError
 from diffusion_jax.process import gaussian
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.samplers.solve import Sampler, solve
@@ -51,6 +52,21 @@ def to_uint8(x: jax.Array) -> jax.Array:
   return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
+def to_float(x: jax.Array) -> jax.Array:
+  """Images for judges that take them unrounded; rounded they are `to_uint8`'s.
+
+  Args:
+    x: [..., H, W, C] in [-1, 1].
+
+  Returns:
+    float32 of the same shape, clipped to [0, 255].
+  """
+  return jnp.clip((x + 1.0) * 127.5, 0, 255).astype(jnp.float32)
+
+
+PIXELS = {'uint8': to_uint8, 'float32': to_float}
+
+
 def drawer(
   apply: Callable,
   schedule: Schedule,
@@ -62,6 +78,7 @@ def drawer(
   seed: int,
   clip: bool = True,
   frames: tuple[int, ...] = (),
+  dtype: str = 'uint8',
 ) -> Callable:
   """A function that draws samples, to be jitted.
 
@@ -75,11 +92,17 @@ def drawer(
     seed: of the samples.
     clip: whether x0 is clipped to [-1, 1] in every step.
     frames: steps at which x is kept, see `solve`.
+    dtype: of the pixels: 'uint8' (`to_uint8`) or 'float32' (`to_float`).
 
   Returns:
-    draw(params, indices [B]) -> uint8 [B, H, W, C]; with frames, a pair of that
-    and uint8 [F, B, H, W, C].
+    draw(params, indices [B]) -> dtype [B, H, W, C]; with frames, a pair of that
+    and dtype [F, B, H, W, C].
+
+  Raises:
+    UserError: an unknown dtype.
   """
+  if dtype not in PIXELS:
+    raise UserError(f'dtype={dtype!r}: one of {", ".join(PIXELS)}')
 
   def draw(params, indices):
     denoiser = gaussian.denoiser(
@@ -92,6 +115,6 @@ def drawer(
       first
     )
     out = solve(sampler, denoiser, schedule, grid, x, later, frames)
-    return jax.tree.map(to_uint8, out)
+    return jax.tree.map(PIXELS[dtype], out)
 
   return draw

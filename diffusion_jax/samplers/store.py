@@ -4,9 +4,10 @@ A sample is addressed by (run, seed, index), see `draw`, so it does not matter
 in which batch, on which mesh or in which order it is drawn. A store is one
 folder that holds samples of one protocol:
 
-  store.json                      what the images depend on
-  parts/000000000-000000063.npy   uint8 [n, H, W, C], indices as in the name
+  store.json                      what the images depend on, and their dtype
+  parts/000000000-000000063.npy   [n, H, W, C], indices as in the name
 
+Images are uint8, or where 'dtype' says so float32: in [0, 255], not rounded.
 Parts appear whole. A job that was interrupted draws what is
 missing, in batches of any size; one that asks for more draws the rest.
 """
@@ -21,6 +22,7 @@ from diffusion_jax import files
 from diffusion_jax.errors import UserError
 
 PART = re.compile(r'(\d+)-(\d+)\.npy')
+DEFAULTS = {'dtype': 'uint8'}  # of what a store.json leaves out
 
 
 def open_store(directory, protocol: dict) -> None:
@@ -28,7 +30,8 @@ def open_store(directory, protocol: dict) -> None:
 
   Args:
     directory: of the store; made if needed.
-    protocol: all that the images depend on, as JSON can hold it.
+    protocol: all that the images depend on, as JSON can hold it; its 'dtype'
+      is the images', 'uint8' where there is none.
 
   Raises:
     UserError: it holds others (the field that differs is named), or something
@@ -38,21 +41,12 @@ def open_store(directory, protocol: dict) -> None:
   path = directory / 'store.json'
   protocol = json.loads(json.dumps(protocol))
   if path.exists():
-    try:
-      stored = json.loads(path.read_text())
-    except ValueError as e:
-      raise UserError(
-        f'{path} is damaged ({e}): choose another --output'
-      ) from e
-    if not isinstance(stored, dict):
-      raise UserError(
-        f'{path} is not of a sample store: choose another --output'
-      )
-    for name in sorted(stored.keys() | protocol.keys()):
-      if stored.get(name) != protocol.get(name):
+    stored, asked = _read_protocol(path), {**DEFAULTS, **protocol}
+    for name in sorted(stored.keys() | asked.keys()):
+      if stored.get(name) != asked.get(name):
         raise UserError(
           f'{directory} holds samples with {name}={stored.get(name)}, not '
-          f'{protocol.get(name)}: choose another --output'
+          f'{asked.get(name)}: choose another --output'
         )
     return
   # A kill may have left a folder that never came to hold a store.
@@ -64,6 +58,16 @@ def open_store(directory, protocol: dict) -> None:
   files.make(directory)
   with files.replacing(path) as file:
     file.write(json.dumps(protocol, indent=2).encode())
+
+
+def _read_protocol(path) -> dict:
+  try:
+    stored = json.loads(path.read_text())
+  except (FileNotFoundError, ValueError) as e:
+    raise UserError(f'{path} is damaged ({e}): choose another --output') from e
+  if not isinstance(stored, dict):
+    raise UserError(f'{path} is not of a sample store: choose another --output')
+  return {**DEFAULTS, **stored}
 
 
 def parts(directory) -> list[tuple[int, int, files.Path]]:
@@ -87,7 +91,7 @@ def missing(directory, num_samples: int) -> np.ndarray:
 
 
 def save(directory, indices, images: np.ndarray) -> None:
-  """Keeps uint8 images [n, H, W, C]; one part for each run of indices."""
+  """Keeps images [n, H, W, C] as they are; one part a run of indices."""
   folder = files.make(files.at(directory) / 'parts')
   indices = np.asarray(indices)
   cuts = np.flatnonzero(np.diff(indices) != 1) + 1
@@ -100,7 +104,7 @@ def save(directory, indices, images: np.ndarray) -> None:
 
 
 def load(directory, num_samples: int) -> np.ndarray:
-  """uint8 [num_samples, H, W, C], in the order of the index.
+  """The store's dtype [num_samples, H, W, C], in the order of the index.
 
   Args:
     directory: of the store.
@@ -112,7 +116,7 @@ def load(directory, num_samples: int) -> np.ndarray:
   images, at = None, 0
   for block in stream(directory, 0, num_samples, num_samples):
     if images is None:
-      images = np.empty((num_samples, *block.shape[1:]), np.uint8)
+      images = np.empty((num_samples, *block.shape[1:]), block.dtype)
     images[at : at + len(block)] = block
     at += len(block)
   return images
@@ -130,8 +134,8 @@ def stream(
     batch_size: at most so many at once.
 
   Returns:
-    an iterator of uint8 [n, H, W, C], n <= batch_size, in the order of the
-    index.
+    an iterator of [n, H, W, C] of the store's dtype, n <= batch_size, in the
+    order of the index.
 
   Raises:
     UserError: some are not drawn yet, or a part is damaged.
@@ -143,10 +147,11 @@ def stream(
       f'{absent[0]}: draw them first'
     )
   there, at, shape = parts(directory), first, None
+  dtype = np.dtype(_read_protocol(files.at(directory) / 'store.json')['dtype'])
   while at < end:
     # Parts may overlap, where jobs have drawn in batches of several sizes.
     start, stop, path = next(p for p in there if p[0] <= at < p[1])
-    block = _read_part(path, stop - start, shape)
+    block = _read_part(path, stop - start, shape, dtype)
     shape = block.shape[1:]
     block = block[at - start : end - start]
     for i in range(0, len(block), batch_size):
@@ -154,11 +159,11 @@ def stream(
     at = stop
 
 
-def _read_part(path, count, shape):
+def _read_part(path, count, shape, dtype):
   try:
     # Mapped, so that a header that lies about the size is found out.
     block = files.mapped(path)
-    if block.dtype != np.uint8 or block.shape != (
+    if block.dtype != dtype or block.shape != (
       count,
       *(shape or block.shape[1:]),
     ):
@@ -179,8 +184,8 @@ def fill(directory, absent, batch_size: int, draw_fn, on_batch=None) -> None:
     directory: an open store.
     absent: the indices to draw, as of `missing`; the same in all processes.
     batch_size: images drawn at once, over all devices.
-    draw_fn: indices [batch_size] -> (rows [R], uint8 images [R, H, W, C]),
-      the rows of the batch that this process has drawn.
+    draw_fn: indices [batch_size] -> (rows [R], images [R, H, W, C] of the
+      store's dtype), the rows of the batch that this process has drawn.
     on_batch: called with the number of images kept after each batch.
   """
   absent = np.asarray(absent)

@@ -1,0 +1,78 @@
+"""What the flags of the sampling binaries ask for, and the store they fill."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from absl import flags
+from absl.testing import flagsaver
+
+from diffusion_jax import sampling
+from diffusion_jax.errors import UserError
+from diffusion_jax.samplers import store
+
+# Times so late that most pixels are neither black nor white.
+HOW = ('--sampler=ddim', '--grid=20,10', '--seed=5', '--batch_size=4')
+NAME = 'step30_ddim2_20-10_seed5'
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  return tiny.trained(tmp_path_factory.mktemp('runs') / 'digits')
+
+
+@pytest.fixture(autouse=True)
+def parsed(run):
+  # A binary has --num_samples of its own, which names no store.
+  with flagsaver.flagsaver():
+    flags.FLAGS(['test', f'--workdir={run}', *HOW])
+    yield
+
+
+def fill(num_samples, *dtype):
+  """(how many were drawn, the store's folder)."""
+  trained, plan, output = sampling.chosen(*dtype)
+  drawn = sampling.fill(trained, plan, output, num_samples, *dtype)
+  return drawn, output
+
+
+def test_a_float_store_is_the_uint8_one_unrounded(run):
+  assert fill(9) == (9, run / 'samples' / NAME)
+  output = run / 'samples' / f'{NAME}_float'
+  assert fill(6, 'float32') == (6, output)
+  stamps = {path: path.stat().st_mtime_ns for *_, path in store.parts(output)}
+  assert fill(9, 'float32') == (3, output)
+  assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+  floats = store.load(output, 9)
+  images = store.load(run / 'samples' / NAME, 9)
+  assert floats.dtype == np.float32
+  assert images.dtype == np.uint8
+  assert np.mean(floats != np.round(floats)) > 0.5
+  np.testing.assert_array_equal(np.round(floats), images)
+
+
+def test_a_uint8_store_says_what_it_always_said(run):
+  told = []
+  for dtype in ((), ('float32',)):
+    _, output = fill(1, *dtype)
+    told.append(json.loads((output / 'store.json').read_text()))
+  plain, unrounded = told
+  assert list(plain) == [
+    'step', 'ema', 'weights_sha256', 'model', 'process', 'loss', 'image_shape',
+    'sampler', 'eta', 'clip', 'seed', 'grid',
+  ]  # fmt: skip
+  assert unrounded == {**plain, 'dtype': 'float32'}
+
+
+def test_one_folder_takes_one_dtype(tmp_path):
+  flags.FLAGS.output = str(tmp_path / 'mine')
+  assert fill(2, 'float32') == (2, tmp_path / 'mine')
+  with pytest.raises(UserError, match='dtype=float32, not uint8'):
+    fill(2)
+
+
+def test_a_long_name_says_it_too(run):
+  flags.FLAGS.grid = ','.join(map(str, range(900, 0, -9)))
+  names = [sampling.chosen(*dtype)[2].name for dtype in ((), ('float32',))]
+  assert names[1] == f'{names[0]}_float'
