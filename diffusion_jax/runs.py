@@ -3,6 +3,7 @@
 config.json            the resolved config
 init_from.json         whose parameters it began with, see finetune.py
 checkpoints/           one folder a step
+held.json              those that are not to be deleted, see checkpoint.hold
 starts.jsonl           one object a start: time, step, versions, devices
 heartbeats/            of several processes, see training/watchdog.py
 metrics.jsonl          one object a line; TensorBoard's events beside it

@@ -39,7 +39,9 @@ PUBLIC = {
   'training.step': 'train_step heldout_loss',
   'training.optim': 'create',
   'training.sharding': 'make_mesh abstract gather_fsdp',
-  'training.checkpoint': 'Checkpoints steps find_step load_params load_common',
+  'training.checkpoint': (
+    'Checkpoints steps find_step hold held load_params load_common'
+  ),
   'training.loop': 'train Every',
   'evaluation.features': 'Judge pixels passes summarise',
   'evaluation.classifier': 'train load fit',

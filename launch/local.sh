@@ -31,8 +31,8 @@ if [ -n "$fresh" ] && [ -e "$workdir" ]; then
     echo "error: $workdir is not a run, so --fresh leaves it alone" >&2
     exit 2
   }
-  for part in config.json starts.jsonl checkpoints metrics.jsonl samples \
-    evaluations report.html init_from.json .lock; do
+  for part in config.json starts.jsonl checkpoints held.json metrics.jsonl \
+    samples evaluations report.html init_from.json .lock; do
     rm -rf "${workdir:?}/$part"
   done
   rm -f "$workdir"/events.out.tfevents.*

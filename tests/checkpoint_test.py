@@ -7,6 +7,7 @@ import resource
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -211,6 +212,103 @@ def test_checksums_do_not_depend_on_the_mesh(saved, tmp_path, sizes):
   assert sums_of(tmp_path / 'other', 4)[1]['custom_metadata'] == wanted
   assert len(wanted['checksums']) == len(jax.tree.leaves(on_mesh))
   same(restore(tmp_path / 'other', 4), on_mesh)
+
+
+# --- checkpoints that somebody holds -----------------------------------------
+
+
+@pytest.fixture
+def small():
+  """A state that is saved in no time."""
+  return state.TrainState(
+    *({'x': jnp.full(3, i)} for i in range(len(state.TrainState._fields)))
+  )
+
+
+@pytest.fixture
+def warned(monkeypatch):
+  """The warnings, as they come."""
+  told = []
+  checkpoint._warn_once.cache_clear()
+  monkeypatch.setattr(
+    checkpoint.absl, 'warning', lambda form, *rest: told.append(form % rest)
+  )
+  return told
+
+
+def save(kept, made, *numbers):
+  for step in numbers:
+    kept.save(step, made)
+    kept.wait()
+  return checkpoint.steps(kept.directory)
+
+
+def test_what_is_held_is_kept_until_it_is_let_go(small, tmp_path, warned):
+  folder = tmp_path / 'checkpoints'
+  assert checkpoint.held(folder) == set()
+  with checkpoint.Checkpoints(folder, keep_last=2) as kept:
+    assert save(kept, small, 1, 2) == [1, 2]
+    checkpoint.hold(folder, [np.int64(2)])
+    assert checkpoint.held(folder) == {2}
+    assert save(kept, small, 3, 4, 5, 6) == [2, 5, 6]
+    checkpoint.hold(folder, [])
+    assert save(kept, small) == [2, 5, 6]
+    assert save(kept, small, 7) == [6, 7]
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    'checkpoints', 'held.json',
+  ]  # fmt: skip
+  assert not warned
+
+
+def test_what_is_held_is_kept_beside_every_nth_and_after_a_restart(
+  small, tmp_path
+):
+  folder = tmp_path / 'checkpoints'
+  with checkpoint.Checkpoints(folder, keep_last=1, keep_every=4) as kept:
+    save(kept, small, 1, 2, 3)
+    checkpoint.hold(folder, {5, 3, 99})
+  assert json.loads((tmp_path / 'held.json').read_text()) == {
+    'steps': [3, 5, 99]
+  }
+  for step, there in ((4, [3, 4]), (5, [3, 4, 5]), (6, [3, 4, 5, 6])):
+    with checkpoint.Checkpoints(folder, keep_last=1, keep_every=4) as kept:
+      assert save(kept, small, step) == there
+  checkpoint.hold(folder, [5])
+  with checkpoint.Checkpoints(folder, keep_last=1, keep_every=4) as kept:
+    assert save(kept, small, 7) == [4, 5, 7]
+    same(kept.restore(5, small), small)
+
+
+@pytest.mark.parametrize(
+  'content',
+  ['', '{"steps": [2', '[2]', '{"steps": 2}', '{"steps": ["2"]}', '{}', '7',
+   '{"steps": [2.0]}', '\xff', '[' * 100_000],
+)  # fmt: skip
+def test_a_damaged_note_of_what_is_held_holds_none(tmp_path, warned, content):
+  (tmp_path / 'held.json').write_bytes(content.encode('latin-1'))
+  for _ in range(3):
+    assert checkpoint.held(tmp_path / 'checkpoints') == set()
+  (told,) = warned  # once
+  assert f'{tmp_path}/held.json is unreadable (' in told
+  assert told.endswith('of checkpoints, none are held')
+  checkpoint.hold(tmp_path / 'checkpoints', [4])
+  assert checkpoint.held(tmp_path / 'checkpoints') == {4}
+
+
+def test_training_goes_on_where_that_note_is_damaged(small, tmp_path, warned):
+  """What was read before it was damaged stays held, and no more is."""
+  folder = tmp_path / 'checkpoints'
+  with checkpoint.Checkpoints(folder, keep_last=1) as kept:
+    save(kept, small, 1)
+    checkpoint.hold(folder, [1])
+    save(kept, small, 2)
+    (tmp_path / 'held.json').write_text('{"steps": [1, 3')
+    assert save(kept, small, 3, 4, 5) == [1, 5]
+  (told,) = warned
+  assert told.endswith('of checkpoints, 1 are held')
+  with checkpoint.Checkpoints(folder, keep_last=1) as kept:
+    assert save(kept, small, 6) == [6]
+  assert len(warned) == 2
 
 
 def test_a_save_that_cannot_be_written_is_one_line(saved, tmp_path):

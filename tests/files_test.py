@@ -224,6 +224,15 @@ def test_only_whole_checkpoints_count(bucket):
   assert checkpoint.steps(bucket / 'checkpoints') == [3]
 
 
+def test_what_is_held(bucket):
+  assert checkpoint.held(bucket / 'checkpoints') == set()
+  checkpoint.hold(bucket / 'checkpoints', [30, 10])
+  assert checkpoint.held(bucket / 'checkpoints') == {10, 30}
+  # Not in the folder, where Orbax would take it for a torn save.
+  assert objects() == ['runs/a/held.json']
+  assert checkpoint.steps(bucket / 'checkpoints') == []
+
+
 def test_a_bucket_has_no_lock(bucket):
   with runs.lock(bucket), runs.lock(bucket):
     assert objects() == []

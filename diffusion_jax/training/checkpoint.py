@@ -7,11 +7,14 @@ file) is told in one line, and so is what keeps a save from being written.
 """
 
 import contextlib
+import functools
+import json
 import logging
+import operator
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,10 @@ from diffusion_jax.training.state import TrainState
 
 SUMS = 'checksums'  # the key, in Orbax's metadata of a step
 WHOLE = 'commit_success.txt'  # Orbax's last word on a step in a bucket
+
+# Beside the checkpoints' folder: what is in it and has no WHOLE, Orbax takes
+# for a torn save, and deletes.
+HELD = 'held.json'
 
 
 def _hush() -> None:
@@ -52,6 +59,9 @@ _hush()
 class Checkpoints:
   """The checkpoints of a run, in `directory`, one folder a step.
 
+  Older ones are deleted when a new one is whole, but for those that somebody
+  holds, see `hold`.
+
   Args:
     directory: where they lie; made if needed.
     keep_last: how many of the newest are kept.
@@ -62,7 +72,10 @@ class Checkpoints:
   def __init__(self, directory, keep_last: int = 3, keep_every: int = 0):
     self.directory = files.absolute(directory)
     self._saving = None  # (step, what Orbax gives to wait for)
-    kept = [ocp.training.preservation_policies.LatestN(keep_last)]
+    kept = [
+      ocp.training.preservation_policies.LatestN(keep_last),
+      _Held(self.directory),
+    ]
     if keep_every:
       kept += [ocp.training.preservation_policies.EveryNSteps(keep_every)]
     self._checkpointer = ocp.training.Checkpointer(
@@ -124,6 +137,70 @@ class Checkpoints:
     return TrainState(
       **_load(self._checkpointer, self.directory, step, abstract._asdict())
     )
+
+
+def hold(directory, steps: Iterable[int]) -> None:
+  """Keeps checkpoints from being deleted, until they are named no more.
+
+  For what follows a run that goes on: it holds what it reads, and the best so
+  far. It is heeded from the next save on; the one that is under way has chosen
+  what it deletes, so see afterwards whether they are there.
+
+  Args:
+    directory: the checkpoints'.
+    steps: all that are to be held; others, held before, are let go.
+
+  Raises:
+    UserError: a bucket does not take it.
+  """
+  content = {'steps': sorted(set(map(operator.index, steps)))}
+  with files.replacing(_held_path(directory)) as file:
+    file.write(json.dumps(content).encode())
+
+
+def held(directory, otherwise: Iterable[int] = ()) -> set[int]:
+  """The steps that somebody holds; whether they are there is not asked.
+
+  Args:
+    directory: the checkpoints'.
+    otherwise: what is held where that cannot be read, which is warned of; a
+      training does not stop for it.
+  """
+  path = _held_path(directory)
+  try:
+    return set(map(operator.index, json.loads(path.read_text())['steps']))
+  except FileNotFoundError:
+    return set()
+  except Exception as e:  # of a file system, a bucket, JSON, or what is in it
+    otherwise = set(otherwise)
+    some = ', '.join(map(str, sorted(otherwise))) or 'none'
+    _warn_once(f'{path} is unreadable ({e!r}): of checkpoints, {some} are held')
+    return otherwise
+
+
+def _held_path(directory) -> files.Path:
+  return files.absolute(directory).parent / HELD
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+  absl.warning('%s', message)
+
+
+class _Held:
+  """The checkpoints that somebody holds, for Orbax, which asks at each save.
+
+  In several processes each asks for itself, but only the first one deletes.
+  """
+
+  def __init__(self, directory):
+    self._directory = directory
+    self._steps = set()
+
+  def should_preserve(self, checkpoints, *, context):
+    # What is gone for a moment, on a network's disk, lets go of nothing.
+    self._steps = held(self._directory, self._steps)
+    return [it.step in self._steps for it in checkpoints]
 
 
 def steps(directory) -> list[int]:
