@@ -456,6 +456,14 @@ def waiting(title: str, seconds: float = 20.0) -> Iterator[None]:
       print('\r' + ' ' * len(told()), file=sys.stderr, end='\r', flush=True)
 
 
+def at_least(**least: float) -> None:
+  """Raises UserError for flags out of range: name = the least allowed."""
+  for name, value in least.items():
+    given = flags.FLAGS[name].value
+    if given is not None and given < value:
+      raise UserError(f'--{name}={given}: at least {value}')
+
+
 def say(text: str) -> None:
   """A line for people, on stderr: what runs, not what came of it."""
   if distributed.is_first():

@@ -2,6 +2,8 @@ r"""Judges samples of a trained run against its data.
 
   python -m diffusion_jax.evaluate --workdir=runs/digits --num_samples=2000 \
     --sampler=ddim --num_steps=50
+  python -m diffusion_jax.evaluate --workdir=runs/cifar10 --num_samples=50000 \
+    --features=inception --metrics=fid,is --download
   python -m diffusion_jax.evaluate --compare=runs/a,runs/b
 
 Draws what the sample store lacks, as the sampling binary does, and compares the
@@ -11,6 +13,11 @@ images (the floor), and the nearest training images, beside the held-out images'
 Labelled data also get the classes of the samples, by a classifier that is
 trained once. Leaves a metric card and a picture of the neighbours in
 WORKDIR/evaluations, and WORKDIR/report.html.
+
+With --features=inception the distance is the FID; the features of images are
+kept (--cache), so that what was interrupted goes on. With --follow each new
+checkpoint is judged while training goes on, and the best is kept. Two sets of
+images without a run: python -m diffusion_jax.fid.
 
 Without --sampler: DDPM's own, 1000 ancestral steps, which takes its time.
 """
@@ -23,39 +30,33 @@ from diffusion_jax import (
   data,
   distributed,
   files,
-  pictures,
+  judging,
   runs,
   sampling,
 )
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import cards, classifier, features, page
-from diffusion_jax.evaluation.measure import measure
+from diffusion_jax.evaluation import cards, features, follow, page, summary
+from diffusion_jax.evaluation.features import Images
 from diffusion_jax.samplers import store
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(sampling)
+flags.adopt_module_key_flags(judging)
 flags.DEFINE_integer('num_samples', 1000, 'How many samples are judged.')
-flags.DEFINE_string(
-  'features', None,
-  'What judges: classifier (trained on the data, the default where they have '
-  'labels), pixels, or the file of a judge: RUN/evaluations/classifier_*.npz.',
+flags.DEFINE_enum(
+  'rounding', 'float', ['float', 'round', 'truncate'],
+  'Of samples before they are judged: none, as in DDPM, or to 8 bits.',
 )  # fmt: skip
-flags.DEFINE_integer(
-  'neighbours', 20,
-  'On the picture: so many samples, those nearest to a training image first.',
+flags.DEFINE_bool(
+  'follow', False,
+  'Judge each checkpoint of the run as it comes, until training has ended.',
 )  # fmt: skip
-flags.DEFINE_string(
-  'data_path', None, "Where the data lie, if not the config's."
-)
+flags.DEFINE_float('poll_secs', 30.0, '--follow: between looks for a new one.')
 flags.DEFINE_list(
   'compare', [],
   'Prints metric cards of one protocol in a table and ends: files or runs, '
   'with commas between them.',
 )  # fmt: skip
-flags.DEFINE_bool('json', False, 'Print the result as JSON.')
-
-NUM_NEAR = 4  # training images beside each sample
-SHOWN_CLASSES = 20  # with more of them, their table is left to the card
 
 
 def main():
@@ -63,204 +64,150 @@ def main():
   if FLAGS.compare:
     _compare()
     return
+  if FLAGS.download:
+    judging.download()
+    if not FLAGS.workdir:
+      return
   if not FLAGS.workdir:
     raise UserError('--workdir is missing; see --help')
-  sampling.check_flags(num_samples=2, neighbours=0)
-  trained, plan, output = sampling.chosen()
+  sampling.check_flags(num_samples=2, poll_secs=0.1)
+  judging.check_flags()
+  if FLAGS.follow:
+    _follow()
+  else:
+    _once()
+
+
+def _once():
+  trained, plan, output = sampling.chosen(_dtype())
+  workdir = _usable_workdir()
+  task = _task(workdir, trained)
+  drawn = sampling.fill(trained, plan, output, FLAGS.num_samples, _dtype())
+  path = _card_path(task, workdir, trained.step, plan)
+  card = _judge(task, path, trained, plan, output)
+  report = workdir / 'report.html'
+  cli.report(
+    {**card, 'path': str(path), 'report': str(report), 'drawn': drawn},
+    f'{summary.text(card)}\n\ncard: {path}\nreport: {report}',
+    FLAGS.json,
+  )
+  distributed.on_first(lambda: page.write(workdir, cli.say) and None)
+
+
+def _follow():
+  workdir = _usable_workdir()
+  for flag in ('step', 'output'):
+    if FLAGS[flag].value is not None:
+      raise UserError(f'--follow judges all checkpoints: leave out --{flag}')
+  follow.wait_for_first(workdir, FLAGS.poll_secs)
+  trained, plan, _ = sampling.chosen(_dtype())
+  task = _task(workdir, trained)
+
+  def path_of(step):
+    return _card_path(task, workdir, step, plan)
+
+  def judge(step):
+    now = trained.at(step)
+    output = sampling.output_of(step, plan, _dtype())
+    sampling.fill(now, plan, output, FLAGS.num_samples, _dtype())
+    card = _judge(task, path_of(step), now, plan, output)
+    distributed.on_first(lambda: page.write(workdir, cli.say) and None)
+    return card
+
+  curve = follow.follow(
+    workdir, judge, path_of, result=next(iter(task.judge.taps.values())),
+    poll_secs=FLAGS.poll_secs,
+  )  # fmt: skip
+  cli.report(curve, follow.text(curve), FLAGS.json)
+
+
+def _usable_workdir():
   workdir = files.at(FLAGS.workdir).expanduser()
-  folder = workdir / 'evaluations'
   runs.usable_folder('workdir', workdir)
-  runs.usable_folder('workdir', folder)
-  config = dict(trained.config['data'])
+  runs.usable_folder('workdir', workdir / 'evaluations')
+  return workdir
+
+
+def _dtype() -> str:
+  """Of the samples on disk."""
+  return 'uint8' if FLAGS.rounding == 'round' else 'float32'
+
+
+def _task(workdir, trained) -> judging.Task:
+  """What samples of any step are judged by: checked before any is drawn."""
+  config, shape = dict(trained.config['data']), trained.image_shape
   if FLAGS.data_path is not None:
     config['path'] = FLAGS.data_path
-  try:
-    reference, heldout = data.splits(config)
-  except UserError as e:
-    moved = ' (--data_path says where the data lie now)'
-    raise UserError(f'{e}{moved}') from e
-  for source in filter(None, (reference, heldout)):
-    if len(source) < 2:
-      raise UserError(f'{source.description}: a distance takes two or more')
-  judge = _judge(folder, reference, heldout, trained.image_shape)
+  heldout = None
+  if FLAGS.reference:
+    source = judging.open_set('reference', shape[0], shape[2])
+    about = {'data': FLAGS.reference}
+  else:
+    try:
+      source, heldout = data.splits(config)
+    except UserError as e:
+      moved = ' (--data_path says where the data lie now)'
+      raise UserError(f'{e}{moved}') from e
+    about = {
+      'data': config['name'],
+      'split': config['train_split'],
+      'heldout_split': config['heldout_split'] if heldout else '',
+    }
+  samples = Images(
+    FLAGS.num_samples, None, f'--num_samples={FLAGS.num_samples}'
+  )
+  judge = judging.judge_of(source, heldout, shape, workdir / 'evaluations')
+  reference = judging.set_of('reference', source, judge, shape)
+  # Of sorted held-out images the first ones would be all of a kind.
+  held = heldout and features.images_of(
+    heldout, min(FLAGS.num_samples, len(heldout))
+  )
+  usual = ['fid', *['copies'] * bool(source)]
+  usual += ['classes'] * ('num_classes' in judge.protocol)
+  about |= {'rounding': FLAGS.rounding}
+  return judging.task(
+    judge, samples, reference, source, held, about=about, usual=usual
+  )
 
-  drawn = sampling.fill(trained, plan, output, FLAGS.num_samples)
-  total = FLAGS.num_samples + len(reference)
-  total += min(FLAGS.num_samples, len(heldout)) if heldout else 0
-  with cli.Progress('judging', total, unit='images') as progress:
-    measured = measure(
-      judge,
-      lambda first, end: store.stream(output, first, end, FLAGS.batch_size),
-      FLAGS.num_samples,
-      reference,
-      heldout,
-      batch_size=FLAGS.batch_size,
-      mesh=trained.mesh,
-      num_near=NUM_NEAR,
-      on_images=progress.update,
-    )
+
+def _card_path(task, workdir, step, plan):
+  name = cards.name(sampling.name(step, plan), task.protocol)
+  return workdir / 'evaluations' / f'{name}.json'
+
+
+def _judge(task, path, trained, plan, output) -> dict:
+  """The card of samples that are drawn, which is written."""
+
+  def stream():
+    for images in store.stream(output, 0, FLAGS.num_samples, features.BLOCK):
+      # None is below 0, so this cuts off what is behind the point.
+      yield images.astype(np.uint8) if FLAGS.rounding == 'truncate' else images
+
+  samples = Images(FLAGS.num_samples, stream, f'samples in {output}')
+  measured = judging.carry_out(task, samples, FLAGS.batch_size, trained.mesh)
   subject = {
-    'workdir': str(workdir),
+    'workdir': str(files.at(FLAGS.workdir).expanduser()),
     'step': trained.step,
     'ema': trained.ema,
     'weights_sha256': trained.weights_sha256,
     **plan.protocol(),
     'evaluations': plan.num_steps,
   }
-  card = cards.create(
-    subject,
-    {
-      'data': config['name'],
-      'split': config['train_split'],
-      'heldout_split': config['heldout_split'] if heldout else '',
-      **measured.protocol,
-    },
-    measured.results,
-    measured.details,
-  )
-  name = cards.name(sampling.name(trained.step, plan), card['protocol'])
-  path = folder / f'{name}.json'
+  reference = task.source.description if task.source else FLAGS.reference
+  details = {'reference': reference, **measured.details}
+  card = cards.create(subject, task.protocol, measured.results, details)
 
-  def finish():
-    if FLAGS.neighbours:
-      _draw_neighbours(
-        folder / f'{name}_neighbours.png', measured, output, reference
-      )
+  def keep():
+    if FLAGS.neighbours and measured.nearest:
+      images = store.load(output, int(measured.searched[-1]) + 1)
+      judging.draw_neighbours(
+        path.with_name(f'{path.stem}_neighbours.png'),
+        measured, lambda i: features.whole(images[i]), task.source,
+      )  # fmt: skip
     cards.write(path, card)
 
-  distributed.on_first(finish)
-  report = workdir / 'report.html'
-  cli.report(
-    {**card, 'path': str(path), 'report': str(report), 'drawn': drawn},
-    f'{_text(card)}\n\ncard: {path}\nreport: {report}',
-    FLAGS.json,
-  )
-  distributed.on_first(lambda: page.write(workdir, cli.say) and None)
-
-
-def _judge(folder, reference, heldout, image_shape):
-  """The network that --features asks for, trained if need be."""
-  name = FLAGS.features or ('classifier' if reference.num_classes else 'pixels')
-  if name == 'pixels':
-    return features.pixels(image_shape)
-  path = files.at(name).expanduser()
-  if name == 'classifier':
-    path = _train_classifier(folder, reference, image_shape)
-  judge = classifier.load(path, image_shape)
-  if reference.num_classes not in (0, judge.protocol['num_classes']):
-    raise UserError(
-      f'--features={name} judges {judge.protocol["num_classes"]} classes, and '
-      f'the data have {reference.num_classes}: give another'
-    )
-  right = classifier.accuracy(judge, heldout) if heldout else None
-  return judge._replace(details={**judge.details, 'classifier_accuracy': right})
-
-
-def _train_classifier(folder, reference, image_shape):
-  """The file of the classifier of these data, trained unless it is there."""
-  if not reference.num_classes:
-    raise UserError(
-      f'--features=classifier: {reference.description}; give --features=pixels'
-    )
-  for what, value, most in (
-    ('pixels', max(image_shape), classifier.LARGEST),
-    ('classes', reference.num_classes, classifier.MOST_CLASSES),
-  ):
-    if value > most:
-      raise UserError(
-        f'--features=classifier is for at most {most} {what}, not {value}: '
-        'give --features=pixels'
-      )
-
-  def train():
-    digest = classifier.fingerprint(reference)
-    path = folder / f'classifier_{digest[:8]}.npz'
-    if not path.exists():
-      cli.say(f'training a classifier on {reference.description}, once')
-      with cli.Progress('classifier', classifier.NUM_STEPS) as progress:
-        classifier.train(path, reference, on_step=progress.update)
-    return str(path)
-
-  return files.at(distributed.on_first(train))
-
-
-def _draw_neighbours(path, measured, output, reference):
-  """The samples nearest to training images first."""
-  nearest = measured.nearest
-  samples = store.load(output, len(nearest.indices))
-  order = np.argsort(nearest.distances[:, 0], kind='stable')
-  order = order[: FLAGS.neighbours]
-  rows, labels = [], []
-  for i in order:
-    real = [reference[int(j)]['image'] for j in nearest.indices[i]]
-    rows.append(np.stack([samples[i], *real]))
-    label = f'number {i}, at {nearest.distances[i, 0]:.3g}'
-    if measured.nearer is not None:
-      label += f'; {measured.nearer[i]:.0%} of the held-out are nearer'
-    labels.append(label)
-  files.make(path.parent)
-  pictures.save(path, pictures.neighbours(np.stack(rows), labels))
-
-
-def _text(card):
-  """The card as people read it."""
-  subject, protocol = card['subject'], card['protocol']
-  results, details = card['results'], card['details']
-  count, held = protocol['num_samples'], protocol['num_heldout']
-  lines = [
-    f'{count} samples of step {subject["step"]}: {subject["sampler"]}, '
-    f'{subject["evaluations"]} evaluations each, seed {subject["seed"]}',
-    f'against {details["reference"]}',
-    _judged_by(protocol, details),
-    '',
-  ]
-  percent = '{:.1%}'.format
-
-  def row(text, name, form=cards.number):
-    real = cards.heldout(card)
-    return [text, form(results[name]), form(real[name]) if name in real else '']
-
-  table = []
-  if held != count:
-    table += [row(f'Frechet distance, {count} images', 'frechet')]
-  if held:
-    table += [row(f'Frechet distance, {held} images', 'frechet_heldout_count')]
-  if 'frechet_ratio' in results:
-    table += [row('  samples / held-out', 'frechet_ratio')]
-  if 'confident' in results:
-    table += [
-      row('class with probability > 0.8', 'confident', percent),
-      row('least frequent class', 'smallest_class', percent),
-    ]
-  table += [
-    row('identical to a training image', 'identical', percent),
-    row('nearest training image, median', 'nearest'),
-  ]
-  if held:
-    table += [row('  nearer than 95% of held-out', 'nearest_share', percent)]
-  heads = ['', 'samples', 'held-out' if held else '']
-  lines += cli.table(heads, table)
-  if len(details.get('class_histogram', ())) in range(1, SHOWN_CLASSES + 1):
-    shares = [['samples', *map(percent, details['class_histogram'])]]
-    if 'heldout_class_histogram' in details:
-      shares += [
-        ['held-out', *map(percent, details['heldout_class_histogram'])]
-      ]
-    classes = map(str, range(len(shares[0]) - 1))
-    lines += ['', *cli.table(['class', *classes], shares)]
-  return '\n'.join(lines)
-
-
-def _judged_by(protocol, details):
-  if 'classifier_trained_on' not in details:
-    return f'judged by {protocol["features"]}'
-  trained_on = details['classifier_trained_on']
-  same = trained_on == details['reference']
-  told = f'judged by a classifier of {"them" if same else trained_on}'
-  accuracy = details['classifier_accuracy']
-  if accuracy is not None:
-    told += f', right on {accuracy:.1%} of the held-out images'
-  return told
+  distributed.on_first(keep)
+  return card
 
 
 def _compare():

@@ -44,9 +44,7 @@ flags.DEFINE_integer('seed', 0, 'Of the samples.')
 
 def check_flags(**least) -> None:
   """Raises UserError for numbers out of range: name = the least allowed."""
-  for name, value in {'batch_size': 1, **least}.items():
-    if FLAGS[name].value < value:
-      raise UserError(f'--{name}={FLAGS[name].value}: at least {value}')
+  cli.at_least(batch_size=1, **least)
   if FLAGS.num_samples > 10**9:
     raise UserError(f'--num_samples={FLAGS.num_samples}: at most 10**9')
   if FLAGS.output == '':
@@ -71,11 +69,16 @@ def chosen(dtype: str = 'uint8') -> tuple[Trained, Plan, files.Path]:
   step = distributed.on_first(
     lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
   )
-  output = FLAGS.output or workdir / 'samples' / name(step, plan, dtype)
-  output = files.at(output).expanduser()
+  output = output_of(step, plan, dtype)
   runs.usable_output(output)
   trained = load(workdir, step, FLAGS.ema)
   return trained, plan, output
+
+
+def output_of(step: int, plan: Plan, dtype: str = 'uint8') -> files.Path:
+  """The folder of a checkpoint's samples, by the flags."""
+  folder = files.at(FLAGS.workdir) / 'samples' / name(step, plan, dtype)
+  return files.at(FLAGS.output or folder).expanduser()
 
 
 def fill(

@@ -43,11 +43,12 @@ PUBLIC = {
     'Checkpoints steps find_step hold held load_params load_common'
   ),
   'training.loop': 'train Every',
-  'evaluation.features': 'Judge pixels passes summarise',
+  'evaluation.features': 'Judge Batch Images images_of pixels passes sha256_of',
   'evaluation.classifier': 'train load fit',
   'evaluation.inception': 'load',
   'evaluation.frechet': (
-    'Moments Gaussian moments_of merge distance bias read write caveats'
+    'Moments Gaussian moments_of merge distance bias simulated_bias read write '
+    'caveats'
   ),
   'evaluation.kid': 'Estimate over_subsets squared_mmd caveats',
   'evaluation.inception_score': (
@@ -55,8 +56,10 @@ PUBLIC = {
   ),
   'evaluation.precision': 'Precision precision_recall radii caveats',
   'evaluation.neighbours': 'Nearest update share_nearer',
-  'evaluation.measure': 'measure Measured',
+  'evaluation.measure': 'measure check protocol_of Options Measured',
   'evaluation.cards': 'create compare',
+  'evaluation.statistics': 'read is_file',
+  'evaluation.follow': 'follow curve_of',
   'evaluation.page': 'write',
   'weights.inception': 'fetch convert read write from_torch from_graph',
   'weights.pytorch': 'read',

@@ -268,7 +268,7 @@ def test_what_is_held_is_kept_beside_every_nth_and_after_a_restart(
     save(kept, small, 1, 2, 3)
     checkpoint.hold(folder, {5, 3, 99})
   assert json.loads((tmp_path / 'held.json').read_text()) == {
-    'steps': [3, 5, 99]
+    'somebody': [3, 5, 99]
   }
   for step, there in ((4, [3, 4]), (5, [3, 4, 5]), (6, [3, 4, 5, 6])):
     with checkpoint.Checkpoints(folder, keep_last=1, keep_every=4) as kept:
@@ -281,7 +281,7 @@ def test_what_is_held_is_kept_beside_every_nth_and_after_a_restart(
 
 @pytest.mark.parametrize(
   'content',
-  ['', '{"steps": [2', '[2]', '{"steps": 2}', '{"steps": ["2"]}', '{}', '7',
+  ['', '{"steps": [2', '[2]', '{"steps": 2}', '{"steps": ["2"]}', '7',
    '{"steps": [2.0]}', '\xff', '[' * 100_000],
 )  # fmt: skip
 def test_a_damaged_note_of_what_is_held_holds_none(tmp_path, warned, content):
@@ -366,3 +366,12 @@ def test_reading_writes_nothing(saved):
   checkpoint.load_params(saved[0], 7, shapes)
   assert sorted(str(p) for p in saved[0].rglob('*')) == before
   assert json.loads((saved[0] / '7' / '_CHECKPOINT_METADATA').read_text())
+
+
+def test_two_that_hold_do_not_let_go_of_each_others(tmp_path):
+  folder = tmp_path / 'checkpoints'
+  checkpoint.hold(folder, [3, 1], by='a')
+  checkpoint.hold(folder, [3, 2], by='b')
+  assert checkpoint.held(folder) == {1, 2, 3}
+  checkpoint.hold(folder, [], by='a')
+  assert checkpoint.held(folder) == {2, 3}

@@ -1,5 +1,6 @@
 """Evaluation through the binary: a run, its judge, cards, other devices."""
 
+import hashlib
 import json
 import shutil
 
@@ -9,14 +10,21 @@ import numpy as np
 import pytest
 import scipy.linalg
 import tiny
+from parity import inception as parity
 from PIL import Image
 
 from diffusion_jax import data
 from diffusion_jax.evaluation import cards, classifier
+from diffusion_jax.models import inception
 from diffusion_jax.samplers import store
+from diffusion_jax.weights import inception as weights
 
 DRAW = ('--sampler=ddim', '--num_steps=3')
 COUNT = 150
+
+DATA = binaries.ROOT.parent / 'shared' / 'data'
+REAL = DATA / 'inception' / 'inception_2015_12_05_to_mixed_7.npz'
+CIFAR10 = DATA / 'cifar10'
 
 
 def evaluate(*arguments, devices=1):
@@ -63,7 +71,7 @@ def test_the_distance_is_numpys_and_scipys(run, card):
   judge = classifier.load(judge_of(run), (8, 8, 1))
 
   def features(images):
-    return np.asarray(judge.apply(judge.params, images)[0], np.float64)
+    return np.asarray(judge.apply(judge.params, images)['hidden'], np.float64)
 
   samples = features(store.load(folder, COUNT))
   train, held = features(digits('train')), features(digits('test'))
@@ -101,7 +109,8 @@ def test_the_card_holds_all_that_the_number_depends_on(run, card):
   assert protocol['num_heldout'] == COUNT
   assert len(protocol['features_sha256']) == 64
   assert len(protocol['reference_sha256']) == 64
-  assert {'resize', 'rounding', 'features'} <= protocol.keys()
+  assert {'resize', 'features', 'metrics'} <= protocol.keys()
+  assert protocol['rounding'] == 'float'
   assert card['environment']['versions']['jax'] == jax.__version__
   path = run / 'evaluations' / card['path'].rpartition('/')[2]
   stored = cards.read(path)
@@ -253,6 +262,92 @@ def test_mistakes_are_answered_before_anything_is_drawn(run, arguments, must):
   result = binaries.run('evaluate', *(a.format(run=run) for a in arguments))
   assert must in result.message
   assert sorted(map(str, run.rglob('*'))) == before
+
+
+def test_inception_judges_a_run_by_any_rounding(run, tmp_path):
+  """Random weights, up to the first tap, against 20 digits in a file.
+
+  What the network is shown is checked in the cache, by the hashes of unrounded,
+  rounded and truncated samples.
+  """
+  network = {k: parity.params()[k] for k in inception.shapes(['64'])}
+  weights.write(tmp_path / 'inception.npz', network)
+  np.save(tmp_path / 'reference.npy', digits('test')[:20])
+  arguments = [
+    f'--workdir={run}', '--num_samples=20', *DRAW,
+    f'--features={tmp_path}/inception.npz', '--taps=64', '--metrics=fid,kid',
+    f'--reference={tmp_path}/reference.npy',
+  ]  # fmt: skip
+  found = {}
+  for rounding in ('float', 'round', 'truncate'):
+    cache = tmp_path / rounding
+    card = evaluate(*arguments, f'--rounding={rounding}', f'--cache={cache}')
+    assert card['protocol']['rounding'] == rounding
+    assert card['protocol']['data'] == str(tmp_path / 'reference.npy')
+    assert 'fid_64_floor' not in card['results']
+    found[rounding] = (
+      card['results']['fid_64'],
+      {path.name for path in cache.rglob('features/*/*.npy')},
+    )
+  (folder,) = (run / 'samples').glob('step30_ddim3*_float')
+  unrounded = store.load(folder, 20)
+  assert unrounded.dtype == np.float32
+  for rounding, images in (
+    ('float', unrounded),
+    ('round', np.round(unrounded).astype(np.uint8)),
+    ('truncate', np.floor(unrounded).astype(np.uint8)),
+  ):
+    digest = hashlib.sha256(f'{images.dtype} {images.shape} '.encode())
+    digest.update(images.tobytes())
+    assert f'{digest.hexdigest()[:32]}.npy' in found[rounding][1]
+  distances = [distance for distance, _ in found.values()]
+  assert len(set(distances)) == 3
+  assert distances[1] == pytest.approx(distances[0], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason=f'there is no {REAL}')
+@pytest.mark.skipif(not CIFAR10.exists(), reason=f'there is no {CIFAR10}')
+def test_the_distance_of_real_images_on_other_devices_and_after_kills(tmp_path):
+  """2,000 training and 2,000 test images of CIFAR-10, by 768 real features.
+
+  On one device; on eight; and on one, in other batches, killed three times.
+  """
+  for split in ('train', 'test'):
+    sheets = sorted((CIFAR10 / split).glob('*.webp'))[:20]
+    images = [np.asarray(Image.open(path).convert('RGB')) for path in sheets]
+    images = np.stack(images).reshape(20, 10, 32, 10, 32, 3).swapaxes(2, 3)
+    np.savez(tmp_path / f'{split}.npz', images.reshape(-1, 32, 32, 3))
+
+  def arguments(cache, batch_size=64):
+    return (
+      f'--samples={tmp_path}/test.npz', f'--reference={tmp_path}/train.npz',
+      f'--features={REAL}', '--taps=768', f'--cache={tmp_path}/{cache}',
+      f'--batch_size={batch_size}', '--json',
+    )  # fmt: skip
+
+  cards = {}
+  for name, devices in (('one', 1), ('eight', 8)):
+    result = binaries.run('fid', *arguments(name), devices=devices, limit=3600)
+    assert result.code == 0, result.err
+    cards[name] = json.loads(result.out)
+  kept = tmp_path / 'killed' / 'features'
+  for goal in (1, 4, 11):
+    process = binaries.start('fid', *arguments('killed', 20))
+    process.wait_until(
+      lambda goal=goal: len(list(kept.rglob('*.npy'))) >= goal, limit=3600
+    )
+    process.kill()
+  assert len(list(kept.rglob('*.npy'))) < 16
+  result = binaries.run('fid', *arguments('killed', 20), limit=3600)
+  assert result.code == 0, result.err
+  cards['killed'] = json.loads(result.out)
+  print({name: card['results'] for name, card in cards.items()})
+  for card in cards.values():
+    assert card['protocol'] == cards['one']['protocol']
+    assert card['results']['fid_768'] == pytest.approx(
+      cards['one']['results']['fid_768'], rel=1e-4
+    )
 
 
 @pytest.mark.slow

@@ -6,34 +6,17 @@ import json
 import jax
 import numpy as np
 import pytest
-import scipy.linalg
+from judges import (
+  mesh_of,
+  random_features,
+  random_images,
+  scipy_distance,
+  source_of,
+)
 
 from diffusion_jax import data
-from diffusion_jax.data.sources import Source
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import classifier, features, frechet, neighbours
-from diffusion_jax.evaluation.measure import measure
-from diffusion_jax.training import sharding
-
-RNG = np.random.default_rng(0)
-
-
-def scipy_distance(a, b):
-  """The textbook's formula on features [N, D], with SciPy's matrix root."""
-  covariances = [np.cov(x, rowvar=False) for x in (a, b)]
-  root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
-  return (
-    np.square(a.mean(0) - b.mean(0)).sum()
-    + np.trace(covariances[0])
-    + np.trace(covariances[1])
-    - 2 * np.trace(root.real)
-  )
-
-
-def random_features(count, dim, seed):
-  rng = np.random.default_rng(seed)
-  mixing = rng.normal(size=(dim, dim)) / np.sqrt(dim)
-  return rng.normal(size=(count, dim)) @ mixing + rng.normal(size=dim)
 
 
 @pytest.mark.parametrize('dim', [1, 2, 16, 64])
@@ -96,45 +79,118 @@ def test_moments_add_up(cuts):
 # --- passes ------------------------------------------------------------------
 
 
-def mesh_of(count):
-  return sharding.make_mesh(devices=jax.devices()[:count])
-
-
-def random_images(count, shape=(8, 8, 1), seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.integers(0, 256, (count, *shape), dtype=np.uint8)
-
-
-def source_of(images, labels=None):
-  return Source(
-    num_images=len(images),
-    read_fn=lambda i: (images[i], -1 if labels is None else labels[i]),
-    num_classes=0 if labels is None else 10,
-    description='made up',
-  )
-
-
 @pytest.mark.parametrize(
   ('devices', 'batch_size'), [(1, 64), (1, 7), (8, 64), (8, 7), (8, 1)]
 )
 def test_passes_give_each_image_once_and_none_beside(devices, batch_size):
-  images = random_images(50)
+  images = random_images(2 * features.BLOCK + 50)
   batches = list(
     features.passes(
       features.pixels((8, 8, 1)),
-      features.images_of(source_of(images), batch_size),
+      np.split(images, [3, 300, 301]),
       batch_size,
       mesh_of(devices),
     )
   )
+  assert [len(batch.images) for batch in batches] == [*[features.BLOCK] * 2, 50]
   np.testing.assert_array_equal(
     np.concatenate([batch.images for batch in batches]), images
   )
   np.testing.assert_allclose(
-    np.concatenate([batch.features for batch in batches]),
-    images.reshape(50, 64) / 127.5 - 1,
+    np.concatenate([batch.outputs['pixels'] for batch in batches]),
+    images.reshape(-1, 64) / 127.5 - 1,
     atol=1e-6,
   )
+
+
+def test_images_of_a_source():
+  images = random_images(700)
+  whole = features.images_of(source_of(images))
+  np.testing.assert_array_equal(np.concatenate(list(whole.stream())), images)
+  assert whole.count == 700
+  some = features.images_of(source_of(images), 7)
+  np.testing.assert_array_equal(
+    np.concatenate(list(some.stream())), images[::100]
+  )
+  digest = features.sha256_of(whole)
+  assert digest == features.sha256_of(features.images_of(source_of(images)))
+  assert digest != features.sha256_of(
+    features.images_of(source_of(images[::-1]))
+  )
+
+
+class Counting:
+  """A judge's function that tells how many images it was asked for."""
+
+  def __init__(self):
+    self.count = 0
+
+  def __call__(self, params, images):
+    def seen(images):
+      self.count += len(images)
+      return images.reshape(len(images), -1)[:, :3].astype(np.float32)
+
+    shape = jax.ShapeDtypeStruct((len(images), 3), np.float32)
+    return {'x': jax.pure_callback(seen, shape, images)}
+
+
+def kept_judge(apply, key='network_1234'):
+  return features.Judge(apply, {}, {'x': 'frechet'}, '', {}, {}, {'x': key})
+
+
+def outputs_of(judge, images, cache, sizes=64):
+  batches = np.split(images, range(sizes, len(images), sizes))
+  found = features.passes(judge, batches, 64, mesh_of(1), cache)
+  return np.concatenate([batch.outputs['x'] for batch in found])
+
+
+def test_features_are_computed_once(tmp_path):
+  """Whatever the batches; other images, weights or pixel types are others."""
+  images, apply = random_images(600), Counting()
+  judge = kept_judge(apply)
+  first = outputs_of(judge, images, tmp_path)
+  assert apply.count == 640  # the last batch is filled up
+  again = outputs_of(judge, images, tmp_path, sizes=600)
+  assert apply.count == 640
+  np.testing.assert_array_equal(first, again)
+  outputs_of(judge, images[: features.BLOCK], tmp_path)
+  assert apply.count == 640
+  changed = images.copy()
+  changed[300] ^= 1  # in the second block of three
+  outputs_of(judge, changed, tmp_path)
+  assert apply.count == 640 + features.BLOCK
+  outputs_of(judge, images[:64].astype(np.float32), tmp_path)
+  outputs_of(kept_judge(apply, 'network_5678'), images[:64], tmp_path)
+  assert apply.count == 640 + features.BLOCK + 2 * 64
+
+
+def test_a_pass_that_was_interrupted_goes_on(tmp_path):
+  images, apply = random_images(600), Counting()
+  judge = kept_judge(apply)
+  passed = features.passes(judge, [images], 64, mesh_of(1), tmp_path)
+  next(passed)
+  next(passed)  # the first is on disk by then
+  passed.close()
+  outputs_of(judge, images, tmp_path)
+  assert apply.count <= 640
+
+
+@pytest.mark.parametrize('damage', ['cut', 'empty', 'text', 'shape', 'pickle'])
+def test_damaged_features_are_computed_anew(tmp_path, damage):
+  images, apply = random_images(10), Counting()
+  judge = kept_judge(apply)
+  first = outputs_of(judge, images, tmp_path)
+  (path,) = tmp_path.rglob('*.npy')
+  content = path.read_bytes()
+  if damage == 'shape':
+    np.save(path, first[:9])
+  elif damage == 'pickle':
+    np.save(path, np.array([{}], object), allow_pickle=True)
+  else:
+    path.write_bytes({'cut': content[:-4], 'empty': b'', 'text': b'x'}[damage])
+  np.testing.assert_array_equal(outputs_of(judge, images, tmp_path), first)
+  assert apply.count == 128
+  assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -150,186 +206,12 @@ def test_passes_give_each_image_once_and_none_beside(devices, batch_size):
 def test_pixels_are_averaged_to_16(shape, dim, resize):
   judge = features.pixels(shape)
   images = random_images(2, shape)
-  x, probabilities = judge.apply({}, images)
-  assert probabilities is None
+  x = judge.apply({}, images)['pixels']
   assert x.shape == (2, dim)
   assert judge.protocol['resize'] == resize
   np.testing.assert_allclose(
     x.mean(1), images.mean((1, 2, 3)) / 127.5 - 1, atol=1e-5
   )
-
-
-# --- what is measured --------------------------------------------------------
-
-
-def brightness_judge():
-  """Two features, two classes: dark or bright, surely or not."""
-
-  def apply(params, images):
-    x = images.astype(np.float32).reshape(len(images), -1) / 255 * params['k']
-    mean = x.mean(1)
-    features = np.float32(1) * jax.numpy.stack([mean, x[:, 0]], 1)
-    return features, jax.numpy.stack([1 - mean, mean], 1)
-
-  protocol = {'features': 'brightness', 'features_sha256': '', 'resize': 'none'}
-  return features.Judge(apply, {'k': np.float32(1)}, protocol, {'note': 'x'})
-
-
-def brightness(images):
-  x = images.reshape(len(images), -1) / 255.0
-  return np.stack([x.mean(1), x[:, 0]], 1)
-
-
-def levels(count, seed):
-  """Images of one grey level each."""
-  values = random_images(count, (1, 1, 1), seed)
-  return np.broadcast_to(values, (count, 8, 8, 1))
-
-
-@pytest.mark.parametrize('devices', [1, 8])
-def test_measure_equals_numpy_and_scipy(devices):
-  samples, train, held = levels(90, 1), levels(70, 2), levels(40, 3)
-  images = []
-  for each in (samples, train, held):
-    noisy = each.copy()
-    noisy[:, 0, 0] = random_images(len(each), (1,), len(each))
-    images.append(noisy)
-  samples, train, held = images
-  progress = []
-  got = measure(
-    brightness_judge(),
-    lambda first, end: np.array_split(samples[first:end], 5),
-    90,
-    source_of(train),
-    source_of(held),
-    batch_size=16,
-    mesh=mesh_of(devices),
-    on_images=progress.append,
-  )
-  x, real, near = map(brightness, (samples, train, held))
-  results = got.results
-  for name, expected in (
-    ('frechet', scipy_distance(x, real)),
-    ('frechet_heldout_count', scipy_distance(x[:40], real)),
-    ('frechet_floor', scipy_distance(near, real)),
-    ('confident', np.mean(np.abs(x[:, 0] - 0.5) > 0.3)),
-    ('confident_heldout', np.mean(np.abs(near[:, 0] - 0.5) > 0.3)),
-    ('smallest_class', min(np.mean(x[:, 0] > 0.5), np.mean(x[:, 0] < 0.5))),
-  ):
-    np.testing.assert_allclose(results[name], expected, rtol=1e-5, err_msg=name)
-  # 1e-6 of float32 features, which near-equal sets magnify; their own
-  # statistics are compared to 1e-6 above.
-  assert results['frechet_ratio'] == pytest.approx(
-    results['frechet_heldout_count'] / results['frechet_floor']
-  )
-  distances = np.linalg.norm(x[:, None] - real[None], axis=-1)
-  held_distances = np.linalg.norm(near[:, None] - real[None], axis=-1).min(1)
-  # By distance: two grey levels may be equally near.
-  np.testing.assert_allclose(
-    got.nearest.distances, np.sort(distances, 1)[:, :3], atol=1e-6
-  )
-  np.testing.assert_allclose(
-    np.take_along_axis(distances, got.nearest.indices, 1),
-    got.nearest.distances,
-    atol=1e-6,
-  )
-  assert results['nearest'] == pytest.approx(
-    np.median(distances.min(1)), rel=1e-4
-  )
-  assert results['nearest_heldout'] == pytest.approx(
-    np.median(held_distances), rel=1e-4
-  )
-  rank = [np.mean(held_distances < d) for d in distances.min(1)]
-  np.testing.assert_allclose(got.nearer, rank, atol=0.026)  # ties: one of 40
-  assert sum(progress) == 90 + 70 + 40
-  assert got.protocol['num_samples'] == 90
-  assert got.protocol['num_reference'] == 70
-  assert got.protocol['num_heldout'] == 40
-  assert got.details['note'] == 'x'
-  json.dumps(got.results), json.dumps(got.details), json.dumps(got.protocol)
-
-
-def test_measure_without_heldout_images():
-  train = levels(30, 2)
-  got = measure(
-    features.pixels((8, 8, 1)),
-    lambda first, end: [train[first:end]],
-    10,
-    source_of(train),
-    None,
-    batch_size=64,
-    mesh=mesh_of(1),
-  )
-  assert got.nearer is None
-  assert set(got.results) == {'frechet', 'identical', 'nearest'}
-  assert got.results['nearest'] == 0  # these samples are copies
-  assert got.results['identical'] == 1
-
-
-def test_fewer_samples_than_heldout_images_take_some_of_all_of_those():
-  """Sorted held-out images: the first twenty would all be dark."""
-  held = np.sort(levels(200, 3), axis=0)
-  got = measure(
-    brightness_judge(),
-    lambda first, end: [levels(20, 1)[first:end]],
-    20,
-    source_of(levels(50, 2)),
-    source_of(held),
-    batch_size=64,
-    mesh=mesh_of(1),
-  )
-  assert got.protocol['num_heldout'] == 20
-  dark, bright = got.details['heldout_class_histogram']
-  assert 0.3 < dark < 0.7
-  assert dark + bright == 1
-
-
-def test_other_data_are_another_protocol():
-  """In another order too: no number depends on it, but who is to know?"""
-
-  def protocol(images, held):
-    return measure(
-      brightness_judge(), lambda a, b: [images[a:b]], 10, source_of(images),
-      source_of(held), batch_size=64, mesh=mesh_of(1),
-    ).protocol  # fmt: skip
-
-  images, held = levels(30, 2), levels(30, 3)
-  assert protocol(images, held) == protocol(images.copy(), held.copy())
-  assert protocol(images, held) != protocol(images[::-1], held)
-  assert protocol(images, held) != protocol(images, levels(30, 4))
-
-
-@pytest.mark.parametrize('is_sorted', [False, True])
-def test_honest_samples_are_not_said_to_be_copies(is_sorted):
-  """Samples, training and held-out images of one kind; 3,000 are held out.
-
-  The share of samples that are nearer than 95% of the held-out images is then
-  5% on average. Of 1,000 samples and 1,000 held-out images, were they
-  independent, its standard deviation is sqrt(2 * 0.05 * 0.95 / 1000) = 1%; they
-  share their training images, which makes it larger, so 3% apart is let pass.
-  Held-out images that stand in order (of their classes, say) change nothing.
-  """
-  held = random_images(3000, seed=3)
-  if is_sorted:
-    held = held[np.argsort(held[:, 0, 0, 0], kind='stable')]
-  samples, train = random_images(1000, seed=1), random_images(400, seed=2)
-  results = measure(
-    brightness_judge(), lambda a, b: [samples[a:b]], 1000, source_of(train),
-    source_of(held), batch_size=1000, mesh=mesh_of(1),
-  ).results  # fmt: skip
-  assert results['nearest_share_expected'] == pytest.approx(0.05, abs=1e-3)
-  assert results['nearest_share'] == pytest.approx(0.05, abs=0.03)
-
-
-def test_data_of_one_image_only_have_no_ratio():
-  """All at distance 0 of each other: no traceback, no division by noise."""
-  same = np.full((40, 8, 8, 1), 7, np.uint8)
-  results = measure(
-    features.pixels((8, 8, 1)), lambda a, b: [same[a:b]], 40, source_of(same),
-    source_of(same), batch_size=64, mesh=mesh_of(1), num_near=50,
-  ).results  # fmt: skip
-  assert results['frechet'] == results['frechet_floor'] == 0
-  assert 'frechet_ratio' not in results
 
 
 # --- neighbours --------------------------------------------------------------
@@ -395,10 +277,10 @@ def test_a_classifier_learns_and_says_how_often_it_is_right(judge_file):
   test = first_images(digits('test'), 100)
   images = np.stack([test[i]['image'] for i in range(100)])
   labels = np.array([test[i]['label'] for i in range(100)])
-  x, probabilities = jax.device_get(judge.apply(judge.params, images))
+  outputs = jax.device_get(judge.apply(judge.params, images))
+  x, logits = outputs['hidden'], outputs['logits']
   assert x.shape == (100, 64)
-  np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
-  accuracy = np.mean(probabilities.argmax(1) == labels)
+  accuracy = np.mean(logits.argmax(1) == labels)
   assert accuracy > 0.7
   assert classifier.accuracy(judge, test) == pytest.approx(accuracy)
   unlabelled = dataclasses.replace(test, read_fn=lambda i: (images[i], -1))

@@ -228,19 +228,19 @@ def test_a_judge_of_a_file(tmp_path):
   """The whole network, through a file and a pass over devices."""
   path = tmp_path / 'inception.npz'
   weights.write(path, parity.params())
-  judge = judges.load(path)
+  judge = judges.load(path, taps=['2048', 'spatial'], logits=True)
+  assert judge.taps == {'2048': 'fid', 'spatial': 'sfid'}
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   images = parity.images((32, 32))
   (batch,) = features.passes(judge, [images[:1]], 2, mesh)
   golden = parity.reference_golden()
-  np.testing.assert_allclose(
-    batch.features, golden['tf1_32/2048'][:1], rtol=0, atol=1e-3
-  )
-  logits = golden['tf1_32/logits_unbiased'][:1].astype('f8')
-  expected = np.exp(logits) / np.exp(logits).sum()
-  np.testing.assert_allclose(batch.probabilities, expected, rtol=1e-2)
+  assert set(batch.outputs) == {'2048', 'spatial', judge.logits}
+  for output, value in batch.outputs.items():
+    np.testing.assert_allclose(
+      value, golden[f'tf1_32/{output}'][:1], rtol=0, atol=1e-3
+    )
   assert judge.protocol.items() >= {
-    'features': 'inception', 'tap': '2048', 'convention': 'tf1'
+    'features': 'inception', 'taps': ['2048', 'spatial'], 'convention': 'tf1'
   }.items()  # fmt: skip
 
   # A shorter file makes the same judge of an earlier tap.
@@ -248,22 +248,27 @@ def test_a_judge_of_a_file(tmp_path):
   weights.write(
     part, {k: parity.params()[k] for k in inception.shapes(['192'])}
   )
-  whole, short = (judges.load(p, tap='192') for p in (path, part))
+  whole, short = (judges.load(p, taps=['192']) for p in (path, part))
   assert whole.protocol == short.protocol
-  other = judges.load(part, tap='192', convention='pytorch-fid')
+  assert whole.keys == short.keys
+  both = judges.load(path, taps=['2048', '192'])
+  assert both.keys['192'] == short.keys['192']
+  other = judges.load(part, taps=['192'], convention='pytorch-fid')
   assert other.protocol['features_sha256'] == short.protocol['features_sha256']
   assert other.protocol != short.protocol
+  assert other.keys != short.keys
   changed = {k: parity.params()[k] for k in inception.shapes(['192'])}
   changed['conv_4'] = changed['conv_4'] | {'b': changed['conv_4']['b'] * 2}
   weights.write(part, changed)
-  assert judges.load(part, tap='192').protocol != short.protocol
+  assert judges.load(part, taps=['192']).protocol != short.protocol
+  assert judges.load(part, taps=['192']).keys != short.keys
 
 
 @pytest.mark.parametrize(
   ('arguments', 'must_name'),
   [
     ({}, r'none.npz: there is no such file; give Inception weights'),
-    ({'tap': '1024'}, r"no tap '1024'"),
+    ({'taps': ['1024']}, r"no tap '1024'"),
     ({'convention': 'clean'}, r"'clean' is not known"),
   ],
 )
@@ -293,12 +298,9 @@ def test_real_weights_judge_real_images():
     sheet.reshape(10, 32, 10, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
   )
   images = images[:6]
-  judge = judges.load(REAL, tap='768')
-  (found, probabilities), early = jax.jit(
-    lambda p, x: (judge.apply(p, x), inception.apply(p, x, ['64'])['64'])
-  )(judge.params, images)
-  assert probabilities is None  # they take the whole network
-  found = np.asarray(found)
+  judge = judges.load(REAL, taps=['768', '64'])
+  outputs = jax.jit(judge.apply)(judge.params, images)
+  found, early = (np.asarray(outputs[tap]) for tap in judge.taps)
   assert found.shape == (6, 768)
   assert np.isfinite(found).all()
   assert (found >= 0).all()  # the mean of what was rectified

@@ -474,3 +474,30 @@ def test_a_damaged_config_is_the_users(bare):
   with pytest.raises(UserError, match=r'config\.json is unreadable'):
     page.write(bare)
   assert not (bare / 'report.html').exists()
+
+
+def test_the_distance_of_a_run_step_by_step(full):
+  """Of cards that were made alike; the least is marked."""
+  for step, value in ((30, 0.5), (40, 0.25), (50, 0.75)):
+    made = card(step, results__frechet=value)
+    put(full, made, name=f'card{step}')
+  put(full, card(60, subject__seed=4, results__frechet=0.01), name='other')
+  page_, _ = written(full)
+  assert 'by step' not in page_.text  # the newest card has no others beside it
+  (full / 'evaluations' / 'other.json').unlink()
+  page_, _ = written(full)
+  assert 'Fréchet by step' in page_.text
+  assert 'the least is 0.1235, at step 20' in page_.text
+  put(full, card(70, results__frechet=0.0625), name='card70')
+  page_, _ = written(full)
+  assert 'the least is 0.06250, at step 70' in page_.text
+
+
+def test_caveats_stand_below_their_table(full):
+  told = 'KID: 20 images in subsets of 1000'
+  put(full, card(details__caveats=[told]))
+  page_, _ = written(full)
+  assert f'Beware: {told}.' in page_.text
+  put(full, card(details__caveats=[1]))
+  _, problems = written(full)
+  assert problems

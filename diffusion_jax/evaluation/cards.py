@@ -20,17 +20,42 @@ from diffusion_jax.errors import UserError
 
 VERSION = 1
 
+# What Frechet distances are called; FID is that of Inception's last features.
+DISTANCES = {
+  'frechet': 'Fréchet',
+  'fid': 'FID',
+  'sfid': 'sFID',
+  'fid_768': 'FID-768',
+  'fid_192': 'FID-192',
+  'fid_64': 'FID-64',
+}
+
 # Of the results: the head of its column, and what it means.
 HEADS = {
-  'frechet': ('Fréchet ↓', 'Fréchet distance to the training images'),
-  'frechet_heldout_count': (
-    'equal count ↓',
-    'Fréchet distance of as many samples as there are held-out images',
-  ),
-  'frechet_ratio': (
-    'ratio ↓',
-    'Fréchet distance of samples over that of held-out images, equally many',
-  ),
+  **{
+    key: pair
+    for name, title in DISTANCES.items()
+    for key, pair in {
+      name: (f'{title} ↓', 'Fréchet distance to the reference'),
+      f'{name}_heldout_count': (
+        'equal count ↓',
+        'Fréchet distance of as many samples as there are held-out images',
+      ),
+      f'{name}_ratio': (
+        'ratio ↓',
+        'Fréchet distance of samples over that of held-out images, equally '
+        'many',
+      ),
+    }.items()
+  },
+  'kid': ('KID ↓', 'squared MMD between features, unbiased, over subsets'),
+  'kid_error': ('KID ±', 'standard error over the subsets'),
+  'inception_score': ('IS ↑', 'Inception Score, mean over the splits'),
+  'inception_score_std': ('IS ±', 'standard deviation over the splits'),
+  'precision': ('precision ↑', 'share of samples near to real images'),
+  'recall': ('recall ↑', 'share of real images near to samples'),
+  'density': ('density ↑', 'real balls around a sample, over k'),
+  'coverage': ('coverage ↑', 'share of real balls with a sample inside'),
   'confident': (
     'confident ↑',
     'share of images given a class with a probability above 0.8',
@@ -50,11 +75,14 @@ HEADS = {
 # Of held-out images: it stands below the samples' number, and is the same on
 # all cards of one protocol.
 HELDOUT = {
-  'frechet_heldout_count': 'frechet_floor',
-  'confident': 'confident_heldout',
-  'smallest_class': 'smallest_class_heldout',
-  'identical': 'identical_heldout',
-  'nearest': 'nearest_heldout',
+  **{f'{name}_heldout_count': f'{name}_floor' for name in DISTANCES},
+  **{
+    name: f'{name}_heldout'
+    for name in (
+      *('kid', 'kid_error', 'inception_score', 'inception_score_std'),
+      *('confident', 'smallest_class', 'identical', 'nearest'),
+    )
+  },
   'nearest_share': 'nearest_share_expected',
 }
 
@@ -141,7 +169,7 @@ def is_number(value) -> bool:
 def is_subject(value) -> bool:
   return (
     isinstance(value, dict)
-    and isinstance(value.get('step'), int)
+    and isinstance(value.get('step', 0), int)
     and isinstance(value.get('ema', True), bool)
     and all(isinstance(value.get(k, ''), str) for k in ('sampler', 'workdir'))
   )
@@ -155,6 +183,8 @@ def is_card(value) -> bool:
     all(isinstance(value.get(k), dict) for k in ('protocol', 'results'))
     and is_subject(value.get('subject'))
     and isinstance(details, dict)
+    and isinstance(details.get('caveats', []), list)
+    and all(isinstance(line, str) for line in details.get('caveats', []))
     and all(v is None or is_number(v) for v in value['results'].values())
     and all(
       isinstance(v, list) and all(map(is_number, v))
@@ -285,8 +315,8 @@ def _who(subject):
   """field -> text: what was judged, as people tell one from another."""
   told = {
     'run': PurePath(subject.get('workdir', '?')).name,
-    'step': subject['step'],
-    'weights': 'EMA' if subject.get('ema') else 'raw',
+    'step': subject.get('step', ''),
+    'weights': {True: 'EMA', False: 'raw'}.get(subject.get('ema'), ''),
     'sampler': subject.get('sampler', '?'),
     'evaluations': subject.get('evaluations', '?'),
   }

@@ -165,7 +165,7 @@ def accuracy(judge: Judge, source: Source) -> float | None:
     return None
   apply = jax.jit(judge.apply)
   taken = [
-    np.argmax(apply(judge.params, part)[1], axis=1)
+    np.argmax(apply(judge.params, part)[judge.logits], axis=1)
     for part in np.array_split(images, -(-len(images) // 1024))
   ]
   return float(np.mean(np.concatenate(taken) == labels))
@@ -214,7 +214,7 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
 
   def apply(params, images):
     features, logits = model.apply(params, scale(images))
-    return features, jax.nn.softmax(logits)
+    return {'hidden': features, 'logits': logits}
 
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(params):
@@ -226,7 +226,8 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
     'resize': 'none',
   }
   details = {'classifier_trained_on': str(facts['trained_on'])}
-  return Judge(apply, params, protocol, details)
+  taps = {'hidden': 'frechet'}
+  return Judge(apply, params, taps, 'logits', protocol, details)
 
 
 def _read(path):

@@ -66,12 +66,12 @@ def read(workdir) -> Facts:
 
   cards = []
   for path in sorted(workdir.glob('evaluations/*.json')):
-    if card := whole(path, metric_cards.is_card):
+    if card := whole(path, _is_of_a_run):
       cards.append({**card, 'name': path.stem})
   stores = []
   for path in sorted(workdir.glob('samples/*/store.json')):
     has_grid = (path.parent / 'grid.png').exists()
-    if has_grid and (store := whole(path, metric_cards.is_subject)):
+    if has_grid and (store := whole(path, _is_drawn)):
       stores.append((path.parent, store))
   drawn = []
   for path in workdir.glob('samples/train_*.png'):
@@ -122,6 +122,14 @@ def _lines(path: files.Path, is_well, problems: list[str]) -> list[dict]:
     some = f'line {bad[0]}' + f' and {len(bad) - 1} more' * (len(bad) > 1)
     problems.append(f'{path.name} is damaged in {some}: left out')
   return good
+
+
+def _is_drawn(value) -> bool:
+  return metric_cards.is_subject(value) and 'step' in value
+
+
+def _is_of_a_run(value) -> bool:
+  return metric_cards.is_card(value) and _is_drawn(value['subject'])
 
 
 def _age(card: dict):

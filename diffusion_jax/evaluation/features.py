@@ -1,10 +1,16 @@
 """Networks that judge images, and the passes of images through them.
 
-A judge is interchangeable: a function from uint8 images to features and, if it
-classifies, to probabilities. Its name and the hash of its weights go on the
-card, since a distance means nothing without them.
+A judge is interchangeable: a function from images to features and, if it
+classifies, to logits. Its name and the hash of its weights go on the card,
+since a distance means nothing without them.
+
+Features of a large network are kept on disk under the hash of their images, a
+block at a time. So a pass that was interrupted goes on, and what two runs have
+in common, the training images above all, is computed once.
 """
 
+import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -13,60 +19,48 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_jax import distributed, files
 from diffusion_jax.data import Source, pipeline
-from diffusion_jax.evaluation import frechet
-from diffusion_jax.evaluation.frechet import Moments
 from diffusion_jax.training import sharding
 
 PIXELS = 16  # larger images are averaged down to at most this size
+BLOCK = 256  # images whose features are kept in one file
 
 
 class Judge(NamedTuple):
   """A network that judges images.
 
   Attributes:
-    apply: (params, uint8 [B, H, W, C]) -> (features [B, D] float32,
-      probabilities [B, K] or None).
+    apply: (params, images [B, H, W, C], uint8 or float32 in [0, 255]) ->
+      {output: [B, D] float32}.
     params: its weights.
+    taps: output -> what a Frechet distance between such features is called;
+      the first one is what all other metrics compare.
+    logits: the output that classifies, or ''.
     protocol: what a number of this judge depends on, for the card.
     details: what else is worth knowing, for the card.
+    keys: output -> the name under which its values are worth keeping.
   """
 
   apply: Callable
   params: dict
+  taps: dict[str, str]
+  logits: str
   protocol: dict
   details: dict
+  keys: dict[str, str] = {}  # noqa: RUF012
 
 
 class Batch(NamedTuple):
   """Images and what a judge says of them.
 
   Attributes:
-    images: uint8 [n, H, W, C].
-    features: float32 [n, D].
-    probabilities: float32 [n, K], or None.
+    images: [n, H, W, C], as they were given.
+    outputs: {output: float32 [n, D]}.
   """
 
   images: np.ndarray
-  features: np.ndarray
-  probabilities: np.ndarray | None
-
-
-class Summary(NamedTuple):
-  """What a judge makes of a set of images; summaries can be added up.
-
-  Attributes:
-    moments: of the features.
-    classes: int64 [K], how many images it takes for each class, or None.
-    confident: how many of them with a probability above 0.8, or None.
-  """
-
-  moments: Moments
-  classes: np.ndarray | None
-  confident: int | None
-
-
-CONFIDENT = 0.8
+  outputs: dict[str, np.ndarray]
 
 
 def pixels(image_shape: tuple[int, int, int]) -> Judge:
@@ -86,72 +80,149 @@ def pixels(image_shape: tuple[int, int, int]) -> Judge:
     x = x.reshape(
       -1, height // factor, factor, width // factor, factor, channels
     )
-    return x.mean((2, 4)).reshape(len(images), -1), None
+    return {'pixels': x.mean((2, 4)).reshape(len(images), -1)}
 
   resize = 'none' if factor == 1 else f'mean over {factor}x{factor}'
   protocol = {'features': 'pixels', 'features_sha256': '', 'resize': resize}
-  return Judge(apply, {}, protocol, {})
+  return Judge(apply, {}, {'pixels': 'frechet'}, '', protocol, {})
 
 
 def passes(
-  judge: Judge, batches: Iterable[np.ndarray], batch_size: int, mesh: Mesh
+  judge: Judge,
+  batches: Iterable[np.ndarray],
+  batch_size: int,
+  mesh: Mesh,
+  cache=None,
 ) -> Iterator[Batch]:
   """Runs images through a judge, divided over the mesh.
 
   Args:
     judge: the network.
-    batches: uint8 [n, H, W, C] each, n <= batch_size.
-    batch_size: what every batch is filled up to, so that one program serves.
+    batches: images [n, H, W, C] each, uint8 or float32 in [0, 255].
+    batch_size: how many the network takes at once.
     mesh: the devices.
+    cache: the folder in which features are kept that have a key; None for none.
 
   Returns:
-    an iterator of a Batch for each, of just the images given.
+    an iterator of a Batch for each BLOCK images, the last one shorter. What is
+    in the cache is not computed again.
   """
   apply = jax.jit(judge.apply)
   params = jax.device_put(judge.params, sharding.replicated(mesh))
   parts = mesh.shape['data'] * mesh.shape['fsdp']
-  size = -(-batch_size // parts) * parts
+  size = -(-min(batch_size, BLOCK) // parts) * parts
+
+  def compute(images):
+    # Filled up with repeats, so that one program serves all.
+    count = -(-len(images) // size) * size
+    padded = images[np.resize(np.arange(len(images)), count)]
+    found = []
+    for part in np.split(padded, count // size):
+      out = apply(params, sharding.put_batch(part, mesh))
+      found.append(jax.tree.map(sharding.to_host, out))
+    return jax.tree.map(lambda *x: np.concatenate(x)[: len(images)], *found)
+
+  for images in blocks(batches):
+    if not cache or not judge.keys:
+      yield Batch(images, compute(images))
+      continue
+    paths = _paths(judge, images, cache)
+    outputs = _kept(paths, len(images))
+    # A folder that only some hosts see is of no use to the others.
+    if not all(distributed.gather(outputs is not None)):
+      outputs = compute(images)
+      if distributed.is_first():
+        for name, path in paths.items():
+          files.make(path.parent)
+          with files.replacing(path) as file:
+            np.save(file, outputs[name], allow_pickle=False)
+    yield Batch(images, outputs)
+
+
+def whole(images: np.ndarray) -> np.ndarray:
+  """Images in [0, 255], rounded to uint8 as files hold them."""
+  return np.round(images).astype(np.uint8)
+
+
+def blocks(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+  """The same images in blocks of BLOCK, but for the last one."""
+  kept = []
   for images in batches:
-    assert len(images) <= batch_size
-    padded = images[np.resize(np.arange(len(images)), size)]
-    out = apply(params, sharding.put_batch(padded, mesh))
-    features, probabilities = jax.tree.map(sharding.to_host, out)
-    if probabilities is not None:
-      probabilities = probabilities[: len(images)]
-    yield Batch(images, features[: len(images)], probabilities)
+    kept.append(images)
+    while sum(map(len, kept)) >= BLOCK:
+      joined = np.concatenate(kept)
+      yield joined[:BLOCK]
+      kept = [joined[BLOCK:]]
+  if sum(map(len, kept)):
+    yield np.concatenate(kept)
 
 
-def summarise(batches: Iterable[Batch]) -> Summary:
-  """The summary of what `passes` yields, in float64, one batch at a time.
+def _paths(judge, images, cache) -> dict[str, files.Path]:
+  """Where the outputs of these images are kept."""
+  digest = hashlib.sha256(f'{images.dtype} {images.shape} '.encode())
+  digest.update(np.ascontiguousarray(images))
+  name = f'{digest.hexdigest()[:32]}.npy'
+  return {
+    output: files.at(cache) / 'features' / key / name
+    for output, key in judge.keys.items()
+  }
+
+
+def _kept(paths, count) -> dict[str, np.ndarray] | None:
+  """The outputs, or None where one is not there, or is damaged."""
+  found = {}
+  for output, path in paths.items():
+    try:
+      array = np.array(files.mapped(path))
+    except (OSError, ValueError, EOFError, AttributeError):
+      return None
+    if array.dtype != np.float32 or array.ndim != 2 or len(array) != count:
+      return None
+    found[output] = array
+  return found
+
+
+class Images(NamedTuple):
+  """A set of images, to be looked at in order.
+
+  Attributes:
+    count: how many.
+    stream: () -> batches [n, H, W, C], uint8 or float32 in [0, 255].
+    description: one line.
+  """
+
+  count: int
+  stream: Callable[[], Iterable[np.ndarray]]
+  description: str
+
+
+def images_of(source: Source, count: int | None = None) -> Images:
+  """All images of a source in order, or some of them at even distances.
 
   Args:
-    batches: at least one.
+    source: the images.
+    count: how many, at most all of them; None for all.
   """
-  total = None
-  for batch in batches:
-    one = Summary(frechet.moments_of(batch.features), None, None)
-    if batch.probabilities is not None:
-      num_classes = batch.probabilities.shape[1]
-      taken = batch.probabilities.argmax(1)
-      one = one._replace(
-        classes=np.bincount(taken, minlength=num_classes),
-        confident=int((batch.probabilities.max(1) > CONFIDENT).sum()),
-      )
-    total = merge(total, one)
-  return total
+  count = len(source) if count is None else count
+  chosen = np.arange(count) * len(source) // count
+  picked = dataclasses.replace(
+    source, num_images=count, read_fn=lambda i: source.read_fn(int(chosen[i]))
+  )
+
+  def stream():
+    for batch, weight in pipeline.heldout(picked, batch_size=BLOCK):
+      yield batch['image'][weight > 0]
+
+  return Images(count, stream, source.description)
 
 
-def merge(a: Summary | None, b: Summary) -> Summary:
-  """The summary of both sets together; None is the empty one."""
-  if a is None:
-    return b
-  both = frechet.merge(a.moments, b.moments)
-  if a.classes is None:
-    return Summary(both, None, None)
-  return Summary(both, a.classes + b.classes, a.confident + b.confident)
+def sha256_of(images: Images) -> str:
+  """The hash of all pixels in order, 64 hexadecimal digits.
 
-
-def images_of(source: Source, batch_size: int) -> Iterator[np.ndarray]:
-  """All images of a source, in order; uint8 [n, H, W, C], n <= batch_size."""
-  for batch, weight in pipeline.heldout(source, batch_size=batch_size):
-    yield batch['image'][weight > 0]
+  Args:
+    images: which are read once.
+  """
+  digest = hashlib.sha256()
+  for batch in images.stream():
+    digest.update(np.ascontiguousarray(batch))
+  return digest.hexdigest()

@@ -6,32 +6,43 @@ in the judge's protocol.
 """
 
 import hashlib
-
-import jax
+from collections.abc import Sequence
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.features import Judge
 from diffusion_jax.models import inception
 from diffusion_jax.weights import inception as weights
 
+# What a Frechet distance at a tap is called; '2048' is where papers take it.
+DISTANCES = {
+  '2048': 'fid',
+  **{tap: f'fid_{tap}' for tap in ('64', '192', '768')},
+  'spatial': 'sfid',
+}
+LOGITS = 'logits_unbiased'  # the Inception Score's: without softmax/b
 
-def load(path, *, tap: str = '2048', convention: str = 'tf1') -> Judge:
+
+def load(
+  path,
+  *,
+  taps: Sequence[str] = ('2048',),
+  logits: bool = False,
+  convention: str = 'tf1',
+) -> Judge:
   """A judge from a file of Inception weights.
 
   Args:
     path: of the .npz file, as `weights.inception.convert` writes it; for the
       taps up to '768' one that ends at mixed_7 will do.
-    tap: what its features are, a key of `models.inception.TAPS`. With '2048',
-      the usual one, come probabilities of the 1008 classes, those of the
-      Inception Score (arXiv 1606.03498): of the logits without a bias.
+    taps: what its features are, keys of DISTANCES. They are [B, D], D being
+      that of `models.inception.TAPS`.
+    logits: of the 1008 classes too, those of the Inception Score (arXiv
+      1606.03498).
     convention: how images are enlarged and scaled, see
       `models.inception.preprocess`.
 
-  Returns:
-    the judge; its features are [B, TAPS[tap]].
-
   Raises:
-    UserError: there is no such file, it lacks what the tap needs, or the tap or
+    UserError: there is no such file, it lacks what the taps need, or a tap or
       the convention is not known.
   """
   if convention not in inception.CONVENTIONS:
@@ -39,24 +50,42 @@ def load(path, *, tap: str = '2048', convention: str = 'tf1') -> Judge:
       f'the input convention {convention!r} is not known: use one of '
       f'{", ".join(inception.CONVENTIONS)}'
     )
-  taps = (tap, 'logits_unbiased') if tap == '2048' else (tap,)
-  params = weights.read(path, taps)
+  for tap in taps:
+    if tap not in DISTANCES:
+      raise UserError(
+        f'Inception has no tap {tap!r}: use one of {", ".join(DISTANCES)}'
+      )
+  outputs = (*dict.fromkeys(taps), *[LOGITS] * logits)
+  params = weights.read(path, outputs)
 
   def apply(params, images):
-    found = inception.apply(params, images, taps, convention)
-    if tap != '2048':
-      return found[tap], None
-    return found[tap], jax.nn.softmax(found['logits_unbiased'])
+    return inception.apply(params, images, outputs, convention)
 
+  return Judge(
+    apply,
+    params,
+    taps={tap: DISTANCES[tap] for tap in taps},
+    logits=LOGITS if logits else '',
+    protocol={
+      'features': 'inception',
+      'features_sha256': _sha256(params, outputs),
+      'taps': list(taps),
+      'resize': f'bilinear to {inception.SIZE}',
+      'convention': convention,
+    },
+    details={},
+    keys={
+      output: f'inception_{output}_{convention}_'
+      f'{_sha256(params, (output,))[:16]}'
+      for output in outputs
+    },
+  )
+
+
+def _sha256(params, outputs) -> str:
+  """Of what these outputs need of the network, wherever the file ends."""
   digest = hashlib.sha256()
-  for layer in params.values():
+  for name in inception.shapes(outputs):
     for part in 'wb':
-      digest.update(layer[part].tobytes())
-  protocol = {
-    'features': 'inception',
-    'features_sha256': digest.hexdigest(),
-    'tap': tap,
-    'resize': f'bilinear to {inception.SIZE}',
-    'convention': convention,
-  }
-  return Judge(apply, params, protocol, {})
+      digest.update(params[name][part].tobytes())
+  return digest.hexdigest()

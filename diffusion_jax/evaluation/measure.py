@@ -1,146 +1,442 @@
 """What samples are worth: one pass each of samples, training and held-out."""
 
-import collections
-import dataclasses
-import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.data import Source
-from diffusion_jax.evaluation import features, frechet, neighbours
-from diffusion_jax.evaluation.features import Judge
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import (
+  features,
+  frechet,
+  inception_score,
+  kid,
+  neighbours,
+  precision,
+)
+from diffusion_jax.evaluation.features import Images, Judge
+from diffusion_jax.evaluation.frechet import Gaussian, Moments
 from diffusion_jax.evaluation.neighbours import Nearest
+from diffusion_jax.evaluation.statistics import Statistics
+
+METRICS = {
+  'fid': 'the Frechet distance, at each tap',
+  'sfid': 'the same between spatial features (arXiv 2103.03841)',
+  'kid': 'kernel inception distance (arXiv 1801.01401)',
+  'is': 'Inception Score (arXiv 1606.03498)',
+  'pr': 'precision, recall (arXiv 1904.06991), density, coverage (2002.09797)',
+  'copies': 'which samples lie near to training images',
+  'classes': 'what classes they are of, by a classifier',
+}
+# Those that statistics of a set will do for.
+OF_STATISTICS = ('fid', 'sfid')
 
 QUERIES = 10_000  # of at most so many images the nearest ones are found
+COMPARED = 50_000  # at most so many of a set go into KID, precision and recall
+KID_SEED = 2020  # torch-fidelity's
 NEAR = 0.05  # the share of held-out images that counts as near
+CONFIDENT = 0.8
+
+
+class Options(NamedTuple):
+  """What metrics leave open; the defaults are the papers'.
+
+  Attributes:
+    kid_subsets: how many, see `kid.over_subsets`.
+    kid_subset_size: of each set.
+    kid_seed: of the subsets.
+    is_splits: of the Inception Score.
+    is_seed: of a permutation before the split, or None, see
+      `inception_score.splits_of`.
+    pr_k: whose distance is the radius, see `precision.precision_recall`.
+  """
+
+  kid_subsets: int = kid.NUM_SUBSETS
+  kid_subset_size: int = kid.SUBSET_SIZE
+  kid_seed: int = KID_SEED
+  is_splits: int = inception_score.NUM_SPLITS
+  is_seed: int | None = None
+  pr_k: int = precision.K
+
+
+DEFAULTS = Options()
 
 
 class Measured(NamedTuple):
   """What goes on a card, and the nearest training images.
 
   Attributes:
-    protocol: what was compared with what.
     results: name -> number.
     details: name -> what is no single number.
-    nearest: of the first samples, at most QUERIES.
+    searched: [Q], the samples whose nearest images were asked for, at most
+      QUERIES.
+    nearest: of those; None where not asked for.
     nearer: [Q], see `neighbours.share_nearer`; None without held-out images.
+    statistics: of the reference, by tap.
   """
 
-  protocol: dict
   results: dict
   details: dict
-  nearest: Nearest
+  searched: np.ndarray
+  nearest: Nearest | None
   nearer: np.ndarray | None
+  statistics: Statistics
+
+
+class Seen(NamedTuple):
+  """What one pass over a set of images has left.
+
+  Attributes:
+    moments: tap -> of all images, or the statistics that were given.
+    first_moments: tap -> of the first images only, as many as asked for.
+    chosen: name -> [n, D], the main features of chosen images.
+    hashes: of each image.
+    classes: int64 [K], how many images are taken for each class, or None.
+    confident: how many of them with a probability above 0.8.
+    sums: of the Inception Score, or None.
+  """
+
+  moments: dict[str, Moments | Gaussian]
+  first_moments: dict[str, Moments]
+  chosen: dict[str, np.ndarray]
+  hashes: list[int]
+  classes: np.ndarray | None
+  confident: int
+  sums: inception_score.Sums | None
+
+
+def check(
+  judge: Judge,
+  samples: Images | Statistics,
+  reference: Images | Statistics,
+  metrics: Sequence[str],
+) -> None:
+  """Finds out beforehand what cannot be measured.
+
+  Args:
+    judge: the network.
+    samples: what is to be judged.
+    reference: what it is compared to.
+    metrics: keys of METRICS.
+
+  Raises:
+    UserError: a metric is not known, or takes what is not there.
+  """
+  for name in metrics:
+    if name not in METRICS:
+      raise UserError(
+        f'the metric {name!r} is not known: use {", ".join(METRICS)}'
+      )
+  if not metrics:
+    raise UserError(
+      f'no metric is asked for: name some of {", ".join(METRICS)}'
+    )
+  if 'is' in metrics and not judge.logits:
+    raise UserError(
+      f'the Inception Score takes classes, and {judge.protocol["features"]} '
+      'has none: leave the metric is out, or give another judge'
+    )
+  if 'classes' in metrics and 'num_classes' not in judge.protocol:
+    raise UserError(
+      f'the metric classes is for a classifier of the data, and not for '
+      f'{judge.protocol["features"]}: leave it out'
+    )
+  if not (isinstance(samples, Images) or isinstance(reference, Images)):
+    for tap in judge.taps:
+      sizes = [len(one[tap].mean) for one in (samples, reference)]
+      if sizes[0] != sizes[1]:
+        raise UserError(
+          f'statistics of {sizes[0]} and of {sizes[1]} dimensions: give those '
+          'of one network'
+        )
+  for what, given in (('samples', samples), ('reference', reference)):
+    least = 'pr' in metrics and precision.DENSITY_K + 1
+    if isinstance(given, Images):
+      if given.count < max(2, least):
+        raise UserError(
+          f'{given.description}: these metrics take {max(2, least)} images or '
+          'more'
+        )
+    else:
+      # The Inception Score knows no reference.
+      fine = (*OF_STATISTICS, *['is'] * (what == 'reference'))
+      if beyond := [name for name in metrics if name not in fine]:
+        raise UserError(
+          f'of the {what} there are statistics, and {", ".join(beyond)} '
+          f'take images: give those, or ask for {", ".join(fine)}'
+        )
+
+
+def protocol_of(judge: Judge, metrics: Sequence[str], options: Options) -> dict:
+  """How it is measured, for the card: all that the numbers depend on.
+
+  Args:
+    judge: the network.
+    metrics: keys of METRICS.
+    options: those of the metrics asked for are told.
+  """
+  told = {**judge.protocol, 'metrics': [m for m in METRICS if m in metrics]}
+  for name, value in options._asdict().items():
+    if name.split('_')[0] in metrics:
+      told[name] = value
+  if {'kid', 'pr'} & set(metrics):
+    told['num_compared'] = COMPARED
+  if 'copies' in metrics:
+    told['num_searched'] = QUERIES
+  return told
 
 
 def measure(
   judge: Judge,
-  sample_fn: Callable[[int, int], Iterator[np.ndarray]],
-  num_samples: int,
-  reference: Source,
-  heldout: Source | None,
+  samples: Images | Statistics,
+  reference: Images | Statistics,
+  heldout: Images | None = None,
   *,
+  metrics: Sequence[str],
+  options: Options = DEFAULTS,
   batch_size: int,
   mesh: Mesh,
+  cache=None,
   num_near: int = 3,
   on_images: Callable[[int], None] = lambda count: None,
 ) -> Measured:
   """Judges samples beside held-out images, against the training images.
 
-  The distance falls with the number of images, so the one that stands beside
-  the held-out images' is of equally many samples: the first ones, and held-out
-  images at even distances, where there are more of those.
+  A distance falls with the number of images, so the one that stands beside the
+  held-out images' is of equally many samples, the first ones.
 
   Args:
     judge: the network.
-    sample_fn: (first, end) -> uint8 batches of the samples first .. end - 1.
-    num_samples: at least 2.
-    reference: the training images, all of which are taken.
-    heldout: the held-out images, or None.
+    samples: the images, or statistics of them.
+    reference: the training images, all of which are taken, or statistics.
+    heldout: at most as many images as there are samples, or None.
+    metrics: keys of METRICS, see `check`.
+    options: of the metrics.
     batch_size: of the passes.
     mesh: over which the passes are divided.
+    cache: folder of features, see `features.passes`.
     num_near: how many of the nearest training images are to be found.
-    on_images: called with the number of images after each batch.
+    on_images: called with the number of images after each block.
   """
-  count = min(num_samples, len(heldout)) if heldout else num_samples
-  batch_size = min(batch_size, max(num_samples, len(reference)))
-  # Features of these are searched for: the first samples, and held-out images
-  # at even distances, as a set may be sorted.
-  asked = {
-    'samples': np.arange(min(num_samples, QUERIES)),
-    'heldout': np.arange(min(count, QUERIES)) * count // min(count, QUERIES),
-  }
-  kept = {name: [] for name in asked}
-  hashes = {'reference': hashlib.sha256(), 'heldout': hashlib.sha256()}
-  seen = collections.defaultdict(list)  # of every image, to find equal ones
-
-  def judged(batches, name=None, first=0):
-    for batch in features.passes(judge, batches, batch_size, mesh):
-      if name:
-        end = first + len(batch.images)
-        chosen = asked[name][(asked[name] >= first) & (asked[name] < end)]
-        kept[name].append(batch.features[chosen - first])
-        first = end
-      seen[name or 'train'] += [hash(x.tobytes()) for x in batch.images]
-      on_images(len(batch.images))
-      yield batch
-
-  def hashed(batches, name):
-    for images in batches:
-      hashes[name].update(np.ascontiguousarray(images))
-      yield images
-
-  summaries = {}
-  parts = [(0, count), (count, num_samples)] if heldout else [(0, num_samples)]
-  for first, end in parts:
-    if first < end:
-      part = features.summarise(judged(sample_fn(first, end), 'samples', first))
-      summaries.setdefault('samples at held-out count', part)
-      summaries['samples'] = features.merge(summaries.get('samples'), part)
+  look = _Looker(judge, metrics, options, batch_size, mesh, cache, on_images)
+  seen = {'samples': look(samples, first=heldout.count if heldout else 0)}
   if heldout:
-    images = features.images_of(_evenly(heldout, count), batch_size)
-    summaries['heldout'] = features.summarise(
-      judged(hashed(images, 'heldout'), 'heldout')
+    seen['heldout'] = look(heldout)
+  near = {}
+  if 'copies' in metrics:
+    num_near = min(num_near, reference.count)
+    near = {
+      name: neighbours.nothing(len(one.chosen['queries']), num_near)
+      for name, one in seen.items()
+    }
+
+  def search(first, found):
+    for name in near:
+      near[name] = neighbours.update(
+        near[name], seen[name].chosen['queries'], found, first
+      )
+
+  seen['train'] = look(reference, on_features=search)
+  results, details = {}, dict(judge.details)
+  if {'fid', 'sfid'} & set(metrics):
+    results |= _frechet(judge, seen)
+  if 'kid' in metrics:
+    results |= _kid(seen, options)
+  if 'is' in metrics:
+    results |= _inception_score(seen)
+  if 'pr' in metrics:
+    results |= precision.precision_recall(
+      seen['samples'].chosen['compared'],
+      seen['train'].chosen['compared'],
+      k=options.pr_k,
+    )._asdict()
+  if 'classes' in metrics:
+    results |= _classes(seen)
+    details |= _histograms(seen)
+  nearer = None
+  if near:
+    found, nearer = _copies(seen, near)
+    results |= found
+  if caveats := _caveats(judge, samples, reference, seen, metrics, options):
+    details['caveats'] = caveats
+  return Measured(
+    {name: float(value) for name, value in results.items()},
+    details,
+    look.chosen(samples.count).get('queries') if near else np.arange(0),
+    near.get('samples'),
+    nearer,
+    {
+      tap: Gaussian(x.mean, x.covariance)
+      for tap, x in seen['train'].moments.items()
+    },
+  )
+
+
+class _Looker(NamedTuple):
+  """What all passes have in common; called, it makes one."""
+
+  judge: Judge
+  metrics: Sequence[str]
+  options: Options
+  batch_size: int
+  mesh: Mesh
+  cache: object
+  on_images: Callable
+
+  def __call__(
+    self, images, first: int = 0, on_features=lambda first, found: None
+  ) -> Seen:
+    """Looks at a set; `first` of its images have moments of their own."""
+    if not isinstance(images, Images):
+      return Seen(images, {}, {}, [], None, 0, None)
+    asked = self.chosen(images.count)
+    chosen = {name: [] for name in asked}
+    moments, first_moments = {}, {}
+    hashes, classes, confident, sums = [], None, 0, None
+    if 'is' in self.metrics:
+      splits = inception_score.splits_of(
+        images.count,
+        min(self.options.is_splits, images.count),
+        self.options.is_seed,
+      )
+    at = 0
+    for batch in features.passes(
+      self.judge, images.stream(), self.batch_size, self.mesh, self.cache
+    ):
+      end = at + len(batch.images)
+      main = batch.outputs[next(iter(self.judge.taps))]
+      for tap in self.judge.taps:
+        x = batch.outputs[tap]
+        _add(moments, tap, x)
+        _add(first_moments, tap, x[: max(first - at, 0)])
+      for name, indices in asked.items():
+        inside = indices[(indices >= at) & (indices < end)]
+        chosen[name].append(main[inside - at])
+      if 'copies' in self.metrics:
+        hashes += [hash(x.tobytes()) for x in features.whole(batch.images)]
+      if 'classes' in self.metrics:
+        logits = batch.outputs[self.judge.logits]
+        taken = np.bincount(logits.argmax(1), minlength=logits.shape[1])
+        classes = taken if classes is None else classes + taken
+        confident += int((_probability(logits) > CONFIDENT).sum())
+      if 'is' in self.metrics:
+        logits = batch.outputs[self.judge.logits]
+        sums = inception_score.update(
+          sums or inception_score.nothing(splits.max() + 1, logits.shape[1]),
+          logits,
+          splits[at:end],
+        )
+      on_features(at, main)
+      self.on_images(len(batch.images))
+      at = end
+    assert at == images.count, f'{at} images in place of {images.count}'
+    chosen = {name: np.concatenate(parts) for name, parts in chosen.items()}
+    return Seen(
+      moments, first_moments, chosen, hashes, classes, confident, sums
     )
 
-  queries = {name: np.concatenate(x) for name, x in kept.items() if x}
-  num_near = min(num_near, len(reference))
-  near = {
-    name: neighbours.nothing(len(x), num_near) for name, x in queries.items()
+  def chosen(self, count) -> dict[str, np.ndarray]:
+    """Whose features are kept: at even distances, as sets may be sorted."""
+    most = {'compared': COMPARED} if {'kid', 'pr'} & set(self.metrics) else {}
+    if 'copies' in self.metrics:
+      most['queries'] = QUERIES
+    return {
+      name: np.arange(min(count, limit)) * count // min(count, limit)
+      for name, limit in most.items()
+    }
+
+
+def _add(moments, tap, x):
+  if len(x):
+    moments[tap] = frechet.merge(moments.get(tap), frechet.moments_of(x))
+
+
+def _probability(logits):
+  """Of the likeliest class."""
+  z = np.asarray(logits, np.float64)
+  return 1 / np.exp(z - z.max(1, keepdims=True)).sum(1)
+
+
+def _frechet(judge, seen):
+  """Samples, and where there are held-out images, equally many of both."""
+  results, train = {}, seen['train'].moments
+  for tap, name in judge.taps.items():
+    results[name] = frechet.distance(seen['samples'].moments[tap], train[tap])
+    if 'heldout' not in seen:
+      continue
+    same = results[name]
+    if seen['samples'].first_moments[tap].count != _count(seen['samples']):
+      same = frechet.distance(seen['samples'].first_moments[tap], train[tap])
+    floor = frechet.distance(seen['heldout'].moments[tap], train[tap])
+    results |= {f'{name}_heldout_count': same, f'{name}_floor': floor}
+    # Held-out images that equal the training images are at 0 but for rounding.
+    if floor > 1e-9 * np.trace(train[tap].covariance):
+      results[f'{name}_ratio'] = same / floor
+  return results
+
+
+def _count(seen):
+  return next(iter(seen.moments.values())).count
+
+
+def _kid(seen, options):
+  results = {}
+  for name, tail in (('samples', ''), ('heldout', '_heldout')):
+    if name in seen:
+      found = kid.over_subsets(
+        seen[name].chosen['compared'],
+        seen['train'].chosen['compared'],
+        seed=options.kid_seed,
+        num_subsets=options.kid_subsets,
+        subset_size=options.kid_subset_size,
+      )
+      results[f'kid{tail}'] = found.mean
+      results[f'kid_error{tail}'] = found.standard_error
+  return results
+
+
+def _inception_score(seen):
+  results = {}
+  for name, tail in (('samples', ''), ('heldout', '_heldout')):
+    if name in seen:
+      found = inception_score.score_of(seen[name].sums)
+      results[f'inception_score{tail}'] = found.mean
+      results[f'inception_score_std{tail}'] = found.std
+  return results
+
+
+def _classes(seen):
+  results, known = {}, seen['train'].classes
+  for name, tail in (('samples', ''), ('heldout', '_heldout')):
+    if name in seen:
+      total = seen[name].classes.sum()
+      results[f'confident{tail}'] = seen[name].confident / total
+      # Of the classes that there are: labels may begin at 1.
+      least = seen[name].classes[known > 0].min()
+      results[f'smallest_class{tail}'] = least / total
+  return results
+
+
+def _histograms(seen):
+  return {
+    f'{head}class_histogram': (one.classes / one.classes.sum()).tolist()
+    for head, name in (('', 'samples'), ('heldout_', 'heldout'))
+    if (one := seen.get(name))
   }
 
-  def searched(batches):
-    first = 0
-    for batch in batches:
-      for name, x in queries.items():
-        near[name] = neighbours.update(near[name], x, batch.features, first)
-      first += len(batch.images)
-      yield batch
 
-  images = hashed(features.images_of(reference, batch_size), 'reference')
-  summaries['train'] = features.summarise(searched(judged(images)))
-  protocol = {
-    'num_reference': len(reference),
-    'reference_sha256': hashes['reference'].hexdigest(),
-    'num_samples': num_samples,
-    'num_heldout': count if heldout else 0,
-    'num_searched': len(queries['samples']),
-    'heldout_sha256': hashes['heldout'].hexdigest() if heldout else '',
-    **judge.protocol,
-    'rounding': 'nearest',
-  }
-  distances, known = near['samples'].distances[:, 0], set(seen['train'])
+def _copies(seen, near):
+  """(results, share_nearer of the samples or None)."""
+  distances, known = near['samples'].distances[:, 0], set(seen['train'].hashes)
   results = {
-    f'identical{head}': np.mean([image in known for image in seen[name]])
-    for name, head in (('samples', ''), ('heldout', '_heldout'))
-    if name in summaries
+    f'identical{tail}': np.mean([image in known for image in seen[name].hashes])
+    for name, tail in (('samples', ''), ('heldout', '_heldout'))
+    if name in seen
   }
   results['nearest'], nearer = np.median(distances), None
-  if heldout:
+  if 'heldout' in near:
     real = near['heldout'].distances[:, 0]
     nearer = neighbours.share_nearer(distances, real)
     results |= {
@@ -149,62 +445,29 @@ def measure(
       # Of M + 1 images of one kind each is as likely to have any rank.
       'nearest_share_expected': math.ceil(NEAR * len(real)) / (len(real) + 1),
     }
-  results = {**_frechet(summaries), **_classes(summaries), **results}
-  details = {
-    'reference': reference.description,
-    **judge.details,
-    **_histograms(summaries),
-  }
-  return Measured(
-    protocol,
-    {name: float(value) for name, value in results.items()},
-    details,
-    near['samples'],
-    nearer,
-  )
+  return results, nearer
 
 
-def _frechet(summaries):
-  """Samples, and where there are held-out images, equally many of both."""
-  distances = {
-    name: frechet.distance(summary.moments, summaries['train'].moments)
-    for name, summary in summaries.items()
-    if name != 'train'
-  }
-  results = {'frechet': distances['samples']}
-  if 'heldout' in summaries:
-    same, floor = distances['samples at held-out count'], distances['heldout']
-    results |= {'frechet_heldout_count': same, 'frechet_floor': floor}
-    # Held-out images that equal the training images are at 0 but for rounding.
-    if floor > 1e-9 * np.trace(summaries['train'].moments.covariance):
-      results['frechet_ratio'] = same / floor
-  return results
-
-
-def _classes(summaries):
-  results, known = {}, summaries['train'].classes
-  for name, head in (('samples', ''), ('heldout', '_heldout')):
-    if name in summaries and summaries[name].classes is not None:
-      classes, total = summaries[name].classes, summaries[name].moments.count
-      results['confident' + head] = summaries[name].confident / total
-      # Of the classes that there are: labels may begin at 1.
-      results['smallest_class' + head] = classes[known > 0].min() / total
-  return results
-
-
-def _histograms(summaries):
-  return {
-    f'{head}class_histogram': (
-      summaries[name].classes / summaries[name].moments.count
-    ).tolist()
-    for name, head in (('samples', ''), ('heldout', 'heldout_'))
-    if name in summaries and summaries[name].classes is not None
-  }
-
-
-def _evenly(source, count):
-  """`count` images of a source, at even distances."""
-  chosen = np.arange(count) * len(source) // count
-  return dataclasses.replace(
-    source, num_images=count, read_fn=lambda i: source.read_fn(int(chosen[i]))
-  )
+def _caveats(judge, samples, reference, seen, metrics, options) -> list[str]:
+  """What is to be told beside the numbers, a line each."""
+  counts = [x.count for x in (samples, reference) if isinstance(x, Images)]
+  told = []
+  if not counts:
+    return told
+  if {'fid', 'sfid'} & set(metrics):
+    for tap, name in judge.taps.items():
+      fit = seen['train'].moments[tap]
+      for caveat in frechet.caveats(min(counts), len(fit.mean)):
+        bias = frechet.simulated_bias(fit, min(counts))
+        told.append(
+          f'{name}: {caveat}. {min(counts)} draws from the Gaussian fitted to '
+          f'the reference lie {bias:.4g} from it'
+        )
+  if 'kid' in metrics:
+    told += kid.caveats(min(counts), options.kid_subset_size)
+  if 'is' in metrics and isinstance(samples, Images):
+    num_classes = seen['samples'].sums.p.shape[1]
+    told += inception_score.caveats(
+      samples.count, num_classes, options.is_splits
+    )
+  return told

@@ -350,6 +350,7 @@ def _table(group: list[dict]) -> dict:
     'heldout': [real.get(key) for key in results] if real else [],
     'same': [(key.replace('_', ' '), x) for key, x in same.items()],
     'classes': _classes(group[-1]),
+    'caveats': group[-1].get('details', {}).get('caveats', []),
   }
 
 
@@ -416,6 +417,7 @@ def _charts(run: Facts) -> list[dict]:
     return plots.Line(label, steps, smooth, color)
 
   timesteps = run.config['process']['num_timesteps']
+  distance, best, curve = _curve(run.cards)
   first = [math.ceil(q * timesteps / 4) for q in range(5)]
   quarters = [
     smoothed(f'loss_q{q}', f't {first[q - 1]}–{first[q] - 1}', f'q{q}')
@@ -423,6 +425,7 @@ def _charts(run: Facts) -> list[dict]:
   ]
   clip = run.config.get('optim', {}).get('clip_norm')
   wanted = (
+    (distance, best, True, curve),
     ('Loss', 'smoothed over what was logged', True, (
       raw('loss', style='faint'), smoothed('loss', 'training'),
       raw('heldout_loss', 'held out', 'orange', 'marks'),
@@ -450,6 +453,36 @@ def _charts(run: Facts) -> list[dict]:
         ],
       })  # fmt: skip
   return charts
+
+
+def _curve(found) -> tuple[str, str, list]:
+  """(title, what is best, lines): the newest card's distance, step by step.
+
+  Without two steps that were judged alike there are no lines.
+  """
+
+  def how(card):
+    own = ('step', 'weights_sha256', 'workdir')
+    subject = {k: v for k, v in card['subject'].items() if k not in own}
+    return json.dumps([card['protocol'], subject], sort_keys=True)
+
+  alike = [card for card in found if how(card) == how(found[-1])]
+  names = [n for n in cards.DISTANCES if alike and n in alike[-1]['results']]
+  if not names or len({card['subject']['step'] for card in alike}) < 2:
+    return '', '', []
+  name = names[0]
+  points = sorted(
+    (card['subject']['step'], card['results'][name])
+    for card in alike
+    if card['results'].get(name) is not None
+  )
+  step, least = min(points, key=lambda point: point[1])
+  lines = [
+    plots.Line('samples', *map(list, zip(*points, strict=True)), 'blue'),
+    plots.Line('the best', [step], [least], 'orange', 'marks'),
+  ]
+  best = f'the least is {number(least)}, at step {step:,}'
+  return f'{cards.DISTANCES[name]} by step', best, lines
 
 
 # --- cost, config, starts ---------------------------------------------------

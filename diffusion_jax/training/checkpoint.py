@@ -139,23 +139,31 @@ class Checkpoints:
     )
 
 
-def hold(directory, steps: Iterable[int]) -> None:
+def hold(directory, steps: Iterable[int], by: str = 'somebody') -> None:
   """Keeps checkpoints from being deleted, until they are named no more.
 
   For what follows a run that goes on: it holds what it reads, and the best so
   far. It is heeded from the next save on; the one that is under way has chosen
-  what it deletes, so see afterwards whether they are there.
+  what it deletes, so see afterwards whether they are there. Of two that write
+  at one moment one may be lost: say it again now and then.
 
   Args:
     directory: the checkpoints'.
     steps: all that are to be held; others, held before, are let go.
+    by: who holds them; others' are left alone.
 
   Raises:
     UserError: a bucket does not take it.
   """
-  content = {'steps': sorted(set(map(operator.index, steps)))}
-  with files.replacing(_held_path(directory)) as file:
-    file.write(json.dumps(content).encode())
+  path = _held_path(directory)
+  try:
+    there = _holders(path)
+  except Exception:  # it is written anew, which mends it
+    there = {}
+  now = {**there, by: sorted(set(map(operator.index, steps)))}
+  if now != there:
+    with files.replacing(path) as file:
+      file.write(json.dumps(now).encode())
 
 
 def held(directory, otherwise: Iterable[int] = ()) -> set[int]:
@@ -168,14 +176,24 @@ def held(directory, otherwise: Iterable[int] = ()) -> set[int]:
   """
   path = _held_path(directory)
   try:
-    return set(map(operator.index, json.loads(path.read_text())['steps']))
-  except FileNotFoundError:
-    return set()
+    return set().union(*_holders(path).values())
   except Exception as e:  # of a file system, a bucket, JSON, or what is in it
     otherwise = set(otherwise)
     some = ', '.join(map(str, sorted(otherwise))) or 'none'
     _warn_once(f'{path} is unreadable ({e!r}): of checkpoints, {some} are held')
     return otherwise
+
+
+def _holders(path) -> dict[str, list[int]]:
+  """Who holds which steps."""
+  try:
+    text = path.read_text()
+  except FileNotFoundError:
+    return {}
+  return {
+    name: [operator.index(step) for step in steps]
+    for name, steps in json.loads(text).items()
+  }
 
 
 def _held_path(directory) -> files.Path:

@@ -145,7 +145,7 @@ def convert(source, target) -> None:
   Raises:
     UserError: the source is no such file, or is not whole.
   """
-  _check_name(source)
+  checked(source)
   is_graph = files.at(source).suffix == '.pb'
   parts = _graph(source) if is_graph else pytorch.read(source)
   try:
@@ -328,8 +328,12 @@ def _sha256(path) -> str:
   return digest.hexdigest()
 
 
-def _check_name(path) -> None:
-  """The hash in a published name, -6726825d.pth, must be the file's."""
+def checked(path) -> str:
+  """The SHA-256 of a file, which a published name tells: -6726825d.pth.
+
+  Raises:
+    UserError: it cannot be read, or has another.
+  """
   match = re.search(r'inception-2015-12-05-([0-9a-f]{8})\.pth$', str(path))
   try:
     found = _sha256(path)
@@ -343,6 +347,7 @@ def _check_name(path) -> None:
       f'{path} has the SHA-256 {found[: len(match[1])]}, not {match[1]} as its '
       'name says: it is damaged or another; download it again'
     )
+  return found
 
 
 def _torch_name(name: str) -> str:

@@ -1,0 +1,145 @@
+"""Judging a run's checkpoints as they come, and keeping the best.
+
+What was judged is told by the cards, so a follower that was killed goes on. Of
+the checkpoints, the one that is being judged and the best so far are held: the
+trainer does not delete them, however old they become.
+"""
+
+import json
+import time
+from collections.abc import Callable
+
+from diffusion_jax import cli, distributed, files, runs
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import cards
+from diffusion_jax.training import checkpoint
+
+
+def wait_for_first(workdir, poll_secs: float) -> None:
+  """Returns once a run has a checkpoint; it need not have begun."""
+
+  def is_there():
+    return distributed.on_first(
+      lambda: (
+        (workdir / 'config.json').exists()
+        and bool(checkpoint.steps(workdir / 'checkpoints'))
+      )
+    )
+
+  if not is_there():
+    with cli.waiting(f'waiting for a first checkpoint in {workdir}'):
+      while not is_there():
+        time.sleep(poll_secs)
+
+
+def follow(
+  workdir,
+  judge: Callable[[int], dict],
+  card_path: Callable[[int], files.Path],
+  *,
+  result: str,
+  poll_secs: float,
+) -> dict:
+  """Judges each checkpoint, oldest first, until the run has ended.
+
+  It has ended when a checkpoint of its config's num_steps is judged.
+
+  Args:
+    workdir: the run's folder.
+    judge: step -> its card, which it has written to `card_path`.
+    card_path: step -> the file of its card.
+    result: of the cards' results, the one whose least makes the best.
+    poll_secs: between looks.
+
+  Returns:
+    the curve, see `curve_of`, which is kept in evaluations/curves too.
+  """
+  directory = workdir / 'checkpoints'
+  name = card_path(0).stem.removeprefix('step0_')
+  missed = set()
+
+  def look():
+    """What is known, with the next checkpoint to judge, which is held."""
+    curve = curve_of(workdir, card_path, result)
+    judged = {point['step'] for point in curve['points']}
+    new = sorted(set(checkpoint.steps(directory)) - judged - missed - {0})
+    best = [curve['best']['step']] if curve['best'] else []
+    checkpoint.hold(directory, [*best, *new[:1]], by=name)
+    with files.replacing(
+      files.make(workdir / 'evaluations' / 'curves') / f'{name}.json'
+    ) as file:
+      file.write(json.dumps(curve, indent=2).encode() + b'\n')
+    last = int(runs.read_config(workdir)['num_steps'])
+    ended = max(judged | missed, default=0) >= last
+    return {'curve': curve, 'new': new, 'ended': ended}
+
+  while True:
+    seen = distributed.on_first(look)
+    curve = seen['curve']
+    if not seen['new']:
+      if seen['ended']:
+        return curve
+      newest = max((point['step'] for point in curve['points']), default=0)
+      with cli.waiting(f'waiting for a checkpoint after step {newest}', 600):
+        while not (seen['new'] or seen['ended']):
+          time.sleep(poll_secs)
+          seen = distributed.on_first(look)
+      continue
+    step = seen['new'][0]
+    try:
+      value = judge(step)['results'][result]
+    except UserError:
+      if step in distributed.on_first(lambda: checkpoint.steps(directory)):
+        raise
+      missed.add(step)  # the trainer was faster than the hold
+      cli.say(f'checkpoint {step} was deleted before it could be read')
+      continue
+    best = curve['best']
+    told = 'the best so far'
+    if best and best['value'] <= value:
+      told = f'the best is {cards.number(best["value"])} of step {best["step"]}'
+    cli.say(f'step {step}: {result} {cards.number(value)}, {told}')
+
+
+def curve_of(workdir, card_path, result: str) -> dict:
+  """What the cards of a run tell, step by step.
+
+  Args:
+    workdir: the run's folder.
+    card_path: step -> the file of its card.
+    result: of the cards' results.
+
+  Returns:
+    {'result', 'points': [{'step', 'value', 'card'}] by step, 'best': the point
+    of the least value, the first of equals; None where there is none}.
+  """
+  points = []
+  for path in sorted((workdir / 'evaluations').glob('*.json')):
+    try:
+      card = cards.read(path)
+    except UserError:
+      continue  # the report tells of it
+    step = card['subject'].get('step')
+    if step is not None and path == card_path(step):
+      value = card['results'].get(result)
+      points.append({'step': step, 'value': value, 'card': path.name})
+  points = sorted(
+    (point for point in points if point['value'] is not None),
+    key=lambda point: point['step'],
+  )
+  best = min(points, key=lambda point: point['value'], default=None)
+  return {'result': result, 'points': points, 'best': best}
+
+
+def text(curve: dict) -> str:
+  """The curve as a table, with the best marked."""
+  rows = [
+    [str(point['step']), cards.number(point['value'])
+     + (' *' if point == curve['best'] else '  ')]
+    for point in curve['points']
+  ]  # fmt: skip
+  lines = cli.table(['step', f'{curve["result"]}  '], rows)
+  best = curve['best']
+  if best:
+    lines += ['', f'* the best: step {best["step"]}, whose checkpoint is kept']
+  return '\n'.join(lines)

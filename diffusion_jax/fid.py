@@ -1,0 +1,102 @@
+r"""FID, and other distances, between any two sets of images.
+
+  python -m diffusion_jax.fid --samples=DIR --reference=OTHER_DIR --download
+  python -m diffusion_jax.fid --samples=samples.npz --reference=tfds:cifar10 \
+    --metrics=fid,kid,is,pr --card=card.json
+
+No model of ours is needed. A set is a folder of images, a .npz or .npy of them,
+a prepared data set, or a .npz of statistics. Images are judged by Inception,
+whose published weights --download fetches once, or by --features.
+
+Features are kept (--cache), so that what was interrupted goes on.
+"""
+
+from absl import flags
+
+from diffusion_jax import cli, distributed, files, judging, runs
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import cards, features, statistics, summary
+from diffusion_jax.evaluation.features import Images
+from diffusion_jax.training import sharding
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(distributed)
+flags.adopt_module_key_flags(judging)
+FLAGS.set_default('features', 'inception')
+flags.DEFINE_string(
+  'samples', None, 'What is judged: a set of images, given like --reference.'
+)
+flags.DEFINE_integer(
+  'image_size', None,
+  'Crop all images to squares and resize them to so many pixels.',
+)  # fmt: skip
+flags.DEFINE_string('card', None, 'A file for the metric card.')
+flags.DEFINE_integer('batch_size', 64, 'Images that the network takes at once.')
+
+
+def main():
+  distributed.initialize()
+  if FLAGS.download:
+    judging.download()
+    if not FLAGS.samples:
+      return
+  for name in ('samples', 'reference'):
+    if not FLAGS[name].value:
+      raise UserError(f'--{name} is missing; see --help')
+  judging.check_flags()
+  cli.at_least(batch_size=1, image_size=1)
+  shown, source = (
+    judging.open_set(name, FLAGS.image_size)
+    for name in ('samples', 'reference')
+  )
+  shapes = [one[0]['image'].shape for one in (shown, source) if one]
+  if len(set(shapes)) > 1:
+    raise UserError(
+      f'{shown.description}, and {source.description}: images of one shape are '
+      'compared; --image_size=N crops and resizes all, and tells so on the card'
+    )
+  shape = shapes[0] if shapes else None
+  judge = judging.judge_of(source, None, shape)
+  samples = judging.set_of('samples', shown, judge, shape)
+  reference = judging.set_of('reference', source, judge, shape)
+  if FLAGS.card:
+    path = files.at(FLAGS.card).expanduser()
+    runs.usable_output(path.parent)
+  rounding = {'rounding': 'none', 'image_size': FLAGS.image_size or 0}
+  about = {'data': FLAGS.reference, **rounding}
+  task = judging.task(
+    judge, samples, reference, source, about=about, usual=['fid']
+  )
+  measured = judging.carry_out(
+    task, samples, FLAGS.batch_size, sharding.make_mesh()
+  )
+  is_images = isinstance(samples, Images)
+  subject = {
+    'samples': samples.description if is_images else FLAGS.samples,
+    'samples_sha256': (features if is_images else statistics).sha256_of(
+      samples
+    ),
+  }
+  details = {
+    **measured.details,
+    'reference': source.description if source else FLAGS.reference,
+  }
+  card = cards.create(subject, task.protocol, measured.results, details)
+  told = ''
+  if FLAGS.card:
+    distributed.on_first(lambda: _keep(path, card, measured, shown, source))
+    told = f'\n\ncard: {path}'
+  cli.report(card, f'{summary.text(card)}{told}', FLAGS.json)
+
+
+def _keep(path, card, measured, shown, source):
+  if FLAGS.neighbours and measured.nearest:
+    judging.draw_neighbours(
+      path.with_name(f'{path.stem}_neighbours.png'),
+      measured, lambda i: shown[i]['image'], source,
+    )  # fmt: skip
+  cards.write(path, card)
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__)

@@ -1,0 +1,238 @@
+"""The binary that judges two sets of images, and its cache."""
+
+import json
+
+import binaries
+import numpy as np
+import pytest
+from judges import levels, random_images, scipy_distance
+from parity import inception as parity
+from PIL import Image
+
+from diffusion_jax.evaluation import cards
+from diffusion_jax.models import inception
+from diffusion_jax.weights import inception as weights
+
+
+@pytest.fixture(scope='module')
+def there(tmp_path_factory):
+  """Two sets of images, in several kinds of files, and weights up to '64'."""
+  folder = tmp_path_factory.mktemp('sets')
+  sets = {
+    'a': random_images(40, (8, 8, 3), 1),
+    'b': levels(30, 2).repeat(3, -1),
+  }
+  for name, images in sets.items():
+    np.savez(folder / f'{name}.npz', images)
+    (folder / name).mkdir()
+    for i, image in enumerate(images):
+      Image.fromarray(image).save(folder / name / f'{i:03d}.png')
+  np.save(folder / 'few.npy', sets['a'][:5])
+  np.save(folder / 'grey.npy', levels(20, 1))
+  np.save(folder / 'large.npy', random_images(20, (16, 16, 3)))
+  network = {k: parity.params()[k] for k in inception.shapes(['64'])}
+  weights.write(folder / 'inception.npz', network)
+  return folder
+
+
+def fid(there, *arguments, cache='cache', devices=1):
+  return binaries.run(
+    'fid', *(a.format(there=there) for a in arguments),
+    f'--cache={there / cache}', '--json', devices=devices,
+  )  # fmt: skip
+
+
+def card_of(there, *arguments, **more):
+  result = fid(there, *arguments, **more)
+  assert result.code == 0, result.err
+  return json.loads(result.out)
+
+
+PIXELS = ('--features=pixels',)
+NETWORK = ('--features={there}/inception.npz', '--taps=64')
+
+
+def test_two_folders_and_two_files_are_the_same(there):
+  of_folders = card_of(
+    there, '--samples={there}/a', '--reference={there}/b', *PIXELS
+  )
+  of_files = card_of(
+    there, '--samples={there}/a.npz', '--reference={there}/b.npz', *PIXELS
+  )
+  assert of_folders['results'] == of_files['results']
+  assert set(of_folders['results']) == {'frechet'}
+  for key, value in of_files['protocol'].items():
+    assert key == 'data' or of_folders['protocol'][key] == value
+  pixels = [
+    np.load(there / f'{name}.npz')['arr_0'].reshape(-1, 192)[:, :64] / 127.5 - 1
+    for name in 'ab'
+  ]
+  assert pixels[0].shape == (40, 64)
+
+
+def test_inceptions_distance_and_everything_else_of_one_pass(there, tmp_path):
+  """By random weights, up to the first tap; SciPy's distance of the features.
+
+  64 features of 40 images: the card says what is wrong with that.
+  """
+  card = card_of(
+    there, '--samples={there}/a', '--reference={there}/b.npz', *NETWORK,
+    '--metrics=fid,kid,pr,copies', f'--card={tmp_path}/card.json',
+    f'--write_statistics={tmp_path}/statistics.npz',
+  )  # fmt: skip
+  assert set(card['results']) == {
+    'fid_64', 'kid', 'kid_error', 'precision', 'recall', 'density', 'coverage',
+    'identical', 'nearest',
+  }  # fmt: skip
+  network = weights.read(there / 'inception.npz', ['64'])
+  features = [
+    np.asarray(
+      inception.apply(network, np.load(there / f'{name}.npz')['arr_0'], ['64'])[
+        '64'
+      ],
+      np.float64,
+    )
+    for name in 'ab'
+  ]
+  with np.load(tmp_path / 'statistics.npz') as written:
+    np.testing.assert_allclose(written['mu'], features[1].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(
+      written['sigma'], np.cov(features[1], rowvar=False), atol=1e-6
+    )
+  assert card['results']['fid_64'] == pytest.approx(
+    scipy_distance(*features), rel=1e-2
+  )
+  (few, _) = card['details']['caveats']
+  assert '30 images in 64 dimensions' in few
+  protocol = card['protocol']
+  assert protocol['convention'] == 'tf1'
+  assert protocol['rounding'] == 'none'
+  assert protocol['taps'] == ['64']
+  assert protocol['kid_subsets'] == 100
+  assert len(card['subject']['samples_sha256']) == 64
+  assert cards.read(tmp_path / 'card.json')['results'] == card['results']
+  assert Image.open(tmp_path / 'card_neighbours.png').size[0] > 100
+  table = binaries.run('evaluate', f'--compare={tmp_path}/card.json')
+  assert table.code == 0, table.err
+  assert 'FID-64' in table.out
+
+  # Statistics do in place of the reference's images, and so does the cache.
+  again = card_of(
+    there, '--samples={there}/a', f'--reference={tmp_path}/statistics.npz',
+    *NETWORK,
+  )  # fmt: skip
+  assert again['results'] == pytest.approx(
+    {'fid_64': card['results']['fid_64']}, rel=1e-9
+  )
+  for path in (there / 'cache' / 'features').rglob('*.npy'):
+    path.unlink()
+  cached = card_of(
+    there, '--samples={there}/a', '--reference={there}/b', *NETWORK
+  )
+  assert cached['results'] == again['results']
+  kept = list((there / 'cache' / 'features').rglob('*.npy'))
+  assert len(kept) == 1  # of the samples; the reference had statistics
+  assert cached['protocol']['reference_sha256'] == protocol['reference_sha256']
+
+
+def test_on_other_devices_and_in_other_batches_it_is_the_same(there):
+  how = ['--samples={there}/a', '--reference={there}/b', *NETWORK]
+  one = card_of(there, *how, cache='one')
+  eight = card_of(there, *how, '--batch_size=8', cache='eight', devices=8)
+  assert one['protocol'] == eight['protocol']
+  assert one['results'] == pytest.approx(eight['results'], rel=1e-4)
+
+
+def test_statistics_of_two_need_no_network(there, tmp_path):
+  for name, scale in (('a', 1.0), ('b', 4.0)):
+    np.savez(tmp_path / f'{name}.npz', mu=np.zeros(3), sigma=np.eye(3) * scale)
+  card = card_of(
+    there, f'--samples={tmp_path}/a.npz', f'--reference={tmp_path}/b.npz'
+  )
+  assert card['results'] == {'fid': pytest.approx(3.0)}
+
+
+def test_people_read_it(there):
+  result = binaries.run(
+    'fid', f'--samples={there}/a', f'--reference={there}/b', '--metrics=fid,pr',
+    f'--features={there}/inception.npz', '--taps=64',
+    f'--cache={there}/cache',
+  )  # fmt: skip
+  assert result.code == 0, result.err
+  assert 'FID-64' in result.out
+  assert 'judged by inception, input as tf1' in result.out
+  assert 'beware: fid_64: 30 images in 64 dimensions' in result.out
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'must'),
+  [
+    ([], '--samples is missing'),
+    (['--samples={there}/a'], '--reference is missing'),
+    (['--samples={there}/none', '--reference={there}/b'], '/none'),
+    (['--samples={there}/a', '--reference={there}/b'], '--download'),
+    (
+      ['--samples={there}/a', '--reference={there}/large.npy', *PIXELS],
+      '--image_size=N',
+    ),
+    (
+      ['--samples={there}/a', '--reference={there}/grey.npy', *PIXELS],
+      'one shape',
+    ),
+    (
+      ['--samples={there}/few.npy', '--reference={there}/b', *PIXELS,
+       '--metrics=fid,pr'], '6 images',
+    ),
+    (
+      ['--samples={there}/a', '--reference={there}/b', *PIXELS,
+       '--metrics=is'], 'has none',
+    ),
+    (
+      ['--samples={there}/a', '--reference={there}/b', *PIXELS,
+       '--metrics=sfid'], '--features=inception',
+    ),
+    (
+      ['--samples={there}/a', '--reference={there}/b',
+       '--features={there}/inception.npz'], 'lacks conv_3/w',
+    ),
+    (
+      ['--samples={there}/a', '--reference={there}/b', *NETWORK[:1],
+       '--taps=65'], "no tap '65'",
+    ),
+    (
+      ['--samples={there}/a', '--reference={there}/b',
+       '--features=classifier'], 'is for a run',
+    ),
+    (
+      ['--samples={there}/a', '--reference={there}/b', *NETWORK,
+       '--kid_subsets=1'], '--kid_subsets=1: at least 2',
+    ),
+    (['--samples={there}/a', '--workdir=x'], 'workdir'),
+  ],
+)  # fmt: skip
+def test_a_mistake_is_told_in_one_line_and_writes_nothing(
+  there, arguments, must
+):
+  before = sorted(map(str, there.rglob('*')))
+  result = fid(there, *arguments, cache='other')
+  assert must in result.message
+  assert sorted(map(str, there.rglob('*'))) == before
+
+
+def test_statistics_of_another_network(there, tmp_path):
+  np.savez(tmp_path / 'of3.npz', mu=np.zeros(3), sigma=np.eye(3))
+  result = fid(
+    there, '--samples={there}/a', f'--reference={tmp_path}/of3.npz', *NETWORK
+  )
+  assert '3 dimensions' in result.message
+  assert '64' in result.message
+  np.savez(tmp_path / 'of64.npz', mu=np.zeros(64), sigma=np.eye(64))
+  result = fid(
+    there, '--samples={there}/a', f'--reference={tmp_path}/of64.npz', *NETWORK,
+    '--metrics=fid,kid',
+  )  # fmt: skip
+  assert 'kid take images' in result.message
+  result = fid(
+    there, f'--samples={tmp_path}/of3.npz', f'--reference={tmp_path}/of64.npz'
+  )
+  assert 'statistics of 3 and of 64 dimensions' in result.message
