@@ -1,4 +1,4 @@
-"""What the binaries share: answers to mistakes, checks, progress, tables.
+"""What the binaries share: answers to mistakes, progress, tables.
 
 A mistake of the user gets one line on stderr and exit code 2, whatever raised
 it: absl's flags, ml_collections, a check, a file. A bug keeps its traceback.
@@ -8,7 +8,6 @@ import contextlib
 import errno
 import importlib.util
 import json
-import math
 import os
 import re
 import sys
@@ -20,13 +19,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_dict
 from tqdm import tqdm
 
-from diffusion_jax import distributed, models, runs
+from diffusion_jax import distributed
 from diffusion_jax.errors import UserError
-from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.training import sharding
 
 # What absl and ml_collections raise for a mistake on the command line.
 FLAG_ERRORS = (
@@ -206,159 +202,6 @@ def find_config(name: str) -> str | None:
   candidates = [name] * name.endswith('.py') + [f'{name}.py']
   candidates += [os.path.join(f, f'{base}.py') for f in _config_folders()]
   return next((path for path in candidates if os.path.isfile(path)), None)
-
-
-# --- checks -----------------------------------------------------------------
-
-
-# Every run's config has these, and its model's arguments under `model`.
-KEYS = (
-  *('seed', 'num_steps', 'batch_size', 'microbatches'),
-  *('log_every', 'eval_every'),
-  *('eval_images', 'sample_every', 'checkpoint_every', 'keep_last'),
-  *('keep_every', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'data.name'),
-  *('data.path', 'data.train_split', 'data.heldout_split'),
-  *('data.heldout_every', 'data.image_size', 'data.channels', 'data.flip'),
-  *('model.name', 'model.channels', 'model.multipliers', 'model.num_blocks'),
-  *('model.attention_resolutions', 'model.num_heads', 'model.num_groups'),
-  *('model.dropout', 'model.dtype', 'process.schedule'),
-  *('process.num_timesteps', 'process.beta_start', 'process.beta_end'),
-  *('loss.prediction', 'optim.lr', 'optim.warmup_steps', 'optim.clip_norm'),
-  *('optim.b1', 'optim.b2', 'optim.eps', 'ema.decay', 'sample.sampler'),
-  *('sample.grid', 'sample.num_steps', 'sample.num_images'),
-  'sample.variance',
-)
-
-
-LARGEST_BATCH = 10**8  # XLA aborts where a size overflows
-AT_LEAST_1 = (
-  *('num_steps', 'batch_size', 'microbatches', 'keep_last'),
-  'sample.num_images',
-)
-
-
-def check(config: config_dict.ConfigDict, devices: Sequence) -> list[str]:
-  """What is wrong with a config on these devices, a line each; [] is well.
-
-  Only arithmetic: no file is touched, nothing is compiled.
-  """
-  there = runs.flatten(config.to_dict())
-  lacking = [key for key in KEYS if key not in there]
-  if lacking:
-    return [f'the config has no {", ".join(lacking)}: every run has these keys']
-  rules = [
-    *_counts(config),
-    *_mesh(config, len(devices)),
-    *_model(config.model, config.data),
-    *_process(config),
-  ]
-  return [message for holds, message in rules if not holds]
-
-
-def _counts(config):
-  """(holds, message) pairs, as of all the functions below."""
-  for key, value in runs.flatten(config.to_dict()).items():
-    if key in AT_LEAST_1:
-      yield value >= 1, f'{key}={value}: at least 1'
-    if key == 'batch_size':
-      yield value <= LARGEST_BATCH, f'{key}={value}: at most {LARGEST_BATCH}'
-    if key == 'seed':
-      yield value < 2**32, f'seed={value}: below 2**32'
-    if key.endswith('_every') or key in ('seed', 'eval_images'):
-      yield value >= 0, f'{key}={value}: not below 0'
-
-
-def _mesh(config, num_devices):
-  try:
-    data, fsdp, _ = sharding.mesh_shape(num_devices, **config.mesh)
-  except ValueError as e:
-    yield False, str(e)
-    return
-  batch, pieces = config.batch_size, max(config.microbatches, 1)
-  parts = pieces * data * fsdp
-  what, sizes = 'mesh data x fsdp', f'{data} x {fsdp}'
-  if pieces > 1:
-    what, sizes = f'microbatches x {what}', f'{pieces} x {sizes}'
-  below = max(batch // parts, 1) * parts
-  yield (
-    batch % parts == 0,
-    f'batch_size={batch} is not a multiple of {what} = {sizes} = {parts}: '
-    f'{below} and {below + parts} are',
-  )
-
-
-def _model(model, data):
-  size, levels = data.image_size, len(model.multipliers)
-  halved = 2 ** (levels - 1)
-  yield (
-    model.name in models.MODELS,
-    f'model.name={model.name!r}: one of {", ".join(models.MODELS)}',
-  )
-  yield levels > 0, 'model.multipliers is empty: one a level'
-  whole = all(isinstance(multiplier, int) for multiplier in model.multipliers)
-  yield whole, f'model.multipliers={model.multipliers}: whole numbers'
-  if not whole:
-    return
-  yield (
-    size > 0 and size % halved == 0,
-    f'data.image_size={size}: {levels} model.multipliers halve it '
-    f'{levels - 1} times, so it must be a multiple of {halved}',
-  )
-  yield (
-    data.channels in (1, 3),
-    f'data.channels={data.channels}: 1 (grey) or 3 (RGB)',
-  )
-  yield (
-    model.channels >= 4 and model.channels % 2 == 0,
-    f'model.channels={model.channels}: an even number, at least 4',
-  )
-  for multiplier in sorted(set(model.multipliers)):
-    width = model.channels * multiplier
-    for name in ('num_groups', 'num_heads'):
-      yield (
-        model[name] > 0 and width > 0 and width % model[name] == 0,
-        f'model.{name}={model[name]} does not divide {width} channels '
-        f'(model.channels={model.channels} x {multiplier})',
-      )
-  yield model.num_blocks >= 1, f'model.num_blocks={model.num_blocks}: >= 1'
-  maps = [size // 2**level for level in range(levels)]
-  for resolution in model.attention_resolutions:
-    yield (
-      resolution in maps,
-      f'model.attention_resolutions has {resolution}, but the maps are of size '
-      f'{", ".join(map(str, maps))}',
-    )
-  yield 0 <= model.dropout < 1, f'model.dropout={model.dropout}: in [0, 1)'
-  yield (
-    model.dtype in ('float32', 'bfloat16'),
-    f'model.dtype={model.dtype!r}: float32 or bfloat16',
-  )
-
-
-def _process(config):
-  for name, value, known in (
-    ('loss.prediction', config.loss.prediction, gaussian.PREDICTIONS),
-    ('process.schedule', config.process.schedule, schedules.SCHEDULES),
-    ('sample.variance', config.sample.variance, gaussian.VARIANCES),
-  ):
-    yield value in known, f'{name}={value!r}: one of {", ".join(known)}'
-  process, optim = config.process, config.optim
-  yield (
-    process.num_timesteps >= 2,
-    f'process.num_timesteps={process.num_timesteps}: at least 2',
-  )
-  yield (
-    0 < process.beta_start <= process.beta_end < 1,
-    f'process.beta_start={process.beta_start}, beta_end={process.beta_end}: '
-    '0 < beta_start <= beta_end < 1',
-  )
-  yield 0 < optim.lr < math.inf, f'optim.lr={optim.lr}: above 0, finite'
-  for key in ('b1', 'b2'):
-    yield 0 <= optim[key] < 1, f'optim.{key}={optim[key]}: in [0, 1)'
-  yield optim.eps > 0, f'optim.eps={optim.eps}: above 0'
-  for key in ('warmup_steps', 'clip_norm'):
-    yield optim[key] >= 0, f'optim.{key}={optim[key]}: 0 (none) or more'
-  yield 0 <= config.ema.decay < 1, f'ema.decay={config.ema.decay}: in [0, 1)'
 
 
 # --- progress and results ---------------------------------------------------

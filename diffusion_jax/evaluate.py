@@ -193,16 +193,19 @@ def _judge(task, path, trained, plan, output) -> dict:
     **plan.protocol(),
     'evaluations': plan.num_steps,
   }
-  reference = task.source.description if task.source else FLAGS.reference
-  details = {'reference': reference, **measured.details}
-  card = cards.create(subject, task.protocol, measured.results, details)
+  card = cards.create(
+    subject, task.protocol, measured.results, measured.details
+  )
+
+  def shown(i):
+    (images,) = store.stream(output, i, i + 1, 1)
+    return features.whole(images[0])
 
   def keep():
     if FLAGS.neighbours and measured.nearest:
-      images = store.load(output, int(measured.searched[-1]) + 1)
       judging.draw_neighbours(
         path.with_name(f'{path.stem}_neighbours.png'),
-        measured, lambda i: features.whole(images[i]), task.source,
+        measured, shown, task.source,
       )  # fmt: skip
     cards.write(path, card)
 

@@ -62,8 +62,11 @@ def main():
   if FLAGS.card:
     path = files.at(FLAGS.card).expanduser()
     runs.usable_output(path.parent)
-  rounding = {'rounding': 'none', 'image_size': FLAGS.image_size or 0}
-  about = {'data': FLAGS.reference, **rounding}
+  about = {
+    'data': FLAGS.reference,
+    'rounding': 'none',
+    'image_size': FLAGS.image_size or 0,
+  }
   task = judging.task(
     judge, samples, reference, source, about=about, usual=['fid']
   )
@@ -77,11 +80,9 @@ def main():
       samples
     ),
   }
-  details = {
-    **measured.details,
-    'reference': source.description if source else FLAGS.reference,
-  }
-  card = cards.create(subject, task.protocol, measured.results, details)
+  card = cards.create(
+    subject, task.protocol, measured.results, measured.details
+  )
   told = ''
   if FLAGS.card:
     distributed.on_first(lambda: _keep(path, card, measured, shown, source))

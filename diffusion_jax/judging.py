@@ -19,7 +19,6 @@ from diffusion_jax.evaluation import (
   features,
   frechet,
   inception,
-  kid,
   measure,
   statistics,
 )
@@ -51,15 +50,15 @@ flags.DEFINE_enum(
   'How images become input of Inception: as in the graph itself, or as in '
   'pytorch-fid.',
 )  # fmt: skip
-flags.DEFINE_integer('kid_subsets', kid.NUM_SUBSETS, 'KID: how many.')
-flags.DEFINE_integer('kid_subset_size', kid.SUBSET_SIZE, 'KID: of each set.')
-flags.DEFINE_integer('kid_seed', measure.KID_SEED, 'KID: of the subsets.')
-flags.DEFINE_integer('is_splits', 10, 'Inception Score: parts of the samples.')
-flags.DEFINE_integer(
-  'is_seed', None,
-  'Inception Score: shuffles first, for sets that stand in order.',
-)  # fmt: skip
-flags.DEFINE_integer('pr_k', 3, 'Precision and recall: which neighbour.')
+for name, what in (
+  ('kid_subsets', 'KID: how many.'),
+  ('kid_subset_size', 'KID: images of each set in a subset.'),
+  ('kid_seed', 'KID: of the subsets.'),
+  ('is_splits', 'Inception Score: parts of the samples.'),
+  ('is_seed', 'Inception Score: shuffle first, for sets that stand in order.'),
+  ('pr_k', 'Precision and recall: whose distance is the radius.'),
+):
+  flags.DEFINE_integer(name, getattr(measure.DEFAULTS, name), what)
 flags.DEFINE_string(
   'reference', None,
   'What is compared with: a folder of images, a .npz or .npy of them, '
@@ -90,7 +89,6 @@ flags.DEFINE_integer(
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 NUM_NEAR = 4  # training images beside each sample
-NAME = 'inception-2015-12-05.npz'  # in the cache
 
 
 class Task(NamedTuple):
@@ -130,18 +128,13 @@ def cache() -> files.Path:
 
 
 def download() -> None:
-  """Fetches the published weights, and puts ours in the cache."""
+  """Fetches the published weights into the cache, unless they are there."""
 
-  def fetch():
-    target = cache() / NAME
-    if not target.exists():
-      cli.say(f'downloading {weights.URL}')
-      with cli.Progress('bytes', weights.BYTES, unit='B') as progress:
-        published = weights.fetch(cache(), on_bytes=progress.update)
-      weights.convert(published, target)
-    return str(target)
+  def obtain():
+    with cli.Progress('downloading', weights.BYTES, unit='bytes') as progress:
+      return str(weights.obtain(cache(), on_bytes=progress.update))
 
-  cli.say(f'Inception: {distributed.on_first(fetch)}')
+  cli.say(f'weights of Inception: {distributed.on_first(obtain)}')
 
 
 # --- what is compared --------------------------------------------------------
@@ -231,7 +224,9 @@ def task(
   }
   if is_images and not set(metrics) - {*measure.OF_STATISTICS, 'is'}:
     there = statistics.paths(cache(), judge, digest)
-    if there and all(path.exists() for path in there.values()):
+    # A folder that only some hosts see would part their ways.
+    known = bool(there) and all(path.exists() for path in there.values())
+    if all(distributed.gather(known)):
       reference = {tap: frechet.read(path) for tap, path in there.items()}
   return Task(judge, metrics, options, reference, source, heldout, protocol)
 
@@ -244,6 +239,9 @@ def carry_out(task: Task, samples, batch_size: int, mesh) -> measure.Measured:
     samples: Images or Statistics.
     batch_size: images that the network takes at once.
     mesh: the devices.
+
+  Returns:
+    what was measured; its details tell the reference too.
   """
   sets = (samples, task.reference, task.heldout)
   total = sum(one.count for one in sets if isinstance(one, Images))
@@ -252,6 +250,7 @@ def carry_out(task: Task, samples, batch_size: int, mesh) -> measure.Measured:
       task.judge, samples, task.reference, task.heldout,
       metrics=task.metrics, options=task.options, batch_size=batch_size,
       mesh=mesh, cache=cache(), num_near=NUM_NEAR, on_images=progress.update,
+      num_reference=task.protocol['num_reference'],
     )  # fmt: skip
 
   def keep():
@@ -266,7 +265,8 @@ def carry_out(task: Task, samples, batch_size: int, mesh) -> measure.Measured:
       frechet.write(path, measured.statistics[main])
 
   distributed.on_first(keep)
-  return measured
+  about = task.source.description if task.source else FLAGS.reference
+  return measured._replace(details={'reference': about, **measured.details})
 
 
 def draw_neighbours(path, measured, sample_fn, source: Source) -> None:
@@ -363,7 +363,7 @@ def _taps() -> list[str]:
 def _inception(name) -> Judge:
   path = files.at(name).expanduser()
   if name == 'inception':
-    path = cache() / NAME
+    path = cache() / weights.NAME
     if not path.exists():
       raise UserError(
         f'--features=inception: {path} is not there; --download fetches it, or '

@@ -13,7 +13,7 @@ from absl import flags
 from jax.sharding import AbstractMesh
 from ml_collections import config_flags
 
-from diffusion_jax import cli, models, runs
+from diffusion_jax import cli, models, runs, validation
 from diffusion_jax.errors import UserError
 from diffusion_jax.training import optim, sharding, state
 
@@ -34,7 +34,7 @@ flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 def main():
   config = FLAGS.config
   count = FLAGS.num_devices or _asked_for(config.mesh)
-  wrong = cli.check(config, range(count))
+  wrong = validation.check(config, range(count))
   if wrong:
     raise UserError(wrong[0])
   sizes = sharding.mesh_shape(count, **config.mesh)

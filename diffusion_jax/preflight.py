@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from diffusion_jax import cli, distributed, programs, runs
+from diffusion_jax import cli, distributed, programs, runs, validation
 from diffusion_jax.errors import UserError
 from diffusion_jax.planning import checks, chips, compiled, page, rates
 from diffusion_jax.planning.compiled import Compiled, TooLarge, device_bytes
@@ -87,7 +87,7 @@ def main():
   elif FLAGS.coordinator:
     raise UserError('--topology is for one process: leave --coordinator out')
   devices = chips.devices(where) if where else jax.devices()
-  wrong = cli.check(FLAGS.config, devices)
+  wrong = validation.check(FLAGS.config, devices)
   if wrong:
     raise UserError(wrong[0])
   place = _place(FLAGS.config, where, devices)

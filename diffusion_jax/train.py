@@ -32,6 +32,7 @@ from diffusion_jax import (
   pictures,
   programs,
   runs,
+  validation,
 )
 from diffusion_jax.data import pipeline
 from diffusion_jax.errors import UserError
@@ -69,7 +70,7 @@ flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 def main():
   distributed.initialize()
   config, workdir = FLAGS.config, files.at(FLAGS.workdir).expanduser()
-  wrong = cli.check(config, jax.devices())
+  wrong = validation.check(config, jax.devices())
   if wrong:
     raise UserError(wrong[0])
   source, heldout = data.splits(config.data)

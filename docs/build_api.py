@@ -61,7 +61,7 @@ PUBLIC = {
   'evaluation.statistics': 'read is_file',
   'evaluation.follow': 'follow curve_of',
   'evaluation.page': 'write',
-  'weights.inception': 'fetch convert read write from_torch from_graph',
+  'weights.inception': 'obtain fetch convert read write from_torch from_graph',
   'weights.pytorch': 'read',
   'pictures': 'grid trajectory neighbours save',
   'errors': 'UserError',

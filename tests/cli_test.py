@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import celebahq256, cifar10, digits, lsun
-from diffusion_jax import cli, runs
+from diffusion_jax import cli, runs, validation
 from diffusion_jax.errors import UserError
 
 DIGITS = '--config=configs/digits.py'
@@ -25,7 +25,7 @@ def changed(**values) -> ConfigDict:
 @pytest.mark.parametrize('config', [celebahq256, cifar10, digits, lsun])
 @pytest.mark.parametrize('devices', [1, 4, 8, 64])
 def test_shipped_configs_are_well(config, devices):
-  assert cli.check(config.get_config(), range(devices)) == []
+  assert validation.check(config.get_config(), range(devices)) == []
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_shipped_configs_are_well(config, devices):
   ],
 )
 def test_check_names_the_key_and_what_is_allowed(values, devices, must):
-  messages = cli.check(changed(**values), range(devices))
+  messages = validation.check(changed(**values), range(devices))
   assert messages
   for word in must:
     assert word in messages[0]
@@ -85,7 +85,7 @@ def test_check_names_the_key_and_what_is_allowed(values, devices, must):
 def test_a_config_without_a_key_is_told_which():
   config = digits.get_config()
   del config.optim.clip_norm
-  (message,) = cli.check(config, range(1))
+  (message,) = validation.check(config, range(1))
   assert 'optim.clip_norm' in message
 
 

@@ -143,6 +143,23 @@ def test_on_other_devices_and_in_other_batches_it_is_the_same(there):
   assert one['results'] == pytest.approx(eight['results'], rel=1e-4)
 
 
+def test_two_processes_judge_as_one(there, tmp_path):
+  """First computed by both, then from the cache."""
+  how = ['--samples={there}/few.npy', '--reference={there}/few.npy', *NETWORK]
+  alone = card_of(there, *how, cache='one')
+  for number in range(2):
+    processes = binaries.start_several(
+      'fid', *(flag.format(there=there) for flag in how), '--json',
+      f'--cache={tmp_path}/cache',
+    )  # fmt: skip
+    results = [process.end() for process in processes]
+    assert [r.code for r in results] == [0, 0], [r.err for r in results]
+    assert not results[1].out
+    card = json.loads(results[0].out)
+    assert card['results'] == pytest.approx(alone['results'], abs=1e-6)
+    assert card['protocol'] == alone['protocol'], number
+
+
 def test_statistics_of_two_need_no_network(there, tmp_path):
   for name, scale in (('a', 1.0), ('b', 4.0)):
     np.savez(tmp_path / f'{name}.npz', mu=np.zeros(3), sigma=np.eye(3) * scale)

@@ -623,6 +623,24 @@ def test_a_download_is_whole_or_not_at_all(
   assert not list(tmp_path.iterdir())
 
 
+def test_weights_are_obtained_once(server, tmp_path, monkeypatch):
+  """Fetched and made ours; what cannot be made ours leaves no file of ours."""
+  address, asked = server
+  how = {'url': f'{address}/weights.pth', 'sha256': SUM}
+  message = refusal(tmp_path, lambda path: inception.obtain(path, **how))
+  assert 'weights.pth' in message
+  assert not (tmp_path / inception.NAME).exists()
+  monkeypatch.setattr(
+    inception, 'convert',
+    lambda source, target: target.write_bytes(source.read_bytes()),
+  )  # fmt: skip
+  path = inception.obtain(tmp_path, **how)
+  assert path.name == inception.NAME
+  assert path.read_bytes() == CONTENT
+  assert inception.obtain(tmp_path, **how) == path
+  assert asked == ['/weights.pth']
+
+
 def test_no_server(tmp_path):
   message = refusal(
     tmp_path / 'new',

@@ -200,6 +200,7 @@ def measure(
   mesh: Mesh,
   cache=None,
   num_near: int = 3,
+  num_reference: int = 0,
   on_images: Callable[[int], None] = lambda count: None,
 ) -> Measured:
   """Judges samples beside held-out images, against the training images.
@@ -218,6 +219,7 @@ def measure(
     mesh: over which the passes are divided.
     cache: folder of features, see `features.passes`.
     num_near: how many of the nearest training images are to be found.
+    num_reference: how many images the statistics are of, where that is known.
     on_images: called with the number of images after each block.
   """
   look = _Looker(judge, metrics, options, batch_size, mesh, cache, on_images)
@@ -259,7 +261,11 @@ def measure(
   if near:
     found, nearer = _copies(seen, near)
     results |= found
-  if caveats := _caveats(judge, samples, reference, seen, metrics, options):
+  counts = [
+    one.count for one in (samples, reference) if isinstance(one, Images)
+  ]
+  counts += [num_reference] * bool(num_reference)
+  if caveats := counts and _caveats(judge, min(counts), seen, metrics, options):
     details['caveats'] = caveats
   return Measured(
     {name: float(value) for name, value in results.items()},
@@ -448,26 +454,26 @@ def _copies(seen, near):
   return results, nearer
 
 
-def _caveats(judge, samples, reference, seen, metrics, options) -> list[str]:
-  """What is to be told beside the numbers, a line each."""
-  counts = [x.count for x in (samples, reference) if isinstance(x, Images)]
+def _caveats(judge, count, seen, metrics, options) -> list[str]:
+  """What is to be told beside the numbers, a line each.
+
+  Of the smaller set there are `count` images.
+  """
   told = []
-  if not counts:
-    return told
   if {'fid', 'sfid'} & set(metrics):
     for tap, name in judge.taps.items():
       fit = seen['train'].moments[tap]
-      for caveat in frechet.caveats(min(counts), len(fit.mean)):
-        bias = frechet.simulated_bias(fit, min(counts))
+      for caveat in frechet.caveats(count, len(fit.mean)):
+        bias = frechet.simulated_bias(fit, count)
         told.append(
-          f'{name}: {caveat}. {min(counts)} draws from the Gaussian fitted to '
-          f'the reference lie {bias:.4g} from it'
+          f'{name}: {caveat}. {count} draws from the Gaussian fitted to the '
+          f'reference lie {bias:.4g} from it'
         )
   if 'kid' in metrics:
-    told += kid.caveats(min(counts), options.kid_subset_size)
-  if 'is' in metrics and isinstance(samples, Images):
-    num_classes = seen['samples'].sums.p.shape[1]
+    told += kid.caveats(count, options.kid_subset_size)
+  if 'is' in metrics:
+    sums = seen['samples'].sums
     told += inception_score.caveats(
-      samples.count, num_classes, options.is_splits
+      int(sums.count.sum()), sums.p.shape[1], options.is_splits
     )
   return told

@@ -27,6 +27,7 @@ URL = (
 )
 SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 BYTES = 95_628_359
+NAME = 'inception-2015-12-05.npz'  # of ours, where it was obtained
 
 EPSILON = 1e-3  # of the batch norms
 PIECE = 2**20  # bytes
@@ -129,6 +130,25 @@ def fetch(
         )
   except (OSError, http.client.HTTPException) as e:
     raise UserError(f'{url} cannot be had ({e}): {advice}') from e
+  return path
+
+
+def obtain(directory, **how):
+  """The published weights as a file of ours; fetched, unless it is there.
+
+  Args:
+    directory: where to.
+    **how: as of `fetch`.
+
+  Returns:
+    the path of the file.
+
+  Raises:
+    UserError: the server does not give them, or gives something else.
+  """
+  path = files.at(directory) / NAME
+  if not path.exists():
+    convert(fetch(directory, **how), path)
   return path
 
 
