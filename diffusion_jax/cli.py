@@ -116,7 +116,10 @@ def _help(doc: str, full: bool) -> None:
   lines = [doc.strip() + '\n\nFlags:']
   own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
   for flag in sorted(own, key=lambda flag: flag.name):
-    shown = '' if flag.default is None else f' [{flag.default}]'
+    default = flag.default
+    if isinstance(default, list):
+      default = ','.join(default) or None
+    shown = '' if default is None else f' [{default}]'
     name = f'--[no]{flag.name}' if flag.boolean else f'--{flag.name}'
     text = textwrap.fill(
       f'{name:<16} {flag.help}{shown}',

@@ -231,7 +231,7 @@ def test_two_processes_sample_and_judge_as_one(both, tmp_path):
     'evaluate', *flags, f'--output={tmp_path / "together"}'
   )
   assert all(r.code == 0 for r in results), [r.err for r in results]
-  assert 'Frechet distance' in results[0].out
+  assert 'Fréchet distance' in results[0].out
   assert not results[1].out
   alone = binaries.run('evaluate', *flags, f'--output={tmp_path / "together"}')
   assert results[0].out.splitlines()[:8] == alone.out.splitlines()[:8]
