@@ -104,6 +104,26 @@ def on_first(fn: Callable[[], Any]) -> Any:
   return told['result']
 
 
+def everywhere(fn: Callable[[], Any]) -> Any:
+  """Calls a function in all processes, each of which gets its own result.
+
+  Args:
+    fn: in which processes do not wait for each other.
+
+  Raises:
+    UserError: in all processes, where one of them raised it.
+  """
+  result = error = None
+  try:
+    result = fn()
+  except UserError as e:
+    error = str(e)
+  for told in gather(error):
+    if told:
+      raise UserError(told)
+  return result
+
+
 def gather(value: Any) -> list:
   """What each process gives, in their order, on all of them.
 

@@ -32,6 +32,7 @@ from diffusion_jax import (
   files,
   judging,
   runs,
+  samplers,
   sampling,
 )
 from diffusion_jax.errors import UserError
@@ -52,11 +53,17 @@ flags.DEFINE_bool(
   'Judge each checkpoint of the run as it comes, until training has ended.',
 )  # fmt: skip
 flags.DEFINE_float('poll_secs', 30.0, '--follow: between looks for a new one.')
+flags.DEFINE_bool(
+  'keep_samples', False, '--follow: keep the samples of judged checkpoints.'
+)
 flags.DEFINE_list(
   'compare', [],
   'Prints metric cards of one protocol in a table and ends: files or runs, '
   'with commas between them.',
 )  # fmt: skip
+
+
+JUDGED = 64  # images at once: a judge's maps may be larger than the images
 
 
 def main():
@@ -99,6 +106,12 @@ def _follow():
   for flag in ('step', 'output'):
     if FLAGS[flag].value is not None:
       raise UserError(f'--follow judges all checkpoints: leave out --{flag}')
+  if FLAGS.metrics and not {'fid', 'sfid'} & set(FLAGS.metrics):
+    raise UserError(
+      f'--metrics={",".join(FLAGS.metrics)}: --follow takes fid too, as the '
+      'best checkpoint is that of the least distance'
+    )
+  samplers.options(FLAGS.sampler, eta=FLAGS.eta, variance=FLAGS.variance)
   follow.wait_for_first(workdir, FLAGS.poll_secs)
   trained, plan, _ = sampling.chosen(_dtype())
   task = _task(workdir, trained)
@@ -106,16 +119,28 @@ def _follow():
   def path_of(step):
     return _card_path(task, workdir, step, plan)
 
-  def judge(step):
-    now = trained.at(step)
-    output = sampling.output_of(step, plan, _dtype())
+  def output_of(step):
+    name = sampling.name(step, plan, _dtype())
+    return workdir / 'samples' / f'followed_{name}'
+
+  def judge(now):
+    output = output_of(now.step)
     sampling.fill(now, plan, output, FLAGS.num_samples, _dtype())
-    card = _judge(task, path_of(step), now, plan, output)
+    card = _judge(task, path_of(now.step), now, plan, output)
     distributed.on_first(lambda: page.write(workdir, cli.say) and None)
+    clean([now.step])
     return card
 
+  def clean(steps):
+    if not FLAGS.keep_samples:
+      distributed.on_first(lambda: [files.remove(output_of(s)) for s in steps])
+
+  result = next(iter(task.judge.taps.values()))
+  # A kill may have come between a card and the end of its samples.
+  judged = follow.curve_of(workdir, path_of, result)['points']
+  clean([point['step'] for point in judged])
   curve = follow.follow(
-    workdir, judge, path_of, result=next(iter(task.judge.taps.values())),
+    workdir, trained.at, judge, path_of, result=result,
     poll_secs=FLAGS.poll_secs,
   )  # fmt: skip
   cli.report(curve, follow.text(curve), FLAGS.json)
@@ -141,7 +166,7 @@ def _task(workdir, trained) -> judging.Task:
   heldout = None
   if FLAGS.reference:
     source = judging.open_set('reference', shape[0], shape[2])
-    about = {'data': FLAGS.reference}
+    about = {'data': 'images' if source else 'statistics'}
   else:
     try:
       source, heldout = data.splits(config)
@@ -184,7 +209,9 @@ def _judge(task, path, trained, plan, output) -> dict:
       yield images.astype(np.uint8) if FLAGS.rounding == 'truncate' else images
 
   samples = Images(FLAGS.num_samples, stream, f'samples in {output}')
-  measured = judging.carry_out(task, samples, FLAGS.batch_size, trained.mesh)
+  measured = judging.carry_out(
+    task, samples, min(FLAGS.batch_size, JUDGED), trained.mesh, output
+  )
   subject = {
     'workdir': str(files.at(FLAGS.workdir).expanduser()),
     'step': trained.step,

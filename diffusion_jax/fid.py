@@ -45,6 +45,8 @@ def main():
       raise UserError(f'--{name} is missing; see --help')
   judging.check_flags()
   cli.at_least(batch_size=1, image_size=1)
+  if FLAGS.card:
+    runs.usable_file('card', FLAGS.card)
   shown, source = (
     judging.open_set(name, FLAGS.image_size)
     for name in ('samples', 'reference')
@@ -59,11 +61,8 @@ def main():
   judge = judging.judge_of(source, None, shape)
   samples = judging.set_of('samples', shown, judge, shape)
   reference = judging.set_of('reference', source, judge, shape)
-  if FLAGS.card:
-    path = files.at(FLAGS.card).expanduser()
-    runs.usable_output(path.parent)
   about = {
-    'data': FLAGS.reference,
+    'data': 'images' if source else 'statistics',
     'rounding': 'none',
     'image_size': FLAGS.image_size or 0,
   }
@@ -71,7 +70,7 @@ def main():
     judge, samples, reference, source, about=about, usual=['fid']
   )
   measured = judging.carry_out(
-    task, samples, FLAGS.batch_size, sharding.make_mesh()
+    task, samples, FLAGS.batch_size, sharding.make_mesh(), judging.cache()
   )
   is_images = isinstance(samples, Images)
   subject = {
@@ -85,6 +84,7 @@ def main():
   )
   told = ''
   if FLAGS.card:
+    path = files.at(FLAGS.card).expanduser()
     distributed.on_first(lambda: _keep(path, card, measured, shown, source))
     told = f'\n\ncard: {path}'
   cli.report(card, f'{summary.text(card)}{told}', FLAGS.json)

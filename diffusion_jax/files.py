@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -194,6 +195,16 @@ def make(directory) -> Path:
   if not in_bucket(directory):
     directory.mkdir(parents=True, exist_ok=True)
   return directory
+
+
+def remove(directory) -> None:
+  """Removes a folder and all that is in it, if it is there."""
+  directory = at(directory)
+  if in_bucket(directory):
+    if directory.exists():
+      directory.rmtree()
+  else:
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def absolute(path) -> Path:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from diffusion_jax import cli, data, distributed, files, pictures
+from diffusion_jax import cli, data, distributed, files, pictures, runs
 from diffusion_jax.data import Source
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import (
@@ -114,11 +114,29 @@ class Task(NamedTuple):
 
 
 def check_flags() -> None:
-  """Raises UserError for numbers out of range."""
+  """Raises UserError for what is wrong whatever the images are."""
   cli.at_least(
     neighbours=0, kid_subsets=2, kid_subset_size=2, kid_seed=0, is_splits=1,
-    pr_k=1,
+    is_seed=0, pr_k=1,
   )  # fmt: skip
+  for flag in ('kid_seed', 'is_seed'):
+    if (FLAGS[flag].value or 0) >= 2**32:
+      raise UserError(f'--{flag}={FLAGS[flag].value}: below 2**32')
+  for metric in FLAGS.metrics:
+    if metric not in measure.METRICS:
+      raise UserError(
+        f'--metrics={metric} is not known: use {", ".join(measure.METRICS)}'
+      )
+  runs.usable_folder('cache', cache())
+  if FLAGS.write_statistics:
+    runs.usable_file('write_statistics', FLAGS.write_statistics)
+  name = FLAGS.features
+  is_file = name not in (None, 'classifier', 'pixels', 'inception')
+  if is_file and not files.at(name).expanduser().is_file():
+    raise UserError(
+      f'--features={name}: there is no such file; give classifier, pixels, '
+      'inception, or the file of a judge'
+    )
 
 
 def cache() -> files.Path:
@@ -132,9 +150,10 @@ def download() -> None:
 
   def obtain():
     with cli.Progress('downloading', weights.BYTES, unit='bytes') as progress:
-      return str(weights.obtain(cache(), on_bytes=progress.update))
+      return weights.obtain(cache(), on_bytes=progress.update)
 
-  cli.say(f'weights of Inception: {distributed.on_first(obtain)}')
+  # Each host has a cache of its own.
+  cli.say(f'weights of Inception: {distributed.everywhere(obtain)}')
 
 
 # --- what is compared --------------------------------------------------------
@@ -154,7 +173,8 @@ def open_set(
     UserError: there is no such set.
   """
   text = FLAGS[flag].value
-  if statistics.is_file(text):
+  wanted = set(FLAGS.metrics) - {*measure.OF_STATISTICS, 'is'}
+  if statistics.is_file(text, alone=bool(wanted)):
     return None
   return data.open_set(
     text, path=FLAGS.data_path or '', image_size=image_size, channels=channels
@@ -210,7 +230,9 @@ def task(
   options = measure.Options(
     **{name: FLAGS[name].value for name in measure.Options._fields}
   )
-  measure.check(judge, samples, reference, metrics)
+  measure.check(
+    judge, samples, reference, heldout, metrics=metrics, options=options
+  )
   is_images = isinstance(reference, Images)
   digest = (features if is_images else statistics).sha256_of(reference)
   protocol = {
@@ -222,47 +244,49 @@ def task(
     **measure.protocol_of(judge, metrics, options),
     'num_heldout': heldout.count if heldout else 0,
   }
-  if is_images and not set(metrics) - {*measure.OF_STATISTICS, 'is'}:
-    there = statistics.paths(cache(), judge, digest)
-    # A folder that only some hosts see would part their ways.
-    known = bool(there) and all(path.exists() for path in there.values())
-    if all(distributed.gather(known)):
-      reference = {tap: frechet.read(path) for tap, path in there.items()}
   return Task(judge, metrics, options, reference, source, heldout, protocol)
 
 
-def carry_out(task: Task, samples, batch_size: int, mesh) -> measure.Measured:
+def carry_out(
+  task: Task, samples: Images | Statistics, batch_size: int, mesh, sample_cache
+) -> measure.Measured:
   """Measures, with progress; the reference's statistics go into the cache.
 
   Args:
     task: what is to be done.
-    samples: Images or Statistics.
+    samples: what is judged.
     batch_size: images that the network takes at once.
     mesh: the devices.
+    sample_cache: folder for the features of samples.
 
   Returns:
     what was measured; its details tell the reference too.
   """
-  sets = (samples, task.reference, task.heldout)
+  reference, there = task.reference, {}
+  if isinstance(reference, Images):
+    digest = task.protocol['reference_sha256']
+    there = statistics.paths(cache(), task.judge, digest)
+    if not set(task.metrics) - {*measure.OF_STATISTICS, 'is'}:
+      known = statistics.kept(there)
+      # A folder that only some hosts see would part their ways.
+      if all(distributed.gather(known is not None)):
+        reference = known
+  sets = (samples, reference, task.heldout)
   total = sum(one.count for one in sets if isinstance(one, Images))
   with cli.Progress('judging', total, unit='images') as progress:
     measured = measure.measure(
-      task.judge, samples, task.reference, task.heldout,
+      task.judge, samples, reference, task.heldout,
       metrics=task.metrics, options=task.options, batch_size=batch_size,
-      mesh=mesh, cache=cache(), num_near=NUM_NEAR, on_images=progress.update,
-      num_reference=task.protocol['num_reference'],
+      mesh=mesh, cache=cache(), sample_cache=sample_cache, num_near=NUM_NEAR,
+      num_reference=task.protocol['num_reference'], on_images=progress.update,
     )  # fmt: skip
 
   def keep():
-    digest = task.protocol['reference_sha256']
-    if isinstance(task.reference, Images) and measured.statistics:
-      for tap, path in statistics.paths(cache(), task.judge, digest).items():
-        if not path.exists():
-          frechet.write(path, measured.statistics[tap])
+    if isinstance(reference, Images):
+      for tap, path in there.items():
+        frechet.write(path, measured.statistics[tap])
     if FLAGS.write_statistics:
-      main = next(iter(task.judge.taps))
-      path = files.at(FLAGS.write_statistics).expanduser()
-      frechet.write(path, measured.statistics[main])
+      statistics.write(FLAGS.write_statistics, measured.statistics)
 
   distributed.on_first(keep)
   about = task.source.description if task.source else FLAGS.reference
@@ -314,11 +338,8 @@ def judge_of(
   labelled = source and source.num_classes and folder
   name = FLAGS.features or ('classifier' if labelled else 'pixels')
   if image_shape is None:
-    protocol = {'features': FLAGS.features or 'of the files'}
-    taps = {'statistics': 'frechet'}
-    if _is_inception(name):
-      taps = {tap: inception.DISTANCES[tap] for tap in _taps()}
-    return Judge(None, {}, taps, '', protocol, {})
+    protocol = {'features': 'of the files'}
+    return Judge(None, {}, {'statistics': 'frechet'}, '', protocol, {})
   if name == 'pixels':
     return features.pixels(image_shape)
   if _is_inception(name):
@@ -370,19 +391,19 @@ def _inception(name) -> Judge:
         'give a file of the weights'
       )
   elif path.suffix in ('.pth', '.pb'):
-    path = files.at(distributed.on_first(lambda: _converted(path)))
+    path = distributed.everywhere(lambda: _converted(path))
   return inception.load(
     path, taps=_taps(), logits='is' in FLAGS.metrics,
     convention=FLAGS.convention,
   )  # fmt: skip
 
 
-def _converted(path) -> str:
+def _converted(path) -> files.Path:
   """A published file as one of ours, in the cache."""
   target = cache() / f'inception_{weights.checked(path)[:16]}.npz'
   if not target.exists():
     weights.convert(path, target)
-  return str(target)
+  return target
 
 
 def _train_classifier(folder, source, image_shape):

@@ -177,6 +177,14 @@ def usable_folder(flag: str, directory) -> None:
     raise UserError(f'--{flag}={directory}: {existing} cannot be written')
 
 
+def usable_file(flag: str, path) -> None:
+  """Raises UserError unless the file can be written; writes nothing."""
+  path = files.at(path).expanduser()
+  if path.is_dir():
+    raise UserError(f'--{flag}={path} is a folder: give a file')
+  usable_folder(flag, path.parent)
+
+
 def usable_output(directory) -> None:
   """As usable_folder, for samples: not among what belongs to something else."""
   usable_folder('output', directory)

@@ -69,16 +69,11 @@ def chosen(dtype: str = 'uint8') -> tuple[Trained, Plan, files.Path]:
   step = distributed.on_first(
     lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
   )
-  output = output_of(step, plan, dtype)
+  output = FLAGS.output or workdir / 'samples' / name(step, plan, dtype)
+  output = files.at(output).expanduser()
   runs.usable_output(output)
   trained = load(workdir, step, FLAGS.ema)
   return trained, plan, output
-
-
-def output_of(step: int, plan: Plan, dtype: str = 'uint8') -> files.Path:
-  """The folder of a checkpoint's samples, by the flags."""
-  folder = files.at(FLAGS.workdir) / 'samples' / name(step, plan, dtype)
-  return files.at(FLAGS.output or folder).expanduser()
 
 
 def fill(

@@ -283,11 +283,12 @@ def test_inception_judges_a_run_by_any_rounding(run, tmp_path):
     cache = tmp_path / rounding
     card = evaluate(*arguments, f'--rounding={rounding}', f'--cache={cache}')
     assert card['protocol']['rounding'] == rounding
-    assert card['protocol']['data'] == str(tmp_path / 'reference.npy')
+    assert card['protocol']['data'] == 'images'
+    assert 'reference.npy' in card['details']['reference']
     assert 'fid_64_floor' not in card['results']
     found[rounding] = (
       card['results']['fid_64'],
-      {path.name for path in cache.rglob('features/*/*.npy')},
+      {path.name for path in (run / 'samples').rglob('features/*/*/*.npy')},
     )
   (folder,) = (run / 'samples').glob('step30_ddim3*_float')
   unrounded = store.load(folder, 20)

@@ -5,11 +5,12 @@ import json
 import binaries
 import numpy as np
 import pytest
-from judges import levels, random_images, scipy_distance
+from judges import levels, mesh_of, random_images, scipy_distance
 from parity import inception as parity
 from PIL import Image
 
-from diffusion_jax.evaluation import cards
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import cards, features, frechet, statistics
 from diffusion_jax.models import inception
 from diffusion_jax.weights import inception as weights
 
@@ -62,12 +63,15 @@ def test_two_folders_and_two_files_are_the_same(there):
   assert of_folders['results'] == of_files['results']
   assert set(of_folders['results']) == {'frechet'}
   for key, value in of_files['protocol'].items():
-    assert key == 'data' or of_folders['protocol'][key] == value
+    assert of_folders['protocol'][key] == value
   pixels = [
-    np.load(there / f'{name}.npz')['arr_0'].reshape(-1, 192)[:, :64] / 127.5 - 1
+    np.load(there / f'{name}.npz')['arr_0'].reshape(-1, 192) / 127.5 - 1
     for name in 'ab'
   ]
-  assert pixels[0].shape == (40, 64)
+  moments = [frechet.moments_of(x) for x in pixels]
+  assert of_files['results']['frechet'] == pytest.approx(
+    frechet.distance(*moments), rel=1e-4
+  )
 
 
 def test_inceptions_distance_and_everything_else_of_one_pass(there, tmp_path):
@@ -166,7 +170,55 @@ def test_statistics_of_two_need_no_network(there, tmp_path):
   card = card_of(
     there, f'--samples={tmp_path}/a.npz', f'--reference={tmp_path}/b.npz'
   )
-  assert card['results'] == {'fid': pytest.approx(3.0)}
+  assert card['results'] == {'frechet': pytest.approx(3.0)}
+
+
+def test_files_that_hold_images_and_statistics(there, tmp_path):
+  """As guided-diffusion's: the statistics are of more than the images."""
+  with np.load(there / 'b.npz') as archive:
+    images = archive['arr_0']
+  both = tmp_path / 'both.npz'
+  np.savez(both, arr_0=images, mu=np.zeros(192), sigma=np.eye(192))
+  how = ['--samples={there}/a', f'--reference={both}', *PIXELS]
+  of_statistics = card_of(there, *how)
+  assert of_statistics['protocol']['data'] == 'statistics'
+  of_images = card_of(there, *how, '--metrics=fid,kid')
+  assert of_images['protocol']['num_reference'] == 30
+
+
+def test_statistics_of_sfid_go_out_and_in(there, tmp_path):
+  """Through the library: the network up to the spatial features is slow."""
+  found = {
+    tap: frechet.Gaussian(np.arange(3.0) + i, np.eye(3) * (i + 1))
+    for i, tap in enumerate(('2048', 'spatial'))
+  }
+  path = tmp_path / 'deeper' / 'statistics.npz'
+  statistics.write(path, found)
+  judge = features.Judge(None, {}, dict.fromkeys(found, ''), '', {}, {})
+  again = statistics.read(path, judge, None)
+  for tap, gaussian in found.items():
+    np.testing.assert_array_equal(again[tap].mean, gaussian.mean)
+    np.testing.assert_array_equal(again[tap].covariance, gaussian.covariance)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_numbers_that_are_not_finite_have_no_distance(there, tmp_path, value):
+  mesh, judge = mesh_of(1), features.pixels((8, 8, 3))
+  images = np.zeros((3, 8, 8, 3), np.float32)
+  images[1, 0, 0] = value
+  with pytest.raises(UserError, match='pixels that are not finite'):
+    list(features.passes(judge, [images], 2, mesh))
+
+
+def test_a_damaged_file_of_the_cache_is_written_anew(there):
+  how = ['--samples={there}/few.npy', '--reference={there}/b', *NETWORK]
+  first = card_of(there, *how, cache='hurt')
+  (path,) = (there / 'hurt' / 'statistics').rglob('*.npz')
+  content = path.read_bytes()
+  path.write_bytes(content[:100])
+  again = card_of(there, *how, cache='hurt')
+  assert again['results'] == first['results']
+  assert len(path.read_bytes()) == len(content)
 
 
 def test_people_read_it(there):
@@ -179,6 +231,13 @@ def test_people_read_it(there):
   assert 'FID-64' in result.out
   assert 'judged by inception, input as tf1' in result.out
   assert 'beware: fid_64: 30 images in 64 dimensions' in result.out
+
+  np.savez(there / 'unit.npz', mu=np.zeros(64), sigma=np.eye(64))
+  result = binaries.run(
+    'fid', f'--samples={there}/unit.npz', f'--reference={there}/unit.npz'
+  )
+  assert result.code == 0, result.err
+  assert 'Fréchet distance' in result.out
 
 
 @pytest.mark.parametrize(
@@ -225,6 +284,26 @@ def test_people_read_it(there):
        '--kid_subsets=1'], '--kid_subsets=1: at least 2',
     ),
     (['--samples={there}/a', '--workdir=x'], 'workdir'),
+    (
+      ['--samples={there}/a', '--reference={there}/b', *PIXELS,
+       '--metrics=pr', '--pr_k=60'], 'take 61 images',
+    ),
+    (
+      ['--samples={there}/a', '--reference={there}/b', *PIXELS,
+       '--kid_seed=4294967296'], '--kid_seed=4294967296: below',
+    ),
+    (
+      ['--samples={there}/a', '--reference={there}/b', *PIXELS,
+       '--card={there}'], 'is a folder: give a file',
+    ),
+    (
+      ['--samples={there}/a', '--reference={there}/b', *PIXELS,
+       '--write_statistics={there}/a.npz/x.npz'], 'is a file',
+    ),
+    (
+      ['--samples={there}/a', '--reference={there}/b', '--features=nope'],
+      '--features=nope: there is no such file',
+    ),
   ],
 )  # fmt: skip
 def test_a_mistake_is_told_in_one_line_and_writes_nothing(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import binaries
 import pytest
@@ -61,7 +62,8 @@ def test_it_follows_a_run_through_restarts_of_both(tmp_path):
   least = min(curve['points'], key=lambda point: point['value'])
   assert curve['best'] == least
   assert least['step'] in checkpoint.steps(workdir / 'checkpoints')
-  assert f'{least["value"]:.4g}'[:4] in (workdir / 'report.html').read_text()
+  assert 'Fréchet by step' in (workdir / 'report.html').read_text()
+  assert not list((workdir / 'samples').glob('followed*'))
 
   # Nothing is left to do: the same command ends at once, and changes nothing.
   cards_before = sorted(evaluations.iterdir())
@@ -71,7 +73,7 @@ def test_it_follows_a_run_through_restarts_of_both(tmp_path):
   assert sorted(evaluations.iterdir()) == cards_before
 
 
-def made_run(monkeypatch, tmp_path, values):
+def made_run(monkeypatch, tmp_path, values, then={}):  # noqa: B006
   """A workdir of made-up checkpoints; its judge, and where cards lie."""
   workdir = tmp_path / 'made'
   for step in values:
@@ -81,16 +83,23 @@ def made_run(monkeypatch, tmp_path, values):
   def path_of(step):
     return workdir / 'evaluations' / f'step{step}_x.json'
 
-  def judge(step):
-    judged.append((step, checkpoint.held(workdir / 'checkpoints')))
+  def read(step):
     if step not in checkpoint.steps(workdir / 'checkpoints'):
       raise UserError('it is gone')
+    return step
+
+  def judge(step):
+    judged.append((step, checkpoint.held(workdir / 'checkpoints')))
+    if step in then:
+      then[step](workdir / 'checkpoints')
     card = cards.create({'step': step}, {}, {'fid': values[step]}, {})
     cards.write(path_of(step), card)
     return card
 
   def go():
-    return follow.follow(workdir, judge, path_of, result='fid', poll_secs=0.01)
+    return follow.follow(
+      workdir, read, judge, path_of, result='fid', poll_secs=0.01
+    )
 
   monkeypatch.setattr(runs, 'read_config', lambda _: {'num_steps': 30})
   return workdir, judged, go
@@ -104,7 +113,7 @@ def test_what_is_judged_and_the_best_so_far_are_held(tmp_path, monkeypatch):
     monkeypatch, tmp_path, {0: 9.0, 10: 5.0, 20: 3.0, 30: 4.0}
   )
   curve = go()
-  assert judged == [(10, {10}), (20, {10, 20}), (30, {20, 30})]
+  assert judged == [(10, {10, 20, 30}), (20, {10, 20, 30}), (30, {20, 30})]
   assert checkpoint.held(workdir / 'checkpoints') == {20}
   assert [point['value'] for point in curve['points']] == [5.0, 3.0, 4.0]
   assert curve['best']['step'] == 20
@@ -124,14 +133,45 @@ def test_a_checkpoint_that_vanishes_is_passed_over(
   hold = checkpoint.hold
 
   def too_late(directory, steps, by):
-    if 20 in steps:
-      shutil.rmtree(workdir / 'checkpoints' / '20', ignore_errors=True)
     hold(directory, steps, by)
+    if (workdir / 'evaluations' / 'step10_x.json').exists():
+      shutil.rmtree(workdir / 'checkpoints' / '20', ignore_errors=True)
 
   monkeypatch.setattr(checkpoint, 'hold', too_late)
   curve = go()
   assert [point['step'] for point in curve['points']] == [10, 30]
   assert 'checkpoint 20 was deleted before' in capsys.readouterr().err
+
+
+def test_what_comes_while_one_is_judged_is_held(tmp_path, monkeypatch):
+  """A trainer that keeps one checkpoint, and those that are held.
+
+  It writes three while the first is judged. All are judged.
+  """
+  steps = (10, 20, 30, 40)
+
+  def train(folder):
+    for step in steps[1:]:
+      (folder / str(step)).mkdir()
+      deadline = time.monotonic() + 30
+      while step not in checkpoint.held(folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+      for old in checkpoint.steps(folder)[:-1]:
+        if old not in checkpoint.held(folder):
+          (folder / str(old)).rmdir()
+
+  values = dict.fromkeys(steps, 1.0)
+  monkeypatch.setattr(runs, 'read_config', lambda _: {'num_steps': 40})
+  workdir, judged, go = made_run(monkeypatch, tmp_path, values, {10: train})
+  for step in steps[1:]:
+    (workdir / 'checkpoints' / str(step)).rmdir()
+  monkeypatch.setattr(runs, 'read_config', lambda _: {'num_steps': 40})
+  curve = go()
+  assert [point['step'] for point in curve['points']] == [*steps]
+  assert [step for step, _ in judged] == [*steps]
+  assert curve['best']['step'] == 10  # the first of equals
+  assert checkpoint.held(workdir / 'checkpoints') == {10}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +180,10 @@ def test_a_checkpoint_that_vanishes_is_passed_over(
     (['--step=10'], 'leave out --step'),
     (['--output=x'], 'leave out --output'),
     (['--poll_secs=0'], '--poll_secs=0'),
+    (['--metrics=kid'], '--follow takes fid too'),
+    (['--metrics=fidd'], '--metrics=fidd is not known'),
+    (['--features=nope'], '--features=nope: there is no such file'),
+    (['--sampler=magic'], 'magic'),
   ],
 )
 def test_flags_that_do_not_go_with_following(tmp_path, arguments, must):

@@ -322,7 +322,7 @@ def _who(subject):
   }
   for name, value in subject.items():
     if name not in ('workdir', 'ema', 'weights_sha256', *told):
-      if isinstance(value, list):  # the grid
+      if isinstance(value, list) and all(map(is_number, value)):  # the grid
         value = ' '.join(f'{x:.4g}' for x in value[:3]) + ' ..'
       told[name] = value
   return {name: str(value) for name, value in told.items()}

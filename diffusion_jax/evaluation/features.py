@@ -11,6 +11,7 @@ in common, the training images above all, is computed once.
 
 import dataclasses
 import hashlib
+import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -21,10 +22,20 @@ from jax.sharding import Mesh
 
 from diffusion_jax import distributed, files
 from diffusion_jax.data import Source, pipeline
+from diffusion_jax.errors import UserError
 from diffusion_jax.training import sharding
 
 PIXELS = 16  # larger images are averaged down to at most this size
 BLOCK = 256  # images whose features are kept in one file
+
+# Of what is kept: another one where the same network gives other numbers.
+VERSION = 'v1'
+
+# What a file that is damaged, or not there, raises.
+_DAMAGED = (
+  *(OSError, ValueError, TypeError, EOFError, AttributeError, SyntaxError),
+  tokenize.TokenError,
+)
 
 
 class Judge(NamedTuple):
@@ -106,6 +117,9 @@ def passes(
   Returns:
     an iterator of a Batch for each BLOCK images, the last one shorter. What is
     in the cache is not computed again.
+
+  Raises:
+    UserError: pixels or features are not finite numbers.
   """
   apply = jax.jit(judge.apply)
   params = jax.device_put(judge.params, sharding.replicated(mesh))
@@ -120,7 +134,13 @@ def passes(
     for part in np.split(padded, count // size):
       out = apply(params, sharding.put_batch(part, mesh))
       found.append(jax.tree.map(sharding.to_host, out))
-    return jax.tree.map(lambda *x: np.concatenate(x)[: len(images)], *found)
+    outputs = jax.tree.map(lambda *x: np.concatenate(x)[: len(images)], *found)
+    # A distance of them would be 0, or anything.
+    if not all(np.isfinite(x).all() for x in outputs.values()):
+      raise UserError(
+        f'an image has features that are not finite: {_wrong(images)}'
+      )
+    return outputs
 
   for images in blocks(batches):
     if not cache or not judge.keys:
@@ -157,13 +177,19 @@ def blocks(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     yield np.concatenate(kept)
 
 
+def _wrong(images) -> str:
+  if np.isfinite(images).all():
+    return 'the network cannot judge it'
+  return 'it has pixels that are not finite; was the training healthy?'
+
+
 def _paths(judge, images, cache) -> dict[str, files.Path]:
   """Where the outputs of these images are kept."""
   digest = hashlib.sha256(f'{images.dtype} {images.shape} '.encode())
   digest.update(np.ascontiguousarray(images))
   name = f'{digest.hexdigest()[:32]}.npy'
   return {
-    output: files.at(cache) / 'features' / key / name
+    output: files.at(cache) / 'features' / VERSION / key / name
     for output, key in judge.keys.items()
   }
 
@@ -174,7 +200,7 @@ def _kept(paths, count) -> dict[str, np.ndarray] | None:
   for output, path in paths.items():
     try:
       array = np.array(files.mapped(path))
-    except (OSError, ValueError, EOFError, AttributeError):
+    except _DAMAGED:
       return None
     if array.dtype != np.float32 or array.ndim != 2 or len(array) != count:
       return None
@@ -217,12 +243,15 @@ def images_of(source: Source, count: int | None = None) -> Images:
 
 
 def sha256_of(images: Images) -> str:
-  """The hash of all pixels in order, 64 hexadecimal digits.
+  """The hash of all images in order, 64 hexadecimal digits.
 
   Args:
     images: which are read once.
   """
-  digest = hashlib.sha256()
+  digest, shape = hashlib.sha256(), None
   for batch in images.stream():
+    if shape is None:
+      shape = batch.shape[1:]
+      digest.update(f'{batch.dtype} {shape} '.encode())
     digest.update(np.ascontiguousarray(batch))
   return digest.hexdigest()

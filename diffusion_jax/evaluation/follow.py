@@ -1,13 +1,16 @@
 """Judging a run's checkpoints as they come, and keeping the best.
 
-What was judged is told by the cards, so a follower that was killed goes on. Of
-the checkpoints, the one that is being judged and the best so far are held: the
-trainer does not delete them, however old they become.
+What was judged is told by the cards, so a follower that was killed goes on. The
+best checkpoint so far is held, and all that have come and are not judged yet:
+the trainer does not delete them, however old they become.
 """
 
+import contextlib
 import json
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from diffusion_jax import cli, distributed, files, runs
 from diffusion_jax.errors import UserError
@@ -34,7 +37,8 @@ def wait_for_first(workdir, poll_secs: float) -> None:
 
 def follow(
   workdir,
-  judge: Callable[[int], dict],
+  read: Callable[[int], Any],
+  judge: Callable[[Any], dict],
   card_path: Callable[[int], files.Path],
   *,
   result: str,
@@ -46,39 +50,51 @@ def follow(
 
   Args:
     workdir: the run's folder.
-    judge: step -> its card, which it has written to `card_path`.
+    read: step -> the checkpoint, or UserError where it is gone.
+    judge: checkpoint -> its card, which it has written to `card_path`.
     card_path: step -> the file of its card.
     result: of the cards' results, the one whose least makes the best.
     poll_secs: between looks.
 
   Returns:
     the curve, see `curve_of`, which is kept in evaluations/curves too.
+
+  Raises:
+    UserError: a checkpoint that is there cannot be read.
   """
   directory = workdir / 'checkpoints'
   name = card_path(0).stem.removeprefix('step0_')
-  missed = set()
+  path = workdir / 'evaluations' / 'curves' / f'{name}.json'
+  known, missed, lock, written = set(), set(), threading.Lock(), [None]
 
-  def look():
-    """What is known, with the next checkpoint to judge, which is held."""
-    curve = curve_of(workdir, card_path, result)
-    judged = {point['step'] for point in curve['points']}
-    new = sorted(set(checkpoint.steps(directory)) - judged - missed - {0})
-    best = [curve['best']['step']] if curve['best'] else []
-    checkpoint.hold(directory, [*best, *new[:1]], by=name)
-    with files.replacing(
-      files.make(workdir / 'evaluations' / 'curves') / f'{name}.json'
-    ) as file:
-      file.write(json.dumps(curve, indent=2).encode() + b'\n')
-    last = int(runs.read_config(workdir)['num_steps'])
-    ended = max(judged | missed, default=0) >= last
-    return {'curve': curve, 'new': new, 'ended': ended}
+  def look() -> dict:
+    """What there is to do; holds it, and keeps the curve."""
+    with lock:
+      curve = curve_of(workdir, card_path, result)
+      judged = {point['step'] for point in curve['points']}
+      there = set(checkpoint.steps(directory)) - {0}
+      for step in sorted(known - there - judged - missed):
+        cli.say(f'checkpoint {step} was deleted before it was judged')
+        missed.add(step)
+      known.update(there)
+      new = sorted(there - judged - missed)
+      best = [curve['best']['step']] if curve['best'] else []
+      checkpoint.hold(directory, [*best, *new], by=name)
+      if curve != written[0]:
+        files.make(path.parent)
+        with files.replacing(path) as file:
+          file.write(json.dumps(curve, indent=2).encode() + b'\n')
+        written[0] = curve
+      last = int(runs.read_config(workdir)['num_steps'])
+      ended = not new and max(judged | missed, default=0) >= last
+      return {'curve': curve, 'new': new, 'ended': ended}
 
   while True:
     seen = distributed.on_first(look)
     curve = seen['curve']
+    if seen['ended']:
+      return curve
     if not seen['new']:
-      if seen['ended']:
-        return curve
       newest = max((point['step'] for point in curve['points']), default=0)
       with cli.waiting(f'waiting for a checkpoint after step {newest}', 600):
         while not (seen['new'] or seen['ended']):
@@ -87,18 +103,40 @@ def follow(
       continue
     step = seen['new'][0]
     try:
-      value = judge(step)['results'][result]
+      found = distributed.everywhere(lambda step=step: read(step))
     except UserError:
       if step in distributed.on_first(lambda: checkpoint.steps(directory)):
         raise
-      missed.add(step)  # the trainer was faster than the hold
-      cli.say(f'checkpoint {step} was deleted before it could be read')
-      continue
-    best = curve['best']
-    told = 'the best so far'
+      continue  # deleted in between, which the next look tells
+    with _repeating(look, poll_secs):
+      value = judge(found)['results'][result]
+    best, told = curve['best'], 'the best so far'
     if best and best['value'] <= value:
       told = f'the best is {cards.number(best["value"])} of step {best["step"]}'
     cli.say(f'step {step}: {result} {cards.number(value)}, {told}')
+
+
+@contextlib.contextmanager
+def _repeating(look: Callable[[], dict], seconds: float) -> Iterator[None]:
+  """Looks now and then meanwhile, for what comes is to be held."""
+  done = threading.Event()
+
+  def repeat():
+    while not done.wait(seconds):
+      try:
+        look()
+      except (OSError, UserError) as e:
+        cli.say(f'new checkpoints cannot be held for now ({e})')
+
+  thread = threading.Thread(target=repeat, daemon=True)
+  if distributed.is_first():
+    thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    if thread.is_alive():
+      thread.join()
 
 
 def curve_of(workdir, card_path, result: str) -> dict:
@@ -132,7 +170,11 @@ def curve_of(workdir, card_path, result: str) -> dict:
 
 
 def text(curve: dict) -> str:
-  """The curve as a table, with the best marked."""
+  """The curve as a table, with the best marked.
+
+  Args:
+    curve: of `curve_of`.
+  """
   rows = [
     [str(point['step']), cards.number(point['value'])
      + (' *' if point == curve['best'] else '  ')]
@@ -141,5 +183,5 @@ def text(curve: dict) -> str:
   lines = cli.table(['step', f'{curve["result"]}  '], rows)
   best = curve['best']
   if best:
-    lines += ['', f'* the best: step {best["step"]}, whose checkpoint is kept']
+    lines += ['', f'* the least, at step {best["step"]}: --step={best["step"]}']
   return '\n'.join(lines)

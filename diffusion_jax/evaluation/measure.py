@@ -111,7 +111,10 @@ def check(
   judge: Judge,
   samples: Images | Statistics,
   reference: Images | Statistics,
+  heldout: Images | None = None,
+  *,
   metrics: Sequence[str],
+  options: Options = DEFAULTS,
 ) -> None:
   """Finds out beforehand what cannot be measured.
 
@@ -119,7 +122,9 @@ def check(
     judge: the network.
     samples: what is to be judged.
     reference: what it is compared to.
+    heldout: images of the reference's kind.
     metrics: keys of METRICS.
+    options: of the metrics.
 
   Raises:
     UserError: a metric is not known, or takes what is not there.
@@ -151,12 +156,15 @@ def check(
           f'statistics of {sizes[0]} and of {sizes[1]} dimensions: give those '
           'of one network'
         )
-  for what, given in (('samples', samples), ('reference', reference)):
-    least = 'pr' in metrics and precision.DENSITY_K + 1
+  least = 2
+  if 'pr' in metrics:
+    least = 1 + max(options.pr_k, precision.DENSITY_K)
+  sets = {'samples': samples, 'reference': reference}
+  for what, given in sets.items():
     if isinstance(given, Images):
-      if given.count < max(2, least):
+      if given.count < least:
         raise UserError(
-          f'{given.description}: these metrics take {max(2, least)} images or '
+          f'{given.description}: {", ".join(metrics)} take {least} images or '
           'more'
         )
     else:
@@ -167,6 +175,10 @@ def check(
           f'of the {what} there are statistics, and {", ".join(beyond)} '
           f'take images: give those, or ask for {", ".join(fine)}'
         )
+  if heldout and heldout.count < 2:
+    raise UserError(
+      f'{heldout.description}: a distance takes two held-out images or more'
+    )
 
 
 def protocol_of(judge: Judge, metrics: Sequence[str], options: Options) -> dict:
@@ -183,6 +195,8 @@ def protocol_of(judge: Judge, metrics: Sequence[str], options: Options) -> dict:
       told[name] = value
   if {'kid', 'pr'} & set(metrics):
     told['num_compared'] = COMPARED
+  if 'pr' in metrics:
+    told['density_k'] = precision.DENSITY_K
   if 'copies' in metrics:
     told['num_searched'] = QUERIES
   return told
@@ -199,6 +213,7 @@ def measure(
   batch_size: int,
   mesh: Mesh,
   cache=None,
+  sample_cache=None,
   num_near: int = 3,
   num_reference: int = 0,
   on_images: Callable[[int], None] = lambda count: None,
@@ -218,12 +233,14 @@ def measure(
     batch_size: of the passes.
     mesh: over which the passes are divided.
     cache: folder of features, see `features.passes`.
+    sample_cache: the same for those of the samples.
     num_near: how many of the nearest training images are to be found.
     num_reference: how many images the statistics are of, where that is known.
     on_images: called with the number of images after each block.
   """
   look = _Looker(judge, metrics, options, batch_size, mesh, cache, on_images)
-  seen = {'samples': look(samples, first=heldout.count if heldout else 0)}
+  first = heldout.count if heldout else 0
+  seen = {'samples': look._replace(cache=sample_cache)(samples, first=first)}
   if heldout:
     seen['heldout'] = look(heldout)
   near = {}
@@ -261,9 +278,8 @@ def measure(
   if near:
     found, nearer = _copies(seen, near)
     results |= found
-  counts = [
-    one.count for one in (samples, reference) if isinstance(one, Images)
-  ]
+  sets = (samples, reference, heldout)
+  counts = [one.count for one in sets if isinstance(one, Images)]
   counts += [num_reference] * bool(num_reference)
   if caveats := counts and _caveats(judge, min(counts), seen, metrics, options):
     details['caveats'] = caveats
@@ -460,6 +476,10 @@ def _caveats(judge, count, seen, metrics, options) -> list[str]:
   Of the smaller set there are `count` images.
   """
   told = []
+  if not isinstance(
+    seen['samples'].moments.get(next(iter(judge.taps))), Moments
+  ):
+    told.append('of how many samples the statistics are is not known')
   if {'fid', 'sfid'} & set(metrics):
     for tap, name in judge.taps.items():
       fit = seen['train'].moments[tap]

@@ -13,7 +13,7 @@ import numpy as np
 from diffusion_jax import files
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import frechet
-from diffusion_jax.evaluation.features import Judge
+from diffusion_jax.evaluation.features import VERSION, Judge
 from diffusion_jax.evaluation.frechet import Gaussian
 
 Statistics = dict[str, Gaussian]  # by tap
@@ -22,18 +22,22 @@ Statistics = dict[str, Gaussian]  # by tap
 KEYS = {'spatial': ('mu_s', 'sigma_s')}
 
 
-def is_file(path) -> bool:
+def is_file(path, alone: bool = False) -> bool:
   """Whether it is a .npz with mu and sigma.
 
   Args:
     path: of anything, or of nothing.
+    alone: whether images beside them make it something else: the files of
+      arXiv 2105.05233 hold both.
   """
   path = files.at(path).expanduser()
   try:
     with path.open('rb') as file, zipfile.ZipFile(file) as archive:
-      return {'mu.npy', 'sigma.npy'} <= set(archive.namelist())
+      names = set(archive.namelist())
   except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
     return False
+  has_images = 'arr_0.npy' in names
+  return {'mu.npy', 'sigma.npy'} <= names and not (alone and has_images)
 
 
 def read(path, judge: Judge, image_shape) -> Statistics:
@@ -68,6 +72,39 @@ def read(path, judge: Judge, image_shape) -> Statistics:
   }
 
 
+def kept(there: dict[str, files.Path]) -> Statistics | None:
+  """Those of the cache; None where one is not there, or is damaged.
+
+  Args:
+    there: of `paths`.
+  """
+  if not (there and all(path.exists() for path in there.values())):
+    return None
+  try:
+    return {tap: frechet.read(path) for tap, path in there.items()}
+  except UserError:
+    return None  # it is computed anew, and written over
+
+
+def write(path, given: Statistics) -> None:
+  """Writes those of the first tap, and of the spatial features if any.
+
+  Args:
+    path: of a .npz, as `read` takes it.
+    given: the statistics.
+  """
+  main = next(iter(given))
+  arrays = {}
+  for tap in dict.fromkeys([main, *KEYS]):
+    if tap in given:
+      keys = KEYS.get(tap, ('mu', 'sigma'))
+      arrays |= dict(zip(keys, given[tap], strict=True))
+  path = files.at(path).expanduser()
+  files.make(path.parent)
+  with files.replacing(path) as file:
+    np.savez_compressed(file, **arrays)
+
+
 def sha256_of(given: Statistics) -> str:
   """Of the numbers, tap by tap."""
   digest = hashlib.sha256()
@@ -82,6 +119,7 @@ def paths(cache, judge: Judge, images_sha256: str) -> dict[str, files.Path]:
   return {
     tap: files.at(cache)
     / 'statistics'
+    / VERSION
     / f'{judge.keys[tap]}_{images_sha256[:32]}.npz'
     for tap in judge.taps
     if tap in judge.keys

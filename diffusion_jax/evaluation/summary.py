@@ -81,7 +81,7 @@ def _rows(card):
     if name not in results:
       continue
     title += ' distance' * (name == 'frechet')
-    if held != count:
+    if held != count or not held:
       of = f', {count} images' if count else ''
       yield row(f'{title}{of}', name)
     if held:
