@@ -26,6 +26,7 @@ has div(dx/dl) = sigma (div eps - sigma D), and div eps = E[v' (d eps / dx) v]
 for probes v of unit covariance (Hutchinson), one a solution.
 """
 
+import math
 from typing import NamedTuple
 
 import diffrax
@@ -74,7 +75,7 @@ def _draw(keys, label, like, sample=jax.random.normal):
 def _log_normal(x):
   """log N(x; 0, I) per dimension, [B]."""
   square = jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))
-  return -0.5 * (square + np.log(2 * np.pi))
+  return -0.5 * (square + math.log(2 * math.pi))
 
 
 def density(
@@ -155,7 +156,7 @@ def density(
     return x, log_density, 6 * solution.stats['num_steps'] + 1
 
   x, log_density, evaluations = jax.vmap(solve_one)(x, probes)
-  bits = -(_log_normal(x) + log_density) / np.log(2)
+  bits = -(_log_normal(x) + log_density) / math.log(2)
   return Flow(bits, evaluations.astype(jnp.int32))
 
 
@@ -226,10 +227,10 @@ def variational(
   x = gaussian.q_sample(schedule, x0, time, eps)
   found = density(denoiser, schedule, x, keys, **options)
   decoder = likelihood.discretised_log_likelihood(
-    x0, denoiser(x, time).x0, 0.5 * np.log(decoder_variance)
+    x0, denoiser(x, time).x0, 0.5 * math.log(decoder_variance)
   )
   decoder = jnp.mean(decoder, axis=tuple(range(1, x0.ndim)))
   # log q in terms of its noise: N(eps; 0, I) / sigma^D.
-  log_q = _log_normal(eps) - 0.5 * np.log(schedule.host(0)[1])
-  bits = found.bits + (log_q - decoder) / np.log(2)
+  log_q = _log_normal(eps) - 0.5 * math.log(schedule.host(0)[1])
+  bits = found.bits + (log_q - decoder) / math.log(2)
   return Flow(bits, found.evaluations + 1)

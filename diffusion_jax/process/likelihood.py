@@ -3,9 +3,9 @@ r"""The variational bound of DDPM, in bits per dimension: all of it, or quickly.
 A model that goes down a grid of times t -> s, the last s being -1, bounds the
 code length of an image x0 by (arXiv 2006.11239, eq. 5)
 
-    KL(q(x_T-1 | x0) || N(0, I))                         the prior
-  + sum over t -> s of KL(q(xs | xt, x0) || p(xs | xt))  a step's term
-  - log p(x0 | xt)                                       the last step's: decoder
+    KL(q(x_T-1 | x0) || N(0, I))                    the prior
+  + sum of KL(q(xs | xt, x0) || p(xs | xt))         the terms of steps t -> s
+  - log p(x0 | xt)                                  the last step's: the decoder
 
 with xt ~ q(xt | x0). p(xs | xt) is Gaussian; its mean is that of q(xs | xt, x0)
 at the denoiser's estimate of x0, so the two means differ by c0 (x0 - estimate),
@@ -21,6 +21,7 @@ What is given the denoiser decides: to score what a sampler with clipping draws
 from, wrap it in `guidance.clip_x0`.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -83,7 +84,7 @@ class Table(NamedTuple):
   @property
   def total(self) -> jax.Array:
     """[B], the bound in bits per dimension."""
-    return self.prior + self.bits.sum(0)
+    return self.prior + self.bits.sum(axis=0)
 
 
 class Estimate(NamedTuple):
@@ -148,7 +149,7 @@ def discretised_log_likelihood(x, mean, log_scale) -> jax.Array:
   """
   scale = jnp.exp(-jnp.asarray(log_scale, jnp.result_type(x)))
   centre, half = (x - mean) * scale, scale / 255
-  factor, cubic = 2 * np.sqrt(2 / np.pi), 0.044715
+  factor, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
 
   def argument(z):
     return factor * (z + cubic * z**3)
@@ -162,7 +163,7 @@ def discretised_log_likelihood(x, mean, log_scale) -> jax.Array:
     below,
     jnp.where(x > 0.999, above, below + above + jnp.log(-jnp.expm1(-between))),
   )
-  return jnp.maximum(log_probability, np.log(1e-12))
+  return jnp.maximum(log_probability, math.log(1e-12))
 
 
 def variances(schedule: Schedule, grid, variance) -> np.ndarray:
@@ -237,13 +238,11 @@ def prior(schedule: Schedule, x0, t=None) -> jax.Array:
   Returns:
     [B] bits per dimension.
   """
-  log_alpha_bar, sigma2 = schedule.host(
-    schedule.num_timesteps - 1 if t is None else t
-  )
-  alpha_bar = np.exp(log_alpha_bar)
-  constant = float(sigma2 - 1 - np.log1p(-alpha_bar))
-  nats = 0.5 * (float(alpha_bar) * _mean(jnp.square(x0)) + constant)
-  return nats / np.log(2)
+  t = schedule.num_timesteps - 1 if t is None else t
+  alpha_bar = float(np.exp(schedule.host(t)[0]))
+  constant = float(-alpha_bar - np.log1p(-alpha_bar))
+  nats = 0.5 * (alpha_bar * _mean(jnp.square(x0)) + constant)
+  return nats / math.log(2)
 
 
 def term(
@@ -273,7 +272,7 @@ def term(
     log_scale = steps.log_scale[-1]
     decoder = _mean(discretised_log_likelihood(x0, estimate, log_scale))
     nats = jnp.where(i == len(steps.t) - 1, -decoder, nats)
-  return Terms(nats / np.log(2), mse)
+  return Terms(nats / math.log(2), mse)
 
 
 def _scan(denoiser, steps, x0, keys, which, labels, discrete) -> Terms:
@@ -361,10 +360,8 @@ def rate_distortion(table: Table) -> tuple[jax.Array, jax.Array]:
     0 .. 255), of the mean rate and the mean squared error over images.
   """
   before = jnp.cumsum(table.bits, axis=0) - table.bits
-  return (
-    jnp.mean(table.prior + before, axis=1),
-    127.5 * jnp.sqrt(jnp.mean(table.mse, axis=1)),
-  )
+  rate = jnp.mean(table.prior[None] + before, axis=1)
+  return rate, 127.5 * jnp.sqrt(jnp.mean(table.mse, axis=1))
 
 
 # --- The same from one evaluation in a hundred --------------------------------
@@ -391,7 +388,7 @@ def _under(keys, label):
 def pilot(
   denoiser: Denoiser, steps: Steps, x0, keys, count: int = 1
 ) -> tuple[jax.Array, jax.Array]:
-  """Terms at some steps, evenly spread over the log of their place from the end.
+  """Terms at some steps, spread evenly in the log of their place from the end.
 
   Args:
     denoiser: (xt, t) -> (x0, eps).
