@@ -487,6 +487,13 @@ def sampled(
   return prior(schedule, x0, steps.t[0]) + decoder.bits[0] + between
 
 
+def _at_least_two(images):
+  if images < 2:
+    raise UserError(
+      f'{images} images: an interval takes at least 2, score more'
+    )
+
+
 def interval(values) -> tuple[float, float, float]:
   """(mean, low, high): the 95% interval by Student's t; on the host.
 
@@ -502,10 +509,7 @@ def interval(values) -> tuple[float, float, float]:
     UserError: there are fewer than 2.
   """
   values = np.asarray(values, np.float64)
-  if len(values) < 2:
-    raise UserError(
-      f'{len(values)} images: an interval takes at least 2, score more'
-    )
+  _at_least_two(len(values))
   mean, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
   half = scipy.special.stdtrit(len(values) - 1, 0.975) * error
   return float(mean), float(mean - half), float(mean + half)
@@ -548,6 +552,7 @@ def estimate(
       f'evaluations={evaluations}: 3 to {num_steps - 1} for each image on a '
       f'grid of {num_steps} steps; the full bound takes {num_steps}'
     )
+  _at_least_two(len(x0))
   which, bits = pilot(denoiser, steps, x0, keys)
   probabilities = proposal(which, bits, num_steps)
   values = sampled(
