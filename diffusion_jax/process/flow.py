@@ -1,0 +1,236 @@
+r"""Likelihoods by the probability-flow ODE (arXiv 2011.13456, eq. 39).
+
+Of the process with log alpha_bar interpolated linearly between its steps, eq.
+13 of the paper reads
+
+  dx/dt = (d log alpha_bar / dt) (x - eps(x, t) / sigma(t)) / 2.
+
+That drift jumps at every whole t, and is steep near t = 0. Here the ODE runs in
+l = log(sigma / alpha), minus half the log-SNR, in which it is the same flow:
+with alpha^2 = 1 / (1 + e^2l), d log alpha / dl = -sigma^2 and the drift becomes
+
+  dx/dl = sigma (eps(x, t(l)) - sigma x),
+
+bounded, with sigma smooth in l; t(l) is continuous, and its kinks are seen by
+the network alone. l grows from -4.6 to 5.1 for the linear schedule.
+
+It starts at t = 0, the first noised step, and ends at T-1, where p is N(0, I).
+At t = -1 sigma is 0 and l infinite, no network was trained there, and 8-bit
+images have no density. What is found is thus the density of x at t = 0. Two
+ways lead from it to the code length of 8-bit images, `dequantised` and
+`variational`. The change of variables (eq. 39),
+
+  log p(x) = log N(x(T-1); 0, I) + integral of div(dx/dl) dl,
+
+has div(dx/dl) = sigma (div eps - sigma D), and div eps = E[v' (d eps / dx) v]
+for probes v of unit covariance (Hutchinson), one a solution.
+"""
+
+import math
+from typing import NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.process import gaussian, likelihood
+from diffusion_jax.process.gaussian import Denoiser
+from diffusion_jax.process.schedules import Schedule
+
+DIVERGENCES = ('rademacher', 'gaussian', 'exact')
+
+
+class Flow(NamedTuple):
+  """What the ODE found of each example.
+
+  Attributes:
+    bits: [B], minus log2 of the likelihood, per dimension; NaN where the solver
+      reached max_steps.
+    evaluations: [B] int32, of the network.
+  """
+
+  bits: jax.Array
+  evaluations: jax.Array
+
+
+def _norm(error):
+  """The larger of the two scaled errors, of x and of the log-density.
+
+  A root mean square over all numbers would drown the density among thousands
+  of pixels.
+  """
+  x, log_density = error
+  return jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(x))), jnp.abs(log_density))
+
+
+def _draw(keys, label, like, sample=jax.random.normal):
+  def one(key):
+    return sample(jax.random.fold_in(key, label), like.shape[1:], like.dtype)
+
+  return jax.vmap(one)(keys)
+
+
+def _log_normal(x):
+  """log N(x; 0, I) per dimension, [B]."""
+  square = jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))
+  return -0.5 * (square + math.log(2 * math.pi))
+
+
+def density(
+  denoiser: Denoiser,
+  schedule: Schedule,
+  x,
+  keys,
+  *,
+  divergence: str = 'rademacher',
+  rtol: float = 1e-5,
+  atol: float = 1e-5,
+  max_steps: int = 4096,
+) -> Flow:
+  """Minus log2 of the model's density at t = 0, per dimension.
+
+  Tsit5 with steps chosen for each example by its own errors: its result depends
+  neither on the batch nor on who else is in it. A batch takes as long as its
+  slowest.
+
+  Args:
+    denoiser: (xt, t) -> (x0, eps); its eps is used, and differentiated: give it
+      unclipped. It is called on one example at a time under `jax.vmap`.
+    schedule: the noise schedule.
+    x: [B, ...] at t = 0, float32 or float64.
+    keys: [B] random keys, of the probes.
+    divergence: 'rademacher' or 'gaussian' probes; 'exact' takes one derivative
+      a dimension, and is for few of them.
+    rtol: relative tolerance of x and of the log-density per dimension.
+    atol: absolute tolerance of the same.
+    max_steps: at which the solver gives up on an example.
+
+  Raises:
+    UserError: an unknown divergence.
+  """
+  if divergence not in DIVERGENCES:
+    raise UserError(f'divergence={divergence}: one of {", ".join(DIVERGENCES)}')
+  last = schedule.num_timesteps - 1
+  log_alpha_bar, sigma2 = schedule.host(np.array([0, last]))
+  start, end = jnp.asarray(0.5 * (np.log(sigma2) - log_alpha_bar), x.dtype)
+  sample = {'rademacher': jax.random.rademacher}.get(
+    divergence, jax.random.normal
+  )
+  probes = _draw(keys, 0, x, sample)
+
+  def solve_one(x, probe):
+    def drift(ratio, state, args):
+      del args
+      x = state[0]
+      sigma = jnp.sqrt(jax.nn.sigmoid(2 * ratio))
+      t = jnp.clip(schedule.t_of_logsnr(-2 * ratio, x.dtype), 0, last)
+
+      def network(x):
+        return denoiser(x[None], t[None]).eps[0]
+
+      if divergence == 'exact':
+        eps, jacobian = network(x), jax.jacfwd(network)(x)
+        spread = jnp.trace(jacobian.reshape(x.size, x.size)) / x.size
+      else:
+        eps, pushed = jax.jvp(network, (x,), (probe,))
+        spread = jnp.mean(probe * pushed)
+      return sigma * (eps - sigma * x), sigma * (spread - sigma)
+
+    solution = diffrax.diffeqsolve(
+      diffrax.ODETerm(drift),
+      diffrax.Tsit5(),
+      start,
+      end,
+      dt0=jnp.asarray(0.01, x.dtype),
+      y0=(x, jnp.zeros((), x.dtype)),
+      stepsize_controller=diffrax.PIDController(rtol, atol, norm=_norm),
+      max_steps=max_steps,
+      throw=False,
+    )
+    x, log_density = (y[0] for y in solution.ys)
+    done = solution.result == diffrax.RESULTS.successful
+    log_density = jnp.where(done, log_density, jnp.nan)
+    # Tsit5 asks 6 times a step, taken or not, and once before the first.
+    return x, log_density, 6 * solution.stats['num_steps'] + 1
+
+  x, log_density, evaluations = jax.vmap(solve_one)(x, probes)
+  bits = -(_log_normal(x) + log_density) / math.log(2)
+  return Flow(bits, evaluations.astype(jnp.int32))
+
+
+def dequantised(
+  denoiser: Denoiser, schedule: Schedule, x0, keys, **options
+) -> Flow:
+  """Code length of 8-bit images by uniform dequantisation: an upper bound.
+
+  Level k becomes y = k + u, u uniform in [0, 1), and by Jensen's inequality
+  log P(k) = log of the mean of p_y(k + u) >= the mean of log p_y(k + u). The
+  ODE is given x = y / 128 - 1; p_y(y) = p_x(x) / 128 in each dimension, which
+  adds log2 128 = 7 bits.
+
+  Args:
+    denoiser: as of `density`.
+    schedule: the noise schedule.
+    x0: [B, ...] images k / 127.5 - 1, see `likelihood.check_discrete`.
+    keys: [B] random keys, of u and the probes.
+    **options: as of `density`.
+
+  Raises:
+    UserError: see `density`.
+  """
+  level = jnp.round((x0 + 1) * 127.5)
+  x = (level + _draw(keys, 1, x0, jax.random.uniform)) / 128 - 1
+  found = density(denoiser, schedule, x, keys, **options)
+  return Flow(found.bits + 7, found.evaluations)
+
+
+def variational(
+  denoiser: Denoiser,
+  schedule: Schedule,
+  x0,
+  keys,
+  *,
+  decoder_variance: float | None = None,
+  **options,
+) -> Flow:
+  """Code length of 8-bit images through DDPM's decoder: an upper bound.
+
+  The first noised step is a latent, x' ~ q(x_{t=0} | x0) = N(alpha x0, sigma^2
+  I), and the ODE its prior (variational dequantisation, with q as it is):
+
+    log p(x0) >= E[log p_ode(x') + log decoder(x0 | x') - log q(x' | x0)].
+
+  Args:
+    denoiser: as of `density`; its estimate of x0 at t = 0 is the decoder's
+      mean, see `likelihood.discretised_log_likelihood`.
+    schedule: the noise schedule.
+    x0: [B, ...] images k / 127.5 - 1, see `likelihood.check_discrete`.
+    keys: [B] random keys, of x' and the probes.
+    decoder_variance: of the decoder; by default the first entry of
+      `gaussian.log_variance_table`.
+    **options: as of `density`.
+
+  Returns:
+    Flow; the decoder's evaluation is counted.
+
+  Raises:
+    UserError: see `density`.
+  """
+  if decoder_variance is None:
+    decoder_variance = np.exp(
+      gaussian.log_variance_table(schedule, 'fixedsmall')[0]
+    )
+  eps = _draw(keys, 1, x0)
+  time = jnp.zeros(len(x0), jnp.int32)
+  x = gaussian.q_sample(schedule, x0, time, eps)
+  found = density(denoiser, schedule, x, keys, **options)
+  decoder = likelihood.discretised_log_likelihood(
+    x0, denoiser(x, time).x0, 0.5 * math.log(decoder_variance)
+  )
+  decoder = jnp.mean(decoder, axis=tuple(range(1, x0.ndim)))
+  # log q in terms of its noise: N(eps; 0, I) / sigma^D.
+  log_q = _log_normal(eps) - 0.5 * math.log(schedule.host(0)[1])
+  bits = found.bits + (log_q - decoder) / math.log(2)
+  return Flow(bits, found.evaluations + 1)
