@@ -118,7 +118,7 @@ def test_hutchinsons_probes(x64, divergence):
 
 
 def test_float32_in_batches_of_any_size():
-  """Per example the same in 1, 3 and all, and as in float64 to 5e-4.
+  """Per example the same in 1 and 3, and as the closed form to 5e-4.
 
   Also the evaluations are counted, as the network is asked.
   """
@@ -129,23 +129,24 @@ def test_float32_in_batches_of_any_size():
     jax.debug.callback(lambda xt: asked.append(len(xt)), xt)
     return denoise(xt, t)
 
-  x = first_noised(5, values=np.full(4, 0.25))[0].astype(np.float32)
-  x[4] *= 3  # asks for other steps than the rest
-  keys = keys_of(5)
-  whole = jax.jit(functools.partial(flow.density, denoise, SCHEDULE))(x, keys)
+  x = first_noised(3, values=np.full(4, 0.25))[0].astype(np.float32)
+  x[2] *= 3  # asks for other steps than the rest
+  keys = keys_of(3)
+  run = jax.jit(functools.partial(flow.density, counted, SCHEDULE))
+  whole = run(x, keys)
+  jax.effects_barrier()
+  # All wait for the slowest, and are asked as often.
+  assert sum(asked) == 3 * whole.evaluations.max()
   assert whole.bits.dtype == jnp.float32
   wanted = known_bits(np.asarray(x, np.float64), values=np.full(4, 0.25))
   np.testing.assert_allclose(whole.bits, wanted, atol=5e-4)
   assert len(np.unique(whole.evaluations)) > 1
-  few = jax.jit(functools.partial(flow.density, counted, SCHEDULE))
-  for part in (slice(1), slice(2, 5)):
+  for i in range(3):
     asked.clear()
-    got = few(x[part], keys[part])
+    got = run(x[i : i + 1], keys[i : i + 1])
     jax.effects_barrier()
-    np.testing.assert_allclose(got.bits, whole.bits[part], atol=1e-5)
-    np.testing.assert_array_equal(got.evaluations, whole.evaluations[part])
-    # All wait for the slowest, and are asked as often.
-    assert sum(asked) == len(got.bits) * got.evaluations.max()
+    np.testing.assert_allclose(got.bits, whole.bits[i : i + 1], atol=1e-5)
+    assert sum(asked) == got.evaluations[0] == whole.evaluations[i]
 
 
 @pytest.mark.slow
@@ -222,20 +223,20 @@ def test_the_first_noised_step_as_a_latent(x64):
 
   By hand: the noise is known from the keys; then log p_ode in closed form, the
   decoder, and log q. P(k) = the integral of p_ode(x') decoder(k | x') dx'.
+  Measured: 0.13 bits above it, as the decoder has half of the true variance,
+  and q is not p's posterior.
   """
   mean, variance, _ = ONE
   alpha, sigma2 = at(0)
   x0 = LEVELS / 127.5 - 1
   step = 5.453e-5**0.5
+  coded = jax.jit(likelihood.discretised_log_likelihood)
 
   def decoder(k, x):
     gain = alpha * variance / (alpha**2 * variance + sigma2)
     estimate = np.asarray(mean + gain * (x - alpha * mean))
-    return np.asarray(
-      likelihood.discretised_log_likelihood(
-        np.broadcast_to(k, estimate.shape), estimate, np.log(step)
-      )
-    )
+    k = np.broadcast_to(k, estimate.shape)
+    return np.asarray(coded(k, estimate, np.log(step)))
 
   keys = keys_of(256)
   run = jax.jit(
@@ -262,8 +263,7 @@ def test_the_first_noised_step_as_a_latent(x64):
   ]
   entropy = -np.sum(p * np.log2(p))
   error = np.std(means) / np.sqrt(20)
-  print(entropy, np.mean(means), error)
-  assert entropy - 4 * error < np.mean(means) < entropy + 1
+  assert entropy - 4 * error < np.mean(means) < entropy + 0.25
 
 
 @pytest.mark.slow
@@ -289,6 +289,7 @@ def test_the_decoders_default_variance_and_images():
   np.testing.assert_allclose(default.bits, given.bits, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_solver_that_gives_up_gives_no_number():
   x, keys = np.ones((2, 1), np.float32), keys_of(2)
   got = jax.jit(

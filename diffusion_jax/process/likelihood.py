@@ -55,7 +55,7 @@ class Steps(NamedTuple):
   log_scale: np.ndarray
 
 
-class Terms(NamedTuple):
+class Scored(NamedTuple):
   """What some steps cost, and what was known of the images before them.
 
   Attributes:
@@ -74,7 +74,7 @@ class Table(NamedTuple):
   Attributes:
     prior: [B] bits per dimension.
     bits: [K, B] bits per dimension; the last row is the decoder's.
-    mse: [K, B], see `Terms`.
+    mse: [K, B], see `Scored`.
   """
 
   prior: jax.Array
@@ -87,7 +87,7 @@ class Table(NamedTuple):
     return self.prior + self.bits.sum(axis=0)
 
 
-class Estimate(NamedTuple):
+class Estimated(NamedTuple):
   """An estimate of the mean bound, in bits per dimension.
 
   Attributes:
@@ -247,7 +247,7 @@ def prior(schedule: Schedule, x0, t=None) -> jax.Array:
 
 def term(
   denoiser: Denoiser, steps: Steps, i, x0, eps, discrete: bool = True
-) -> Terms:
+) -> Scored:
   """The term of one step of each example.
 
   Args:
@@ -260,7 +260,7 @@ def term(
       `discretised_log_likelihood`), or is minus the log of a density.
 
   Returns:
-    Terms of [B]; an expectation over eps is a step's term in the bound.
+    Scored of [B]; an expectation over eps is a step's term in the bound.
   """
   i = jnp.broadcast_to(i, x0.shape[:1])
   row = jax.tree.map(lambda column: jnp.asarray(column, x0.dtype)[i], steps)
@@ -272,11 +272,11 @@ def term(
     log_scale = steps.log_scale[-1]
     decoder = _mean(discretised_log_likelihood(x0, estimate, log_scale))
     nats = jnp.where(i == len(steps.t) - 1, -decoder, nats)
-  return Terms(nats / math.log(2), mse)
+  return Scored(nats / math.log(2), mse)
 
 
-def _scan(denoiser, steps, x0, keys, which, labels, discrete) -> Terms:
-  """Terms of steps which[j] ([k] or [k, B]), noise by (keys[b], labels[j])."""
+def _scan(denoiser, steps, x0, keys, which, labels, discrete) -> Scored:
+  """Of steps which[j] ([k] or [k, B]), with noise by (keys[b], labels[j])."""
 
   def one(inputs):
     i, label = inputs
@@ -297,7 +297,7 @@ def terms(
   keys,
   which=None,
   discrete: bool = True,
-) -> Terms:
+) -> Scored:
   """The terms of some steps, or of all: the bound in chunks.
 
   The noise of image b in step i depends on keys[b] and i alone, so neither the
@@ -312,7 +312,7 @@ def terms(
     discrete: see `term`.
 
   Returns:
-    Terms of [k, B].
+    Scored of [k, B].
   """
   which = jnp.arange(len(steps.t)) if which is None else jnp.asarray(which)
   return _scan(denoiser, steps, x0, keys, which, which, discrete)
@@ -524,7 +524,7 @@ def estimate(
   variance='fixedlarge',
   discrete: bool = True,
   evaluations: int = 10,
-) -> Estimate:
+) -> Estimated:
   """The mean bound of images from a few evaluations of each.
 
   With T = 1000 the default is one in a hundred of what `bound` takes: one an
@@ -559,4 +559,4 @@ def estimate(
     denoiser, schedule, steps, x0, keys, probabilities, evaluations - 2,
     discrete,
   )  # fmt: skip
-  return Estimate(*interval(values), len(x0) * evaluations)
+  return Estimated(*interval(values), len(x0) * evaluations)
