@@ -629,6 +629,16 @@ def images_of(seed, count):
   return jnp.asarray(std * rng.normal(size=(count, DIMS)), jnp.float32)
 
 
+def counting(denoiser, rows):
+  """Appends to `rows` how many the denoiser is given, each time that it is."""
+
+  def counted(xt, t):
+    jax.debug.callback(lambda xt: rows.append(len(xt)), xt)
+    return denoiser(xt, t)
+
+  return counted
+
+
 def test_the_interval_covers_the_bound(schedule):
   """In at least 90 of 100 repetitions, with 256 new images each.
 
@@ -636,7 +646,8 @@ def test_the_interval_covers_the_bound(schedule):
   are the images' sums: over 1000 other repetitions the interval covered in 95%
   with 256 images, in 93% with 128 and 64, and missed above more than below.
   """
-  denoise = easy_or_hard(schedule, STDS, SHARES, DIMS)
+  rows = []
+  denoise = counting(easy_or_hard(schedule, STDS, SHARES, DIMS), rows)
   steps = likelihood.prepare(schedule, FULL)
   pilot, sampled = piloted(denoise, steps), sampler(denoise, steps)
   exact = expected_easy_or_hard(schedule, STDS, SHARES, DIMS)
@@ -646,6 +657,8 @@ def test_the_interval_covers_the_bound(schedule):
     p = likelihood.proposal(*pilot(x0, keys), T)
     values = sampled(x0, keys, p)
     found.append(likelihood.interval(values))
+  jax.effects_barrier()
+  assert sum(rows) == 100 * (T * 256 // 100)  # one evaluation in a hundred
   mean, low, high = np.transpose(found)
   assert np.sum((low <= exact) & (exact <= high)) >= 90
   assert abs(mean.mean() - exact) < 4 * mean.std() / 10
@@ -653,17 +666,25 @@ def test_the_interval_covers_the_bound(schedule):
   alone = sampled(x0[7:8], keys[7:8], p)
   np.testing.assert_allclose(alone, values[7:8], rtol=1e-5)
 
-  # And in one call, with the rows counted that the denoiser is given.
+
+@pytest.mark.slow
+@pytest.mark.parametrize('evaluations', [3, 10])
+def test_an_estimate_is_that_of_its_parts(schedule, evaluations):
   rows = []
-
-  def counted(xt, t):
-    jax.debug.callback(lambda xt: rows.append(len(xt)), xt)
-    return denoise(xt, t)
-
-  got = likelihood.estimate(counted, schedule, FULL, x0, keys, discrete=False)
+  denoise = counting(exact_denoiser(schedule, MEANS, VARIANCES), rows)
+  x0, keys = images_of(0, 20), keys_of(20)
+  got = likelihood.estimate(
+    denoise, schedule, FULL, x0, keys, 'fixedsmall', discrete=False,
+    evaluations=evaluations,
+  )  # fmt: skip
   jax.effects_barrier()
-  np.testing.assert_allclose(got[:3], found[-1], rtol=1e-5)
-  assert sum(rows) == got.evaluations == T * 256 // 100
+  assert sum(rows) == got.evaluations == 20 * evaluations
+  steps = likelihood.prepare(schedule, FULL, 'fixedsmall')
+  p = likelihood.proposal(*piloted(denoise, steps)(x0, keys), T)
+  values = likelihood.sampled(
+    denoise, schedule, steps, x0, keys, p, evaluations - 2, discrete=False
+  )
+  np.testing.assert_allclose(got[:3], likelihood.interval(values), rtol=1e-5)
 
 
 @pytest.mark.slow

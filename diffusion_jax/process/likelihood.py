@@ -366,23 +366,22 @@ def rate_distortion(table: Table) -> tuple[jax.Array, jax.Array]:
 
 # --- The same from one evaluation in a hundred --------------------------------
 #
-# prior and decoder are worked out for every image; the terms between are
+# Prior and decoder are worked out for every image; the terms between are
 # sampled: E over t ~ p of term(t) / p(t) is their sum for any p > 0. The error
-# is least where p is proportional to the root mean square of the term (KL terms
-# span four decades, arXiv 2102.09672 samples training's so). A pilot finds it.
+# is least where p is proportional to the root mean square of the term, which a
+# pilot finds (arXiv 2102.09672, section 3.3, samples the times of training so).
+#
+# Numbers folded into an image's key: 0 .. K-1 are the steps of `terms`; from K
+# on they are, in turn, of `sampled` and of `pilot`, the offset first.
 
 
-def _positions(keys, count):
+def _strata(keys, count, label):
   """[count, B]: for each key, one uniform number in each of `count` strata."""
 
   def offset(key):
-    return jax.random.uniform(jax.random.fold_in(key, 0))
+    return jax.random.uniform(jax.random.fold_in(key, label))
 
   return (jnp.arange(count)[:, None] + jax.vmap(offset)(keys)[None]) / count
-
-
-def _under(keys, label):
-  return jax.vmap(lambda key: jax.random.fold_in(key, label))(keys)
 
 
 def pilot(
@@ -400,11 +399,11 @@ def pilot(
   Returns:
     (steps [count, B], bits [count, B]), for `proposal`.
   """
-  last = len(steps.t) - 1
-  keys = _under(keys, last + 2)
-  place = jnp.floor((last + 1) ** _positions(keys, count)).astype(jnp.int32)
-  which = last - jnp.clip(place, 1, last)
-  labels = jnp.arange(1, count + 1)
+  num_steps = len(steps.t)
+  place = jnp.floor(num_steps ** _strata(keys, count, num_steps + 1))
+  place = jnp.clip(place.astype(jnp.int32), 1, num_steps - 1)
+  which = num_steps - 1 - place
+  labels = num_steps + 3 + 2 * jnp.arange(count)
   # No step is the last, so how that one is decoded does not matter.
   bits = _scan(denoiser, steps, x0, keys, which, labels, False).bits
   return which, bits
@@ -431,7 +430,7 @@ def proposal(
   """
   which, bits = np.ravel(which), np.ravel(np.asarray(bits, np.float64))
   place = np.log(np.arange(num_steps - 1, 0, -1))
-  kernel = np.exp(-0.5 * ((place[:, None] - place) / width) ** 2)
+  kernel = np.exp(-0.5 * ((place[:, None] - place) / width) ** 2) + 1e-99
   count = np.bincount(which, minlength=num_steps - 1)
   square = np.bincount(which, bits**2, num_steps - 1)
   size = np.sqrt(kernel @ square / (kernel @ count))
@@ -471,20 +470,22 @@ def sampled(
   Returns:
     [B] bits per dimension, independent of each other given the probabilities.
   """
-  last = len(steps.t) - 1
-  decoder = terms(denoiser, steps, x0, keys, jnp.array([last]), discrete)
-  keys = _under(keys, last + 1)
+  num_steps = len(steps.t)
   edges = jnp.cumsum(jnp.asarray(probabilities, x0.dtype))
   edges = edges / edges[-1]
   # As they are drawn in this dtype, so that the weights are those of the draws.
   drawn = jnp.diff(edges, prepend=0)
-  place = _positions(keys, draws).astype(x0.dtype)
-  which = jnp.searchsorted(edges, place, side='right')
-  which = jnp.minimum(which, last - 1)
-  labels = jnp.arange(1, draws + 1)
-  found = _scan(denoiser, steps, x0, keys, which, labels, False)
-  between = jnp.mean(found.bits / drawn[which], axis=0)
-  return prior(schedule, x0, steps.t[0]) + decoder.bits[0] + between
+  place = _strata(keys, draws, num_steps).astype(x0.dtype)
+  tried = jnp.searchsorted(edges, place, side='right')
+  tried = jnp.minimum(tried, num_steps - 2)
+  decoder = jnp.full((1, len(x0)), num_steps - 1)
+  labels = num_steps + 2 + 2 * jnp.arange(draws)
+  bits = _scan(
+    denoiser, steps, x0, keys, jnp.concatenate([decoder, tried]),
+    jnp.append(num_steps - 1, labels), discrete,
+  ).bits  # fmt: skip
+  between = jnp.mean(bits[1:] / drawn[tried], axis=0)
+  return prior(schedule, x0, steps.t[0]) + bits[0] + between
 
 
 def _at_least_two(images):
