@@ -253,7 +253,7 @@ def test_the_first_noised_step_as_a_latent(x64):
   nats = np.log(density_of_one(x)) + decoder(x0, x)
   nats -= scipy.stats.norm.logpdf(x, alpha * x0, np.sqrt(sigma2))
   np.testing.assert_allclose(got.bits, -nats / np.log(2), atol=1e-4)
-  fine = np.linspace(-1.6, 1.8, 20_001)
+  fine = np.linspace(-1.6, 1.8, 4001)
   chance = np.exp(decoder(x0[:, None], np.tile(fine, (256, 1))))
   p = chance @ density_of_one(fine) * (fine[1] - fine[0])
   np.testing.assert_allclose(p.sum(), 1, atol=2e-3)

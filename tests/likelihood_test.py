@@ -717,7 +717,9 @@ def fixed_images(schedule, noise='fixedlarge'):
   return x0, steps, prior + nats.sum(0) / np.log(2)
 
 
-@pytest.mark.parametrize('kind', ['piloted', 'uniform'])
+@pytest.mark.parametrize(
+  'kind', ['piloted', pytest.param('uniform', marks=pytest.mark.slow)]
+)
 def test_the_estimate_of_each_image_is_unbiased(schedule, x64, kind):
   """For any probabilities; those of a pilot have the least error.
 

@@ -460,7 +460,7 @@ def sampled(
   Args:
     denoiser: (xt, t) -> (x0, eps).
     schedule: the noise schedule.
-    steps: of the grid.
+    steps: of the grid; concrete, not an argument of a jitted function.
     x0: [B, ...] data.
     keys: [B] random keys; an image's numbers depend on its own alone.
     probabilities: [K-1], see `proposal`.
