@@ -28,6 +28,7 @@ setup(
   # Each lower bound is the version that the suite was run with.
   install_requires=[
     'absl-py>=2.3',
+    'diffrax>=0.7.2',
     'etils[epath]>=1.15',  # gs://, which Orbax reaches by it too
     'flax>=0.12.8',
     'fsspec>=2026.9',

@@ -24,6 +24,12 @@ PUBLIC = {
     'from_prediction to_target denoiser Denoised'
   ),
   'process.losses': 'squared_error',
+  'process.likelihood': (
+    'bound terms term prior prepare variances rate_distortion '
+    'discretised_log_likelihood check_discrete estimate pilot proposal sampled '
+    'interval Table Scored Steps Estimated'
+  ),
+  'process.flow': 'density dequantised variational Flow',
   'models': 'create Model count',
   'models.unet': 'UNet',
   'models.inception': 'apply preprocess features shapes',

@@ -55,7 +55,7 @@ class Steps(NamedTuple):
   log_scale: np.ndarray
 
 
-class Terms(NamedTuple):
+class Scored(NamedTuple):
   """What some steps cost, and what was known of the images before them.
 
   Attributes:
@@ -74,7 +74,7 @@ class Table(NamedTuple):
   Attributes:
     prior: [B] bits per dimension.
     bits: [K, B] bits per dimension; the last row is the decoder's.
-    mse: [K, B], see `Terms`.
+    mse: [K, B], see `Scored`.
   """
 
   prior: jax.Array
@@ -87,7 +87,7 @@ class Table(NamedTuple):
     return self.prior + self.bits.sum(axis=0)
 
 
-class Estimate(NamedTuple):
+class Estimated(NamedTuple):
   """An estimate of the mean bound, in bits per dimension.
 
   Attributes:
@@ -247,7 +247,7 @@ def prior(schedule: Schedule, x0, t=None) -> jax.Array:
 
 def term(
   denoiser: Denoiser, steps: Steps, i, x0, eps, discrete: bool = True
-) -> Terms:
+) -> Scored:
   """The term of one step of each example.
 
   Args:
@@ -260,7 +260,7 @@ def term(
       `discretised_log_likelihood`), or is minus the log of a density.
 
   Returns:
-    Terms of [B]; an expectation over eps is a step's term in the bound.
+    Scored of [B]; an expectation over eps is a step's term in the bound.
   """
   i = jnp.broadcast_to(i, x0.shape[:1])
   row = jax.tree.map(lambda column: jnp.asarray(column, x0.dtype)[i], steps)
@@ -272,11 +272,11 @@ def term(
     log_scale = steps.log_scale[-1]
     decoder = _mean(discretised_log_likelihood(x0, estimate, log_scale))
     nats = jnp.where(i == len(steps.t) - 1, -decoder, nats)
-  return Terms(nats / math.log(2), mse)
+  return Scored(nats / math.log(2), mse)
 
 
-def _scan(denoiser, steps, x0, keys, which, labels, discrete) -> Terms:
-  """Terms of steps which[j] ([k] or [k, B]), noise by (keys[b], labels[j])."""
+def _scan(denoiser, steps, x0, keys, which, labels, discrete) -> Scored:
+  """Of steps which[j] ([k] or [k, B]), with noise by (keys[b], labels[j])."""
 
   def one(inputs):
     i, label = inputs
@@ -297,7 +297,7 @@ def terms(
   keys,
   which=None,
   discrete: bool = True,
-) -> Terms:
+) -> Scored:
   """The terms of some steps, or of all: the bound in chunks.
 
   The noise of image b in step i depends on keys[b] and i alone, so neither the
@@ -312,7 +312,7 @@ def terms(
     discrete: see `term`.
 
   Returns:
-    Terms of [k, B].
+    Scored of [k, B].
   """
   which = jnp.arange(len(steps.t)) if which is None else jnp.asarray(which)
   return _scan(denoiser, steps, x0, keys, which, which, discrete)
@@ -366,23 +366,22 @@ def rate_distortion(table: Table) -> tuple[jax.Array, jax.Array]:
 
 # --- The same from one evaluation in a hundred --------------------------------
 #
-# prior and decoder are worked out for every image; the terms between are
+# Prior and decoder are worked out for every image; the terms between are
 # sampled: E over t ~ p of term(t) / p(t) is their sum for any p > 0. The error
-# is least where p is proportional to the root mean square of the term (KL terms
-# span four decades, arXiv 2102.09672 samples training's so). A pilot finds it.
+# is least where p is proportional to the root mean square of the term, which a
+# pilot finds (arXiv 2102.09672, section 3.3, samples the times of training so).
+#
+# Numbers folded into an image's key: 0 .. K-1 are the steps of `terms`; from K
+# on they are, in turn, of `sampled` and of `pilot`, the offset first.
 
 
-def _positions(keys, count):
+def _strata(keys, count, label):
   """[count, B]: for each key, one uniform number in each of `count` strata."""
 
   def offset(key):
-    return jax.random.uniform(jax.random.fold_in(key, 0))
+    return jax.random.uniform(jax.random.fold_in(key, label))
 
   return (jnp.arange(count)[:, None] + jax.vmap(offset)(keys)[None]) / count
-
-
-def _under(keys, label):
-  return jax.vmap(lambda key: jax.random.fold_in(key, label))(keys)
 
 
 def pilot(
@@ -400,11 +399,11 @@ def pilot(
   Returns:
     (steps [count, B], bits [count, B]), for `proposal`.
   """
-  last = len(steps.t) - 1
-  keys = _under(keys, last + 2)
-  place = jnp.floor((last + 1) ** _positions(keys, count)).astype(jnp.int32)
-  which = last - jnp.clip(place, 1, last)
-  labels = jnp.arange(1, count + 1)
+  num_steps = len(steps.t)
+  place = jnp.floor(num_steps ** _strata(keys, count, num_steps + 1))
+  place = jnp.clip(place.astype(jnp.int32), 1, num_steps - 1)
+  which = num_steps - 1 - place
+  labels = num_steps + 3 + 2 * jnp.arange(count)
   # No step is the last, so how that one is decoded does not matter.
   bits = _scan(denoiser, steps, x0, keys, which, labels, False).bits
   return which, bits
@@ -431,7 +430,7 @@ def proposal(
   """
   which, bits = np.ravel(which), np.ravel(np.asarray(bits, np.float64))
   place = np.log(np.arange(num_steps - 1, 0, -1))
-  kernel = np.exp(-0.5 * ((place[:, None] - place) / width) ** 2)
+  kernel = np.exp(-0.5 * ((place[:, None] - place) / width) ** 2) + 1e-99
   count = np.bincount(which, minlength=num_steps - 1)
   square = np.bincount(which, bits**2, num_steps - 1)
   size = np.sqrt(kernel @ square / (kernel @ count))
@@ -461,7 +460,7 @@ def sampled(
   Args:
     denoiser: (xt, t) -> (x0, eps).
     schedule: the noise schedule.
-    steps: of the grid.
+    steps: of the grid; concrete, not an argument of a jitted function.
     x0: [B, ...] data.
     keys: [B] random keys; an image's numbers depend on its own alone.
     probabilities: [K-1], see `proposal`.
@@ -471,20 +470,22 @@ def sampled(
   Returns:
     [B] bits per dimension, independent of each other given the probabilities.
   """
-  last = len(steps.t) - 1
-  decoder = terms(denoiser, steps, x0, keys, jnp.array([last]), discrete)
-  keys = _under(keys, last + 1)
+  num_steps = len(steps.t)
   edges = jnp.cumsum(jnp.asarray(probabilities, x0.dtype))
   edges = edges / edges[-1]
   # As they are drawn in this dtype, so that the weights are those of the draws.
   drawn = jnp.diff(edges, prepend=0)
-  place = _positions(keys, draws).astype(x0.dtype)
-  which = jnp.searchsorted(edges, place, side='right')
-  which = jnp.minimum(which, last - 1)
-  labels = jnp.arange(1, draws + 1)
-  found = _scan(denoiser, steps, x0, keys, which, labels, False)
-  between = jnp.mean(found.bits / drawn[which], axis=0)
-  return prior(schedule, x0, steps.t[0]) + decoder.bits[0] + between
+  place = _strata(keys, draws, num_steps).astype(x0.dtype)
+  tried = jnp.searchsorted(edges, place, side='right')
+  tried = jnp.minimum(tried, num_steps - 2)
+  decoder = jnp.full((1, len(x0)), num_steps - 1)
+  labels = num_steps + 2 + 2 * jnp.arange(draws)
+  bits = _scan(
+    denoiser, steps, x0, keys, jnp.concatenate([decoder, tried]),
+    jnp.append(num_steps - 1, labels), discrete,
+  ).bits  # fmt: skip
+  between = jnp.mean(bits[1:] / drawn[tried], axis=0)
+  return prior(schedule, x0, steps.t[0]) + bits[0] + between
 
 
 def _at_least_two(images):
@@ -524,7 +525,7 @@ def estimate(
   variance='fixedlarge',
   discrete: bool = True,
   evaluations: int = 10,
-) -> Estimate:
+) -> Estimated:
   """The mean bound of images from a few evaluations of each.
 
   With T = 1000 the default is one in a hundred of what `bound` takes: one an
@@ -559,4 +560,4 @@ def estimate(
     denoiser, schedule, steps, x0, keys, probabilities, evaluations - 2,
     discrete,
   )  # fmt: skip
-  return Estimate(*interval(values), len(x0) * evaluations)
+  return Estimated(*interval(values), len(x0) * evaluations)
