@@ -14,6 +14,9 @@ Labelled data also get the classes of the samples, by a classifier that is
 trained once. Leaves a metric card and a picture of the neighbours in
 WORKDIR/evaluations, and WORKDIR/report.html.
 
+--metrics=bpd, bpd_fast or bpd_ode measures bits per dimension of the held-out
+images in place of all this; it draws nothing.
+
 With --features=inception the distance is the FID; the features of images are
 kept (--cache), so that what was interrupted goes on. With --follow each new
 checkpoint is judged while training goes on, and the best is kept. Two sets of
@@ -31,18 +34,27 @@ from diffusion_jax import (
   distributed,
   files,
   judging,
+  likelihoods,
   runs,
   samplers,
   sampling,
 )
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import cards, features, follow, page, summary
+from diffusion_jax.evaluation import (
+  bits,
+  cards,
+  features,
+  follow,
+  page,
+  summary,
+)
 from diffusion_jax.evaluation.features import Images
 from diffusion_jax.samplers import store
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(sampling)
 flags.adopt_module_key_flags(judging)
+flags.adopt_module_key_flags(likelihoods)
 flags.DEFINE_integer('num_samples', 1000, 'How many samples are judged.')
 flags.DEFINE_enum(
   'rounding', 'float', ['float', 'round', 'truncate'],
@@ -78,6 +90,16 @@ def main():
   if not FLAGS.workdir:
     raise UserError('--workdir is missing; see --help')
   sampling.check_flags(num_samples=2, poll_secs=0.1)
+  kinds = [name for name in FLAGS.metrics if name in bits.KINDS]
+  if kinds:
+    if kinds != FLAGS.metrics or FLAGS.follow:
+      raise UserError(
+        f'--metrics={",".join(FLAGS.metrics)}: likelihoods are measured by '
+        f'themselves; ask for {",".join(kinds)} alone, without --follow'
+      )
+    likelihoods.check_flags()
+    likelihoods.carry_out(kinds)
+    return
   judging.check_flags()
   if FLAGS.follow:
     _follow()
@@ -196,7 +218,8 @@ def _task(workdir, trained) -> judging.Task:
 
 
 def _card_path(task, workdir, step, plan):
-  name = cards.name(sampling.name(step, plan), task.protocol)
+  what = f'{task.protocol["features"]}_{task.protocol["num_samples"]}'
+  name = cards.name(sampling.name(step, plan), what, task.protocol)
   return workdir / 'evaluations' / f'{name}.json'
 
 

@@ -66,6 +66,7 @@ PUBLIC = {
   'evaluation.cards': 'create compare',
   'evaluation.statistics': 'read is_file',
   'evaluation.follow': 'follow curve_of',
+  'evaluation.bits': 'measure How Found work',
   'evaluation.page': 'write',
   'weights.inception': 'obtain fetch convert read write from_torch from_graph',
   'weights.pytorch': 'read',

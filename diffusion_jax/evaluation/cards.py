@@ -71,6 +71,13 @@ HEADS = {
     'share of samples nearer to a training image than 95% of the held-out '
     'images are; below it, what is expected of images that are not copied',
   ),
+  'bpd': ('bits/dim ↓', 'the variational bound'),
+  'bpd_error': ('±', 'standard error over the images'),
+  'bpd_fast': ('bits/dim ↓', 'the bound, estimated'),
+  'bpd_fast_error': ('±', 'half of the 95% interval'),
+  'bpd_ode': ('bits/dim ↓', 'by the probability flow'),
+  'bpd_ode_error': ('±', 'standard error over the images'),
+  'evaluations': ('evaluations', 'of the network, for an image'),
 }
 # Of held-out images: it stands below the samples' number, and is the same on
 # all cards of one protocol.
@@ -194,13 +201,10 @@ def is_card(value) -> bool:
   )
 
 
-def name(subject_name: str, protocol: dict) -> str:
+def name(subject_name: str, what: str, protocol: dict) -> str:
   """The name of a card, without .json; cards of one protocol end alike."""
   digest = hashlib.sha256(_key({'protocol': protocol}).encode())
-  return (
-    f'{subject_name}_{protocol["features"]}_{protocol["num_samples"]}_'
-    f'{digest.hexdigest()[:8]}'
-  )
+  return f'{subject_name}_{what}_{digest.hexdigest()[:8]}'
 
 
 def find(place) -> list[files.Path]:

@@ -164,15 +164,17 @@ def whole(images: np.ndarray) -> np.ndarray:
   return np.round(images).astype(np.uint8)
 
 
-def blocks(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-  """The same images in blocks of BLOCK, but for the last one."""
+def blocks(
+  batches: Iterable[np.ndarray], size: int = BLOCK
+) -> Iterator[np.ndarray]:
+  """The same images in blocks of one size, but for the last one."""
   kept = []
   for images in batches:
     kept.append(images)
-    while sum(map(len, kept)) >= BLOCK:
+    while sum(map(len, kept)) >= size:
       joined = np.concatenate(kept)
-      yield joined[:BLOCK]
-      kept = [joined[BLOCK:]]
+      yield joined[:size]
+      kept = [joined[size:]]
   if sum(map(len, kept)):
     yield np.concatenate(kept)
 

@@ -18,13 +18,13 @@ from PIL import Image
 
 from diffusion_jax import data, files, models, runs
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import cards, facts, plots
+from diffusion_jax.evaluation import bits, cards, facts, plots
 from diffusion_jax.evaluation.facts import Facts
 
 SAMPLERS = {'ddim': 'DDIM', 'ancestral': 'Ancestral'}
 
 # What of a protocol stands in the title of its table.
-TITLE = ('data', 'split', 'num_samples', 'num_reference')
+TITLE = ('data', 'split', 'num_samples', 'num_reference', 'num_images', 'bits')
 LABELS = {'num_heldout': 'held-out images'}
 
 # A larger picture is embedded smaller: a report is to be sent by mail.
@@ -355,14 +355,21 @@ def _table(group: list[dict]) -> dict:
 
 
 def _title(protocol: dict) -> str:
+  if 'num_images' in protocol:
+    count = number(protocol['num_images'])
+    what = bits.KINDS.get(protocol.get('bits'), '')
+    return f'{count} images of {_data(protocol)}: {what}'
   count, reference = (
     number(protocol[key]) if cards.is_number(protocol.get(key)) else 'some'
     for key in ('num_samples', 'num_reference')
   )
-  of = ', '.join(
+  return f'{count} samples against {reference} images of {_data(protocol)}'
+
+
+def _data(protocol: dict) -> str:
+  return ', '.join(
     value(protocol[key]) for key in ('data', 'split') if key in protocol
   )
-  return f'{count} samples against {reference} images of {of}'
 
 
 def _protocol(protocol: dict) -> list[tuple[str, str, str]]:

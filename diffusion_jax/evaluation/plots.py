@@ -15,6 +15,8 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
+from diffusion_jax import files
+
 # CSS variable -> its colour on a light page.
 COLORS = {
   'ink': '#22262b',
@@ -142,6 +144,27 @@ def bars(title: str, groups: dict[str, Sequence[float]]) -> str:
   axes.xaxis.set_major_locator(ticker.MaxNLocator(10, steps=NICE, integer=True))
   axes.set_xlabel('class', loc='right', labelpad=0)
   return _svg(figure, title, repr(groups))
+
+
+def rate_distortion(path, rate: Sequence[float], rmse: Sequence[float]) -> None:
+  """What is known of an image after how many bits; a .png.
+
+  Args:
+    path: of the file.
+    rate: [K] bits per dimension.
+    rmse: [K], on the scale 0 .. 255.
+  """
+  figure, axes = _axes()
+  axes.plot(rate, rmse, color=COLORS['blue'], lw=1.4)
+  axes.set_xlim(left=0)
+  axes.set_ylim(bottom=0)
+  axes.set_xlabel('rate, bits per dimension', loc='right', labelpad=0)
+  axes.set_title(
+    'distortion: RMSE of 255', size=7.5, color=COLORS['muted'], loc='left'
+  )
+  files.make(path.parent)
+  with files.replacing(path) as file:
+    figure.savefig(file, format='png', dpi=200)
 
 
 def _axes():

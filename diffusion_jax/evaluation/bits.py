@@ -1,0 +1,407 @@
+"""Bits per dimension of images under a trained network.
+
+Three protocols: 'bpd', the variational bound, which asks the network at every
+step of a grid; 'bpd_fast', an estimate of it from ten evaluations an image;
+'bpd_ode', the likelihood by the probability flow. See `process.likelihood` and
+`process.flow`. What is found of a batch of images is kept on disk, so that what
+was interrupted goes on; an image's noise depends on the seed and its number.
+"""
+
+import hashlib
+import tokenize
+import zipfile
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax import distributed, files, guidance
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import features
+from diffusion_jax.evaluation.features import Images
+from diffusion_jax.process import flow, likelihood
+from diffusion_jax.process.gaussian import Denoised
+from diffusion_jax.trained import Trained
+from diffusion_jax.training import sharding
+
+KINDS = {
+  'bpd': 'the variational bound in bits per dimension',
+  'bpd_fast': 'an estimate of it from a hundredth of the evaluations',
+  'bpd_ode': 'the likelihood by the probability flow',
+}
+DEQUANTISATIONS = ('uniform', 'variational')
+EVALUATIONS = 10  # of an image, for bpd_fast
+CHUNK = 50  # steps between two reports of progress
+DECODED = 10  # rows of a rate-distortion table
+
+# What a file that is damaged, or not there, raises.
+_DAMAGED = (
+  *(OSError, ValueError, LookupError, EOFError, SyntaxError),
+  *(tokenize.TokenError, zipfile.BadZipFile),
+)
+
+
+class How(NamedTuple):
+  """What the numbers depend on, beside the weights and the images.
+
+  Attributes:
+    kind: a key of KINDS.
+    seed: of the noise.
+    grid: falling times, the last one -1; of the two bounds.
+    variance: of p(xs | xt); of the two bounds.
+    clip: whether the estimate of x0 is clipped to [-1, 1]; of the two bounds.
+    dequantisation: one of DEQUANTISATIONS; of the flow.
+    divergence: one of `flow.DIVERGENCES`; of the flow.
+    tolerance: relative and absolute, of the flow's solver.
+    dtype: of the flow, 'float32' or 'float64'.
+  """
+
+  kind: str
+  seed: int
+  grid: list
+  variance: str
+  clip: bool
+  dequantisation: str = 'uniform'
+  divergence: str = 'rademacher'
+  tolerance: float = 1e-5
+  dtype: str = 'float32'
+
+  def protocol(self) -> dict:
+    """As it stands on metric cards."""
+    told = {'bits': self.kind, 'seed': self.seed}
+    if self.kind == 'bpd_ode':
+      names = ('dequantisation', 'divergence', 'tolerance', 'dtype')
+    else:
+      names = ('grid', 'variance', 'clip')
+      told['decoder'] = 'Gaussian in 256 bins, tanh approximation'
+    if self.kind == 'bpd_fast':
+      told['evaluations'] = EVALUATIONS
+    return told | {name: getattr(self, name) for name in names}
+
+
+class Found(NamedTuple):
+  """What goes on a card.
+
+  Attributes:
+    results: name -> number.
+    details: name -> what is no single number.
+  """
+
+  results: dict
+  details: dict
+
+
+def work(how: How) -> int:
+  """What an image takes, for a measure of progress.
+
+  Args:
+    how: the protocol.
+
+  Returns:
+    evaluations of the network; 1 for the flow, whose solver has its own way.
+  """
+  return {'bpd': len(how.grid) - 1, 'bpd_fast': EVALUATIONS, 'bpd_ode': 1}[
+    how.kind
+  ]
+
+
+def measure(
+  trained: Trained,
+  images: Images,
+  how: How,
+  folder,
+  batch_size: int,
+  on_work: Callable[[int], None] = lambda count: None,
+) -> Found:
+  """Bits per dimension of a set of 8-bit images, with its error.
+
+  Args:
+    trained: the network.
+    images: at least 2, uint8.
+    how: the protocol.
+    folder: where what is found is kept, batch by batch.
+    batch_size: images at once, over all devices.
+    on_work: called with how much of `work` is done.
+
+  Raises:
+    UserError: see `likelihood.estimate` and `flow.density`.
+  """
+  if images.count < 2:
+    raise UserError(f'{images.description}: an error takes two images or more')
+  batches = _Batches(trained, images, how, folder, batch_size, on_work)
+  return {'bpd': _bound, 'bpd_fast': _fast, 'bpd_ode': _flow}[how.kind](
+    batches, how
+  )
+
+
+class _Batches(NamedTuple):
+  """Images in batches, and what was found of each on disk."""
+
+  trained: Trained
+  images: Images
+  how: How
+  folder: files.Path
+  batch_size: int
+  on_work: Callable
+
+  def each(
+    self, name: str, compute: Callable, work: int
+  ) -> dict[str, np.ndarray]:
+    """Runs compute(images, numbers, tell) on each batch; what it gives, by key.
+
+    It tells how much of the work on an image is done. The others are global
+    arrays that the mesh divides, filled up with repeats; of arrays [..., B]
+    what belongs to those is cut off, and the rest is joined along the last
+    axis. What is in the folder is not computed again.
+    """
+    mesh = self.trained.mesh
+    parts = mesh.shape['data'] * mesh.shape['fsdp']
+    batch = min(self.batch_size, self.images.count)
+    size = -(-batch // parts) * parts
+    place = files.at(self.folder) / f'{name}_{size}'
+    found, first = [], 0
+    for images in features.blocks(self.images.stream(), size):
+      numbers = np.arange(first, first + len(images))
+      path = place / f'{numbers[0]:09d}-{numbers[-1]:09d}.npz'
+      one = _read(path)
+      if all(distributed.gather(one is not None)):
+        self.on_work(work * len(images))
+      else:
+        one = self._computed(compute, images, numbers, size)
+        if distributed.is_first():
+          files.make(place)
+          with files.replacing(path) as file:
+            np.savez(file, **one)
+      found.append(one)
+      first += len(images)
+    return {
+      key: np.concatenate([one[key] for one in found], axis=-1)
+      for key in found[0]
+    }
+
+  def _computed(self, compute, images, numbers, size):
+    count = len(images)
+    chosen = np.resize(np.arange(count), size)
+    given = images[chosen], numbers[chosen].astype(np.uint32)
+    found = compute(
+      *sharding.put_batch(given, self.trained.mesh),
+      lambda done: self.on_work(done * count),
+    )
+    return {key: np.asarray(x)[..., :count] for key, x in found.items()}
+
+
+def _read(path) -> dict[str, np.ndarray] | None:
+  try:
+    with (
+      files.at(path).open('rb') as file,
+      np.load(file, allow_pickle=False) as archive,
+    ):
+      return {name: archive[name] for name in archive.files}
+  except _DAMAGED:
+    return None
+
+
+def _given(how: How, images, numbers):
+  """x0 in [-1, 1], and a key for each image."""
+  # Training has 0, samples have 1: see `samplers.draw`.
+  root = jax.random.fold_in(jax.random.key(how.seed), 2)
+  keys = jax.vmap(lambda number: jax.random.fold_in(root, number))(numbers)
+  return images.astype(how.dtype) / 127.5 - 1.0, keys
+
+
+def _denoiser(trained, params, clip):
+  """The network; its own arithmetic is float32 whatever xt is."""
+
+  def denoise(xt, t):
+    x0, eps = trained.compiled.denoise(
+      params, xt.astype(jnp.float32), jnp.asarray(t, jnp.float32)
+    )
+    return Denoised(x0.astype(xt.dtype), eps.astype(xt.dtype))
+
+  return guidance.clip_x0(denoise, trained.schedule) if clip else denoise
+
+
+def _bound(batches, how) -> Found:
+  trained = batches.trained
+  steps = likelihood.prepare(trained.schedule, how.grid, how.variance)
+  count = len(steps.t)
+
+  @jax.jit
+  def some(params, images, numbers, which):
+    x0, keys = _given(how, images, numbers)
+    denoiser = _denoiser(trained, params, how.clip)
+    return likelihood.terms(denoiser, steps, x0, keys, which)
+
+  @jax.jit
+  def prior(images, numbers):
+    x0, _ = _given(how, images, numbers)
+    return likelihood.prior(trained.schedule, x0, how.grid[0])
+
+  def compute(images, numbers, tell):
+    found = []
+    for which in np.split(np.arange(count), range(CHUNK, count, CHUNK)):
+      terms = some(trained.params, images, numbers, which)
+      found.append([sharding.to_host(value) for value in terms])
+      tell(len(which))
+    bits, mse = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return {
+      'prior': sharding.to_host(prior(images, numbers)),
+      'bits': bits,
+      'mse': mse,
+    }
+
+  table = likelihood.Table(**batches.each('bound', compute, count))
+  total = np.asarray(table.total, np.float64)
+  rate, rmse = jax.device_get(likelihood.rate_distortion(table))
+  parts = {
+    'prior': table.prior.mean(),
+    'between': table.bits[:-1].sum(0).mean(),
+    'decoder': table.bits[-1].mean(),
+  }
+  return Found(
+    {'bpd': total.mean(), 'bpd_error': _error(total)},
+    {
+      **{name: float(value) for name, value in parts.items()},
+      'evaluations': count,
+      'times': [float(t) for t in steps.t],
+      'bits_of_steps': table.bits.mean(1).tolist(),
+      'rate': rate.tolist(),
+      'rmse': rmse.tolist(),
+    },
+  )
+
+
+def _error(values):
+  return values.std(ddof=1) / np.sqrt(len(values))
+
+
+def _fast(batches, how) -> Found:
+  trained = batches.trained
+  steps = likelihood.prepare(trained.schedule, how.grid, how.variance)
+  if len(steps.t) <= EVALUATIONS:
+    raise UserError(
+      f'bpd_fast takes {EVALUATIONS} evaluations an image and the grid has '
+      f'{len(steps.t)} steps: ask for bpd'
+    )
+
+  @jax.jit
+  def pilot(params, images, numbers):
+    x0, keys = _given(how, images, numbers)
+    denoiser = _denoiser(trained, params, how.clip)
+    return likelihood.pilot(denoiser, steps, x0, keys)
+
+  @jax.jit
+  def sampled(params, images, numbers, probabilities):
+    x0, keys = _given(how, images, numbers)
+    denoiser = _denoiser(trained, params, how.clip)
+    return likelihood.sampled(
+      denoiser, trained.schedule, steps, x0, keys, probabilities,
+      EVALUATIONS - 2,
+    )  # fmt: skip
+
+  def first(images, numbers, tell):
+    which, bits = pilot(trained.params, images, numbers)
+    tell(1)
+    return {
+      'which': sharding.to_host(which), 'bits': sharding.to_host(bits)
+    }  # fmt: skip
+
+  tried = batches.each('pilot', first, 1)
+  probabilities = likelihood.proposal(**tried, num_steps=len(steps.t))
+  digest = hashlib.sha256(probabilities.tobytes()).hexdigest()[:8]
+
+  def second(images, numbers, tell):
+    found = sampled(trained.params, images, numbers, probabilities)
+    tell(EVALUATIONS - 1)
+    return {'bits': sharding.to_host(found)}
+
+  values = batches.each(f'sampled_{digest}', second, EVALUATIONS - 1)['bits']
+  mean, low, high = likelihood.interval(values)
+  return Found(
+    {'bpd_fast': mean, 'bpd_fast_error': (high - low) / 2},
+    {'low': low, 'high': high, 'evaluations': EVALUATIONS},
+  )
+
+
+def _flow(batches, how) -> Found:
+  trained = batches.trained
+  bits_of = {'uniform': flow.dequantised, 'variational': flow.variational}
+  if how.dequantisation not in bits_of:
+    raise UserError(
+      f'dequantisation={how.dequantisation}: one of {", ".join(bits_of)}'
+    )
+
+  @jax.jit
+  def solve(params, images, numbers):
+    x0, keys = _given(how, images, numbers)
+    return bits_of[how.dequantisation](
+      _denoiser(trained, params, clip=False), trained.schedule, x0, keys,
+      divergence=how.divergence, rtol=how.tolerance, atol=how.tolerance,
+    )  # fmt: skip
+
+  def compute(images, numbers, tell):
+    with jax.enable_x64(how.dtype == 'float64'):
+      found = solve(trained.params, images, numbers)
+      tell(1)
+      return jax.tree.map(sharding.to_host, found._asdict())
+
+  found = batches.each('flow', compute, 1)
+  bits = np.asarray(found['bits'], np.float64)
+  if lost := int(np.isnan(bits).sum()):
+    raise UserError(
+      f'the solver gave up on {lost} of {len(bits)} images: give a larger '
+      '--tolerance, or float64'
+    )
+  return Found(
+    {
+      'bpd_ode': bits.mean(),
+      'bpd_ode_error': _error(bits),
+      'evaluations': found['evaluations'].mean(),
+    },
+    {'most_evaluations': int(found['evaluations'].max())},
+  )
+
+
+def text(card: dict) -> str:
+  """A card as people read it.
+
+  Args:
+    card: of `measure`'s Found.
+  """
+  protocol, results, details = (
+    card[key] for key in ('protocol', 'results', 'details')
+  )
+  kind = protocol['bits']
+  value, error = results[kind], results[f'{kind}_error']
+  lines = [
+    f'{protocol["num_images"]} images of step {card["subject"]["step"]}: '
+    f'{details["images"]}',
+    f'{KINDS[kind]}: {value:.4f} ± {error:.2g} bits/dim',
+  ]
+  if kind == 'bpd_fast':
+    lines[-1] += ' (95%)'
+  if kind == 'bpd_ode':
+    lines.append(
+      f'{protocol["dequantisation"]} dequantisation, '
+      f'{results["evaluations"]:.0f} evaluations an image'
+    )
+  if kind == 'bpd':
+    lines += [
+      f'= prior {details["prior"]:.4g} + {details["between"]:.4f} of '
+      f'{details["evaluations"] - 1} steps + decoder {details["decoder"]:.4f}',
+      '',
+      *_decoded(details),
+    ]
+  return '\n'.join(lines)
+
+
+def _decoded(details):
+  """As in table 4 of arXiv 2006.11239: what is known after how many bits."""
+  count = details['evaluations']
+  rows = sorted({-(-i * count // DECODED) for i in range(1, DECODED + 1)})
+  yield f'{"steps":>6}  {"bits/dim":>9}  {"RMSE of 255":>11}'
+  for decoded in reversed(rows):
+    i = decoded - 1
+    yield f'{decoded:6}  {details["rate"][i]:9.5f}  {details["rmse"][i]:11.5f}'

@@ -1,0 +1,116 @@
+"""Likelihoods of a run: the flags that say how, and their metric cards.
+
+`flags.adopt_module_key_flags(likelihoods)` makes these flags a binary's own.
+"""
+
+from absl import flags
+
+from diffusion_jax import cli, data, distributed, files, runs, sampling
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import bits, cards, features, page, plots
+from diffusion_jax.process import flow
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum(
+  'split', 'heldout', ['heldout', 'train'],
+  'Bits per dimension: of which images of the run.',
+)  # fmt: skip
+flags.DEFINE_integer(
+  'num_images', None,
+  'Bits per dimension: of so many images at even distances; all by default.',
+)  # fmt: skip
+flags.DEFINE_enum(
+  'dequantisation', 'uniform', bits.DEQUANTISATIONS, 'bpd_ode: from 8 bits.'
+)
+flags.DEFINE_enum(
+  'divergence', 'rademacher', flow.DIVERGENCES,
+  "bpd_ode: probes of Hutchinson's estimator; exact is for few dimensions.",
+)  # fmt: skip
+flags.DEFINE_float('tolerance', 1e-5, "bpd_ode: the solver's.")
+flags.DEFINE_enum(
+  'dtype', 'float32', ['float32', 'float64'], "bpd_ode: the solver's numbers."
+)
+
+
+def check_flags() -> None:
+  """Raises UserError for numbers out of range."""
+  cli.at_least(num_images=2)
+  if not 0 < FLAGS.tolerance < 1:
+    raise UserError(f'--tolerance={FLAGS.tolerance}: above 0 and below 1')
+
+
+def carry_out(kinds: list[str]) -> None:
+  """Measures, writes a card for each protocol, and tells.
+
+  Args:
+    kinds: keys of `bits.KINDS`.
+
+  Raises:
+    UserError: there is no run, or there are no such images.
+  """
+  trained, plan, _ = sampling.chosen()
+  workdir = files.at(FLAGS.workdir).expanduser()
+  folder = workdir / 'evaluations'
+  runs.usable_folder('workdir', folder)
+  config = dict(trained.config['data'])
+  if FLAGS.data_path is not None:
+    config['path'] = FLAGS.data_path
+  train, heldout = data.splits(config)
+  source = train if FLAGS.split == 'train' else heldout
+  if source is None:
+    raise UserError('the run holds no images out: give --split=train')
+  images = features.images_of(
+    source, min(FLAGS.num_images or len(source), len(source))
+  )
+  about = {
+    'data': config['name'],
+    'split': config[f'{FLAGS.split}_split'],
+    'num_images': images.count,
+    'images_sha256': features.sha256_of(images),
+  }
+  made = []
+  for kind in kinds:
+    how = bits.How(
+      kind, plan.seed, plan.grid, FLAGS.variance or _variance(trained),
+      plan.clip, FLAGS.dequantisation, FLAGS.divergence, FLAGS.tolerance,
+      FLAGS.dtype,
+    )  # fmt: skip
+    protocol = {**about, **how.protocol()}
+    subject = {
+      'workdir': str(workdir),
+      'step': trained.step,
+      'ema': trained.ema,
+      'weights_sha256': trained.weights_sha256,
+    }
+    subject_name = f'step{trained.step}' + '_raw' * (not trained.ema)
+    name = cards.name(subject_name, f'{kind}_{images.count}', protocol)
+    parts = f'{name}_{trained.weights_sha256[:8]}'
+    work = images.count * bits.work(how)
+    unit = 'images' if kind == 'bpd_ode' else 'evaluations'
+    with cli.Progress(kind, work, unit=unit) as progress:
+      found = bits.measure(
+        trained, images, how, workdir / 'likelihoods' / parts,
+        FLAGS.batch_size, progress.update,
+      )  # fmt: skip
+    details = {'images': source.description, **found.details}
+    card = cards.create(subject, protocol, found.results, details)
+    path = folder / f'{name}.json'
+    distributed.on_first(lambda path=path, card=card: _keep(path, card))
+    made.append({**card, 'path': str(path)})
+  told = [f'{bits.text(card)}\n\ncard: {card["path"]}' for card in made]
+  cli.report({'cards': made}, '\n\n'.join(told), FLAGS.json)
+  distributed.on_first(lambda: page.write(workdir, cli.say) and None)
+
+
+def _variance(trained):
+  return trained.config['sample'].get('variance', 'fixedlarge')
+
+
+def _keep(path, card):
+  details = card['details']
+  if 'rate' in details:
+    plots.rate_distortion(
+      path.with_name(f'{path.stem}_rate_distortion.png'),
+      details['rate'], details['rmse'],
+    )  # fmt: skip
+  cards.write(path, card)

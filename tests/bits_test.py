@@ -1,0 +1,205 @@
+"""Bits per dimension of a run's data: streamed, resumed, on any mesh."""
+
+import json
+
+import binaries
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from diffusion_jax import data, load
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import bits, features
+from diffusion_jax.process import flow, likelihood
+from diffusion_jax.training import sharding
+
+GRID = [999, 750, 500, 250, 100, 0, -1]
+FINE = [*range(999, -1, -45), -1]  # 23 steps
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  return tiny.trained(tmp_path_factory.mktemp('runs') / 'digits')
+
+
+@pytest.fixture(scope='module')
+def images():
+  source = data.create('digits', split='test', image_size=8, channels=1)
+  return features.images_of(source, 13)
+
+
+def loaded(run, devices=1):
+  mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+  return load(run, mesh=mesh)
+
+
+def how(kind, **changes):
+  made = bits.How(kind, 3, GRID, 'fixedlarge', True)
+  return made._replace(**changes)
+
+
+def test_the_bound_is_the_librarys_in_any_batches(run, images, tmp_path):
+  """By one call of it, and by its parts: every image, every step."""
+  trained = loaded(run)
+  done = []
+  found = bits.measure(
+    trained, images, how('bpd'), tmp_path / 'a', 5, done.append
+  )
+  (x,) = images.stream()
+  x0 = x / np.float32(127.5) - 1
+  root = jax.random.fold_in(jax.random.key(3), 2)
+  keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(13))
+  denoiser = bits._denoiser(trained, trained.params, True)
+  table = likelihood.bound(
+    denoiser, trained.schedule, GRID, x0, keys, 'fixedlarge'
+  )
+  total = np.asarray(table.total)
+  assert found.results['bpd'] == pytest.approx(total.mean(), rel=1e-5)
+  assert found.results['bpd_error'] == pytest.approx(
+    total.std(ddof=1) / 13**0.5, rel=1e-4
+  )
+  details = found.details
+  assert details['times'] == GRID[:-1]
+  np.testing.assert_allclose(
+    details['bits_of_steps'], table.bits.mean(1), rtol=1e-4
+  )
+  parts = details['prior'] + details['between'] + details['decoder']
+  assert found.results['bpd'] == pytest.approx(parts, rel=1e-5)
+  rate, rmse = likelihood.rate_distortion(table)
+  np.testing.assert_allclose(details['rate'], rate, rtol=1e-4)
+  np.testing.assert_allclose(details['rmse'], rmse, rtol=1e-4)
+  assert sum(done) == 13 * bits.work(how('bpd')) == 13 * 6
+  other = bits.measure(loaded(run, 8), images, how('bpd'), tmp_path / 'b', 64)
+  assert other.results == pytest.approx(found.results, rel=1e-5)
+
+
+def test_what_was_interrupted_goes_on(run, images, tmp_path, monkeypatch):
+  """In the second stage, after the first of three batches; one is damaged."""
+  trained, asked = loaded(run), how('bpd_fast', grid=FINE)
+  whole = bits.measure(trained, images, asked, tmp_path / 'whole', 5)
+  computed, compute = [], bits._Batches._computed
+
+  def stop(self, *arguments):
+    if len(computed) == 4:
+      raise KeyboardInterrupt
+    computed.append(arguments[1])
+    return compute(self, *arguments)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(bits._Batches, '_computed', stop)
+    with pytest.raises(KeyboardInterrupt):
+      bits.measure(trained, images, asked, tmp_path / 'part', 5)
+  paths = sorted((tmp_path / 'part').rglob('*.npz'))
+  assert len(paths) == 4
+  paths[0].write_bytes(paths[0].read_bytes()[:-30])
+  done = []
+  again = bits.measure(
+    trained, images, asked, tmp_path / 'part', 5, done.append
+  )
+  assert again == whole
+  assert sum(done) == 13 * bits.work(asked)
+  assert len(list((tmp_path / 'part').rglob('*.npz'))) == 6
+
+
+def test_the_estimate_is_of_the_bound(run, tmp_path):
+  """Of 200 images, within one and a half times its interval.
+
+  That holds for the images' spread too, of which both have the same here: a
+  wide bar. The library's tests count how often an interval holds.
+  """
+  source = data.create('digits', split='test', image_size=8, channels=1)
+  images, trained = features.images_of(source, 200), loaded(run)
+  exact, fast = (
+    bits.measure(
+      trained, images, how(kind, grid=FINE), tmp_path / kind, 100
+    ).results
+    for kind in ('bpd', 'bpd_fast')
+  )
+  assert fast['bpd_fast'] == pytest.approx(
+    exact['bpd'], abs=1.5 * fast['bpd_fast_error']
+  )
+  assert fast['bpd_fast_error'] < 0.2 * exact['bpd']
+
+
+@pytest.mark.parametrize(
+  'dtype', ['float32', pytest.param('float64', marks=pytest.mark.slow)]
+)
+def test_the_flow_is_the_librarys(run, images, tmp_path, dtype):
+  trained = loaded(run)
+  asked = how('bpd_ode', dtype=dtype, tolerance=1e-3)
+  found = bits.measure(trained, images, asked, tmp_path, 5)
+  (x,) = images.stream()
+  with jax.enable_x64(dtype == 'float64'):
+    x0, keys = bits._given(asked, jax.numpy.asarray(x), np.arange(13))
+    assert x0.dtype == dtype
+    solved = jax.jit(
+      lambda params, x0, keys: flow.dequantised(
+        bits._denoiser(trained, params, clip=False), trained.schedule, x0,
+        keys, rtol=1e-3, atol=1e-3,
+      )
+    )(trained.params, x0, keys)  # fmt: skip
+    solved = jax.device_get(solved)
+  assert found.results['bpd_ode'] == pytest.approx(solved.bits.mean(), rel=1e-3)
+  assert found.results['evaluations'] == pytest.approx(
+    solved.evaluations.mean(), rel=0.05
+  )
+  assert found.details['most_evaluations'] >= found.results['evaluations'] > 20
+
+
+def test_what_cannot_be(run, images, tmp_path):
+  trained = loaded(run)
+  with pytest.raises(UserError, match='two images or more'):
+    bits.measure(
+      trained, images._replace(count=1), how('bpd'), tmp_path / 'a', 5
+    )
+  with pytest.raises(UserError, match='the grid has 6 steps: ask for bpd'):
+    bits.measure(trained, images, how('bpd_fast'), tmp_path / 'a', 5)
+  with pytest.raises(UserError, match='dequantisation=none'):
+    bits.measure(
+      trained, images, how('bpd_ode', dequantisation='none'), tmp_path / 'a', 5
+    )
+  assert not (tmp_path / 'a').exists()
+
+
+def test_the_binary_leaves_cards_a_plot_and_a_page(run):
+  arguments = [
+    f'--workdir={run}', '--metrics=bpd,bpd_fast', '--num_images=9',
+    '--num_steps=20', '--batch_size=4',
+  ]  # fmt: skip
+  result = binaries.run('evaluate', *arguments)
+  assert result.code == 0, result.err
+  assert 'RMSE of 255' in result.out
+  assert '(95%)' in result.out
+  (card,) = (run / 'evaluations').glob('step30_bpd_9_*.json')
+  made = json.loads(card.read_text())
+  assert made['protocol']['bits'] == 'bpd'
+  assert len(made['protocol']['grid']) == 21
+  assert made['protocol']['split'] == 'test'
+  assert len(made['details']['rate']) == 20
+  plot = card.with_name(f'{card.stem}_rate_distortion.png')
+  assert Image.open(plot).size[0] > 500
+  assert 'bits/dim' in (run / 'report.html').read_text()
+  fast = list((run / 'evaluations').glob('step30_bpd_fast_9_*.json'))
+  table = binaries.run('evaluate', f'--compare={card}')
+  assert table.code == 0, table.err
+  assert f'{made["results"]["bpd"]:.4g}' in table.out
+  result = binaries.run('evaluate', f'--compare={card},{fast[0]}')
+  assert 'bits: bpd and bpd_fast' in result.message
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'must'),
+  [
+    (['--metrics=bpd,fid'], 'likelihoods are measured by themselves'),
+    (['--metrics=bpd', '--follow'], 'without --follow'),
+    (['--metrics=bpd_ode', '--tolerance=0'], '--tolerance=0.0'),
+    (['--metrics=bpd', '--num_images=1'], '--num_images=1: at least 2'),
+    (['--metrics=bpd_fast', '--num_steps=10', '--num_images=2'], 'ask for bpd'),
+    (['--metrics=bpd', '--split=test'], 'split'),
+  ],
+)
+def test_a_mistake_is_told_in_one_line(run, arguments, must):
+  result = binaries.run('evaluate', f'--workdir={run}', *arguments)
+  assert must in result.message
