@@ -9,7 +9,7 @@ import jax
 
 PACKAGES = (
   *('diffusion_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint'),
-  *('grain', 'numpy', 'libtpu'),
+  *('grain', 'numpy', 'scipy', 'diffrax', 'libtpu'),
 )
 
 

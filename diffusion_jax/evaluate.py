@@ -75,6 +75,11 @@ flags.DEFINE_list(
 )  # fmt: skip
 
 
+# Of a protocol, before its table.
+HEAD = (
+  *('data', 'split', 'num_reference', 'num_samples', 'features'),
+  *('bits', 'num_images', 'variance', 'dequantisation', 'seed'),
+)
 JUDGED = 64  # images at once: a judge's maps may be larger than the images
 
 
@@ -269,9 +274,7 @@ def _compare():
   for group in groups:
     protocol = group[0]['protocol']
     head = ', '.join(
-      f'{name} {protocol[name]}'
-      for name in ('data', 'split', 'num_reference', 'num_samples', 'features')
-      if name in protocol
+      f'{name} {protocol[name]}' for name in HEAD if name in protocol
     )
     tables.append('\n'.join([head, '', *cli.table(*cards.table(group))]))
   cli.report({'tables': groups}, '\n\n'.join(tables), FLAGS.json)

@@ -15,6 +15,7 @@ from diffusion_jax import cli, data, distributed, files, pictures, runs
 from diffusion_jax.data import Source
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import (
+  bits,
   classifier,
   features,
   frechet,
@@ -32,7 +33,10 @@ flags.DEFINE_list(
   'metrics', [],
   'With commas: '
   + '; '.join(f'{name}, {what}' for name, what in measure.METRICS.items())
-  + '. By default fid, of a run copies, by a classifier classes.',
+  + '. By default fid, of a run copies, by a classifier classes. Of a run, by '
+  'themselves: '
+  + '; '.join(f'{name}, {what}' for name, what in bits.KINDS.items())
+  + '.',
 )  # fmt: skip
 flags.DEFINE_string(
   'features', None,
@@ -124,9 +128,8 @@ def check_flags() -> None:
       raise UserError(f'--{flag}={FLAGS[flag].value}: below 2**32')
   for metric in FLAGS.metrics:
     if metric not in measure.METRICS:
-      raise UserError(
-        f'--metrics={metric} is not known: use {", ".join(measure.METRICS)}'
-      )
+      known = ', '.join([*measure.METRICS, *bits.KINDS])
+      raise UserError(f'--metrics={metric} is not known: use {known}')
   runs.usable_folder('cache', cache())
   if FLAGS.write_statistics:
     runs.usable_file('write_statistics', FLAGS.write_statistics)

@@ -5,12 +5,21 @@
 
 from absl import flags
 
-from diffusion_jax import cli, data, distributed, files, runs, sampling
+from diffusion_jax import (
+  cli,
+  data,
+  distributed,
+  files,
+  judging,
+  runs,
+  sampling,
+)
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import bits, cards, features, page, plots
 from diffusion_jax.process import flow
 
 FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(judging)
 flags.DEFINE_enum(
   'split', 'heldout', ['heldout', 'train'],
   'Bits per dimension: of which images of the run.',
@@ -35,6 +44,11 @@ flags.DEFINE_enum(
 def check_flags() -> None:
   """Raises UserError for numbers out of range."""
   cli.at_least(num_images=2)
+  for flag in ('num_samples', 'reference', 'eta', 'rounding', 'features'):
+    if FLAGS[flag].present:
+      raise UserError(
+        f'--{flag} has no part in likelihoods, which draw nothing: leave it out'
+      )
   if not 0 < FLAGS.tolerance < 1:
     raise UserError(f'--tolerance={FLAGS.tolerance}: above 0 and below 1')
 
@@ -51,11 +65,16 @@ def carry_out(kinds: list[str]) -> None:
   trained, plan, _ = sampling.chosen()
   workdir = files.at(FLAGS.workdir).expanduser()
   folder = workdir / 'evaluations'
-  runs.usable_folder('workdir', folder)
+  for part in (folder, workdir / 'likelihoods'):
+    runs.usable_folder('workdir', part)
   config = dict(trained.config['data'])
   if FLAGS.data_path is not None:
     config['path'] = FLAGS.data_path
-  train, heldout = data.splits(config)
+  try:
+    train, heldout = data.splits(config)
+  except UserError as e:
+    moved = ' (--data_path says where the data lie now)'
+    raise UserError(f'{e}{moved}') from e
   source = train if FLAGS.split == 'train' else heldout
   if source is None:
     raise UserError('the run holds no images out: give --split=train')
@@ -68,13 +87,17 @@ def carry_out(kinds: list[str]) -> None:
     'num_images': images.count,
     'images_sha256': features.sha256_of(images),
   }
-  made = []
-  for kind in kinds:
+  made, hows = [], []
+  for kind in dict.fromkeys(kinds):
     how = bits.How(
       kind, plan.seed, plan.grid, FLAGS.variance or _variance(trained),
       plan.clip, FLAGS.dequantisation, FLAGS.divergence, FLAGS.tolerance,
-      FLAGS.dtype,
+      FLAGS.dtype if kind == 'bpd_ode' else 'float32',
     )  # fmt: skip
+    bits.check(how, trained.schedule, trained.image_shape)
+    hows.append(how)
+  for how in hows:
+    kind = how.kind
     protocol = {**about, **how.protocol()}
     subject = {
       'workdir': str(workdir),

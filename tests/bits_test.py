@@ -1,5 +1,6 @@
 """Bits per dimension of a run's data: streamed, resumed, on any mesh."""
 
+import dataclasses
 import json
 
 import binaries
@@ -132,8 +133,11 @@ def test_the_flow_is_the_librarys(run, images, tmp_path, dtype):
   found = bits.measure(trained, images, asked, tmp_path, 5)
   (x,) = images.stream()
   with jax.enable_x64(dtype == 'float64'):
-    x0, keys = bits._given(asked, jax.numpy.asarray(x), np.arange(13))
-    assert x0.dtype == dtype
+    x0 = jax.numpy.asarray(x, dtype) / 127.5 - 1
+    root = jax.random.fold_in(jax.random.key(3), 2)
+    keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(
+      np.arange(13, dtype=np.uint32)
+    )
     solved = jax.jit(
       lambda params, x0, keys: flow.dequantised(
         bits._denoiser(trained, params, clip=False), trained.schedule, x0,
@@ -160,7 +164,20 @@ def test_what_cannot_be(run, images, tmp_path):
     bits.measure(
       trained, images, how('bpd_ode', dequantisation='none'), tmp_path / 'a', 5
     )
+  exact = how('bpd_ode', divergence='exact')
+  with pytest.raises(UserError, match='at most 1024 dimensions'):
+    bits.check(exact, trained.schedule, (32, 32, 3))
+  bits.check(exact, trained.schedule, (8, 8, 1))
   assert not (tmp_path / 'a').exists()
+
+
+def test_what_is_not_finite_is_refused_and_not_kept(run, images, tmp_path):
+  trained = loaded(run)
+  params = jax.tree.map(lambda x: x * np.nan, trained.params)
+  sick = dataclasses.replace(trained, params=params)
+  with pytest.raises(UserError, match='images 0 to 4 have no finite'):
+    bits.measure(sick, images, how('bpd'), tmp_path, 5)
+  assert not list(tmp_path.rglob('*.npz'))
 
 
 def test_the_binary_leaves_cards_a_plot_and_a_page(run):
@@ -198,8 +215,13 @@ def test_the_binary_leaves_cards_a_plot_and_a_page(run):
     (['--metrics=bpd', '--num_images=1'], '--num_images=1: at least 2'),
     (['--metrics=bpd_fast', '--num_steps=10', '--num_images=2'], 'ask for bpd'),
     (['--metrics=bpd', '--split=test'], 'split'),
+    (['--metrics=bpd,bpd_fast', '--num_steps=10'], 'ask for bpd'),
+    (['--metrics=bpd', '--num_samples=10'], '--num_samples has no part'),
+    (['--metrics=bpd_fst'], 'bpd_fast, bpd_ode'),
   ],
 )
 def test_a_mistake_is_told_in_one_line(run, arguments, must):
+  before = sorted(map(str, run.rglob('*')))
   result = binaries.run('evaluate', f'--workdir={run}', *arguments)
   assert must in result.message
+  assert sorted(map(str, run.rglob('*'))) == before

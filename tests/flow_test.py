@@ -247,7 +247,7 @@ def test_the_first_noised_step_as_a_latent(x64):
   )  # fmt: skip
   got = run(jnp.asarray(x0)[:, None], keys)
   eps = jax.vmap(
-    lambda key: jax.random.normal(jax.random.fold_in(key, 1), (1,), jnp.float64)
+    lambda key: jax.random.normal(jax.random.fold_in(key, 1), (1,), jnp.float32)
   )(keys)[:, 0]
   x = alpha * x0 + np.sqrt(sigma2) * np.asarray(eps)
   nats = np.log(density_of_one(x)) + decoder(x0, x)

@@ -501,3 +501,21 @@ def test_caveats_stand_below_their_table(full):
   put(full, card(details__caveats=[1]))
   _, problems = written(full)
   assert problems
+
+
+def test_a_card_of_likelihoods_hides_no_curve(full):
+  put(full, card(30, results__frechet=0.5), name='card30')
+  made = card(31)
+  made['subject'] = {'workdir': 'runs/x', 'step': 31, 'ema': True}
+  made['protocol'] = {
+    'data': 'digits', 'split': 'test', 'num_images': 359, 'bits': 'bpd',
+    'grid': list(range(999, -2, -1)),
+  }  # fmt: skip
+  made |= {'results': {'bpd': 4.5, 'bpd_error': 0.02}, 'details': {}}
+  put(full, made, name='bits')
+  page_, problems = written(full)
+  assert not problems
+  assert 'Fréchet by step' in page_.text
+  assert '359 images of digits, test: the variational bound' in page_.text
+  assert '999 998 997 ..' in page_.text
+  assert 'unknown' not in page_.text

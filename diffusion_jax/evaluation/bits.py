@@ -8,6 +8,7 @@ was interrupted goes on; an image's noise depends on the seed and its number.
 """
 
 import hashlib
+import math
 import tokenize
 import zipfile
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from diffusion_jax.evaluation import features
 from diffusion_jax.evaluation.features import Images
 from diffusion_jax.process import flow, likelihood
 from diffusion_jax.process.gaussian import Denoised
+from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.trained import Trained
 from diffusion_jax.training import sharding
 
@@ -33,7 +35,9 @@ KINDS = {
 }
 DEQUANTISATIONS = ('uniform', 'variational')
 EVALUATIONS = 10  # of an image, for bpd_fast
+VERSION = 'v1'  # of what is kept; another where numbers change
 CHUNK = 50  # steps between two reports of progress
+MOST_EXACT = 1024  # dimensions
 DECODED = 10  # rows of a rate-distortion table
 
 # What a file that is damaged, or not there, raises.
@@ -73,8 +77,10 @@ class How(NamedTuple):
     told = {'bits': self.kind, 'seed': self.seed}
     if self.kind == 'bpd_ode':
       names = ('dequantisation', 'divergence', 'tolerance', 'dtype')
+      told |= {'solver': 'Tsit5', 'starts_at': 0}
     else:
       names = ('grid', 'variance', 'clip')
+    if self.kind != 'bpd_ode' or self.dequantisation == 'variational':
       told['decoder'] = 'Gaussian in 256 bins, tanh approximation'
     if self.kind == 'bpd_fast':
       told['evaluations'] = EVALUATIONS
@@ -91,6 +97,36 @@ class Found(NamedTuple):
 
   results: dict
   details: dict
+
+
+def check(how: How, schedule: Schedule, image_shape) -> None:
+  """Finds out beforehand what cannot be measured.
+
+  Args:
+    how: the protocol.
+    schedule: of the run.
+    image_shape: (H, W, C).
+
+  Raises:
+    UserError: an option or a grid that this protocol cannot have.
+  """
+  if how.kind != 'bpd_ode':
+    steps = len(likelihood.prepare(schedule, how.grid, how.variance).t)
+    if how.kind == 'bpd_fast' and steps <= EVALUATIONS:
+      raise UserError(
+        f'bpd_fast takes {EVALUATIONS} evaluations an image and the grid has '
+        f'{steps} steps: ask for bpd'
+      )
+  elif how.dequantisation not in DEQUANTISATIONS:
+    raise UserError(
+      f'dequantisation={how.dequantisation}: one of '
+      f'{", ".join(DEQUANTISATIONS)}'
+    )
+  elif how.divergence == 'exact' and math.prod(image_shape) > MOST_EXACT:
+    raise UserError(
+      f'divergence=exact is for at most {MOST_EXACT} dimensions, not '
+      f'{math.prod(image_shape)}: use rademacher'
+    )
 
 
 def work(how: How) -> int:
@@ -130,6 +166,7 @@ def measure(
   """
   if images.count < 2:
     raise UserError(f'{images.description}: an error takes two images or more')
+  check(how, trained.schedule, trained.image_shape)
   batches = _Batches(trained, images, how, folder, batch_size, on_work)
   return {'bpd': _bound, 'bpd_fast': _fast, 'bpd_ode': _flow}[how.kind](
     batches, how
@@ -160,7 +197,7 @@ class _Batches(NamedTuple):
     parts = mesh.shape['data'] * mesh.shape['fsdp']
     batch = min(self.batch_size, self.images.count)
     size = -(-batch // parts) * parts
-    place = files.at(self.folder) / f'{name}_{size}'
+    place = files.at(self.folder) / f'{name}_{size}_{VERSION}'
     found, first = [], 0
     for images in features.blocks(self.images.stream(), size):
       numbers = np.arange(first, first + len(images))
@@ -189,7 +226,18 @@ class _Batches(NamedTuple):
       *sharding.put_batch(given, self.trained.mesh),
       lambda done: self.on_work(done * count),
     )
-    return {key: np.asarray(x)[..., :count] for key, x in found.items()}
+    found = {key: np.asarray(x)[..., :count] for key, x in found.items()}
+    for x in found.values():
+      if not np.isfinite(x).all():
+        raise UserError(
+          f'images {numbers[0]} to {numbers[-1]} have no finite likelihood: '
+          + (
+            'give the solver a larger --tolerance'
+            if self.how.kind == 'bpd_ode'
+            else 'was the training healthy? --clip may help'
+          )
+        )
+    return found
 
 
 def _read(path) -> dict[str, np.ndarray] | None:
@@ -254,19 +302,20 @@ def _bound(batches, how) -> Found:
 
   table = likelihood.Table(**batches.each('bound', compute, count))
   total = np.asarray(table.total, np.float64)
-  rate, rmse = jax.device_get(likelihood.rate_distortion(table))
-  parts = {
-    'prior': table.prior.mean(),
-    'between': table.bits[:-1].sum(0).mean(),
-    'decoder': table.bits[-1].mean(),
-  }
+  # A rate is linear in the bits, so that of the mean image is the mean rate.
+  mean = likelihood.Table(
+    *(np.mean(part, axis=-1, keepdims=True, dtype=np.float64) for part in table)
+  )
+  rate, rmse = jax.device_get(likelihood.rate_distortion(mean))
   return Found(
     {'bpd': total.mean(), 'bpd_error': _error(total)},
     {
-      **{name: float(value) for name, value in parts.items()},
+      'prior': float(mean.prior[0]),
+      'between': float(mean.bits[:-1].sum()),
+      'decoder': float(mean.bits[-1, 0]),
       'evaluations': count,
       'times': [float(t) for t in steps.t],
-      'bits_of_steps': table.bits.mean(1).tolist(),
+      'bits_of_steps': mean.bits[:, 0].tolist(),
       'rate': rate.tolist(),
       'rmse': rmse.tolist(),
     },
@@ -280,11 +329,6 @@ def _error(values):
 def _fast(batches, how) -> Found:
   trained = batches.trained
   steps = likelihood.prepare(trained.schedule, how.grid, how.variance)
-  if len(steps.t) <= EVALUATIONS:
-    raise UserError(
-      f'bpd_fast takes {EVALUATIONS} evaluations an image and the grid has '
-      f'{len(steps.t)} steps: ask for bpd'
-    )
 
   @jax.jit
   def pilot(params, images, numbers):
@@ -328,10 +372,6 @@ def _fast(batches, how) -> Found:
 def _flow(batches, how) -> Found:
   trained = batches.trained
   bits_of = {'uniform': flow.dequantised, 'variational': flow.variational}
-  if how.dequantisation not in bits_of:
-    raise UserError(
-      f'dequantisation={how.dequantisation}: one of {", ".join(bits_of)}'
-    )
 
   @jax.jit
   def solve(params, images, numbers):
@@ -349,11 +389,6 @@ def _flow(batches, how) -> Found:
 
   found = batches.each('flow', compute, 1)
   bits = np.asarray(found['bits'], np.float64)
-  if lost := int(np.isnan(bits).sum()):
-    raise UserError(
-      f'the solver gave up on {lost} of {len(bits)} images: give a larger '
-      '--tolerance, or float64'
-    )
   return Found(
     {
       'bpd_ode': bits.mean(),

@@ -296,7 +296,9 @@ def table(cards: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
   """
   names = columns(cards)
   who = [_who(card['subject']) for card in cards]
-  always = ('run', 'step', 'weights', 'sampler', 'evaluations')
+  always = ('run', 'step', 'weights')
+  if any('sampler' in card['subject'] for card in cards):
+    always = (*always, 'sampler', 'evaluations')
   subjects = [
     field
     for field in dict.fromkeys(f for told in who for f in told)
@@ -327,9 +329,14 @@ def _who(subject):
   for name, value in subject.items():
     if name not in ('workdir', 'ema', 'weights_sha256', *told):
       if isinstance(value, list) and all(map(is_number, value)):  # the grid
-        value = ' '.join(f'{x:.4g}' for x in value[:3]) + ' ..'
+        value = brief(value)
       told[name] = value
   return {name: str(value) for name, value in told.items()}
+
+
+def brief(grid) -> str:
+  """The first times of a grid."""
+  return ' '.join(f'{x:.4g}' for x in grid[:3]) + ' ..'
 
 
 def number(value) -> str:

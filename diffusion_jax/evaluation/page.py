@@ -293,9 +293,10 @@ def _drawing(subject: dict, short: bool = False) -> str:
   how = _how(subject)
   steps = how.pop('steps', '?')
   evaluations = how.pop('evaluations', steps)
+  if 'sampler' not in subject:
+    return f'at step {subject["step"]:,}'
   if short:
-    sampler = how.get('sampler', 'sampler unknown')
-    return f'at step {subject["step"]:,}, {sampler} {evaluations}'
+    return f'at step {subject["step"]:,}, {how["sampler"]} {evaluations}'
   told = [f'Step {subject["step"]:,}', how.pop('sampler', 'sampler unknown')]
   told += [f'{evaluations} evaluations']
   return ', '.join([*told, *(f'{key} {x}' for key, x in how.items())])
@@ -379,6 +380,8 @@ def _protocol(protocol: dict) -> list[tuple[str, str, str]]:
     name = key.removeprefix('num_').replace('_', ' ')
     if key.endswith('_sha256') and isinstance(x, str):
       shown.append((name, x[:8], x))
+    elif key == 'grid':
+      shown.append((name, cards.brief(x), value(x)))
     elif key not in TITLE:
       text = value(x) if isinstance(x, list | bool) else number(x)
       shown.append((LABELS.get(key, name), text, ''))
@@ -473,6 +476,9 @@ def _curve(found) -> tuple[str, str, list]:
     subject = {k: v for k, v in card['subject'].items() if k not in own}
     return json.dumps([card['protocol'], subject], sort_keys=True)
 
+  found = [
+    card for card in found if set(cards.DISTANCES) & set(card['results'])
+  ]
   alike = [card for card in found if how(card) == how(found[-1])]
   names = [n for n in cards.DISTANCES if alike and n in alike[-1]['results']]
   if not names or len({card['subject']['step'] for card in alike}) < 2:

@@ -66,10 +66,18 @@ def _norm(error):
 
 
 def _draw(keys, label, like, sample=jax.random.normal):
+  """Drawn in float32, so that float64 has the same noise."""
+
   def one(key):
-    return sample(jax.random.fold_in(key, label), like.shape[1:], like.dtype)
+    key = jax.random.fold_in(key, label)
+    return sample(key, like.shape[1:], jnp.float32).astype(like.dtype)
 
   return jax.vmap(one)(keys)
+
+
+def _signs(key, shape, dtype):
+  # jax.random.rademacher takes other bits where float64 is switched on.
+  return jnp.sign(jax.random.uniform(key, shape, dtype, -1.0, 1.0) + 1e-9)
 
 
 def _log_normal(x):
@@ -115,9 +123,7 @@ def density(
   last = schedule.num_timesteps - 1
   log_alpha_bar, sigma2 = schedule.host(np.array([0, last]))
   start, end = jnp.asarray(0.5 * (np.log(sigma2) - log_alpha_bar), x.dtype)
-  sample = {'rademacher': jax.random.rademacher}.get(
-    divergence, jax.random.normal
-  )
+  sample = {'rademacher': _signs}.get(divergence, jax.random.normal)
   probes = _draw(keys, 0, x, sample)
 
   def solve_one(x, probe):
