@@ -226,7 +226,9 @@ def test_two_processes_sample_and_judge_as_one(both, tmp_path):
     == 2
   )
 
-  flags = [f'--workdir={both[0]}', *how, '--features=pixels']
+  flags = [
+    f'--workdir={both[0]}', *how, '--features=pixels', '--rounding=round'
+  ]  # fmt: skip
   results = binaries.run_several(
     'evaluate', *flags, f'--output={tmp_path / "together"}'
   )

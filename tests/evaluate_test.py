@@ -67,7 +67,7 @@ def test_the_distance_is_numpys_and_scipys(run, card):
   rounding, a few 1e-7; the matrix root is SciPy's, on the units that are ever
   active (the root of a singular matrix is no test of anything).
   """
-  (folder,) = (run / 'samples').glob('step30_ddim3*')
+  folder = run / 'samples' / 'step30_ddim3_seed0_float'
   judge = classifier.load(judge_of(run), (8, 8, 1))
 
   def features(images):
@@ -290,7 +290,7 @@ def test_inception_judges_a_run_by_any_rounding(run, tmp_path):
       card['results']['fid_64'],
       {path.name for path in (run / 'samples').rglob('features/*/*/*.npy')},
     )
-  (folder,) = (run / 'samples').glob('step30_ddim3*_float')
+  folder = run / 'samples' / 'step30_ddim3_seed0_float'
   unrounded = store.load(folder, 20)
   assert unrounded.dtype == np.float32
   for rounding, images in (
