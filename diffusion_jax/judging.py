@@ -372,7 +372,7 @@ def _is_inception(name) -> bool:
       zipfile.ZipFile(file) as archive,
     ):
       return f'{classifier.FACTS}.npy' not in archive.namelist()
-  except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+  except (OSError, zipfile.BadZipFile, ValueError):
     return False
 
 

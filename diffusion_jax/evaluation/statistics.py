@@ -34,7 +34,7 @@ def is_file(path, alone: bool = False) -> bool:
   try:
     with path.open('rb') as file, zipfile.ZipFile(file) as archive:
       names = set(archive.namelist())
-  except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+  except (OSError, zipfile.BadZipFile, ValueError):
     return False
   has_images = 'arr_0.npy' in names
   return {'mu.npy', 'sigma.npy'} <= names and not (alone and has_images)
