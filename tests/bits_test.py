@@ -104,6 +104,7 @@ def test_what_was_interrupted_goes_on(run, images, tmp_path, monkeypatch):
   assert len(list((tmp_path / 'part').rglob('*.npz'))) == 6
 
 
+@pytest.mark.slow
 def test_the_estimate_is_of_the_bound(run, tmp_path):
   """Of 200 images, within one and a half times its interval.
 

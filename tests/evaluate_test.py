@@ -264,6 +264,7 @@ def test_mistakes_are_answered_before_anything_is_drawn(run, arguments, must):
   assert sorted(map(str, run.rglob('*'))) == before
 
 
+@pytest.mark.slow
 def test_inception_judges_a_run_by_any_rounding(run, tmp_path):
   """Random weights, up to the first tap, against 20 digits in a file.
 
