@@ -30,7 +30,6 @@ from absl import flags
 
 from diffusion_jax import (
   cli,
-  data,
   distributed,
   files,
   judging,
@@ -102,9 +101,10 @@ def main():
         f'--metrics={",".join(FLAGS.metrics)}: likelihoods are measured by '
         f'themselves; ask for {",".join(kinds)} alone, without --follow'
       )
-    likelihoods.check_flags()
+    likelihoods.check_flags(kinds)
     likelihoods.carry_out(kinds)
     return
+  likelihoods.check_absent()
   judging.check_flags()
   if FLAGS.follow:
     _follow()
@@ -187,19 +187,13 @@ def _dtype() -> str:
 
 def _task(workdir, trained) -> judging.Task:
   """What samples of any step are judged by: checked before any is drawn."""
-  config, shape = dict(trained.config['data']), trained.image_shape
-  if FLAGS.data_path is not None:
-    config['path'] = FLAGS.data_path
+  config, shape = trained.config['data'], trained.image_shape
   heldout = None
   if FLAGS.reference:
     source = judging.open_set('reference', shape[0], shape[2])
     about = {'data': 'images' if source else 'statistics'}
   else:
-    try:
-      source, heldout = data.splits(config)
-    except UserError as e:
-      moved = ' (--data_path says where the data lie now)'
-      raise UserError(f'{e}{moved}') from e
+    source, heldout = judging.splits_of(trained.config)
     about = {
       'data': config['name'],
       'split': config['train_split'],

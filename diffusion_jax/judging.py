@@ -127,6 +127,11 @@ def check_flags() -> None:
     if (FLAGS[flag].value or 0) >= 2**32:
       raise UserError(f'--{flag}={FLAGS[flag].value}: below 2**32')
   for metric in FLAGS.metrics:
+    if metric in bits.KINDS:
+      raise UserError(
+        f'--metrics={metric} is of a trained network: use evaluate, with '
+        '--workdir'
+      )
     if metric not in measure.METRICS:
       known = ', '.join([*measure.METRICS, *bits.KINDS])
       raise UserError(f'--metrics={metric} is not known: use {known}')
@@ -162,6 +167,23 @@ def download() -> None:
 # --- what is compared --------------------------------------------------------
 
 
+def splits_of(config: dict) -> tuple[Source, Source | None]:
+  """A run's training and held-out images, where --data_path has them.
+
+  Args:
+    config: the run's.
+
+  Raises:
+    UserError: they cannot be read.
+  """
+  moved = {} if FLAGS.data_path is None else {'path': FLAGS.data_path}
+  try:
+    return data.splits({**config['data'], **moved})
+  except UserError as e:
+    told = ' (--data_path says where the data lie now)'
+    raise UserError(f'{e}{told}') from e
+
+
 def open_set(
   flag: str, image_size: int | None = None, channels: int | None = None
 ) -> Source | None:
@@ -176,8 +198,7 @@ def open_set(
     UserError: there is no such set.
   """
   text = FLAGS[flag].value
-  wanted = set(FLAGS.metrics) - {*measure.OF_STATISTICS, 'is'}
-  if statistics.is_file(text, alone=bool(wanted)):
+  if statistics.is_file(text, alone=_takes_images(FLAGS.metrics)):
     return None
   return data.open_set(
     text, path=FLAGS.data_path or '', image_size=image_size, channels=channels
@@ -265,15 +286,15 @@ def carry_out(
   Returns:
     what was measured; its details tell the reference too.
   """
-  reference, there = task.reference, {}
+  reference, there, known = task.reference, {}, None
   if isinstance(reference, Images):
     digest = task.protocol['reference_sha256']
     there = statistics.paths(cache(), task.judge, digest)
-    if not set(task.metrics) - {*measure.OF_STATISTICS, 'is'}:
-      known = statistics.kept(there)
-      # A folder that only some hosts see would part their ways.
-      if all(distributed.gather(known is not None)):
-        reference = known
+    known = statistics.kept(there)
+    # A folder that only some hosts see would part their ways.
+    is_known = all(distributed.gather(known is not None))
+    if is_known and not _takes_images(task.metrics):
+      reference = known
   sets = (samples, reference, task.heldout)
   total = sum(one.count for one in sets if isinstance(one, Images))
   with cli.Progress('judging', total, unit='images') as progress:
@@ -285,7 +306,7 @@ def carry_out(
     )  # fmt: skip
 
   def keep():
-    if isinstance(reference, Images):
+    if known is None:
       for tap, path in there.items():
         frechet.write(path, measured.statistics[tap])
     if FLAGS.write_statistics:
@@ -294,6 +315,11 @@ def carry_out(
   distributed.on_first(keep)
   about = task.source.description if task.source else FLAGS.reference
   return measured._replace(details={'reference': about, **measured.details})
+
+
+def _takes_images(metrics) -> bool:
+  """Whether they take the reference's images; statistics are not enough."""
+  return bool(set(metrics) - {*measure.OF_STATISTICS, 'is'})
 
 
 def draw_neighbours(path, measured, sample_fn, source: Source) -> None:

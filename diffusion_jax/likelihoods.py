@@ -7,7 +7,6 @@ from absl import flags
 
 from diffusion_jax import (
   cli,
-  data,
   distributed,
   files,
   judging,
@@ -35,22 +34,47 @@ flags.DEFINE_enum(
   'divergence', 'rademacher', flow.DIVERGENCES,
   "bpd_ode: probes of Hutchinson's estimator; exact is for few dimensions.",
 )  # fmt: skip
-flags.DEFINE_float('tolerance', 1e-5, "bpd_ode: the solver's.")
+flags.DEFINE_float(
+  'tolerance', 1e-5, 'bpd_ode: of the solver, relative and absolute.'
+)
 flags.DEFINE_enum(
   'dtype', 'float32', ['float32', 'float64'], "bpd_ode: the solver's numbers."
 )
 
 
-def check_flags() -> None:
-  """Raises UserError for numbers out of range."""
+# Of which kind a flag is; the others are no part of likelihoods.
+OF_BOUNDS = ('num_steps', 'grid', 'variance', 'clip')
+OF_FLOW = ('dequantisation', 'divergence', 'tolerance', 'dtype')
+OF_SAMPLES = (
+  *('num_samples', 'sampler', 'eta', 'rounding', 'reference', 'features'),
+  *('output', 'write_statistics'),
+)
+
+
+def check_flags(kinds: list[str]) -> None:
+  """Raises UserError for flags out of range, or of something else.
+
+  Args:
+    kinds: keys of `bits.KINDS`.
+  """
+  idle = list(OF_SAMPLES)
+  idle += OF_BOUNDS if set(kinds) == {'bpd_ode'} else ()
+  idle += OF_FLOW if 'bpd_ode' not in kinds else ()
+  _refuse(idle, ','.join(kinds))
   cli.at_least(num_images=2)
-  for flag in ('num_samples', 'reference', 'eta', 'rounding', 'features'):
-    if FLAGS[flag].present:
-      raise UserError(
-        f'--{flag} has no part in likelihoods, which draw nothing: leave it out'
-      )
   if not 0 < FLAGS.tolerance < 1:
     raise UserError(f'--tolerance={FLAGS.tolerance}: above 0 and below 1')
+
+
+def check_absent() -> None:
+  """Raises UserError for flags that only likelihoods heed."""
+  _refuse(('split', 'num_images', *OF_FLOW), 'distances between samples')
+
+
+def _refuse(names, what):
+  for name in names:
+    if FLAGS[name].present:
+      raise UserError(f'--{name} has no part in {what}: leave it out')
 
 
 def carry_out(kinds: list[str]) -> None:
@@ -67,14 +91,8 @@ def carry_out(kinds: list[str]) -> None:
   folder = workdir / 'evaluations'
   for part in (folder, workdir / 'likelihoods'):
     runs.usable_folder('workdir', part)
-  config = dict(trained.config['data'])
-  if FLAGS.data_path is not None:
-    config['path'] = FLAGS.data_path
-  try:
-    train, heldout = data.splits(config)
-  except UserError as e:
-    moved = ' (--data_path says where the data lie now)'
-    raise UserError(f'{e}{moved}') from e
+  config = trained.config['data']
+  train, heldout = judging.splits_of(trained.config)
   source = train if FLAGS.split == 'train' else heldout
   if source is None:
     raise UserError('the run holds no images out: give --split=train')
@@ -87,15 +105,10 @@ def carry_out(kinds: list[str]) -> None:
     'num_images': images.count,
     'images_sha256': features.sha256_of(images),
   }
-  made, hows = [], []
-  for kind in dict.fromkeys(kinds):
-    how = bits.How(
-      kind, plan.seed, plan.grid, FLAGS.variance or _variance(trained),
-      plan.clip, FLAGS.dequantisation, FLAGS.divergence, FLAGS.tolerance,
-      FLAGS.dtype if kind == 'bpd_ode' else 'float32',
-    )  # fmt: skip
+  hows = [_how(kind, trained, plan) for kind in dict.fromkeys(kinds)]
+  for how in hows:
     bits.check(how, trained.schedule, trained.image_shape)
-    hows.append(how)
+  made = []
   for how in hows:
     kind = how.kind
     protocol = {**about, **how.protocol()}
@@ -125,8 +138,20 @@ def carry_out(kinds: list[str]) -> None:
   distributed.on_first(lambda: page.write(workdir, cli.say) and None)
 
 
-def _variance(trained):
-  return trained.config['sample'].get('variance', 'fixedlarge')
+def _how(kind, trained, plan) -> bits.How:
+  """As the flags say."""
+  variance = FLAGS.variance or trained.config['sample'].get('variance')
+  return bits.How(
+    kind=kind,
+    seed=plan.seed,
+    grid=plan.grid,
+    variance=variance or 'fixedlarge',
+    clip=plan.clip,
+    dequantisation=FLAGS.dequantisation,
+    divergence=FLAGS.divergence,
+    tolerance=FLAGS.tolerance,
+    dtype=FLAGS.dtype if kind == 'bpd_ode' else 'float32',
+  )
 
 
 def _keep(path, card):

@@ -34,7 +34,8 @@ flags.DEFINE_string(
 flags.DEFINE_float('eta', None, 'ddim: noise, from 0 (none, the default) to 1.')
 flags.DEFINE_string(
   'variance', None,
-  "ancestral: fixedlarge or fixedsmall; the config's by default.",
+  'Of the reverse process (ancestral): fixedlarge or fixedsmall; by default '
+  "the config's.",
 )  # fmt: skip
 flags.DEFINE_bool('clip', True, 'Clip the estimate of x0 in every step.')
 flags.DEFINE_bool('ema', True, 'Averaged weights, or the raw ones.')

@@ -62,6 +62,7 @@ PUBLIC = {
   ),
   'evaluation.precision': 'Precision precision_recall radii caveats',
   'evaluation.neighbours': 'Nearest update share_nearer',
+  'evaluation.looks': 'Looker Seen',
   'evaluation.measure': 'measure check protocol_of Options Measured',
   'evaluation.cards': 'create compare',
   'evaluation.statistics': 'read is_file',

@@ -219,6 +219,10 @@ def test_a_damaged_file_of_the_cache_is_written_anew(there):
   again = card_of(there, *how, cache='hurt')
   assert again['results'] == first['results']
   assert len(path.read_bytes()) == len(content)
+  # Those that are there are not written again, whatever takes the images.
+  before = path.stat().st_mtime_ns
+  card_of(there, *how, '--metrics=fid,kid', cache='hurt')
+  assert path.stat().st_mtime_ns == before
 
 
 def test_people_read_it(there):
@@ -284,6 +288,10 @@ def test_people_read_it(there):
        '--kid_subsets=1'], '--kid_subsets=1: at least 2',
     ),
     (['--samples={there}/a', '--workdir=x'], 'workdir'),
+    (
+      ['--samples={there}/a', '--reference={there}/b', '--metrics=bpd'],
+      '--metrics=bpd is of a trained network: use evaluate',
+    ),
     (
       ['--samples={there}/a', '--reference={there}/b', *PIXELS,
        '--metrics=pr', '--pr_k=60'], 'take 61 images',

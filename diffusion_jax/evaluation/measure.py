@@ -1,4 +1,4 @@
-"""What samples are worth: one pass each of samples, training and held-out."""
+"""What samples are worth: metrics of what one pass each has seen."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,15 +9,16 @@ from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import (
-  features,
   frechet,
   inception_score,
   kid,
+  looks,
   neighbours,
   precision,
 )
 from diffusion_jax.evaluation.features import Images, Judge
 from diffusion_jax.evaluation.frechet import Gaussian, Moments
+from diffusion_jax.evaluation.looks import Looker
 from diffusion_jax.evaluation.neighbours import Nearest
 from diffusion_jax.evaluation.statistics import Statistics
 
@@ -33,11 +34,8 @@ METRICS = {
 # Those that statistics of a set will do for.
 OF_STATISTICS = ('fid', 'sfid')
 
-QUERIES = 10_000  # of at most so many images the nearest ones are found
-COMPARED = 50_000  # at most so many of a set go into KID, precision and recall
 KID_SEED = 2020  # torch-fidelity's
 NEAR = 0.05  # the share of held-out images that counts as near
-CONFIDENT = 0.8
 
 
 class Options(NamedTuple):
@@ -70,8 +68,7 @@ class Measured(NamedTuple):
   Attributes:
     results: name -> number.
     details: name -> what is no single number.
-    searched: [Q], the samples whose nearest images were asked for, at most
-      QUERIES.
+    searched: [Q], the samples whose nearest images were asked for.
     nearest: of those; None where not asked for.
     nearer: [Q], see `neighbours.share_nearer`; None without held-out images.
     statistics: of the reference, by tap.
@@ -83,28 +80,6 @@ class Measured(NamedTuple):
   nearest: Nearest | None
   nearer: np.ndarray | None
   statistics: Statistics
-
-
-class Seen(NamedTuple):
-  """What one pass over a set of images has left.
-
-  Attributes:
-    moments: tap -> of all images, or the statistics that were given.
-    first_moments: tap -> of the first images only, as many as asked for.
-    chosen: name -> [n, D], the main features of chosen images.
-    hashes: of each image.
-    classes: int64 [K], how many images are taken for each class, or None.
-    confident: how many of them with a probability above 0.8.
-    sums: of the Inception Score, or None.
-  """
-
-  moments: dict[str, Moments | Gaussian]
-  first_moments: dict[str, Moments]
-  chosen: dict[str, np.ndarray]
-  hashes: list[int]
-  classes: np.ndarray | None
-  confident: int
-  sums: inception_score.Sums | None
 
 
 def check(
@@ -194,11 +169,11 @@ def protocol_of(judge: Judge, metrics: Sequence[str], options: Options) -> dict:
     if name.split('_')[0] in metrics:
       told[name] = value
   if {'kid', 'pr'} & set(metrics):
-    told['num_compared'] = COMPARED
+    told['num_compared'] = looks.COMPARED
   if 'pr' in metrics:
     told['density_k'] = precision.DENSITY_K
   if 'copies' in metrics:
-    told['num_searched'] = QUERIES
+    told['num_searched'] = looks.QUERIES
   return told
 
 
@@ -238,7 +213,10 @@ def measure(
     num_reference: how many images the statistics are of, where that is known.
     on_images: called with the number of images after each block.
   """
-  look = _Looker(judge, metrics, options, batch_size, mesh, cache, on_images)
+  look = Looker(
+    judge, metrics, options.is_splits, options.is_seed, batch_size, mesh, cache,
+    on_images,
+  )  # fmt: skip
   first = heldout.count if heldout else 0
   seen = {'samples': look._replace(cache=sample_cache)(samples, first=first)}
   if heldout:
@@ -294,91 +272,6 @@ def measure(
       for tap, x in seen['train'].moments.items()
     },
   )
-
-
-class _Looker(NamedTuple):
-  """What all passes have in common; called, it makes one."""
-
-  judge: Judge
-  metrics: Sequence[str]
-  options: Options
-  batch_size: int
-  mesh: Mesh
-  cache: object
-  on_images: Callable
-
-  def __call__(
-    self, images, first: int = 0, on_features=lambda first, found: None
-  ) -> Seen:
-    """Looks at a set; `first` of its images have moments of their own."""
-    if not isinstance(images, Images):
-      return Seen(images, {}, {}, [], None, 0, None)
-    asked = self.chosen(images.count)
-    chosen = {name: [] for name in asked}
-    moments, first_moments = {}, {}
-    hashes, classes, confident, sums = [], None, 0, None
-    if 'is' in self.metrics:
-      splits = inception_score.splits_of(
-        images.count,
-        min(self.options.is_splits, images.count),
-        self.options.is_seed,
-      )
-    at = 0
-    for batch in features.passes(
-      self.judge, images.stream(), self.batch_size, self.mesh, self.cache
-    ):
-      end = at + len(batch.images)
-      main = batch.outputs[next(iter(self.judge.taps))]
-      for tap in self.judge.taps:
-        x = batch.outputs[tap]
-        _add(moments, tap, x)
-        _add(first_moments, tap, x[: max(first - at, 0)])
-      for name, indices in asked.items():
-        inside = indices[(indices >= at) & (indices < end)]
-        chosen[name].append(main[inside - at])
-      if 'copies' in self.metrics:
-        hashes += [hash(x.tobytes()) for x in features.whole(batch.images)]
-      if 'classes' in self.metrics:
-        logits = batch.outputs[self.judge.logits]
-        taken = np.bincount(logits.argmax(1), minlength=logits.shape[1])
-        classes = taken if classes is None else classes + taken
-        confident += int((_probability(logits) > CONFIDENT).sum())
-      if 'is' in self.metrics:
-        logits = batch.outputs[self.judge.logits]
-        sums = inception_score.update(
-          sums or inception_score.nothing(splits.max() + 1, logits.shape[1]),
-          logits,
-          splits[at:end],
-        )
-      on_features(at, main)
-      self.on_images(len(batch.images))
-      at = end
-    assert at == images.count, f'{at} images in place of {images.count}'
-    chosen = {name: np.concatenate(parts) for name, parts in chosen.items()}
-    return Seen(
-      moments, first_moments, chosen, hashes, classes, confident, sums
-    )
-
-  def chosen(self, count) -> dict[str, np.ndarray]:
-    """Whose features are kept: at even distances, as sets may be sorted."""
-    most = {'compared': COMPARED} if {'kid', 'pr'} & set(self.metrics) else {}
-    if 'copies' in self.metrics:
-      most['queries'] = QUERIES
-    return {
-      name: np.arange(min(count, limit)) * count // min(count, limit)
-      for name, limit in most.items()
-    }
-
-
-def _add(moments, tap, x):
-  if len(x):
-    moments[tap] = frechet.merge(moments.get(tap), frechet.moments_of(x))
-
-
-def _probability(logits):
-  """Of the likeliest class."""
-  z = np.asarray(logits, np.float64)
-  return 1 / np.exp(z - z.max(1, keepdims=True)).sum(1)
 
 
 def _frechet(judge, seen):

@@ -326,7 +326,8 @@ def _table(group: list[dict]) -> dict:
     if key not in ('step', 'sampler', 'steps', 'seed')
     and all(row.get(key) == x for row in told)
   }
-  columns = dict.fromkeys(('step', 'sampler', 'steps', 'seed'))
+  usual = ('step', 'sampler', 'steps', 'seed')
+  columns = dict.fromkeys(key for key in usual if key in told[0])
   columns |= dict.fromkeys(k for row in told for k in row if k not in same)
   results = cards.columns(group)
   rows = [

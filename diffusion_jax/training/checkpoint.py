@@ -32,6 +32,8 @@ WHOLE = 'commit_success.txt'  # Orbax's last word on a step in a bucket
 # Beside the checkpoints' folder: what is in it and has no WHOLE, Orbax takes
 # for a torn save, and deletes.
 HELD = 'held.json'
+# What a file of JSON raises that is damaged, or holds something else.
+DAMAGED = (ValueError, TypeError, AttributeError, RecursionError)
 
 
 def _hush() -> None:
@@ -158,7 +160,7 @@ def hold(directory, steps: Iterable[int], by: str = 'somebody') -> None:
   path = _held_path(directory)
   try:
     there = _holders(path)
-  except Exception:  # it is written anew, which mends it
+  except DAMAGED:  # it is written anew, which mends it
     there = {}
   now = {**there, by: sorted(set(map(operator.index, steps)))}
   if now != there:
