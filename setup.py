@@ -41,6 +41,7 @@ setup(
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',
     'pillow>=11.3',
+    'safetensors>=0.8',
     'scikit-learn>=1.7',
     'tensorboardX>=2.6.4',
     'tensorflow-datasets>=4.9.10',

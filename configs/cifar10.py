@@ -86,4 +86,5 @@ def get_config():
   config.sample.num_images = 64
   # Of ancestral sampling; the paper's choice for CIFAR-10.
   config.sample.variance = 'fixedlarge'
+  config.sample.clip = True  # x0 to [-1, 1], in every step
   return config

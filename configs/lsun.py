@@ -104,4 +104,5 @@ def get_config(category='church'):
   config.sample.num_images = 16
   # Of ancestral sampling; the paper's choice at 256x256.
   config.sample.variance = 'fixedsmall'
+  config.sample.clip = True  # x0 to [-1, 1], in every step
   return config

@@ -176,6 +176,11 @@ def splits_of(config: dict) -> tuple[Source, Source | None]:
   Raises:
     UserError: they cannot be read.
   """
+  if not config['data']['name']:
+    raise UserError(
+      'what these weights were trained on is not known: give --reference, or '
+      'convert them with --config'
+    )
   moved = {} if FLAGS.data_path is None else {'path': FLAGS.data_path}
   try:
     return data.splits({**config['data'], **moved})

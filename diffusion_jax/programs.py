@@ -95,6 +95,7 @@ def create(config: Mapping, mesh: Mesh) -> Programs:
     draw.drawer(
       sharding.gathering(model.apply, mesh), process['schedule'],
       process['prediction'], sampler, times, image_shape, seed=config['seed'],
+      clip=sample['clip'],
     )
   )  # fmt: skip
   return Programs(

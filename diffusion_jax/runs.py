@@ -2,6 +2,7 @@
 
 config.json            the resolved config
 init_from.json         whose parameters it began with, see finetune.py
+converted.json         that others trained it, and where it comes from
 checkpoints/           one folder a step
 held.json              those that are not to be deleted, see checkpoint.hold
 starts.jsonl           one object a start: time, step, versions, devices
@@ -29,6 +30,7 @@ MAY_CHANGE = ('num_steps', 'microbatches', 'mesh', 'data.path')
 
 LOCK = '.lock'
 INIT = 'init_from.json'
+CONVERTED = 'converted.json'
 
 
 def flatten(config: dict, prefix: str = '') -> dict:
@@ -77,6 +79,11 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
   """
   usable_folder('workdir', workdir)
   path = files.at(workdir)
+  if (path / CONVERTED).exists():
+    raise UserError(
+      f'--workdir={workdir} holds weights that were converted, without an '
+      f'optimiser: --init_from={workdir} begins with them in another folder'
+    )
   if (path / 'config.json').exists():
     differ = differences(read_config(workdir), to_plain(config))
     other = [line for key, line in differ.items() if not may_change(key)]

@@ -37,7 +37,10 @@ flags.DEFINE_string(
   'Of the reverse process (ancestral): fixedlarge or fixedsmall; by default '
   "the config's.",
 )  # fmt: skip
-flags.DEFINE_bool('clip', True, 'Clip the estimate of x0 in every step.')
+flags.DEFINE_bool(
+  'clip', None,
+  "Clip the estimate of x0 to [-1, 1] in every step; by default the config's.",
+)  # fmt: skip
 flags.DEFINE_bool('ema', True, 'Averaged weights, or the raw ones.')
 flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
 flags.DEFINE_integer('seed', 0, 'Of the samples.')

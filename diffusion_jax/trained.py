@@ -187,7 +187,7 @@ class Trained:
       batch_size: how many are drawn at once.
       dtype: of the pixels: 'uint8', or 'float32' in [0, 255], not rounded.
       **options: as of `samplers.plan.create`: sampler ('ancestral'),
-        num_steps (all), grid ('uniform'), seed (0), clip (True), and the
+        num_steps (all), grid ('uniform'), seed (0), clip (the config's), and
         sampler's own, such as eta.
 
     Returns:

@@ -24,7 +24,7 @@ KEYS = (
   *('loss.prediction', 'optim.lr', 'optim.warmup_steps', 'optim.clip_norm'),
   *('optim.b1', 'optim.b2', 'optim.eps', 'ema.decay', 'sample.sampler'),
   *('sample.grid', 'sample.num_steps', 'sample.num_images'),
-  'sample.variance',
+  *('sample.variance', 'sample.clip'),
 )
 
 
@@ -50,6 +50,12 @@ def check(config: config_dict.ConfigDict, devices: Sequence) -> list[str]:
     *_model(config.model, config.data),
     *_process(config),
   ]
+  return [message for holds, message in rules if not holds]
+
+
+def check_network(config: config_dict.ConfigDict) -> list[str]:
+  """What is wrong with a config's network and process, as of `check`."""
+  rules = [*_model(config.model, config.data), *_process(config)]
   return [message for holds, message in rules if not holds]
 
 

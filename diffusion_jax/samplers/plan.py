@@ -88,12 +88,14 @@ def for_run(config: dict, *, sampler: str = 'ancestral', **given) -> Plan:
   Args:
     config: the run's.
     sampler: a key of SAMPLERS.
-    **given: as of `create`; the variance is by default the config's.
+    **given: as of `create`; variance and clip are by default the config's.
 
   Raises:
     UserError: as `create`.
   """
   if given.get('variance') is None and 'variance' in samplers.options(sampler):
     given['variance'] = config['sample'].get('variance')
+  if given.get('clip') is None:
+    given['clip'] = config['sample'].get('clip', True)
   num_timesteps = config['process']['num_timesteps']
   return create(num_timesteps, sampler=sampler, **given)

@@ -279,6 +279,30 @@ def find_step(directory, step: int | None, flag: str = 'step') -> int:
   return step
 
 
+def save_params(directory, step: int, ema_params, params=None) -> None:
+  """Writes a checkpoint of parameters alone, from which no training goes on.
+
+  Args:
+    directory: of the checkpoints; made if needed.
+    step: the training step that they are of.
+    ema_params: the average, a nested dict of arrays.
+    params: the raw parameters, or None where nobody has them.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  tree = {'ema_params': ema_params}
+  if params is not None:
+    tree['params'] = params
+  tree = jax.tree.map(jnp.asarray, tree)
+  sums = checksum.of(tree)
+  with (
+    _writing(step),
+    ocp.training.Checkpointer(files.absolute(directory)) as checkpointer,
+  ):
+    checkpointer.save(step, tree, custom_metadata={SUMS: sums})
+
+
 def load_params(directory, step: int, abstract, *, ema: bool = True):
   """The parameters alone, read without the optimiser's moments.
 
@@ -322,6 +346,7 @@ def load_common(
   checkpointer = ocp.training.Checkpointer(files.absolute(directory))
   with checkpointer:
     stored, sums = _metadata(checkpointer, directory, step, 'init_step')
+    _has_raw(directory, step, stored, [part])
     there, here = (
       {name: shape for name, (shape, _) in _shapes(tree).items()}
       for tree in (stored.get(part, {}), abstract)
@@ -354,6 +379,7 @@ def load_common(
 
 def _load(checkpointer, directory, step, abstract: dict) -> dict:
   stored, sums = _metadata(checkpointer, directory, step)
+  _has_raw(directory, step, stored, abstract)
   parts = {name: stored.get(name, {}) for name in abstract}
   difference = _first_difference(_shapes(parts), _shapes(abstract))
   if difference:
@@ -361,6 +387,14 @@ def _load(checkpointer, directory, step, abstract: dict) -> dict:
       f'checkpoint {step} in {directory} holds another model: {difference}'
     )
   return _read(checkpointer, directory, step, stored, sums, abstract)
+
+
+def _has_raw(directory, step, stored, wanted) -> None:
+  if 'params' in wanted and 'params' not in stored and 'ema_params' in stored:
+    raise UserError(
+      f'checkpoint {step} in {directory} has averaged parameters only, as it '
+      'was converted: take those'
+    )
 
 
 def _metadata(checkpointer, directory, step, flag='step') -> tuple[dict, dict]:

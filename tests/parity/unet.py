@@ -9,7 +9,6 @@ seeds, so that a file holds outputs only.
 import dataclasses
 import functools
 import pathlib
-import re
 import zlib
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 
 from diffusion_jax import models
+from diffusion_jax.weights.diffusers import to_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 TOLERANCE = 1e-4
@@ -196,14 +196,14 @@ def random_params(model: models.Model) -> dict:
 
 
 @functools.lru_cache(maxsize=1)
-def _params(shape: Shape) -> dict:
+def weights_of(shape: Shape) -> dict:
   params = random_params(create(shape))
   assert models.count(params) == shape.count
   return params
 
 
 def _random(name: str, shape: tuple[int, ...]) -> np.ndarray:
-  values = _normal(name, shape)
+  values = normal(name, shape)
   kind = name.rsplit('/', 1)[-1]
   if kind == 'kernel':
     values /= np.sqrt(np.prod(shape[:-1]))
@@ -214,7 +214,7 @@ def _random(name: str, shape: tuple[int, ...]) -> np.ndarray:
   return values / 50 if name.startswith('conv_in/') else values
 
 
-def _normal(name: str, shape: tuple[int, ...]) -> np.ndarray:
+def normal(name: str, shape: tuple[int, ...]) -> np.ndarray:
   generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
   return generator.standard_normal(shape, np.float32)
 
@@ -222,45 +222,7 @@ def _normal(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def inputs(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
   """Noise [B, H, W, C] and times [B]."""
   t = np.array(shape.times, np.int32)
-  return _normal(f'inputs of {shape.name}', (len(t), *shape.image_shape)), t
-
-
-# Theirs is a list of moves from our names, applied in this order.
-_MOVES = (
-  (r'^(down|up)/(\d+)/blocks', r'\1_blocks/\2/resnets'),
-  (r'^(down|up)/(\d+)/attentions', r'\1_blocks/\2/attentions'),
-  (r'^(down|up)/(\d+)/resample', r'\1_blocks/\2/\1samplers/0'),
-  (r'^middle_attention', r'mid_block/attentions/0'),
-  (r'^middle1', r'mid_block/resnets/0'),
-  (r'^middle2', r'mid_block/resnets/1'),
-  (r'^time([12])', r'time_embedding/linear_\1'),
-  (r'^norm_out', r'conv_norm_out'),
-  (r'(resnets/\d+)/time', r'\1/time_emb_proj'),
-  (r'(resnets/\d+)/shortcut', r'\1/conv_shortcut'),
-  (r'(attentions/\d+)/norm', r'\1/group_norm'),
-  (r'(attentions/\d+)/(q|k|v)(?:uery|ey|alue)', r'\1/to_\2'),
-  (r'(attentions/\d+)/out', r'\1/to_out/0'),
-  (r'/(kernel|scale)$', r'/weight'),
-)
-
-
-def to_diffusers(params: dict) -> dict[str, np.ndarray]:
-  """Our parameters as the state dict of diffusers.UNet2DModel."""
-  state = {}
-  for ours, leaf in zip(
-    models.names(params), jax.tree.leaves(params), strict=True
-  ):
-    name, array = ours, np.asarray(leaf)
-    for pattern, replacement in _MOVES:
-      name = re.sub(pattern, replacement, name)
-    if array.ndim == 4:
-      array = array.transpose(3, 2, 0, 1)  # HWIO -> OIHW
-    elif array.ndim == 2:
-      array = array.T
-    if ours.endswith('shortcut/kernel'):
-      array = array[:, :, None, None]  # a 1x1 convolution there
-    state[name.replace('/', '.')] = np.ascontiguousarray(array)
-  return state
+  return normal(f'inputs of {shape.name}', (len(t), *shape.image_shape)), t
 
 
 def reference_live(shape: Shape) -> Reference:
@@ -268,11 +230,11 @@ def reference_live(shape: Shape) -> Reference:
   import diffusers
   import torch
 
-  params = _params(shape)
+  params = weights_of(shape)
   xt, t = inputs(shape)
   network = diffusers.UNet2DModel(**shape.theirs).eval()
   network.load_state_dict(
-    {k: torch.from_numpy(v) for k, v in to_diffusers(params).items()},
+    {k: torch.from_numpy(v) for k, v in to_tensors(params).items()},
     strict=True,
   )
   with torch.no_grad():
@@ -291,7 +253,7 @@ def reference_golden(shape: Shape) -> Reference:
 def answer(shape: Shape) -> Reference:
   """What our network answers."""
   model = create(shape)
-  params = _params(shape)
+  params = weights_of(shape)
   # Where float32 products are not the default, ask for them.
   with jax.default_matmul_precision('highest'):
     output = jax.jit(model.apply)(params, *inputs(shape))

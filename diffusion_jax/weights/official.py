@@ -1,0 +1,154 @@
+"""DDPM's own checkpoints, of TensorFlow 1, as its authors published them.
+
+A checkpoint is three files, model.ckpt-790000.{index,data-00000-of-00001,meta},
+and is named by what they have in common. Beside each variable of the network,
+model/..., there is its average, model/.../ExponentialMovingAverage, which the
+paper samples from, and Adam's moments. A checkpoint tells neither the image
+size nor the numbers of groups and heads: those are of a config.
+
+TensorFlow reads them, the one place that needs it beside the preparation of
+data sets: pip install 'diffusion_jax[prepare]'.
+"""
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion_jax import files
+from diffusion_jax.errors import UserError
+from diffusion_jax.weights import named
+
+SCOPE = 'model/'
+AVERAGE = '/ExponentialMovingAverage'
+
+_RENAMED = (
+  (r'^down/(\d+)/blocks/', r'down_\1/block_'),
+  (r'^down/(\d+)/attentions/', r'down_\1/attn_'),
+  (r'^down/(\d+)/resample', r'down_\1/downsample'),
+  (r'^middle_attention', r'mid/attn_1'),
+  (r'^middle([12])', r'mid/block_\1'),
+  (r'^time([12])', lambda m: f'temb/dense{int(m[1]) - 1}'),
+  (r'(block_\d+)/time/', r'\1/temb_proj/'),
+  (r'(block_\d+)/shortcut/', r'\1/nin_shortcut/'),
+  (r'(attn_\d+)/(q|k|v)(?:uery|ey|alue)/', r'\1/\2/'),
+  (r'(attn_\d+)/out/', r'\1/proj_out/'),
+  (r'(norm\d?|norm_out)/scale$', r'\1/gamma'),
+  (r'(norm\d?|norm_out)/bias$', r'\1/beta'),
+  (r'/kernel$', r'/W'),
+  (r'/bias$', r'/b'),
+)
+
+
+class Checkpoint(NamedTuple):
+  """What a checkpoint holds of the network.
+
+  Attributes:
+    average: name -> array, without scope and suffix.
+    raw: the same, not averaged.
+    step: the training step, or None where it is not told.
+  """
+
+  average: dict[str, np.ndarray]
+  raw: dict[str, np.ndarray]
+  step: int | None
+
+
+def is_checkpoint(path) -> bool:
+  """Whether there are files of this name."""
+  path = files.at(path)
+  return path.with_name(path.name + '.index').is_file()
+
+
+def read(path) -> Checkpoint:
+  """Reads a checkpoint.
+
+  Args:
+    path: what its files have in common, .../model.ckpt-790000.
+
+  Raises:
+    UserError: TensorFlow is not installed, the files are damaged, or they hold
+      no network of DDPM's.
+  """
+  if not importlib.util.find_spec('tensorflow'):
+    raise UserError(
+      f"{path} is TensorFlow's, which reads it: pip install "
+      "'diffusion_jax[prepare]', here or on another machine"
+    )
+  import os
+
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  import tensorflow
+
+  try:
+    reader = tensorflow.train.load_checkpoint(str(path))
+    names = set(reader.get_variable_to_shape_map())
+    ours = [
+      name.removesuffix(AVERAGE)
+      for name in names
+      if name.startswith(SCOPE) and name.endswith(AVERAGE)
+    ]
+    average, raw = (
+      {
+        name.removeprefix(SCOPE): reader.get_tensor(name + suffix)
+        for name in ours
+        if name + suffix in names
+      }
+      for suffix in (AVERAGE, '')
+    )
+  except Exception as e:  # TensorFlow's errors have no class in common
+    reason = ' '.join(str(e).split())[:150]
+    raise UserError(f'{path} is damaged ({reason}): download it anew') from e
+  if not average:
+    raise UserError(
+      f"{path} holds no {SCOPE}...{AVERAGE}: it is not a checkpoint of DDPM's"
+    )
+  step = re.search(r'-(\d+)$', str(path))
+  return Checkpoint(average, raw, int(step[1]) if step else None)
+
+
+def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
+  """The tensors of a checkpoint as our parameters.
+
+  Args:
+    tensors: of `Checkpoint`.
+    abstract: our parameters' shapes.
+    what: where they come from, for the message.
+
+  Raises:
+    UserError: some are missing, left over, or of another shape; they are named.
+  """
+  depth = 1 + max(
+    int(name.split('/')[1])
+    for name, _ in named.items(abstract)
+    if name.startswith('up/')
+  )
+
+  def name_in(name):
+    return name_of(name, depth)
+
+  # Kernels lie as ours do: HWIO, and [inputs, outputs].
+  return named.place(tensors, abstract, name_in, lambda _, x: x, what)
+
+
+def name_of(name: str, depth: int) -> str:
+  """Our name of a parameter -> theirs, without scope.
+
+  Args:
+    name: such as up/0/blocks/1/conv1/kernel.
+    depth: how many levels the network has; theirs count from the images on the
+      way up too.
+  """
+
+  def level(match):
+    return f'up_{depth - 1 - int(match[1])}/'
+
+  name = re.sub(r'^up/(\d+)/', level, name)
+  name = re.sub(r'^(up_\d+)/blocks/', r'\1/block_', name)
+  name = re.sub(r'^(up_\d+)/attentions/', r'\1/attn_', name)
+  name = re.sub(r'^(up_\d+)/resample', r'\1/upsample', name)
+  for pattern, replacement in _RENAMED:
+    name = re.sub(pattern, replacement, name)
+  return name

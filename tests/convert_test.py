@@ -1,0 +1,552 @@
+"""convert: what others trained comes in, and goes out the same, bit by bit."""
+
+import hashlib
+import json
+import shutil
+import struct
+
+import binaries
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+from parity import pipelines, unet
+
+from diffusion_jax import load, models
+from diffusion_jax.errors import UserError
+from diffusion_jax.weights import diffusers, named, official
+
+WEIGHTS = 'unet/diffusion_pytorch_model.safetensors'
+DESCRIBED = pipelines.described_golden()
+
+
+def folder_of(name, path, tensors=None, flat=False, **changes):
+  """A folder as diffusers writes it, of random weights.
+
+  Args:
+    name: of the network.
+    path: of the folder, new.
+    tensors: others than random ones.
+    flat: everything at the top, as old folders have it.
+    **changes: of the settings of network or scheduler.
+  """
+  there = DESCRIBED[name]
+  if tensors is None:
+    tensors = pipelines.random_tensors(there['tensors'])
+  for part, file in (('unet', 'config'), ('scheduler', 'scheduler_config')):
+    folder = path if flat else path / part
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = {k: v for k, v in changes.items() if k in there[part]}
+    (folder / f'{file}.json').write_text(json.dumps({**there[part], **mine}))
+  (path / 'model_index.json').write_text(json.dumps(there['index']))
+  weights = path / (WEIGHTS.split('/')[1] if flat else WEIGHTS)
+  safetensors.numpy.save_file(tensors, weights, {'format': 'pt'})
+  return path
+
+
+def tiny_folder(path, **changes):
+  """Of the network whose images are known."""
+  tensors = diffusers.to_tensors(unet.weights_of(unet.TINY))
+  return folder_of('tiny', path, tensors, **changes)
+
+
+def convert(*arguments):
+  return binaries.run('convert', *arguments)
+
+
+def converted(path, target, *arguments):
+  result = convert(f'--from={path}', f'--to={target}', *arguments)
+  assert result.code == 0, result.err
+  return target
+
+
+def sha256(path):
+  return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def abstract_of(config):
+  data = config['data']
+  shape = (data['image_size'], data['image_size'], data['channels'])
+  model = models.create(image_shape=shape, **config['model'])
+  return jax.eval_shape(model.init, jax.random.key(0))
+
+
+# --- round trips -------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', DESCRIBED)
+def test_a_round_trip_gives_the_same_bits(tmp_path, name):
+  """The published sizes and unusual ones: settings, and each tensor."""
+  there = DESCRIBED[name]
+  tensors = pipelines.random_tensors(there['tensors'])
+  folder_of(name, tmp_path, tensors)
+  found = diffusers.read(tmp_path)
+  params = diffusers.to_params(found.tensors, abstract_of(found.config), 'it')
+  back = diffusers.to_tensors(params)
+  assert back.keys() == tensors.keys()
+  for key in tensors:
+    assert back[key].dtype == np.float32
+    np.testing.assert_array_equal(back[key], tensors[key])
+  for part, ours in (
+    ('unet', diffusers.unet_settings(found.config)),
+    ('scheduler', diffusers.scheduler_settings(found.config)),
+  ):
+    assert ours.items() <= there[part].items()
+    kept = {k: v for k, v in there[part].items() if k not in ours}
+    # What we do not write is what diffusers takes for granted.
+    assert kept.keys() <= {
+      '_diffusers_version', 'num_train_timesteps', 'dynamic_thresholding_ratio',
+      'sample_max_value', 'steps_offset', 'timestep_spacing',
+    }  # fmt: skip
+
+
+def test_the_binary_brings_in_and_out_the_same_file(tmp_path):
+  folder = tiny_folder(tmp_path / 'folder')
+  run = converted(folder, tmp_path / 'run', '--step=7')
+  facts = json.loads((run / 'converted.json').read_text())
+  assert facts['sha256'] == sha256(folder / WEIGHTS)
+  back = converted(run, tmp_path / 'back')
+  assert sha256(back / WEIGHTS) == sha256(folder / WEIGHTS)
+  index = json.loads((back / 'model_index.json').read_text())
+  assert index.items() <= DESCRIBED['tiny']['index'].items()
+
+
+def test_a_run_of_ours_goes_out_and_comes_in(tmp_path):
+  run = tiny.trained(tmp_path / 'run')
+  out = converted(run, tmp_path / 'out')
+  again = converted(out, tmp_path / 'again', '--config=digits', '--step=30')
+  before, after = load(run), load(again)
+  assert before.weights_sha256 == after.weights_sha256
+  how = {'sampler': 'ddim', 'num_steps': 5}
+  np.testing.assert_array_equal(before.sample(4, **how), after.sample(4, **how))
+  raw = converted(run, tmp_path / 'raw', '--noema', '--step=20')
+  tensors = safetensors.numpy.load_file(raw / WEIGHTS)
+  params = load(run, step=20, ema=False).params
+  for key, value in diffusers.to_tensors(params).items():
+    np.testing.assert_array_equal(tensors[key], value)
+
+
+def test_old_names_in_an_old_folder(tmp_path):
+  """As google/ddpm-cifar10-32 was published: at the top, other names."""
+  old = {v: k for k, v in diffusers._OLD.items()}
+  new = diffusers.to_tensors(unet.weights_of(unet.TINY))
+
+  def named_of_old(name):
+    for theirs, before in old.items():
+      name = name.replace(f'.{theirs}.', f'.{before}.')
+    return name
+
+  tensors = {named_of_old(name): array for name, array in new.items()}
+  assert 'mid_block.attentions.0.proj_attn.weight' in tensors
+  assert 'mid_block.attentions.0.query.bias' in tensors
+  path = folder_of('tiny', tmp_path, tensors, flat=True)
+  found = diffusers.read(path)
+  params = diffusers.to_params(found.tensors, abstract_of(found.config), 'it')
+  back = diffusers.to_tensors(params)
+  for name, array in new.items():
+    np.testing.assert_array_equal(back[name], array)
+
+
+def test_settings_of_the_scheduler_come_along(tmp_path):
+  folder = tiny_folder(
+    tmp_path / 'folder', variance_type='fixed_small', clip_sample=False,
+    prediction_type='v_prediction', beta_end=0.01, num_train_timesteps=500,
+  )  # fmt: skip
+  trained = load(converted(folder, tmp_path / 'run'))
+  assert trained.prediction == 'v'
+  assert trained.schedule.num_timesteps == 500
+  np.testing.assert_allclose(trained.schedule.betas[-1], 0.01)
+  plan = trained.plan()
+  assert (plan.options['variance'], plan.clip) == ('fixedsmall', False)
+  assert trained.plan(clip=True).clip
+
+
+# --- the same images ---------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def came_in(tmp_path_factory):
+  """The runs that the network's folder becomes, by what it predicts."""
+  where = tmp_path_factory.mktemp('came_in')
+  runs = {}
+  for prediction in ('epsilon', 'v_prediction'):
+    folder = tiny_folder(where / prediction, prediction_type=prediction)
+    runs[prediction] = load(converted(folder, where / f'{prediction}_run'))
+  return runs
+
+
+@pytest.mark.parametrize('name', pipelines.DRAWS)
+def test_the_same_noise_gives_the_images_of_the_pipelines(came_in, name):
+  settings = pipelines.DRAWS[name].scheduler
+  trained = came_in[settings.get('prediction_type', 'epsilon')]
+  golden = pipelines.drawn_golden(name)
+  ours = pipelines.drawn_ours(name, trained)
+  assert golden.std() > 0.1
+  assert np.abs(ours - golden).max() < pipelines.TOLERANCE
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('name', pipelines.DRAWS)
+def test_diffusers_draws_the_same_of_what_we_write(tmp_path, name):
+  pipelines.save_live(
+    unet.TINY, pipelines.DRAWS[name].scheduler, tmp_path / 'a'
+  )
+  run = converted(tmp_path / 'a', tmp_path / 'run')
+  back = converted(run, tmp_path / 'back')
+  assert sha256(tmp_path / 'a' / WEIGHTS) == sha256(back / WEIGHTS)
+  theirs = pipelines.run_live(name, back)
+  np.testing.assert_array_equal(
+    theirs, pipelines.run_live(name, tmp_path / 'a')
+  )
+  ours = pipelines.drawn_ours(name, load(run))
+  assert np.abs(ours - theirs).max() < pipelines.TOLERANCE
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('name', pipelines.FOLDERS)
+def test_diffusers_own_folders_are_as_described(tmp_path, name):
+  there = pipelines.described_live(pipelines.FOLDERS[name], tmp_path)
+  assert there == DESCRIBED[name]
+
+
+@pytest.mark.parity
+def test_a_folder_with_pickled_weights(tmp_path):
+  import torch
+
+  folder = tiny_folder(tmp_path / 'folder')
+  tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+  (folder / WEIGHTS).unlink()
+  torch.save(
+    {name: torch.from_numpy(array) for name, array in tensors.items()},
+    folder / 'unet' / 'diffusion_pytorch_model.bin',
+  )
+  back = converted(converted(folder, tmp_path / 'a'), tmp_path / 'b')
+  for name, array in safetensors.numpy.load_file(back / WEIGHTS).items():
+    np.testing.assert_array_equal(array, tensors[name])
+
+
+# --- a workdir ---------------------------------------------------------------
+
+
+def test_what_came_in_is_sampled_judged_and_begun_with(tmp_path):
+  run = tiny.trained(tmp_path / 'run')
+  folder = converted(run, tmp_path / 'folder')
+  known = converted(folder, tmp_path / 'known', '--config=digits')
+  few = ['--num_samples=12', '--sampler=ddim', '--num_steps=3']
+  judged = binaries.run(
+    'evaluate', f'--workdir={known}', *few, '--features=pixels', '--json'
+  )
+  assert judged.code == 0, judged.err
+  assert json.loads(judged.out)['protocol']['data'] == 'digits'
+
+  unknown = converted(folder, tmp_path / 'unknown')
+  drawn = binaries.run('sample', f'--workdir={unknown}', *few)
+  assert drawn.code == 0, drawn.err
+  for arguments, must in (
+    (['evaluate', *few, '--features=pixels'], 'give --reference'),
+    (['evaluate', '--metrics=bpd'], 'convert them with --config'),
+    (['sample', *few, '--noema'], 'averaged parameters only'),
+  ):
+    result = binaries.run(*arguments, f'--workdir={unknown}')
+    assert result.code == 2
+    assert must in result.err.splitlines()[-1]
+  result = binaries.run('train', *tiny.flags(unknown))
+  assert result.code == 2
+  assert f'--init_from={unknown}' in result.err
+  result = binaries.run(
+    'train', *tiny.flags(tmp_path / 'on', num_steps=2),
+    f'--init_from={unknown}',
+  )  # fmt: skip
+  assert result.code == 0, result.err
+  assert 'beginning with the averaged parameters' in result.err
+
+
+# --- mistakes ----------------------------------------------------------------
+
+
+def spoil(folder, how):
+  """Damages the weights."""
+  path = folder / WEIGHTS
+  content = path.read_bytes()
+  (length,) = struct.unpack('<Q', content[:8])
+  header = json.loads(content[8 : 8 + length])
+  name = 'conv_in.weight'
+  tensors = safetensors.numpy.load(content)
+  if how == 'cut':
+    path.write_bytes(content[:-100])
+  elif how == 'header':
+    path.write_bytes(struct.pack('<Q', 2**60) + content[8:])
+  elif how == 'shape':
+    header[name]['shape'][0] = 10**12
+    told = json.dumps(header).encode()
+    path.write_bytes(
+      struct.pack('<Q', len(told)) + told + content[8 + length :]
+    )
+  elif how == 'missing':
+    del tensors[name]
+  elif how == 'extra':
+    tensors['class_embedding.weight'] = np.zeros(3, np.float32)
+  elif how == 'other':
+    tensors[name] = tensors[name][:6]
+  elif how == 'integers':
+    tensors[name] = tensors[name].astype(np.int64)
+  if how in ('missing', 'extra', 'other', 'integers'):
+    safetensors.numpy.save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+  ('how', 'must'),
+  [
+    ('cut', 'no whole file of safetensors'),
+    ('header', 'no whole file of safetensors'),
+    ('shape', 'no whole file of safetensors'),
+    ('missing', '1 tensors missing (conv_in.weight)'),
+    ('extra', 'more than it has (class_embedding.weight)'),
+    ('other', 'conv_in.weight is of shape [6, 1, 3, 3]'),
+    ('integers', 'conv_in.weight is of int64'),
+  ],
+)
+def test_damaged_weights_are_named(tmp_path, how, must):
+  folder = tiny_folder(tmp_path / 'folder')
+  spoil(folder, how)
+  result = convert(f'--from={folder}', f'--to={tmp_path}/run')
+  assert (result.code, result.out) == (2, '')
+  (line,) = result.err.splitlines()
+  assert must in line
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'must'),
+  [
+    ({'norm_eps': 1e-5}, 'norm_eps is 1e-05, and the U-Net here has 1e-06'),
+    ({'downsample_padding': 1}, 'downsample_padding is 1'),
+    ({'flip_sin_to_cos': True}, 'flip_sin_to_cos is true'),
+    ({'num_class_embeds': 10}, 'num_class_embeds is 10'),
+    ({'attention_head_dim': 8}, 'attention_head_dim is 8'),
+    ({'out_channels': 2}, 'out_channels is 2'),
+    ({'in_channels': 4, 'out_channels': 4}, 'data.channels=4'),
+    ({'block_out_channels': [12, 30, 36]}, 'multiples of the first'),
+    ({'down_block_types': ['KDownBlock2D'] * 3}, 'down_block_types is "KDown'),
+    ({'up_block_types': ['UpBlock2D'] * 3}, 'up_block_types is'),
+    ({'sample_size': [16, 32]}, 'square images'),
+    ({'sample_size': 18}, 'must be a multiple of 4'),
+    ({'sample_size': None}, 'makes no sense'),
+    ({'layers_per_block': 10**9}, 'do not belong together'),
+    ({'norm_num_groups': 5}, 'model.num_groups=5 does not divide'),
+    ({'beta_schedule': 'squaredcos_cap_v2'}, 'beta_schedule is'),
+    ({'variance_type': 'learned_range'}, 'fixed_small or fixed_large'),
+    ({'prediction_type': ['epsilon']}, 'prediction_type is'),
+    ({'beta_start': 2}, 'process.beta_start=2.0'),
+    ({'rescale_betas_zero_snr': True}, 'rescale_betas_zero_snr is true'),
+  ],
+)
+def test_another_network_is_named(tmp_path, changes, must):
+  folder = tiny_folder(tmp_path / 'folder', **changes)
+  result = convert(f'--from={folder}', f'--to={tmp_path}/run')
+  assert (result.code, result.out) == (2, '')
+  (line,) = result.err.splitlines()
+  assert must in line
+  assert not (tmp_path / 'run').exists()
+
+
+def test_what_cannot_be_converted_is_told(tmp_path):
+  folder = tiny_folder(tmp_path / 'folder')
+  (tmp_path / 'empty').mkdir()
+  other = shutil.copytree(folder, tmp_path / 'other')
+  settings = json.loads((other / 'unet/config.json').read_text())
+  settings['_class_name'] = 'UNet2DConditionModel'
+  (other / 'unet/config.json').write_text(json.dumps(settings))
+  broken = shutil.copytree(folder, tmp_path / 'broken')
+  (broken / 'unet/config.json').write_text('{"_class_name": ')
+  bare = shutil.copytree(folder, tmp_path / 'bare')
+  (bare / WEIGHTS).unlink()
+  (tmp_path / 'model.ckpt-3.index').write_bytes(b'')
+  target = f'--to={tmp_path}/new'
+  for arguments, must in (
+    ([f'--from={tmp_path}/nothing', target], 'no workdir of a run, no diffus'),
+    ([f'--from={tmp_path}/empty', target], 'no workdir of a run, no diffus'),
+    ([f'--from={other}', target], "holds 'UNet2DConditionModel'"),
+    ([f'--from={broken}', target], 'cannot be read'),
+    ([f'--from={bare}', target], 'has no weights'),
+    ([f'--from={folder}', f'--to={folder}'], 'is not empty'),
+    ([f'--from={folder}', f'--to={folder}/in'], 'is inside --from'),
+    ([f'--from={folder}', target, '--config=cifar10'], 'images of 32x32x3'),
+    ([f'--from={folder}', target, '--step=-1'], '--step'),
+    ([f'--from={tmp_path}/model.ckpt-3', target], 'give --config=cifar10'),
+    ([f'--from={folder}'], '--to is missing'),
+  ):
+    result = convert(*arguments)
+    assert (result.code, result.out) == (2, ''), arguments
+    (line,) = result.err.splitlines()
+    assert must in line
+    assert not (tmp_path / 'new').exists()
+
+
+def test_a_network_that_diffusers_has_not_is_told():
+  config = {
+    'data': {'image_size': 16, 'channels': 1},
+    'model': {
+      'channels': 8, 'multipliers': [1, 2], 'num_blocks': 1,
+      'attention_resolutions': [16], 'num_heads': 2, 'num_groups': 4,
+      'dropout': 0.0,
+    },
+  }  # fmt: skip
+  with pytest.raises(UserError, match='num_heads=2'):
+    diffusers.unet_settings(config)
+
+
+# --- DDPM's own --------------------------------------------------------------
+
+
+def official_shapes(size, channels, multipliers, num_blocks, attends):
+  """Names and shapes of DDPM's variables, as its code builds the network.
+
+  Followed from the scopes of the authors' own code (names are facts), with
+  nothing taken from ours: {name: shape}.
+  """
+  there = {}
+
+  def linear(name, inputs, outputs, *window):
+    there[f'{name}/W'] = (*window, inputs, outputs)
+    there[f'{name}/b'] = (outputs,)
+
+  def norm(name, width):
+    there[f'{name}/gamma'] = there[f'{name}/beta'] = (width,)
+
+  def block(name, inputs, outputs):
+    norm(f'{name}/norm1', inputs)
+    linear(f'{name}/conv1', inputs, outputs, 3, 3)
+    linear(f'{name}/temb_proj', 4 * channels, outputs)
+    norm(f'{name}/norm2', outputs)
+    linear(f'{name}/conv2', outputs, outputs, 3, 3)
+    if inputs != outputs:
+      linear(f'{name}/nin_shortcut', inputs, outputs)
+
+  def attention(name, width):
+    norm(f'{name}/norm', width)
+    for part in ('q', 'k', 'v', 'proj_out'):
+      linear(f'{name}/{part}', width, width)
+
+  linear('temb/dense0', channels, 4 * channels)
+  linear('temb/dense1', 4 * channels, 4 * channels)
+  linear('conv_in', 3, channels, 3, 3)
+  skips, width, last = [channels], channels, len(multipliers) - 1
+  for level, multiplier in enumerate(multipliers):
+    for i in range(num_blocks):
+      block(f'down_{level}/block_{i}', width, channels * multiplier)
+      width = channels * multiplier
+      if size // 2**level in attends:
+        attention(f'down_{level}/attn_{i}', width)
+      skips.append(width)
+    if level != last:
+      linear(f'down_{level}/downsample/conv', width, width, 3, 3)
+      skips.append(width)
+  block('mid/block_1', width, width)
+  attention('mid/attn_1', width)
+  block('mid/block_2', width, width)
+  for level in reversed(range(last + 1)):
+    for i in range(num_blocks + 1):
+      inputs = width + skips.pop()
+      width = channels * multipliers[level]
+      block(f'up_{level}/block_{i}', inputs, width)
+      if size // 2**level in attends:
+        attention(f'up_{level}/attn_{i}', width)
+    if level != 0:
+      linear(f'up_{level}/upsample/conv', width, width, 3, 3)
+  norm('norm_out', width)
+  linear('conv_out', width, 3, 3, 3)
+  return there
+
+
+@pytest.mark.parametrize(
+  ('size', 'multipliers', 'count'),
+  [(32, (1, 2, 2, 2), 35_746_307), (256, (1, 1, 2, 2, 4, 4), 113_673_219)],
+)
+def test_each_variable_of_ddpm_has_its_place(size, multipliers, count):
+  shapes = official_shapes(size, 128, multipliers, 2, (16,))
+  assert sum(map(np.prod, shapes.values())) == count
+  model = models.create(
+    'unet', (size, size, 3), channels=128, multipliers=multipliers,
+    num_blocks=2, attention_resolutions=(16,),
+  )  # fmt: skip
+  abstract = jax.eval_shape(model.init, jax.random.key(0))
+  # One number is enough to tell an array from the others.
+  tensors = {
+    name: np.broadcast_to(np.float32(i), shape)
+    for i, (name, shape) in enumerate(shapes.items())
+  }
+  params = dict(named.items(official.to_params(tensors, abstract, 'it')))
+  numbers = list(shapes)
+  placed = {name: numbers[int(x.flat[0])] for name, x in params.items()}
+  assert len(set(placed.values())) == len(shapes)
+  # The first on the way up is the deepest, here and there.
+  deepest = len(multipliers) - 1
+  assert placed['up/0/blocks/2/conv1/kernel'] == f'up_{deepest}/block_2/conv1/W'
+  assert placed['middle_attention/out/kernel'] == 'mid/attn_1/proj_out/W'
+  assert placed['time2/bias'] == 'temb/dense1/b'
+
+
+def test_a_checkpoint_asks_for_tensorflow(tmp_path, monkeypatch):
+  (tmp_path / 'model.ckpt-3.index').write_bytes(b'')
+  monkeypatch.setattr(official.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match=r"'diffusion_jax\[prepare\]'"):
+    official.read(tmp_path / 'model.ckpt-3')
+
+
+# CIFAR-10's config, made small.
+SMALL = {
+  'model.channels': 8,
+  'model.num_groups': 4,
+  'model.num_blocks': 1,
+}
+
+
+@pytest.mark.prepare
+def test_a_checkpoint_of_tensorflow_becomes_a_run(tmp_path):
+  """With the names of DDPM's, random values, and Adam's moments beside them."""
+  import tensorflow
+
+  v1 = tensorflow.compat.v1
+  shapes = official_shapes(32, 8, (1, 2, 2, 2), 1, (16,))
+  rng = np.random.default_rng(0)
+  kept = {}
+  with tensorflow.Graph().as_default(), v1.Session() as session:
+    for name, shape in shapes.items():
+      for suffix in ('', '/ExponentialMovingAverage', '/Adam', '/Adam_1'):
+        value = rng.standard_normal(shape).astype(np.float32)
+        kept[name + suffix] = value
+        v1.get_variable(f'model/{name}{suffix}', initializer=value)
+    v1.get_variable('global_step', initializer=np.int64(790_000))
+    session.run(v1.global_variables_initializer())
+    saver = v1.train.Saver()
+    prefix = saver.save(session, str(tmp_path / 'model.ckpt'), 790_000)
+  assert prefix.endswith('model.ckpt-790000')
+
+  config = [f'--config.{key}={value}' for key, value in SMALL.items()]
+  arguments = [f'--from={prefix}', '--config=cifar10', *config]
+  run = converted(prefix, tmp_path / 'run', *arguments[1:])
+  for ema, suffix in ((True, '/ExponentialMovingAverage'), (False, '')):
+    trained = load(run, ema=ema)
+    assert trained.step == 790_000
+    params = dict(named.items(trained.params))
+    for ours, theirs in (
+      ('up/0/blocks/1/shortcut/kernel', 'up_3/block_1/nin_shortcut/W'),
+      ('down/1/attentions/0/key/kernel', 'down_1/attn_0/k/W'),
+      ('middle1/norm2/scale', 'mid/block_1/norm2/gamma'),
+      ('conv_in/kernel', 'conv_in/W'),
+      ('time1/kernel', 'temb/dense0/W'),
+    ):
+      np.testing.assert_array_equal(params[ours], kept[theirs + suffix])
+  assert load(run).sample(2, num_steps=2).shape == (2, 32, 32, 3)
+
+  wrong = convert(*arguments[:-1], f'--to={tmp_path}/other')
+  assert wrong.code == 2
+  assert 'tensors missing' in wrong.err
+  with open(f'{prefix}.index', 'r+b') as file:
+    file.truncate(100)
+  damaged = convert(*arguments, f'--to={tmp_path}/other')
+  assert damaged.code == 2
+  assert 'is damaged' in damaged.err
+  assert not (tmp_path / 'other').exists()
