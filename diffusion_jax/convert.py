@@ -66,7 +66,7 @@ def main():
     raise UserError(
       f'--from={source} is no workdir of a run, no diffusers folder (with '
       f'{diffusers.INDEX} or a config.json) and no checkpoint of TensorFlow '
-      '(with a .index)'
+      '(with a .index): nothing is downloaded, so give what is here'
     )
   cli.report(result, f'{result["told"]}: {target}', FLAGS.json)
 

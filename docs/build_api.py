@@ -46,7 +46,7 @@ PUBLIC = {
   'training.optim': 'create',
   'training.sharding': 'make_mesh abstract gather_fsdp',
   'training.checkpoint': (
-    'Checkpoints steps find_step hold held load_params load_common'
+    'Checkpoints steps find_step hold held save_params load_params load_common'
   ),
   'training.loop': 'train Every',
   'evaluation.features': 'Judge Batch Images images_of pixels passes sha256_of',
@@ -71,6 +71,8 @@ PUBLIC = {
   'evaluation.page': 'write',
   'weights.inception': 'obtain fetch convert read write from_torch from_graph',
   'weights.pytorch': 'read',
+  'weights.diffusers': 'read write to_params to_tensors Folder',
+  'weights.official': 'read to_params Checkpoint',
   'pictures': 'grid trajectory neighbours save',
   'errors': 'UserError',
 }

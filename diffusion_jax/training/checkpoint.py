@@ -393,7 +393,7 @@ def _has_raw(directory, step, stored, wanted) -> None:
   if 'params' in wanted and 'params' not in stored and 'ema_params' in stored:
     raise UserError(
       f'checkpoint {step} in {directory} has averaged parameters only, as it '
-      'was converted: take those'
+      'was converted: take those, without --noema or --noinit_ema'
     )
 
 
