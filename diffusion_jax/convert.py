@@ -57,18 +57,18 @@ def main():
   is_run = (source / 'checkpoints').is_dir()
   _check_target(source, target)
   if is_run:
-    result = _export(source, target)
+    result, told = _export(source, target)
   elif diffusers.is_folder(source):
-    result = _import_folder(source, target)
+    result, told = _import_folder(source, target)
   elif official.is_checkpoint(source):
-    result = _import_official(source, target)
+    result, told = _import_official(source, target)
   else:
     raise UserError(
       f'--from={source} is no workdir of a run, no diffusers folder (with '
       f'{diffusers.INDEX} or a config.json) and no checkpoint of TensorFlow '
       '(with a .index): nothing is downloaded, so give what is here'
     )
-  cli.report(result, f'{result["told"]}: {target}', FLAGS.json)
+  cli.report(result, f'{told}: {target}', FLAGS.json)
 
 
 def _check_target(source, target) -> None:
@@ -79,29 +79,27 @@ def _check_target(source, target) -> None:
     raise UserError(f'--to={target} is inside --from: give another folder')
 
 
-def _export(source, target) -> dict:
+def _export(source, target) -> tuple[dict, str]:
   if FLAGS.config is not None:
     raise UserError('--config is of what comes in; a run has its own')
   trained = load(source, FLAGS.step, FLAGS.ema, mesh=sharding.make_mesh())
   params = jax.tree.map(sharding.to_host, trained.params)
   diffusers.write(target, trained.config, params)
-  count = models.count(params)
-  return {
+  result = {
     'path': str(target),
     'step': trained.step,
     'ema': trained.ema,
-    'parameters': count,
+    'parameters': models.count(params),
     'weights_sha256': trained.weights_sha256,
-    'told': f'{_kind(trained.ema)} weights of step {trained.step}, {count:,} '
-    'parameters, as a DDPMPipeline',
   }
+  kind = 'averaged' if trained.ema else 'raw'
+  return result, (
+    f'{kind} weights of step {trained.step}, {result["parameters"]:,} '
+    'parameters, as a DDPMPipeline'
+  )
 
 
-def _kind(ema) -> str:
-  return 'averaged' if ema else 'raw'
-
-
-def _import_folder(source, target) -> dict:
+def _import_folder(source, target) -> tuple[dict, str]:
   found = diffusers.read(source)
   config = _config_with(found.config)
   params = diffusers.to_params(found.tensors, _abstract(config), str(source))
@@ -109,7 +107,7 @@ def _import_folder(source, target) -> dict:
   return _write(target, config, params, None, FLAGS.step or 0, facts)
 
 
-def _import_official(source, target) -> dict:
+def _import_official(source, target) -> tuple[dict, str]:
   if FLAGS.config is None:
     raise UserError(
       f'--from={source} does not tell its network: give --config=cifar10, '
@@ -168,7 +166,7 @@ def _abstract(config):
   return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def _write(target, config, params, raw, step, facts) -> dict:
+def _write(target, config, params, raw, step, facts) -> tuple[dict, str]:
   """The workdir; config.json comes last, so that a cut leaves no run."""
   facts = {
     'from': str(files.absolute(FLAGS['from'].value)),
@@ -177,22 +175,18 @@ def _write(target, config, params, raw, step, facts) -> dict:
     'raw': raw is not None,
     'environment': environment.describe(),
   }
+  config.num_steps = max(step, 1)  # for those who follow it, it has ended
   files.make(target)
   with files.replacing(target / runs.CONVERTED) as file:
     file.write(json.dumps(facts, indent=2).encode() + b'\n')
   checkpoint.save_params(target / 'checkpoints', step, params, raw)
   runs.write_config(target, config)
-  count = models.count(params)
-  finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-  if not finite:
+  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
     cli.say('warning: some of the weights are not finite')
-  return {
-    'path': str(target),
-    'step': step,
-    'parameters': count,
-    'told': f'{count:,} parameters, step {step}, as a run to sample and '
-    'evaluate',
-  }
+  count = models.count(params)
+  return {'path': str(target), 'step': step, 'parameters': count}, (
+    f'{count:,} parameters, step {step}, as a run to sample and evaluate'
+  )
 
 
 if __name__ == '__main__':

@@ -40,27 +40,35 @@ def check(config: config_dict.ConfigDict, devices: Sequence) -> list[str]:
 
   Only arithmetic: no file is touched, nothing is compiled.
   """
-  there = runs.flatten(config.to_dict())
-  lacking = [key for key in KEYS if key not in there]
-  if lacking:
-    return [f'the config has no {", ".join(lacking)}: every run has these keys']
-  rules = [
+  return _lacking(config) or _broken(
     *_counts(config),
     *_mesh(config, len(devices)),
-    *_model(config.model, config.data),
-    *_process(config),
-  ]
-  return [message for holds, message in rules if not holds]
+    *_network(config),
+  )
 
 
 def check_network(config: config_dict.ConfigDict) -> list[str]:
   """What is wrong with a config's network and process, as of `check`."""
-  rules = [*_model(config.model, config.data), *_process(config)]
+  return _lacking(config) or _broken(*_network(config))
+
+
+def _lacking(config):
+  there = runs.flatten(config.to_dict())
+  lacking = ', '.join(key for key in KEYS if key not in there)
+  return lacking and [f'the config has no {lacking}: every run has these keys']
+
+
+def _broken(*rules):
   return [message for holds, message in rules if not holds]
 
 
-def _counts(config):
+def _network(config):
   """(holds, message) pairs, as of all the functions below."""
+  yield from _model(config.model, config.data)
+  yield from _process(config)
+
+
+def _counts(config):
   for key, value in runs.flatten(config.to_dict()).items():
     if key in AT_LEAST_1:
       yield value >= 1, f'{key}={value}: at least 1'
