@@ -11,24 +11,36 @@ the time that a step takes at the chips' published rates.
 Before it compiles, it looks at what fails most often on pods: the batch's
 arithmetic, the data, the workdir, versions, TensorFlow. Started on all hosts as
 training is, it compares them. Nothing is trained, and nothing is kept.
+
+--measure runs both programs on this machine's devices for some seconds, with
+random images and new parameters, and tells what a step takes.
 """
 
 import math
 import os
+import time
 from concurrent import futures
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from diffusion_jax import cli, distributed, programs, runs, validation
+from diffusion_jax import (
+  cli,
+  distributed,
+  environment,
+  programs,
+  runs,
+  validation,
+)
 from diffusion_jax.errors import UserError
 from diffusion_jax.planning import checks, chips, compiled, page, rates
 from diffusion_jax.planning.compiled import Compiled, TooLarge, device_bytes
 from diffusion_jax.planning.page import gib
-from diffusion_jax.training import sharding
+from diffusion_jax.training import sharding, state
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
@@ -55,7 +67,12 @@ flags.DEFINE_bool(
   'largest_batch', False, 'Find the largest batch_size that fits; compiles '
   'the training step about six times.',
 )  # fmt: skip
+flags.DEFINE_bool(
+  'measure', False, 'Also run both, and time them; only on this machine.'
+)
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
+
+MEASURED_SECS = 2.0  # of each program; one run, where that takes longer
 
 
 class Place(NamedTuple):
@@ -86,6 +103,9 @@ def main():
     distributed.initialize()
   elif FLAGS.coordinator:
     raise UserError('--topology is for one process: leave --coordinator out')
+  if FLAGS.measure and (where or FLAGS.largest_batch):
+    other = 'topology' if where else 'largest_batch'
+    raise UserError(f'--measure runs what fits here: leave --{other} out')
   devices = chips.devices(where) if where else jax.devices()
   wrong = validation.check(FLAGS.config, devices)
   if wrong:
@@ -102,6 +122,9 @@ def main():
     raise UserError(_too_many_samples(place, sample))
   distributed.gather(None)  # who is through first waits for the others
   result = _result(place, train, sample)
+  if FLAGS.measure:
+    result['measured'] = _measure(place, train, sample)
+    result['environment'] = environment.describe()
   result['checks'] = [check._asdict() for check in looked_at]
   cli.report(result, '\n'.join(page.lines(result)), FLAGS.json)
 
@@ -252,6 +275,76 @@ def _largest(place) -> None:
     f'{gib(does_not.limit)})' + page.ESTIMATE * (place.options is not None),
     FLAGS.json,
   )
+
+
+# --- measuring ----------------------------------------------------------------
+
+
+def _measure(place, train, sample) -> dict:
+  """Seconds of both programs as they run here."""
+  config, mesh, program = place.config, place.mesh, place.program
+  peak = chips.peak(mesh.devices.flat[0].device_kind)
+
+  def share(flops, seconds):  # of the peak; None where that is not known
+    return peak and flops / seconds / mesh.size / peak
+
+  shape = (config.batch_size, *runs.image_shape(config.data))
+  noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  batch = {'image': _put(mesh, noise)}
+  now = [state.create(program.init_key, program.model, program.optimizer, mesh)]
+
+  def step():
+    now[0], values = train.program(now[0], batch)
+    return values
+
+  with cli.waiting('measuring the training step'):
+    seconds, count = _timed(step)
+  found = {
+    'train': {
+      'seconds_per_step': seconds,
+      'steps': count,
+      'images_per_sec': config.batch_size / seconds,
+      'share_of_peak': share(sum(train.product_flops.values()), seconds),
+    }
+  }
+  if sample:
+    indices = _put(mesh, np.arange(_sampled(place), dtype=np.uint32))
+    params = now[0].ema_params
+    with cli.waiting('measuring the sampling program'):
+      seconds, count = _timed(lambda: sample.program(params, indices))
+    evaluations = len(indices) * config.sample.num_steps
+    found['sample'] = {
+      'seconds_per_evaluation': seconds / evaluations,  # of one image
+      'evaluations': count * evaluations,
+      'batch_size': len(indices),
+      'share_of_peak': share(sum(sample.product_flops.values()), seconds),
+    }
+  return found
+
+
+def _put(mesh, rows: np.ndarray) -> jax.Array:
+  """Rows that every process has, split over the devices."""
+  return jax.make_array_from_callback(
+    rows.shape, sharding.batch_sharding(mesh), lambda index: rows[index]
+  )
+
+
+def _timed(call) -> tuple[float, int]:
+  """(seconds a call, calls): after one to warm up, unless that takes long."""
+
+  def seconds(count):
+    start = time.monotonic()
+    for _ in range(count):
+      values = call()
+    jax.block_until_ready(values)
+    # All processes must come to the same count.
+    return max(distributed.gather(time.monotonic() - start)) / count
+
+  first = seconds(1)
+  if first > MEASURED_SECS:
+    return first, 1
+  count = max(1, min(int(MEASURED_SECS / seconds(1)), 1000))
+  return seconds(count), count
 
 
 # --- words and numbers ------------------------------------------------------

@@ -365,3 +365,17 @@ def test_numbers_are_of_the_network_that_trains():
   image = 16 // 8 * 8 * 8
   assert found.arguments == pytest.approx(state + image, rel=0.01)
   assert found.aliased > 0.99 * found.outputs
+
+
+def test_the_peak_of_a_device_by_its_name():
+  """The names are those that JAX gives."""
+  for kind, peak in (
+    ('NVIDIA H200', 989.4e12),
+    ('NVIDIA H100 80GB HBM3', 989.4e12),
+    ('NVIDIA A100-SXM4-80GB', 312e12),
+    ('TPU v5 lite', 197e12),
+    ('TPU v6e', 918e12),
+    ('NVIDIA RTX A1000', None),
+    ('cpu', None),
+  ):
+    assert chips.peak(kind) == peak, kind

@@ -33,7 +33,7 @@ def test_of_this_machine(tmp_path):
   flags = ['--config.mesh.fsdp=4', '--config.batch_size=16',
            '--sample_batch_size=30',
            f'--workdir={tmp_path / "new" / "run"}']  # fmt: skip
-  result = preflight(*flags, '--json', devices=8)
+  result = preflight(*flags, '--json', '--measure', devices=8)
   assert result.code == 0, result.err
   found = json.loads(result.out)
   assert not list(tmp_path.iterdir())  # tried, and left as it was
@@ -63,7 +63,16 @@ def test_of_this_machine(tmp_path):
     train['product_flops_per_image'], rel=0.02
   )
 
+  timed = found['measured']
+  assert timed['train']['images_per_sec'] == pytest.approx(
+    16 / timed['train']['seconds_per_step']
+  )
+  assert timed['sample']['evaluations'] % (32 * 3) == 0
+  assert timed['sample']['share_of_peak'] is None  # nobody publishes a CPU's
+  assert found['environment']['num_devices'] == 8
+
   lines = list(page.lines(found))
+  assert sum(line.startswith('measured: ') for line in lines) == 2
   assert lines[0].startswith('this machine: 8 cpu, data 2 x fsdp 4 x tensor 1')
   assert lines[-1].startswith('it fits: ')
   total = f'{train["bytes"]["total"]:,}'
@@ -107,6 +116,7 @@ def last_line(result):
   [
     (['--topology=v9:2x2'], 'v4, v5e, v5p, v6e'),
     (['--topology=v5e:2x2x2'], 'have 2 axes'),
+    (['--topology=v5e:2x2', '--measure'], 'leave --topology out'),
     (['--topology=v5e:2x2', '--coordinator=h:1'], 'is for one process'),
     (['--config.batch_size=13', '--config.mesh.fsdp=1'], 'not a multiple'),
     (['--sample_batch_size=0'], 'sample_batch_size'),

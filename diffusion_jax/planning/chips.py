@@ -47,6 +47,48 @@ CHIPS = {
 }
 
 
+class Gpu(NamedTuple):
+  """What is published of a GPU.
+
+  Attributes:
+    memory: bytes.
+    flops: a second, bfloat16 without sparsity, at the peak.
+  """
+
+  memory: int
+  flops: float
+
+
+# nvidia.com, the data sheets of the SXM boards.
+GPUS = {
+  'A100': Gpu(80 * 10**9, 312e12),
+  'H100': Gpu(80 * 10**9, 989.4e12),
+  'H200': Gpu(141 * 10**9, 989.4e12),
+}
+# What JAX calls TPUs; of a GPU's name, a part is its key.
+TPU_KINDS = {
+  'TPU v4': 'v4',
+  'TPU v5 lite': 'v5e',
+  'TPU v5e': 'v5e',
+  'TPU v5': 'v5p',
+  'TPU v5p': 'v5p',
+  'TPU v6 lite': 'v6e',
+  'TPU v6e': 'v6e',
+}
+
+
+def peak(device_kind: str) -> float | None:
+  """FLOPs a second of a device, as published; None where it is not known.
+
+  Args:
+    device_kind: as JAX names it, such as 'NVIDIA H200' or 'TPU v5 lite'.
+  """
+  if kind := TPU_KINDS.get(device_kind):
+    return CHIPS[kind].flops
+  names = [name for name in GPUS if name in device_kind.split('-')[0].split()]
+  return GPUS[names[0]].flops if names else None
+
+
 class Slice(NamedTuple):
   """Chips that are connected.
 

@@ -45,6 +45,7 @@ class Compiled(NamedTuple):
     bytes_accessed: bytes that move between device and memory, likewise.
     collectives: as of `hlo.collectives`.
     seconds: that compiling took.
+    program: what can be called, where the devices are there.
   """
 
   arguments: int
@@ -57,6 +58,7 @@ class Compiled(NamedTuple):
   bytes_accessed: float | None
   collectives: list[hlo.Collective]
   seconds: float
+  program: jax.stages.Compiled | None = None
 
   @property
   def total(self) -> int:
@@ -114,6 +116,7 @@ def compile(fn, args, *, options: dict | None = None) -> Compiled:
     cost.get('bytes accessed'),
     hlo.collectives(program.as_text(), num_devices),
     time.monotonic() - start,
+    program,
   )
 
 

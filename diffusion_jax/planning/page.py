@@ -34,6 +34,8 @@ def lines(result: dict) -> Iterator[str]:
   elif result['topology']:
     yield ''
     yield 'no time is predicted: XLA counts the loop over microbatches once'
+  if 'measured' in result:
+    yield from ['', *_measured(result['measured'])]
   total = max(result[kind]['bytes']['total'] for kind in kinds)
   yield ''
   yield (
@@ -100,3 +102,23 @@ def _predicted(result):
     f'{predicted["hours"]:.1f} hours for the run, efficiency '
     f'{predicted["efficiency"]:.0%}; no chip reaches its published rates'
   )
+
+
+def _measured(found):
+  """What was timed on this machine."""
+
+  def share(program):
+    of_peak = program['share_of_peak']
+    return f', {of_peak:.0%} of the published peak' if of_peak else ''
+
+  train, sample = found['train'], found.get('sample')
+  yield (
+    f'measured: {train["seconds_per_step"]:.4g} s a training step, '
+    f'{train["images_per_sec"]:,.4g} images/s, mean of {train["steps"]}'
+    + share(train)
+  )
+  if sample:
+    yield (
+      f'measured: {1 / sample["seconds_per_evaluation"]:,.4g} evaluations/s '
+      f'while sampling, {sample["batch_size"]} images at once' + share(sample)
+    )
