@@ -1,0 +1,201 @@
+"""What a reproduction takes: images, evaluations, FLOPs, and hours.
+
+Hours are measured where a rate was measured, and estimated elsewhere, at the
+share of a chip's peak that the paper's own run had. The two are never mixed.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax import programs, runs
+from diffusion_jax.planning import chips, flops
+from diffusion_jax.training import sharding
+
+# The only rates on record for this network are the paper's, on a TPU v3-8 (four
+# chips of 123 TFLOP/s): 21 steps/s of 128 images, 34.86 GFLOP each by
+# `planning.flops`, which leaves out what falls on padding; and 256 images x
+# 1000 steps in 17 s, 11.62 GFLOP for each evaluation.
+PAPER_PEAK = 4 * 123e12
+TRAIN_SHARE = 21 * 128 * 34.86e9 / PAPER_PEAK  # 0.19
+SAMPLE_SHARE = 256 * 1000 / 17 * 11.62e9 / PAPER_PEAK  # 0.36
+
+# Of Inception at 299x299 up to its last features, counted likewise.
+INCEPTION_FLOPS = 10.95e9
+
+
+class Place(NamedTuple):
+  """Chips to rent.
+
+  Attributes:
+    name: as they are asked for.
+    count: of chips.
+    peak: FLOPs a second of one.
+  """
+
+  name: str
+  count: int
+  peak: float
+
+
+# TPU v4 counts two cores a chip, the later ones chips.
+PLACES = (
+  *(Place(f'1 {name}', 1, gpu.flops) for name, gpu in chips.GPUS.items()),
+  Place('8 H100', 8, chips.GPUS['H100'].flops),
+  Place('TPU v4-8', 4, chips.CHIPS['v4'].flops),
+  Place('TPU v5e-8', 8, chips.CHIPS['v5e'].flops),
+  Place('TPU v6e-8', 8, chips.CHIPS['v6e'].flops),
+)
+
+
+class Work(NamedTuple):
+  """All that is to be computed.
+
+  Attributes:
+    images: of training.
+    drawn: evaluations of the network for the samples.
+    scored: evaluations of it for the bits per dimension.
+    judged: images that Inception looks at.
+    train_flops: of a training image, forward and backward.
+    evaluation_flops: of an evaluation, of one image.
+  """
+
+  images: int
+  drawn: int
+  scored: int
+  judged: int
+  train_flops: float
+  evaluation_flops: float
+
+
+class Hours(NamedTuple):
+  """By part; `judging` is None where no rate is known."""
+
+  training: float
+  drawing: float
+  bits: float
+  judging: float | None
+
+  @property
+  def total(self) -> float:
+    return self.training + self.drawing + self.bits + (self.judging or 0.0)
+
+
+def flops_of(config: Mapping) -> tuple[float, float]:
+  """FLOPs of a training image, and of an evaluation of the network.
+
+  It is traced for one device of this process; nothing is compiled.
+
+  Args:
+    config: of the run, checked.
+  """
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  one = config.copy_and_resolve_references()
+  one.microbatches = 1
+  program = programs.create(one, mesh)
+  shape = (1, *runs.image_shape(config['data']))
+  where = sharding.batch_sharding(mesh)
+  batch = {'image': jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=where)}
+  step = program.step_fn.trace(program.abstract, batch)
+  evaluation = jax.make_jaxpr(program.model.apply)(
+    program.abstract.params,
+    jax.ShapeDtypeStruct(shape, jnp.float32),
+    jax.ShapeDtypeStruct((1,), jnp.int32),
+  )
+  return (
+    float(flops.products(step.jaxpr).total()),
+    float(flops.products(evaluation).total()),
+  )
+
+
+def estimate(work: Work, place: Place) -> Hours:
+  """At the paper's share of the peak; see what half and double of it mean.
+
+  Args:
+    work: all of it.
+    place: the chips, used as well as the paper's were.
+  """
+  peak = place.count * place.peak
+  train, sample = TRAIN_SHARE * peak, SAMPLE_SHARE * peak
+
+  def hours(count, each, rate):
+    return count * each / rate / 3600
+
+  return Hours(
+    hours(work.images, work.train_flops, train),
+    hours(work.drawn, work.evaluation_flops, sample),
+    hours(work.scored, work.evaluation_flops, sample),
+    hours(work.judged, INCEPTION_FLOPS, sample),
+  )
+
+
+def measured(
+  work: Work, images_per_sec: float | None, evaluations_per_sec: float | None
+) -> Hours | None:
+  """At rates that were measured on the machine in question.
+
+  Args:
+    work: what is left of it.
+    images_per_sec: of training, all devices together; None = not measured.
+    evaluations_per_sec: of the network while sampling, likewise.
+
+  Returns:
+    None where a rate that is needed was not measured. Judging was not.
+  """
+  needed = (
+    (work.images, images_per_sec),
+    (work.drawn + work.scored, evaluations_per_sec),
+  )
+  if any(count and not rate for count, rate in needed):
+    return None
+
+  def hours(count, rate):
+    return count / rate / 3600 if count else 0.0
+
+  return Hours(
+    hours(work.images, images_per_sec),
+    hours(work.drawn, evaluations_per_sec),
+    hours(work.scored, evaluations_per_sec),
+    None,
+  )
+
+
+def table(work: Work) -> tuple[list[str], list[list[str]]]:
+  """(heads, rows): hours on chips to rent, estimated, with half and double."""
+  heads = ['hours, estimated', 'training', 'drawing', 'bits', 'judging', 'all',
+           'at half the share', 'at double']  # fmt: skip
+  rows = []
+  for place in PLACES:
+    found = estimate(work, place)
+    rows.append([
+      place.name,
+      *(f'{hours:.2f}' for hours in found),
+      *(f'{factor * found.total:.2f}' for factor in (1, 2, 0.5)),
+    ])  # fmt: skip
+  return heads, rows
+
+
+def lines(work: Work, steps: int) -> list[str]:
+  """What is to be computed, line by line.
+
+  Args:
+    work: all of it.
+    steps: of training.
+  """
+  parts = (
+    (f'{steps:,} training steps, {work.images:,} images', work.images,
+     work.train_flops),
+    (f'{work.drawn:,} evaluations for the samples', work.drawn,
+     work.evaluation_flops),
+    (f'{work.scored:,} evaluations for the bits per dimension', work.scored,
+     work.evaluation_flops),
+    (f'{work.judged:,} images judged by Inception', work.judged,
+     INCEPTION_FLOPS),
+  )  # fmt: skip
+  return [
+    f'{told}: {count * each / 1e18:.4g} EFLOP'
+    for told, count, each in parts
+    if count
+  ]

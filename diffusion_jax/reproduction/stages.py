@@ -1,0 +1,166 @@
+"""A stage: one of our binaries at work in a process of its own.
+
+The process that waits for it starts no devices, so that there is never more
+than one on them. What a stage prints on stderr passes through; its result, JSON
+on stdout, is kept. None outlives who started it.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from diffusion_jax.errors import UserError
+
+GRACE = 60.0  # seconds to save in, once it was told to stop
+TICK = 0.1
+
+# On Linux a process can ask for a signal when its parent is gone, however that
+# went; the asking outlives exec. Arguments: the parent, then the command.
+_TIED = (
+  'import ctypes, os, signal, sys\n'
+  'ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n'
+  'if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])'
+)
+
+
+class Outcome(NamedTuple):
+  """How a stage came to its end.
+
+  Attributes:
+    result: what it printed as JSON; None where it was cut.
+    seconds: that it ran.
+  """
+
+  result: dict | None
+  seconds: float
+
+
+class Failed(UserError):
+  """A stage failed; where `told` is true it has said why, in its last line."""
+
+  def __init__(self, message: str, seconds: float, told: bool):
+    super().__init__(message)
+    self.seconds, self.told = seconds, told
+
+
+class Signals:
+  """SIGINT and SIGTERM, noted while it is entered; `run` tells them to a stage.
+
+  Attributes:
+    name: of the first that came; '' for none.
+    count: how many came. A second one kills the stage.
+  """
+
+  def __init__(self):
+    self.name, self.count = '', 0
+
+  def _note(self, number, _):
+    self.name = self.name or signal.Signals(number).name
+    self.count += 1
+
+  def __enter__(self):
+    self._before = {
+      number: signal.signal(number, self._note)
+      for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+def run(
+  command: Sequence[str],
+  signals: Signals,
+  *,
+  stop: int = signal.SIGINT,
+  deadline: float | None = None,
+  watch: Callable[[], None] = lambda: None,
+  every: float = 20.0,
+  grace: float = GRACE,
+) -> Outcome:
+  """Runs a stage to its end, to its deadline, or until a signal comes.
+
+  Args:
+    command: arguments of Python.
+    signals: entered.
+    stop: the signal that it is told to stop by.
+    deadline: of time.monotonic(); None = none.
+    watch: called now and then meanwhile.
+    every: seconds between these calls.
+    grace: seconds from the signal to the kill.
+
+  Raises:
+    Failed: it ended by itself, and not well.
+  """
+  whole = [sys.executable, *command]
+  if sys.platform == 'linux':
+    whole = [sys.executable, '-c', _TIED, str(os.getpid()), *whole]
+  start = watched = time.monotonic()
+  stopped = None  # when it was told to
+  with tempfile.TemporaryFile() as out:
+    # A session of its own: Ctrl-C comes here first, and from here to it.
+    process = subprocess.Popen(whole, stdout=out, start_new_session=True)
+    try:
+      while process.poll() is None:
+        now = time.monotonic()
+        late = deadline is not None and now >= deadline
+        if stopped is None and (late or signals.name):
+          process.send_signal(stop)
+          stopped = now
+        elif stopped is not None and (
+          now - stopped > grace or signals.count > 1
+        ):
+          process.kill()
+        if now - watched >= every:
+          watch()
+          watched = time.monotonic()
+        try:
+          process.wait(TICK)
+        except subprocess.TimeoutExpired:
+          continue
+    finally:
+      if process.poll() is None:  # watch() raised
+        process.kill()
+        process.wait()
+    seconds = time.monotonic() - start
+    out.seek(0)
+    printed = out.read().decode(errors='replace')
+  code = process.returncode
+  # A binary that was told to stop and has saved ends with 0, and prints nothing.
+  if code == 0 and printed.strip():
+    return Outcome(_parsed(printed, command, seconds), seconds)
+  if stopped is not None or code == 0:
+    return Outcome(None, seconds)
+  raise Failed(_ending(command, code), seconds, told=code == 2)
+
+
+def _parsed(printed: str, command, seconds) -> dict:
+  try:
+    return json.loads(printed)
+  except ValueError as e:
+    raise Failed(f'{name(command)} printed no JSON', seconds, False) from e
+
+
+def _ending(command, code: int) -> str:
+  how = f'exit code {code}'
+  if code < 0:
+    how = signal.Signals(-code).name
+    if -code == signal.SIGKILL:
+      how += ', as where memory does not suffice'
+  return (
+    f'{name(command)} ended with {how}; the same command goes on from what is '
+    'kept'
+  )
+
+
+def name(command: Sequence[str]) -> str:
+  """What people call a command: the binary."""
+  return command[1].rpartition('.')[2] if command[0] == '-m' else command[0]

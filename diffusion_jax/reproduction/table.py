@@ -1,0 +1,276 @@
+"""Ours beside the published ones, the bands, and a verdict or why there is none.
+
+A verdict is given only where all that the number depends on is as published;
+else each difference is named.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from diffusion_jax import cli, runs
+from diffusion_jax.evaluation import cards
+from diffusion_jax.reproduction import published
+from diffusion_jax.reproduction.published import Band, Recipe
+
+# What may differ from a shipped config without another result, but for noise.
+FREE = (
+  *('seed', 'microbatches', 'mesh', 'keep_last', 'eval_images', 'data.path'),
+  *('data.heldout_every', 'data.heldout_split', 'model.dtype'),
+)
+# And what leaves the loss of a step as it is, once the warm-up is over.
+FREE_FOR_LOSS = (*FREE, 'num_steps', 'data.name', 'ema', 'optim.warmup_steps')
+
+
+class Check(NamedTuple):
+  """A number and its band."""
+
+  result: str
+  value: float
+  band: Band
+
+  @property
+  def well(self) -> bool:
+    return self.band.low <= self.value <= self.band.high
+
+
+class Verdict(NamedTuple):
+  """What came of it.
+
+  Attributes:
+    word: 'reproduced', 'not reproduced' or 'no verdict'.
+    checks: the numbers that have a band.
+    reasons: why there is none, a line each.
+  """
+
+  word: str
+  checks: tuple[Check, ...]
+  reasons: tuple[str, ...]
+
+
+def differences(
+  shipped: Mapping, config: Mapping, free: Sequence[str] = FREE
+) -> list[str]:
+  """What of a config is not the recipe, a line for each key.
+
+  Args:
+    shipped: the recipe, plain.
+    config: the run's, plain.
+    free: keys that may differ, or groups of them.
+  """
+  found = runs.differences(shipped, config)
+  return [
+    line.replace(' there, ', ' in the recipe, ').replace(' now', ' here')
+    for key, line in found.items()
+    if not (
+      (key.endswith('_every') and '.' not in key)
+      or (key.startswith('sample.') and key != 'sample.variance')
+      or any(key == name or key.startswith(f'{name}.') for name in free)
+    )
+  ]
+
+
+def not_as_published(
+  card: Mapping, recipe: Recipe, config: Mapping
+) -> list[str]:
+  """What of a card of samples is not the paper's protocol, a line each.
+
+  Args:
+    card: of `evaluate`.
+    recipe: whose protocol.
+    config: the recipe's, plain.
+  """
+  told = []
+  protocol, subject = card['protocol'], card['subject']
+  if 'fid' not in card['results']:
+    names = [n for n in cards.DISTANCES if n in card['results']]
+    told.append(
+      f'the distance is {cards.DISTANCES[names[0]] if names else "missing"}, '
+      'not FID by the 2048 features of Inception'
+    )
+  steps = config['process']['num_timesteps']
+  wanted = (
+    (protocol, {
+      'num_samples': published.NUM_SAMPLES,
+      'num_reference': recipe.num_train,
+      'data': config['data']['name'],
+      'split': config['data']['train_split'],
+      'rounding': 'float',
+      'convention': 'tf1',
+    }),
+    (subject, {
+      'sampler': 'ancestral',
+      'evaluations': steps,
+      'variance': config['sample']['variance'],
+      'clip': True,
+      'ema': True,
+    }),
+  )  # fmt: skip
+  return told + _unlike(wanted)
+
+
+def bits_not_as_published(
+  card: Mapping, recipe: Recipe, config: Mapping
+) -> list[str]:
+  """The same for a card of bits per dimension."""
+  protocol = card['protocol']
+  told = _unlike((
+    (protocol, {
+      'bits': 'bpd',
+      'data': config['data']['name'],
+      'split': config['data']['heldout_split'],
+      'num_images': recipe.num_heldout,
+      'variance': config['sample']['variance'],
+      'clip': True,
+    }),
+    (card['subject'], {'ema': True}),
+  ))  # fmt: skip
+  steps = len(protocol.get('grid', [])) - 1
+  if steps != config['process']['num_timesteps']:
+    told.append(f'bits per dimension of {steps} steps, not of all')
+  return [f'bits/dim: {line}' for line in told]
+
+
+def _unlike(wanted) -> list[str]:
+  return [
+    f'{key}: {there.get(key)}, not {value}'
+    for there, values in wanted
+    for key, value in values.items()
+    if value is not None and there.get(key) != value
+  ]
+
+
+def judge(
+  recipe: Recipe,
+  results: Mapping[str, float],
+  *,
+  imported: bool,
+  reasons: Sequence[str] = (),
+) -> Verdict:
+  """The verdict.
+
+  Args:
+    recipe: what is published.
+    results: of our cards: 'fid', 'bpd'.
+    imported: whether published weights were judged, not ours.
+    reasons: what differs from the recipe and its protocol.
+  """
+  bands = recipe.imported if imported else recipe.own
+  checks = tuple(
+    Check(name, results[name], band)
+    for name, band in bands.items()
+    if name in results
+  )
+  reasons = list(reasons)
+  if not bands:
+    reasons.insert(0, 'no score of this recipe is on record')
+  reasons += [
+    f'{cards.DISTANCES.get(name, "bits/dim")} was not measured'
+    for name in bands
+    if name not in results
+  ]
+  if reasons:
+    return Verdict('no verdict', checks, tuple(reasons))
+  well = all(check.well for check in checks)
+  return Verdict('reproduced' if well else 'not reproduced', checks, ())
+
+
+def rows(
+  recipe: Recipe, ours: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+  """The table: ours first, then what is published of the same samplers.
+
+  Args:
+    recipe: what is published.
+    ours: 'system', 'sampler', 'evaluations', and of the results 'distance' (its
+      name), its value, 'inception_score', 'bits'.
+
+  Returns:
+    dicts of one shape, as JSON can hold them.
+  """
+  used = {(row['sampler'], row['evaluations']) for row in ours}
+  theirs = [
+    {
+      'system': row.system,
+      'ours': False,
+      'fid': list(row.fid),
+      'inception_score': list(row.inception_score),
+      'bits': row.bits,
+      'sampler': row.sampler,
+      'evaluations': row.evaluations,
+      'source': row.source + ' (second-hand)' * row.second_hand,
+    }
+    for row in recipe.rows
+    if row.sampler == 'ancestral' or (row.sampler, row.evaluations) in used
+  ]
+  return [*({**row, 'ours': True} for row in ours), *theirs]
+
+
+def text(
+  table: Sequence[Mapping[str, Any]], verdict: Verdict, recipe: Recipe
+) -> list[str]:
+  """The table and the verdict, as lines.
+
+  Args:
+    table: of `rows`.
+    verdict: of `judge`.
+    recipe: what is published.
+  """
+  # Distances by other features have columns of their own: none is a FID.
+  names = list(dict.fromkeys(
+    row['distance'] for row in table if row.get('distance', 'fid') != 'fid'
+  ))  # fmt: skip
+  heads = ['', *(cards.DISTANCES.get(n, n) for n in names), 'FID', 'IS',
+           'bits/dim', 'sampler', 'evaluations', 'source']  # fmt: skip
+  body = []
+  for row in table:
+    other = row.get('distance', 'fid')
+    body.append([
+      row['system'],
+      *(_cell(row['fid'] if other == name else []) for name in names),
+      _cell(row['fid'] if other == 'fid' else []),
+      ' ± '.join(f'{x:.4g}' for x in row['inception_score']) or '-',
+      '-' if row['bits'] is None else f'{row["bits"]:.2f}',
+      row['sampler'],
+      str(row['evaluations']),
+      row['source'],
+    ])  # fmt: skip
+  lines = cli.table(heads, body)
+  bands = [
+    f'{what}: ' + ', '.join(
+      f'{cards.DISTANCES.get(name, "bits/dim")} {band.low:.2f} to '
+      f'{band.high:.2f}' for name, band in of.items()
+    )
+    for what, of in (
+      ('band for a run of 800,000 steps', recipe.own),
+      ('band for the published weights', recipe.imported),
+    )
+    if of
+  ]  # fmt: skip
+  if bands:
+    lines += ['', *bands]
+  lines += ['', *told(verdict)]
+  return lines
+
+
+def _cell(values) -> str:
+  return ', '.join(f'{x:.4g}' for x in values) or '-'
+
+
+def told(verdict: Verdict) -> list[str]:
+  """The verdict, line by line."""
+  if verdict.word == 'no verdict':
+    return ['no verdict, since', *(f'  {line}' for line in verdict.reasons)]
+  return [
+    f'{verdict.word}: '
+    + ', '.join(
+      f'{cards.DISTANCES.get(check.result, "bits/dim")} {check.value:.3f} is '
+      f'{"in" if check.well else "outside"} {check.band.low:.2f} to '
+      f'{check.band.high:.2f}'
+      for check in verdict.checks
+    )
+  ]
+
+
+def markdown(lines: Sequence[str], title: str) -> str:
+  """The text as a page, columns and all."""
+  return '\n'.join([f'# {title}', '', '```', *lines, '```', ''])
