@@ -199,12 +199,18 @@ def shipped_configs() -> list[str]:
   return sorted(names)
 
 
+def shipped_config(name: str) -> str | None:
+  """The file of a shipped config, whatever lies in this folder."""
+  candidates = [os.path.join(f, f'{name}.py') for f in _config_folders()]
+  return next((path for path in candidates if os.path.isfile(path)), None)
+
+
 def find_config(name: str) -> str | None:
   """The file of a config: a path, or the name of a shipped one."""
   base = name.removeprefix('configs/').removesuffix('.py')
   candidates = [name] * name.endswith('.py') + [f'{name}.py']
-  candidates += [os.path.join(f, f'{base}.py') for f in _config_folders()]
-  return next((path for path in candidates if os.path.isfile(path)), None)
+  there = (path for path in candidates if os.path.isfile(path))
+  return next(there, None) or shipped_config(base)
 
 
 # --- progress and results ---------------------------------------------------

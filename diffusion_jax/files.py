@@ -57,6 +57,12 @@ def at(path) -> Path:
   return epath.Path(text)
 
 
+def cache(given: str | None = None) -> Path:
+  """The folder for features and weights: the one given, or the user's own."""
+  base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  return at(given or f'{base}/diffusion_jax').expanduser()
+
+
 def in_bucket(path: Path) -> bool:
   return isinstance(path, epath.Path)
 

@@ -4,7 +4,6 @@ Shared by the binaries that judge. `flags.adopt_module_key_flags(judging)` makes
 these flags a binary's own.
 """
 
-import os
 import zipfile
 from typing import NamedTuple
 
@@ -149,8 +148,7 @@ def check_flags() -> None:
 
 def cache() -> files.Path:
   """The folder for features and weights."""
-  base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  return files.at(FLAGS.cache or f'{base}/diffusion_jax').expanduser()
+  return files.cache(FLAGS.cache)
 
 
 def download() -> None:

@@ -92,9 +92,7 @@ def flops_of(config: Mapping) -> tuple[float, float]:
     config: of the run, checked.
   """
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  one = config.copy_and_resolve_references()
-  one.microbatches = 1
-  program = programs.create(one, mesh)
+  program = programs.create({**config, 'microbatches': 1}, mesh)
   shape = (1, *runs.image_shape(config['data']))
   where = sharding.batch_sharding(mesh)
   batch = {'image': jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=where)}

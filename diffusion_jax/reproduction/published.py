@@ -4,8 +4,11 @@ Where a figure was read in a table that somebody else reprinted, `second_hand`
 says so: check it before quoting it.
 """
 
+import types
+from collections.abc import Mapping
 from typing import NamedTuple
 
+NONE = types.MappingProxyType({})
 DDPM = 'arXiv 2006.11239'
 
 
@@ -58,8 +61,8 @@ class Recipe(NamedTuple):
   """
 
   rows: tuple[Row, ...] = ()
-  own: dict[str, Band] = {}
-  imported: dict[str, Band] = {}
+  own: Mapping[str, Band] = NONE
+  imported: Mapping[str, Band] = NONE
   loss: tuple[tuple[int, float], ...] = ()
   fid: tuple[tuple[int, float], ...] = ()
   curve: str = ''

@@ -134,7 +134,7 @@ def run(
     out.seek(0)
     printed = out.read().decode(errors='replace')
   code = process.returncode
-  # A binary that was told to stop and has saved ends with 0, and prints nothing.
+  # Training that was told to stop saves, ends with 0 and prints nothing.
   if code == 0 and printed.strip():
     return Outcome(_parsed(printed, command, seconds), seconds)
   if stopped is not None or code == 0:

@@ -1,4 +1,4 @@
-"""Ours beside the published ones, the bands, and a verdict or why there is none.
+"""Ours beside the published ones, bands, and a verdict or why there is none.
 
 A verdict is given only where all that the number depends on is as published;
 else each difference is named.
