@@ -124,9 +124,9 @@ def lines(
     axes.yaxis.set_major_locator(ticker.MaxNLocator(4, steps=NICE))
     if not log:
       axes.set_ylim(bottom=0)
-  axes.yaxis.set_major_formatter(ticker.FuncFormatter(_short))
+  axes.yaxis.set_major_formatter(ticker.FuncFormatter(short))
   axes.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=NICE, integer=True))
-  axes.xaxis.set_major_formatter(ticker.FuncFormatter(_short))
+  axes.xaxis.set_major_formatter(ticker.FuncFormatter(short))
   axes.set_xlim(left=0)
   axes.set_xlabel('step', loc='right', labelpad=0)
   return _svg(figure, title, repr(drawn))
@@ -181,7 +181,7 @@ def _axes():
   return figure, axes
 
 
-def _short(value: float, _=None) -> str:
+def short(value: float, _=None) -> str:
   """12000 -> '12k', as there is little room."""
   for size, letter in ((1e6, 'M'), (1e3, 'k')):
     if abs(value) >= max(size, 1e4):

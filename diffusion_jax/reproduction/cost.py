@@ -169,10 +169,14 @@ def table(work: Work) -> tuple[list[str], list[list[str]]]:
     found = estimate(work, place)
     rows.append([
       place.name,
-      *(f'{hours:.2f}' for hours in found),
-      *(f'{factor * found.total:.2f}' for factor in (1, 2, 0.5)),
+      *map(_short, found),
+      *(_short(factor * found.total) for factor in (1, 2, 0.5)),
     ])  # fmt: skip
   return heads, rows
+
+
+def _short(hours: float) -> str:
+  return f'{hours:.1f}' if hours >= 10 else f'{hours:.2g}'
 
 
 def lines(work: Work, steps: int) -> list[str]:

@@ -102,6 +102,8 @@ def at(curve: Sequence[tuple[int, float]], step: float) -> float:
     NaN before the first point, where nothing is known; behind the last one its
     value.
   """
+  if not curve:
+    return math.nan
   steps, values = zip(*curve, strict=True)
   if step < steps[0]:
     return math.nan
@@ -115,7 +117,7 @@ def loss(rows: Sequence[dict], curve: Sequence[tuple[int, float]]) -> Finding:
 
   Args:
     rows: of metrics.jsonl, by step.
-    curve: (step, loss), by step.
+    curve: (step, loss), by step; () = none to compare with.
   """
   rows = [row for row in rows if 'loss' in row]
   if not rows:
@@ -132,7 +134,7 @@ def loss(rows: Sequence[dict], curve: Sequence[tuple[int, float]]) -> Finding:
   told = f'step {last:,}: loss {mean:.4f}, mean of {len(newest)} rows'
   healthy = at(curve, middle)
   if math.isnan(healthy):
-    told += f'; no curve is known before step {curve[0][0]:,}'
+    told += _before(curve)
     return Finding('unknown', last, mean, healthy, told)
   told += f' around step {middle:,}; healthy {healthy:.4f}'
   error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 1
@@ -157,13 +159,17 @@ def distance(
   """
   told, healthy = f'step {step:,}: FID {fid:.2f}', at(curve, step)
   if math.isnan(healthy):
-    told += f'; no curve is known before step {curve[0][0]:,}'
+    told += _before(curve)
     return Finding('unknown', step, fid, healthy, told)
   width = FID_BAND * healthy + published.TWO_DRAWS
   told += f', healthy {healthy:.2f} ± {width:.2f}'
   return Finding(
     _state(fid, healthy, width, 'distance'), step, fid, healthy, told
   )
+
+
+def _before(curve) -> str:
+  return f'; no curve is known before step {curve[0][0]:,}' if curve else ''
 
 
 def _state(value, healthy, width, what) -> str:

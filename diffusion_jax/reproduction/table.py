@@ -87,25 +87,26 @@ def not_as_published(
       f'the distance is {cards.DISTANCES[names[0]] if names else "missing"}, '
       'not FID by the 2048 features of Inception'
     )
-  steps = config['process']['num_timesteps']
-  wanted = (
+  else:
+    told += _unlike([(protocol, {'convention': 'tf1'})])
+  told += _unlike([
     (protocol, {
       'num_samples': published.NUM_SAMPLES,
       'num_reference': recipe.num_train,
       'data': config['data']['name'],
       'split': config['data']['train_split'],
       'rounding': 'float',
-      'convention': 'tf1',
     }),
     (subject, {
       'sampler': 'ancestral',
-      'evaluations': steps,
-      'variance': config['sample']['variance'],
+      'evaluations': config['process']['num_timesteps'],
       'clip': True,
       'ema': True,
     }),
-  )  # fmt: skip
-  return told + _unlike(wanted)
+  ])  # fmt: skip
+  if subject.get('sampler') == 'ancestral':
+    told += _unlike([(subject, {'variance': config['sample']['variance']})])
+  return told
 
 
 def bits_not_as_published(
@@ -113,7 +114,7 @@ def bits_not_as_published(
 ) -> list[str]:
   """The same for a card of bits per dimension."""
   protocol = card['protocol']
-  told = _unlike((
+  told = _unlike([
     (protocol, {
       'bits': 'bpd',
       'data': config['data']['name'],
@@ -123,7 +124,7 @@ def bits_not_as_published(
       'clip': True,
     }),
     (card['subject'], {'ema': True}),
-  ))  # fmt: skip
+  ])  # fmt: skip
   steps = len(protocol.get('grid', [])) - 1
   if steps != config['process']['num_timesteps']:
     told.append(f'bits per dimension of {steps} steps, not of all')

@@ -1,0 +1,388 @@
+r"""Reproduces a paper's numbers: trains or imports, evaluates, compares.
+
+  python -m diffusion_jax.reproduce --config=cifar10 --workdir=runs/cifar10 \
+    --config.model.dtype=bfloat16 --download
+  python -m diffusion_jax.reproduce --config=cifar10 --workdir=runs/cifar10 \
+    --plan
+  python -m diffusion_jax.reproduce --config=cifar10 --workdir=runs/imported \
+    --from=PUBLISHED --download
+
+Says first what it will cost: at the share of a chip's peak that the paper's own
+run had, and at rates measured here. Then each stage is one of our binaries in a
+process of its own, whose command line is printed. While it trains, the loss is
+told beside a healthy run's, and outside its band the usual suspects. It ends
+with a table, ours beside the paper and public retrains, and a verdict; or with
+what is not as published, and so has none.
+
+The same command goes on where it was: --minutes limits a call, Ctrl-C and
+SIGTERM end it, and what is done is not done again. WORKDIR/reproduction gets
+reproduction.json, table.md, curves.png, samples.png, the metric cards and the
+report; weights and samples stay in the workdir. For one process: on several
+hosts run the stages by hand.
+"""
+
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from diffusion_jax import cli, files, runs, samplers
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import inception
+from diffusion_jax.reproduction import (
+  cost,
+  published,
+  results,
+  stages,
+  task,
+  work,
+)
+from diffusion_jax.reproduction.task import Task
+from diffusion_jax.samplers import plan as plans
+from diffusion_jax.training import checkpoint, metrics
+from diffusion_jax.weights import inception as weights
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file(
+  'config', None, 'The run: a file, or the name of a shipped config.'
+)
+flags.DEFINE_string('workdir', None, 'Folder of the run; made if needed.')
+flags.DEFINE_string(
+  'output', None, 'Folder of the results; WORKDIR/reproduction by default.'
+)
+ORIGIN = flags.DEFINE_string(
+  'from', None, 'Published weights, imported in place of training.'
+)
+flags.DEFINE_string(
+  'features', 'inception',
+  'What judges, as in evaluate: inception, pixels, classifier, or a file.',
+)  # fmt: skip
+flags.DEFINE_list(
+  'taps', ['2048'], f'Where in Inception: {", ".join(inception.DISTANCES)}.'
+)
+flags.DEFINE_bool(
+  'download', False, 'Fetch the published weights of Inception first.'
+)
+flags.DEFINE_string('cache', None, 'Folder for features and weights.')
+flags.DEFINE_string('data_path', None, 'Where the data lie for evaluation.')
+flags.DEFINE_integer(
+  'num_samples', published.NUM_SAMPLES, 'How many samples are judged.'
+)
+flags.DEFINE_enum(
+  'sampler', 'ancestral', sorted(samplers.SAMPLERS), 'Of the samples.'
+)
+flags.DEFINE_integer(
+  'num_steps', None, 'Sampling steps; all of the schedule by default.'
+)
+flags.DEFINE_bool('bits', True, 'Bits per dimension of the held-out images.')
+flags.DEFINE_integer(
+  'curve', 0, 'So many earlier checkpoints are judged too, after the last.'
+)
+flags.DEFINE_bool('measure', True, 'First measure what a step takes here.')
+flags.DEFINE_float(
+  'minutes', 0, 'That this call works; the same command goes on. 0: no limit.'
+)
+flags.DEFINE_float(
+  'train_minutes', 0,
+  'That training takes, all calls together; 0: to the last step, however long.',
+)  # fmt: skip
+flags.DEFINE_bool('plan', False, 'Tell the cost and the stages, and end.')
+flags.DEFINE_bool('json', False, 'Print the result as JSON.')
+
+OTHERS = ('pixels', 'classifier')  # that judge, and are not Inception
+
+
+def main():
+  # The devices are the stages': one process at a time may have them.
+  jax.config.update('jax_platforms', 'cpu')
+  asked = _task()
+  whole = task.work(asked, cost.flops_of(asked.config))
+  told = _cost(asked, whole)
+  with stages.Signals() as signals:
+    pieces = work.Pieces(asked, signals)
+    if FLAGS.plan:
+      _plan(pieces, whole, told)
+      return
+    for line in told:
+      cli.say(line)
+    try:
+      left = _carry_out(pieces, whole)
+    except stages.Failed as e:
+      pieces.keep(done=False)
+      if e.told:  # its own last line says what is wrong
+        sys.exit(2)
+      raise
+  if signals.name == 'SIGINT' and left:
+    raise KeyboardInterrupt
+  _report(pieces, left)
+
+
+def _carry_out(pieces, whole) -> list[str]:
+  """Works until all is done, or this call is over; returns what is left."""
+  asked, judged, scored = pieces.task, {}, []
+
+  def evaluate(step):
+    name = f'evaluate step {step}'
+    (judged[step],) = pieces.judged(name, task.evaluate(asked, step))
+
+  left = ['measuring', 'import' if asked.origin else 'training',
+          'samples and their distance']  # fmt: skip
+  left += ['bits per dimension'] * asked.bits
+  left += ['earlier checkpoints'] * bool(asked.curve)
+  try:
+    pieces.measure()
+    left.pop(0)
+    _say_measured(pieces, whole)
+    step = pieces.train()
+    left.pop(0)
+    evaluate(step)
+    left.pop(0)
+    if asked.bits:
+      scored = pieces.judged('bits', task.bits(asked, step))
+      left.pop(0)
+    if asked.curve:
+      there = checkpoint.steps(asked.workdir / 'checkpoints')
+      for earlier in task.earlier([s for s in there if s <= step], asked.curve):
+        evaluate(earlier)
+      left.pop(0)
+  except work.Cut:
+    pass
+  facts = {
+    'done': not left,
+    'left': left,
+    'config': asked.name,
+    'differences': asked.differences,
+    'hardware': work.hardware(asked),
+    'rates': pieces.rates(),
+    'cost': {
+      **whole._asdict(),
+      'hours_estimated': {
+        place.name: cost.estimate(whole, place)._asdict()
+        for place in cost.PLACES
+      },
+    },
+  }
+  if judged:
+    rows = metrics.read(asked.workdir / metrics.ROWS)
+    bits = scored[0] if scored else None
+    found = results.judge(asked, step, judged, bits, rows)
+    facts['left_out'] = results.collect(asked, step, judged, bits, found)
+    facts |= found
+  pieces.keep(**facts)
+  return left
+
+
+# --- what is asked for --------------------------------------------------------
+
+
+def _task() -> Task:
+  """Of the flags; all that can be known to be wrong is told here."""
+  cli.at_least(num_samples=2, num_steps=1, curve=0, minutes=0, train_minutes=0)
+  origin = ORIGIN.value
+  for flag in ('train_minutes', 'curve'):
+    if origin and FLAGS[flag].value:
+      raise UserError(f'--from trains nothing: leave --{flag} out')
+  if origin and not files.at(origin).expanduser().exists():
+    raise UserError(f'--from={origin}: there is no such file or folder')
+  config = runs.to_plain(FLAGS.config)
+  plan = plans.create(
+    config['process']['num_timesteps'], sampler=FLAGS.sampler,
+    num_steps=FLAGS.num_steps,
+  )  # fmt: skip
+  name, shipped, given = _config()
+  workdir = files.at(FLAGS.workdir).expanduser()
+  directory = files.at(FLAGS.output or workdir / 'reproduction').expanduser()
+  runs.usable_folder('output', directory)
+  _check_run(workdir, directory, origin)
+  held = config['data']['heldout_split'] or config['data']['heldout_every']
+  if FLAGS.bits and not held:
+    raise UserError('the config holds no images out: give --nobits')
+  passed = ('features', 'taps', 'cache', 'data_path')
+  return Task(
+    name=name,
+    config=config,
+    shipped=shipped,
+    config_flags=given,
+    workdir=workdir,
+    directory=directory,
+    origin=origin,
+    by_inception=FLAGS.features not in OTHERS,
+    judging=(
+      *(
+        f'--{flag}={_text(FLAGS[flag].value)}'
+        for flag in passed
+        if FLAGS[flag].value is not None
+      ),
+      *['--download'] * FLAGS.download,
+    ),
+    data_path=f'--data_path={FLAGS.data_path}' if FLAGS.data_path else '',
+    metrics=_metrics(),
+    num_samples=FLAGS.num_samples,
+    sampler=FLAGS.sampler,
+    sampling_steps=plan.num_steps,
+    bits=FLAGS.bits,
+    measure=FLAGS.measure,
+    minutes=FLAGS.minutes,
+    train_minutes=FLAGS.train_minutes,
+    curve=FLAGS.curve,
+  )
+
+
+def _text(value) -> str:
+  return ','.join(value) if isinstance(value, list) else str(value)
+
+
+def _config() -> tuple[str, dict | None, tuple[str, ...]]:
+  """(name, the shipped recipe of this name, flags that give the config)."""
+  given = next(word for word in sys.argv if word.startswith('--config='))
+  path, colon, argument = given.removeprefix('--config=').partition(':')
+  stem = Path(path).stem
+  there = cli.shipped_config(stem)
+  shipped = None
+  if there:
+    arguments = [argument] if colon else []
+    shipped = runs.to_plain(runpy.run_path(there)['get_config'](*arguments))
+    if cli.find_config(stem) == path:
+      path = stem
+  overrides = config_flags.get_override_values(FLAGS['config'])
+  return (
+    f'{stem}{colon}{argument}',
+    shipped,
+    (
+      f'--config={path}{colon}{argument}',
+      *(f'--config.{key}={value}' for key, value in overrides.items()),
+    ),
+  )
+
+
+def _check_run(workdir, directory, origin) -> None:
+  """Raises UserError unless the workdir is new, or of this very task."""
+  runs.usable_folder('workdir', workdir)
+  record = work.read(directory / work.RECORD) or {}
+  imported = [
+    one['command']
+    for one in record.get('stages', [])
+    if one['name'] == 'import'
+  ]
+  begun = (workdir / 'config.json').exists()
+  if not origin:
+    runs.check(workdir, FLAGS.config)
+    if imported and begun:
+      raise UserError(
+        f'--workdir={workdir} holds imported weights: give --from as before, '
+        'or another folder'
+      )
+  elif begun and not any(f'--from={origin}' in one for one in imported):
+    raise UserError(
+      f'--workdir={workdir} holds a run that was not imported from {origin}: '
+      'give a new folder'
+    )
+
+
+def _metrics() -> tuple[str, ...]:
+  """What is asked of the samples; raises UserError for what judges."""
+  name = FLAGS.features
+  if name in OTHERS:
+    return ('fid',)
+  for tap in FLAGS.taps:
+    if tap not in inception.DISTANCES:
+      raise UserError(
+        f'--taps={tap}: use some of {", ".join(inception.DISTANCES)}'
+      )
+  path = files.at(name).expanduser()
+  if name == 'inception':
+    path = files.cache(FLAGS.cache) / weights.NAME
+    if not path.exists() and not FLAGS.download:
+      raise UserError(
+        f'--features=inception: {path} is not there; --download fetches it, or '
+        'give a file of the weights'
+      )
+  elif not path.is_file():
+    raise UserError(
+      f'--features={name}: there is no such file; give inception, pixels, '
+      'classifier, or the file of a judge'
+    )
+  # The Inception Score takes the network to its very end.
+  return ('fid', 'is') if '2048' in FLAGS.taps else ('fid',)
+
+
+# --- what is told -------------------------------------------------------------
+
+
+def _cost(asked, whole) -> list[str]:
+  """The arithmetic, and hours on chips to rent."""
+  steps = 0 if asked.origin else asked.config['num_steps']
+  note = (
+    f'at {cost.TRAIN_SHARE:.0%} of the published peak in training and '
+    f"{cost.SAMPLE_SHARE:.0%} in sampling, the shares of the paper's run on a "
+    'TPU v3-8; an estimate, nothing of this was measured'
+  )
+  lines = [
+    f'{asked.name} in {asked.workdir}',
+    *cost.lines(whole, steps),
+    '',
+    *cli.table(*cost.table(whole)),
+    note,
+  ]
+  if asked.train_minutes:
+    lines.append(
+      f'training ends after {asked.train_minutes:g} minutes, wherever it is'
+    )
+  return lines
+
+
+def _say_measured(pieces, whole) -> None:
+  """What is left to do, at the rates of this machine."""
+  rates, left = pieces.rates(), work.hours_left(pieces, whole)
+  told = [
+    f'{value:,.4g} {name.replace("_per_sec", "/s")}'
+    for name, value in rates.items()
+    if value
+  ]
+  if told:
+    cli.say(f'measured here: {", ".join(told)}')
+  if left:
+    cli.say(
+      f'left at these rates: {left.training:.2f} h of training, '
+      f'{left.drawing:.2f} h of drawing, {left.bits:.2f} h of bits; judging '
+      'and compiling not counted'
+    )
+
+
+def _plan(pieces, whole, told) -> None:
+  """The stages as they would be run."""
+  asked = pieces.task
+  commands = [task.measure(asked)] * asked.measure + [task.train(asked)]
+  commands += [task.evaluate(asked, 'LAST')]
+  commands += [task.bits(asked, 'LAST')] * asked.bits
+  commands += [task.evaluate(asked, 'EARLIER')] * bool(asked.curve)
+  lines = [f'python {shlex.join(command)}' for command in commands]
+  _say_measured(pieces, whole)
+  cli.report(
+    {'cost': whole._asdict(), 'stages': commands, 'differences':
+     asked.differences},
+    '\n'.join([*told, '', *lines]),
+    FLAGS.json,
+  )  # fmt: skip
+
+
+def _report(pieces, left) -> None:
+  record, asked = pieces.record, pieces.task
+  lines = record.get('text', []) if not left else []
+  if left:
+    lines = [*lines, f'left: {", ".join(left)}; the same command goes on']
+  for line in record.get('left_out', []):
+    cli.say(f'too large to be copied: {line}')
+  cli.report(
+    {**record, 'directory': str(asked.directory)},
+    '\n'.join([*lines, f'results: {asked.directory}']),
+    FLAGS.json,
+  )
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__, required=('config', 'workdir'))
