@@ -59,7 +59,8 @@ ORIGIN = flags.DEFINE_string(
 )
 flags.DEFINE_string(
   'features', 'inception',
-  'What judges, as in evaluate: inception, pixels, classifier, or a file.',
+  'What judges: inception (of the cache), a file of its weights, pixels or '
+  'classifier.',
 )  # fmt: skip
 flags.DEFINE_list(
   'taps', ['2048'], f'Where in Inception: {", ".join(inception.DISTANCES)}.'
@@ -303,11 +304,14 @@ def _metrics() -> tuple[str, ...]:
       )
   elif not path.is_file():
     raise UserError(
-      f'--features={name}: there is no such file; give inception, pixels, '
-      'classifier, or the file of a judge'
+      f'--features={name}: there is no such file; give inception, a file of '
+      'its weights, pixels or classifier'
     )
   # The Inception Score takes the network to its very end.
-  return ('fid', 'is') if '2048' in FLAGS.taps else ('fid',)
+  score = '2048' in FLAGS.taps
+  if path.suffix == '.npz' and path.exists():  # does it reach as far?
+    weights.read(path, (*FLAGS.taps, *[inception.LOGITS] * score))
+  return ('fid', 'is') if score else ('fid',)
 
 
 # --- what is told -------------------------------------------------------------
@@ -319,7 +323,8 @@ def _cost(asked, whole) -> list[str]:
   note = (
     f'at {cost.TRAIN_SHARE:.0%} of the published peak in training and '
     f"{cost.SAMPLE_SHARE:.0%} in sampling, the shares of the paper's run on a "
-    'TPU v3-8; an estimate, nothing of this was measured'
+    'TPU v3-8; an estimate, nothing of this was measured. Its chips had 32 '
+    'images each: the fewer, and the faster the chip, the nearer to half'
   )
   lines = [
     f'{asked.name} in {asked.workdir}',

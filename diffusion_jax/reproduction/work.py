@@ -156,7 +156,7 @@ class Pieces:
   def measure(self) -> None:
     """Times this machine, unless that is on record or training has a rate."""
     task = self.task
-    if not task.measure or (self.images_per_sec() and not task.origin):
+    if not task.measure or (self._trained_at() and not task.origin):
       return
     if self._measured and self._measured['key'] == self._key():
       here = self.stage('devices', ['-c', PROBE]) or {}
@@ -184,12 +184,16 @@ class Pieces:
       'shape': [config['data'][k] for k in ('image_size', 'channels')]
     }
 
-  def images_per_sec(self) -> float | None:
-    """Of training, as it was; before it has a rate, as it was measured."""
+  def _trained_at(self) -> float | None:
+    """Images a second of the newest rows."""
     rows = metrics.read(self.task.workdir / metrics.ROWS)
     rates = [r['images_per_sec'] for r in rows[-50:] if 'images_per_sec' in r]
-    if rates:
-      return statistics.median(rates)
+    return statistics.median(rates) if rates else None
+
+  def images_per_sec(self) -> float | None:
+    """Of training, as it was; before it has a rate, as it was measured."""
+    if rate := self._trained_at():
+      return rate
     if self._measured and self._measured['key'] == self._key():
       return self._measured['train']['images_per_sec']
     return None
