@@ -24,6 +24,7 @@ hosts run the stages by hand.
 import runpy
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -98,13 +99,14 @@ OTHERS = ('pixels', 'classifier')  # that judge, and are not Inception
 
 
 def main():
+  start = time.monotonic()
   # The devices are the stages': one process at a time may have them.
   jax.config.update('jax_platforms', 'cpu')
   asked = _task()
   whole = task.work(asked, cost.flops_of(asked.config))
   told = _cost(asked, whole)
   with stages.Signals() as signals:
-    pieces = work.Pieces(asked, signals)
+    pieces = work.Pieces(asked, signals, start)
     if FLAGS.plan:
       _plan(pieces, whole, told)
       return
@@ -380,11 +382,12 @@ def _report(pieces, left) -> None:
   lines = record.get('text', []) if not left else []
   if left:
     lines = [*lines, f'left: {", ".join(left)}; the same command goes on']
+  done = [] if left else ['', 'all is done']
   for line in record.get('left_out', []):
     cli.say(f'too large to be copied: {line}')
   cli.report(
     {**record, 'directory': str(asked.directory)},
-    '\n'.join([*lines, f'results: {asked.directory}']),
+    '\n'.join([*lines, *done, f'results: {asked.directory}']),
     FLAGS.json,
   )
 

@@ -517,7 +517,7 @@ class Fake:
 def pieces_of(task, monkeypatch, fake):
   monkeypatch.setattr(stages, 'run', fake)
   monkeypatch.setattr(work.summary, 'text', lambda card: 'a card')
-  return work.Pieces(task, stages.Signals())
+  return work.Pieces(task, stages.Signals(), time.monotonic())
 
 
 def test_what_is_on_record_is_not_done_again(tmp_path, monkeypatch):
@@ -588,16 +588,16 @@ def test_the_folder_of_results(tmp_path, monkeypatch):
   store.save(samples, np.arange(100), drawn.astype(np.float32))
   judged = {90_000: card_of(90_000, 6.0), 50_000: card_of(50_000, 9.0)}
   found = results.judge(task, 90_000, judged, None, rows_like(90_000, 0.03))
-  monkeypatch.setattr(results, 'MOST_BYTES', 1_400_000)
-  (task.workdir / 'report.html').write_text('x' * 2_000_000)
+  monkeypatch.setattr(results, 'MOST_BYTES', 4_000_000)
+  (task.workdir / 'report.html').write_text('x' * 5_000_000)
   for _ in range(2):  # the second time the same is replaced
     left = results.collect(task, 90_000, judged, None, found)
-    assert left == [f'{task.workdir / "report.html"}, 2 MB']
+    assert left == [f'{task.workdir / "report.html"}, 5 MB']
   assert sorted(path.name for path in task.directory.iterdir()) == [
     'config.json', 'curves.png', 'metrics.jsonl', 'samples.png',
     'step50000_samples.json', 'step90000_samples.json', 'table.md',
   ]  # fmt: skip
-  assert results.size(task.directory) < 1_400_000
+  assert results.size(task.directory) < 4_000_000
   assert Image.open(task.directory / 'samples.png').size == (728, 728)
   assert Image.open(task.directory / 'curves.png').size == (1440, 540)
   assert cards.read(task.directory / 'step50000_samples.json')

@@ -119,7 +119,7 @@ RECIPES = {
       (46_800, 9.16), (93_600, 5.78), (187_000, 4.08), (421_000, 3.31),
       (796_000, 3.19),
     ),
-    curve='one healthy public run',
+    curve='a public run of the recipe',
     steps_per_sec=21.0,
     draws=(256, 1000, 17.0),
     num_train=50_000,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from diffusion_jax.errors import UserError
 
-GRACE = 60.0  # seconds to save in, once it was told to stop
+GRACE = 40.0  # seconds to save in, once it was told to stop
 TICK = 0.1
 
 # On Linux a process can ask for a signal when its parent is gone, however that

@@ -42,14 +42,17 @@ class Pieces:
     record: as it is on disk: 'stages', each with its name, command, the seconds
       of every piece, whether it has ended, and its result.
     signals: that come to this process.
+
+  Args:
+    start: of this call, of time.monotonic().
   """
 
-  def __init__(self, task: Task, signals: stages.Signals):
+  def __init__(self, task: Task, signals: stages.Signals, start: float):
     self.task, self.signals = task, signals
     self.record = read(task.directory / RECORD) or {}
     self.record.setdefault('stages', [])
     self._measured = read(task.directory / MEASURED)
-    self._start = time.monotonic()
+    self._start = start
     self._watched = None  # the state of health that was told last
 
   # --- the record -------------------------------------------------------------

@@ -1,0 +1,254 @@
+"""The binary: from a command to a folder of results, in pieces."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import binaries
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from configs import digits
+from diffusion_jax import runs
+from diffusion_jax.training import checkpoint
+
+SMALLER = {
+  'model.channels': 4, 'model.num_groups': 2, 'model.multipliers': '(1,)',
+  'model.attention_resolutions': '()', 'eval_every': 0, 'sample_every': 0,
+  'batch_size': 8, 'checkpoint_every': 20, 'keep_every': 0,
+}  # fmt: skip
+JUDGE = (
+  '--features=pixels', '--num_samples=20', '--sampler=ddim', '--num_steps=2',
+  '--nobits', '--nomeasure',
+)  # fmt: skip
+
+
+def flags(workdir, *more, **changes):
+  return [
+    *tiny.flags(workdir, **SMALLER, **changes), *JUDGE,
+    f'--cache={workdir.parent / "cache"}', *more,
+  ]  # fmt: skip
+
+
+def record_of(workdir):
+  path = workdir / 'reproduction' / 'reproduction.json'
+  return json.loads(path.read_text())
+
+
+def kept(workdir):
+  return checkpoint.steps(workdir / 'checkpoints')
+
+
+def test_in_pieces(tmp_path):
+  """Cut while it trains, continued, and then there is nothing to do."""
+  workdir = tmp_path / 'run'
+  # However slow the machine is, a call will come to its first step.
+  for minutes in (0.15, 0.5, 2):
+    cut = binaries.run(
+      'reproduce',
+      *flags(workdir, f'--minutes={minutes}', '--json', num_steps=10**6),
+    )
+    assert cut.code == 0, cut.err
+    if kept(workdir):
+      break
+  found = json.loads(cut.out)
+  assert found['done'] is False
+  assert found['left'] == ['training', 'samples and their distance']
+  at = kept(workdir)[-1]
+  first_losses = tiny.losses(workdir)
+  assert f'stopped by SIGTERM at step {at}, which is saved' in cut.err
+  assert '$ python -m diffusion_jax.train --config=configs' in cut.err
+  assert 'the loss is compared to none: no curve of digits' in cut.err
+
+  last = at + 5
+  result = binaries.run('reproduce', *flags(workdir, num_steps=last))
+  assert result.code == 0, result.err
+  assert 'no verdict, since\n  no score of this recipe is on' in result.out
+  losses = tiny.losses(workdir)
+  assert max(losses) == last
+  assert {k: losses[k] for k in first_losses} == first_losses
+  found = record_of(workdir)
+  assert found['done']
+  assert found['left'] == []
+  train, evaluate = found['stages']
+  assert train['ended']
+  assert len(train['seconds']) >= 2
+  assert evaluate['name'] == f'evaluate step {last}'
+  assert found['hardware'][-1]['device'] == 'cpu'
+  assert found['rates']['images_per_sec'] > 0
+  assert found['table'][0]['distance'] == 'frechet'
+  folder = workdir / 'reproduction'
+  assert {path.name for path in folder.iterdir()} == {
+    'config.json', 'curves.png', 'metrics.jsonl', 'report.html', 'samples.png',
+    'starts.jsonl', 'reproduction.json', f'step{last}_samples.json', 'table.md',
+  }  # fmt: skip
+  assert sum(path.stat().st_size for path in folder.iterdir()) < 30e6
+
+  again = binaries.run('reproduce', *flags(workdir, num_steps=last))
+  assert again.code == 0, again.err
+  assert again.out == result.out
+  assert '$ python' not in again.err
+  assert record_of(workdir) == found
+  assert tiny.losses(workdir) == losses
+
+
+@pytest.mark.slow
+def test_a_signal_ends_it_and_what_it_started(tmp_path):
+  workdir = tmp_path / 'run'
+  running = binaries.start('reproduce', *flags(workdir, num_steps=10**6))
+  running.wait_until(lambda: tiny.losses(workdir))
+  running.send(signal.SIGINT)
+  result = running.end()
+  assert result.code == 130
+  assert result.err.endswith('the same command goes on from what is kept\n')
+  (at,) = kept(workdir)[-1:]
+  assert f'stopped by SIGTERM at step {at}' in result.err
+  assert record_of(workdir)['left'][0] == 'training'
+
+
+def test_the_plan_starts_nothing(tmp_path):
+  """The parent asks for no device but the CPU's, whatever there may be."""
+  workdir = tmp_path / 'run'
+  running = binaries.start(
+    'reproduce', *flags(workdir, '--plan', '--bits', '--curve=2'),
+    JAX_PLATFORMS='cuda',
+  )  # fmt: skip
+  result = running.end()
+  assert result.code == 0, result.err
+  assert 'TPU v5e-8' in result.out
+  assert 'an estimate, nothing of this was measured' in result.out
+  lines = [x for x in result.out.splitlines() if x.startswith('python -m')]
+  assert [line.split()[2].split('.')[1] for line in lines] == [
+    'train', 'evaluate', 'evaluate', 'evaluate'
+  ]  # fmt: skip
+  assert '--step=LAST' in lines[1]
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('changes', 'must'),
+  [
+    (['--features=/none.npz'], '/none.npz: there is no such file'),
+    (['--features=inception'], 'is not there; --download fetches it'),
+    (['--features=inception', '--taps=12'], '--taps=12: use some of 2048'),
+    (['--from=.', '--train_minutes=3'], 'leave --train_minutes out'),
+    (['--num_samples=1'], '--num_samples=1: at least 2'),
+    (['--bits', '--config.data.heldout_split='], 'give --nobits'),
+    (['--output=setup.py'], 'setup.py is a file'),
+  ],
+)
+def test_mistakes_are_told_before_anything_starts(tmp_path, changes, must):
+  names = [change.split('=')[0] for change in changes]
+  names += ['--nobits'] * ('--bits' in changes)
+  given = [f for f in flags(tmp_path / 'run') if f.split('=')[0] not in names]
+  assert must in binaries.run('reproduce', *given, *changes).message
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_of_another_run(tmp_path):
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  runs.write_config(workdir, digits.get_config())
+  message = binaries.run('reproduce', *flags(workdir)).message
+  assert 'holds a run of another config' in message
+  message = binaries.run('reproduce', *flags(workdir, '--from=.')).message
+  assert 'holds a run that was not imported from .' in message
+
+
+def test_a_stage_that_fails_has_the_last_word(tmp_path):
+  """Its line is ours, and so is its exit code; nothing is left behind."""
+  result = binaries.run(
+    'reproduce', *flags(tmp_path / 'run'), '--config.mesh.fsdp=3'
+  )
+  assert result.code == 2
+  assert not result.out
+  assert result.err.strip().splitlines()[-1].startswith('error: ')
+  assert 'fsdp' in result.err.strip().splitlines()[-1]
+  assert not (tmp_path / 'run').exists()
+
+
+# --- the half hour ----------------------------------------------------------
+
+ROOT = binaries.ROOT
+SHARED = ROOT.parent / 'shared' / 'data'
+INCEPTION = SHARED / 'inception' / 'inception_2015_12_05_to_mixed_7.npz'
+
+
+def cifar10(split, count):
+  """Of the sheets of 10 x 10 images."""
+  sheets = sorted((SHARED / 'cifar10' / split).glob('*.webp'))
+  images = [
+    np.asarray(Image.open(path).convert('RGB'))
+    .reshape(10, 32, 10, 32, 3).transpose(0, 2, 1, 3, 4)
+    .reshape(-1, 32, 32, 3)
+    for path in sheets[: -(-count // 100)]
+  ]  # fmt: skip
+  return np.concatenate(images)[:count]
+
+
+def half_hour(*arguments, **environment):
+  return subprocess.run(
+    ['bash', str(ROOT / 'launch' / 'half_hour.sh'), *map(str, arguments)],
+    capture_output=True, text=True, check=False,
+    env={**os.environ, 'PYTHON': sys.executable, **environment},
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'must'),
+  [
+    ([], 'are missing; see --help'),
+    (['a.npz', 'b.npz', 'run', 'other'], 'other is not a flag'),
+    (['a.npz', 'b.npz', 'run', '--features=/none'], '/none: there is no such'),
+  ],
+)
+def test_mistakes_of_the_half_hour(arguments, must):
+  result = half_hour(*arguments)
+  assert result.returncode == 2
+  assert must in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not INCEPTION.exists(), reason=f'{SHARED} has no real images or Inception'
+)
+def test_the_half_hour_rehearsed(tmp_path):
+  """A narrow network, a few real images, real Inception features."""
+  data = tmp_path / 'cifar10.npz'
+  np.savez(
+    data, train_images=cifar10('train', 256), test_images=cifar10('test', 128)
+  )
+  workdir = tmp_path / 'run'
+  small = {
+    'model.channels': 8, 'model.num_groups': 4, 'model.num_blocks': 1,
+    'batch_size': 8, 'checkpoint_every': 10, 'keep_every': 10, 'log_every': 1,
+    'eval_every': 0,
+  }  # fmt: skip
+  given = [
+    data, INCEPTION, workdir, f'--cache={tmp_path / "cache"}',
+    '--num_samples=64', '--num_steps=5', '--curve=1', '--train_minutes=0.7',
+    '--config.num_steps=60',
+    *(f'--config.{key}={value}' for key, value in small.items()),
+  ]  # fmt: skip
+  for _ in range(10):
+    result = half_hour(*given, '--minutes=4', '--json')
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    if found['done']:
+      break
+  assert found['done'], found['left']
+  assert found['table'][0]['distance'] == 'fid_768'
+  assert found['verdict'] == 'no verdict'
+  reasons = ' '.join(found['reasons'])
+  for part in ('model.channels', 'ema.decay', 'num_samples', 'FID-768'):
+    assert part in reasons
+  folder = Path(found['directory'])
+  assert folder == workdir / 'reproduction'
+  assert Image.open(folder / 'samples.png').width > 300
+  assert Image.open(folder / 'curves.png').width == 1440
+  assert sum(path.stat().st_size for path in folder.iterdir()) < 30e6
