@@ -154,6 +154,7 @@ def _carry_out(pieces, whole) -> list[str]:
       left.pop(0)
   except work.Cut:
     pass
+  shares = cost.shares(asked.recipe)
   facts = {
     'done': not left,
     'left': left,
@@ -164,7 +165,7 @@ def _carry_out(pieces, whole) -> list[str]:
     'cost': {
       **whole._asdict(),
       'hours_estimated': {
-        place.name: cost.estimate(whole, place)._asdict()
+        place.name: cost.estimate(whole, place, shares)._asdict()
         for place in cost.PLACES
       },
     },
@@ -322,17 +323,18 @@ def _metrics() -> tuple[str, ...]:
 def _cost(asked, whole) -> list[str]:
   """The arithmetic, and hours on chips to rent."""
   steps = 0 if asked.origin else asked.config['num_steps']
+  shares = cost.shares(asked.recipe)
   note = (
-    f'at {cost.TRAIN_SHARE:.0%} of the published peak in training and '
-    f"{cost.SAMPLE_SHARE:.0%} in sampling, the shares of the paper's run on a "
-    'TPU v3-8; an estimate, nothing of this was measured. Its chips had 32 '
-    'images each: the fewer, and the faster the chip, the nearer to half'
+    f'at {shares[0]:.0%} of the published peak in training and {shares[1]:.0%} '
+    "in drawing, the shares of the paper's run on a TPU v3-8: an estimate, "
+    'nothing of this was measured. Fewer images on a chip, and faster chips, '
+    'mean smaller shares'
   )
   lines = [
     f'{asked.name} in {asked.workdir}',
     *cost.lines(whole, steps),
     '',
-    *cli.table(*cost.table(whole)),
+    *cli.table(*cost.table(whole, shares)),
     note,
   ]
   if asked.train_minutes:

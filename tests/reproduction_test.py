@@ -317,19 +317,29 @@ def test_hours_worked_by_hand(tmp_path):
   assert whole.drawn == 50_000_000
   assert whole.scored == 10_000_000
   assert whole.judged == 110_000
-  paper = cost.estimate(whole, cost.Place('TPU v3-8', 4, 123e12))
+  shares = cost.shares(RECIPE)
+  paper = cost.estimate(whole, cost.Place('TPU v3-8', 4, 123e12), shares)
   assert paper.training == pytest.approx(800_000 / 21 / 3600)
   assert paper.drawing == pytest.approx(50_000 / 256 * 17 / 3600)
   # 3.57e18 / (0.1904 x 989.4e12) s, and 0.581e18 / (0.3557 x 989.4e12) s.
   places = {place.name: place for place in cost.PLACES}
-  h200 = cost.estimate(whole, places['1 H200'])
+  h200 = cost.estimate(whole, places['1 H200'], shares)
   assert h200.training == pytest.approx(5.26, rel=2e-3)
   assert h200.drawing == pytest.approx(0.4586, rel=2e-3)
   assert places['TPU v4-8'].count == 4
-  heads, rows = cost.table(whole)
+  heads, rows = cost.table(whole, shares)
   row = dict(zip(heads, next(r for r in rows if r[0] == '1 H200'), strict=True))
   assert row['all'] == '5.8'
   assert row['at half the share'] == '11.6'
+
+
+def test_the_shares_of_the_papers_runs():
+  """21 x 128 x 34.86 GFLOP/s of 492 TFLOP/s; 2.2 x 64 x 1470.5 at 256x256."""
+  assert cost.shares(RECIPE) == pytest.approx((0.1905, 0.3557), abs=1e-4)
+  large = cost.shares(published.recipe('lsun:cat'))
+  assert large == pytest.approx((0.4208, 0.4252), abs=1e-4)
+  # No rate of the digits is on record.
+  assert cost.shares(published.Recipe()) == cost.shares(RECIPE)
 
 
 def test_hours_at_measured_rates():

@@ -54,8 +54,10 @@ class Recipe(NamedTuple):
     loss: (step, training loss) of a healthy run.
     fid: (step, FID) of it, 50,000 samples of 1000 steps.
     curve: whose run that was.
-    steps_per_sec: of training, on `hardware`.
-    draws: (images, steps, seconds) on it.
+    images_per_sec: of training, on the paper's TPU v3-8.
+    evaluations_per_sec: of the network for one image, while drawing there.
+    flops: (of a training image, of an evaluation), by `planning.flops`, which
+      leaves out what falls on padding.
     num_train: training images, which are the reference; None = not on record.
     num_heldout: test images, of which the bits are; None = likewise.
   """
@@ -66,12 +68,15 @@ class Recipe(NamedTuple):
   loss: tuple[tuple[int, float], ...] = ()
   fid: tuple[tuple[int, float], ...] = ()
   curve: str = ''
-  steps_per_sec: float | None = None
-  draws: tuple[int, int, float] | None = None
-  hardware: str = 'TPU v3-8'
+  images_per_sec: float | None = None
+  evaluations_per_sec: float | None = None
+  flops: tuple[float, float] | None = None
   num_train: int | None = None
   num_heldout: int | None = None
 
+
+# A TPU v3-8 is four chips; cloud.google.com has 123 TFLOP/s of bfloat16 each.
+PAPER_PEAK = 4 * 123e12
 
 NUM_SAMPLES = 50_000  # of every FID below
 
@@ -82,7 +87,11 @@ TWO_DRAWS = 0.1  # two draws of 50,000 differ by 0.05 to 0.1
 
 # Of the 256x256 networks no score is on record here: their tables will have no
 # verdict.
-AT_256 = Recipe(steps_per_sec=2.2, draws=(128, 1000, 300.0))
+AT_256 = Recipe(
+  images_per_sec=2.2 * 64,
+  evaluations_per_sec=128 * 1000 / 300,
+  flops=(1470.5e9, 490.3e9),
+)
 
 RECIPES = {
   'cifar10': Recipe(
@@ -120,8 +129,9 @@ RECIPES = {
       (796_000, 3.19),
     ),
     curve='a public run of the recipe',
-    steps_per_sec=21.0,
-    draws=(256, 1000, 17.0),
+    images_per_sec=21.0 * 128,
+    evaluations_per_sec=256 * 1000 / 17,
+    flops=(34.86e9, 11.62e9),
     num_train=50_000,
     num_heldout=10_000,
   ),
