@@ -328,7 +328,7 @@ def _cost(asked, whole) -> list[str]:
     f'at {shares[0]:.0%} of the published peak in training and {shares[1]:.0%} '
     "in drawing, the shares of the paper's run on a TPU v3-8: an estimate, "
     'nothing of this was measured. Fewer images on a chip, and faster chips, '
-    'mean smaller shares'
+    'mean smaller shares; judging and compiling are not counted'
   )
   lines = [
     f'{asked.name} in {asked.workdir}',

@@ -65,16 +65,15 @@ class Work(NamedTuple):
 
 
 class Hours(NamedTuple):
-  """By part; `judging` is None where no rate is known."""
+  """By part. Judging is no part: it is little, and at no rate on record."""
 
   training: float
   drawing: float
   bits: float
-  judging: float | None
 
   @property
   def total(self) -> float:
-    return self.training + self.drawing + self.bits + (self.judging or 0.0)
+    return sum(self)
 
 
 def flops_of(config: Mapping) -> tuple[float, float]:
@@ -112,7 +111,7 @@ def shares(recipe: Recipe) -> tuple[float, float]:
     recipe: what is published.
   """
   if not recipe.flops:
-    recipe = published.recipe('cifar10')
+    recipe = published.find('cifar10')
   return (
     recipe.images_per_sec * recipe.flops[0] / published.PAPER_PEAK,
     recipe.evaluations_per_sec * recipe.flops[1] / published.PAPER_PEAK,
@@ -136,7 +135,6 @@ def estimate(work: Work, place: Place, shares: tuple[float, float]) -> Hours:
     hours(work.images, work.train_flops, train),
     hours(work.drawn, work.evaluation_flops, sample),
     hours(work.scored, work.evaluation_flops, sample),
-    hours(work.judged, INCEPTION_FLOPS, sample),
   )
 
 
@@ -151,7 +149,7 @@ def measured(
     evaluations_per_sec: of the network while sampling, likewise.
 
   Returns:
-    None where a rate that is needed was not measured. Judging was not.
+    None where a rate that is needed was not measured.
   """
   needed = (
     (work.images, images_per_sec),
@@ -167,7 +165,6 @@ def measured(
     hours(work.images, images_per_sec),
     hours(work.drawn, evaluations_per_sec),
     hours(work.scored, evaluations_per_sec),
-    None,
   )
 
 
@@ -180,7 +177,7 @@ def table(
     work: all of it.
     shares: of `shares`.
   """
-  heads = ['hours, estimated', 'training', 'drawing', 'bits', 'judging', 'all',
+  heads = ['hours, estimated', 'training', 'drawing', 'bits', 'all',
            'at half the share', 'at double']  # fmt: skip
   rows = []
   for place in PLACES:

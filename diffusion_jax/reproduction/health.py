@@ -185,6 +185,9 @@ def told(findings: Sequence[Finding]) -> list[str]:
 
   A distance that is high although the loss is healthy accuses what lies between
   them; where the loss is not healthy either, that comes first.
+
+  Args:
+    findings: of `loss` and `distance`.
   """
   lines, unwell = [], [one for one in findings if one.suspects]
   for one in findings:

@@ -142,7 +142,7 @@ RECIPES = {
 }  # fmt: skip
 
 
-def recipe(name: str) -> Recipe:
+def find(name: str) -> Recipe:
   """Of a config's name, such as 'lsun:cat'; an empty one where none is known.
 
   Args:

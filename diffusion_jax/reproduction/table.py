@@ -57,10 +57,10 @@ def differences(
     config: the run's, plain.
     free: keys that may differ, or groups of them.
   """
-  found = runs.differences(shipped, config)
+  there, here = runs.flatten(shipped), runs.flatten(config)
   return [
-    line.replace(' there, ', ' in the recipe, ').replace(' now', ' here')
-    for key, line in found.items()
+    f'{key}: {there.get(key)} in the recipe, {here.get(key)} here'
+    for key in runs.differences(shipped, config)
     if not (
       (key.endswith('_every') and '.' not in key)
       or (key.startswith('sample.') and key != 'sample.variance')

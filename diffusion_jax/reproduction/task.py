@@ -14,7 +14,7 @@ class Task:
   """A reproduction, as its command line asks for it; all of it is checked.
 
   Attributes:
-    name: of the config, see `published.recipe`.
+    name: of the config, see `published.find`.
     config: the run's, plain.
     shipped: the recipe that is shipped under this name; None = there is none.
     config_flags: the flags that give the config.
@@ -58,7 +58,7 @@ class Task:
   @property
   def recipe(self) -> Recipe:
     """What is published of it."""
-    return published.recipe(self.name)
+    return published.find(self.name)
 
   @property
   def differences(self) -> list[str]:
