@@ -21,6 +21,7 @@ report; weights and samples stay in the workdir. For one process: on several
 hosts run the stages by hand.
 """
 
+import dataclasses
 import runpy
 import shlex
 import sys
@@ -141,6 +142,9 @@ def _carry_out(pieces, whole) -> list[str]:
     left.pop(0)
     _say_measured(pieces, whole)
     step = pieces.train()
+    if asked.origin:  # what the weights are, is found out by importing them
+      config = runs.read_config(asked.workdir)
+      asked = pieces.task = dataclasses.replace(asked, config=config)
     left.pop(0)
     evaluate(step)
     left.pop(0)
@@ -160,7 +164,7 @@ def _carry_out(pieces, whole) -> list[str]:
     'left': left,
     'config': asked.name,
     'differences': asked.differences,
-    'hardware': work.hardware(asked),
+    'hardware': pieces.hardware(),
     'rates': pieces.rates(),
     'cost': {
       **whole._asdict(),

@@ -98,14 +98,22 @@ def test_in_pieces(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_ends_it_and_what_it_started(tmp_path):
+@pytest.mark.parametrize(
+  ('number', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 0)]
+)
+def test_a_signal_ends_it_and_what_it_started(tmp_path, number, code):
   workdir = tmp_path / 'run'
-  running = binaries.start('reproduce', *flags(workdir, num_steps=10**6))
+  running = binaries.start(
+    'reproduce', *flags(workdir, '--json', num_steps=10**6)
+  )
   running.wait_until(lambda: tiny.losses(workdir))
-  running.send(signal.SIGINT)
+  running.send(number)
   result = running.end()
-  assert result.code == 130
-  assert result.err.endswith('the same command goes on from what is kept\n')
+  assert result.code == code
+  if code:
+    assert result.err.endswith('the same command goes on from what is kept\n')
+  else:
+    assert json.loads(result.out)['done'] is False
   (at,) = kept(workdir)[-1:]
   assert f'stopped by SIGTERM at step {at}' in result.err
   assert record_of(workdir)['left'][0] == 'training'

@@ -272,6 +272,15 @@ def test_what_may_differ_from_the_recipe(tmp_path):
   assert verdict(tmp_path, config=free)['verdict'] == 'reproduced'
 
 
+def test_how_others_trained_is_their_affair(tmp_path):
+  config = {'optim.lr': 1.0, 'batch_size': 7, 'model.dropout': 0.0}
+  found = verdict(tmp_path, bits=bits_of(), origin='weights', config=config)
+  assert found['verdict'] == 'reproduced'
+  config = {'model.channels': 64}
+  found = verdict(tmp_path, bits=bits_of(), origin='weights', config=config)
+  assert found['reasons'] == ['model.channels: 128 in the recipe, 64 here']
+
+
 def test_a_run_that_has_not_ended(tmp_path):
   found = verdict(tmp_path, step=46_800)
   assert found['reasons'] == ['step 46,800 of 800,000']
@@ -511,6 +520,10 @@ class Fake:
       return stages.Outcome(found, self.seconds)
     if name == '-c':
       return stages.Outcome({'device': 'cpu', 'num_devices': 1}, 1.0)
+    if name == 'convert':
+      (self.workdir / 'checkpoints' / '800000').mkdir(parents=True)
+      (self.workdir / 'config.json').write_text('{}')
+      return stages.Outcome({'step': 800_000}, self.seconds)
     if name == 'train':
       folder = self.workdir / 'checkpoints'
       kept = [int(path.name) for path in folder.glob('*')]
@@ -553,6 +566,18 @@ def test_what_is_on_record_is_not_done_again(tmp_path, monkeypatch):
   more = task_of(tmp_path, train_minutes=0.5, num_samples=100)
   pieces_of(more, monkeypatch, fake).judged('x', tasks.evaluate(more, 30))
   assert fake.calls == ['-c', 'evaluate']
+
+
+def test_weights_are_imported_once(tmp_path, monkeypatch):
+  task = task_of(tmp_path, origin='weights.bin')
+  assert tasks.train(task) == [
+    '-m', 'diffusion_jax.convert', '--from=weights.bin',
+    f'--to={task.workdir}', '--config=cifar10', '--json',
+  ]  # fmt: skip
+  fake = Fake(task.workdir)
+  for _ in range(2):
+    assert pieces_of(task, monkeypatch, fake).train() == 800_000
+  assert fake.calls == ['convert']
 
 
 def test_another_network_is_measured_anew(tmp_path, monkeypatch):

@@ -65,7 +65,8 @@ class Task:
     """What of the config is not the recipe."""
     if self.shipped is None:
       return [f'{self.name} is no shipped recipe']
-    return table.differences(self.shipped, self.config)
+    free = table.FREE_IF_IMPORTED if self.origin else table.FREE
+    return table.differences(self.shipped, self.config, free)
 
   @property
   def incomparable(self) -> list[str]:

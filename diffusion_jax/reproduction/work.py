@@ -209,6 +209,13 @@ class Pieces:
       'evaluations_per_sec': sample and 1 / sample['seconds_per_evaluation'],
     }
 
+  def hardware(self) -> list[dict]:
+    """What each start of training ran on; of an import, what was measured."""
+    starts = []
+    with contextlib.suppress(UserError):
+      starts = facts.read(self.task.workdir).starts
+    return starts or [(self._measured or {}).get('environment', {})]
+
   # --- what is done -----------------------------------------------------------
 
   def train(self) -> int:
@@ -319,10 +326,3 @@ def read(path) -> dict | None:
 def _write(path, value: dict) -> None:
   with files.replacing(path) as file:
     file.write(json.dumps(value, indent=2).encode() + b'\n')
-
-
-def hardware(task: Task) -> list[dict]:
-  """What each start of training ran on."""
-  with contextlib.suppress(UserError):
-    return facts.read(task.workdir).starts
-  return []
