@@ -304,7 +304,7 @@ def _metrics() -> tuple[str, ...]:
   path = files.at(name).expanduser()
   if name == 'inception':
     path = files.cache(FLAGS.cache) / weights.NAME
-    if not path.exists() and not FLAGS.download:
+    if not (path.exists() or FLAGS.download or FLAGS.plan):
       raise UserError(
         f'--features=inception: {path} is not there; --download fetches it, or '
         'give a file of the weights'
