@@ -191,6 +191,8 @@ def table(
 
 
 def _short(hours: float) -> str:
+  if 0 < hours < 0.001:
+    return '< 0.001'
   return f'{hours:.1f}' if hours >= 10 else f'{hours:.2g}'
 
 

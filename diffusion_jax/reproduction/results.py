@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from diffusion_jax import files, pictures
+from diffusion_jax import files, pictures, runs
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import cards, features, plots
 from diffusion_jax.reproduction import health, table
@@ -17,7 +17,10 @@ from diffusion_jax.training import metrics
 
 MOST_BYTES = 30_000_000
 GRID = 10  # samples along each side
-COPIED = ('config.json', metrics.ROWS, 'starts.jsonl', 'report.html')
+COPIED = (
+  *('config.json', runs.CONVERTED, metrics.ROWS, 'starts.jsonl'),
+  'report.html',
+)
 
 
 def judge(
