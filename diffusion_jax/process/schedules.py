@@ -94,6 +94,12 @@ class Schedule:
     log_alpha_bar = np.interp(np.asarray(t, np.float64), times, table)
     return log_alpha_bar, -np.expm1(log_alpha_bar)
 
+  def host_t_of_logsnr(self, logsnr) -> np.ndarray:
+    """`t_of_logsnr` in float64, for the times of a grid; no time above T-1."""
+    falling = np.logaddexp(0.0, -np.asarray(logsnr, np.float64))
+    table = np.concatenate([[0.0], -self.log_alpha_bar])
+    return np.interp(falling, table, np.arange(-1.0, self.num_timesteps))
+
 
 def from_betas(betas) -> Schedule:
   """The schedule whose step t adds variance betas[t].

@@ -11,20 +11,32 @@ from diffusion_jax.process.gaussian import Denoiser
 from diffusion_jax.process.schedules import Schedule
 
 
+def once_a_step(grid) -> int:
+  """The evaluations of a sampler that asks the network once in each step."""
+  return len(grid) - 1
+
+
 class Sampler(NamedTuple):
-  """A sampler is a pair of functions.
+  """A sampler is a pair of functions, and what it costs.
+
+  A row is one evaluation of the network. Where a step of the grid takes
+  several, they are several rows, and the network is compiled once.
 
   Attributes:
     init: (schedule, grid, x) -> (rows, memory). `rows` is a dict of float64
-      arrays with one entry a step: the times and all coefficients, worked out
-      once, exactly, on the host. `memory` is what steps hand on to the next,
-      () where a step needs no history.
-    step: (denoiser, row, x, memory, noise_fn) -> (x, memory): one update from
-      grid time t to s. `noise_fn()` gives standard normal noise of x's shape.
+      arrays with one entry a row: the times and all coefficients, worked out
+      once, exactly, on the host. Its `ends` is 1 where a row ends a step of
+      the grid, and is left out where every row does. `memory` is what rows
+      hand on to the next, () where none is needed.
+    step: (denoiser, row, x, memory, noise_fn) -> (x, memory): what one row
+      does, with one call of the denoiser. `noise_fn()` gives standard normal
+      noise of x's shape, the same however often it is called.
+    evaluations: grid -> the number of rows.
   """
 
   init: Callable
   step: Callable
+  evaluations: Callable = once_a_step
 
 
 def solve(
@@ -42,23 +54,29 @@ def solve(
     sampler: which.
     denoiser: the model, with its conditioning, clipping and guidance.
     schedule: the noise schedule.
-    grid: falling times, the last one -1; concrete.
+    grid: falling times, concrete. Samples end at -1; a grid may end above it,
+      with x still noised.
     x: [B, ...], at the grid's first time.
-    keys: [B] random keys. Example b's noise in step i depends on keys[b] and i
+    keys: [B] random keys. Example b's noise in row i depends on keys[b] and i
       alone, so a sample does not depend on its batch.
-    frames: numbers of steps (0 = before the first, ascending) at which x is
-      kept.
+    frames: numbers of steps of the grid (0 = before the first, ascending) at
+      which x is kept.
 
   Returns:
     x [B, ...] at the grid's end; with frames, (x, [len(frames), B, ...]).
   """
   rows, memory = sampler.init(schedule, np.asarray(grid, np.float64), x)
+  ends = rows.get('ends', np.ones(len(rows['t'])))
   rows = {name: jnp.asarray(row, x.dtype) for name, row in rows.items()}
-  num_steps = len(grid) - 1
+  num_steps, num_rows = len(grid) - 1, len(rows['t'])
   assert list(frames) == sorted(set(frames) & set(range(num_steps + 1)))
-  # Where step i's result goes among the frames; past their end: nowhere.
-  slots = np.full(num_steps + 1, len(frames))
-  slots[list(frames)] = np.arange(len(frames))
+  # The row after which step k is done; before the first row: -1.
+  last = np.concatenate([[-1], np.flatnonzero(ends)])
+  assert len(last) == num_steps + 1
+  assert ends[-1]
+  # Where a row's result goes among the frames; past their end: nowhere.
+  slots = np.full(num_rows + 1, len(frames))
+  slots[1 + last[list(frames)]] = np.arange(len(frames))
   kept = jnp.zeros((len(frames), *x.shape), x.dtype)
   if frames and frames[0] == 0:
     kept = kept.at[0].set(x)
@@ -79,6 +97,6 @@ def solve(
       kept = kept.at[slot].set(x, mode='drop')
     return (x, memory, kept), None
 
-  inputs = (rows, jnp.arange(num_steps), jnp.asarray(slots[1:]))
+  inputs = (rows, jnp.arange(num_rows), jnp.asarray(slots[1:]))
   (x, _, kept), _ = jax.lax.scan(body, (x, memory, kept), inputs)
   return (x, kept) if frames else x

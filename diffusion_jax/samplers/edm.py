@@ -1,0 +1,114 @@
+"""Euler's and Heun's methods in EDM's form, with churn (arXiv 2206.00364).
+
+EDM follows x / alpha in the noise level sigma / alpha, where the probability
+flow is d(x / alpha) = eps d(sigma / alpha): its algorithm 2 with s(t) = 1. The
+model, which knows noise levels by their times, is asked at the fractional t of
+the level.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.samplers import levels
+from diffusion_jax.samplers.solve import Sampler
+
+MOST = np.sqrt(2) - 1  # of noise added at once, by the paper
+
+
+def euler(
+  churn: float = 0.0,
+  churn_min: float = 0.0,
+  churn_max: float | None = None,
+  churn_noise: float = 1.0,
+) -> Sampler:
+  """Euler's method; without churn it is DDIM.
+
+  Args:
+    churn: the paper's S_churn: noise to add, over all steps; 0 for none.
+    churn_min: S_tmin, the least sigma / alpha at which it is added.
+    churn_max: S_tmax, the greatest; None for no bound.
+    churn_noise: S_noise, the standard deviation of what is added.
+
+  Raises:
+    UserError: a number below 0.
+  """
+  return _edm(churn, churn_min, churn_max, churn_noise, second=False)
+
+
+def heun(
+  churn: float = 0.0,
+  churn_min: float = 0.0,
+  churn_max: float | None = None,
+  churn_noise: float = 1.0,
+) -> Sampler:
+  """Heun's method: two evaluations a step, and one for the last, to clean data.
+
+  Args:
+    churn: the paper's S_churn: noise to add, over all steps; 0 for none.
+    churn_min: S_tmin, the least sigma / alpha at which it is added.
+    churn_max: S_tmax, the greatest; None for no bound.
+    churn_noise: S_noise, the standard deviation of what is added.
+
+  Raises:
+    UserError: a number below 0.
+  """
+  return _edm(churn, churn_min, churn_max, churn_noise, second=True)
+
+
+def _edm(churn, churn_min, churn_max, churn_noise, second):
+  given = {
+    'churn': churn,
+    'churn_min': churn_min,
+    'churn_max': np.inf if churn_max is None else churn_max,
+    'churn_noise': churn_noise,
+  }
+  for name, value in given.items():
+    if not value >= 0:
+      raise UserError(f'{name}={value}: at least 0')
+
+  def evaluations(grid):
+    num_steps = len(grid) - 1
+    return 2 * num_steps - int(grid[-1] < 0) if second else num_steps
+
+  def init(schedule, grid, x):
+    alpha, sigma, _ = levels.of(schedule, grid)
+    level = sigma / alpha
+    churns = (level >= churn_min) & (level <= given['churn_max'])
+    raised = level * (1 + np.where(churns, min(churn / (len(grid) - 1), MOST), 0))
+    # The model knows no level above that of T-1.
+    top = levels.of(schedule, schedule.num_timesteps - 1.0)
+    raised = np.minimum(raised, np.maximum(level, top.sigma / top.alpha))
+    t = grid.copy()
+    moved = raised > level
+    t[moved] = schedule.host_t_of_logsnr(-2 * np.log(raised[moved]))
+    scale = np.where(moved, 1 / np.sqrt(1 + raised**2), alpha)  # alpha at t
+    rows = []
+    for i in range(len(grid) - 1):
+      row = {
+        't': t[i],
+        'corrects': 0,
+        'ends': 1,
+        'up': scale[i] / alpha[i],
+        'std': scale[i] * np.sqrt(raised[i] ** 2 - level[i] ** 2) * churn_noise,
+        'cx': alpha[i + 1] / scale[i],
+        'ceps': alpha[i + 1] * (level[i + 1] - raised[i]),
+      }
+      rows.append(row)
+      if second and grid[i + 1] >= 0:
+        row['ends'] = 0
+        at_end = {'t': grid[i + 1], 'corrects': 1, 'up': 1, 'std': 0, 'ends': 1}
+        rows.append({**row, **at_end})
+    return levels.stacked(rows), (x, x)
+
+  def step(denoiser, row, x, memory, noise_fn):
+    start, before = memory
+    if churn:
+      x = row['up'] * x + row['std'] * noise_fn()
+    eps = denoiser(x, row['t']).eps
+    corrects = row['corrects'] > 0
+    start = jnp.where(corrects, start, x)
+    slope = jnp.where(corrects, (before + eps) / 2, eps)
+    return row['cx'] * start + row['ceps'] * slope, (start, eps)
+
+  return Sampler(init, step, evaluations)

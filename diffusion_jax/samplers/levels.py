@@ -1,0 +1,65 @@
+"""Noise levels of a grid, as solvers write them: alpha, sigma, lambda.
+
+All on the host, in float64. lambda = log(alpha / sigma) is half the log SNR,
+and infinite at clean data.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.process.schedules import Schedule
+
+
+class Levels(NamedTuple):
+  """What the solvers' formulas are in.
+
+  Attributes:
+    alpha: of each time.
+    sigma: of each time, 0 at clean data.
+    lam: log(alpha / sigma), inf at clean data.
+  """
+
+  alpha: np.ndarray
+  sigma: np.ndarray
+  lam: np.ndarray
+
+
+def of(schedule: Schedule, t) -> Levels:
+  """The levels of times t, arrays of t's shape."""
+  log_alpha_bar, variance = schedule.host(t)
+  with np.errstate(divide='ignore'):
+    lam = 0.5 * (log_alpha_bar - np.log(variance))
+  return Levels(np.exp(0.5 * log_alpha_bar), np.sqrt(variance), lam)
+
+
+def orders(grid, order: int) -> list[int]:
+  """The order of each step of a multistep method.
+
+  It rises from 1 as history comes in, and falls to 1 before clean data, as the
+  codes of DPM-Solver and UniPC have it for few steps: the last step has no
+  finite length in lambda, and those before it are the longest.
+
+  Args:
+    grid: falling times.
+    order: at the most.
+  """
+  num_steps = len(grid) - 1
+  rising = [min(order, i + 1) for i in range(num_steps)]
+  if grid[-1] >= 0:
+    return rising
+  return [min(p, num_steps - i) for i, p in enumerate(rising)]
+
+
+def check_order(order: int, most: int) -> None:
+  """Raises UserError unless the order is a whole number in 1 .. most."""
+  if order not in range(1, most + 1):
+    raise UserError(f'order={order}: a whole number from 1 to {most}')
+
+
+def stacked(rows: list[dict]) -> dict:
+  """Rows as `Sampler.init` gives them: a dict of float64 arrays."""
+  return {
+    name: np.array([row[name] for row in rows], np.float64) for name in rows[0]
+  }

@@ -1,0 +1,80 @@
+"""Predictor-corrector sampling of score SDEs (arXiv 2011.13456), discrete VP."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.process import gaussian
+from diffusion_jax.samplers import levels
+from diffusion_jax.samplers.solve import Sampler
+
+
+def predictor_corrector(snr: float = 0.16, corrector_steps: int = 1) -> Sampler:
+  """Ancestral steps, each followed by Langevin steps at the time it came to.
+
+  Algorithms 3 and 5 of arXiv 2011.13456, with the ancestral predictor of DDPM
+  (the large variance). Clean data has no score, so nothing follows the last
+  step. The length of a Langevin step is 2 a (snr |noise| / |score|)^2 with
+  a = 1 - beta; the norms are each example's own, so that a sample does not
+  depend on its batch.
+
+  Args:
+    snr: the paper's r, above 0.
+    corrector_steps: Langevin steps after each other one, at least 1; one
+      evaluation each.
+
+  Raises:
+    UserError: a number out of range.
+  """
+  if not 0 < snr < np.inf:
+    raise UserError(f'snr={snr}: above 0')
+  if corrector_steps < 1 or corrector_steps % 1:
+    raise UserError(
+      f'corrector_steps={corrector_steps}: a whole number, at least 1; with '
+      'none use --sampler=ancestral'
+    )
+
+  def evaluations(grid):
+    return sum(1 + (s >= 0) * corrector_steps for s in grid[1:])
+
+  def init(schedule, grid, x):
+    t, s = grid[:-1], grid[1:]
+    c0, ct, _ = gaussian.posterior_coefficients(schedule, t, s)
+    std = np.sqrt(gaussian.step_variance(schedule, t, s, 'fixedlarge'))
+    rows = []
+    for i, to in enumerate(s):
+      corrections = corrector_steps if to >= 0 else 0
+      row = {
+        't': t[i], 'c0': c0[i], 'ct': ct[i], 'std': std[i] if to >= 0 else 0,
+        'corrects': 0, 'a': 0, 'sigma': 1, 'ends': corrections == 0,
+      }  # fmt: skip
+      rows.append(row)
+      for k in range(corrections):
+        step_alpha = 1 - gaussian.step_variance(
+          schedule, to, max(to - 1, -1), 'fixedlarge'
+        )
+        rows.append(
+          {
+            **row, 't': to, 'corrects': 1, 'a': step_alpha,
+            'sigma': levels.of(schedule, to).sigma,
+            'ends': k == corrections - 1,
+          }
+        )  # fmt: skip
+    return levels.stacked(rows), ()
+
+  def step(denoiser, row, x, memory, noise_fn):
+    x0, eps = denoiser(x, row['t'])
+    z = noise_fn()
+    predicted = row['c0'] * x0 + row['ct'] * x + row['std'] * z
+    score = -eps / row['sigma']
+    size = 2 * row['a'] * (snr * _norm(z) / _norm(score)) ** 2
+    corrected = x + size * score + jnp.sqrt(2 * size) * z
+    return jnp.where(row['corrects'] > 0, corrected, predicted), memory
+
+  return Sampler(init, step, evaluations)
+
+
+def _norm(x):
+  """Of each example, [B, 1, ...]."""
+  axes = tuple(range(1, x.ndim))
+  return jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True))

@@ -1,0 +1,86 @@
+"""UniPC (arXiv 2302.04867): a predictor, corrected at no further evaluation."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.samplers import levels
+from diffusion_jax.samplers.solve import Sampler
+
+
+def unipc(order: int = 3, variant: str = 'bh2') -> Sampler:
+  """UniPC-p in terms of x0: UniP-p, then UniC-p with the next evaluation.
+
+  Of order p + 1. What the network says of the predicted x serves twice: it
+  corrects that x, and, not asked again, predicts the next. The last step goes
+  to clean data by UniP-1, which is x0.
+
+  Args:
+    order: p, 1 to 3.
+    variant: the paper's B(h): 'bh1' is h, 'bh2' is e^h - 1. It matters where
+      one coefficient is set to 1/2, in UniP-2 and UniC-1; all others follow
+      from their conditions, whatever B(h) is.
+
+  Raises:
+    UserError: another order or variant.
+  """
+  levels.check_order(order, 3)
+  if variant not in ('bh1', 'bh2'):
+    raise UserError(f'variant={variant}: bh1 or bh2')
+
+  def init(schedule, grid, x):
+    alpha, sigma, lam = levels.of(schedule, grid)
+    num_rows = len(grid) - 1
+    ratio = np.concatenate([[1.0], sigma[1:] / sigma[:-1]])
+    # Row i corrects what row i - 1 predicted, and row 0 nothing.
+    correct = np.zeros((num_rows + 1, order + 1))  # of x0 now and before
+    predict = np.zeros((num_rows, order))
+    for i, p in enumerate(levels.orders(grid, order)):
+      h = lam[i + 1] - lam[i]
+      before = [(lam[i - k] - lam[i]) / h for k in range(1, p)]
+      predict[i, :p] = alpha[i + 1] * _weights(h, before, variant)
+      if np.isfinite(h):
+        here, to, *past = _weights(h, [1.0, *before], variant)
+        correct[i + 1, : p + 1] = alpha[i + 1] * np.array([to, here, *past])
+    return {
+      't': grid[:-1],
+      'kept': ratio[:-1],
+      'cx': ratio[1:],
+      **{f'c{k}': correct[:-1, k] for k in range(order + 1)},
+      **{f'p{k}': predict[:, k] for k in range(order)},
+    }, (x, (jnp.zeros_like(x),) * order)
+
+  def step(denoiser, row, x, memory, noise_fn):
+    start, past = memory
+    seen = (denoiser(x, row['t']).x0, *past)
+    # UniC: x once more from the step's start, now that its end is known too.
+    x = row['kept'] * start + sum(row[f'c{k}'] * m for k, m in enumerate(seen))
+    seen = seen[:-1]
+    predicted = sum(row[f'p{k}'] * m for k, m in enumerate(seen))
+    return row['cx'] * x + predicted, (x, seen)
+
+  return Sampler(init, step)
+
+
+def _weights(h, places, variant):
+  """Weights of x0 at the step's start and at other places, without alpha'.
+
+  With u running from 0 to 1 over the step, they integrate h e^-(1-u)h times
+  1, u, .. u^k exactly: the paper's R_k a = b_k, section 3.2.
+
+  Args:
+    h: length of the step in lambda, inf to clean data.
+    places: [k] values of u where x0 is known beside u = 0.
+    variant: 'bh1' or 'bh2'.
+  """
+  k = len(places)
+  moments = [-np.expm1(-h)]
+  for i in range(1, k + 1):
+    moments.append(1 - i / h * moments[-1])
+  if k == 1:
+    half = 0.5 * (h if variant == 'bh1' else moments[0])
+    others = np.array([half / places[0]])
+  else:
+    powers = np.array([[u**i for u in places] for i in range(1, k + 1)])
+    others = np.linalg.solve(powers.reshape(k, k), moments[1:])
+  return np.array([moments[0] - others.sum(), *others])
