@@ -83,6 +83,8 @@ JUDGED = 64  # images at once: a judge's maps may be larger than the images
 
 
 def main():
+  if sampling.listed():
+    return
   distributed.initialize()
   if FLAGS.compare:
     _compare()
@@ -138,7 +140,7 @@ def _follow():
       f'--metrics={",".join(FLAGS.metrics)}: --follow takes fid too, as the '
       'best checkpoint is that of the least distance'
     )
-  samplers.options(FLAGS.sampler, eta=FLAGS.eta, variance=FLAGS.variance)
+  samplers.options(FLAGS.sampler, **sampling.options())
   follow.wait_for_first(workdir, FLAGS.poll_secs)
   trained, plan, _ = sampling.chosen(_dtype())
   task = _task(workdir, trained)
@@ -240,7 +242,7 @@ def _judge(task, path, trained, plan, output) -> dict:
     'ema': trained.ema,
     'weights_sha256': trained.weights_sha256,
     **plan.protocol(),
-    'evaluations': plan.num_steps,
+    'evaluations': plan.evaluations,
   }
   card = cards.create(
     subject, task.protocol, measured.results, measured.details

@@ -46,8 +46,9 @@ flags.DEFINE_enum(
 OF_BOUNDS = ('num_steps', 'grid', 'variance', 'clip')
 OF_FLOW = ('dequantisation', 'divergence', 'tolerance', 'dtype')
 OF_SAMPLES = (
-  *('num_samples', 'sampler', 'eta', 'rounding', 'reference', 'features'),
-  *('output', 'write_statistics'),
+  *('num_samples', 'sampler', 'rounding', 'reference', 'features', 'output'),
+  'write_statistics',
+  *(name for name in sampling.OPTIONS if name != 'variance'),
 )
 
 

@@ -55,9 +55,8 @@ def create(config: Mapping, mesh: Mesh) -> Programs:
   """
   sample, image_shape = config['sample'], runs.image_shape(config['data'])
   sampler = samplers.create(sample['sampler'])
-  times = grid.create(
-    sample['grid'], config['process']['num_timesteps'], sample['num_steps']
-  )
+  schedule = schedules.create(**config['process'])
+  times = grid.create(sample['grid'], schedule, sample['num_steps'])
   model = models.create(image_shape=image_shape, **config['model'])
   optimizer = optim.create(**config['optim'])
   # Samples have the other child of the seed, see `draw.sample_keys`.
@@ -65,7 +64,7 @@ def create(config: Mapping, mesh: Mesh) -> Programs:
   init_key, step_key, heldout_key = jax.random.split(root, 3)
   process = {
     'model': model,
-    'schedule': schedules.create(**config['process']),
+    'schedule': schedule,
     'prediction': config['loss']['prediction'],
   }
   abstract = state.abstract_state(model, optimizer, mesh)

@@ -32,6 +32,10 @@ TRAJECTORY_FRAMES = 10
 
 
 def main():
+  if sampling.listed():
+    return
+  if not FLAGS.workdir:
+    raise UserError('--workdir is missing; see --help')
   distributed.initialize()
   sampling.check_flags(num_samples=1, grid_images=1, trajectory=0)
   if FLAGS.trajectory > min(FLAGS.num_samples, FLAGS.batch_size):
@@ -49,9 +53,10 @@ def main():
     {
       'output': str(output), 'num_samples': FLAGS.num_samples,
       'step': trained.step, 'drawn': drawn, 'grid': plan.grid,
+      'evaluations': plan.evaluations,
     },
     f'{FLAGS.num_samples} images of step {trained.step}, {drawn} of them drawn '
-    f'now ({plan.num_steps} network evaluations each); the grid is '
+    f'now ({plan.evaluations} network evaluations each); the grid is '
     f'{output / "grid.png"}',
     FLAGS.json,
   )  # fmt: skip
@@ -82,4 +87,4 @@ def _draw_trajectory(trained, plan, output):
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__, required=('workdir',))
+  cli.run(main, __doc__)

@@ -22,8 +22,9 @@ flags.DEFINE_string('workdir', None, 'Folder of the run.')
 flags.DEFINE_string('output', None, 'Folder of the samples.')
 flags.DEFINE_integer('batch_size', 256, 'Images drawn at once.')
 flags.DEFINE_string(
-  'sampler', 'ancestral', f'One of {", ".join(samplers.SAMPLERS)}.'
-)
+  'sampler', 'ancestral',
+  f'One of {", ".join(samplers.SAMPLERS)}; list: a table of them.',
+)  # fmt: skip
 flags.DEFINE_integer(
   'num_steps', None, 'Sampling steps; all of the schedule by default.'
 )
@@ -37,6 +38,22 @@ flags.DEFINE_string(
   'Of the reverse process (ancestral): fixedlarge or fixedsmall; by default '
   "the config's.",
 )  # fmt: skip
+flags.DEFINE_integer('order', None, 'dpm_solver, unipc: 1 to 3 (the default).')
+flags.DEFINE_string(
+  'variant', None,
+  'Of one sampler (plms, dpm_solver, dpmpp_3m, unipc): see --sampler=list.',
+)  # fmt: skip
+flags.DEFINE_float('churn', None, "euler, heun: EDM's S_churn; 0 by default.")
+flags.DEFINE_float('churn_min', None, 'Its least sigma / alpha, S_tmin.')
+flags.DEFINE_float('churn_max', None, 'Its greatest sigma / alpha, S_tmax.')
+flags.DEFINE_float('churn_noise', None, 'Its noise, S_noise; 1 by default.')
+flags.DEFINE_float(
+  'snr', None, 'predictor_corrector: of a Langevin step; 0.16 by default.'
+)
+flags.DEFINE_integer(
+  'corrector_steps', None,
+  'predictor_corrector: Langevin steps after each other; 1 by default.',
+)  # fmt: skip
 flags.DEFINE_bool(
   'clip', None,
   "Clip the estimate of x0 to [-1, 1] in every step; by default the config's.",
@@ -44,6 +61,32 @@ flags.DEFINE_bool(
 flags.DEFINE_bool('ema', True, 'Averaged weights, or the raw ones.')
 flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
 flags.DEFINE_integer('seed', 0, 'Of the samples.')
+
+# Of samplers; each takes some of them.
+OPTIONS = (
+  *('eta', 'variance', 'order', 'variant', 'churn', 'churn_min', 'churn_max'),
+  *('churn_noise', 'snr', 'corrector_steps'),
+)
+
+
+def listed() -> bool:
+  """Whether --sampler=list was given, which is answered."""
+  if FLAGS.sampler != 'list':
+    return False
+  head, *rows = samplers.table()
+  result = [dict(zip(head, row, strict=True)) for row in rows]
+  # The first column is flush left, and here all are words.
+  widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+  lines = [
+    '  '.join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)
+  ]
+  cli.report({'samplers': result}, '\n'.join(lines), FLAGS.json)
+  return True
+
+
+def options() -> dict:
+  """The samplers' options, None where not given."""
+  return {name: FLAGS[name].value for name in OPTIONS}
 
 
 def check_flags(**least) -> None:
@@ -68,7 +111,7 @@ def chosen(dtype: str = 'uint8') -> tuple[Trained, Plan, files.Path]:
   plan = plans.for_run(
     runs.read_config(workdir),
     sampler=FLAGS.sampler, num_steps=FLAGS.num_steps, grid=FLAGS.grid,
-    clip=FLAGS.clip, seed=FLAGS.seed, eta=FLAGS.eta, variance=FLAGS.variance,
+    clip=FLAGS.clip, seed=FLAGS.seed, **options(),
   )  # fmt: skip
   step = distributed.on_first(
     lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
@@ -112,9 +155,14 @@ def fill(
     return 0
   batch_size = min(FLAGS.batch_size, len(absent))
   cli.say(
-    f'drawing {len(absent)} images of {plan.num_steps} steps each, '
+    f'drawing {len(absent)} images of {plan.cost()} each, '
     f'{batch_size} at once, into {output}'
   )
+  if FLAGS.num_steps not in (None, plan.num_steps):
+    cli.say(
+      f'(--grid={FLAGS.grid} has {plan.num_steps} different times for '
+      f'--num_steps={FLAGS.num_steps})'
+    )
   if plan.num_steps > 500 and FLAGS.num_steps is None:
     cli.say('(--sampler=ddim --num_steps=50 would take a fraction of the time)')
   draw_fn = trained.drawer(plan, dtype=dtype)
@@ -133,7 +181,7 @@ def fill(
 
 
 def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
-  """All that the images depend on; of uint8, as ever, it says nothing."""
+  """All that the images depend on; what is as ever, it says nothing of."""
   return {
     'step': trained.step,
     'ema': trained.ema,
@@ -143,20 +191,21 @@ def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
     'loss': trained.config['loss'],
     'image_shape': trained.image_shape,
     **plan.protocol(),
+    **(
+      {}
+      if plan.evaluations == plan.num_steps
+      else {'evaluations': plan.evaluations}
+    ),
     **({} if dtype == 'uint8' else {'dtype': dtype}),
   }
 
 
 def name(step: int, plan: Plan, dtype: str = 'uint8') -> str:
   """What samples and cards of these flags are called."""
-  options = [
-    f'{option}{FLAGS[option].value}'
-    for option in ('eta', 'variance')
-    if FLAGS[option].value is not None
-  ]
+  given = [f'{k}{value}' for k, value in options().items() if value is not None]
   grid_name = [FLAGS.grid] if FLAGS.grid != 'uniform' else []
   parts = [f'step{step}', f'{plan.sampler}{plan.num_steps}']
-  parts += [*options, *grid_name, f'seed{plan.seed}']
+  parts += [*given, *grid_name, f'seed{plan.seed}']
   parts += ['raw'] * (not FLAGS.ema) + ['noclip'] * (not plan.clip)
   whole = '_'.join(parts).replace(',', '-')
   if len(whole) > 100:  # a long literal grid

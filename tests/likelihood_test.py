@@ -131,9 +131,9 @@ def true_variances(times, variance):
 # --- terms -------------------------------------------------------------------
 
 GRIDS = {
-  'strided': grid.create('uniform', T, 20),
-  'fractional': grid.create('quadratic', T, 20),
-  'short of T-1': grid.create('leading', T, 20),
+  'strided': grid.create('uniform', SCHEDULE, 20),
+  'fractional': grid.create('quadratic', SCHEDULE, 20),
+  'short of T-1': grid.create('leading', SCHEDULE, 20),
   'literal': [700, 300.5, 4, 1, -1],
 }
 

@@ -16,7 +16,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from diffusion_jax import data, files, models, runs
+from diffusion_jax import data, files, models, runs, samplers
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import bits, cards, facts, plots
 from diffusion_jax.evaluation.facts import Facts
@@ -222,9 +222,13 @@ def _strip(run: Facts) -> list[dict]:
 def _on_the_way(run):
   """How training draws its grids, as a sample store tells it."""
   sample = run.config['sample']
+  sampler, evaluations = sample.get('sampler'), sample.get('num_steps')
+  if sampler in samplers.SAMPLERS and evaluations:
+    steps = range(evaluations - 1, -2, -1)  # the count is any grid's
+    evaluations = samplers.create(sampler).evaluations(steps)
   return {
     'ema': True, 'seed': run.config.get('seed'),
-    'sampler': sample.get('sampler'), 'evaluations': sample.get('num_steps'),
+    'sampler': sampler, 'evaluations': evaluations,
   }  # fmt: skip
 
 

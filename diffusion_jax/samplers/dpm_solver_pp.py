@@ -7,7 +7,8 @@ step. With lambda = log(alpha / sigma) and h the length of a step in it, all are
 
 the integral of e^lambda x0 over the step, x0 being extrapolated from its past.
 The first steps have less past and are of lower order, the last one, to clean
-data, is of the first: there h is infinite and x' = x0.
+data, is of the first: there h is infinite and x' = x0. With fewer than 15 steps
+the one before it is of the second at the most, as in the authors' code.
 """
 
 import jax.numpy as jnp
@@ -71,10 +72,9 @@ def _multistep(weights_of, order=2, stochastic=False):
     alpha, sigma, lam = levels.of(schedule, grid)
     h = np.diff(lam)
     # The SDE forgets x twice as fast, and makes it up with noise.
-    rate = 2 if stochastic else 1
-    drop = -np.expm1(-rate * h)
+    drop = -np.expm1(-2 * h if stochastic else -h)
     weights = np.zeros((len(h), 3))
-    for i, p in enumerate(levels.orders(grid, order)):
+    for i, p in enumerate(levels.orders(grid, order, few=15)):
       before = h[:i][::-1]
       if p == 1:
         weights[i, 0] = drop[i]
@@ -85,7 +85,7 @@ def _multistep(weights_of, order=2, stochastic=False):
     w0, w1, w2 = alpha[1:] * weights.T
     rows = {
       't': grid[:-1],
-      'cx': sigma[1:] / sigma[:-1] * np.exp(-(rate - 1) * h),
+      'cx': sigma[1:] / sigma[:-1] * (np.exp(-h) if stochastic else 1),
       'w0': w0,
       'w1': w1,
       'w2': w2,

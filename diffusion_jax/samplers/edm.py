@@ -75,7 +75,9 @@ def _edm(churn, churn_min, churn_max, churn_noise, second):
     alpha, sigma, _ = levels.of(schedule, grid)
     level = sigma / alpha
     churns = (level >= churn_min) & (level <= given['churn_max'])
-    raised = level * (1 + np.where(churns, min(churn / (len(grid) - 1), MOST), 0))
+    raised = level * (
+      1 + np.where(churns, min(churn / (len(grid) - 1), MOST), 0)
+    )
     # The model knows no level above that of T-1.
     top = levels.of(schedule, schedule.num_timesteps - 1.0)
     raised = np.minimum(raised, np.maximum(level, top.sigma / top.alpha))

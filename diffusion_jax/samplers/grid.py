@@ -2,7 +2,8 @@
 
 A grid descends from the first time a sampler looks at to -1, clean data:
 [999, 749, 499, 249, -1] is four steps and, for a sampler that asks the network
-once a step, four evaluations.
+once a step, four evaluations. Whole times are those the network was trained
+at; fractional ones lie between, see `schedules`.
 """
 
 import itertools
@@ -10,24 +11,28 @@ import itertools
 import numpy as np
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.samplers import levels
 
 
-def uniform(num_timesteps: int, num_steps: int) -> list[int]:
+def uniform(schedule: Schedule, num_steps: int) -> list[int]:
   """Evenly spaced from T-1, with 0 as the last of two or more.
 
   The grid of improved DDPM (arXiv 2102.09672); with num_steps = T it is every
   time.
   """
-  times = np.linspace(num_timesteps - 1, 0, num_steps)
+  times = np.linspace(schedule.num_timesteps - 1, 0, num_steps)
   return [*np.rint(times).astype(int).tolist(), -1]
 
 
-def leading(num_timesteps: int, num_steps: int) -> list[int]:
+def leading(schedule: Schedule, num_steps: int) -> list[int]:
   """Multiples of T / num_steps from 0 on: DDIM's own, short of T-1.
 
   Where num_steps does not divide T, the published codes disagree, and a grid of
-  equal strides from 0 would end far from the noise: that is refused.
+  equal strides from 0 would end far from the noise: that is refused. What
+  DDIM's code does there is `ddim_uniform`.
   """
+  num_timesteps = schedule.num_timesteps
   if num_timesteps % num_steps:
     raise UserError(
       f'grid=leading takes a number of steps that divides {num_timesteps}, '
@@ -37,20 +42,69 @@ def leading(num_timesteps: int, num_steps: int) -> list[int]:
   return [*range((num_steps - 1) * stride, -1, -stride), -1]
 
 
-def trailing(num_timesteps: int, num_steps: int) -> list[int]:
+def trailing(schedule: Schedule, num_steps: int) -> list[int]:
   """Equal strides down from T-1 (arXiv 2305.08891, table 2)."""
+  num_timesteps = schedule.num_timesteps
   times = np.arange(num_timesteps, 0, -num_timesteps / num_steps)[:num_steps]
   return [*(np.rint(times).astype(int) - 1).tolist(), -1]
 
 
-def quadratic(num_timesteps: int, num_steps: int) -> list[float]:
+def quadratic(schedule: Schedule, num_steps: int) -> list[float]:
   """Squares of evenly spaced numbers: dense near the data.
 
   From T-1, in the manner of arXiv 2010.02502, appendix D.2. Times are
   fractional, so that none repeats however dense they lie.
   """
   roots = np.linspace(1.0, 0.0, num_steps)
-  return [*((num_timesteps - 1) * np.square(roots)).tolist(), -1]
+  return [*((schedule.num_timesteps - 1) * np.square(roots)).tolist(), -1]
+
+
+def logsnr(schedule: Schedule, num_steps: int) -> list[float]:
+  """Evenly spaced in log SNR from T-1 to 0, then clean data.
+
+  DPM-Solver's choice for small images (arXiv 2206.00927, section 3.4); times
+  are fractional.
+  """
+  lam = levels.of(schedule, [schedule.num_timesteps - 1, 0]).lam
+  return _at_levels(schedule, np.exp(-np.linspace(*lam, num_steps)))
+
+
+def karras(schedule: Schedule, num_steps: int, rho: float = 7.0) -> list[float]:
+  """EDM's (arXiv 2206.00364, eq. 5): even in the rho-th root of sigma / alpha.
+
+  From the level of T-1 to that of 0, then clean data; times are fractional.
+  """
+  lam = levels.of(schedule, [schedule.num_timesteps - 1, 0]).lam
+  roots = np.linspace(*np.exp(-lam / rho), num_steps)
+  return _at_levels(schedule, roots**rho)
+
+
+def _at_levels(schedule, level):
+  """The times of falling sigma / alpha, the first and last of them whole."""
+  times = schedule.host_t_of_logsnr(-2 * np.log(level)).tolist()
+  ends = [schedule.num_timesteps - 1, 0]
+  return [ends[0], *times[1:-1], *ends[1 : len(times)], -1]
+
+
+def ddim_uniform(schedule: Schedule, num_steps: int) -> list[int]:
+  """The 'uniform' of DDIM's code: range(0, T, T // num_steps).
+
+  Short of T-1 for all num_steps < T that divide T; where it does not divide T
+  there are more entries than asked for: 16 of 15, 334 of 300, for T = 1000.
+  """
+  num_timesteps = schedule.num_timesteps
+  times = range(0, num_timesteps, num_timesteps // num_steps)
+  return [*times[::-1], -1]
+
+
+def ddim_quadratic(schedule: Schedule, num_steps: int) -> list[int]:
+  """The 'quad' of DDIM's code: squares up to 0.8 T, cut to whole times.
+
+  It starts at 0.8 T, and of T = 1000 near the data it repeats times: one entry
+  of 50, 4 of 100 and 312 of 1000 are repetitions.
+  """
+  roots = np.linspace(0, np.sqrt(0.8 * schedule.num_timesteps), num_steps)
+  return [*np.square(roots).astype(int)[::-1].tolist(), -1]
 
 
 GRIDS = {
@@ -58,32 +112,44 @@ GRIDS = {
   'leading': leading,
   'trailing': trailing,
   'quadratic': quadratic,
+  'logsnr': logsnr,
+  'karras': karras,
+  'ddim_uniform': ddim_uniform,
+  'ddim_quadratic': ddim_quadratic,
 }
 
 
-def create(grid: str, num_timesteps: int, num_steps: int) -> list:
+def create(grid: str, schedule: Schedule, num_steps: int) -> list:
   """A grid by name, or the literal one: 'uniform', or '999,500,100'.
+
+  Times that a published list repeats are left out: between them nothing
+  happens, as a step of no length leaves x as it is and adds no noise.
 
   Args:
     grid: times separated by commas, the -1 at the end may be left out; or one
       of
-      'uniform'    evenly spaced from T-1 to 0;
-      'leading'    multiples of T / num_steps: DDIM's own, short of T-1;
-      'trailing'   equal strides down from T-1;
-      'quadratic'  dense near the data; times are fractional.
-    num_timesteps: T of the schedule.
+      'uniform'         evenly spaced from T-1 to 0;
+      'leading'         multiples of T / num_steps, short of T-1;
+      'trailing'        equal strides down from T-1;
+      'quadratic'       dense near the data; times are fractional;
+      'logsnr'          evenly spaced in log SNR; times are fractional;
+      'karras'          EDM's, between; times are fractional;
+      'ddim_uniform'    that of DDIM's code: may have more entries;
+      'ddim_quadratic'  that of DDIM's code: from 0.8 T, with repeated entries.
+    schedule: the noise schedule.
     num_steps: 1 .. T; a literal grid has its own.
 
   Raises:
     UserError: the name is not known, or the times do not descend in [0, T-1].
   """
+  num_timesteps = schedule.num_timesteps
   if grid in GRIDS:
     if not 1 <= num_steps <= num_timesteps:
       raise UserError(
         f'num_steps={num_steps}: a sampler takes 1 to {num_timesteps} steps '
         'of this model'
       )
-    return GRIDS[grid](num_timesteps, num_steps)
+    return list(dict.fromkeys(GRIDS[grid](schedule, num_steps)))
   try:
     times = [float(part) for part in grid.split(',')]
   except ValueError:

@@ -34,22 +34,25 @@ def of(schedule: Schedule, t) -> Levels:
   return Levels(np.exp(0.5 * log_alpha_bar), np.sqrt(variance), lam)
 
 
-def orders(grid, order: int) -> list[int]:
+def orders(grid, order: int, few: float = np.inf) -> list[int]:
   """The order of each step of a multistep method.
 
-  It rises from 1 as history comes in, and falls to 1 before clean data, as the
-  codes of DPM-Solver and UniPC have it for few steps: the last step has no
-  finite length in lambda, and those before it are the longest.
+  It rises from 1 as history comes in. The step to clean data has no finite
+  length in lambda and is of order 1; where steps are few, those before it are
+  long, and the order falls to it: 3, 2, 1.
 
   Args:
     grid: falling times.
     order: at the most.
+    few: the number of steps below which it falls.
   """
   num_steps = len(grid) - 1
-  rising = [min(order, i + 1) for i in range(num_steps)]
-  if grid[-1] >= 0:
-    return rising
-  return [min(p, num_steps - i) for i, p in enumerate(rising)]
+  found = [min(order, i + 1) for i in range(num_steps)]
+  if grid[-1] < 0:
+    found[-1] = 1
+    if num_steps < few:
+      found = [min(p, num_steps - i) for i, p in enumerate(found)]
+  return found
 
 
 def check_order(order: int, most: int) -> None:

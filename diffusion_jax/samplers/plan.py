@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from diffusion_jax import samplers
 from diffusion_jax.errors import UserError
+from diffusion_jax.process import schedules
+from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.samplers import grid as grids
 
 
@@ -28,6 +30,11 @@ class Plan(NamedTuple):
   def num_steps(self) -> int:
     return len(self.grid) - 1
 
+  @property
+  def evaluations(self) -> int:
+    """Of the network, for a sample."""
+    return self.create().evaluations(self.grid)
+
   def create(self) -> samplers.Sampler:
     return samplers.create(self.sampler, **self.options)
 
@@ -41,9 +48,16 @@ class Plan(NamedTuple):
       'grid': self.grid,
     }
 
+  def cost(self) -> str:
+    """Steps and evaluations, for people."""
+    steps, evaluations = self.num_steps, self.evaluations
+    if steps == evaluations:
+      return f'{steps} steps'
+    return f'{steps} steps, {evaluations} evaluations'
+
 
 def create(
-  num_timesteps: int,
+  schedule: Schedule,
   *,
   sampler: str = 'ancestral',
   num_steps: int | None = None,
@@ -55,7 +69,7 @@ def create(
   """A plan, checked.
 
   Args:
-    num_timesteps: T of the schedule.
+    schedule: the noise schedule.
     sampler: a key of SAMPLERS.
     num_steps: sampling steps; None for all T, or for a literal grid's.
     grid: a key of GRIDS, or literal times: '999,500,100'.
@@ -70,12 +84,19 @@ def create(
   chosen = samplers.options(sampler, **options)
   samplers.create(sampler, **chosen)  # finds values out of range
   times = grids.create(
-    grid, num_timesteps, num_timesteps if num_steps is None else num_steps
+    grid, schedule, schedule.num_timesteps if num_steps is None else num_steps
   )
-  if num_steps not in (None, len(times) - 1):
+  # The grids of DDIM's code have numbers of entries of their own.
+  if grid not in grids.GRIDS and num_steps not in (None, len(times) - 1):
     raise UserError(
       f'num_steps={num_steps}: the literal grid has {len(times) - 1} steps, '
       'leave it out'
+    )
+  order = options.get('order')
+  if order is not None and order > len(times) - 1:
+    raise UserError(
+      f'order={order}: the grid has {len(times) - 1} steps; an order takes as '
+      'many at least'
     )
   if not 0 <= seed < 2**32:
     raise UserError(f'seed={seed}: at least 0 and below 2**32')
@@ -97,5 +118,5 @@ def for_run(config: dict, *, sampler: str = 'ancestral', **given) -> Plan:
     given['variance'] = config['sample'].get('variance')
   if given.get('clip') is None:
     given['clip'] = config['sample'].get('clip', True)
-  num_timesteps = config['process']['num_timesteps']
-  return create(num_timesteps, sampler=sampler, **given)
+  schedule = schedules.create(**config['process'])
+  return create(schedule, sampler=sampler, **given)

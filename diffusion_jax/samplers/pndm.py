@@ -7,6 +7,8 @@ published. In sigma / alpha, in which DDIM's step is Euler's, steps are hardly
 ever equal; hence these methods are of second order, on any smooth grid.
 """
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -60,8 +62,8 @@ def _stages(start, i, t, s):
 
 def _multistep(start):
   def steps_of(grid):
-    pairs = zip(grid[:-1], grid[1:], strict=True)
-    return [_stages(start, i, t, s) for i, (t, s) in enumerate(pairs)]
+    pairs = enumerate(itertools.pairwise(grid))
+    return [_stages(start, i, t, s) for i, (t, s) in pairs]
 
   def evaluations(grid):
     return sum(map(len, steps_of(grid)))

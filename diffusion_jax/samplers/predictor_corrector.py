@@ -1,4 +1,4 @@
-"""Predictor-corrector sampling of score SDEs (arXiv 2011.13456), discrete VP."""
+"""Predictor-corrector sampling (score SDEs, arXiv 2011.13456), discrete VP."""
 
 import jax.numpy as jnp
 import numpy as np
