@@ -25,5 +25,7 @@ def x0(x, alpha, sigma, lib=np):
   log_weight = (np.log(WEIGHTS) - 0.5 * lib.log(variance)).reshape(shape)
   log_weight = log_weight - off**2 / (2 * variance).reshape(shape)
   weight = lib.exp(log_weight - log_weight.max(-1, keepdims=True))
-  mean = MEANS.reshape(shape) + (alpha * VARIANCES / variance).reshape(shape) * off
+  mean = (
+    MEANS.reshape(shape) + (alpha * VARIANCES / variance).reshape(shape) * off
+  )
   return (weight * mean).sum(-1) / weight.sum(-1)

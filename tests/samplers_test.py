@@ -560,6 +560,7 @@ def test_frames_are_the_steps_of_a_python_loop(schedule, name):
     if ends[i]:
       loop.append(now)
   assert frames.shape == (len(chosen), 2, 5)
+  assert np.isfinite(frames).all()
   for frame, k in zip(frames, chosen, strict=True):
     np.testing.assert_allclose(frame, loop[k], rtol=2e-5, atol=2e-5)
   np.testing.assert_array_equal(frames[0], x)

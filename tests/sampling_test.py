@@ -2,13 +2,14 @@
 
 import json
 
+import binaries
 import numpy as np
 import pytest
 import tiny
 from absl import flags
 from absl.testing import flagsaver
 
-from diffusion_jax import sampling
+from diffusion_jax import samplers, sampling
 from diffusion_jax.errors import UserError
 from diffusion_jax.samplers import store
 
@@ -76,3 +77,41 @@ def test_a_long_name_says_it_too(run):
   flags.FLAGS.grid = ','.join(map(str, range(900, 0, -9)))
   names = [sampling.chosen(*dtype)[2].name for dtype in ((), ('float32',))]
   assert names[1] == f'{names[0]}_float'
+
+
+def test_the_list_of_samplers_needs_no_run():
+  for binary in ('sample', 'evaluate'):
+    ended = binaries.run(binary, '--sampler=list')
+    assert ended.code == 0
+    head, *rows = ended.out.splitlines()
+    assert head.split() == [
+      'sampler', 'arXiv', 'order', 'evaluations', 'noise', 'options',
+    ]  # fmt: skip
+    assert [row.split()[0] for row in rows] == list(samplers.SAMPLERS)
+    assert 'order=3|2|1 variant=bh2|bh1' in ended.out
+
+
+def test_what_a_sampler_costs_is_told_and_kept(run, capsys):
+  """Three steps of Heun's are five evaluations; its store says so."""
+  flags.FLAGS.sampler, flags.FLAGS.grid = 'heun', '20,10,5'
+  flags.FLAGS.churn = 0.5
+  _, output = fill(1)
+  assert output.name == 'step30_heun3_churn0.5_20-10-5_seed5'
+  assert '3 steps, 5 evaluations' in capsys.readouterr().err
+  told = json.loads((output / 'store.json').read_text())
+  assert told['evaluations'] == 5
+  assert told['churn'] == 0.5
+  assert told['grid'] == [20, 10, 5, -1]
+  assert np.isfinite(store.load(output, 1)).all()
+
+
+def test_a_grid_with_entries_of_its_own(run, capsys):
+  flags.FLAGS.sampler, flags.FLAGS.grid = 'ddim', 'ddim_quadratic'
+  flags.FLAGS.num_steps = 50
+  _, plan, output = sampling.chosen()
+  assert plan.num_steps == 49
+  assert output.name == 'step30_ddim49_ddim_quadratic_seed5'
+  flags.FLAGS.num_steps = 2
+  flags.FLAGS.grid = 'ddim_uniform'
+  _, plan, _ = sampling.chosen()
+  assert plan.grid == [500, 0, -1]

@@ -1,7 +1,7 @@
 """Samplers: (init, step) pairs, grids, the scan that runs them, the store."""
 
 import inspect
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.samplers.ancestral import ancestral
@@ -94,11 +94,17 @@ def table() -> list[tuple[str, ...]]:
   """A head and a row for each sampler: what --sampler=list shows."""
   rows = [('sampler', 'arXiv', 'order', 'evaluations', 'noise', 'options')]
   for name, about in ABOUT.items():
-    defaults = ' '.join(
-      f'{option}={value}' for option, value in options(name).items()
-    )
-    rows.append((name, *about, defaults))
+    taken = inspect.signature(SAMPLERS[name]).parameters.values()
+    rows.append((name, *about, ' '.join(map(_shown, taken))))
   return rows
+
+
+def _shown(option):
+  """An option with its default, and what else it may be: order=3|2|1."""
+  choices = dict.fromkeys((option.default, *get_args(option.annotation)))
+  if get_origin(option.annotation) is not Literal:
+    choices = (option.default,)
+  return f'{option.name}={"|".join(map(str, choices))}'
 
 
 def options(name: str, **given) -> dict:

@@ -1,5 +1,7 @@
 """DDPM's ancestral sampling (arXiv 2006.11239, algorithm 2)."""
 
+from typing import Literal
+
 import numpy as np
 
 from diffusion_jax.errors import UserError
@@ -7,7 +9,9 @@ from diffusion_jax.process import gaussian
 from diffusion_jax.samplers.solve import Sampler
 
 
-def ancestral(variance: str = 'fixedlarge') -> Sampler:
+def ancestral(
+  variance: Literal['fixedlarge', 'fixedsmall'] = 'fixedlarge',
+) -> Sampler:
   """Draws xs from N(mean of q(xs | xt, x0), variance), x0 estimated.
 
   On a grid with fewer steps than the schedule, beta and the posterior are those

@@ -10,6 +10,8 @@ and 2/3, as the papers choose them, where it is uniform in log SNR
 length is infinite in lambda, are of lower order.
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,7 +27,10 @@ def groups(grid, order: int) -> list[int]:
   return [order] * whole + [rest] * (rest > 0) + [1] * clean
 
 
-def dpm_solver(order: int = 3, variant: str = 'paper') -> Sampler:
+def dpm_solver(
+  order: Literal[3, 2, 1] = 3,
+  variant: Literal['paper', 'diffusers'] = 'paper',
+) -> Sampler:
   """DPM-Solver-1, -2 and -3: exact in the linear part, eps by Taylor in lambda.
 
   Algorithms 4 and 5 of arXiv 2206.00927, for any r1 and r2. Order 1 is DDIM.

@@ -11,6 +11,8 @@ data, is of the first: there h is infinite and x' = x0. With fewer than 15 steps
 the one before it is of the second at the most, as in the authors' code.
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,7 +35,9 @@ def dpmpp_2m_sde() -> Sampler:
   return _multistep(_second_order, stochastic=True)
 
 
-def dpmpp_3m(variant: str = 'exact') -> Sampler:
+def dpmpp_3m(
+  variant: Literal['exact', 'published'] = 'exact',
+) -> Sampler:
   """DPM-Solver++ (3M): x0 by the parabola through three of its values.
 
   Args:

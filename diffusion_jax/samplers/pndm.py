@@ -8,6 +8,7 @@ ever equal; hence these methods are of second order, on any smooth grid.
 """
 
 import itertools
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,9 @@ ADAMS = [
 ]
 
 
-def plms(variant: str = 'runge_kutta') -> Sampler:
+def plms(
+  variant: Literal['runge_kutta', 'improved_euler'] = 'runge_kutta',
+) -> Sampler:
   """PNDM's linear multistep, with a start that makes up for the missing past.
 
   The last step goes to clean data with the same mean of eps, as published.

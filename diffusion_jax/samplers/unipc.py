@@ -1,5 +1,7 @@
 """UniPC (arXiv 2302.04867): a predictor, corrected at no further evaluation."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -8,7 +10,10 @@ from diffusion_jax.samplers import levels
 from diffusion_jax.samplers.solve import Sampler
 
 
-def unipc(order: int = 3, variant: str = 'bh2') -> Sampler:
+def unipc(
+  order: Literal[3, 2, 1] = 3,
+  variant: Literal['bh2', 'bh1'] = 'bh2',
+) -> Sampler:
   """UniPC-p in terms of x0: UniP-p, then UniC-p with the next evaluation.
 
   Of order p + 1. What the network says of the predicted x serves twice: it
