@@ -34,8 +34,16 @@ PUBLIC = {
   'models.unet': 'UNet',
   'models.inception': 'apply preprocess features shapes',
   'guidance': 'clip_x0',
-  'samplers': 'create options ddim ancestral solve Sampler',
-  'samplers.grid': 'create',
+  'samplers': (
+    'create options table ddim ancestral euler heun plms ipndm dpm_solver '
+    'dpmpp_2s dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc predictor_corrector solve '
+    'Sampler'
+  ),
+  'samplers.grid': (
+    'create uniform leading trailing quadratic logsnr karras ddim_uniform '
+    'ddim_quadratic'
+  ),
+  'samplers.levels': 'of Levels',
   'samplers.plan': 'Plan create',
   'samplers.draw': 'drawer sample_keys to_uint8 to_float',
   'samplers.store': 'open_store fill load stream',

@@ -104,6 +104,9 @@ def test_t_of_logsnr_is_the_inverse(schedule, x64):
   again = schedule.t_of_logsnr(schedule.logsnr(t, t.dtype), t.dtype)
   np.testing.assert_allclose(again, t, atol=1e-8)
   assert schedule.t_of_logsnr(jnp.inf, t.dtype) == -1
+  host = schedule.host_t_of_logsnr(np.asarray(schedule.logsnr(t, t.dtype)))
+  assert host.dtype == np.float64
+  np.testing.assert_allclose(host, t, atol=1e-8)
 
 
 @pytest.mark.parametrize('betas', [[0.1, 1.0], [0.0, 0.1], [[0.1]]])
