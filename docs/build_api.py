@@ -39,11 +39,7 @@ PUBLIC = {
     'dpmpp_2s dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc predictor_corrector solve '
     'Sampler'
   ),
-  'samplers.grid': (
-    'create uniform leading trailing quadratic logsnr karras ddim_uniform '
-    'ddim_quadratic'
-  ),
-  'samplers.levels': 'of Levels',
+  'samplers.grid': 'create',
   'samplers.plan': 'Plan create',
   'samplers.draw': 'drawer sample_keys to_uint8 to_float',
   'samplers.store': 'open_store fill load stream',

@@ -356,7 +356,7 @@ def ddim_moments(m, v, times, eta):
 
 
 def sde_moments(m, v, times):
-  """arXiv 2211.01095, appendix A.7; the state is x and the last x0."""
+  """SDE-DPM-Solver++ (2M), arXiv 2211.01095; of x and the last x0."""
   state = Affine(m, v, size=2)
   before = None
   for i, (t, s) in enumerate(itertools.pairwise(times)):

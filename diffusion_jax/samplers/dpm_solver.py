@@ -33,7 +33,8 @@ def dpm_solver(
 ) -> Sampler:
   """DPM-Solver-1, -2 and -3: exact in the linear part, eps by Taylor in lambda.
 
-  Algorithms 4 and 5 of arXiv 2206.00927, for any r1 and r2. Order 1 is DDIM.
+  Algorithms 1 and 2 of arXiv 2206.00927, but for any r1 and r2. Order 1 is
+  DDIM.
 
   Args:
     order: 1 to 3, of the method; this many evaluations a step of it.

@@ -23,21 +23,15 @@ from diffusion_jax.samplers.solve import Sampler
 
 def dpmpp_2m() -> Sampler:
   """DPM-Solver++ (2M), algorithm 2 of arXiv 2211.01095."""
-  return _multistep(_second_order)
+  return _multistep(order=2)
 
 
 def dpmpp_2m_sde() -> Sampler:
-  """SDE-DPM-Solver++ (2M): 2M for the reverse SDE.
-
-  Arxiv 2211.01095, section 5 and appendix A.7. First order in the strong sense
-  for the SDE: the noise is exact, the drift's x0 is extrapolated.
-  """
-  return _multistep(_second_order, stochastic=True)
+  """SDE-DPM-Solver++ (2M) of arXiv 2211.01095: 2M for the reverse SDE."""
+  return _multistep(order=2, stochastic=True)
 
 
-def dpmpp_3m(
-  variant: Literal['exact', 'published'] = 'exact',
-) -> Sampler:
+def dpmpp_3m(variant: Literal['exact', 'published'] = 'exact') -> Sampler:
   """DPM-Solver++ (3M): x0 by the parabola through three of its values.
 
   Args:
@@ -49,50 +43,47 @@ def dpmpp_3m(
   """
   if variant not in ('exact', 'published'):
     raise UserError(f'variant={variant}: exact or published')
-  bend = 2.0 if variant == 'exact' else 1.0
-  return _multistep(lambda *args: _third_order(*args, bend), order=3)
+  return _multistep(order=3, bend=2.0 if variant == 'exact' else 1.0)
 
 
-def _second_order(h, drop, before):
-  """Weights of x0 now and before; half the difference, as the paper has it."""
-  w = h / (2 * before[0])
-  return [drop * (1 + w), -drop * w, 0.0]
+def _weights(order, h, drop, before, bend):
+  """Weights of x0 now and before, without alpha'.
+
+  Args:
+    order: 1 to 3.
+    h: length of the step.
+    drop: 1 - e^-h.
+    before: lengths of the steps before, the last one first.
+    bend: 2, which makes D2 what it is called.
+  """
+  m0, m1, m2 = np.eye(3)
+  if order == 1:
+    return drop * m0
+  r0 = before[0] / h
+  near = (m0 - m1) / r0
+  if order == 2:
+    return drop * (m0 + near / 2)  # 1/2 for the integral, as in the paper
+  r1 = before[1] / h
+  far = (m1 - m2) / r1
+  D1 = near + r0 / (r0 + r1) * (near - far)  # h times the first derivative
+  D2 = bend / (r0 + r1) * (near - far)  # h^2 times the second
+  return drop * m0 + (1 - drop / h) * D1 + (0.5 - (h - drop) / h**2) * D2
 
 
-def _third_order(h, drop, before, bend):
-  """Weights of three x0; D1 and D2 are h and h^2 times its derivatives."""
-  r0, r1 = before[0] / h, before[1] / h
-  near = np.array([1, -1, 0]) / r0
-  far = np.array([0, 1, -1]) / r1
-  D1 = near + r0 / (r0 + r1) * (near - far)
-  D2 = bend / (r0 + r1) * (near - far)
-  c1 = 1 - drop / h
-  c2 = 0.5 - (h - drop) / h**2
-  return drop * np.array([1, 0, 0]) + c1 * D1 + c2 * D2
-
-
-def _multistep(weights_of, order=2, stochastic=False):
+def _multistep(order, stochastic=False, bend=2.0):
   def init(schedule, grid, x):
     alpha, sigma, lam = levels.of(schedule, grid)
     h = np.diff(lam)
     # The SDE forgets x twice as fast, and makes it up with noise.
     drop = -np.expm1(-2 * h if stochastic else -h)
-    weights = np.zeros((len(h), 3))
-    for i, p in enumerate(levels.orders(grid, order, few=15)):
-      before = h[:i][::-1]
-      if p == 1:
-        weights[i, 0] = drop[i]
-      elif p == 2:
-        weights[i] = _second_order(h[i], drop[i], before)
-      else:
-        weights[i] = weights_of(h[i], drop[i], before)
-    w0, w1, w2 = alpha[1:] * weights.T
+    weights = [
+      alpha[i + 1] * _weights(p, h[i], drop[i], h[:i][::-1], bend)
+      for i, p in enumerate(levels.orders(grid, order, few=15))
+    ]
     rows = {
       't': grid[:-1],
       'cx': sigma[1:] / sigma[:-1] * (np.exp(-h) if stochastic else 1),
-      'w0': w0,
-      'w1': w1,
-      'w2': w2,
+      **dict(zip(('w0', 'w1', 'w2'), np.transpose(weights), strict=True)),
     }
     if stochastic:
       rows['std'] = sigma[1:] * np.sqrt(drop)

@@ -57,13 +57,11 @@ def heun(
 
 
 def _edm(churn, churn_min, churn_max, churn_noise, second):
-  given = {
-    'churn': churn,
-    'churn_min': churn_min,
-    'churn_max': np.inf if churn_max is None else churn_max,
-    'churn_noise': churn_noise,
-  }
-  for name, value in given.items():
+  churn_max = np.inf if churn_max is None else churn_max
+  for name, value in (
+    ('churn', churn), ('churn_min', churn_min), ('churn_max', churn_max),
+    ('churn_noise', churn_noise),
+  ):  # fmt: skip
     if not value >= 0:
       raise UserError(f'{name}={value}: at least 0')
 
@@ -74,12 +72,11 @@ def _edm(churn, churn_min, churn_max, churn_noise, second):
   def init(schedule, grid, x):
     alpha, sigma, _ = levels.of(schedule, grid)
     level = sigma / alpha
-    churns = (level >= churn_min) & (level <= given['churn_max'])
-    raised = level * (
-      1 + np.where(churns, min(churn / (len(grid) - 1), MOST), 0)
-    )
+    gamma = min(churn / (len(grid) - 1), MOST)
+    churns = (level >= churn_min) & (level <= churn_max)
     # The model knows no level above that of T-1.
     top = levels.of(schedule, schedule.num_timesteps - 1.0)
+    raised = np.where(churns, level * (1 + gamma), level)
     raised = np.minimum(raised, np.maximum(level, top.sigma / top.alpha))
     t = grid.copy()
     moved = raised > level

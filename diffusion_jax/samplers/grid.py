@@ -62,7 +62,7 @@ def quadratic(schedule: Schedule, num_steps: int) -> list[float]:
 def logsnr(schedule: Schedule, num_steps: int) -> list[float]:
   """Evenly spaced in log SNR from T-1 to 0, then clean data.
 
-  DPM-Solver's choice for small images (arXiv 2206.00927, section 3.4); times
+  DPM-Solver's choice for small images (arXiv 2206.00927); times
   are fractional.
   """
   lam = levels.of(schedule, [schedule.num_timesteps - 1, 0]).lam

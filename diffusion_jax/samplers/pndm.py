@@ -78,9 +78,10 @@ def _multistep(start):
       for k, (t, to, share) in enumerate(stages):
         last = k == len(stages) - 1
         new_alpha, new_sigma, _ = levels.of(schedule, to)
-        now, *past = np.zeros(4) if last and k else ADAMS[0]
         if len(stages) == 1:
           now, *past = ADAMS[min(i, 3)]
+        else:  # eps itself, and at the end the mean of the stages' instead
+          now, *past = ADAMS[0] * (not last)
         rows.append(
           {
             't': t,
@@ -90,7 +91,7 @@ def _multistep(start):
             # phi: x' = alpha' (x - sigma e) / alpha + sigma' e
             'cx': new_alpha / alpha,
             'ce': new_sigma - new_alpha * sigma / alpha,
-            'mean': last and k > 0,
+            'mean': last and len(stages) > 1,
             'now': now,
             **{f'past{j}': w for j, w in enumerate(past)},
           }

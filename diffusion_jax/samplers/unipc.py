@@ -71,7 +71,7 @@ def _weights(h, places, variant):
   """Weights of x0 at the step's start and at other places, without alpha'.
 
   With u running from 0 to 1 over the step, they integrate h e^-(1-u)h times
-  1, u, .. u^k exactly: the paper's R_k a = b_k, section 3.2.
+  1, u, .. u^k exactly: the paper's R_k a = b_k.
 
   Args:
     h: length of the step in lambda, inf to clean data.
