@@ -35,6 +35,7 @@ from ml_collections import config_flags
 from diffusion_jax import cli, files, runs, samplers
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import inception
+from diffusion_jax.process import schedules
 from diffusion_jax.reproduction import (
   cost,
   published,
@@ -198,7 +199,7 @@ def _task() -> Task:
     raise UserError(f'--from={origin}: there is no such file or folder')
   config = runs.to_plain(FLAGS.config)
   plan = plans.create(
-    config['process']['num_timesteps'], sampler=FLAGS.sampler,
+    schedules.create(**config['process']), sampler=FLAGS.sampler,
     num_steps=FLAGS.num_steps,
   )  # fmt: skip
   name, shipped, given = _config()
@@ -232,6 +233,7 @@ def _task() -> Task:
     num_samples=FLAGS.num_samples,
     sampler=FLAGS.sampler,
     sampling_steps=plan.num_steps,
+    evaluations=plan.evaluations,
     bits=FLAGS.bits,
     measure=FLAGS.measure,
     minutes=FLAGS.minutes,

@@ -27,7 +27,8 @@ class Task:
     metrics: that evaluation takes of samples.
     num_samples: that are judged.
     sampler: 'ancestral' or 'ddim'.
-    sampling_steps: evaluations for each sample.
+    sampling_steps: of each sample.
+    evaluations: of the network, for each.
     bits: whether bits per dimension are measured too.
     measure: whether this machine is measured before anything is known of it.
     minutes: that a call works; 0 = no limit.
@@ -49,6 +50,7 @@ class Task:
   num_samples: int
   sampler: str
   sampling_steps: int
+  evaluations: int
   bits: bool
   measure: bool
   minutes: float
@@ -162,7 +164,7 @@ def work(task: Task, flops: tuple[float, float]) -> Work:
   seen = (recipe.num_train or 0) + min(heldout, task.num_samples)
   return Work(
     images=images,
-    drawn=stores * task.num_samples * task.sampling_steps,
+    drawn=stores * task.num_samples * task.evaluations,
     scored=task.bits * heldout * config['process']['num_timesteps'],
     judged=stores * task.num_samples + seen if task.by_inception else 0,
     train_flops=flops[0],
