@@ -73,7 +73,10 @@ def main():
 
 def _check_target(source, target) -> None:
   runs.usable_folder('to', target)
-  if target.exists() and files.entries(target):
+  there = files.entries(target) if target.exists() else set()
+  # What a cut has left of an import: it is written anew.
+  unfinished = {runs.CONVERTED} <= there <= {runs.CONVERTED, 'checkpoints'}
+  if there and not unfinished:
     raise UserError(f'--to={target} is not empty: give a new folder')
   if files.resolved(source) in files.parents(files.resolved(target)):
     raise UserError(f'--to={target} is inside --from: give another folder')
@@ -140,7 +143,6 @@ def _config_with(parts) -> ConfigDict:
   with config.unlocked():
     for part, values in parts.items():
       config[part].update(values)
-    config.model.dtype = before['model']['dtype']
   if FLAGS.config is not None:
     differ = runs.differences(before, runs.to_plain(config))
     for line in differ.values():
@@ -169,7 +171,7 @@ def _abstract(config):
 def _write(target, config, params, raw, step, facts) -> tuple[dict, str]:
   """The workdir; config.json comes last, so that a cut leaves no run."""
   facts = {
-    'from': str(files.absolute(FLAGS['from'].value)),
+    'from': str(files.absolute(files.at(FLAGS['from'].value).expanduser())),
     **facts,
     'step': step,
     'raw': raw is not None,
@@ -179,6 +181,7 @@ def _write(target, config, params, raw, step, facts) -> tuple[dict, str]:
   files.make(target)
   with files.replacing(target / runs.CONVERTED) as file:
     file.write(json.dumps(facts, indent=2).encode() + b'\n')
+  files.remove(target / 'checkpoints')
   checkpoint.save_params(target / 'checkpoints', step, params, raw)
   runs.write_config(target, config)
   if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):

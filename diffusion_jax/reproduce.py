@@ -32,7 +32,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from diffusion_jax import cli, files, runs, samplers
+from diffusion_jax import cli, files, runs, samplers, validation
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import inception
 from diffusion_jax.process import schedules
@@ -48,6 +48,7 @@ from diffusion_jax.reproduction.task import Task
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.training import checkpoint, metrics
 from diffusion_jax.weights import inception as weights
+from diffusion_jax.weights import official
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
@@ -195,8 +196,12 @@ def _task() -> Task:
   for flag in ('train_minutes', 'curve'):
     if origin and FLAGS[flag].value:
       raise UserError(f'--from trains nothing: leave --{flag} out')
-  if origin and not files.at(origin).expanduser().exists():
+  source = origin and files.at(origin).expanduser()
+  if origin and not (source.exists() or official.is_checkpoint(source)):
     raise UserError(f'--from={origin}: there is no such file or folder')
+  wrong = validation.check_network(FLAGS.config)
+  if wrong:
+    raise UserError(wrong[0])
   config = runs.to_plain(FLAGS.config)
   plan = plans.create(
     schedules.create(**config['process']), sampler=FLAGS.sampler,

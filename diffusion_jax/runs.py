@@ -165,6 +165,7 @@ def read_config(workdir, flag: str = 'workdir') -> dict:
   missing = [part for part in parts if part not in config]
   if missing:
     raise UserError(f'{path} is not a run of ours: it has no {missing[0]!r}')
+  config['sample'].setdefault('clip', True)  # before it was a choice
   return config
 
 

@@ -108,6 +108,9 @@ def test_the_binary_brings_in_and_out_the_same_file(tmp_path):
   assert facts['sha256'] == sha256(folder / WEIGHTS)
   back = converted(run, tmp_path / 'back')
   assert sha256(back / WEIGHTS) == sha256(folder / WEIGHTS)
+  # What a cut has left is no run, and the same command writes it anew.
+  (run / 'config.json').unlink()
+  assert load(converted(folder, run, '--step=8')).step == 8
   index = json.loads((back / 'model_index.json').read_text())
   assert index.items() <= DESCRIBED['tiny']['index'].items()
 
@@ -283,6 +286,17 @@ def spoil(folder, how):
     path.write_bytes(
       struct.pack('<Q', len(told)) + told + content[8 + length :]
     )
+  elif how == 'bfloat16':
+    # As numbers of the other half precision they are of the right size.
+    halves = {key: x.astype(np.float16) for key, x in tensors.items()}
+    content = safetensors.numpy.save(halves)
+    (length,) = struct.unpack('<Q', content[:8])
+    told = content[8 : 8 + length].replace(b'"F16"', b'"BF16"')
+    data = content[8 + length :]
+    path.write_bytes(struct.pack('<Q', len(told)) + told + data)
+  elif how == 'both':
+    old = 'mid_block.attentions.0.query.bias'
+    tensors[old] = tensors['mid_block.attentions.0.to_q.bias']
   elif how == 'missing':
     del tensors[name]
   elif how == 'extra':
@@ -291,7 +305,7 @@ def spoil(folder, how):
     tensors[name] = tensors[name][:6]
   elif how == 'integers':
     tensors[name] = tensors[name].astype(np.int64)
-  if how in ('missing', 'extra', 'other', 'integers'):
+  if how in ('missing', 'extra', 'other', 'integers', 'both'):
     safetensors.numpy.save_file(tensors, path)
 
 
@@ -305,6 +319,8 @@ def spoil(folder, how):
     ('extra', 'more than it has (class_embedding.weight)'),
     ('other', 'conv_in.weight is of shape [6, 1, 3, 3]'),
     ('integers', 'conv_in.weight is of int64'),
+    ('bfloat16', 'holds numbers of BF16'),
+    ('both', 'mid_block.attentions.0.query.bias is there by its name of today'),
   ],
 )
 def test_damaged_weights_are_named(tmp_path, how, must):
@@ -320,7 +336,7 @@ def test_damaged_weights_are_named(tmp_path, how, must):
 @pytest.mark.parametrize(
   ('changes', 'must'),
   [
-    ({'norm_eps': 1e-5}, 'norm_eps is 1e-05, and the U-Net here has 1e-06'),
+    ({'norm_eps': 1e-5}, 'norm_eps is 1e-05, and here it must be 1e-06'),
     ({'downsample_padding': 1}, 'downsample_padding is 1'),
     ({'flip_sin_to_cos': True}, 'flip_sin_to_cos is true'),
     ({'num_class_embeds': 10}, 'num_class_embeds is 10'),
@@ -330,13 +346,22 @@ def test_damaged_weights_are_named(tmp_path, how, must):
     ({'block_out_channels': [12, 30, 36]}, 'multiples of the first'),
     ({'down_block_types': ['KDownBlock2D'] * 3}, 'down_block_types is "KDown'),
     ({'up_block_types': ['UpBlock2D'] * 3}, 'up_block_types is'),
-    ({'sample_size': [16, 32]}, 'square images'),
+    ({'sample_size': [16, 32]}, 'sample_size is [16, 32]: a whole number'),
     ({'sample_size': 18}, 'must be a multiple of 4'),
-    ({'sample_size': None}, 'makes no sense'),
-    ({'layers_per_block': 10**9}, 'do not belong together'),
+    ({'sample_size': None}, 'sample_size is null'),
+    ({'layers_per_block': 10**5}, 'do not belong together'),
+    ({'layers_per_block': float('inf')}, 'layers_per_block is Infinity'),
+    ({'num_train_timesteps': float('nan')}, 'num_train_timesteps is NaN'),
+    ({'attention_head_dim': '8'}, 'attention_head_dim is "8"'),
+    ({'block_out_channels': [12, 36.5, 36]}, 'block_out_channels is 36.5'),
+    ({'down_block_types': [['x']] * 3}, 'down_block_types is ["x"]'),
+    ({'up_block_types': 'UpBlock2D'}, 'up_block_types is "UpBlock2D": a list'),
     ({'norm_num_groups': 5}, 'model.num_groups=5 does not divide'),
     ({'beta_schedule': 'squaredcos_cap_v2'}, 'beta_schedule is'),
-    ({'variance_type': 'learned_range'}, 'fixed_small or fixed_large'),
+    (
+      {'variance_type': 'learned_range'},
+      'must be "fixed_small" or "fixed_large"',
+    ),
     ({'prediction_type': ['epsilon']}, 'prediction_type is'),
     ({'beta_start': 2}, 'process.beta_start=2.0'),
     ({'rescale_betas_zero_snr': True}, 'rescale_betas_zero_snr is true'),
@@ -358,6 +383,12 @@ def test_what_cannot_be_converted_is_told(tmp_path):
   settings = json.loads((other / 'unet/config.json').read_text())
   settings['_class_name'] = 'UNet2DConditionModel'
   (other / 'unet/config.json').write_text(json.dumps(settings))
+  flow = shutil.copytree(folder, tmp_path / 'flow')
+  (flow / 'scheduler/scheduler_config.json').write_text(
+    '{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}'
+  )
+  latent = shutil.copytree(folder, tmp_path / 'latent')
+  (latent / 'model_index.json').write_text('{"_class_name": "LDMPipeline"}')
   broken = shutil.copytree(folder, tmp_path / 'broken')
   (broken / 'unet/config.json').write_text('{"_class_name": ')
   bare = shutil.copytree(folder, tmp_path / 'bare')
@@ -367,7 +398,9 @@ def test_what_cannot_be_converted_is_told(tmp_path):
   for arguments, must in (
     ([f'--from={tmp_path}/nothing', target], 'no workdir of a run, no diffus'),
     ([f'--from={tmp_path}/empty', target], 'no workdir of a run, no diffus'),
-    ([f'--from={other}', target], "holds 'UNet2DConditionModel'"),
+    ([f'--from={other}', target], '_class_name is "UNet2DConditionModel"'),
+    ([f'--from={flow}', target], '_class_name is "FlowMatch'),
+    ([f'--from={latent}', target], '_class_name is "LDMPipeline"'),
     ([f'--from={broken}', target], 'cannot be read'),
     ([f'--from={bare}', target], 'has no weights'),
     ([f'--from={folder}', f'--to={folder}'], 'is not empty'),
@@ -394,6 +427,9 @@ def test_a_network_that_diffusers_has_not_is_told():
     },
   }  # fmt: skip
   with pytest.raises(UserError, match='num_heads=2'):
+    diffusers.unet_settings(config)
+  config['model'] |= {'num_heads': 1, 'multipliers': [2, 4]}
+  with pytest.raises(UserError, match=r'multipliers=\[2, 4\]'):
     diffusers.unet_settings(config)
 
 

@@ -62,7 +62,17 @@ PROCESS = {
   'trained_betas': (None, None),
 }
 PREDICTIONS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
+# Those with DDPM's betas; how they step is a matter of sampling.
+SCHEDULERS = (
+  *('DDPMScheduler', 'DDIMScheduler', 'PNDMScheduler'),
+  *('DPMSolverMultistepScheduler', 'DPMSolverSinglestepScheduler'),
+  'UniPCMultistepScheduler',
+)
+PIPELINES = ('DDPMPipeline', 'DDIMPipeline', 'PNDMPipeline')
 VARIANCES = {'fixed_small': 'fixedsmall', 'fixed_large': 'fixedlarge'}
+
+LARGEST = 10**6  # of any number in a folder
+LEVELS = 20
 
 # Our names -> theirs, each applied to the result of those above it.
 _RENAMED = (
@@ -134,10 +144,12 @@ def read(path) -> Folder:
   scheduler = path / 'scheduler' / 'scheduler_config.json'
   if not scheduler.exists():
     scheduler = path / 'scheduler_config.json'
+  if (path / INDEX).exists():
+    kind = _json(path / INDEX).get('_class_name')
+    _agree(path / INDEX, '_class_name', kind, PIPELINES)
   settings = _json(unet / 'config.json')
   kind = settings.get('_class_name')
-  if kind != 'UNet2DModel':
-    raise UserError(f'{unet} holds {kind!r}: give a UNet2DModel')
+  _agree(unet / 'config.json', '_class_name', kind, ['UNet2DModel'])
   config = _config_of(settings, unet / 'config.json')
   process = _json(scheduler) if scheduler.exists() else {}
   config |= _process_of(process, scheduler)
@@ -162,7 +174,11 @@ def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
   Raises:
     UserError: some are missing, left over, or of another shape; they are named.
   """
-  tensors = {_today(name): array for name, array in tensors.items()}
+  names = {_today(name): name for name in tensors}
+  if len(names) < len(tensors):
+    twice = sorted(tensors.keys() - set(names.values()))
+    raise UserError(f'{what}: {twice[0]} is there by its name of today too')
+  tensors = {today: tensors[name] for today, name in names.items()}
   return named.place(tensors, abstract, name_of, _to_ours, what)
 
 
@@ -224,6 +240,11 @@ def unet_settings(config: Mapping) -> dict:
     size // 2**level in model['attention_resolutions']
     for level in range(len(widths))
   ]
+  if widths[0] != model['channels']:
+    raise UserError(
+      f'model.multipliers={list(model["multipliers"])}: diffusers has 1 for '
+      'the first level: such a network cannot be written'
+    )
   heads = {width // model['num_heads'] for width in _attending(widths, attends)}
   if model['num_heads'] > 1 and len(heads) > 1:
     raise UserError(
@@ -275,51 +296,61 @@ def scheduler_settings(config: Mapping) -> dict:
 def _config_of(settings: dict, path) -> dict:
   """{'data', 'model'} of a config.json."""
   _must_be(settings, DDPM, path)
-  try:
-    widths = [int(width) for width in settings['block_out_channels']]
-    size = settings['sample_size']
-    if isinstance(size, list):
-      _agree(path, 'sample_size', size, len(set(size)) == 1, 'square images')
-      size = size[0]
-    down, up = settings['down_block_types'], settings['up_block_types']
-    channels = settings['in_channels']
-    blocks = int(settings['layers_per_block'])
-    head = settings.get('attention_head_dim', 8)
-    groups = int(settings.get('norm_num_groups', 32))
-    dropout = float(settings.get('dropout', 0.0))
-    if not (isinstance(size, int) and isinstance(channels, int)):
-      raise TypeError('sample_size and in_channels are no whole numbers')
-    if not 0 < len(widths) == len(down) == len(up):
-      raise ValueError('its lists of blocks are not of one length')
-    if min(widths) < 1 or min(groups, size, channels) < 1:
-      raise ValueError('a size is below 1')
-  except KeyError as e:
-    raise UserError(
-      f'{path} has no {e}: it is not a UNet2DModel of ours'
-    ) from e
-  except (TypeError, ValueError) as e:
-    raise UserError(f'{path} makes no sense ({e})') from e
-  out = settings.get('out_channels', 3)
-  _agree(path, 'out_channels', out, out == channels, f'{channels}, as in')
-  kinds = {'DownBlock2D': False, 'AttnDownBlock2D': True}
+
+  def get(name, *default):
+    if name not in settings and not default:
+      raise UserError(f'{path} has no {name}: it is no UNet2DModel')
+    return settings.get(name, *default)
+
+  def whole(name, value):
+    if type(value) is not int or not 0 < value < LARGEST:
+      raise UserError(f'{path}: {name} is {_shown(value)}: a whole number')
+    return value
+
+  size = get('sample_size')
+  if isinstance(size, list) and size and size.count(size[0]) == len(size):
+    size = size[0]  # [32, 32]
+  size = whole('sample_size', size)
+  channels = whole('in_channels', get('in_channels', 3))
+  _agree(path, 'out_channels', get('out_channels', 3), [channels])
+  blocks = whole('layers_per_block', get('layers_per_block', 2))
+  groups = whole('norm_num_groups', get('norm_num_groups', 32))
+  lists = {
+    name: get(name)
+    for name in ('block_out_channels', 'down_block_types', 'up_block_types')
+  }
+  for name, value in lists.items():
+    if not isinstance(value, list) or not 0 < len(value) < LEVELS:
+      raise UserError(f'{path}: {name} is {_shown(value)}: a list, by level')
+  widths, down, up = lists.values()
+  widths = [whole('block_out_channels', width) for width in widths]
+  for width in widths:
+    if width % widths[0]:
+      raise UserError(
+        f'{path}: block_out_channels is {_shown(widths)}, and the U-Net here '
+        'has multiples of the first: it is another network'
+      )
+  kinds = ['DownBlock2D', 'AttnDownBlock2D']
   for kind in down:
-    _agree(path, 'down_block_types', kind, kind in kinds, ' or '.join(kinds))
-  attends = [kinds[kind] for kind in down]
-  mirrored = [
-    'AttnUpBlock2D' if attend else 'UpBlock2D' for attend in attends[::-1]
-  ]
-  _agree(path, 'up_block_types', up, up == mirrored, f'{mirrored}, the mirror')
-  _agree(
-    path, 'block_out_channels', widths,
-    all(width % widths[0] == 0 for width in widths),
-    'multiples of the first',
-  )  # fmt: skip
-  counts = {width / (head or width) for width in _attending(widths, attends)}
-  _agree(
-    path, 'attention_head_dim', head,
-    len(counts) == 1 and min(counts).is_integer(),
-    'null, one head; or one number of heads at all levels',
-  )  # fmt: skip
+    _agree(path, 'down_block_types', kind, kinds)
+  attends = [kind == kinds[1] for kind in down]
+  _agree(path, 'block_out_channels', len(widths), [len(attends)])
+  mirror = ['AttnUpBlock2D' if attend else 'UpBlock2D' for attend in attends]
+  _agree(path, 'up_block_types', up, [mirror[::-1]])
+  head = get('attention_head_dim', 8)
+  heads = 1
+  if head is not None:
+    head = whole('attention_head_dim', head)
+    found = {width / head for width in _attending(widths, attends)}
+    heads = found.pop()
+    if found or not heads.is_integer():
+      raise UserError(
+        f'{path}: attention_head_dim is {head}, and the U-Net here has one '
+        'number of heads at all levels (null: 1): it is another network'
+      )
+  dropout = get('dropout', 0.0)
+  if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+    raise UserError(f'{path}: dropout is {_shown(dropout)}: in [0, 1)')
   return {
     'data': {'image_size': size, 'channels': channels},
     'model': {
@@ -330,34 +361,40 @@ def _config_of(settings: dict, path) -> dict:
       'attention_resolutions': [
         size // 2**level for level, attend in enumerate(attends) if attend
       ],
-      'num_heads': int(counts.pop()),
+      'num_heads': int(heads),
       'num_groups': groups,
-      'dropout': dropout,
+      'dropout': float(dropout),
     },
   }
 
 
 def _process_of(settings: dict, path) -> dict:
   """{'process', 'loss', 'sample'} of a scheduler_config.json."""
+  _agree(path, '_class_name', settings.get('_class_name', 'DDPMScheduler'),
+         SCHEDULERS)  # fmt: skip
   _must_be(settings, PROCESS, path)
   prediction = settings.get('prediction_type', 'epsilon')
   variance = settings.get('variance_type', 'fixed_small')
-  for name, value, known in (
-    ('prediction_type', prediction, PREDICTIONS),
-    ('variance_type', variance, VARIANCES),
-  ):
-    _agree(path, name, value, value in list(known), ' or '.join(known))
-  try:
-    process = {
-      'schedule': 'linear',
-      'num_timesteps': int(settings.get('num_train_timesteps', 1000)),
-      'beta_start': float(settings.get('beta_start', 1e-4)),
-      'beta_end': float(settings.get('beta_end', 0.02)),
-    }
-  except (TypeError, ValueError) as e:
-    raise UserError(f'{path} makes no sense ({e})') from e
+  _agree(path, 'prediction_type', prediction, PREDICTIONS)
+  _agree(path, 'variance_type', variance, VARIANCES)
+  numbers = {
+    name: settings.get(name, default)
+    for name, default in (
+      ('num_train_timesteps', 1000), ('beta_start', 1e-4), ('beta_end', 0.02),
+    )
+  }  # fmt: skip
+  for name, value in numbers.items():
+    kinds = int if name == 'num_train_timesteps' else int | float
+    if not isinstance(value, kinds) or not 0 < value < LARGEST:
+      raise UserError(f'{path}: {name} is {_shown(value)}: a number above 0')
+  steps, start, end = numbers.values()
   return {
-    'process': process,
+    'process': {
+      'schedule': 'linear',
+      'num_timesteps': steps,
+      'beta_start': float(start),
+      'beta_end': float(end),
+    },
     'loss': {'prediction': PREDICTIONS[prediction]},
     'sample': {
       'variance': VARIANCES[variance],
@@ -374,16 +411,22 @@ def _attending(widths, attends) -> set[int]:
 
 def _must_be(settings, rules, path) -> None:
   for name, (default, wanted) in rules.items():
-    value = settings.get(name, default)
-    _agree(path, name, value, value == wanted, json.dumps(wanted))
+    _agree(path, name, settings.get(name, default), [wanted])
 
 
-def _agree(path, name, value, holds, wanted) -> None:
-  if not holds:
+def _agree(path, name, value, allowed) -> None:
+  """Raises UserError unless the value is one of those that are allowed."""
+  allowed = list(allowed)  # of which any value can be asked, lists too
+  if value not in allowed:
     raise UserError(
-      f'{path}: {name} is {json.dumps(value)[:80]}, and the U-Net here has '
-      f'{wanted}: it is another network'
+      f'{path}: {name} is {_shown(value)}, and here it must be '
+      f'{" or ".join(map(_shown, allowed))}: it is another network or process'
     )
+
+
+def _shown(value) -> str:
+  text = json.dumps(value)
+  return text if len(text) < 100 else f'{text[:97]}...'
 
 
 # --- tensors -----------------------------------------------------------------
@@ -435,6 +478,10 @@ def _tensors(unet) -> tuple[dict[str, np.ndarray], str]:
     return pytorch.read(path), digest
   try:
     return safetensors.numpy.load(content), digest
+  except KeyError as e:  # NumPy has no such numbers
+    raise UserError(
+      f'{path} holds numbers of {e.args[0]}: save it in float32, or float16'
+    ) from e
   except Exception as e:  # of the file's own, and of NumPy's
     reason = ' '.join(str(e).split())[:150] or type(e).__name__
     raise UserError(
