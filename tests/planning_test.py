@@ -375,6 +375,10 @@ def test_the_peak_of_a_device_by_its_name():
     ('NVIDIA A100-SXM4-80GB', 312e12),
     ('TPU v5 lite', 197e12),
     ('TPU v6e', 918e12),
+    ('NVIDIA H100 PCIe', None),
+    ('NVIDIA H100 NVL', None),
+    ('NVIDIA A100-PCIE-40GB', None),
+    ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None),
     ('NVIDIA RTX A1000', None),
     ('cpu', None),
   ):

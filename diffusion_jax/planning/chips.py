@@ -47,24 +47,11 @@ CHIPS = {
 }
 
 
-class Gpu(NamedTuple):
-  """What is published of a GPU.
-
-  Attributes:
-    memory: bytes.
-    flops: a second, bfloat16 without sparsity, at the peak.
-  """
-
-  memory: int
-  flops: float
-
-
-# nvidia.com, the data sheets of the SXM boards.
-GPUS = {
-  'A100': Gpu(80 * 10**9, 312e12),
-  'H100': Gpu(80 * 10**9, 989.4e12),
-  'H200': Gpu(141 * 10**9, 989.4e12),
-}
+# FLOPs a second of GPUs, bfloat16 without sparsity, at the peak: nvidia.com,
+# the data sheets of the SXM boards.
+GPUS = {'A100': 312e12, 'H100': 989.4e12, 'H200': 989.4e12}
+# Of boards of another form, and of a part of a GPU, the peak is another.
+OTHER_BOARDS = {'PCIE', 'NVL', 'MIG'}
 # What JAX calls TPUs; of a GPU's name, a part is its key.
 TPU_KINDS = {
   'TPU v4': 'v4',
@@ -85,8 +72,9 @@ def peak(device_kind: str) -> float | None:
   """
   if kind := TPU_KINDS.get(device_kind):
     return CHIPS[kind].flops
-  names = [name for name in GPUS if name in device_kind.split('-')[0].split()]
-  return GPUS[names[0]].flops if names else None
+  words = set(re.split('[ -]', device_kind.upper()))
+  names = words & GPUS.keys()
+  return GPUS[names.pop()] if names and not words & OTHER_BOARDS else None
 
 
 class Slice(NamedTuple):

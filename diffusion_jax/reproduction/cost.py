@@ -4,6 +4,7 @@ Hours are measured where a rate was measured, and estimated elsewhere, at the
 share of a chip's peak that the paper's own run had. The two are never mixed.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -36,8 +37,8 @@ class Place(NamedTuple):
 
 # TPU v4 counts two cores a chip, the later ones chips.
 PLACES = (
-  *(Place(f'1 {name}', 1, gpu.flops) for name, gpu in chips.GPUS.items()),
-  Place('8 H100', 8, chips.GPUS['H100'].flops),
+  *(Place(f'1 {name}', 1, flops) for name, flops in chips.GPUS.items()),
+  Place('8 H100', 8, chips.GPUS['H100']),
   Place('TPU v4-8', 4, chips.CHIPS['v4'].flops),
   Place('TPU v5e-8', 8, chips.CHIPS['v5e'].flops),
   Place('TPU v6e-8', 8, chips.CHIPS['v6e'].flops),
@@ -118,13 +119,19 @@ def shares(recipe: Recipe) -> tuple[float, float]:
   )
 
 
-def estimate(work: Work, place: Place, shares: tuple[float, float]) -> Hours:
+def estimate(
+  work: Work,
+  place: Place,
+  shares: tuple[float, float],
+  most: float = math.inf,
+) -> Hours:
   """Hours at shares of the peak; see what half and double of them mean.
 
   Args:
     work: all of it.
     place: the chips.
     shares: of their peak, in training and in drawing.
+    most: hours that training may take.
   """
   train, sample = (share * place.count * place.peak for share in shares)
 
@@ -132,14 +139,17 @@ def estimate(work: Work, place: Place, shares: tuple[float, float]) -> Hours:
     return count * each / rate / 3600
 
   return Hours(
-    hours(work.images, work.train_flops, train),
+    min(hours(work.images, work.train_flops, train), most),
     hours(work.drawn, work.evaluation_flops, sample),
     hours(work.scored, work.evaluation_flops, sample),
   )
 
 
 def measured(
-  work: Work, images_per_sec: float | None, evaluations_per_sec: float | None
+  work: Work,
+  images_per_sec: float | None,
+  evaluations_per_sec: float | None,
+  most: float = math.inf,
 ) -> Hours | None:
   """At rates that were measured on the machine in question.
 
@@ -147,6 +157,7 @@ def measured(
     work: what is left of it.
     images_per_sec: of training, all devices together; None = not measured.
     evaluations_per_sec: of the network while sampling, likewise.
+    most: hours that training may take.
 
   Returns:
     None where a rate that is needed was not measured.
@@ -162,31 +173,32 @@ def measured(
     return count / rate / 3600 if count else 0.0
 
   return Hours(
-    hours(work.images, images_per_sec),
+    min(hours(work.images, images_per_sec), most),
     hours(work.drawn, evaluations_per_sec),
     hours(work.scored, evaluations_per_sec),
   )
 
 
 def table(
-  work: Work, shares: tuple[float, float]
+  work: Work, shares: tuple[float, float], most: float = math.inf
 ) -> tuple[list[str], list[list[str]]]:
   """(heads, rows): hours on chips to rent, estimated, with half and double.
 
   Args:
     work: all of it.
     shares: of `shares`.
+    most: hours that training may take.
   """
   heads = ['hours, estimated', 'training', 'drawing', 'bits', 'all',
            'at half the share', 'at double']  # fmt: skip
   rows = []
   for place in PLACES:
-    found = estimate(work, place, shares)
-    rows.append([
-      place.name,
-      *map(_short, found),
-      *(_short(factor * found.total) for factor in (1, 2, 0.5)),
-    ])  # fmt: skip
+    found, half, double = (
+      estimate(work, place, (shares[0] * f, shares[1] * f), most)
+      for f in (1, 0.5, 2)
+    )
+    totals = (found.total, half.total, double.total)
+    rows.append([place.name, *map(_short, (*found, *totals))])
   return heads, rows
 
 
