@@ -193,10 +193,21 @@ def usable_file(flag: str, path) -> None:
   usable_folder(flag, path.parent)
 
 
-def usable_output(directory) -> None:
-  """As usable_folder, for samples: not among what belongs to something else."""
+def usable_output(directory, name: str = 'samples', run=None) -> None:
+  """As usable_folder: not among what belongs to something else, either.
+
+  Args:
+    directory: of samples, or of results.
+    name: the folder of a run that is for them.
+    run: the only run in which they may lie, made or not; None = any.
+  """
   usable_folder('output', directory)
-  path = files.resolved(directory)
+  path, own = files.resolved(directory), run and files.resolved(run)
+  if path == own:
+    raise UserError(
+      f'--output={directory} is the run itself: choose {own / name}, or a '
+      'folder outside'
+    )
   for parent in files.parents(path):
     if (parent / 'store.json').exists():
       raise UserError(
@@ -204,8 +215,9 @@ def usable_output(directory) -> None:
         'another folder'
       )
     inside = path.relative_to(parent).parts[0]
-    if (parent / 'config.json').exists() and inside != 'samples':
+    is_run = parent == own or (parent / 'config.json').exists()
+    if is_run and (inside != name or own not in (None, parent)):
       raise UserError(
         f'--output={directory} is inside the run {parent}: choose a folder in '
-        f'{parent / "samples"} or outside'
+        f'{(own or parent) / name} or outside'
       )

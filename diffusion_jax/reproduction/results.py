@@ -16,6 +16,7 @@ from diffusion_jax.samplers import store
 from diffusion_jax.training import metrics
 
 MOST_BYTES = 30_000_000
+TABLE = 'table.md'
 GRID = 10  # samples along each side
 COPIED = (
   *('config.json', runs.CONVERTED, metrics.ROWS, 'starts.jsonl'),
@@ -50,8 +51,11 @@ def judge(
     reasons.append('it began with the parameters of another run')
   if not task.origin and step != task.config['num_steps']:
     reasons.append(f'step {step:,} of {task.config["num_steps"]:,}')
-  unlike = table.not_as_published(card, recipe, shipped)
-  reasons += unlike
+
+  def unlike(card):
+    return table.not_as_published(card, recipe, shipped, task.published_judge)
+
+  reasons += unlike(card)
   if scored and (recipe.imported if task.origin else recipe.own).get('bpd'):
     reasons += table.bits_not_as_published(scored, recipe, shipped)
   if scored:
@@ -64,11 +68,11 @@ def judge(
   findings = []
   if not task.origin and not task.incomparable:
     findings.append(health.loss(rows, recipe.loss))
-  if recipe.fid and not unlike and not task.incomparable:
+  if recipe.fid and not task.incomparable:
     findings += [
       health.distance(at, one['results']['fid'], recipe.fid)
       for at, one in sorted(judged.items())
-      if not table.not_as_published(one, recipe, shipped)
+      if not unlike(one)
     ]
   told = health.told(findings)
   if task.incomparable and not task.origin:
@@ -82,11 +86,7 @@ def judge(
        'well': one.well}
       for one in verdict.checks
     ],
-    'health': [
-      {'state': one.state, 'step': one.step, 'told': one.told,
-       'suspects': list(one.suspects)}
-      for one in findings
-    ],
+    'health': [one.record() for one in findings],
     'text': [*table.text(lines, verdict, recipe), '', *told],
   }  # fmt: skip
 
@@ -118,8 +118,9 @@ def collect(
   judged: Mapping[int, dict],
   scored: dict | None,
   found: Mapping,
-) -> list[str]:
-  """Fills the folder; returns what was left out, being too large.
+  before: Sequence[str] = (),
+) -> tuple[list[str], list[str]]:
+  """Fills the folder; of what it holds already, only `before` is touched.
 
   Args:
     task: what was asked for.
@@ -127,24 +128,30 @@ def collect(
     judged: step -> the card of its samples.
     scored: the card of bits per dimension, or None.
     found: of `judge`.
+    before: names of files that it put there earlier.
+
+  Returns:
+    (names of the files, what was left out, being too large).
   """
   folder = files.make(task.directory)
-  for path in folder.glob('step*.json'):  # of an earlier protocol
-    path.unlink()
+  names = []
+
+  def path_of(name):
+    names.append(name)
+    return folder / name
+
   for card in [*judged.values(), *([scored] if scored else [])]:
     what = 'bits' if 'bits' in card['protocol'] else 'samples'
-    cards.write(folder / f'step{card["subject"]["step"]}_{what}.json', card)
+    name = f'step{card["subject"]["step"]}_{what}.json'
+    cards.write(path_of(name), card)
   page = table.markdown(found['text'], f'{task.name}: ours beside the others')
-  _put(folder / 'table.md', page.encode())
+  _put(path_of(TABLE), page.encode())
   rows = metrics.read(task.workdir / metrics.ROWS)
-  draw_curves(folder / 'curves.png', rows, task.recipe, judged)
-  draw_samples(folder / 'samples.png', task, step)
-  left, room = [], MOST_BYTES - size(folder)
+  draw_curves(path_of('curves.png'), rows, task.recipe, judged)
+  draw_samples(path_of('samples.png'), task, step)
+  left, room = [], MOST_BYTES - size(folder, names)
   for name in COPIED:
-    source, target = task.workdir / name, folder / name
-    if target.exists():
-      room += target.stat().st_size  # it was counted, and is replaced
-      target.unlink()
+    source = task.workdir / name
     if not source.exists():
       continue
     data = source.read_bytes()
@@ -152,18 +159,21 @@ def collect(
     if len(data) > room - 1_000_000:
       left.append(f'{source}, {len(data) / 1e6:.0f} MB')
       continue
-    _put(target, data)
+    _put(path_of(name), data)
     room -= len(data)
-  assert size(folder) < MOST_BYTES
-  return left
+  for name in set(before) - set(names):  # of an earlier protocol
+    (folder / name).unlink(missing_ok=True)
+  # Samples may be gone, and their picture still there.
+  return [name for name in names if (folder / name).exists()], left
 
 
-def size(folder) -> int:
-  """Bytes of a folder's files."""
+def size(folder, names: Sequence[str]) -> int:
+  """Bytes of those files in a folder that are there."""
+  paths = [files.at(folder) / name for name in names]
   return sum(
     path.stat().st_size if not files.in_bucket(path) else path.stat().length
-    for path in files.at(folder).iterdir()
-    if path.is_file()
+    for path in paths
+    if path.exists()
   )
 
 
