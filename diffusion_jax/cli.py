@@ -37,6 +37,11 @@ FLAG_ERRORS = (
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
+# Who started a binary may name a file there, to read its one line again: stderr
+# is the user's, whose terminal shows bars only where nothing is in between.
+ERROR_FILE = 'DIFFUSION_JAX_ERROR_FILE'
+
+
 def fail(message: str) -> None:
   """One line on stderr, exit code 2, at once.
 
@@ -44,6 +49,9 @@ def fail(message: str) -> None:
   wait for minutes.
   """
   print(f'error: {message}', file=sys.stderr, flush=True)
+  if path := os.environ.get(ERROR_FILE):
+    with contextlib.suppress(OSError):
+      Path(path).write_text(message)
   os._exit(2)
 
 

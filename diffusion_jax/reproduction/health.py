@@ -1,6 +1,7 @@
 """Whether a run is as healthy as a known one, and the usual suspects if not."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,9 +10,9 @@ import numpy as np
 from diffusion_jax.reproduction import published
 
 # How far a mean loss may be from the healthy run's, as a share of it. Chosen by
-# hand, for lack of a second curve: it is what the healthy loss falls by from
-# its first point to its last (6%), so that a run inside is nowhere worse than
-# another stage of the same run.
+# hand, for lack of a second curve: a little less than what the healthy loss
+# falls by from its first point to its last (6%). So it finds what is wrong in
+# the recipe, and does not tell an early stage of a healthy run from a late one.
 BAND = 0.05
 
 # A row has the loss of one batch of 128. Between images it varies mostly with t
@@ -90,6 +91,13 @@ class Finding(NamedTuple):
     """The likeliest first."""
     return SUSPECTS.get(self.state, ())
 
+  def record(self) -> dict:
+    """As JSON can hold it."""
+    return {
+      'state': self.state, 'step': self.step, 'told': self.told,
+      'suspects': list(self.suspects),
+    }  # fmt: skip
+
 
 def at(curve: Sequence[tuple[int, float]], step: float) -> float:
   """A curve at a step, straight in the logarithm of the step.
@@ -125,10 +133,6 @@ def loss(rows: Sequence[dict], curve: Sequence[tuple[int, float]]) -> Finding:
   newest = rows[-NUM_ROWS:]
   last = newest[-1]['step']
   values = np.array([row['loss'] for row in newest], float)
-  # The writer leaves out what is not finite; the loop ends the run with it.
-  if not np.isfinite(values).all():
-    told = f'step {last:,}: the loss is not finite'
-    return Finding('not finite', last, math.nan, math.nan, told)
   middle = round(float(np.mean([row['step'] for row in newest])))
   mean = float(values.mean())
   told = f'step {last:,}: loss {mean:.4f}, mean of {len(newest)} rows'
@@ -145,6 +149,24 @@ def loss(rows: Sequence[dict], curve: Sequence[tuple[int, float]]) -> Finding:
   if state != 'healthy':
     told += f', {abs(mean / healthy - 1):.0%} too {state.split()[-1]}'
   return Finding(state, last, mean, healthy, told)
+
+
+def ended(message: str) -> Finding | None:
+  """Of a run that training itself has ended, as a loss was not finite.
+
+  Rows know nothing of it: no number that is not finite is written.
+
+  Args:
+    message: the last line of training.
+
+  Returns:
+    None where it ended by something else.
+  """
+  match = re.search(r'stopped: \w+ is (-?inf|nan) at step (\d+)', message)
+  if not match:
+    return None
+  step = int(match[2])
+  return Finding('not finite', step, math.nan, math.nan, match[0])
 
 
 def distance(

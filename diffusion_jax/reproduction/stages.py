@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from diffusion_jax import cli
 from diffusion_jax.errors import UserError
 
 GRACE = 40.0  # seconds to save in, once it was told to stop
@@ -42,9 +43,9 @@ class Outcome(NamedTuple):
 
 
 class Failed(UserError):
-  """A stage failed; where `told` is true it has said why, in its last line."""
+  """A stage failed; `told` is the line in which it has said why, or ''."""
 
-  def __init__(self, message: str, seconds: float, told: bool):
+  def __init__(self, message: str, seconds: float, told: str = ''):
     super().__init__(message)
     self.seconds, self.told = seconds, told
 
@@ -105,9 +106,15 @@ def run(
     whole = [sys.executable, '-c', _TIED, str(os.getpid()), *whole]
   start = watched = time.monotonic()
   stopped = None  # when it was told to
-  with tempfile.TemporaryFile() as out:
+  with (
+    tempfile.TemporaryFile() as out,
+    tempfile.NamedTemporaryFile() as error,
+  ):
     # A session of its own: Ctrl-C comes here first, and from here to it.
-    process = subprocess.Popen(whole, stdout=out, start_new_session=True)
+    process = subprocess.Popen(
+      whole, stdout=out, start_new_session=True,
+      env={**os.environ, cli.ERROR_FILE: error.name},
+    )  # fmt: skip
     try:
       while process.poll() is None:
         now = time.monotonic()
@@ -128,25 +135,35 @@ def run(
           continue
     finally:
       if process.poll() is None:  # watch() raised
-        process.kill()
-        process.wait()
+        _end(process, stop, grace)
     seconds = time.monotonic() - start
     out.seek(0)
     printed = out.read().decode(errors='replace')
+    said = error.read().decode(errors='replace')
   code = process.returncode
   # Training that was told to stop saves, ends with 0 and prints nothing.
   if code == 0 and printed.strip():
     return Outcome(_parsed(printed, command, seconds), seconds)
   if stopped is not None or code == 0:
     return Outcome(None, seconds)
-  raise Failed(_ending(command, code), seconds, told=code == 2)
+  raise Failed(_ending(command, code), seconds, said if code == 2 else '')
+
+
+def _end(process, stop: int, grace: float) -> None:
+  """Lets it keep what it has, as at a deadline."""
+  process.send_signal(stop)
+  try:
+    process.wait(grace)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    process.wait()
 
 
 def _parsed(printed: str, command, seconds) -> dict:
   try:
     return json.loads(printed)
   except ValueError as e:
-    raise Failed(f'{name(command)} printed no JSON', seconds, False) from e
+    raise Failed(f'{name(command)} printed no JSON', seconds) from e
 
 
 def _ending(command, code: int) -> str:
