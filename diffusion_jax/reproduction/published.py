@@ -18,13 +18,14 @@ class Row(NamedTuple):
   Attributes:
     system: what was trained, and by whom.
     fid: one or more, against the training images; several are of several
-      runs, or the ends of a range.
+      runs, unless they are the ends of a range.
     inception_score: mean, and its spread where one is told.
-    bits: per dimension of the test images, an upper bound.
+    bits: per dimension of the test images, at most.
     sampler: 'ancestral' or 'ddim'.
     evaluations: of the network, for a sample.
     source: where it was read.
     second_hand: read in a reprint.
+    is_range: whether `fid` are the ends of a range.
   """
 
   system: str
@@ -35,12 +36,13 @@ class Row(NamedTuple):
   inception_score: tuple[float, ...] = ()
   bits: float | None = None
   second_hand: bool = False
+  is_range: bool = False
 
 
 class Band(NamedTuple):
-  """Where a number has to lie, the ends included."""
+  """Where a number has to lie, the ends included; None = no end."""
 
-  low: float
+  low: float | None
   high: float
 
 
@@ -106,7 +108,7 @@ RECIPES = {
       ),
       Row(
         'official weights in other hands', (3.21, 3.25), 'ancestral', 1000,
-        'public re-implementations',
+        'public re-implementations', is_range=True,
       ),
       *(
         Row(
@@ -119,7 +121,9 @@ RECIPES = {
       ),
     ),
     own={'fid': Band(3.10, 3.35)},
-    imported={'fid': Band(3.1, 3.3), 'bpd': Band(3.73, 3.77)},
+    # The paper has at most 3.75 bits; 0.02 are for the noise that the bound is
+    # estimated with. Fewer bits than published are no failure.
+    imported={'fid': Band(3.1, 3.3), 'bpd': Band(None, 3.77)},
     loss=(
       (46_800, 0.0295), (93_600, 0.0293), (187_000, 0.0291),
       (421_000, 0.0284), (796_000, 0.0277),

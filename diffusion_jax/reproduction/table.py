@@ -13,9 +13,10 @@ from diffusion_jax.reproduction import published
 from diffusion_jax.reproduction.published import Band, Recipe
 
 # What may differ from a shipped config without another result, but for noise.
+# Not data.heldout_every: it takes its images from those of training.
 FREE = (
   *('seed', 'microbatches', 'mesh', 'keep_last', 'eval_images', 'data.path'),
-  *('data.heldout_every', 'data.heldout_split', 'model.dtype'),
+  *('data.heldout_split', 'model.dtype'),
 )
 # Of weights that others trained, how they did.
 FREE_IF_IMPORTED = (
@@ -35,7 +36,8 @@ class Check(NamedTuple):
 
   @property
   def well(self) -> bool:
-    return self.band.low <= self.value <= self.band.high
+    low, high = self.band
+    return (low is None or low <= self.value) and self.value <= high
 
 
 class Verdict(NamedTuple):
@@ -75,7 +77,7 @@ def differences(
 
 
 def not_as_published(
-  card: Mapping, recipe: Recipe, config: Mapping
+  card: Mapping, recipe: Recipe, config: Mapping, known: bool
 ) -> list[str]:
   """What of a card of samples is not the paper's protocol, a line each.
 
@@ -83,6 +85,8 @@ def not_as_published(
     card: of `evaluate`.
     recipe: whose protocol.
     config: the recipe's, plain.
+    known: whether the weights of Inception are those of 2015-12-05, by the hash
+      of the published file.
   """
   told = []
   protocol, subject = card['protocol'], card['subject']
@@ -94,6 +98,11 @@ def not_as_published(
     )
   else:
     told += _unlike([(protocol, {'convention': 'tf1'})])
+    if not known:
+      told.append(
+        'the weights of Inception are not known to be those of 2015-12-05: '
+        'give --features=inception, or the published .pth'
+      )
   told += _unlike([
     (protocol, {
       'num_samples': published.NUM_SAMPLES,
@@ -197,6 +206,7 @@ def rows(
       'system': row.system,
       'ours': False,
       'fid': list(row.fid),
+      'is_range': row.is_range,
       'inception_score': list(row.inception_score),
       'bits': row.bits,
       'sampler': row.sampler,
@@ -206,7 +216,8 @@ def rows(
     for row in recipe.rows
     if row.sampler == 'ancestral' or (row.sampler, row.evaluations) in used
   ]
-  return [*({**row, 'ours': True} for row in ours), *theirs]
+  own = {'ours': True, 'is_range': False}
+  return [*({**row, **own} for row in ours), *theirs]
 
 
 def text(
@@ -231,9 +242,9 @@ def text(
     body.append([
       row['system'],
       *(_cell(row['fid'] if other == name else []) for name in names),
-      _cell(row['fid'] if other == 'fid' else []),
+      _cell(row['fid'] if other == 'fid' else [], row['is_range']),
       ' ± '.join(f'{x:.4g}' for x in row['inception_score']) or '-',
-      '-' if row['bits'] is None else f'{row["bits"]:.2f}',
+      '-' if row['bits'] is None else f'≤ {row["bits"]:.2f}',
       row['sampler'],
       str(row['evaluations']),
       row['source'],
@@ -241,8 +252,8 @@ def text(
   lines = cli.table(heads, body)
   bands = [
     f'{what}: ' + ', '.join(
-      f'{cards.DISTANCES.get(name, "bits/dim")} {band.low:.2f} to '
-      f'{band.high:.2f}' for name, band in of.items()
+      f'{cards.DISTANCES.get(name, "bits/dim")} {_span(band)}'
+      for name, band in of.items()
     )
     for what, of in (
       ('band for a run of 800,000 steps', recipe.own),
@@ -251,13 +262,35 @@ def text(
     if of
   ]  # fmt: skip
   if bands:
-    lines += ['', *bands]
+    lines += ['', *bands, *_without_band(recipe)]
   lines += ['', *told(verdict)]
   return lines
 
 
-def _cell(values) -> str:
-  return ', '.join(f'{x:.4g}' for x in values) or '-'
+def _cell(values, is_range=False) -> str:
+  return (' to ' if is_range else ', ').join(f'{x:.4g}' for x in values) or '-'
+
+
+def _span(band: Band) -> str:
+  if band.low is None:
+    return f'at most {band.high:.2f}'
+  return f'{band.low:.2f} to {band.high:.2f}'
+
+
+def _without_band(recipe: Recipe) -> list[str]:
+  """What the paper has a number of, and nobody a band."""
+  missing = []
+  if not recipe.rows:
+    return missing
+  paper = recipe.rows[0]
+  if paper.inception_score:
+    score = ' ± '.join(f'{x:.4g}' for x in paper.inception_score)
+    missing.append(f'the Inception Score (in the paper {score})')
+  if paper.bits and 'bpd' not in recipe.own:
+    missing.append(
+      f'the bits/dim of a run of ours (in the paper ≤ {paper.bits:.2f})'
+    )
+  return [f'no band is on record: {"; ".join(missing)}'] if missing else []
 
 
 def told(verdict: Verdict) -> list[str]:
@@ -266,10 +299,9 @@ def told(verdict: Verdict) -> list[str]:
     return ['no verdict, since', *(f'  {line}' for line in verdict.reasons)]
   return [
     f'{verdict.word}: '
-    + ', '.join(
+    + '; '.join(
       f'{cards.DISTANCES.get(check.result, "bits/dim")} {check.value:.3f} is '
-      f'{"in" if check.well else "outside"} {check.band.low:.2f} to '
-      f'{check.band.high:.2f}'
+      f'{"in" if check.well else "outside"} the band, {_span(check.band)}'
       for check in verdict.checks
     )
   ]
