@@ -38,6 +38,7 @@ from diffusion_jax.evaluation import inception
 from diffusion_jax.process import schedules
 from diffusion_jax.reproduction import (
   cost,
+  health,
   published,
   results,
   stages,
@@ -89,8 +90,9 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_bool('measure', True, 'First measure what a step takes here.')
 flags.DEFINE_float(
-  'minutes', 0, 'That this call works; the same command goes on. 0: no limit.'
-)
+  'minutes', 0,
+  'That this call takes, saving included; the same command goes on. 0: no limit.',
+)  # fmt: skip
 flags.DEFINE_float(
   'train_minutes', 0,
   'That training takes, all calls together; 0: to the last step, however long.',
@@ -119,6 +121,8 @@ def main():
       left = _carry_out(pieces, whole)
     except stages.Failed as e:
       pieces.keep(done=False)
+      if health.ended(e.told):  # the suspects were told after its own line
+        raise UserError(e.told) from e
       if e.told:  # its own last line says what is wrong
         sys.exit(2)
       raise
@@ -135,6 +139,7 @@ def _carry_out(pieces, whole) -> list[str]:
     name = f'evaluate step {step}'
     (judged[step],) = pieces.judged(name, task.evaluate(asked, step))
 
+  pieces.begin()
   left = ['measuring', 'import' if asked.origin else 'training',
           'samples and their distance']  # fmt: skip
   left += ['bits per dimension'] * asked.bits
@@ -166,12 +171,15 @@ def _carry_out(pieces, whole) -> list[str]:
     'left': left,
     'config': asked.name,
     'differences': asked.differences,
-    'hardware': pieces.hardware(),
+    'hardware': pieces.hardware()
+    or [card['environment'] for card in judged.values()],
     'rates': pieces.rates(),
     'cost': {
       **whole._asdict(),
       'hours_estimated': {
-        place.name: cost.estimate(whole, place, shares)._asdict()
+        place.name: cost.estimate(
+          whole, place, shares, asked.most_training
+        )._asdict()
         for place in cost.PLACES
       },
     },
@@ -180,7 +188,9 @@ def _carry_out(pieces, whole) -> list[str]:
     rows = metrics.read(asked.workdir / metrics.ROWS)
     bits = scored[0] if scored else None
     found = results.judge(asked, step, judged, bits, rows)
-    facts['left_out'] = results.collect(asked, step, judged, bits, found)
+    facts['files'], facts['left_out'] = results.collect(
+      asked, step, judged, bits, found, pieces.record['files']
+    )
     facts |= found
   pieces.keep(**facts)
   return left
@@ -210,7 +220,7 @@ def _task() -> Task:
   name, shipped, given = _config()
   workdir = files.at(FLAGS.workdir).expanduser()
   directory = files.at(FLAGS.output or workdir / 'reproduction').expanduser()
-  runs.usable_folder('output', directory)
+  _check_output(workdir, directory)
   _check_run(workdir, directory, origin)
   held = config['data']['heldout_split'] or config['data']['heldout_every']
   if FLAGS.bits and not held:
@@ -225,6 +235,7 @@ def _task() -> Task:
     directory=directory,
     origin=origin,
     by_inception=FLAGS.features not in OTHERS,
+    published_judge=_published_judge(),
     judging=(
       *(
         f'--{flag}={_text(FLAGS[flag].value)}'
@@ -240,7 +251,7 @@ def _task() -> Task:
     sampling_steps=plan.num_steps,
     evaluations=plan.evaluations,
     bits=FLAGS.bits,
-    measure=FLAGS.measure,
+    measure=FLAGS.measure and not origin,
     minutes=FLAGS.minutes,
     train_minutes=FLAGS.train_minutes,
     curve=FLAGS.curve,
@@ -274,6 +285,22 @@ def _config() -> tuple[str, dict | None, tuple[str, ...]]:
   )
 
 
+def _check_output(workdir, directory) -> None:
+  """Raises UserError unless the folder is for the results of this workdir."""
+  runs.usable_output(directory, 'reproduction', workdir)
+  record = work.read(directory / work.RECORD)
+  if record is None and directory.exists() and files.entries(directory):
+    raise UserError(
+      f'--output={directory} holds other files: give a new folder'
+    )
+  inside = files.resolved(workdir) in files.parents(files.resolved(directory))
+  there = (record or {}).get('workdir')
+  if not inside and there not in (None, str(files.resolved(workdir))):
+    raise UserError(
+      f'--output={directory} holds the results of {there}: give a new folder'
+    )
+
+
 def _check_run(workdir, directory, origin) -> None:
   """Raises UserError unless the workdir is new, or of this very task."""
   runs.usable_folder('workdir', workdir)
@@ -296,6 +323,18 @@ def _check_run(workdir, directory, origin) -> None:
       f'--workdir={workdir} holds a run that was not imported from {origin}: '
       'give a new folder'
     )
+
+
+def _published_judge() -> bool:
+  """Whether Inception's weights are those of 2015-12-05, by their hash.
+
+  What lies in the cache was looked at as it was fetched. A .npz is what its
+  maker made of it.
+  """
+  path = files.at(FLAGS.features).expanduser()
+  if path.suffix == '.pth':
+    return weights.checked(path) == weights.SHA256
+  return FLAGS.features == 'inception'
 
 
 def _metrics() -> tuple[str, ...]:
@@ -345,13 +384,16 @@ def _cost(asked, whole) -> list[str]:
     f'{asked.name} in {asked.workdir}',
     *cost.lines(whole, steps),
     '',
-    *cli.table(*cost.table(whole, shares)),
+    *cli.table(*cost.table(whole, shares, asked.most_training)),
     note,
   ]
   if asked.train_minutes:
     lines.append(
-      f'training ends after {asked.train_minutes:g} minutes, wherever it is'
+      f'training ends after {asked.train_minutes:g} minutes, wherever it is: '
+      'the hours are with that, the steps are those of the config'
     )
+  if asked.origin:
+    lines.append('nothing is measured before an import')
   return lines
 
 

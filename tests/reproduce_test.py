@@ -5,32 +5,36 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import binaries
 import numpy as np
 import pytest
 import tiny
+from parity import inception as parity
 from PIL import Image
 
 from configs import digits
 from diffusion_jax import runs
+from diffusion_jax.evaluation import cards, inception
+from diffusion_jax.reproduction import published, results
 from diffusion_jax.training import checkpoint
+from diffusion_jax.weights import inception as weights
 
 SMALLER = {
   'model.channels': 4, 'model.num_groups': 2, 'model.multipliers': '(1,)',
   'model.attention_resolutions': '()', 'eval_every': 0, 'sample_every': 0,
   'batch_size': 8, 'checkpoint_every': 20, 'keep_every': 0,
+  'process.num_timesteps': 4,
 }  # fmt: skip
-JUDGE = (
-  '--features=pixels', '--num_samples=20', '--sampler=ddim', '--num_steps=2',
-  '--nobits', '--nomeasure',
-)  # fmt: skip
+JUDGE = ('--features=pixels', '--num_samples=20', '--nomeasure')
 
 
-def flags(workdir, *more, **changes):
+def flags(workdir, *more, bits=False, **changes):
   return [
     *tiny.flags(workdir, **SMALLER, **changes), *JUDGE,
+    '--bits' if bits else '--nobits',
     f'--cache={workdir.parent / "cache"}', *more,
   ]  # fmt: skip
 
@@ -47,18 +51,23 @@ def kept(workdir):
 def test_in_pieces(tmp_path):
   """Cut while it trains, continued, and then there is nothing to do."""
   workdir = tmp_path / 'run'
+
+  def given(*more, num_steps):
+    return flags(workdir, *more, bits=True, num_steps=num_steps)
+
   # However slow the machine is, a call will come to its first step.
   for minutes in (0.15, 0.5, 2):
     cut = binaries.run(
-      'reproduce',
-      *flags(workdir, f'--minutes={minutes}', '--json', num_steps=10**6),
+      'reproduce', *given(f'--minutes={minutes}', '--json', num_steps=10**6)
     )
     assert cut.code == 0, cut.err
     if kept(workdir):
       break
   found = json.loads(cut.out)
   assert found['done'] is False
-  assert found['left'] == ['training', 'samples and their distance']
+  assert found['left'] == [
+    'training', 'samples and their distance', 'bits per dimension'
+  ]  # fmt: skip
   at = kept(workdir)[-1]
   first_losses = tiny.losses(workdir)
   assert f'stopped by SIGTERM at step {at}, which is saved' in cut.err
@@ -66,7 +75,7 @@ def test_in_pieces(tmp_path):
   assert 'the loss is compared to none: no curve of digits' in cut.err
 
   last = at + 5
-  result = binaries.run('reproduce', *flags(workdir, num_steps=last))
+  result = binaries.run('reproduce', *given(num_steps=last))
   assert result.code == 0, result.err
   assert 'no verdict, since\n  no score of this recipe is on' in result.out
   losses = tiny.losses(workdir)
@@ -75,10 +84,11 @@ def test_in_pieces(tmp_path):
   found = record_of(workdir)
   assert found['done']
   assert found['left'] == []
-  train, evaluate = found['stages']
+  train, evaluate, bits = found['stages']
   assert train['ended']
   assert len(train['seconds']) >= 2
   assert evaluate['name'] == f'evaluate step {last}'
+  assert bits['name'] == 'bits'
   assert found['hardware'][-1]['device'] == 'cpu'
   assert found['rates']['images_per_sec'] > 0
   assert found['table'][0]['distance'] == 'frechet'
@@ -86,15 +96,43 @@ def test_in_pieces(tmp_path):
   assert {path.name for path in folder.iterdir()} == {
     'config.json', 'curves.png', 'metrics.jsonl', 'report.html', 'samples.png',
     'starts.jsonl', 'reproduction.json', f'step{last}_samples.json', 'table.md',
+    f'step{last}_bits.json',
   }  # fmt: skip
   assert sum(path.stat().st_size for path in folder.iterdir()) < 30e6
 
-  again = binaries.run('reproduce', *flags(workdir, num_steps=last))
+  again = binaries.run('reproduce', *given(num_steps=last))
   assert again.code == 0, again.err
   assert again.out == result.out
   assert '$ python' not in again.err
   assert record_of(workdir) == found
   assert tiny.losses(workdir) == losses
+  check_what_a_verdict_looks_at(tmp_path, workdir)
+
+
+def check_what_a_verdict_looks_at(tmp_path, workdir):
+  """Cards as evaluation writes them, beside a recipe of this very run."""
+  folder, config = workdir / 'reproduction', runs.read_config(workdir)
+  (card,) = map(cards.read, folder.glob('step*_samples.json'))
+  (bits,) = map(cards.read, folder.glob('step*_bits.json'))
+  # All but Inception, which takes minutes here: its part of the protocol.
+  weights.write(tmp_path / 'inception.npz', parity.params())
+  judge = inception.load(tmp_path / 'inception.npz')
+  card['protocol'] |= judge.protocol
+  card['results']['fid'] = card['results'].pop('frechet')
+  well = published.Band(0.0, 1e9)
+  recipe = published.Recipe(
+    own={'fid': well, 'bpd': well}, num_train=1438, num_heldout=359
+  )
+  task = types.SimpleNamespace(
+    recipe=recipe, config=config, shipped=config, workdir=workdir, origin=None,
+    differences=[], incomparable=[], published_judge=True,
+  )  # fmt: skip
+  step = config['num_steps']
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(published, 'NUM_SAMPLES', 20)
+    found = results.judge(task, step, {step: card}, bits, [])
+  assert found['reasons'] == []
+  assert found['verdict'] == 'reproduced'
 
 
 @pytest.mark.slow
@@ -158,6 +196,31 @@ def test_mistakes_are_told_before_anything_starts(tmp_path, changes, must):
   assert not list(tmp_path.iterdir())
 
 
+def test_an_output_among_what_belongs_to_others(tmp_path):
+  workdir, notes = tmp_path / 'run', tmp_path / 'notes'
+  notes.mkdir()
+  (notes / 'mine.txt').write_text('x')
+  other = tmp_path / 'other'
+  other.mkdir()
+  (other / 'config.json').write_text('{}')
+  for output, must in (
+    (workdir, 'is the run itself'),
+    (workdir / 'checkpoints', 'is inside the run'),
+    (other / 'reproduction', 'is inside the run'),
+    (other, 'holds other files'),
+    (notes, 'holds other files'),
+  ):
+    given = flags(workdir, f'--output={output}')
+    assert must in binaries.run('reproduce', *given).message
+  record = {'workdir': str(other), 'stages': []}
+  (notes / 'reproduction.json').write_text(json.dumps(record))
+  message = binaries.run(
+    'reproduce', *flags(workdir, f'--output={notes}')
+  ).message
+  assert f'holds the results of {other}' in message
+  assert not workdir.exists()
+
+
 def test_a_workdir_of_another_run(tmp_path):
   workdir = tmp_path / 'run'
   workdir.mkdir()
@@ -199,10 +262,10 @@ def cifar10(split, count):
   return np.concatenate(images)[:count]
 
 
-def half_hour(*arguments, **environment):
+def half_hour(*arguments, cwd=None, **environment):
   return subprocess.run(
     ['bash', str(ROOT / 'launch' / 'half_hour.sh'), *map(str, arguments)],
-    capture_output=True, text=True, check=False,
+    capture_output=True, text=True, check=False, cwd=cwd,
     env={**os.environ, 'PYTHON': sys.executable, **environment},
   )  # fmt: skip
 
@@ -219,6 +282,22 @@ def test_mistakes_of_the_half_hour(arguments, must):
   result = half_hour(*arguments)
   assert result.returncode == 2
   assert must in result.stderr
+
+
+def test_the_half_hour_is_meant_from_where_its_user_stands(tmp_path):
+  tell = tmp_path / 'tell'
+  tell.write_text('#!/bin/sh\npwd; env; echo "$@"')
+  tell.chmod(0o755)
+  given = ('a.npz', '/b.npz', '--workdir=w', '--output=o')
+  result = half_hour(
+    *given, cwd=tmp_path, PYTHON=str(tell), JAX_COMPILATION_CACHE_DIR=''
+  )
+  lines = result.stdout.splitlines()
+  assert lines[0] == str(tmp_path)
+  assert 'JAX_COMPILATION_CACHE_DIR=w.compiled' in lines
+  words = lines[-1].split()
+  assert f'--config.data.path={tmp_path}/a.npz' in words
+  assert [x for x in words if x.startswith('--workdir=')] == ['--workdir=w']
 
 
 @pytest.mark.slow

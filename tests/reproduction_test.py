@@ -32,6 +32,7 @@ from diffusion_jax.reproduction import (
 )
 from diffusion_jax.reproduction import task as tasks
 from diffusion_jax.samplers import store
+from diffusion_jax.training import loop
 
 RECIPE = published.find('cifar10')
 SHIPPED = runs.to_plain(cifar10.get_config())
@@ -62,8 +63,8 @@ def states_of_losses():
   yield 'healthy', health.loss(rows_like(187_000, 0.0283), RECIPE.loss)
   yield 'loss high', health.loss(rows_like(187_000, 0.032), RECIPE.loss)
   yield 'loss low', health.loss(rows_like(187_000, 0.026), RECIPE.loss)
-  broken = [*rows_like(187_000, 0.0291), {'step': 187_100, 'loss': math.nan}]
-  yield 'not finite', health.loss(broken, RECIPE.loss)
+  error = loop.Diverged('loss', np.float32('nan'), 187_100)
+  yield 'not finite', health.ended(f'training stopped: {error}; no checkpoint')
   yield 'unknown', health.loss(rows_like(40_000, 0.03, 400), RECIPE.loss)
   # Three rows are too few to accuse anyone, whatever they say.
   yield 'unknown', health.loss(rows_like(187_000, 0.04, 3), RECIPE.loss)
@@ -83,6 +84,12 @@ def test_inside_and_outside_of_the_bands():
   assert {one.state for _, one in found if one.suspects} == set(health.SUSPECTS)
   assert 'no curve is known before step 46,800' in found[5][1].told
   assert 'too noisy' in found[6][1].told
+
+
+def test_how_training_ended():
+  assert health.ended('training stopped: loss is -inf at step 9; x').step == 9
+  told = 'training stopped at step 9: no space left on device'
+  assert health.ended(told) is None
 
 
 def test_the_mean_is_quiet_against_the_band():
@@ -167,7 +174,9 @@ def task_of(tmp_path, name='cifar10', origin=None, workdir=None, **changes):
     'metrics': ('fid', 'is'),
     'num_samples': 50_000,
     'sampler': 'ancestral',
+    'published_judge': True,
     'sampling_steps': 1000,
+    'evaluations': 1000,
     'bits': True,
     'measure': True,
     'minutes': 0,
@@ -203,6 +212,7 @@ def test_the_band_of_a_run_of_ours(tmp_path, fid, word):
   [
     (3.2, 3.75, 'reproduced'), (3.2, 3.80, 'not reproduced'),
     (3.35, 3.75, 'not reproduced'), (3.2, None, 'no verdict'),
+    (3.2, 3.70, 'reproduced'),
   ],
 )  # fmt: skip
 def test_the_bands_of_published_weights(tmp_path, fid, bits, word):
@@ -236,6 +246,23 @@ def test_each_difference_of_the_protocol_is_named(tmp_path, changes, reason):
   assert any(reason in line for line in found['text'])
 
 
+def test_a_judge_that_is_not_known(tmp_path):
+  found = verdict(tmp_path, published_judge=False)
+  (reason,) = found['reasons']
+  assert reason.startswith('the weights of Inception are not known to be')
+  assert [one['state'] for one in found['health']] == ['unknown']
+
+
+def test_what_has_no_band_is_said(tmp_path):
+  lines = verdict(tmp_path)['text']
+  (line,) = [x for x in lines if x.startswith('no band is on record')]
+  assert '9.46 ± 0.11' in line
+  assert '≤ 3.75' in line
+  assert any('bits/dim at most 3.77' in x for x in lines)
+  assert any('3.21 to 3.25' in x for x in lines)
+  assert any('3.188, 3.24, 3.249' in x for x in lines)
+
+
 def test_other_features_are_no_fid(tmp_path):
   card = card_of()
   card['results'] = {'fid_768': 0.1}
@@ -254,6 +281,7 @@ def test_other_features_are_no_fid(tmp_path):
     ({'model.dropout': 0.0}, 'model.dropout: 0.1 in the recipe, 0.0 here'),
     ({'ema.decay': 0.999}, 'ema.decay: 0.9999 in the recipe, 0.999 here'),
     ({'data.name': 'arrays'}, 'data.name: tfds:cifar10 in the recipe, arrays'),
+    ({'data.heldout_every': 10}, 'data.heldout_every: 0 in the recipe, 10'),
     ({'sample.variance': 'fixedsmall'}, 'sample.variance: fixedlarge in the'),
   ],
 )
@@ -359,6 +387,21 @@ def test_hours_at_measured_rates():
   assert cost.measured(some._replace(drawn=0), 1000.0, None).total == 1.0
 
 
+def test_training_that_ends_by_the_clock(tmp_path):
+  """A quarter of an hour is that, at whatever share."""
+  task = task_of(tmp_path, train_minutes=15)
+  whole = tasks.work(task, (34.86e9, 11.62e9))
+  heads, rows = cost.table(whole, cost.shares(RECIPE), task.most_training)
+  row = dict(zip(heads, next(r for r in rows if r[0] == '1 H200'), strict=True))
+  assert row['training'] == '0.25'
+  drawing = float(row['drawing']) + float(row['bits'])
+  half = float(row['at half the share'])
+  assert half == pytest.approx(0.25 + 2 * drawing, abs=0.06)
+  some = cost.Work(3_600_000, 0, 0, 10, 1.0, 1.0)
+  assert cost.measured(some, 1000.0, None, 0.25).training == 0.25
+  assert task_of(tmp_path).most_training == math.inf
+
+
 def test_what_is_left_out_where_it_is_not_done(tmp_path):
   none = task_of(tmp_path, origin='weights', bits=False, by_inception=False)
   whole = tasks.work(none, (3.0, 1.0))
@@ -401,7 +444,9 @@ open(sys.argv[1] + '.up', 'w').write('')
 if sys.argv[2] in ('waits', 'deaf'):
   time.sleep(60)
 elif sys.argv[2] == 'fails':
-  print('error: it is the way it is', file=sys.stderr)
+  if sys.argv[3] == '2':
+    from diffusion_jax import cli
+    cli.fail('it is the way it is')
   sys.exit(int(sys.argv[3]))
 print(json.dumps({'well': True}))
 """
@@ -443,6 +488,16 @@ def test_one_that_does_not_heed_it_is_killed(tmp_path):
   assert not (tmp_path / 'x').exists()
 
 
+def test_where_looking_at_it_fails_it_is_told_to_stop(tmp_path):
+  def watch():
+    once(tmp_path / 'x.up')
+    raise ZeroDivisionError
+
+  with pytest.raises(ZeroDivisionError):
+    child(tmp_path / 'x', 'waits', watch=watch, every=0, stop=signal.SIGTERM)
+  assert (tmp_path / 'x').read_text() == 'SIGTERM'
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_signals_reach_the_stage(tmp_path, number):
   def send():
@@ -463,7 +518,7 @@ def test_a_stage_that_fails(tmp_path, capfd):
   """Its one line is the last on stderr; of another end there is a line."""
   with pytest.raises(stages.Failed) as raised:
     child(tmp_path / 'x', 'fails', '2')
-  assert raised.value.told
+  assert raised.value.told == 'it is the way it is'
   assert capfd.readouterr().err == 'error: it is the way it is\n'
   with pytest.raises(stages.Failed, match='ended with exit code 1; the same'):
     child(tmp_path / 'x', 'fails', '1')
@@ -502,13 +557,17 @@ def test_earlier_checkpoints_lie_evenly():
 class Fake:
   """Stands in for stages.run: what each binary would leave."""
 
-  def __init__(self, workdir, seconds=10.0, per_piece=10):
+  def __init__(self, workdir, seconds=10.0, per_piece=10, slow=False):
     self.workdir, self.calls = workdir, []
     self.seconds, self.per_piece = seconds, per_piece
+    self.slow, self.limits = slow, []
 
   def __call__(self, command, signals, *, deadline=None, **_):
     name = stages.name(command)
     self.calls.append(name)
+    self.limits.append(deadline and deadline - time.monotonic())
+    if name == 'preflight' and self.slow:
+      return stages.Outcome(None, self.seconds)
     if name == 'preflight':
       found = {
         'environment': {'device': 'cpu', 'num_devices': 1},
@@ -591,6 +650,67 @@ def test_another_network_is_measured_anew(tmp_path, monkeypatch):
   assert fake.calls == ['preflight', 'preflight']
 
 
+def test_a_machine_that_is_too_slow_is_not_measured_again(
+  tmp_path, monkeypatch
+):
+  """A quarter of a call is what measuring gets, once."""
+  task = task_of(tmp_path, minutes=4)
+  fake = Fake(task.workdir, slow=True)
+  task.workdir.mkdir()
+  (task.workdir / 'config.json').write_text('{}')
+  for _ in range(2):
+    pieces = pieces_of(task, monkeypatch, fake)
+    pieces.measure()
+    assert not any(pieces.rates().values())
+  assert fake.calls == ['preflight']
+  assert fake.limits == [pytest.approx(60, abs=1)]
+
+
+def test_a_stage_leaves_room_for_the_end(tmp_path, monkeypatch):
+  for minutes, seconds in ((9, 9 * 60 - stages.GRACE - 5), (1, 45)):
+    task = task_of(tmp_path, minutes=minutes)
+    fake = Fake(task.workdir)
+    with pytest.raises(work.Cut):
+      pieces_of(task, monkeypatch, fake).train()
+    assert fake.limits == [pytest.approx(seconds, abs=1)]
+
+
+def test_a_loss_that_is_not_finite_has_its_suspects(
+  tmp_path, monkeypatch, capsys
+):
+  task = task_of(tmp_path)
+  line = 'training stopped: loss is nan at step 7; no checkpoint is good'
+
+  def fails(*_, **__):
+    raise stages.Failed('train ended with exit code 2', 1.0, line)
+
+  task.workdir.mkdir()
+  (task.workdir / 'config.json').write_text('{}')
+  with pytest.raises(stages.Failed):
+    pieces_of(task, monkeypatch, fails).train()
+  err = capsys.readouterr().err
+  assert 'not finite; the usual suspects:\n  1. optim.lr too large' in err
+  (found,) = work.read(task.directory / work.RECORD)['health']
+  assert found['step'] == 7
+
+
+def test_no_verdict_outlives_its_protocol(tmp_path, monkeypatch):
+  task = task_of(tmp_path)
+  task.directory.mkdir(parents=True)
+  (task.workdir / 'config.json').write_text('{}')
+  pieces = pieces_of(task, monkeypatch, Fake(task.workdir))
+  pieces.entry('train', ['-m', 'x'])
+  (task.directory / 'table.md').write_text('reproduced')
+  pieces.keep(done=True, verdict='reproduced', text=['x'], files=['table.md'])
+  pieces = pieces_of(task, monkeypatch, Fake(task.workdir))
+  pieces.begin()
+  record = work.read(task.directory / work.RECORD)
+  assert record['done'] is False
+  assert record['stages']
+  assert not {'verdict', 'text'} & record.keys()
+  assert not (task.directory / 'table.md').exists()
+
+
 def test_a_limit_that_leaves_no_step(tmp_path, monkeypatch):
   task = task_of(tmp_path, train_minutes=0.1)
   fake = Fake(task.workdir, per_piece=0)
@@ -624,14 +744,21 @@ def test_the_folder_of_results(tmp_path, monkeypatch):
   found = results.judge(task, 90_000, judged, None, rows_like(90_000, 0.03))
   monkeypatch.setattr(results, 'MOST_BYTES', 4_000_000)
   (task.workdir / 'report.html').write_text('x' * 5_000_000)
+  task.directory.mkdir()
+  mine = task.directory / 'step1_notes.json'
+  mine.write_text('x' * 5_000_000)
+  (task.directory / 'step1_samples.json').write_text('an earlier one')
+  names = ['step1_samples.json']
   for _ in range(2):  # the second time the same is replaced
-    left = results.collect(task, 90_000, judged, None, found)
+    names, left = results.collect(task, 90_000, judged, None, found, names)
     assert left == [f'{task.workdir / "report.html"}, 5 MB']
-  assert sorted(path.name for path in task.directory.iterdir()) == [
+  assert sorted(names) == [
     'config.json', 'curves.png', 'metrics.jsonl', 'samples.png',
     'step50000_samples.json', 'step90000_samples.json', 'table.md',
   ]  # fmt: skip
-  assert results.size(task.directory) < 4_000_000
+  there = {path.name for path in task.directory.iterdir()}
+  assert there == {*names, mine.name}  # of others nothing is touched
+  assert 0 < results.size(task.directory, names) < 4_000_000
   assert Image.open(task.directory / 'samples.png').size == (728, 728)
   assert Image.open(task.directory / 'curves.png').size == (1440, 540)
   assert cards.read(task.directory / 'step50000_samples.json')

@@ -1,6 +1,7 @@
 """What is asked for, and the command line of each stage."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from diffusion_jax import files
@@ -22,6 +23,7 @@ class Task:
     directory: of the results.
     origin: what is imported in place of training; None = trained.
     by_inception: whether that judges.
+    published_judge: whether its weights are known to be those of 2015-12-05.
     judging: flags that go to evaluation as they are.
     data_path: '' or the flag.
     metrics: that evaluation takes of samples.
@@ -44,6 +46,7 @@ class Task:
   directory: files.Path
   origin: str | None
   by_inception: bool
+  published_judge: bool
   judging: tuple[str, ...]
   data_path: str
   metrics: tuple[str, ...]
@@ -56,6 +59,11 @@ class Task:
   minutes: float
   train_minutes: float
   curve: int
+
+  @property
+  def most_training(self) -> float:
+    """Hours that training may take."""
+    return self.train_minutes / 60 or math.inf
 
   @property
   def recipe(self) -> Recipe:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from diffusion_jax import cli, files
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import bits, cards, facts, summary
-from diffusion_jax.reproduction import cost, health, stages
+from diffusion_jax.reproduction import cost, health, results, stages
 from diffusion_jax.reproduction import task as tasks
 from diffusion_jax.reproduction.task import Task
 from diffusion_jax.training import checkpoint, metrics
@@ -21,7 +21,11 @@ MEASURED = 'measured.json'
 MEASURE_SECS = 900.0  # a large network on a small machine: it goes unmeasured
 LOOK_SECS = 20.0  # at the metrics, while training
 SAY_SECS = 120.0
-LEAST = 0.05  # of a call's time: with less left, no stage is begun
+# Of a call's time: what is kept for a stage to save in and for the results, at
+# most; what measuring may take; and with less left, no stage is begun.
+END_SECS, END = stages.GRACE + 5, 0.25
+MEASURING = 0.25
+LEAST = 0.05
 
 # What the devices are, which the process that waits does not ask itself.
 PROBE = (
@@ -40,7 +44,8 @@ class Pieces:
   Attributes:
     task: what is asked for.
     record: as it is on disk: 'stages', each with its name, command, the seconds
-      of every piece, whether it has ended, and its result.
+      of every piece, whether it has ended, and its result; 'files', which the
+      folder has by it.
     signals: that come to this process.
 
   Args:
@@ -49,13 +54,24 @@ class Pieces:
 
   def __init__(self, task: Task, signals: stages.Signals, start: float):
     self.task, self.signals = task, signals
-    self.record = read(task.directory / RECORD) or {}
-    self.record.setdefault('stages', [])
+    # Results may be of an earlier protocol: what holds, is found again.
+    self.record = {
+      'workdir': str(files.resolved(task.workdir)), 'stages': [], 'files': [],
+    }  # fmt: skip
+    before = read(task.directory / RECORD) or {}
+    self.record |= {k: before[k] for k in ('stages', 'files') if k in before}
     self._measured = read(task.directory / MEASURED)
     self._start = start
     self._watched = None  # the state of health that was told last
 
   # --- the record -------------------------------------------------------------
+
+  def begin(self) -> None:
+    """Lets go of a verdict, which may be of another protocol."""
+    if self.record['stages']:
+      self.keep(done=False)
+    if results.TABLE in self.record['files']:
+      (self.task.directory / results.TABLE).unlink(missing_ok=True)
 
   def keep(self, **changes) -> None:
     """Writes the record, once there is a run; until then it is in memory.
@@ -64,8 +80,8 @@ class Pieces:
     """
     self.record |= changes
     task = self.task
-    inside = task.workdir == task.directory or task.workdir in files.parents(
-      task.directory
+    inside = files.resolved(task.workdir) in files.parents(
+      files.resolved(task.directory)
     )
     if inside and not (task.workdir / 'config.json').exists():
       return
@@ -90,10 +106,12 @@ class Pieces:
   # --- stages -----------------------------------------------------------------
 
   def left(self) -> float | None:
-    """Seconds of this call; None = no limit."""
+    """Seconds of this call for work; None = no limit."""
     if not self.task.minutes:
       return None
-    return 60 * self.task.minutes - (time.monotonic() - self._start)
+    whole = 60 * self.task.minutes
+    until = whole - min(END_SECS, END * whole)
+    return until - (time.monotonic() - self._start)
 
   def stage(
     self,
@@ -159,25 +177,31 @@ class Pieces:
   def measure(self) -> None:
     """Times this machine, unless that is on record or training has a rate."""
     task = self.task
-    if not task.measure or (self._trained_at() and not task.origin):
+    if not task.measure or self._trained_at():
       return
-    if self._measured and self._measured['key'] == self._key():
-      here = self.stage('devices', ['-c', PROBE]) or {}
-      if _device(here) == _device(self._measured['environment']):
+    if known := self._known():
+      if 'train' not in known:  # it took too long
         return
-    self._measured = None
-    found = self.stage('measure', tasks.measure(task), limit=MEASURE_SECS)
+      here = self.stage('devices', ['-c', PROBE]) or {}
+      if _device(here) == _device(known['environment']):
+        return
+    limit = MEASURE_SECS
+    if task.minutes:
+      limit = min(limit, MEASURING * 60 * task.minutes)
+    found = self.stage('measure', tasks.measure(task), limit=limit)
+    self._measured = {'key': self._key(), 'environment': {}}
     if found is None:
-      cli.say(
-        f'not measured: it took more than {MEASURE_SECS / 60:.0f} minutes'
-      )
-      return
-    self._measured = {
-      'key': self._key(),
-      'environment': found['environment'],
-      **found['measured'],
-    }
+      cli.say(f'not measured: it took more than {limit / 60:.2g} minutes')
+    else:
+      self._measured |= {
+        'environment': found['environment'], **found['measured']
+      }  # fmt: skip
     self.keep()
+
+  def _known(self) -> dict:
+    """What is on record of this network; {} = nothing."""
+    known = self._measured or {}
+    return known if known.get('key') == self._key() else {}
 
   def _key(self) -> dict:
     """What the rates depend on, but for the devices."""
@@ -195,26 +219,22 @@ class Pieces:
 
   def images_per_sec(self) -> float | None:
     """Of training, as it was; before it has a rate, as it was measured."""
-    if rate := self._trained_at():
-      return rate
-    if self._measured and self._measured['key'] == self._key():
-      return self._measured['train']['images_per_sec']
-    return None
+    known = self._known().get('train') or {}
+    return self._trained_at() or known.get('images_per_sec')
 
   def rates(self) -> dict:
     """What was measured; None = it was not."""
-    sample = (self._measured or {}).get('sample')
+    sample = self._known().get('sample')
     return {
       'images_per_sec': self.images_per_sec(),
       'evaluations_per_sec': sample and 1 / sample['seconds_per_evaluation'],
     }
 
   def hardware(self) -> list[dict]:
-    """What each start of training ran on; of an import, what was measured."""
-    starts = []
+    """What each start of training ran on; [] where nothing was trained."""
     with contextlib.suppress(UserError):
-      starts = facts.read(self.task.workdir).starts
-    return starts or [(self._measured or {}).get('environment', {})]
+      return facts.read(self.task.workdir).starts
+    return []
 
   # --- what is done -----------------------------------------------------------
 
@@ -249,10 +269,18 @@ class Pieces:
         return at
       # In place of its result, what it has kept is looked at: it may have been
       # stopped, by its limit or by whoever can, at any step.
-      self.stage(
-        'train', command, stop=signal.SIGTERM, limit=left if limit else None,
-        watch=self._watcher(),
-      )  # fmt: skip
+      try:
+        self.stage(
+          'train', command, stop=signal.SIGTERM, limit=left if limit else None,
+          watch=self._watcher(),
+        )  # fmt: skip
+      except stages.Failed as e:
+        found = health.ended(e.told)
+        if found:
+          for line in health.told([found]):
+            cli.say(line)
+          self.keep(health=[found.record()])
+        raise
       after = (checkpoint.steps(directory) or [0])[-1]
       if after < task.config['num_steps'] and not limit:
         raise Cut
@@ -307,7 +335,11 @@ def hours_left(pieces: Pieces, work: cost.Work) -> cost.Hours | None:
     drawn=work.drawn * max(stores - drawn, 0) // stores,
     scored=0 if 'bits' in ended else work.scored,
   )
-  return cost.measured(rest, **rates)
+  # All of training's time, less what it has had.
+  spent = [one['seconds'] for one in pieces.record['stages']
+           if one['name'] == 'train']  # fmt: skip
+  most = max(task.most_training - sum(sum(s) for s in spent) / 3600, 0)
+  return cost.measured(rest, **rates, most=most)
 
 
 def _device(environment: dict) -> tuple:
