@@ -74,7 +74,7 @@ PUBLIC = {
   'evaluation.bits': 'measure How Found work',
   'evaluation.page': 'write',
   'reproduction.published': 'find Recipe Row Band',
-  'reproduction.health': 'loss distance told Finding',
+  'reproduction.health': 'loss distance ended told Finding',
   'reproduction.cost': 'flops_of shares estimate measured Work Place Hours',
   'reproduction.table': 'differences judge Check Verdict',
   'weights.inception': 'obtain fetch convert read write from_torch from_graph',
