@@ -91,7 +91,8 @@ flags.DEFINE_integer(
 flags.DEFINE_bool('measure', True, 'First measure what a step takes here.')
 flags.DEFINE_float(
   'minutes', 0,
-  'That this call takes, saving included; the same command goes on. 0: no limit.',
+  'That this call takes, saving included; the same command goes on. 0: no '
+  'limit.',
 )  # fmt: skip
 flags.DEFINE_float(
   'train_minutes', 0,
