@@ -222,7 +222,7 @@ def _task() -> Task:
   workdir = files.at(FLAGS.workdir).expanduser()
   directory = files.at(FLAGS.output or workdir / 'reproduction').expanduser()
   _check_output(workdir, directory)
-  _check_run(workdir, directory, origin)
+  _check_run(workdir, origin)
   held = config['data']['heldout_split'] or config['data']['heldout_every']
   if FLAGS.bits and not held:
     raise UserError('the config holds no images out: give --nobits')
@@ -302,28 +302,27 @@ def _check_output(workdir, directory) -> None:
     )
 
 
-def _check_run(workdir, directory, origin) -> None:
+def _check_run(workdir, origin) -> None:
   """Raises UserError unless the workdir is new, or of this very task."""
   runs.usable_folder('workdir', workdir)
-  record = work.read(directory / work.RECORD) or {}
-  imported = [
-    one['command']
-    for one in record.get('stages', [])
-    if one['name'] == 'import'
-  ]
+  came_from = runs.converted_from(workdir)
   begun = (workdir / 'config.json').exists()
   if not origin:
-    runs.check(workdir, FLAGS.config)
-    if imported and begun:
+    if came_from:
       raise UserError(
-        f'--workdir={workdir} holds imported weights: give --from as before, '
-        'or another folder'
+        f'--workdir={workdir} holds weights from {came_from}: give '
+        f'--from={came_from}, or another folder'
       )
-  elif begun and not any(f'--from={origin}' in one for one in imported):
+    runs.check(workdir, FLAGS.config)
+  elif begun and came_from != str(_absolute(origin)):
     raise UserError(
-      f'--workdir={workdir} holds a run that was not imported from {origin}: '
-      'give a new folder'
+      f'--workdir={workdir} holds a run that does not come from {origin}: give '
+      'a new folder'
     )
+
+
+def _absolute(origin) -> files.Path:
+  return files.absolute(files.at(origin).expanduser())
 
 
 def _published_judge() -> bool:

@@ -105,6 +105,20 @@ def write_config(workdir, config: config_dict.ConfigDict) -> None:
     file.write(json.dumps(to_plain(config), indent=2).encode() + b'\n')
 
 
+def converted_from(workdir) -> str | None:
+  """Where converted weights come from, absolute; None = they were trained here.
+
+  Of an import that was cut it is None too: there is no run yet.
+  """
+  path = files.at(workdir) / CONVERTED
+  if not path.exists() or not (files.at(workdir) / 'config.json').exists():
+    return None
+  try:
+    return str(json.loads(path.read_text())['from'])
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise UserError(f'{path} is unreadable ({e}): convert them anew') from e
+
+
 def note_start(workdir, facts: dict) -> None:
   """Appends a line to starts.jsonl: what goes on from where, and when."""
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

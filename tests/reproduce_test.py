@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,7 +229,38 @@ def test_a_workdir_of_another_run(tmp_path):
   message = binaries.run('reproduce', *flags(workdir)).message
   assert 'holds a run of another config' in message
   message = binaries.run('reproduce', *flags(workdir, '--from=.')).message
-  assert 'holds a run that was not imported from .' in message
+  assert 'holds a run that does not come from .' in message
+
+
+@pytest.mark.slow
+def test_weights_that_come_in(tmp_path):
+  """A run of ours goes out, comes in, is judged; and not a second time."""
+  run = tiny.trained(tmp_path / 'run')
+  folder = tmp_path / 'folder'
+  out = binaries.run('convert', f'--from={run}', f'--to={folder}')
+  assert out.code == 0, out.err
+  workdir = tmp_path / 'imported'
+  few = ('--sampler=ddim', '--num_steps=2', '--json')
+  given = [
+    *tiny.flags(workdir), *JUDGE, '--nobits', f'--from={folder}', *few,
+    f'--cache={tmp_path / "cache"}',
+  ]  # fmt: skip
+  first = binaries.run('reproduce', *given)
+  assert first.code == 0, first.err
+  record = json.loads(first.out)
+  assert record['done']
+  assert [one['name'] for one in record['stages']] == [
+    'import', 'evaluate step 0',
+  ]  # fmt: skip
+  assert record['table'][-1]['system'].startswith('imported')
+  assert (workdir / 'reproduction' / 'converted.json').exists()
+  # Even where the record of it is gone, the run says where it comes from.
+  shutil.rmtree(workdir / 'reproduction')
+  again = binaries.run('reproduce', *given)
+  assert again.code == 0, again.err
+  assert 'diffusion_jax.convert' not in again.err
+  message = binaries.run('reproduce', *flags(workdir)).message
+  assert f'give --from={folder}' in message
 
 
 def test_a_stage_that_fails_has_the_last_word(tmp_path):

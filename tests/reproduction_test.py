@@ -581,6 +581,7 @@ class Fake:
       return stages.Outcome({'device': 'cpu', 'num_devices': 1}, 1.0)
     if name == 'convert':
       (self.workdir / 'checkpoints' / '800000').mkdir(parents=True)
+      (self.workdir / 'converted.json').write_text('{"from": "weights.bin"}')
       (self.workdir / 'config.json').write_text('{}')
       return stages.Outcome({'step': 800_000}, self.seconds)
     if name == 'train':

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from diffusion_jax import cli, files
+from diffusion_jax import cli, files, runs
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import bits, cards, facts, summary
 from diffusion_jax.reproduction import cost, health, results, stages
@@ -248,6 +248,8 @@ class Pieces:
     command = tasks.train(task)
     if task.origin:
       entry = self.entry('import', command)
+      # The run itself says whether it came in, not the record of it.
+      entry['ended'] = bool(runs.converted_from(task.workdir))
       if not entry['ended']:
         entry['result'] = self.stage('import', command)
         self.keep()
