@@ -121,8 +121,8 @@ def test_a_run_of_ours_goes_out_and_comes_in(tmp_path):
   again = converted(out, tmp_path / 'again', '--config=digits', '--step=30')
   before, after = load(run), load(again)
   assert before.weights_sha256 == after.weights_sha256
-  how = {'sampler': 'ddim', 'num_steps': 5}
-  np.testing.assert_array_equal(before.sample(4, **how), after.sample(4, **how))
+  assert before.plan() == after.plan()
+  assert before.config['model'] == after.config['model']
   raw = converted(run, tmp_path / 'raw', '--noema', '--step=20')
   tensors = safetensors.numpy.load_file(raw / WEIGHTS)
   params = load(run, step=20, ema=False).params
@@ -320,7 +320,7 @@ def spoil(folder, how):
     ('other', 'conv_in.weight is of shape [6, 1, 3, 3]'),
     ('integers', 'conv_in.weight is of int64'),
     ('bfloat16', 'holds numbers of BF16'),
-    ('both', 'mid_block.attentions.0.query.bias is there by its name of today'),
+    ('both', 'attentions.0.query.bias is there by its name of today'),
   ],
 )
 def test_damaged_weights_are_named(tmp_path, how, must):

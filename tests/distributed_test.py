@@ -191,6 +191,7 @@ def test_two_processes_train_as_one(both):
   assert len((both[1] / 'starts.jsonl').read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_one_goes_on_where_two_stopped_and_back(both, tmp_path):
   """2 processes -> 1 -> 2: the losses of one that was never stopped."""
   more = {**FEW, 'num_steps': 6}
@@ -206,6 +207,7 @@ def test_one_goes_on_where_two_stopped_and_back(both, tmp_path):
     assert two[step]['loss'] == pytest.approx(one[step]['loss'], rel=3e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_sample_and_judge_as_one(both, tmp_path):
   how = ['--num_samples=13', '--batch_size=4', '--sampler=ddim',
          '--num_steps=3']  # fmt: skip

@@ -216,6 +216,7 @@ def test_a_judge_of_another_run(run, card, tmp_path):
   assert not list((other / 'evaluations').glob('classifier*'))
 
 
+@pytest.mark.slow
 def test_images_without_labels_or_held_out_ones(tmp_path):
   np.save(tmp_path / 'images.npy', tiny.images(60)['image'])
   workdir = tmp_path / 'run'

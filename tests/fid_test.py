@@ -147,7 +147,6 @@ def test_on_other_devices_and_in_other_batches_it_is_the_same(there):
   assert one['results'] == pytest.approx(eight['results'], rel=1e-4)
 
 
-@pytest.mark.slow  # of a run two processes judge in distributed_test.py
 def test_two_processes_judge_as_one(there, tmp_path):
   """First computed by both, then from the cache."""
   how = ['--samples={there}/few.npy', '--reference={there}/few.npy', *NETWORK]

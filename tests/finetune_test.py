@@ -255,6 +255,7 @@ def test_what_it_began_with_is_kept(source, tuned):
   assert not (source / 'init_from.json').exists()
 
 
+@pytest.mark.slow
 def test_it_happens_once(source, tuned, tmp_path):
   """After a kill the same command goes on, bit for bit, and asks no one."""
   other, workdir = tmp_path / 'source', tmp_path / 'stopped'

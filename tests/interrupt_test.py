@@ -135,6 +135,7 @@ def test_sigterm_saves_and_ends_well(run, tmp_path):
   goes_on_as(run, workdir)
 
 
+@pytest.mark.slow
 def test_slurm_gets_its_job_back(tmp_path):
   """SIGUSR1 in the first compilation; then where the job cannot be requeued."""
   workdir, tool = tmp_path / 'slurm', tmp_path / 'scontrol'
@@ -229,11 +230,10 @@ def names_the_whole_one(line, workdir):
   ('size', 'must'),
   [
     pytest.param(2**17, 'checkpoint ', id='checkpoints'),
-    pytest.param(
-      0, 'File too large: ', id='everything', marks=pytest.mark.slow
-    ),
+    pytest.param(0, 'File too large: ', id='everything'),
   ],
 )
+@pytest.mark.slow
 def test_files_that_cannot_grow_end_it_in_one_line(run, tmp_path, size, must):
   workdir = tmp_path / 'full'
   process = binaries.start('train', *tiny.flags(workdir))

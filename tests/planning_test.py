@@ -347,6 +347,7 @@ def test_without_libtpu(monkeypatch):
     chips.devices(chips.parse('v5e:2x2'))
 
 
+@pytest.mark.slow
 def test_numbers_are_of_the_network_that_trains():
   """The tiny network of other tests is one that programs.create can make."""
   config = digits.get_config()

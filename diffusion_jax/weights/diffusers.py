@@ -174,11 +174,10 @@ def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
   Raises:
     UserError: some are missing, left over, or of another shape; they are named.
   """
-  names = {_today(name): name for name in tensors}
-  if len(names) < len(tensors):
-    twice = sorted(tensors.keys() - set(names.values()))
-    raise UserError(f'{what}: {twice[0]} is there by its name of today too')
-  tensors = {today: tensors[name] for today, name in names.items()}
+  for name in tensors:
+    if _today(name) != name and _today(name) in tensors:
+      raise UserError(f'{what}: {name} is there by its name of today too')
+  tensors = {_today(name): array for name, array in tensors.items()}
   return named.place(tensors, abstract, name_of, _to_ours, what)
 
 
