@@ -32,7 +32,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from diffusion_jax import cli, files, runs, samplers, validation
+from diffusion_jax import cli, files, runs, validation
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import inception
 from diffusion_jax.process import schedules
@@ -78,8 +78,8 @@ flags.DEFINE_string('data_path', None, 'Where the data lie for evaluation.')
 flags.DEFINE_integer(
   'num_samples', published.NUM_SAMPLES, 'How many samples are judged.'
 )
-flags.DEFINE_enum(
-  'sampler', 'ancestral', sorted(samplers.SAMPLERS), 'Of the samples.'
+flags.DEFINE_string(
+  'sampler', 'ancestral', 'Of the samples; sample --sampler=list shows all.'
 )
 flags.DEFINE_integer(
   'num_steps', None, 'Sampling steps; all of the schedule by default.'

@@ -80,6 +80,7 @@ PUBLIC = {
   'weights.inception': 'obtain fetch convert read write from_torch from_graph',
   'weights.pytorch': 'read',
   'weights.diffusers': 'read write to_params to_tensors Folder',
+  'weights.settings': 'unet_of scheduler_of network_of process_of',
   'weights.official': 'read to_params Checkpoint',
   'pictures': 'grid trajectory neighbours save',
   'errors': 'UserError',

@@ -15,7 +15,7 @@ from parity import pipelines, unet
 
 from diffusion_jax import load, models
 from diffusion_jax.errors import UserError
-from diffusion_jax.weights import diffusers, named, official
+from diffusion_jax.weights import diffusers, named, official, settings
 
 WEIGHTS = 'unet/diffusion_pytorch_model.safetensors'
 DESCRIBED = pipelines.described_golden()
@@ -89,8 +89,8 @@ def test_a_round_trip_gives_the_same_bits(tmp_path, name):
     assert back[key].dtype == np.float32
     np.testing.assert_array_equal(back[key], tensors[key])
   for part, ours in (
-    ('unet', diffusers.unet_settings(found.config)),
-    ('scheduler', diffusers.scheduler_settings(found.config)),
+    ('unet', settings.unet_of(found.config)),
+    ('scheduler', settings.scheduler_of(found.config)),
   ):
     assert ours.items() <= there[part].items()
     kept = {k: v for k, v in there[part].items() if k not in ours}
@@ -427,10 +427,10 @@ def test_a_network_that_diffusers_has_not_is_told():
     },
   }  # fmt: skip
   with pytest.raises(UserError, match='num_heads=2'):
-    diffusers.unet_settings(config)
+    settings.unet_of(config)
   config['model'] |= {'num_heads': 1, 'multipliers': [2, 4]}
   with pytest.raises(UserError, match=r'multipliers=\[2, 4\]'):
-    diffusers.unet_settings(config)
+    settings.unet_of(config)
 
 
 # --- DDPM's own --------------------------------------------------------------

@@ -10,6 +10,7 @@ and 2/3, as the papers choose them, where it is uniform in log SNR
 length is infinite in lambda, are of lower order.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import jax.numpy as jnp
@@ -25,6 +26,14 @@ def groups(grid, order: int) -> list[int]:
   clean = int(grid[-1] < 0)
   whole, rest = divmod(len(grid) - 1 - clean, order)
   return [order] * whole + [rest] * (rest > 0) + [1] * clean
+
+
+def stages(grid, order: int) -> Iterator[tuple[int, int, int]]:
+  """(size of its group, where that begins, where it looks) of each step."""
+  first = 0
+  for size in groups(grid, order):
+    yield from ((size, first, first + i) for i in range(size))
+    first += size
 
 
 def dpm_solver(
@@ -51,30 +60,21 @@ def dpm_solver(
   def init(schedule, grid, x):
     alpha, sigma, lam = levels.of(schedule, grid)
     rows = []
-    first = 0
-    for size in groups(grid, order):
-      a, s = alpha[first], sigma[first]
-      for stage in range(size):
-        to = first + stage + 1
-        # sigma' (e^h - 1), written so that it is finite at clean data.
-        grown = alpha[to] * s / a - sigma[to]
-        c1 = 0.0
-        if stage:
-          h = lam[to] - lam[first]
-          r = (lam[to - 1] - lam[first]) / h
-          c1 = (grown / h - sigma[to]) / r
-          if size == 2 or (stage == 1 and variant == 'diffusers'):
-            c1 = grown / (2 * r)
-        rows.append(
-          {
-            't': grid[first + stage],
-            'begins': stage == 0,
-            'cx': alpha[to] / a,
-            'c0': grown,
-            'c1': c1,
-          }
-        )
-      first += size
+    for size, first, now in stages(grid, order):
+      to = now + 1
+      # sigma' (e^h - 1), written so that it is finite at clean data.
+      grown = alpha[to] * sigma[first] / alpha[first] - sigma[to]
+      c1 = 0.0
+      if now > first:
+        h = lam[to] - lam[first]
+        r = (lam[now] - lam[first]) / h
+        c1 = (grown / h - sigma[to]) / r
+        if size == 2 or (now == first + 1 and variant == 'diffusers'):
+          c1 = grown / (2 * r)
+      row = {'t': grid[now], 'begins': now == first}
+      rows.append(
+        {**row, 'cx': alpha[to] / alpha[first], 'c0': grown, 'c1': c1}
+      )
     return levels.stacked(rows), (x, x)
 
   def step(denoiser, row, x, memory, noise_fn):
@@ -94,22 +94,13 @@ def dpmpp_2s() -> Sampler:
   def init(schedule, grid, x):
     alpha, sigma, lam = levels.of(schedule, grid)
     rows = []
-    first = 0
-    for size in groups(grid, 2):
-      for stage in range(size):
-        to = first + stage + 1
-        h = lam[to] - lam[first]
-        r = (lam[to - 1] - lam[first]) / h if stage else np.inf
-        rows.append(
-          {
-            't': grid[first + stage],
-            'begins': stage == 0,
-            'cx': sigma[to] / sigma[first],
-            'c0': -alpha[to] * np.expm1(-h),
-            'w': 1 / (2 * r),
-          }
-        )
-      first += size
+    for _, first, now in stages(grid, 2):
+      to = now + 1
+      h = lam[to] - lam[first]
+      r = (lam[now] - lam[first]) / h if now > first else np.inf
+      row = {'t': grid[now], 'begins': now == first, 'w': 1 / (2 * r)}
+      c0 = -alpha[to] * np.expm1(-h)
+      rows.append({**row, 'cx': sigma[to] / sigma[first], 'c0': c0})
     return levels.stacked(rows), (x, x)
 
   def step(denoiser, row, x, memory, noise_fn):

@@ -1,0 +1,286 @@
+"""Settings of diffusers' networks and schedulers as a run's config, and back.
+
+A `UNet2DModel` can be many networks. Ours is DDPM's, of any width, depth and
+size; the settings in which it is are tables here, and what is another network
+is named by its setting.
+"""
+
+import json
+from collections.abc import Mapping
+
+from diffusion_jax.errors import UserError
+
+# Settings in which a network is DDPM's: what diffusers takes where a folder
+# does not say, and what it must be.
+DDPM = {
+  'act_fn': ('silu', 'silu'),
+  'add_attention': (True, True),
+  'attn_norm_num_groups': (None, None),
+  'center_input_sample': (False, False),
+  'class_embed_type': (None, None),
+  'downsample_padding': (1, 0),  # 0 stands for TensorFlow's (0, 1)
+  'downsample_type': ('conv', 'conv'),
+  'flip_sin_to_cos': (True, False),
+  'freq_shift': (0, 1),
+  'mid_block_scale_factor': (1, 1),
+  'mid_block_type': ('UNetMidBlock2D', 'UNetMidBlock2D'),
+  'norm_eps': (1e-5, 1e-6),
+  'num_class_embeds': (None, None),
+  'resnet_time_scale_shift': ('default', 'default'),
+  'time_embedding_dim': (None, None),
+  'time_embedding_type': ('positional', 'positional'),
+  'upsample_type': ('conv', 'conv'),
+}
+
+# The same of a scheduler.
+PROCESS = {
+  'beta_schedule': ('linear', 'linear'),
+  'clip_sample_range': (1.0, 1.0),
+  'rescale_betas_zero_snr': (False, False),
+  'thresholding': (False, False),
+  'trained_betas': (None, None),
+}
+PREDICTIONS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
+# Those with DDPM's betas; how they step is a matter of sampling.
+SCHEDULERS = (
+  *('DDPMScheduler', 'DDIMScheduler', 'PNDMScheduler'),
+  *('DPMSolverMultistepScheduler', 'DPMSolverSinglestepScheduler'),
+  'UniPCMultistepScheduler',
+)
+VARIANCES = {'fixed_small': 'fixedsmall', 'fixed_large': 'fixedlarge'}
+
+LARGEST = 10**6  # of any number in a folder
+LEVELS = 20
+
+
+def unet_of(config: Mapping) -> dict:
+  """A run's network as the config.json of a UNet2DModel.
+
+  Args:
+    config: the run's.
+
+  Raises:
+    UserError: diffusers has no such network.
+  """
+  model, size = config['model'], config['data']['image_size']
+  widths = [model['channels'] * m for m in model['multipliers']]
+  attends = [
+    size // 2**level in model['attention_resolutions']
+    for level in range(len(widths))
+  ]
+  if widths[0] != model['channels']:
+    raise UserError(
+      f'model.multipliers={list(model["multipliers"])}: diffusers has 1 for '
+      'the first level: such a network cannot be written'
+    )
+  heads = {width // model['num_heads'] for width in _attending(widths, attends)}
+  if model['num_heads'] > 1 and len(heads) > 1:
+    raise UserError(
+      f'model.num_heads={model["num_heads"]}: heads of {sorted(heads)} '
+      'channels at different levels, and diffusers has one width for all: '
+      'such a network cannot be written'
+    )
+  return {
+    '_class_name': 'UNet2DModel',
+    'sample_size': size,
+    'in_channels': config['data']['channels'],
+    'out_channels': config['data']['channels'],
+    'block_out_channels': widths,
+    'layers_per_block': model['num_blocks'],
+    'down_block_types': [
+      'AttnDownBlock2D' if attend else 'DownBlock2D' for attend in attends
+    ],
+    'up_block_types': [
+      'AttnUpBlock2D' if attend else 'UpBlock2D' for attend in attends[::-1]
+    ],
+    'attention_head_dim': None if model['num_heads'] == 1 else heads.pop(),
+    'norm_num_groups': model['num_groups'],
+    'dropout': model['dropout'],
+    **{name: value for name, (_, value) in DDPM.items()},
+  }
+
+
+def scheduler_of(config: Mapping) -> dict:
+  """A run's process and variance as the settings of a DDPMScheduler.
+
+  Args:
+    config: the run's.
+
+  Raises:
+    UserError: its betas are not linear.
+  """
+  process, sample = config['process'], config['sample']
+  if process['schedule'] != 'linear':
+    raise UserError(
+      f'process.schedule={process["schedule"]}: only linear can be written'
+    )
+  theirs = {ours: name for name, ours in PREDICTIONS.items()}
+  variances = {ours: name for name, ours in VARIANCES.items()}
+  return {
+    '_class_name': 'DDPMScheduler',
+    'num_train_timesteps': process['num_timesteps'],
+    'beta_start': process['beta_start'],
+    'beta_end': process['beta_end'],
+    'prediction_type': theirs[config['loss']['prediction']],
+    'variance_type': variances[sample['variance']],
+    'clip_sample': sample['clip'],
+    **{name: value for name, (_, value) in PROCESS.items()},
+  }
+
+
+def network_of(settings: dict, path) -> dict:
+  """The settings of a UNet2DModel as parts of a run's config.
+
+  Args:
+    settings: of its config.json.
+    path: of that file, for the message.
+
+  Returns:
+    'data' (image_size and channels only) and 'model'.
+
+  Raises:
+    UserError: ours cannot be such a network; the setting is named.
+  """
+  _must_be(settings, DDPM, path)
+
+  def get(name, *default):
+    if name not in settings and not default:
+      raise UserError(f'{path} has no {name}: it is no UNet2DModel')
+    return settings.get(name, *default)
+
+  def whole(name, value):
+    if type(value) is not int or not 0 < value < LARGEST:
+      raise UserError(f'{path}: {name} is {_shown(value)}: a whole number')
+    return value
+
+  size = get('sample_size')
+  if isinstance(size, list) and size and size.count(size[0]) == len(size):
+    size = size[0]  # [32, 32]
+  size = whole('sample_size', size)
+  channels = whole('in_channels', get('in_channels', 3))
+  agree(path, 'out_channels', get('out_channels', 3), [channels])
+  blocks = whole('layers_per_block', get('layers_per_block', 2))
+  groups = whole('norm_num_groups', get('norm_num_groups', 32))
+  lists = {
+    name: get(name)
+    for name in ('block_out_channels', 'down_block_types', 'up_block_types')
+  }
+  for name, value in lists.items():
+    if not isinstance(value, list) or not 0 < len(value) < LEVELS:
+      raise UserError(f'{path}: {name} is {_shown(value)}: a list, by level')
+  widths, down, up = lists.values()
+  widths = [whole('block_out_channels', width) for width in widths]
+  for width in widths:
+    if width % widths[0]:
+      raise UserError(
+        f'{path}: block_out_channels is {_shown(widths)}, and the U-Net here '
+        'has multiples of the first: it is another network'
+      )
+  kinds = ['DownBlock2D', 'AttnDownBlock2D']
+  for kind in down:
+    agree(path, 'down_block_types', kind, kinds)
+  attends = [kind == kinds[1] for kind in down]
+  agree(path, 'block_out_channels', len(widths), [len(attends)])
+  mirror = ['AttnUpBlock2D' if attend else 'UpBlock2D' for attend in attends]
+  agree(path, 'up_block_types', up, [mirror[::-1]])
+  head = get('attention_head_dim', 8)
+  heads = 1
+  if head is not None:
+    head = whole('attention_head_dim', head)
+    found = {width / head for width in _attending(widths, attends)}
+    heads = found.pop()
+    if found or not heads.is_integer():
+      raise UserError(
+        f'{path}: attention_head_dim is {head}, and the U-Net here has one '
+        'number of heads at all levels (null: 1): it is another network'
+      )
+  dropout = get('dropout', 0.0)
+  if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+    raise UserError(f'{path}: dropout is {_shown(dropout)}: in [0, 1)')
+  return {
+    'data': {'image_size': size, 'channels': channels},
+    'model': {
+      'name': 'unet',
+      'channels': widths[0],
+      'multipliers': [width // widths[0] for width in widths],
+      'num_blocks': blocks,
+      'attention_resolutions': [
+        size // 2**level for level, attend in enumerate(attends) if attend
+      ],
+      'num_heads': int(heads),
+      'num_groups': groups,
+      'dropout': float(dropout),
+    },
+  }
+
+
+def process_of(settings: dict, path) -> dict:
+  """The settings of a scheduler as parts of a run's config.
+
+  Args:
+    settings: of its scheduler_config.json; what it lacks is diffusers' default.
+    path: of that file, for the message.
+
+  Returns:
+    'process', 'loss', and 'sample' (variance and clip only).
+
+  Raises:
+    UserError: it is of another process; the setting is named.
+  """
+  agree(path, '_class_name', settings.get('_class_name', 'DDPMScheduler'),
+         SCHEDULERS)  # fmt: skip
+  _must_be(settings, PROCESS, path)
+  prediction = settings.get('prediction_type', 'epsilon')
+  variance = settings.get('variance_type', 'fixed_small')
+  agree(path, 'prediction_type', prediction, PREDICTIONS)
+  agree(path, 'variance_type', variance, VARIANCES)
+  numbers = {
+    name: settings.get(name, default)
+    for name, default in (
+      ('num_train_timesteps', 1000), ('beta_start', 1e-4), ('beta_end', 0.02),
+    )
+  }  # fmt: skip
+  for name, value in numbers.items():
+    kinds = int if name == 'num_train_timesteps' else int | float
+    if not isinstance(value, kinds) or not 0 < value < LARGEST:
+      raise UserError(f'{path}: {name} is {_shown(value)}: a number above 0')
+  steps, start, end = numbers.values()
+  return {
+    'process': {
+      'schedule': 'linear',
+      'num_timesteps': steps,
+      'beta_start': float(start),
+      'beta_end': float(end),
+    },
+    'loss': {'prediction': PREDICTIONS[prediction]},
+    'sample': {
+      'variance': VARIANCES[variance],
+      'clip': bool(settings.get('clip_sample', True)),
+    },
+  }
+
+
+def _attending(widths, attends) -> set[int]:
+  """The widths at which there is attention; in the middle there always is."""
+  there = {w for w, attend in zip(widths, attends, strict=True) if attend}
+  return there | {widths[-1]}
+
+
+def _must_be(settings, rules, path) -> None:
+  for name, (default, wanted) in rules.items():
+    agree(path, name, settings.get(name, default), [wanted])
+
+
+def agree(path, name, value, allowed) -> None:
+  """Raises UserError unless the value is one of those that are allowed."""
+  allowed = list(allowed)  # of which any value can be asked, lists too
+  if value not in allowed:
+    raise UserError(
+      f'{path}: {name} is {_shown(value)}, and here it must be '
+      f'{" or ".join(map(_shown, allowed))}: it is another network or process'
+    )
+
+
+def _shown(value) -> str:
+  text = json.dumps(value)
+  return text if len(text) < 100 else f'{text[:97]}...'
