@@ -46,8 +46,10 @@ from diffusion_jax.evaluation import (
   follow,
   page,
   summary,
+  sweep,
 )
 from diffusion_jax.evaluation.features import Images
+from diffusion_jax.samplers import plan as plans
 from diffusion_jax.samplers import store
 
 FLAGS = flags.FLAGS
@@ -65,8 +67,17 @@ flags.DEFINE_bool(
 )  # fmt: skip
 flags.DEFINE_float('poll_secs', 30.0, '--follow: between looks for a new one.')
 flags.DEFINE_bool(
-  'keep_samples', False, '--follow: keep the samples of judged checkpoints.'
+  'keep_samples', False, '--follow, --sweep: keep samples that are judged.'
 )
+flags.DEFINE_list(
+  'sweep', [],
+  'Judge samplers at equal numbers of evaluations, a table and a plot: names, '
+  'with options after colons: ddim,ddim:eta=1,unipc:order=2:grid=logsnr.',
+)  # fmt: skip
+flags.DEFINE_list(
+  'sweep_evaluations', ['10', '20', '50'],
+  '--sweep: evaluations of the network for a sample.',
+)  # fmt: skip
 flags.DEFINE_list(
   'compare', [],
   'Prints metric cards of one protocol in a table and ends: files or runs, '
@@ -110,6 +121,8 @@ def main():
   judging.check_flags()
   if FLAGS.follow:
     _follow()
+  elif FLAGS.sweep:
+    _sweep()
   else:
     _once()
 
@@ -135,12 +148,13 @@ def _follow():
   for flag in ('step', 'output'):
     if FLAGS[flag].value is not None:
       raise UserError(f'--follow judges all checkpoints: leave out --{flag}')
-  if FLAGS.metrics and not {'fid', 'sfid'} & set(FLAGS.metrics):
+  _check_distance('--follow', 'the best checkpoint')
+  if plans.is_calibrated(FLAGS.sampler, FLAGS.grid):
     raise UserError(
-      f'--metrics={",".join(FLAGS.metrics)}: --follow takes fid too, as the '
-      'best checkpoint is that of the least distance'
+      f'--follow with --sampler={FLAGS.sampler} --grid={FLAGS.grid}: each '
+      'checkpoint would have to be calibrated first; use another'
     )
-  samplers.options(FLAGS.sampler, **sampling.options())
+  samplers.options(FLAGS.sampler, **sampling.asked().options)
   follow.wait_for_first(workdir, FLAGS.poll_secs)
   trained, plan, _ = sampling.chosen(_dtype())
   task = _task(workdir, trained)
@@ -173,6 +187,85 @@ def _follow():
     poll_secs=FLAGS.poll_secs,
   )  # fmt: skip
   cli.report(curve, follow.text(curve), FLAGS.json)
+
+
+def _check_distance(flag, best):
+  if FLAGS.metrics and not {'fid', 'sfid'} & set(FLAGS.metrics):
+    raise UserError(
+      f'--metrics={",".join(FLAGS.metrics)}: {flag} takes fid too, as {best} '
+      'is that of the least distance'
+    )
+
+
+def _sweep():
+  workdir = _usable_workdir()
+  idle = ('sampler', 'num_steps', 'grid', 'clip', 'output', 'follow')
+  for flag in (*idle, *sampling.OPTIONS):
+    if FLAGS[flag].present:
+      raise UserError(
+        f'--{flag} has no part in --sweep, of which each sampler has its own '
+        'options after colons: leave it out'
+      )
+  _check_distance('--sweep', 'the best sampler')
+  entries = [sweep.parse(text) for text in dict.fromkeys(FLAGS.sweep)]
+  budgets = sweep.budgets(FLAGS.sweep_evaluations)
+  step, plan_of, network = sampling.prepared()
+
+  def planned(entry, budget):
+    asked = sampling.Asked(
+      entry.sampler, None, entry.grid, entry.clip, entry.options
+    )
+    plan = sweep.longest(
+      lambda steps: plan_of(asked._replace(num_steps=steps)), budget
+    )
+    return entry, budget, asked, plan
+
+  asked_for = [planned(e, budget) for e in entries for budget in budgets]
+  trained = network()
+  task = _task(workdir, trained)
+  result = next(iter(task.judge.taps.values()))
+  cells = []
+  for i, (entry, budget, asked, plan) in enumerate(asked_for):
+    cli.say(f'{i + 1} of {len(asked_for)}: {entry.text}, {plan.cost()}')
+    path = _card_path(task, workdir, step, plan, asked)
+    card = distributed.on_first(
+      lambda path=path, plan=plan: _known(path, task, trained, plan)
+    )
+    if card is None:
+      name = sampling.name(step, plan, _dtype(), asked)
+      output = workdir / 'samples' / f'swept_{name}'
+      sampling.fill(trained, plan, output, FLAGS.num_samples, _dtype())
+      card = _judge(task, path, trained, plan, output)
+      if not FLAGS.keep_samples:
+        distributed.on_first(lambda output=output: files.remove(output))
+    cells.append({
+      'sampler': entry.text, 'budget': budget, 'num_steps': plan.num_steps,
+      'evaluations': plan.evaluations, 'value': card['results'][result],
+      'card': path.name,
+    })  # fmt: skip
+  told = {'result': result, 'cells': cells, 'best': sweep.best(cells)}
+  about = {'entries': [e.text for e in entries], **task.protocol}
+  name = cards.name(f'step{step}', f'{result}_{FLAGS.num_samples}', about)
+  path = workdir / 'evaluations' / 'sweeps' / f'{name}.json'
+  distributed.on_first(lambda: sweep.write(path, told))
+  distributed.on_first(lambda: page.write(workdir, cli.say) and None)
+  cli.report(
+    {**told, 'path': str(path), 'plot': str(path.with_suffix('.png'))},
+    f'{FLAGS.num_samples} samples of step {step} for each number, against '
+    f'{task.source.description if task.source else FLAGS.reference}\n'
+    f'{sweep.text(told)}\n\nplot: {path.with_suffix(".png")}',
+    FLAGS.json,
+  )  # fmt: skip
+
+
+def _known(path, task, trained, plan) -> dict | None:
+  """The card, where it is there and of the same."""
+  if not path.exists():
+    return None
+  card = cards.read(path)
+  same = cards.create(_subject(trained, plan), task.protocol, {}, {})
+  alike = all(card[key] == same[key] for key in ('subject', 'protocol'))
+  return card if alike else None
 
 
 def _usable_workdir():
@@ -210,18 +303,31 @@ def _task(workdir, trained) -> judging.Task:
   held = heldout and features.images_of(
     heldout, min(FLAGS.num_samples, len(heldout))
   )
-  usual = ['fid', *['copies'] * bool(source)]
-  usual += ['classes'] * ('num_classes' in judge.protocol)
+  usual = ['fid']
+  if not FLAGS.sweep:  # whose reference is statistics after the first
+    usual += ['copies'] * bool(source)
+    usual += ['classes'] * ('num_classes' in judge.protocol)
   about |= {'rounding': FLAGS.rounding}
   return judging.task(
     judge, samples, reference, source, held, about=about, usual=usual
   )
 
 
-def _card_path(task, workdir, step, plan):
+def _card_path(task, workdir, step, plan, how=None):
   what = f'{task.protocol["features"]}_{task.protocol["num_samples"]}'
-  name = cards.name(sampling.name(step, plan), what, task.protocol)
+  name = cards.name(sampling.name(step, plan, how=how), what, task.protocol)
   return workdir / 'evaluations' / f'{name}.json'
+
+
+def _subject(trained, plan) -> dict:
+  return {
+    'workdir': str(files.at(FLAGS.workdir).expanduser()),
+    'step': trained.step,
+    'ema': trained.ema,
+    'weights_sha256': trained.weights_sha256,
+    **plan.protocol(),
+    'evaluations': plan.evaluations,
+  }
 
 
 def _judge(task, path, trained, plan, output) -> dict:
@@ -236,16 +342,8 @@ def _judge(task, path, trained, plan, output) -> dict:
   measured = judging.carry_out(
     task, samples, min(FLAGS.batch_size, JUDGED), trained.mesh, output
   )
-  subject = {
-    'workdir': str(files.at(FLAGS.workdir).expanduser()),
-    'step': trained.step,
-    'ema': trained.ema,
-    'weights_sha256': trained.weights_sha256,
-    **plan.protocol(),
-    'evaluations': plan.evaluations,
-  }
   card = cards.create(
-    subject, task.protocol, measured.results, measured.details
+    _subject(trained, plan), task.protocol, measured.results, measured.details
   )
 
   def shown(i):

@@ -4,13 +4,16 @@ Shared by the binaries that draw. `flags.adopt_module_key_flags(sampling)` makes
 these flags a binary's own.
 """
 
+import functools
 import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 from absl import flags
 
 from diffusion_jax import cli, distributed, files, runs, samplers
 from diffusion_jax.errors import UserError
-from diffusion_jax.samplers import grid, store
+from diffusion_jax.samplers import calibration, grid, store
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.trained import Trained, load
@@ -30,7 +33,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_string(
   'grid', 'uniform',
-  f'Times: {", ".join(grid.GRIDS)}, or a literal list such as 999,500,100.',
+  f'Times: {", ".join(grid.NAMES)}, or a literal list such as 999,500,100.',
 )  # fmt: skip
 flags.DEFINE_float('eta', None, 'ddim: noise, from 0 (none, the default) to 1.')
 flags.DEFINE_string(
@@ -54,6 +57,11 @@ flags.DEFINE_integer(
   'corrector_steps', None,
   'predictor_corrector: Langevin steps after each other; 1 by default.',
 )  # fmt: skip
+flags.DEFINE_float(
+  'pixel_noise', None,
+  'analytic_ddpm, analytic_ddim: what the last noise may move a pixel by, of '
+  '255; 2 by default.',
+)  # fmt: skip
 flags.DEFINE_bool(
   'clip', None,
   "Clip the estimate of x0 to [-1, 1] in every step; by default the config's.",
@@ -65,7 +73,7 @@ flags.DEFINE_integer('seed', 0, 'Of the samples.')
 # Of samplers; each takes some of them.
 OPTIONS = (
   *('eta', 'variance', 'order', 'variant', 'churn', 'churn_min', 'churn_max'),
-  *('churn_noise', 'snr', 'corrector_steps'),
+  *('churn_noise', 'snr', 'corrector_steps', 'pixel_noise'),
 )
 
 
@@ -84,9 +92,28 @@ def listed() -> bool:
   return True
 
 
-def options() -> dict:
-  """The samplers' options, None where not given."""
-  return {name: FLAGS[name].value for name in OPTIONS}
+class Asked(NamedTuple):
+  """How samples are to be drawn, as far as it is said.
+
+  Attributes:
+    sampler: a key of SAMPLERS.
+    num_steps: of the grid; None for all times.
+    grid: a name, or a literal list.
+    clip: whether x0 is clipped; None for the config's.
+    options: of samplers, None where not given.
+  """
+
+  sampler: str
+  num_steps: int | None
+  grid: str
+  clip: bool | None
+  options: dict
+
+
+def asked() -> Asked:
+  """What the flags say."""
+  options = {name: FLAGS[name].value for name in OPTIONS}
+  return Asked(FLAGS.sampler, FLAGS.num_steps, FLAGS.grid, FLAGS.clip, options)
 
 
 def check_flags(**least) -> None:
@@ -98,6 +125,42 @@ def check_flags(**least) -> None:
     raise UserError('--output is empty: give a folder, or leave the flag out')
 
 
+def prepared() -> tuple[int, Callable[[Asked], Plan], Callable[[], Trained]]:
+  """The step that the flags ask for; a planner; what loads the network.
+
+  Plans come before the weights are read, so that a mistake is answered at once.
+
+  Raises:
+    UserError: there is no run or no such checkpoint; so do the functions, where
+      what is asked for cannot be had.
+  """
+  workdir = files.at(FLAGS.workdir).expanduser()
+  config = runs.read_config(workdir)
+  step = distributed.on_first(
+    lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
+  )
+
+  @functools.cache
+  def calibrated():
+    timesteps = config['process']['num_timesteps']
+    return calibration.read(workdir, step, FLAGS.ema, timesteps)
+
+  def plan(how):
+    return plans.for_run(
+      config, calibration=calibrated, sampler=how.sampler,
+      num_steps=how.num_steps, grid=how.grid, clip=how.clip, seed=FLAGS.seed,
+      **how.options,
+    )  # fmt: skip
+
+  def network():
+    trained = load(workdir, step, FLAGS.ema)
+    if calibrated.cache_info().currsize:
+      calibration.check(calibrated(), trained.weights_sha256, workdir, step)
+    return trained
+
+  return step, plan, network
+
+
 def chosen(dtype: str = 'uint8') -> tuple[Trained, Plan, files.Path]:
   """The network, the plan and the folder that the flags ask for.
 
@@ -107,20 +170,13 @@ def chosen(dtype: str = 'uint8') -> tuple[Trained, Plan, files.Path]:
   Raises:
     UserError: they ask for what there is not; nothing was written.
   """
-  workdir = files.at(FLAGS.workdir).expanduser()
-  plan = plans.for_run(
-    runs.read_config(workdir),
-    sampler=FLAGS.sampler, num_steps=FLAGS.num_steps, grid=FLAGS.grid,
-    clip=FLAGS.clip, seed=FLAGS.seed, **options(),
-  )  # fmt: skip
-  step = distributed.on_first(
-    lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
-  )
-  output = FLAGS.output or workdir / 'samples' / name(step, plan, dtype)
+  step, plan_of, network = prepared()
+  plan = plan_of(asked())
+  samples = files.at(FLAGS.workdir).expanduser() / 'samples'
+  output = FLAGS.output or samples / name(step, plan, dtype)
   output = files.at(output).expanduser()
   runs.usable_output(output)
-  trained = load(workdir, step, FLAGS.ema)
-  return trained, plan, output
+  return network(), plan, output
 
 
 def fill(
@@ -200,10 +256,22 @@ def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
   }
 
 
-def name(step: int, plan: Plan, dtype: str = 'uint8') -> str:
-  """What samples and cards of these flags are called."""
-  given = [f'{k}{value}' for k, value in options().items() if value is not None]
-  grid_name = [FLAGS.grid] if FLAGS.grid != 'uniform' else []
+def name(
+  step: int, plan: Plan, dtype: str = 'uint8', how: Asked | None = None
+) -> str:
+  """What samples and cards are called.
+
+  Args:
+    step: of the checkpoint.
+    plan: made of what was asked.
+    dtype: of the samples, see `draw.drawer`.
+    how: what was asked; the flags by default.
+  """
+  how = how or asked()
+  given = [
+    f'{k}{value}' for k, value in how.options.items() if value is not None
+  ]
+  grid_name = [how.grid] if how.grid != 'uniform' else []
   parts = [f'step{step}', f'{plan.sampler}{plan.num_steps}']
   parts += [*given, *grid_name, f'seed{plan.seed}']
   parts += ['raw'] * (not FLAGS.ema) + ['noclip'] * (not plan.clip)

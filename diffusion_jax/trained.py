@@ -16,7 +16,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.process.gaussian import Denoised
 from diffusion_jax.process.schedules import Schedule
-from diffusion_jax.samplers import draw
+from diffusion_jax.samplers import calibration, draw
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.training import checkpoint, sharding
@@ -138,9 +138,18 @@ class Trained:
         of `samplers.plan.create`.
 
     Raises:
-      UserError: an unknown name, or a number out of range.
+      UserError: an unknown name, a number out of range, or a plan that takes
+        the network's calibration, of which there is none.
     """
-    return plans.for_run(self.config, **options)
+
+    def found():
+      kept = calibration.read(
+        self.workdir, self.step, self.ema, self.schedule.num_timesteps
+      )
+      calibration.check(kept, self.weights_sha256, self.workdir, self.step)
+      return kept
+
+    return plans.for_run(self.config, calibration=found, **options)
 
   def drawer(
     self, how: Plan, frames: tuple[int, ...] = (), dtype: str = 'uint8'

@@ -35,11 +35,12 @@ PUBLIC = {
   'models.inception': 'apply preprocess features shapes',
   'guidance': 'clip_x0',
   'samplers': (
-    'create options table ddim ancestral euler heun plms ipndm dpm_solver '
+    'create options takes table ddim ancestral analytic_ddpm analytic_ddim euler heun plms ipndm dpm_solver '
     'dpmpp_2s dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc predictor_corrector solve '
     'Sampler'
   ),
-  'samplers.grid': 'create',
+  'samplers.grid': 'create optimal',
+  'samplers.calibration': 'Calibration',
   'samplers.plan': 'Plan create',
   'samplers.draw': 'drawer sample_keys to_uint8 to_float',
   'samplers.store': 'open_store fill load stream',
@@ -72,6 +73,8 @@ PUBLIC = {
   'evaluation.statistics': 'read is_file',
   'evaluation.follow': 'follow curve_of',
   'evaluation.bits': 'measure How Found work',
+  'evaluation.calibration': 'scored measure',
+  'evaluation.sweep': 'parse longest best',
   'evaluation.page': 'write',
   'reproduction.published': 'find Recipe Row Band',
   'reproduction.health': 'loss distance ended told Finding',

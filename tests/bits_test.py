@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusion_jax import data, load
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import bits, features
+from diffusion_jax.evaluation import batches, bits, features
 from diffusion_jax.process import flow, likelihood
 from diffusion_jax.training import sharding
 
@@ -80,7 +80,7 @@ def test_what_was_interrupted_goes_on(run, images, tmp_path, monkeypatch):
   """In the second stage, after the first of three batches; one is damaged."""
   trained, asked = loaded(run), how('bpd_fast', grid=FINE)
   whole = bits.measure(trained, images, asked, tmp_path / 'whole', 5)
-  computed, compute = [], bits._Batches._computed
+  computed, compute = [], batches.Batches._computed
 
   def stop(self, *arguments):
     if len(computed) == 4:
@@ -89,7 +89,7 @@ def test_what_was_interrupted_goes_on(run, images, tmp_path, monkeypatch):
     return compute(self, *arguments)
 
   with monkeypatch.context() as patch:
-    patch.setattr(bits._Batches, '_computed', stop)
+    patch.setattr(batches.Batches, '_computed', stop)
     with pytest.raises(KeyboardInterrupt):
       bits.measure(trained, images, asked, tmp_path / 'part', 5)
   paths = sorted((tmp_path / 'part').rglob('*.npz'))

@@ -85,7 +85,7 @@ def test_the_list_of_samplers_needs_no_run():
     assert ended.code == 0
     head, *rows = ended.out.splitlines()
     assert head.split() == [
-      'sampler', 'arXiv', 'order', 'evaluations', 'noise', 'options',
+      'sampler', 'order', 'evaluations', 'noise', 'what', 'arXiv', 'options',
     ]  # fmt: skip
     assert [row.split()[0] for row in rows] == list(samplers.SAMPLERS)
     assert 'order=3|2|1 variant=bh2|bh1' in ended.out

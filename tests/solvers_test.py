@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import mixture
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scipy import integrate
 
 from diffusion_jax import samplers
@@ -178,7 +179,17 @@ ALL = [
   ('ddim', {'eta': 1.0}),
   ('predictor_corrector', {'corrector_steps': 2}),
 ]
-NOISY = ('ancestral', 'dpmpp_2m_sde', 'predictor_corrector')
+NOISY = (
+  *('ancestral', 'dpmpp_2m_sde', 'predictor_corrector'),
+  *samplers.CALIBRATED,
+)
+
+
+def made(name, options, times):
+  """A sampler; what is calibrated has a number for each step."""
+  if name in samplers.CALIBRATED:
+    options = {**options, 'x0_variance': [0.2] * (len(times) - 1)}
+  return samplers.create(name, **options)
 
 
 def loop(sampler, denoiser, times, x):
@@ -203,8 +214,8 @@ def loop(sampler, denoiser, times, x):
 @pytest.mark.parametrize(('name', 'options'), ALL)
 def test_rows_are_finite_and_counted(name, options):
   """One row an evaluation, at times the network has; whatever the grid."""
-  sampler = samplers.create(name, **options)
   for times in SHORT:
+    sampler = made(name, options, times)
     with np.errstate(all='raise', under='ignore'):
       rows, _ = sampler.init(
         LINEAR, np.asarray(times, np.float64), jnp.zeros(1)
@@ -236,8 +247,8 @@ def test_a_network_that_knows_the_answer(x64, name, options):
   plain = (
     name not in NOISY and not options.get('churn') and 'eta' not in options
   )
-  sampler = samplers.create(name, **options)
   for times in SHORT:
+    sampler = made(name, options, times)
     alpha, sigma, _ = levels.of(LINEAR, times)
     eps = (x - alpha[0] * c) / sigma[0]
     way, asked = loop(sampler, denoise, times, jnp.asarray(x))
@@ -247,6 +258,29 @@ def test_a_network_that_knows_the_answer(x64, name, options):
     for i, found in enumerate(way if plain else ()):
       line = alpha[i + 1] * c + sigma[i + 1] * eps
       np.testing.assert_allclose(found, line, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(('name', 'options'), ALL)
+def test_several_devices_change_nothing(name, options):
+  """Noise and all: eight devices with two examples each, and one with all."""
+  mesh = Mesh(np.array(jax.devices()[:8]), ('data',))
+  across = NamedSharding(mesh, PartitionSpec('data'))
+  times = SHORT[4]
+  sampler = made(name, options, times)
+
+  def denoise(xt, t):
+    x0 = jnp.tanh(xt + 0.1 * jnp.sin(t))
+    alpha, sigma = LINEAR.alpha(t), LINEAR.sigma(t)
+    return gaussian.Denoised(x0, (xt - alpha * x0) / sigma)
+
+  @jax.jit
+  def solve(x, keys):
+    return samplers.solve(sampler, denoise, LINEAR, times, x, keys)
+
+  given = (jax.random.normal(jax.random.key(0), (16, 3)), keys_of(16))
+  spread = solve(*jax.device_put(given, across))
+  assert len(spread.sharding.device_set) == 8
+  np.testing.assert_allclose(spread, solve(*given), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -675,6 +709,6 @@ def test_every_sampler_is_told_of():
   head, *rows = samplers.table()
   assert [row[0] for row in rows] == list(samplers.SAMPLERS)
   assert all(len(row) == len(head) for row in rows)
-  for name, paper, *_ in rows:
+  for name, *_, paper, _ in rows:
     module = inspect.getmodule(samplers.SAMPLERS[name])
     assert paper in inspect.getsource(module), name

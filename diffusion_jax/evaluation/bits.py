@@ -9,8 +9,6 @@ was interrupted goes on; an image's noise depends on the seed and its number.
 
 import hashlib
 import math
-import tokenize
-import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import distributed, files, guidance
+from diffusion_jax import guidance
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import features
+from diffusion_jax.evaluation.batches import Batches, chunks
 from diffusion_jax.evaluation.features import Images
 from diffusion_jax.process import flow, likelihood
 from diffusion_jax.process.gaussian import Denoised
@@ -35,16 +33,8 @@ KINDS = {
 }
 DEQUANTISATIONS = ('uniform', 'variational')
 EVALUATIONS = 10  # of an image, for bpd_fast
-VERSION = 'v1'  # of what is kept; another where numbers change
-CHUNK = 50  # steps between two reports of progress
 MOST_EXACT = 1024  # dimensions
 DECODED = 10  # rows of a rate-distortion table
-
-# What a file that is damaged, or not there, raises.
-_DAMAGED = (
-  *(OSError, ValueError, LookupError, EOFError, SyntaxError),
-  *(tokenize.TokenError, zipfile.BadZipFile),
-)
 
 
 class How(NamedTuple):
@@ -167,88 +157,16 @@ def measure(
   if images.count < 2:
     raise UserError(f'{images.description}: an error takes two images or more')
   check(how, trained.schedule, trained.image_shape)
-  batches = _Batches(trained, images, how, folder, batch_size, on_work)
+  remedy = 'was the training healthy? --clip may help'
+  if how.kind == 'bpd_ode':
+    remedy = 'give the solver a larger --tolerance'
+  batches = Batches(
+    trained.mesh, images, folder, batch_size, on_work,
+    f'no finite likelihood: {remedy}',
+  )  # fmt: skip
   return {'bpd': _bound, 'bpd_fast': _fast, 'bpd_ode': _flow}[how.kind](
-    batches, how
+    trained, batches, how
   )
-
-
-class _Batches(NamedTuple):
-  """Images in batches, and what was found of each on disk."""
-
-  trained: Trained
-  images: Images
-  how: How
-  folder: files.Path
-  batch_size: int
-  on_work: Callable
-
-  def each(
-    self, name: str, compute: Callable, work: int
-  ) -> dict[str, np.ndarray]:
-    """Runs compute(images, numbers, tell) on each batch; what it gives, by key.
-
-    It tells how much of the work on an image is done. The others are global
-    arrays that the mesh divides, filled up with repeats; of arrays [..., B]
-    what belongs to those is cut off, and the rest is joined along the last
-    axis. What is in the folder is not computed again.
-    """
-    mesh = self.trained.mesh
-    parts = mesh.shape['data'] * mesh.shape['fsdp']
-    batch = min(self.batch_size, self.images.count)
-    size = -(-batch // parts) * parts
-    place = files.at(self.folder) / f'{name}_{size}_{VERSION}'
-    found, first = [], 0
-    for images in features.blocks(self.images.stream(), size):
-      numbers = np.arange(first, first + len(images))
-      path = place / f'{numbers[0]:09d}-{numbers[-1]:09d}.npz'
-      one = _read(path)
-      if all(distributed.gather(one is not None)):
-        self.on_work(work * len(images))
-      else:
-        one = self._computed(compute, images, numbers, size)
-        if distributed.is_first():
-          files.make(place)
-          with files.replacing(path) as file:
-            np.savez(file, **one)
-      found.append(one)
-      first += len(images)
-    return {
-      key: np.concatenate([one[key] for one in found], axis=-1)
-      for key in found[0]
-    }
-
-  def _computed(self, compute, images, numbers, size):
-    count = len(images)
-    chosen = np.resize(np.arange(count), size)
-    given = images[chosen], numbers[chosen].astype(np.uint32)
-    found = compute(
-      *sharding.put_batch(given, self.trained.mesh),
-      lambda done: self.on_work(done * count),
-    )
-    found = {key: np.asarray(x)[..., :count] for key, x in found.items()}
-    for x in found.values():
-      if not np.isfinite(x).all():
-        raise UserError(
-          f'images {numbers[0]} to {numbers[-1]} have no finite likelihood: '
-          + (
-            'give the solver a larger --tolerance'
-            if self.how.kind == 'bpd_ode'
-            else 'was the training healthy? --clip may help'
-          )
-        )
-    return found
-
-
-def _read(path) -> dict[str, np.ndarray] | None:
-  try:
-    with (
-      files.at(path).open('rb') as file,
-      np.load(file, allow_pickle=False) as archive,
-    ):
-      return {name: archive[name] for name in archive.files}
-  except _DAMAGED:
-    return None
 
 
 def _given(how: How, images, numbers):
@@ -271,8 +189,7 @@ def _denoiser(trained, params, clip):
   return guidance.clip_x0(denoise, trained.schedule) if clip else denoise
 
 
-def _bound(batches, how) -> Found:
-  trained = batches.trained
+def _bound(trained, batches, how) -> Found:
   steps = likelihood.prepare(trained.schedule, how.grid, how.variance)
   count = len(steps.t)
 
@@ -289,7 +206,7 @@ def _bound(batches, how) -> Found:
 
   def compute(images, numbers, tell):
     found = []
-    for which in np.split(np.arange(count), range(CHUNK, count, CHUNK)):
+    for which in chunks(count):
       terms = some(trained.params, images, numbers, which)
       found.append([sharding.to_host(value) for value in terms])
       tell(len(which))
@@ -326,8 +243,7 @@ def _error(values):
   return values.std(ddof=1) / np.sqrt(len(values))
 
 
-def _fast(batches, how) -> Found:
-  trained = batches.trained
+def _fast(trained, batches, how) -> Found:
   steps = likelihood.prepare(trained.schedule, how.grid, how.variance)
 
   @jax.jit
@@ -369,8 +285,7 @@ def _fast(batches, how) -> Found:
   )
 
 
-def _flow(batches, how) -> Found:
-  trained = batches.trained
+def _flow(trained, batches, how) -> Found:
   bits_of = {'uniform': flow.dequantised, 'variational': flow.variational}
 
   @jax.jit

@@ -192,6 +192,10 @@ def _samples(run: Facts) -> list[dict]:
     ]
   else:
     wanted = []
+  sweeps = run.workdir.glob('evaluations/sweeps/*.png')
+  for path in sorted(sweeps, key=files.modified)[-1:]:
+    told = 'Samplers, by evaluations of the network for a sample.'
+    wanted.append((path, told))
   for card in reversed(run.cards):
     path = run.workdir / 'evaluations' / f'{card["name"]}_neighbours.png'
     if path.exists():

@@ -4,6 +4,7 @@ import inspect
 from typing import Literal, NamedTuple, get_args, get_origin
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.samplers.analytic import analytic_ddim, analytic_ddpm
 from diffusion_jax.samplers.ancestral import ancestral
 from diffusion_jax.samplers.ddim import ddim
 from diffusion_jax.samplers.dpm_solver import dpm_solver, dpmpp_2s
@@ -19,8 +20,11 @@ from diffusion_jax.samplers.solve import Sampler, solve
 from diffusion_jax.samplers.unipc import unipc
 
 __all__ = [
+  'CALIBRATED',
   'SAMPLERS',
   'Sampler',
+  'analytic_ddim',
+  'analytic_ddpm',
   'ancestral',
   'create',
   'ddim',
@@ -37,12 +41,15 @@ __all__ = [
   'predictor_corrector',
   'solve',
   'table',
+  'takes',
   'unipc',
 ]
 
 SAMPLERS = {
   'ancestral': ancestral,
   'ddim': ddim,
+  'analytic_ddpm': analytic_ddpm,
+  'analytic_ddim': analytic_ddim,
   'euler': euler,
   'heun': heun,
   'plms': plms,
@@ -57,54 +64,107 @@ SAMPLERS = {
 }
 
 
+# Those that take the network's calibration, see `calibration`.
+CALIBRATED = ('analytic_ddpm', 'analytic_ddim')
+
+
 class About(NamedTuple):
   """A sampler in a line.
 
   Attributes:
-    source: arXiv id.
     order: of convergence in the number of steps, without noise.
     evaluations: for a step of the grid.
     noise: when it adds any.
+    what: it is.
+    source: arXiv id.
   """
 
-  source: str
   order: str
   evaluations: str
   noise: str
+  what: str
+  source: str
 
 
 ABOUT = {
-  'ancestral': About('2006.11239', '-', '1', 'yes'),
-  'ddim': About('2010.02502', '1', '1', 'eta > 0'),
-  'euler': About('2206.00364', '1', '1', 'churn > 0'),
-  'heun': About('2206.00364', '2', '2', 'churn > 0'),
-  'plms': About('2202.09778', '2', '1; 4 in the first 3', 'no'),
-  'ipndm': About('2204.13902', '2', '1', 'no'),
-  'dpm_solver': About('2206.00927', '1-3', '1', 'no'),
-  'dpmpp_2s': About('2211.01095', '2', '1', 'no'),
-  'dpmpp_2m': About('2211.01095', '2', '1', 'no'),
-  'dpmpp_3m': About('2211.01095', '3', '1', 'no'),
-  'dpmpp_2m_sde': About('2211.01095', '-', '1', 'yes'),
-  'unipc': About('2302.04867', '2-4', '1', 'no'),
-  'predictor_corrector': About('2011.13456', '-', '2', 'yes'),
+  'ancestral': About(
+    '-', '1', 'yes', "DDPM's own steps, of any length", '2006.11239'
+  ),
+  'ddim': About('1', '1', 'eta > 0', 'DDIM, deterministic', '2010.02502'),
+  'analytic_ddpm': About(
+    '-', '1', 'yes', 'ancestral, of the optimal variance', '2201.06503'
+  ),
+  'analytic_ddim': About(
+    '-', '1', 'yes', 'DDIM, of the optimal variance', '2201.06503'
+  ),
+  'euler': About('1', '1', 'churn > 0', "Euler's in EDM's form", '2206.00364'),
+  'heun': About('2', '2', 'churn > 0', "EDM's algorithm 2", '2206.00364'),
+  'plms': About(
+    '2', '1; 4 in the first 3', 'no', 'PNDM: four steps of memory', '2202.09778'
+  ),
+  'ipndm': About(
+    '2', '1', 'no', 'PNDM without its Runge-Kutta start', '2204.13902'
+  ),
+  'dpm_solver': About(
+    '1-3', '1', 'no', 'DPM-Solver, singlestep, on eps', '2206.00927'
+  ),
+  'dpmpp_2s': About(
+    '2', '1', 'no', 'DPM-Solver++, singlestep, on x0', '2211.01095'
+  ),
+  'dpmpp_2m': About(
+    '2', '1', 'no', 'DPM-Solver++, a step of memory', '2211.01095'
+  ),
+  'dpmpp_3m': About(
+    '3', '1', 'no', 'DPM-Solver++, two steps of memory', '2211.01095'
+  ),
+  'dpmpp_2m_sde': About(
+    '-', '1', 'yes', 'DPM-Solver++ 2M with noise', '2211.01095'
+  ),
+  'unipc': About(
+    '2-4', '1', 'no', 'predictor and corrector of one family', '2302.04867'
+  ),
+  'predictor_corrector': About(
+    '-', '2', 'yes', 'ancestral and Langevin steps in turn', '2011.13456'
+  ),
 }
 
 
 def table() -> list[tuple[str, ...]]:
   """A head and a row for each sampler: what --sampler=list shows."""
-  rows = [('sampler', 'arXiv', 'order', 'evaluations', 'noise', 'options')]
+  rows = [('sampler', *About._fields[:3], 'what', 'arXiv', 'options')]
   for name, about in ABOUT.items():
-    taken = inspect.signature(SAMPLERS[name]).parameters.values()
-    rows.append((name, *about, ' '.join(map(_shown, taken))))
+    taken = takes(name).values()
+    shown = [_shown(option) for option in taken if not _is_needed(option)]
+    rows.append((name, *about, ' '.join(shown)))
   return rows
 
 
-def _shown(option):
+def _is_needed(option) -> bool:
+  return option.default is inspect.Parameter.empty
+
+
+def _shown(option) -> str:
   """An option with its default, and what else it may be: order=3|2|1."""
   choices = dict.fromkeys((option.default, *get_args(option.annotation)))
   if get_origin(option.annotation) is not Literal:
     choices = (option.default,)
   return f'{option.name}={"|".join(map(str, choices))}'
+
+
+def takes(name: str) -> dict[str, inspect.Parameter]:
+  """The options of a sampler.
+
+  Args:
+    name: a key of SAMPLERS.
+
+  Raises:
+    UserError: an unknown name.
+  """
+  if name not in SAMPLERS:
+    raise UserError(
+      f'sampler={name} is not known: use one of {", ".join(SAMPLERS)}'
+    )
+  return dict(inspect.signature(SAMPLERS[name]).parameters)
 
 
 def options(name: str, **given) -> dict:
@@ -115,17 +175,17 @@ def options(name: str, **given) -> dict:
     **given: options of any sampler; None is not given.
 
   Raises:
-    UserError: an unknown name, or an option that is not this sampler's.
+    UserError: an unknown name, an option that is not this sampler's, or one
+      without a default that is not given.
   """
-  if name not in SAMPLERS:
-    raise UserError(
-      f'sampler={name} is not known: use one of {", ".join(SAMPLERS)}'
-    )
-  taken = inspect.signature(SAMPLERS[name]).parameters
+  taken = takes(name)
   for option, value in given.items():
     if value is not None and option not in taken:
-      takes = f'it takes {", ".join(taken)}' if taken else 'it takes none'
-      raise UserError(f'{option}={value}: {name} has no such option; {takes}')
+      known = f'it takes {", ".join(taken)}' if taken else 'it takes none'
+      raise UserError(f'{option}={value}: {name} has no such option; {known}')
+  for option, parameter in taken.items():
+    if _is_needed(parameter) and given.get(option) is None:
+      raise UserError(f'sampler={name} takes {option}, which is not given')
   return {
     option: parameter.default if given.get(option) is None else given[option]
     for option, parameter in taken.items()

@@ -7,6 +7,7 @@ at; fractional ones lie between, see `schedules`.
 """
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -107,6 +108,45 @@ def ddim_quadratic(schedule: Schedule, num_steps: int) -> list[int]:
   return [*np.square(roots).astype(int)[::-1].tolist(), -1]
 
 
+def optimal(schedule: Schedule, num_steps: int, mse) -> list[int]:
+  """The whole times from T-1 to 0 of the least variational bound.
+
+  With the optimal variance (arXiv 2201.06503) a step t -> s adds, in nats per
+  dimension,
+
+      log(1 + (SNR(s) - SNR(t)) mse(t)) / 2,   SNR = alpha^2 / sigma^2,
+
+  to the bound: with v the variance of q(xs | xt, x0) and c0 its coefficient of
+  x0, the two Gaussians' KL divergence is log(1 + c0^2 mse / v) / 2 there, and
+  c0^2 / v is the difference of the SNRs. A sum over steps: the best of all
+  grids is found by dynamic programming (arXiv 2106.03802), in num_steps T^2
+  operations.
+
+  Args:
+    schedule: the noise schedule.
+    num_steps: 1 .. T.
+    mse: [T], of the estimate of x0 per dimension, see `calibration`.
+  """
+  last = schedule.num_timesteps - 1
+  if num_steps == 1:
+    return [last, -1]
+  log_alpha_bar, sigma2 = schedule.host(np.arange(last + 1))
+  snr = np.exp(log_alpha_bar) / sigma2
+  gain = (snr[None, :] - snr[:, None]) * np.asarray(mse)[:, None]
+  # cost[t, s] of a step t -> s; it must fall.
+  falls = np.tril(np.ones((last + 1, last + 1), bool), -1)
+  cost = np.where(falls, 0.5 * np.log1p(np.where(falls, gain, 0)), np.inf)
+  best, before = cost[last], []
+  for _ in range(num_steps - 2):
+    ways = best[:, None] + cost
+    before.append(ways.argmin(axis=0))
+    best = ways.min(axis=0)
+  times = [0]
+  for choice in reversed(before):
+    times.append(int(choice[times[-1]]))
+  return [last, *times[::-1], -1]
+
+
 GRIDS = {
   'uniform': uniform,
   'leading': leading,
@@ -117,9 +157,12 @@ GRIDS = {
   'ddim_uniform': ddim_uniform,
   'ddim_quadratic': ddim_quadratic,
 }
+NAMES = (*GRIDS, 'optimal')
 
 
-def create(grid: str, schedule: Schedule, num_steps: int) -> list:
+def create(
+  grid: str, schedule: Schedule, num_steps: int, mse_fn: Callable | None = None
+) -> list:
   """A grid by name, or the literal one: 'uniform', or '999,500,100'.
 
   Times that a published list repeats are left out: between them nothing
@@ -135,26 +178,32 @@ def create(grid: str, schedule: Schedule, num_steps: int) -> list:
       'logsnr'          evenly spaced in log SNR; times are fractional;
       'karras'          EDM's, between; times are fractional;
       'ddim_uniform'    that of DDIM's code: may have more entries;
-      'ddim_quadratic'  that of DDIM's code: from 0.8 T, with repeated entries.
+      'ddim_quadratic'  that of DDIM's code: from 0.8 T, with repeated entries;
+      'optimal'         of the least variational bound, see `optimal`.
     schedule: the noise schedule.
     num_steps: 1 .. T; a literal grid has its own.
+    mse_fn: () -> [T], for 'optimal'.
 
   Raises:
     UserError: the name is not known, or the times do not descend in [0, T-1].
   """
   num_timesteps = schedule.num_timesteps
-  if grid in GRIDS:
+  if grid in NAMES:
     if not 1 <= num_steps <= num_timesteps:
       raise UserError(
         f'num_steps={num_steps}: a sampler takes 1 to {num_timesteps} steps '
         'of this model'
       )
-    return list(dict.fromkeys(GRIDS[grid](schedule, num_steps)))
+    if grid != 'optimal':
+      return list(dict.fromkeys(GRIDS[grid](schedule, num_steps)))
+    if mse_fn is None:
+      raise UserError('grid=optimal is for a run that is calibrated')
+    return optimal(schedule, num_steps, mse_fn())
   try:
     times = [float(part) for part in grid.split(',')]
   except ValueError:
     raise UserError(
-      f'grid={grid}: use one of {", ".join(GRIDS)}, or times separated by '
+      f'grid={grid}: use one of {", ".join(NAMES)}, or times separated by '
       f'commas, falling from at most {num_timesteps - 1}'
     ) from None
   times = [int(time) if time.is_integer() else time for time in times]

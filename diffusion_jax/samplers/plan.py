@@ -1,6 +1,9 @@
 """How samples are drawn: all that they depend on beside the weights."""
 
+from collections.abc import Callable
 from typing import NamedTuple
+
+import numpy as np
 
 from diffusion_jax import samplers
 from diffusion_jax.errors import UserError
@@ -56,6 +59,11 @@ class Plan(NamedTuple):
     return f'{steps} steps, {evaluations} evaluations'
 
 
+def is_calibrated(sampler: str, grid: str) -> bool:
+  """Whether such a plan is made from the network's calibration."""
+  return sampler in samplers.CALIBRATED or grid == 'optimal'
+
+
 def create(
   schedule: Schedule,
   *,
@@ -64,6 +72,7 @@ def create(
   grid: str = 'uniform',
   clip: bool = True,
   seed: int = 0,
+  calibration: Callable | None = None,
   **options,
 ) -> Plan:
   """A plan, checked.
@@ -75,19 +84,33 @@ def create(
     grid: a key of GRIDS, or literal times: '999,500,100'.
     clip: whether x0 is clipped to [-1, 1] in every step.
     seed: in [0, 2**32).
+    calibration: () -> Calibration, of the network; called where
+      `is_calibrated`.
     **options: the sampler's own, such as `eta`; None takes its default.
 
   Raises:
     UserError: an unknown name, an option that is not the sampler's, or a
       number out of range.
   """
+
+  def mse():
+    found = calibration()
+    return found.clipped_mse if clip else found.mse
+
+  times = grids.create(
+    grid,
+    schedule,
+    schedule.num_timesteps if num_steps is None else num_steps,
+    calibration and mse,
+  )
+  if sampler in samplers.CALIBRATED and calibration:
+    table = calibration().x0_variance
+    at_steps = np.interp(times[:-1], np.arange(len(table)), table)
+    options = {'x0_variance': at_steps.tolist(), **options}
   chosen = samplers.options(sampler, **options)
   samplers.create(sampler, **chosen)  # finds values out of range
-  times = grids.create(
-    grid, schedule, schedule.num_timesteps if num_steps is None else num_steps
-  )
   # The grids of DDIM's code have numbers of entries of their own.
-  if grid not in grids.GRIDS and num_steps not in (None, len(times) - 1):
+  if grid not in grids.NAMES and num_steps not in (None, len(times) - 1):
     raise UserError(
       f'num_steps={num_steps}: the literal grid has {len(times) - 1} steps, '
       'leave it out'
@@ -114,7 +137,7 @@ def for_run(config: dict, *, sampler: str = 'ancestral', **given) -> Plan:
   Raises:
     UserError: as `create`.
   """
-  if given.get('variance') is None and 'variance' in samplers.options(sampler):
+  if given.get('variance') is None and 'variance' in samplers.takes(sampler):
     given['variance'] = config['sample'].get('variance')
   if given.get('clip') is None:
     given['clip'] = config['sample'].get('clip', True)

@@ -1,0 +1,88 @@
+r"""Finds out how far a network errs at each time, once for a checkpoint.
+
+  python -m diffusion_jax.calibrate --workdir=runs/digits
+
+One pass over training images, each at all times of the schedule. What comes out
+lies in WORKDIR/calibration, beside the checkpoints. It is what the samplers
+analytic_ddpm and analytic_ddim add noise by, and what --grid=optimal is chosen
+by. What was interrupted goes on.
+"""
+
+from absl import flags
+
+from diffusion_jax import cli, distributed, files, judging, runs
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import calibration as passes
+from diffusion_jax.evaluation import features
+from diffusion_jax.samplers import calibration
+from diffusion_jax.trained import load
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(distributed)
+flags.DEFINE_string('workdir', None, 'Folder of the run.')
+flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
+flags.DEFINE_bool('ema', True, 'Averaged weights, or the raw ones.')
+flags.DEFINE_integer(
+  'num_images', 256, 'Training images, at even distances; all, if fewer.'
+)
+flags.DEFINE_integer('batch_size', 256, 'Images at once.')
+flags.DEFINE_integer('seed', 0, 'Of the noise.')
+flags.declare_key_flag('data_path')
+flags.declare_key_flag('json')
+
+SHOWN = 10  # rows of the table
+
+
+def main():
+  distributed.initialize()
+  cli.at_least(num_images=1, batch_size=1, seed=0)
+  if FLAGS.seed >= 2**32:
+    raise UserError(f'--seed={FLAGS.seed}: below 2**32')
+  workdir = files.at(FLAGS.workdir).expanduser()
+  config = runs.read_config(workdir)
+  folder = workdir / 'calibration'
+  runs.usable_folder('workdir', folder)
+  source, _ = judging.splits_of(config)
+  images = features.images_of(source, min(FLAGS.num_images, len(source)))
+  trained = load(workdir, FLAGS.step, FLAGS.ema)
+  place = calibration.path(workdir, trained.step, trained.ema)
+  about = {
+    'images': source.description,
+    'num_images': images.count,
+    'images_sha256': features.sha256_of(images),
+    'seed': FLAGS.seed,
+  }
+  parts = '_'.join([
+    place.stem, trained.weights_sha256[:8], about['images_sha256'][:8],
+    f'seed{FLAGS.seed}',
+  ])  # fmt: skip
+  work = images.count * trained.schedule.num_timesteps
+  with cli.Progress('calibrating', work, unit='evaluations') as progress:
+    found = passes.measure(
+      trained, images, FLAGS.seed, folder / parts, FLAGS.batch_size,
+      progress.update,
+    )  # fmt: skip
+
+  def keep():
+    calibration.write(place, found, about)
+    files.remove(folder / parts)
+
+  distributed.on_first(keep)
+  last = trained.schedule.num_timesteps - 1
+  heads = ['t', 'variance of x0', 'squared error', 'of x0 clipped']
+  rows = [
+    [str(t), *(f'{table[t]:.4g}' for table in found[:3])]
+    for t in sorted({round(i * last / SHOWN) for i in range(SHOWN + 1)})
+  ]
+  cli.report(
+    {**about, 'step': trained.step, 'path': str(place)},
+    '\n'.join([
+      f'{images.count} images of step {trained.step}: {source.description}',
+      '', *cli.table(heads, rows), '', f'kept in {place}',
+    ]),
+    FLAGS.json,
+  )  # fmt: skip
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__, required=['workdir'])

@@ -1,0 +1,122 @@
+"""What is found of a set of images, batch by batch, kept on disk.
+
+So that what was interrupted goes on, with batches of the same size.
+"""
+
+import tokenize
+import zipfile
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_jax import distributed, files
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import features
+from diffusion_jax.evaluation.features import Images
+from diffusion_jax.training import sharding
+
+VERSION = 'v1'  # of what is kept; another where numbers change
+CHUNK = 50  # steps of a grid between two reports of progress
+
+# What a file that is damaged, or not there, raises.
+_DAMAGED = (
+  *(OSError, ValueError, LookupError, EOFError, SyntaxError),
+  *(tokenize.TokenError, zipfile.BadZipFile),
+)
+
+
+def chunks(count: int) -> list[np.ndarray]:
+  """0 .. count - 1 in order, in pieces of CHUNK."""
+  return np.split(np.arange(count), range(CHUNK, count, CHUNK))
+
+
+class Batches(NamedTuple):
+  """Images in batches, and what was found of each on disk.
+
+  Attributes:
+    mesh: the devices that divide a batch.
+    images: uint8.
+    folder: where what is found is kept.
+    batch_size: images at once, over all devices.
+    on_work: called with how much of the work is done.
+    infinite: what images have of which something is not finite, and the
+      remedy.
+  """
+
+  mesh: Mesh
+  images: Images
+  folder: files.Path
+  batch_size: int
+  on_work: Callable[[int], None]
+  infinite: str
+
+  def each(
+    self, name: str, compute: Callable, work: int
+  ) -> dict[str, np.ndarray]:
+    """Runs a function on each batch, unless the folder has what it gives.
+
+    Args:
+      name: of what it gives, in the folder.
+      compute: (images, numbers, tell) -> {key: [..., B]}; the first two are
+        global arrays that the mesh divides, filled up with repeats, and
+        tell(done) says how much of the work on an image is done.
+      work: on an image.
+
+    Returns:
+      what it gives, without the repeats, joined along the last axis.
+
+    Raises:
+      UserError: a number is not finite.
+    """
+    parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    batch = min(self.batch_size, self.images.count)
+    size = -(-batch // parts) * parts
+    place = files.at(self.folder) / f'{name}_{size}_{VERSION}'
+    found, first = [], 0
+    for images in features.blocks(self.images.stream(), size):
+      numbers = np.arange(first, first + len(images))
+      path = place / f'{numbers[0]:09d}-{numbers[-1]:09d}.npz'
+      one = _read(path)
+      if all(distributed.gather(one is not None)):
+        self.on_work(work * len(images))
+      else:
+        one = self._computed(compute, images, numbers, size)
+        if distributed.is_first():
+          files.make(place)
+          with files.replacing(path) as file:
+            np.savez(file, **one)
+      found.append(one)
+      first += len(images)
+    return {
+      key: np.concatenate([one[key] for one in found], axis=-1)
+      for key in found[0]
+    }
+
+  def _computed(self, compute, images, numbers, size):
+    count = len(images)
+    chosen = np.resize(np.arange(count), size)
+    given = images[chosen], numbers[chosen].astype(np.uint32)
+    found = compute(
+      *sharding.put_batch(given, self.mesh),
+      lambda done: self.on_work(done * count),
+    )
+    found = {key: np.asarray(x)[..., :count] for key, x in found.items()}
+    for x in found.values():
+      if not np.isfinite(x).all():
+        raise UserError(
+          f'images {numbers[0]} to {numbers[-1]} have {self.infinite}'
+        )
+    return found
+
+
+def _read(path) -> dict[str, np.ndarray] | None:
+  try:
+    with (
+      files.at(path).open('rb') as file,
+      np.load(file, allow_pickle=False) as archive,
+    ):
+      return {name: archive[name] for name in archive.files}
+  except _DAMAGED:
+    return None

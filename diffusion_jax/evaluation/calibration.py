@@ -1,0 +1,129 @@
+"""How far a network errs at each time: one pass over data, on all devices.
+
+For the optimal variances of Analytic-DPM (arXiv 2201.06503) and for the optimal
+grids, see `samplers.analytic` and `samplers.grid.optimal`. An image's noise
+depends on the seed and its number; what is found of a batch is kept on disk, so
+that what was interrupted goes on.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.evaluation.batches import Batches, chunks
+from diffusion_jax.evaluation.features import Images
+from diffusion_jax.process import gaussian
+from diffusion_jax.process.gaussian import Denoiser
+from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.samplers.calibration import Calibration
+from diffusion_jax.trained import Trained
+from diffusion_jax.training import sharding
+
+
+def scored(
+  denoiser: Denoiser, schedule: Schedule, x0, keys, which
+) -> dict[str, jax.Array]:
+  """What `Calibration` is the mean of.
+
+  E |eps|^2 = 1 per dimension for the true noise, so E Var(x0 | xt), which is
+  sigma^2 / alpha^2 (1 - E |network's eps|^2), is also the mean of the true
+  |eps|^2 less the network's: that has far less noise where they are alike.
+
+  Args:
+    denoiser: (xt, t) -> (x0, eps), not clipped.
+    schedule: the noise schedule.
+    x0: [B, ...] data in [-1, 1].
+    keys: [B] random keys.
+    which: [k] times, whole.
+
+  Returns:
+    'less' (of the two sizes of eps), 'mse', 'clipped_mse': [k, B], means over
+    dimensions.
+  """
+
+  def mean(values):
+    return jnp.mean(values, axis=tuple(range(1, values.ndim)))
+
+  def one(t):
+    def draw(key):
+      return jax.random.normal(
+        jax.random.fold_in(key, t), x0.shape[1:], x0.dtype
+      )
+
+    eps = jax.vmap(draw)(keys)
+    times = jnp.broadcast_to(t, x0.shape[:1])
+    xt = gaussian.q_sample(schedule, x0, times, eps)
+    found = denoiser(xt, times)
+    return {
+      # As a product, or the difference of the squares would be rounding.
+      'less': mean((eps - found.eps) * (eps + found.eps)),
+      'mse': mean(jnp.square(x0 - found.x0)),
+      'clipped_mse': mean(jnp.square(x0 - jnp.clip(found.x0, -1, 1))),
+    }
+
+  return jax.lax.map(one, jnp.asarray(which))
+
+
+def measure(
+  trained: Trained,
+  images: Images,
+  seed: int,
+  folder,
+  batch_size: int,
+  on_work: Callable[[int], None] = lambda count: None,
+) -> Calibration:
+  """Means over a set of 8-bit images, each at all times of the schedule.
+
+  Args:
+    trained: the network.
+    images: uint8.
+    seed: of the noise, in [0, 2**32).
+    folder: where what is found is kept, batch by batch.
+    batch_size: images at once, over all devices.
+    on_work: called with how many evaluations are done.
+
+  Raises:
+    UserError: the network's answers are not finite.
+  """
+  schedule = trained.schedule
+  num_timesteps = schedule.num_timesteps
+
+  @jax.jit
+  def some(params, images, numbers, which):
+    # Training has 0, samples have 1, likelihoods 2: see `samplers.draw`.
+    root = jax.random.fold_in(jax.random.key(seed), 3)
+    keys = jax.vmap(lambda number: jax.random.fold_in(root, number))(numbers)
+
+    def denoiser(xt, t):
+      return trained.compiled.denoise(params, xt, t)
+
+    x0 = images.astype(jnp.float32) / 127.5 - 1.0
+    return scored(denoiser, schedule, x0, keys, which)
+
+  def compute(images, numbers, tell):
+    found = []
+    for which in chunks(num_timesteps):
+      part = some(trained.params, images, numbers, which)
+      found.append(jax.tree.map(sharding.to_host, part))
+      tell(len(which))
+    return {
+      name: np.concatenate([part[name] for part in found]) for name in found[0]
+    }
+
+  batches = Batches(
+    trained.mesh, images, folder, batch_size, on_work,
+    'answers of the network that are not finite: was the training healthy?',
+  )  # fmt: skip
+  found = {
+    name: values.mean(axis=-1, dtype=np.float64)
+    for name, values in batches.each('errors', compute, num_timesteps).items()
+  }
+  log_alpha_bar, sigma2 = schedule.host(np.arange(num_timesteps))
+  # Data in [-1, 1] vary by 1 at the most, and the estimate by its own noise.
+  x0_variance = found['less'] * sigma2 / np.exp(log_alpha_bar)
+  return Calibration(
+    np.clip(x0_variance, 0.0, 1.0), found['mse'], found['clipped_mse'],
+    trained.weights_sha256,
+  )  # fmt: skip

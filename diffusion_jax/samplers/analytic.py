@@ -1,0 +1,88 @@
+"""Analytic-DPM: DDPM and DDIM with the optimal variance (arXiv 2201.06503)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.process import gaussian
+from diffusion_jax.samplers import levels
+from diffusion_jax.samplers.solve import Sampler
+
+
+def analytic_ddpm(
+  x0_variance: Sequence[float], pixel_noise: float = 2.0
+) -> Sampler:
+  """Ancestral steps with the variance that bounds the likelihood best.
+
+  A step draws xs = c0 x0 + ct xt + noise of variance v, which is q(xs | xt, x0)
+  with x0 estimated. As x0 is not known, xs given xt varies by
+
+      v + c0^2 E Var(x0 | xt),
+
+  the optimal variance: theorem 1 of the paper, where E Var(x0 | xt) is written
+  sigma^2 / alpha^2 (1 - E |eps|^2) with the network's eps.
+
+  Args:
+    x0_variance: E Var(x0 | xt) per dimension, a number for each step of the
+      grid: at its first time, its second, and so on.
+    pixel_noise: the last noise that is added may move a pixel by so many levels
+      of 255 in the mean, as it is seen (appendix F.2); inf for no bound.
+
+  Raises:
+    UserError: a number out of range; or, when it runs, another number of them
+      than steps.
+  """
+  return _analytic(x0_variance, pixel_noise, eta=1.0)
+
+
+def analytic_ddim(
+  x0_variance: Sequence[float], pixel_noise: float = 2.0
+) -> Sampler:
+  """DDIM's step, of v = 0, with the variance that bounds the likelihood best.
+
+  Args:
+    x0_variance: see `analytic_ddpm`.
+    pixel_noise: see `analytic_ddpm`.
+
+  Raises:
+    UserError: see `analytic_ddpm`.
+  """
+  return _analytic(x0_variance, pixel_noise, eta=0.0)
+
+
+def _analytic(x0_variance, pixel_noise, eta):
+  given = np.asarray(x0_variance, np.float64)
+  if given.ndim != 1 or not (np.isfinite(given) & (given >= 0)).all():
+    raise UserError(
+      f'x0_variance={x0_variance}: numbers of 0 or more, one a step'
+    )
+  if not pixel_noise >= 0:
+    raise UserError(f'pixel_noise={pixel_noise}: at least 0')
+
+  def init(schedule, grid, x):
+    del x
+    t, s = grid[:-1], grid[1:]
+    if len(t) != len(given):
+      raise UserError(
+        f'x0_variance has {len(given)} numbers and the grid has {len(t)} '
+        'steps: give one a step'
+      )
+    alpha, sigma, _ = levels.of(schedule, grid)
+    v = eta**2 * gaussian.step_variance(schedule, t, s, 'fixedsmall')
+    ct = np.sqrt(sigma[1:] ** 2 - v) / sigma[:-1]
+    c0 = alpha[1:] - ct * alpha[:-1]
+    std = np.sqrt(v + c0**2 * given)
+    if s[-1] < 0:
+      std[-1] = 0
+      # The mean of |N(0, 1)| is sqrt(2 / pi), and a level is 2 / 255.
+      most = pixel_noise * 2 / 255 / np.sqrt(2 / np.pi)
+      std[-2:-1] = np.minimum(std[-2:-1], most)
+    return {'t': t, 'c0': c0, 'ct': ct, 'std': std}, ()
+
+  def step(denoiser, row, x, memory, noise_fn):
+    x0 = denoiser(x, row['t']).x0
+    mean = row['c0'] * x0 + row['ct'] * x
+    return mean + row['std'] * noise_fn(), memory
+
+  return Sampler(init, step)

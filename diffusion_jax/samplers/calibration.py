@@ -1,0 +1,98 @@
+"""What a network's errors are at each time: kept beside its checkpoint.
+
+Samplers with the optimal variance and the optimal grids are made from it.
+WORKDIR/calibration/step3000.json belongs to the averaged weights of step 3000,
+step3000_raw.json to the raw ones.
+"""
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion_jax import files
+from diffusion_jax.errors import UserError
+
+
+class Calibration(NamedTuple):
+  """Means over data and noise, per dimension, at the times 0 .. T-1.
+
+  Attributes:
+    x0_variance: E Var(x0 | xt) by the size of the network's eps, in [0, 1], see
+      `analytic.analytic_ddpm`.
+    mse: of the estimate of x0; for the best denoiser it is the same.
+    clipped_mse: the same of the estimate clipped to [-1, 1].
+    weights_sha256: of the parameters, see `Trained`.
+  """
+
+  x0_variance: np.ndarray
+  mse: np.ndarray
+  clipped_mse: np.ndarray
+  weights_sha256: str
+
+
+def path(workdir, step: int, ema: bool) -> files.Path:
+  """Its file in a run's folder."""
+  name = f'step{step}' + '_raw' * (not ema)
+  return files.at(workdir) / 'calibration' / f'{name}.json'
+
+
+def write(place, calibration: Calibration, about: dict) -> None:
+  """Writes it, whole or not at all.
+
+  Args:
+    place: of the file, see `path`.
+    calibration: what was found.
+    about: of what images, with what seed.
+  """
+  told = {
+    **about,
+    **{
+      name: value.tolist() if isinstance(value, np.ndarray) else value
+      for name, value in calibration._asdict().items()
+    },
+  }
+  files.make(files.at(place).parent)
+  with files.replacing(files.at(place)) as file:
+    file.write(json.dumps(told).encode() + b'\n')
+
+
+def read(workdir, step: int, ema: bool, num_timesteps: int) -> Calibration:
+  """What is kept of a run's checkpoint.
+
+  Args:
+    workdir: the run's folder.
+    step: of the checkpoint.
+    ema: of the averaged weights, or of the raw ones.
+    num_timesteps: T.
+
+  Raises:
+    UserError: there is none, or it is damaged.
+  """
+  place = path(workdir, step, ema)
+  if not place.exists():
+    raw = '' if ema else ' --ema=false'
+    raise UserError(
+      f'the statistics of step {step} are not yet computed: run python -m '
+      f'diffusion_jax.calibrate --workdir={workdir} --step={step}{raw}'
+    )
+  try:
+    told = json.loads(place.read_text())
+    tables = [np.asarray(told[k], float) for k in Calibration._fields[:-1]]
+    if any(x.shape != (num_timesteps,) or not (x >= 0).all() for x in tables):
+      raise ValueError('tables of another size')
+    return Calibration(*tables, str(told['weights_sha256']))
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise UserError(f'{place} is damaged ({e}): delete it, calibrate') from e
+
+
+def check(
+  calibration: Calibration, weights_sha256: str, workdir, step: int
+) -> None:
+  """Raises UserError unless it is of these weights."""
+  if calibration.weights_sha256 != weights_sha256:
+    raise UserError(
+      f'the statistics of step {step} are of other weights than those of the '
+      f'checkpoint: run python -m diffusion_jax.calibrate --workdir={workdir} '
+      f'--step={step}'
+    )

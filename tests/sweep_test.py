@@ -1,0 +1,145 @@
+"""Sweeps: samplers at equal numbers of evaluations, judged by command."""
+
+import json
+import types
+from pathlib import Path
+
+import binaries
+import pytest
+import tiny
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import sweep
+from diffusion_jax.process import schedules
+from diffusion_jax.samplers import plan as plans
+
+LINEAR = schedules.linear(1000)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  return tiny.trained(tmp_path_factory.mktemp('runs') / 'digits')
+
+
+def test_rows_have_options_of_their_own():
+  text = 'unipc:order=2:variant=bh1:grid=karras:clip=false'
+  assert sweep.parse(text) == sweep.Entry(
+    text, 'unipc', 'karras', False, {'order': 2, 'variant': 'bh1'}
+  )
+  assert sweep.parse('ddim:eta=0.5').options == {'eta': 0.5}
+  assert sweep.parse('ddim') == ('ddim', 'ddim', 'uniform', None, {})
+
+
+@pytest.mark.parametrize(
+  ('text', 'said'),
+  [
+    ('rk45', 'sampler=rk45 is not known'),
+    ('ddim:order=2', 'order=2 is not KEY=VALUE with one of eta, grid, clip'),
+    ('ddim:eta', 'eta is not KEY=VALUE'),
+    ('ddim:grid=999', 'a grid is one of uniform'),
+    ('ddim:clip=maybe', 'clip=true or clip=false'),
+  ],
+)
+def test_bad_rows_are_one_line(text, said):
+  with pytest.raises(UserError) as error:
+    sweep.parse(text)
+  assert said in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('texts', [[], ['0'], ['10', 'x'], ['-3'], ['1.5']])
+def test_bad_budgets_are_one_line(texts):
+  with pytest.raises(UserError, match='--sweep_evaluations='):
+    sweep.budgets(texts)
+
+
+@pytest.mark.parametrize(
+  ('name', 'budget', 'num_steps', 'evaluations'),
+  [
+    ('ddim', 10, 10, 10),
+    ('heun', 10, 5, 9),  # 2 S - 1
+    ('predictor_corrector', 20, 10, 19),
+    ('plms', 20, 11, 20),  # S + 9
+    ('heun', 1, 1, 1),
+  ],
+)
+def test_as_many_steps_as_fit(name, budget, num_steps, evaluations):
+  plan = sweep.longest(
+    lambda steps: plans.create(LINEAR, sampler=name, num_steps=steps), budget
+  )
+  assert (plan.num_steps, plan.evaluations) == (num_steps, evaluations)
+
+
+def test_a_budget_below_one_step_is_one_line():
+  costly = types.SimpleNamespace(sampler='costly', evaluations=4)
+  with pytest.raises(UserError, match='costly takes 4 evaluations for a step'):
+    sweep.longest(lambda steps: costly, 3)
+
+
+def test_the_table_marks_the_best_and_what_costs_less():
+  cells = [
+    {'sampler': 'ddim', 'budget': 10, 'evaluations': 10, 'value': 20.5},
+    {'sampler': 'ddim', 'budget': 20, 'evaluations': 20, 'value': 9.0},
+    {'sampler': 'heun', 'budget': 10, 'evaluations': 9, 'value': 30.25},
+    {'sampler': 'heun', 'budget': 20, 'evaluations': 19, 'value': 8.0},
+  ]
+  best = sweep.best(cells)
+  assert best == {'10': cells[0], '20': cells[3]}
+  told = sweep.text({'result': 'fid', 'cells': cells, 'best': best})
+  lines = told.splitlines()
+  assert lines[3].split() == ['ddim', '20.5*', '9']
+  assert lines[4].split() == ['heun', '(9)', '30.25', '(19)', '8*']
+  assert lines[-2:] == ['the best at 10: ddim, 20.5', 'the best at 20: heun, 8']
+
+
+def test_a_sweep_of_a_run_goes_on_where_it_was_cut(run):
+  """What has its card is not drawn again; a card of other weights is."""
+  flags = (
+    f'--workdir={run}', '--features=pixels', '--num_samples=4',
+    '--sweep_evaluations=2,3', '--sweep=ddim,heun:grid=karras', '--json',
+  )  # fmt: skip
+  first = binaries.run('evaluate', *flags)
+  assert first.code == 0, first.err
+  told = json.loads(first.out)
+  cells = told['cells']
+  assert [c['sampler'] for c in cells] == ['ddim'] * 2 + [
+    'heun:grid=karras'
+  ] * 2
+  assert [c['evaluations'] for c in cells] == [2, 3, 1, 3]
+  assert [c['num_steps'] for c in cells] == [2, 3, 1, 2]
+  for cell in cells:
+    card = json.loads((run / 'evaluations' / cell['card']).read_text())
+    assert card['results']['frechet'] == cell['value']
+    assert card['subject']['evaluations'] == cell['evaluations']
+  least = min(cells[1], cells[3], key=lambda cell: cell['value'])
+  assert told['best']['3'] == least
+  assert not list(run.glob('samples/swept_*'))
+  assert Path(told['plot']).read_bytes()[:4] == b'\x89PNG'
+  assert json.loads(Path(told['path']).read_text())['cells'] == cells
+  assert 'Samplers, by evaluations' in (run / 'report.html').read_text()
+  changed = run / 'evaluations' / cells[0]['card']
+  card = json.loads(changed.read_text())
+  card['subject']['weights_sha256'] = 'others'
+  changed.write_text(json.dumps(card))
+  again = binaries.run('evaluate', *flags)
+  assert again.code == 0, again.err
+  assert again.err.count('drawing 4 images') == 1
+  assert json.loads(again.out)['cells'] == cells
+
+
+@pytest.mark.parametrize(
+  ('flags', 'said'),
+  [
+    (['--sweep=ddim,rk45'], 'rk45'),
+    (['--sweep=ddim', '--num_steps=5'], '--num_steps has no part'),
+    (['--sweep=ddim', '--eta=1'], '--eta has no part'),
+    (['--sweep=ddim', '--metrics=kid'], '--sweep takes fid too'),
+    (['--sweep=analytic_ddpm'], 'not yet computed'),
+    (['--sweep=unipc:order=3', '--sweep_evaluations=2'], 'order=3'),
+  ],
+)
+def test_bad_sweeps_are_one_line_before_anything_is_drawn(run, flags, said):
+  before = sorted(run.rglob('*'))
+  ended = binaries.run('evaluate', f'--workdir={run}', *flags)
+  assert said in ended.message
+  assert sorted(run.rglob('*')) == before
