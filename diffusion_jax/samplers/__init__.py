@@ -4,6 +4,7 @@ import inspect
 from typing import Literal, NamedTuple, get_args, get_origin
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.samplers.adaptive import adaptive
 from diffusion_jax.samplers.ancestral import ancestral
 from diffusion_jax.samplers.ddim import ddim
 from diffusion_jax.samplers.dpm_solver import dpm_solver, dpmpp_2s
@@ -21,6 +22,7 @@ from diffusion_jax.samplers.unipc import unipc
 __all__ = [
   'SAMPLERS',
   'Sampler',
+  'adaptive',
   'ancestral',
   'create',
   'ddim',
@@ -54,6 +56,7 @@ SAMPLERS = {
   'dpmpp_2m_sde': dpmpp_2m_sde,
   'unipc': unipc,
   'predictor_corrector': predictor_corrector,
+  'adaptive': adaptive,
 }
 
 
@@ -63,7 +66,7 @@ class About(NamedTuple):
   Attributes:
     source: arXiv id.
     order: of convergence in the number of steps, without noise.
-    evaluations: for a step of the grid.
+    evaluations: for a step of the grid, or of its own.
     noise: when it adds any.
   """
 
@@ -87,6 +90,7 @@ ABOUT = {
   'dpmpp_2m_sde': About('2211.01095', '-', '1', 'yes'),
   'unipc': About('2302.04867', '2-4', '1', 'no'),
   'predictor_corrector': About('2011.13456', '-', '2', 'yes'),
+  'adaptive': About('2206.00927', '2', '2; 1 if rejected', 'no'),
 }
 
 
