@@ -242,7 +242,7 @@ def _judge(task, path, trained, plan, output) -> dict:
     'ema': trained.ema,
     'weights_sha256': trained.weights_sha256,
     **plan.protocol(),
-    'evaluations': plan.evaluations,
+    **_cost(plan, output),
   }
   card = cards.create(
     subject, task.protocol, measured.results, measured.details
@@ -262,6 +262,17 @@ def _judge(task, path, trained, plan, output) -> dict:
 
   distributed.on_first(keep)
   return card
+
+
+def _cost(plan, output) -> dict:
+  """What a sample took; on average, where the sampler chooses its steps."""
+  if not plan.adaptive:
+    return {'evaluations': plan.evaluations}
+  took = sampling.took(output, FLAGS.num_samples)
+  return {
+    'evaluations': round(float(took.evaluations.mean()), 2),
+    'unfinished': int((~took.finished).sum()),
+  }
 
 
 def _compare():
