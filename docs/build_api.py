@@ -36,9 +36,10 @@ PUBLIC = {
   'guidance': 'clip_x0',
   'samplers': (
     'create options table ddim ancestral euler heun plms ipndm dpm_solver '
-    'dpmpp_2s dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc predictor_corrector solve '
-    'Sampler'
+    'dpmpp_2s dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc predictor_corrector '
+    'adaptive solve Sampler'
   ),
+  'samplers.adaptive': 'solve Took',
   'samplers.grid': 'create',
   'samplers.plan': 'Plan create',
   'samplers.draw': 'drawer sample_keys to_uint8 to_float',

@@ -65,4 +65,5 @@ def test_all_that_diffusers_has_is_compared():
   assert set(samplers.SAMPLERS) - compared == {
     'ancestral',  # see convert_test
     'predictor_corrector',
+    'adaptive',  # see adaptive_test
   }
