@@ -15,7 +15,7 @@ of length h to (alpha', sigma') the probability flow is exactly
 for an x0 that does not change. With x0 of the step's start this is DDIM, of
 order 1; with x0 of its middle, found by half a step of DDIM, it is of order 2.
 In terms of eps, as the appendix has it, x is multiplied by alpha' / alpha in
-place of sigma' / sigma: by more than 1, from end to end by 160, and with it all
+place of sigma' / sigma: by more than 1, from end to end by 157, and with it all
 errors made before; in terms of x0 they fade. It takes more evaluations too,
 where both were tried; DPM-Solver-23, which looks three times, about as many at
 the tolerances of images.
@@ -23,10 +23,10 @@ the tolerances of images.
 From the paper: the first step is 0.05 long, the tolerance of a number is the
 larger of `atol` and `rtol` |x|, E is the root mean square of what the methods
 differ by in terms of it, a step is taken if E <= 1, and the next to be tried is
-0.9 E^(-1/2) times as long. Not from it: E is of each sample, not the largest of
-a batch; |x| is the larger of x at the step's start and, by order 1, at its end;
-and no step is more than 5 times as long as that before, as the two methods
-agree by accident where x0 is clipped.
+0.9 E^(-1/2) times as long. Not from it: E is of each sample, where its authors'
+code takes the largest of the batch; |x| is the larger of x at the step's start
+and, by order 1, at its end; and none is tried that is more than 5 times as long
+as that before, as the two methods agree by accident where x0 is clipped.
 """
 
 import math
