@@ -319,14 +319,14 @@ def _card_path(task, workdir, step, plan, how=None):
   return workdir / 'evaluations' / f'{name}.json'
 
 
-def _subject(trained, plan) -> dict:
+def _subject(trained, plan, output=None) -> dict:
   return {
     'workdir': str(files.at(FLAGS.workdir).expanduser()),
     'step': trained.step,
     'ema': trained.ema,
     'weights_sha256': trained.weights_sha256,
     **plan.protocol(),
-    'evaluations': plan.evaluations,
+    **_cost(plan, output),
   }
 
 
@@ -342,8 +342,9 @@ def _judge(task, path, trained, plan, output) -> dict:
   measured = judging.carry_out(
     task, samples, min(FLAGS.batch_size, JUDGED), trained.mesh, output
   )
+  subject = _subject(trained, plan, output)
   card = cards.create(
-    _subject(trained, plan), task.protocol, measured.results, measured.details
+    subject, task.protocol, measured.results, measured.details
   )
 
   def shown(i):
@@ -360,6 +361,17 @@ def _judge(task, path, trained, plan, output) -> dict:
 
   distributed.on_first(keep)
   return card
+
+
+def _cost(plan, output) -> dict:
+  """What a sample took; on average, where the sampler chooses its steps."""
+  if not plan.adaptive:
+    return {'evaluations': plan.evaluations}
+  took = sampling.took(output, FLAGS.num_samples)
+  return {
+    'evaluations': round(float(took.evaluations.mean()), 2),
+    'unfinished': int((~took.finished).sum()),
+  }
 
 
 def _compare():

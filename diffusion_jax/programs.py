@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion_jax import models, runs, samplers
+from diffusion_jax.errors import UserError
 from diffusion_jax.models import Model
 from diffusion_jax.process import schedules
 from diffusion_jax.samplers import draw, grid
@@ -55,6 +56,11 @@ def create(config: Mapping, mesh: Mesh) -> Programs:
   """
   sample, image_shape = config['sample'], runs.image_shape(config['data'])
   sampler = samplers.create(sample['sampler'])
+  if sampler.run:
+    raise UserError(
+      f'sample.sampler={sample["sampler"]} chooses its own steps, and training '
+      'draws with a number of them that is known: use another, such as ddim'
+    )
   schedule = schedules.create(**config['process'])
   times = grid.create(sample['grid'], schedule, sample['num_steps'])
   model = models.create(image_shape=image_shape, **config['model'])

@@ -218,6 +218,11 @@ def _task() -> Task:
     schedules.create(**config['process']), sampler=FLAGS.sampler,
     num_steps=FLAGS.num_steps,
   )  # fmt: skip
+  if plan.adaptive:
+    raise UserError(
+      f'--sampler={FLAGS.sampler}: what it costs is not known beforehand; use '
+      'another, such as ddim'
+    )
   name, shipped, given = _config()
   workdir = files.at(FLAGS.workdir).expanduser()
   directory = files.at(FLAGS.output or workdir / 'reproduction').expanduser()

@@ -6,7 +6,8 @@ r"""Draws images from a trained run.
 Without --sampler: DDPM's own, 1000 ancestral steps. Images go to a sample store
 (by default a folder in WORKDIR/samples named after what was asked); a job that
 was interrupted goes on, one that asks for more draws the rest. The folder gets
-samples.npz (`arr_0`, uint8), grid.png, and what else is asked for.
+samples.npz (`arr_0`, uint8), grid.png, and what else is asked for; of
+--sampler=adaptive also evaluations.npy, of the network for each image.
 """
 
 import numpy as np
@@ -44,28 +45,53 @@ def main():
       f'{FLAGS.num_samples} and --batch_size={FLAGS.batch_size}'
     )
   trained, plan, output = sampling.chosen()
+  if FLAGS.trajectory and plan.adaptive:
+    raise UserError(
+      f'--sampler={plan.sampler} chooses its own steps: leave --trajectory out'
+    )
   drawn = sampling.fill(trained, plan, output, FLAGS.num_samples)
   if distributed.is_first():
-    _write(output)
+    _write(output, plan)
   if FLAGS.trajectory:
     _draw_trajectory(trained, plan, output)
+  cost, told = _cost(plan, output)
   cli.report(
     {
       'output': str(output), 'num_samples': FLAGS.num_samples,
-      'step': trained.step, 'drawn': drawn, 'grid': plan.grid,
-      'evaluations': plan.evaluations,
+      'step': trained.step, 'drawn': drawn, **cost,
     },
     f'{FLAGS.num_samples} images of step {trained.step}, {drawn} of them drawn '
-    f'now ({plan.evaluations} network evaluations each); the grid is '
-    f'{output / "grid.png"}',
+    f'now ({told}); the grid is {output / "grid.png"}',
     FLAGS.json,
   )  # fmt: skip
 
 
-def _write(output):
+def _cost(plan, output):
+  """What an image takes, as JSON and for people."""
+  if not plan.adaptive:
+    each = f'{plan.evaluations} network evaluations each'
+    return {'grid': plan.grid, 'evaluations': plan.evaluations}, each
+  took = sampling.took(output, FLAGS.num_samples)
+  evaluations = {
+    'mean': float(took.evaluations.mean()),
+    'least': int(took.evaluations.min()),
+    'most': int(took.evaluations.max()),
+  }
+  unfinished = int((~took.finished).sum())
+  told = '{mean:.1f} network evaluations on average, {least} to {most}'
+  told = told.format(**evaluations)
+  if unfinished:
+    told += f'; the budget cut {unfinished} short'
+  return {'evaluations': evaluations, 'unfinished': unfinished}, told
+
+
+def _write(output, plan):
   """All that is made of the images in the store."""
   images = store.load(output, FLAGS.num_samples)
   store.write_npz(output, images)
+  if plan.adaptive:
+    with files.replacing(output / 'evaluations.npy') as file:
+      np.save(file, sampling.took(output, FLAGS.num_samples).evaluations)
   picture = pictures.grid(images[: FLAGS.grid_images])
   pictures.save(output / 'grid.png', picture)
   if FLAGS.png:

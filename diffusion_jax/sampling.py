@@ -9,12 +9,14 @@ import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 from absl import flags
 
 from diffusion_jax import cli, distributed, files, runs, samplers
 from diffusion_jax.errors import UserError
 from diffusion_jax.samplers import calibration, grid, store
 from diffusion_jax.samplers import plan as plans
+from diffusion_jax.samplers.adaptive import Took
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.trained import Trained, load
 from diffusion_jax.training import checkpoint, sharding
@@ -62,6 +64,16 @@ flags.DEFINE_float(
   'analytic_ddpm, analytic_ddim: what the last noise may move a pixel by, of '
   '255; 2 by default.',
 )  # fmt: skip
+flags.DEFINE_float(
+  'rtol', None, 'adaptive: relative tolerance of a step; 0.05 by default.'
+)
+flags.DEFINE_float(
+  'atol', None, 'adaptive: absolute tolerance of a step; 0.0078 by default.'
+)
+flags.DEFINE_integer(
+  'budget', None,
+  'adaptive: evaluations for a sample, at most; 200 by default.',
+)  # fmt: skip
 flags.DEFINE_bool(
   'clip', None,
   "Clip the estimate of x0 to [-1, 1] in every step; by default the config's.",
@@ -74,6 +86,7 @@ flags.DEFINE_integer('seed', 0, 'Of the samples.')
 OPTIONS = (
   *('eta', 'variance', 'order', 'variant', 'churn', 'churn_min', 'churn_max'),
   *('churn_noise', 'snr', 'corrector_steps', 'pixel_noise'),
+  *('rtol', 'atol', 'budget'),
 )
 
 
@@ -204,7 +217,12 @@ def fill(
 
   def begin():
     store.open_store(output, facts)
-    return store.missing(output, num_samples).tolist()
+    absent = store.missing(output, num_samples)
+    if plan.adaptive:
+      beside = output / store.TOOK
+      store.open_store(beside, {'dtype': 'int32'})
+      absent = np.union1d(absent, store.missing(beside, num_samples))
+    return absent.tolist()
 
   absent = distributed.on_first(begin)
   if not absent:
@@ -221,19 +239,28 @@ def fill(
     )
   if plan.num_steps > 500 and FLAGS.num_steps is None:
     cli.say('(--sampler=ddim --num_steps=50 would take a fraction of the time)')
-  draw_fn = trained.drawer(plan, dtype=dtype)
+  draw_fn = trained.drawer(plan, dtype=dtype, took=plan.adaptive)
+
+  def local(indices):
+    if not plan.adaptive:
+      return sharding.local_rows(draw_fn(indices))
+    images, took = draw_fn(indices)
+    rows, images = sharding.local_rows(images)
+    counts = [sharding.to_host(count)[rows] for count in took]
+    return rows, images, np.stack(counts, 1).astype(np.int32)
+
   with cli.Progress(
     'sampling', num_samples, num_samples - len(absent), 'images'
   ) as progress:
-    store.fill(
-      output,
-      absent,
-      batch_size,
-      lambda indices: sharding.local_rows(draw_fn(indices)),
-      progress.update,
-    )
+    store.fill(output, absent, batch_size, local, progress.update)
   distributed.on_first(lambda: None)
   return len(absent)
+
+
+def took(output: files.Path, num_samples: int) -> Took:
+  """What the first samples of an adaptive plan's store took, in NumPy."""
+  counts = store.load(output / store.TOOK, num_samples).T
+  return Took(*counts[:3], counts[3].astype(bool))
 
 
 def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
@@ -249,7 +276,7 @@ def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
     **plan.protocol(),
     **(
       {}
-      if plan.evaluations == plan.num_steps
+      if plan.adaptive or plan.evaluations == plan.num_steps
       else {'evaluations': plan.evaluations}
     ),
     **({} if dtype == 'uint8' else {'dtype': dtype}),
@@ -272,7 +299,8 @@ def name(
     f'{k}{value}' for k, value in how.options.items() if value is not None
   ]
   grid_name = [how.grid] if how.grid != 'uniform' else []
-  parts = [f'step{step}', f'{plan.sampler}{plan.num_steps}']
+  steps = '' if plan.adaptive else plan.num_steps
+  parts = [f'step{step}', f'{plan.sampler}{steps}']
   parts += [*given, *grid_name, f'seed{plan.seed}']
   parts += ['raw'] * (not FLAGS.ema) + ['noclip'] * (not plan.clip)
   whole = '_'.join(parts).replace(',', '-')

@@ -27,7 +27,7 @@ class Compiled(NamedTuple):
 
   Attributes:
     denoise: (params, xt, t) -> Denoised.
-    drawer: (a plan as JSON, frames, dtype) -> draw(params, indices).
+    drawer: (a plan as JSON, frames, dtype, took) -> draw(params, indices).
   """
 
   denoise: Callable
@@ -45,12 +45,12 @@ def _compile(model, mesh, schedule, prediction, image_shape) -> Compiled:
 
   # Kept, so that a second call of `sample` compiles nothing.
   @functools.lru_cache(maxsize=8)
-  def drawer(plan, frames, dtype):
+  def drawer(plan, frames, dtype, took):
     how = Plan(*json.loads(plan))
     return jax.jit(
       draw.drawer(
         apply, schedule, prediction, how.create(), how.grid, image_shape,
-        seed=how.seed, clip=how.clip, frames=frames, dtype=dtype,
+        seed=how.seed, clip=how.clip, frames=frames, dtype=dtype, took=took,
       )
     )  # fmt: skip
 
@@ -152,7 +152,11 @@ class Trained:
     return plans.for_run(self.config, calibration=found, **options)
 
   def drawer(
-    self, how: Plan, frames: tuple[int, ...] = (), dtype: str = 'uint8'
+    self,
+    how: Plan,
+    frames: tuple[int, ...] = (),
+    dtype: str = 'uint8',
+    took: bool = False,
   ) -> Callable:
     """A compiled function that draws samples by their index.
 
@@ -160,16 +164,18 @@ class Trained:
       how: the plan.
       frames: numbers of steps at which x is kept, see `samplers.solve`.
       dtype: of the pixels: 'uint8', or 'float32' in [0, 255], not rounded.
+      took: whether it says what each sample took, of an adaptive plan.
 
     Returns:
       indices (NumPy, [N]) -> dtype [M, H, W, C], a global array, of which the
       first N count: M is N rounded up to what the mesh divides. With frames, a
-      pair of that and dtype [F, M, H, W, C]. One M compiles once.
+      pair of that and dtype [F, M, H, W, C]; with took, a pair of that and
+      `samplers.adaptive.Took`, [M] each. One M compiles once.
 
     Raises:
       UserError: an unknown dtype.
     """
-    draw_fn = self.compiled.drawer(json.dumps(how), tuple(frames), dtype)
+    draw_fn = self.compiled.drawer(json.dumps(how), tuple(frames), dtype, took)
 
     def draw_batch(indices):
       return draw_fn(self.params, sharding.padded_indices(indices, self.mesh))

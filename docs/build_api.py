@@ -35,10 +35,11 @@ PUBLIC = {
   'models.inception': 'apply preprocess features shapes',
   'guidance': 'clip_x0',
   'samplers': (
-    'create options takes table ddim ancestral analytic_ddpm analytic_ddim euler heun plms ipndm dpm_solver '
-    'dpmpp_2s dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc predictor_corrector solve '
-    'Sampler'
+    'create options takes table ddim ancestral analytic_ddpm analytic_ddim '
+    'euler heun plms ipndm dpm_solver dpmpp_2s dpmpp_2m dpmpp_3m dpmpp_2m_sde '
+    'unipc predictor_corrector adaptive solve Sampler'
   ),
+  'samplers.adaptive': 'solve Took',
   'samplers.grid': 'create optimal',
   'samplers.calibration': 'Calibration',
   'samplers.plan': 'Plan create',

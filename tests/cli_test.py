@@ -101,6 +101,7 @@ def test_a_config_without_a_key_is_told_which():
     ((DIGITS, '--config.data.name=nonesuch'), ['nonesuch', 'digits', 'tfds:']),
     ((DIGITS, '--config.data.name=arrays'), ['data.path']),
     ((DIGITS, '--config.sample.sampler=magic'), ['magic', 'ddim']),
+    ((DIGITS, '--config.sample.sampler=adaptive'), ['adaptive', 'ddim']),
     ((DIGITS, '--config.sample.num_steps=5000'), ['5000', '1000']),
     ((DIGITS, '--config.data.train_split='), ['data.train_split']),
     ((DIGITS, '--config.data.train_split=all'), ['all', 'train or test']),

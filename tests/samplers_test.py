@@ -531,8 +531,10 @@ def test_a_clipped_draw_ends_in_range(schedule):
 # --- solve -------------------------------------------------------------------
 
 
+# Those of a grid of their own, or without one: analytic_test, adaptive_test.
 @pytest.mark.parametrize(
-  'name', [n for n in samplers.SAMPLERS if n not in samplers.CALIBRATED]
+  'name',
+  [n for n in samplers.SAMPLERS if n not in (*samplers.CALIBRATED, 'adaptive')],
 )
 def test_frames_are_the_steps_of_a_python_loop(schedule, name):
   """Frame k is x after k steps, by `step` itself and by the grid's prefix.

@@ -66,4 +66,5 @@ def test_all_that_diffusers_has_is_compared():
     'ancestral',  # see convert_test
     'predictor_corrector',
     *samplers.CALIBRATED,
+    'adaptive',  # see adaptive_test
   }

@@ -4,6 +4,7 @@ import inspect
 from typing import Literal, NamedTuple, get_args, get_origin
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.samplers.adaptive import adaptive
 from diffusion_jax.samplers.analytic import analytic_ddim, analytic_ddpm
 from diffusion_jax.samplers.ancestral import ancestral
 from diffusion_jax.samplers.ddim import ddim
@@ -20,9 +21,11 @@ from diffusion_jax.samplers.solve import Sampler, solve
 from diffusion_jax.samplers.unipc import unipc
 
 __all__ = [
+  'ADAPTIVE',
   'CALIBRATED',
   'SAMPLERS',
   'Sampler',
+  'adaptive',
   'analytic_ddim',
   'analytic_ddpm',
   'ancestral',
@@ -61,11 +64,14 @@ SAMPLERS = {
   'dpmpp_2m_sde': dpmpp_2m_sde,
   'unipc': unipc,
   'predictor_corrector': predictor_corrector,
+  'adaptive': adaptive,
 }
 
 
 # Those that take the network's calibration, see `calibration`.
 CALIBRATED = ('analytic_ddpm', 'analytic_ddim')
+# Those that choose their own steps.
+ADAPTIVE = ('adaptive',)
 
 
 class About(NamedTuple):
@@ -73,7 +79,7 @@ class About(NamedTuple):
 
   Attributes:
     order: of convergence in the number of steps, without noise.
-    evaluations: for a step of the grid.
+    evaluations: for a step of the grid, or of its own.
     noise: when it adds any.
     what: it is.
     source: arXiv id.
@@ -125,6 +131,13 @@ ABOUT = {
   ),
   'predictor_corrector': About(
     '-', '2', 'yes', 'ancestral and Langevin steps in turn', '2011.13456'
+  ),
+  'adaptive': About(
+    '2',
+    '2; 1 if rejected',
+    'no',
+    "steps of each sample's own length",
+    '2206.00927',
   ),
 }
 

@@ -79,6 +79,7 @@ def drawer(
   clip: bool = True,
   frames: tuple[int, ...] = (),
   dtype: str = 'uint8',
+  took: bool = False,
 ) -> Callable:
   """A function that draws samples, to be jitted.
 
@@ -93,10 +94,11 @@ def drawer(
     clip: whether x0 is clipped to [-1, 1] in every step.
     frames: steps at which x is kept, see `solve`.
     dtype: of the pixels: 'uint8' (`to_uint8`) or 'float32' (`to_float`).
+    took: whether it says what each sample took; the sampler chooses its steps.
 
   Returns:
     draw(params, indices [B]) -> dtype [B, H, W, C]; with frames, a pair of that
-    and dtype [F, B, H, W, C].
+    and dtype [F, B, H, W, C]; with took, a pair of that and `adaptive.Took`.
 
   Raises:
     UserError: an unknown dtype.
@@ -114,6 +116,9 @@ def drawer(
     x = jax.vmap(lambda key: jax.random.normal(key, image_shape, jnp.float32))(
       first
     )
+    if took:
+      x0, counts = sampler.run(denoiser, schedule, x)
+      return PIXELS[dtype](x0), counts
     out = solve(sampler, denoiser, schedule, grid, x, later, frames)
     return jax.tree.map(PIXELS[dtype], out)
 

@@ -18,7 +18,8 @@ class Plan(NamedTuple):
   Attributes:
     sampler: a key of SAMPLERS.
     options: all of the sampler's options, defaults included.
-    grid: falling times, the last one -1.
+    grid: falling times, the last one -1; of a sampler that chooses its own
+      steps their ends, T-1, 0 and -1.
     clip: whether x0 is clipped to [-1, 1] in every step.
     seed: of the samples, see `draw.sample_keys`.
   """
@@ -34,8 +35,13 @@ class Plan(NamedTuple):
     return len(self.grid) - 1
 
   @property
+  def adaptive(self) -> bool:
+    """Whether the sampler chooses its own steps."""
+    return self.sampler in samplers.ADAPTIVE
+
+  @property
   def evaluations(self) -> int:
-    """Of the network, for a sample."""
+    """Of the network, for a sample; where it is adaptive, the most."""
     return self.create().evaluations(self.grid)
 
   def create(self) -> samplers.Sampler:
@@ -48,12 +54,14 @@ class Plan(NamedTuple):
       **self.options,
       'clip': self.clip,
       'seed': self.seed,
-      'grid': self.grid,
+      **({} if self.adaptive else {'grid': self.grid}),
     }
 
   def cost(self) -> str:
     """Steps and evaluations, for people."""
     steps, evaluations = self.num_steps, self.evaluations
+    if self.adaptive:
+      return f'at most {evaluations} evaluations'
     if steps == evaluations:
       return f'{steps} steps'
     return f'{steps} steps, {evaluations} evaluations'
@@ -97,12 +105,14 @@ def create(
     found = calibration()
     return found.clipped_mse if clip else found.mse
 
-  times = grids.create(
-    grid,
-    schedule,
-    schedule.num_timesteps if num_steps is None else num_steps,
-    calibration and mse,
-  )
+  if sampler in samplers.ADAPTIVE:
+    if num_steps is not None or grid != 'uniform':
+      raise UserError(
+        f'sampler={sampler} chooses its own steps: leave num_steps and grid out'
+      )
+    grid = f'{schedule.num_timesteps - 1},0'
+  asked = schedule.num_timesteps if num_steps is None else num_steps
+  times = grids.create(grid, schedule, asked, calibration and mse)
   if sampler in samplers.CALIBRATED and calibration:
     table = calibration().x0_variance
     at_steps = np.interp(times[:-1], np.arange(len(table)), table)

@@ -1,4 +1,4 @@
-"""The one scan that runs every sampler."""
+"""The one scan that runs every sampler that has a grid."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ class Sampler(NamedTuple):
   """A sampler is a pair of functions, and what it costs.
 
   A row is one evaluation of the network. Where a step of the grid takes
-  several, they are several rows, and the network is compiled once.
+  several, they are several rows, and the network is compiled once. A sampler
+  that chooses its steps has a loop of its own in place of the pair.
 
   Attributes:
     init: (schedule, grid, x) -> (rows, memory). `rows` is a dict of float64
@@ -31,12 +32,16 @@ class Sampler(NamedTuple):
     step: (denoiser, row, x, memory, noise_fn) -> (x, memory): what one row
       does, with one call of the denoiser. `noise_fn()` gives standard normal
       noise of x's shape, the same however often it is called.
-    evaluations: grid -> the number of rows.
+    evaluations: grid -> the number of rows; of a loop of its own, the most that
+      a sample takes.
+    run: (denoiser, schedule, x) -> (x0, `adaptive.Took`), from t = T-1 to clean
+      data; None where there is a pair.
   """
 
-  init: Callable
-  step: Callable
+  init: Callable | None
+  step: Callable | None
   evaluations: Callable = once_a_step
+  run: Callable | None = None
 
 
 def solve(
@@ -55,7 +60,7 @@ def solve(
     denoiser: the model, with its conditioning, clipping and guidance.
     schedule: the noise schedule.
     grid: falling times, concrete. Samples end at -1; a grid may end above it,
-      with x still noised.
+      with x still noised. A sampler with a loop of its own does not look at it.
     x: [B, ...], at the grid's first time.
     keys: [B] random keys. Example b's noise in row i depends on keys[b] and i
       alone, so a sample does not depend on its batch.
@@ -65,6 +70,9 @@ def solve(
   Returns:
     x [B, ...] at the grid's end; with frames, (x, [len(frames), B, ...]).
   """
+  if sampler.run:
+    assert not frames
+    return sampler.run(denoiser, schedule, x)[0]
   rows, memory = sampler.init(schedule, np.asarray(grid, np.float64), x)
   ends = rows.get('ends', np.ones(len(rows['t'])))
   rows = {name: jnp.asarray(row, x.dtype) for name, row in rows.items()}

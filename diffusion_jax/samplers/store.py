@@ -6,10 +6,12 @@ folder that holds samples of one protocol:
 
   store.json                      what the images depend on, and their dtype
   parts/000000000-000000063.npy   [n, H, W, C], indices as in the name
+  took/                           a store of its own, where steps are adaptive
 
 Images are uint8, or where 'dtype' says so float32: in [0, 255], not rounded.
-Parts appear whole. A job that was interrupted draws what is
-missing, in batches of any size; one that asks for more draws the rest.
+What they took is int32 [n, 4], in the order of `adaptive.Took`. Parts appear
+whole. A job that was interrupted draws what is missing, in batches of any size;
+one that asks for more draws the rest.
 """
 
 import json
@@ -22,6 +24,7 @@ from diffusion_jax import files
 from diffusion_jax.errors import UserError
 
 PART = re.compile(r'(\d+)-(\d+)\.npy')
+TOOK = 'took'
 DEFAULTS = {'dtype': 'uint8'}  # of what a store.json leaves out
 
 
@@ -185,16 +188,19 @@ def fill(directory, absent, batch_size: int, draw_fn, on_batch=None) -> None:
     absent: the indices to draw, as of `missing`; the same in all processes.
     batch_size: images drawn at once, over all devices.
     draw_fn: indices [batch_size] -> (rows [R], images [R, H, W, C] of the
-      store's dtype), the rows of the batch that this process has drawn.
+      store's dtype), the rows of the batch that this process has drawn; and
+      where steps are adaptive a third, what they took [R, 4].
     on_batch: called with the number of images kept after each batch.
   """
   absent = np.asarray(absent)
   for start in range(0, len(absent), batch_size):
     indices = absent[start : start + batch_size]
     # The last batch is filled up with repeats, so that one program serves all.
-    rows, images = draw_fn(np.resize(indices, batch_size))
+    rows, images, *took = draw_fn(np.resize(indices, batch_size))
     kept = rows < len(indices)
     if kept.any():
+      for counts in took:  # before the images, or a kill may part them
+        save(files.at(directory) / TOOK, indices[rows[kept]], counts[kept])
       save(directory, indices[rows[kept]], images[kept])
     if on_batch:
       on_batch(len(indices))
