@@ -27,7 +27,7 @@ class Compiled(NamedTuple):
 
   Attributes:
     denoise: (params, xt, t) -> Denoised.
-    drawer: (a plan as JSON, frames, dtype) -> draw(params, indices).
+    drawer: (a plan as JSON, frames, dtype, estimates) -> draw(params, indices).
   """
 
   denoise: Callable
@@ -45,12 +45,13 @@ def _compile(model, mesh, schedule, prediction, image_shape) -> Compiled:
 
   # Kept, so that a second call of `sample` compiles nothing.
   @functools.lru_cache(maxsize=8)
-  def drawer(plan, frames, dtype):
+  def drawer(plan, frames, dtype, estimates):
     how = Plan(*json.loads(plan))
     return jax.jit(
       draw.drawer(
         apply, schedule, prediction, how.create(), how.grid, image_shape,
         seed=how.seed, clip=how.clip, frames=frames, dtype=dtype,
+        estimates=estimates,
       )
     )  # fmt: skip
 
@@ -143,7 +144,11 @@ class Trained:
     return plans.for_run(self.config, **options)
 
   def drawer(
-    self, how: Plan, frames: tuple[int, ...] = (), dtype: str = 'uint8'
+    self,
+    how: Plan,
+    frames: tuple[int, ...] = (),
+    dtype: str = 'uint8',
+    estimates: bool = False,
   ) -> Callable:
     """A compiled function that draws samples by their index.
 
@@ -151,6 +156,7 @@ class Trained:
       how: the plan.
       frames: numbers of steps at which x is kept, see `samplers.solve`.
       dtype: of the pixels: 'uint8', or 'float32' in [0, 255], not rounded.
+      estimates: whether frames are the estimates of x0 in place of x.
 
     Returns:
       indices (NumPy, [N]) -> dtype [M, H, W, C], a global array, of which the
@@ -160,7 +166,9 @@ class Trained:
     Raises:
       UserError: an unknown dtype.
     """
-    draw_fn = self.compiled.drawer(json.dumps(how), tuple(frames), dtype)
+    draw_fn = self.compiled.drawer(
+      json.dumps(how), tuple(frames), dtype, estimates
+    )
 
     def draw_batch(indices):
       return draw_fn(self.params, sharding.padded_indices(indices, self.mesh))

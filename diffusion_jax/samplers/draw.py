@@ -79,6 +79,7 @@ def drawer(
   clip: bool = True,
   frames: tuple[int, ...] = (),
   dtype: str = 'uint8',
+  estimates: bool = False,
 ) -> Callable:
   """A function that draws samples, to be jitted.
 
@@ -93,6 +94,8 @@ def drawer(
     clip: whether x0 is clipped to [-1, 1] in every step.
     frames: steps at which x is kept, see `solve`.
     dtype: of the pixels: 'uint8' (`to_uint8`) or 'float32' (`to_float`).
+    estimates: whether frames are not x but the estimates of x0 from it, by one
+      more evaluation each (arXiv 2006.11239, section 4.3); of clean data, x.
 
   Returns:
     draw(params, indices [B]) -> dtype [B, H, W, C]; with frames, a pair of that
@@ -115,6 +118,13 @@ def drawer(
       first
     )
     out = solve(sampler, denoiser, schedule, grid, x, later, frames)
+    if frames and estimates:
+      x, kept = out
+      # No denoiser knows the noise of clean data, which can only be the last.
+      times = jnp.array([grid[k] for k in frames if grid[k] >= 0], x.dtype)
+      noised, clean = jnp.split(kept, [len(times)])
+      guesses = jax.lax.map(lambda frame: denoiser(*frame).x0, (noised, times))
+      out = x, jnp.concatenate([guesses, clean])
     return jax.tree.map(PIXELS[dtype], out)
 
   return draw
