@@ -39,6 +39,7 @@ PUBLIC = {
     'dpmpp_2s dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc predictor_corrector solve '
     'Sampler'
   ),
+  'samplers.inversion': 'ddim_inversion slerp',
   'samplers.grid': 'create',
   'samplers.plan': 'Plan create',
   'samplers.draw': 'drawer sample_keys to_uint8 to_float',
@@ -53,6 +54,7 @@ PUBLIC = {
     'Checkpoints steps find_step hold held save_params load_params load_common'
   ),
   'training.loop': 'train Every',
+  'latents': 'noises carrier interpolation',
   'evaluation.features': 'Judge Batch Images images_of pixels passes sha256_of',
   'evaluation.classifier': 'train load fit',
   'evaluation.inception': 'load',
@@ -82,7 +84,7 @@ PUBLIC = {
   'weights.diffusers': 'read write to_params to_tensors Folder',
   'weights.settings': 'unet_of scheduler_of network_of process_of',
   'weights.official': 'read to_params Checkpoint',
-  'pictures': 'grid trajectory neighbours save',
+  'pictures': 'grid columns trajectory neighbours save',
   'errors': 'UserError',
 }
 

@@ -57,7 +57,9 @@ def ddim_inversion(iterations: int = 1) -> Sampler:
       'cx': alpha[1:] / alpha[:-1],
       'ceps': alpha[1:] * np.diff(level),
     }
-    rows = {name: np.repeat(value, iterations) for name, value in a_step.items()}
+    rows = {
+      name: np.repeat(value, iterations) for name, value in a_step.items()
+    }
     return {**rows, 'begins': begins.ravel(), 'ends': ends.ravel()}, x
 
   def step(denoiser, row, x, memory, noise_fn):
