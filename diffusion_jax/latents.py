@@ -18,7 +18,16 @@ from diffusion_jax.training import sharding
 
 
 def noises(trained: Trained, seed: int, count: int) -> np.ndarray:
-  """What the first samples of a seed begin as, float32 [count, H, W, C]."""
+  """What the first samples of a seed begin as.
+
+  Args:
+    trained: the network.
+    seed: of the samples.
+    count: how many.
+
+  Returns:
+    float32 [count, H, W, C], bitwise the noise of `Trained.sample`.
+  """
 
   @jax.jit
   def first(indices):

@@ -24,9 +24,10 @@ def ddim_inversion(iterations: int = 1) -> Sampler:
 
   The first evaluation puts x_s in place of the unknown x_t on the right, as
   diffusers' DDIMInverseScheduler does, which errs by the length of the step
-  squared. Each further one puts in the latest x_t (arXiv 2309.04907; it is
-  2403.14602 without its averages and its corrections). That shrinks the error
-  of a step by |alpha_t (k_t - k_s) d eps / d x|: for data N(m, v) it is
+  squared. Each further one puts in the latest x_t, a fixed-point iteration (of
+  arXiv 2309.04907 without its acceleration, of arXiv 2403.14602 without its
+  averages and corrections). That shrinks the error of a step by
+  |alpha_t (k_t - k_s) d eps / d x|, which for data N(m, v) is
 
     sigma_t (sigma_t - sigma_s alpha_t / alpha_s) / (alpha_t^2 v + sigma_t^2)
 
