@@ -54,12 +54,12 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
   return canvas
 
 
-def trajectory(frames: np.ndarray, times) -> np.ndarray:
-  """The way from noise to images: a row each, a labelled column for each time.
+def columns(frames: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+  """Images in labelled columns, which line up what belongs together in rows.
 
   Args:
-    frames: uint8 [F, N, H, W, C].
-    times: F labels, the t of each column.
+    frames: uint8 [F, N, H, W, C]: columns, then rows.
+    labels: F texts, to stand above the columns.
 
   Returns:
     uint8 [height, width, 3].
@@ -73,12 +73,26 @@ def trajectory(frames: np.ndarray, times) -> np.ndarray:
   pen = ImageDraw.Draw(canvas)
   gap = gutter(enlarge(frames[:1, 0]).shape[1])
   pitch = (picture.shape[1] - gap) / len(frames)
-  for i, time in enumerate(times):
-    text = 'x0' if time < 0 else f't = {time:.4g}'
+  for i, label in enumerate(labels):
     pen.text(
-      (gap / 2 + (i + 0.5) * pitch, 3), text, fill=(60, 60, 60), anchor='ma'
+      (gap / 2 + (i + 0.5) * pitch, 3), label, fill=(60, 60, 60), anchor='ma'
     )
   return np.asarray(canvas)
+
+
+def trajectory(frames: np.ndarray, times) -> np.ndarray:
+  """The way from noise to images: a row each, a labelled column for each time.
+
+  Args:
+    frames: uint8 [F, N, H, W, C].
+    times: F labels, the t of each column.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  return columns(
+    frames, ['x0' if time < 0 else f't = {time:.4g}' for time in times]
+  )
 
 
 def neighbours(

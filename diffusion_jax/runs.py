@@ -9,6 +9,7 @@ starts.jsonl           one object a start: time, step, versions, devices
 heartbeats/            of several processes, see training/watchdog.py
 metrics.jsonl          one object a line; TensorBoard's events beside it
 samples/               grids on the way (train_*.png) and sample stores
+inversions/            images as noises, and drawn again from them
 calibration/           how a checkpoint errs, see samplers/calibration.py
 evaluations/           metric cards, and the networks that judged
 report.html            all of it to look at

@@ -13,7 +13,14 @@ samples.npz (`arr_0`, uint8), grid.png, and what else is asked for; of
 import numpy as np
 from absl import flags
 
-from diffusion_jax import cli, distributed, files, pictures, sampling
+from diffusion_jax import (
+  cli,
+  distributed,
+  files,
+  latents,
+  pictures,
+  sampling,
+)
 from diffusion_jax.errors import UserError
 from diffusion_jax.samplers import store
 from diffusion_jax.training import sharding
@@ -27,9 +34,19 @@ flags.DEFINE_integer(
   'trajectory', 0,
   'Also write trajectory.png: the way of so many images out of the noise.',
 )  # fmt: skip
+flags.DEFINE_integer(
+  'progressive', 0,
+  'Also write progressive.png: on the way, what x0 is taken to be.',
+)  # fmt: skip
+flags.DEFINE_integer(
+  'interpolate', 0,
+  'Also write interpolation.png: so many images between samples 0 and 1, 2 and '
+  '3 and so on, by their noises; for samplers that add none.',
+)  # fmt: skip
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
-TRAJECTORY_FRAMES = 10
+FRAMES = 10  # on pictures of a way, at most
+PAIRS = 8  # on interpolation.png, at most
 
 
 def main():
@@ -38,22 +55,42 @@ def main():
   if not FLAGS.workdir:
     raise UserError('--workdir is missing; see --help')
   distributed.initialize()
-  sampling.check_flags(num_samples=1, grid_images=1, trajectory=0)
-  if FLAGS.trajectory > min(FLAGS.num_samples, FLAGS.batch_size):
+  sampling.check_flags(
+    num_samples=1, grid_images=1, trajectory=0, progressive=0, interpolate=0
+  )
+  for flag in ('trajectory', 'progressive'):
+    if FLAGS[flag].value > min(FLAGS.num_samples, FLAGS.batch_size):
+      raise UserError(
+        f'--{flag}={FLAGS[flag].value}: at most --num_samples='
+        f'{FLAGS.num_samples} and --batch_size={FLAGS.batch_size}'
+      )
+  if FLAGS.interpolate and FLAGS.num_samples < 2:
     raise UserError(
-      f'--trajectory={FLAGS.trajectory}: at most --num_samples='
-      f'{FLAGS.num_samples} and --batch_size={FLAGS.batch_size}'
+      f'--interpolate={FLAGS.interpolate} is between two samples: give '
+      f'--num_samples=2 or more, not {FLAGS.num_samples}'
     )
   trained, plan, output = sampling.chosen()
-  if FLAGS.trajectory and plan.adaptive:
+  for flag in ('trajectory', 'progressive', 'interpolate'):
+    if FLAGS[flag].value and plan.adaptive:
+      raise UserError(
+        f'--sampler={plan.sampler} chooses its own steps: leave --{flag} out'
+      )
+  if FLAGS.interpolate and plan.adds_noise:
     raise UserError(
-      f'--sampler={plan.sampler} chooses its own steps: leave --trajectory out'
+      f'--interpolate={FLAGS.interpolate}: with --sampler={plan.sampler} and '
+      'its options an image depends on more noise than it begins as; give one '
+      'that adds none, such as --sampler=ddim'
     )
   drawn = sampling.fill(trained, plan, output, FLAGS.num_samples)
   if distributed.is_first():
     _write(output, plan)
   if FLAGS.trajectory:
-    _draw_trajectory(trained, plan, output)
+    _draw_way(trained, plan, output / 'trajectory.png', FLAGS.trajectory)
+  if FLAGS.progressive:
+    path = output / 'progressive.png'
+    _draw_way(trained, plan, path, FLAGS.progressive, estimates=True)
+  if FLAGS.interpolate:
+    _draw_interpolation(trained, plan, output / 'interpolation.png')
   cost, told = _cost(plan, output)
   cli.report(
     {
@@ -100,16 +137,29 @@ def _write(output, plan):
       pictures.save(output / 'png' / f'{i:06d}.png', image)
 
 
-def _draw_trajectory(trained, plan, output):
-  """The first samples, at some of the times between noise and image."""
-  frames = np.linspace(0, plan.num_steps, TRAJECTORY_FRAMES).astype(int)
+def _draw_way(trained, plan, path, count, estimates=False):
+  """The first samples, or estimates of x0, at times from noise to image."""
+  frames = np.linspace(0, plan.num_steps, FRAMES).astype(int)
   frames = tuple(dict.fromkeys(frames.tolist()))
-  _, kept = trained.drawer(plan, frames)(np.arange(FLAGS.trajectory))
-  kept = sharding.to_host(kept)[:, : FLAGS.trajectory]
+  draw_fn = trained.drawer(plan, frames, estimates=estimates)
+  _, kept = draw_fn(np.arange(count))
+  kept = sharding.to_host(kept)[:, :count]
   if distributed.is_first():
     times = [plan.grid[frame] for frame in frames]
-    picture = pictures.trajectory(kept, times)
-    pictures.save(output / 'trajectory.png', picture)
+    pictures.save(path, pictures.trajectory(kept, times))
+
+
+def _draw_interpolation(trained, plan, path):
+  """Between the first samples, pair by pair."""
+  pairs = min(FLAGS.num_samples // 2, PAIRS)
+  draw_fn = latents.carrier(
+    trained, plan.create(), plan.grid, clip=plan.clip,
+    batch_size=FLAGS.batch_size,
+  )  # fmt: skip
+  ends = latents.noises(trained, plan.seed, 2 * pairs)
+  picture = latents.interpolation(draw_fn, ends, FLAGS.interpolate)
+  if distributed.is_first():
+    pictures.save(path, picture)
 
 
 if __name__ == '__main__':

@@ -27,7 +27,8 @@ class Compiled(NamedTuple):
 
   Attributes:
     denoise: (params, xt, t) -> Denoised.
-    drawer: (a plan as JSON, frames, dtype, took) -> draw(params, indices).
+    drawer: (a plan as JSON, frames, dtype, took, estimates) -> draw(params,
+      indices).
   """
 
   denoise: Callable
@@ -45,12 +46,13 @@ def _compile(model, mesh, schedule, prediction, image_shape) -> Compiled:
 
   # Kept, so that a second call of `sample` compiles nothing.
   @functools.lru_cache(maxsize=8)
-  def drawer(plan, frames, dtype, took):
+  def drawer(plan, frames, dtype, took, estimates):
     how = Plan(*json.loads(plan))
     return jax.jit(
       draw.drawer(
         apply, schedule, prediction, how.create(), how.grid, image_shape,
         seed=how.seed, clip=how.clip, frames=frames, dtype=dtype, took=took,
+        estimates=estimates,
       )
     )  # fmt: skip
 
@@ -157,6 +159,7 @@ class Trained:
     frames: tuple[int, ...] = (),
     dtype: str = 'uint8',
     took: bool = False,
+    estimates: bool = False,
   ) -> Callable:
     """A compiled function that draws samples by their index.
 
@@ -165,6 +168,7 @@ class Trained:
       frames: numbers of steps at which x is kept, see `samplers.solve`.
       dtype: of the pixels: 'uint8', or 'float32' in [0, 255], not rounded.
       took: whether it says what each sample took, of an adaptive plan.
+      estimates: whether frames are the estimates of x0 in place of x.
 
     Returns:
       indices (NumPy, [N]) -> dtype [M, H, W, C], a global array, of which the
@@ -175,7 +179,9 @@ class Trained:
     Raises:
       UserError: an unknown dtype.
     """
-    draw_fn = self.compiled.drawer(json.dumps(how), tuple(frames), dtype, took)
+    draw_fn = self.compiled.drawer(
+      json.dumps(how), tuple(frames), dtype, took, estimates
+    )
 
     def draw_batch(indices):
       return draw_fn(self.params, sharding.padded_indices(indices, self.mesh))

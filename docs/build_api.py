@@ -40,6 +40,7 @@ PUBLIC = {
     'unipc predictor_corrector adaptive solve Sampler'
   ),
   'samplers.adaptive': 'solve Took',
+  'samplers.inversion': 'ddim_inversion slerp',
   'samplers.grid': 'create optimal',
   'samplers.calibration': 'Calibration',
   'samplers.plan': 'Plan create',
@@ -55,6 +56,7 @@ PUBLIC = {
     'Checkpoints steps find_step hold held save_params load_params load_common'
   ),
   'training.loop': 'train Every',
+  'latents': 'noises carrier interpolation',
   'evaluation.features': 'Judge Batch Images images_of pixels passes sha256_of',
   'evaluation.classifier': 'train load fit',
   'evaluation.inception': 'load',
@@ -86,7 +88,7 @@ PUBLIC = {
   'weights.diffusers': 'read write to_params to_tensors Folder',
   'weights.settings': 'unet_of scheduler_of network_of process_of',
   'weights.official': 'read to_params Checkpoint',
-  'pictures': 'grid trajectory neighbours save',
+  'pictures': 'grid columns trajectory neighbours save',
   'errors': 'UserError',
 }
 

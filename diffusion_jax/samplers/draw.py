@@ -80,6 +80,7 @@ def drawer(
   frames: tuple[int, ...] = (),
   dtype: str = 'uint8',
   took: bool = False,
+  estimates: bool = False,
 ) -> Callable:
   """A function that draws samples, to be jitted.
 
@@ -95,6 +96,8 @@ def drawer(
     frames: steps at which x is kept, see `solve`.
     dtype: of the pixels: 'uint8' (`to_uint8`) or 'float32' (`to_float`).
     took: whether it says what each sample took; the sampler chooses its steps.
+    estimates: whether frames are not x but the estimates of x0 from it, by one
+      more evaluation each (arXiv 2006.11239, section 4.3); of clean data, x.
 
   Returns:
     draw(params, indices [B]) -> dtype [B, H, W, C]; with frames, a pair of that
@@ -120,6 +123,13 @@ def drawer(
       x0, counts = sampler.run(denoiser, schedule, x)
       return PIXELS[dtype](x0), counts
     out = solve(sampler, denoiser, schedule, grid, x, later, frames)
+    if frames and estimates:
+      x, kept = out
+      # No denoiser knows the noise of clean data, which can only be the last.
+      times = jnp.array([grid[k] for k in frames if grid[k] >= 0], x.dtype)
+      noised, clean = jnp.split(kept, [len(times)])
+      guesses = jax.lax.map(lambda frame: denoiser(*frame).x0, (noised, times))
+      out = x, jnp.concatenate([guesses, clean])
     return jax.tree.map(PIXELS[dtype], out)
 
   return draw

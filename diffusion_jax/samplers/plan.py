@@ -44,6 +44,12 @@ class Plan(NamedTuple):
     """Of the network, for a sample; where it is adaptive, the most."""
     return self.create().evaluations(self.grid)
 
+  @property
+  def adds_noise(self) -> bool:
+    """Whether a sample depends on more noise than that which it begins as."""
+    when = samplers.ABOUT[self.sampler].noise  # 'yes', 'no', or 'eta > 0'
+    return when == 'yes' or bool(self.options.get(when.split()[0]))
+
   def create(self) -> samplers.Sampler:
     return samplers.create(self.sampler, **self.options)
 

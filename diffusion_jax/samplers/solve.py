@@ -59,8 +59,9 @@ def solve(
     sampler: which.
     denoiser: the model, with its conditioning, clipping and guidance.
     schedule: the noise schedule.
-    grid: falling times, concrete. Samples end at -1; a grid may end above it,
-      with x still noised. A sampler with a loop of its own does not look at it.
+    grid: times, concrete. They fall where samples are drawn, which end at -1;
+      a grid may end above it, with x still noised. For `inversion` they rise. A
+      sampler with a loop of its own does not look at them.
     x: [B, ...], at the grid's first time.
     keys: [B] random keys. Example b's noise in row i depends on keys[b] and i
       alone, so a sample does not depend on its batch.

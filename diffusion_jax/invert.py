@@ -1,0 +1,249 @@
+r"""Inverts images of a run into noise, and draws them again from it.
+
+  python -m diffusion_jax.invert --workdir=runs/digits --num_images=8 \
+    --num_steps=100 --iterations=3 --interpolate=7
+
+Images at even distances of the run's held-out ones go up a grid by DDIM
+inverted, and down the same grid by DDIM. What they then differ by is told of
+each image. Writes inversion.json, noises.npy (float32, what each image is drawn
+from), inversion.png, and with --interpolate interpolation.png: between images 0
+and 1, 2 and 3 and so on, by their noises.
+
+x0 is not clipped, as samples' is: a step that clips takes many x to one, and
+cannot be undone. --clip clips on both ways.
+"""
+
+import hashlib
+import json
+import math
+
+import numpy as np
+from absl import flags
+
+from diffusion_jax import (
+  cli,
+  distributed,
+  files,
+  judging,
+  latents,
+  pictures,
+  runs,
+)
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import features
+from diffusion_jax.samplers import draw, inversion
+from diffusion_jax.samplers import grid as grids
+from diffusion_jax.samplers import plan as plans
+from diffusion_jax.trained import load
+from diffusion_jax.training import checkpoint
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(distributed)
+for shared in ('data_path', 'json'):
+  flags.declare_key_flag(shared)
+flags.DEFINE_string('workdir', None, 'Folder of the run.')
+flags.DEFINE_string(
+  'output', None, 'Folder of what is written; by default in WORKDIR/inversions.'
+)
+flags.DEFINE_enum(
+  'split', 'heldout', ['heldout', 'train'], 'Which images of the run.'
+)
+flags.DEFINE_integer('num_images', 8, 'How many, at even distances.')
+flags.DEFINE_integer('batch_size', 64, 'Images inverted at once.')
+flags.DEFINE_integer(
+  'num_steps', None, 'Steps each way; all of the schedule by default.'
+)
+flags.DEFINE_string(
+  'grid', 'uniform',
+  f'Times: {", ".join(grids.GRIDS)}, or a literal list such as 999,500,100.',
+)  # fmt: skip
+flags.DEFINE_integer(
+  'iterations', 3,
+  'Evaluations in each step of the inversion: 1 is the usual one, more of them '
+  'undo the step the better.',
+)  # fmt: skip
+flags.DEFINE_integer(
+  'interpolate', 0, 'Also draw so many images between two neighbours.'
+)
+flags.DEFINE_bool('clip', False, 'Clip x0 to [-1, 1] in every step, both ways.')
+flags.DEFINE_bool('ema', True, 'Averaged weights, or the raw ones.')
+flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
+
+MOST_SEEN = 100  # times that the picture of differences is brightened
+
+
+def main():
+  distributed.initialize()
+  cli.at_least(num_images=1, batch_size=1, iterations=1, interpolate=0)
+  if FLAGS.output == '':
+    raise UserError('--output is empty: give a folder, or leave the flag out')
+  if FLAGS.interpolate and FLAGS.num_images < 2:
+    raise UserError(
+      f'--interpolate={FLAGS.interpolate} is between two images: give '
+      f'--num_images=2 or more, not {FLAGS.num_images}'
+    )
+  workdir = files.at(FLAGS.workdir).expanduser()
+  config = runs.read_config(workdir)
+  plan = plans.for_run(
+    config, sampler='ddim', num_steps=FLAGS.num_steps, grid=FLAGS.grid,
+    clip=FLAGS.clip,
+  )  # fmt: skip
+  step = distributed.on_first(
+    lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
+  )
+  output = FLAGS.output or workdir / 'inversions' / _name(step, plan)
+  output = files.at(output).expanduser()
+  runs.usable_output(output, 'inversions')
+  images = _images(config)
+  trained = load(workdir, step, FLAGS.ema)
+  _invert(trained, plan, images, output)
+
+
+def _name(step, plan) -> str:
+  """What an inversion of these flags is called."""
+  grid = FLAGS.grid
+  if grid not in grids.GRIDS:  # it may be long
+    grid = hashlib.sha256(str(plan.grid).encode()).hexdigest()[:12]
+  parts = [f'step{step}', f'ddim{plan.num_steps}']
+  parts += [grid] * (grid != 'uniform')
+  parts += [f'iterations{FLAGS.iterations}', f'{FLAGS.split}{FLAGS.num_images}']
+  parts += ['raw'] * (not FLAGS.ema) + ['clip'] * plan.clip
+  return '_'.join(parts)
+
+
+def _images(config) -> features.Images:
+  """Those that the flags ask for."""
+  train, heldout = judging.splits_of(config)
+  source = train if FLAGS.split == 'train' else heldout
+  if source is None:
+    raise UserError('the run holds no images out: give --split=train')
+  if FLAGS.num_images > len(source):
+    raise UserError(
+      f'--num_images={FLAGS.num_images}: there are {len(source)} '
+      f'({source.description})'
+    )
+  return features.images_of(source, FLAGS.num_images)
+
+
+def _invert(trained, plan, images, output):
+  """There and back; writes and tells."""
+  pixels = np.concatenate(list(images.stream()))
+  x0 = pixels.astype(np.float32) / 127.5 - 1.0
+  how = {'clip': plan.clip, 'batch_size': FLAGS.batch_size}
+  up, sampler = plan.grid[::-1], inversion.ddim_inversion(FLAGS.iterations)
+  evaluations = sampler.evaluations(up)
+  cli.say(
+    f'inverting {images.count} images in {evaluations} evaluations each, and '
+    f'drawing them again in {plan.evaluations}'
+  )
+  noises = latents.carrier(trained, sampler, up, **how)(x0)
+  draw_fn = latents.carrier(trained, plan.create(), plan.grid, **how)
+  again = draw_fn(noises)
+  result = {
+    'workdir': str(trained.workdir),
+    'step': trained.step,
+    'ema': trained.ema,
+    'weights_sha256': trained.weights_sha256,
+    'split': FLAGS.split,
+    'num_images': images.count,
+    'images_sha256': features.sha256_of(images),
+    'iterations': FLAGS.iterations,
+    'clip': plan.clip,
+    'grid': plan.grid,
+    'evaluations': {'inversion': evaluations, 'drawing': plan.evaluations},
+    **_measured(x0, noises, again),
+  }
+  drawn = {'inversion.png': _picture(pixels, noises, again)}
+  if FLAGS.interpolate:
+    drawn['interpolation.png'] = latents.interpolation(
+      draw_fn, noises, FLAGS.interpolate
+    )
+
+  def keep():
+    files.make(output)
+    for name, picture in drawn.items():
+      pictures.save(output / name, picture)
+    with files.replacing(output / 'noises.npy') as file:
+      np.save(file, noises, allow_pickle=False)
+    with files.replacing(output / 'inversion.json') as file:
+      file.write(json.dumps(result, indent=2).encode() + b'\n')
+
+  distributed.on_first(keep)
+  cli.report(
+    {**result, 'output': str(output)},
+    f'{_text(result, images)}\n\nin {output}',
+    FLAGS.json,
+  )
+
+
+def _measured(x0, noises, again) -> dict:
+  """Errors of the round trip, in units of [-1, 1] and of 255.
+
+  And the root of the mean square of each noise, which of one that was drawn is
+  near 1.
+  """
+
+  def rms(values):
+    return np.sqrt(np.mean(np.square(values, dtype=np.float64), (1, 2, 3)))
+
+  def errors(root, largest):
+    return {
+      'rms': float(root), 'max': float(largest),
+      'rms_255': 127.5 * float(root), 'max_255': 127.5 * float(largest),
+    }  # fmt: skip
+
+  off = again.astype(np.float64) - x0
+  roots, most = rms(off), np.abs(off).max((1, 2, 3))
+  return {
+    'error': errors(np.sqrt(np.mean(roots**2)), most.max()),
+    'images': [
+      {**errors(*one), 'noise_rms': float(noise)}
+      for *one, noise in zip(roots, most, rms(noises), strict=True)
+    ],
+  }
+
+
+def _picture(pixels, noises, again) -> np.ndarray:
+  """A row an image: itself, its noise, drawn again, and the difference."""
+  drawn = np.asarray(draw.to_uint8(again))
+  off = np.abs(again - (pixels / 127.5 - 1.0)) * 127.5
+  # Brightened by a power of 10 so far as none is cut off.
+  factor = 10 ** math.floor(math.log10(255 / max(off.max(), 1e-9)))
+  factor = min(max(factor, 1), MOST_SEEN)
+  seen = np.clip(np.round(off * factor), 0, 255).astype(np.uint8)
+  return pictures.columns(
+    np.stack([pixels, np.asarray(draw.to_uint8(noises)), drawn, seen]),
+    ['image', 'noise', 'again', f'error x{factor}'],
+  )
+
+
+def _text(result, images) -> str:
+  """As people read it."""
+
+  def row(name, errors, noise):
+    keys = ('rms', 'max', 'rms_255', 'max_255')
+    return (name, *(f'{errors[key]:.3g}' for key in keys), noise)
+
+  each = result['images']
+  rows = [
+    row(str(i), errors, f'{errors["noise_rms"]:.3f}')
+    for i, errors in enumerate(each)
+  ]
+  noise = np.sqrt(np.mean([errors['noise_rms'] ** 2 for errors in each]))
+  steps, count = len(result['grid']) - 1, result['iterations']
+  return '\n'.join(
+    [
+      f'{len(each)} images of {images.description}',
+      f'inverted by step {result["step"]} in {steps} steps of {count} '
+      f'evaluation{"s" * (count > 1)}, and drawn again by DDIM in {steps}',
+      '',
+      *cli.table(
+        ['image', 'rms', 'max', 'rms of 255', 'max of 255', 'rms of noise'],
+        [*rows, row('all', result['error'], f'{noise:.3f}')],
+      ),
+    ]
+  )
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__, required=('workdir',))
