@@ -58,6 +58,11 @@ NOISE = 'diffusers.pipelines.ddim.pipeline_ddim.randn_tensor'
 def main():
   sizes, config, how = _checked()
   load_before = round(os.getloadavg()[0], 2)
+  if load_before > os.cpu_count() / 2:
+    cli.say(
+      f'warning: the load is {load_before}, of {os.cpu_count()} cores: figures '
+      'of a busy machine compare nothing'
+    )
   with tempfile.TemporaryDirectory() as folder:
     trained, pipeline = both(config, Path(folder))
   cli.say('the same images from the same noise?')
