@@ -1,0 +1,312 @@
+r"""Speed of sampling: beside diffusers, and beside the network alone.
+
+  pip install '.[parity]'
+  python benchmarks/sampling.py
+  python benchmarks/sampling.py --config=digits --num_steps=50
+
+One network of random weights is written as a run and, by the converter, as a
+folder of diffusers; each side loads its own, and DDIM draws with it.
+
+1. images/s of `load(RUN).sample(...)` and of `DDIMPipeline.from_pretrained(
+   FOLDER)(...)`, both to float32 NumPy images, after both have drawn the same
+   images from the same noise.
+2. What a draw takes beyond the network: its time over that of as many bare
+   evaluations, called one by one, or in one compiled scan.
+
+What is compared takes turns, in one process. A first call of each, which
+compiles, is not among the rounds.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from diffusion_jax import cli, environment, files, models, runs, validation
+from diffusion_jax.errors import UserError
+from diffusion_jax.samplers import draw, plan
+from diffusion_jax.trained import load
+from diffusion_jax.training import checkpoint, sharding
+from diffusion_jax.weights import diffusers as folders
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file(
+  'config', cli.shipped_config('cifar10'),
+  'Whose network: a file, or the name of a shipped config.',
+)  # fmt: skip
+flags.DEFINE_list('batch_sizes', ['1', '16'], 'Images drawn at once.')
+flags.DEFINE_integer('num_steps', 10, 'Steps of DDIM.')
+flags.DEFINE_integer('rounds', 5, 'How often each side is timed.')
+flags.DEFINE_string('output', None, 'A JSON file of the result.')
+
+HOW = {'sampler': 'ddim', 'grid': 'leading'}  # as diffusers' DDIM
+TOLERANCE = 1e-3  # of images in [0, 1]
+NOISE = 'diffusers.pipelines.ddim.pipeline_ddim.randn_tensor'
+
+
+def main():
+  sizes, config, how = _checked()
+  load_before = round(os.getloadavg()[0], 2)
+  if load_before > os.cpu_count() / 2:
+    cli.say(
+      f'warning: the load is {load_before}, of {os.cpu_count()} cores: figures '
+      'of a busy machine compare nothing'
+    )
+  with tempfile.TemporaryDirectory() as folder:
+    trained, pipeline = both(config, Path(folder))
+  cli.say('the same images from the same noise?')
+  result = {
+    **_machine(pipeline),
+    'load_before': load_before,
+    'image_shape': trained.image_shape,
+    'model': trained.config['model'],
+    'num_steps': how.num_steps,
+    'rounds': FLAGS.rounds,
+    'difference': difference(trained, pipeline, how, sizes[0]),
+    'batches': [],
+  }
+  for size in sizes:
+    cli.say(f'batch {size}')
+    result['batches'].append(measured(trained, pipeline, how, size))
+  if FLAGS.output:
+    files.make(files.at(FLAGS.output).parent)
+    with files.replacing(FLAGS.output) as file:
+      file.write(json.dumps(result, indent=2).encode() + b'\n')
+  cli.report(result, '\n'.join(_shown(result)), as_json=False)
+
+
+def both(config, folder: Path) -> tuple:
+  """One network on both sides, each loaded as its users load it.
+
+  Args:
+    config: of the run.
+    folder: for the files, which are not needed later.
+
+  Returns:
+    (`trained.Trained` on one device, `diffusers.DDIMPipeline`).
+  """
+  import diffusers
+  import torch
+
+  diffusers.logging.set_verbosity_error()
+  diffusers.logging.disable_progress_bar()
+  run, theirs = folder / 'run', folder / 'diffusers'
+  shape = runs.image_shape(config.data)
+  params = random_params(models.create(image_shape=shape, **config.model))
+  folders.write(theirs, runs.to_plain(config), params)
+  checkpoint.save_params(run / 'checkpoints', 0, params)
+  runs.write_config(run, config)
+  pipeline = diffusers.DDIMPipeline.from_pretrained(theirs)
+  pipeline.set_progress_bar_config(disable=True)
+  pipeline.to('cuda' if torch.cuda.is_available() else 'cpu')
+  return load(run, mesh=sharding.make_mesh(devices=jax.devices()[:1])), pipeline
+
+
+def random_params(model: models.Model) -> dict:
+  """Initial values with noise on top: of zeros, as in the last layer of a new
+  network, a comparison learns nothing."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda leaf: leaf + 0.02 * rng.standard_normal(leaf.shape, np.float32),
+    jax.jit(model.init)(jax.random.key(0)),
+  )
+
+
+def ours(trained, how, size: int) -> np.ndarray:
+  """Images [size, H, W, C] in [0, 255], as users draw them."""
+  return trained.sample(
+    size, batch_size=size, dtype='float32', num_steps=how.num_steps, **HOW
+  )
+
+
+def theirs(pipeline, how, size: int, **options) -> np.ndarray:
+  """Images [size, H, W, C] in [0, 1], as users draw them."""
+  return pipeline(
+    size, num_inference_steps=how.num_steps, output_type='np', **options
+  ).images
+
+
+def difference(trained, pipeline, how, size: int) -> float:
+  """The largest, of images in [0, 1] that both draw from the same noise.
+
+  Raises:
+    RuntimeError: it is so large that what would be timed is not the same work.
+  """
+  import torch
+
+  first, _ = draw.sample_keys(how.seed, jnp.arange(size, dtype=jnp.uint32))
+  noise = [jax.random.normal(key, trained.image_shape) for key in first]
+  noise = torch.from_numpy(np.stack(noise).transpose(0, 3, 1, 2).copy())
+  # GPUs round products to 10 bits by default: fit for use, not for comparison.
+  with (
+    jax.default_matmul_precision('highest'),
+    torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+    mock.patch(NOISE, return_value=noise.to(pipeline.device)),
+  ):
+    # By default theirs clips x0, and goes on with the eps of before.
+    images = theirs(pipeline, how, size, use_clipped_model_output=True)
+    largest = float(np.abs(ours(trained, how, size) / 255 - images).max())
+  if not largest < TOLERANCE:
+    raise RuntimeError(f'images differ by {largest:.1e} from the same noise')
+  return largest
+
+
+def measured(trained, pipeline, how, size: int) -> dict:
+  """Both comparisons at one batch size: medians, and the spread."""
+  first, pair = alternating(
+    {
+      'ours': functools.partial(ours, trained, how, size),
+      'diffusers': functools.partial(theirs, pipeline, how, size),
+    }
+  )
+  drawer, indices = trained.drawer(how, dtype='float32'), np.arange(size)
+  _, alone = alternating(
+    {'draw': lambda: drawer(indices), **network_alone(trained, how, size)}
+  )
+  return {
+    'batch_size': size,
+    'compile_seconds': first['ours'] - float(np.median(pair['ours'])),
+    'images_per_sec': {
+      name: _summary(size / seconds) for name, seconds in pair.items()
+    },
+    'seconds': {name: _summary(seconds) for name, seconds in alone.items()},
+    # Of each round's two times: what slows a whole round down cancels.
+    'ratios': {
+      'ours / diffusers': _summary(pair['diffusers'] / pair['ours']),
+      'draw / one by one': _summary(alone['draw'] / alone['one by one']),
+      'draw / one scan': _summary(alone['draw'] / alone['one scan']),
+    },
+  }
+
+
+def network_alone(trained, how, size: int) -> dict:
+  """Calls with as many evaluations of the bare network as a draw has."""
+  params, apply = trained.params, trained.model.apply
+  x = jax.random.normal(jax.random.key(0), (size, *trained.image_shape))
+  times = [jnp.full(size, t, jnp.float32) for t in how.grid[:-1]]
+  once = jax.jit(apply)
+
+  # Each takes what the one before gave, as in a draw: none overlap.
+  def one_by_one():
+    return functools.reduce(lambda x, t: once(params, x, t), times, x)
+
+  @jax.jit
+  def scan(params, x, times):
+    return jax.lax.scan(lambda x, t: (apply(params, x, t), None), x, times)[0]
+
+  return {
+    'one by one': one_by_one,
+    'one scan': functools.partial(scan, params, x, jnp.stack(times)),
+  }
+
+
+def alternating(calls: dict) -> tuple[dict, dict]:
+  """Times calls that take turns, so that what else runs here hits them all.
+
+  Returns:
+    ({name: seconds of the first call}, {name: [rounds] seconds of the others}).
+  """
+  seconds = {name: [] for name in calls}
+  for _ in range(1 + FLAGS.rounds):
+    for name, call in calls.items():
+      start = time.perf_counter()
+      jax.block_until_ready(call())
+      seconds[name].append(time.perf_counter() - start)
+  return (
+    {name: first for name, (first, *_) in seconds.items()},
+    {name: np.array(others) for name, (_, *others) in seconds.items()},
+  )
+
+
+def _summary(values) -> dict:
+  return {
+    name: float(getattr(np, name)(values)) for name in ('median', 'min', 'max')
+  }
+
+
+def _checked() -> tuple:
+  cli.at_least(rounds=1)
+  for name in ('torch', 'diffusers'):
+    if not importlib.util.find_spec(name):
+      raise UserError(f"{name} is not installed: pip install '.[parity]'")
+  sizes = FLAGS.batch_sizes
+  if not sizes or not all(size.isdecimal() and int(size) for size in sizes):
+    raise UserError(
+      f'--batch_sizes={",".join(sizes)}: whole numbers from 1 on, as 1,16'
+    )
+  config = FLAGS.config.copy_and_resolve_references()
+  wrong = validation.check_network(config)
+  if wrong:
+    raise UserError(wrong[0])
+  if config.model.dtype != 'float32':
+    raise UserError(
+      f'--config.model.dtype={config.model.dtype}: float32, as of the pipeline'
+    )
+  if FLAGS.output:
+    runs.usable_file('output', FLAGS.output)
+  how = plan.for_run(runs.to_plain(config), num_steps=FLAGS.num_steps, **HOW)
+  return [int(size) for size in sizes], config, how
+
+
+def _machine(pipeline) -> dict:
+  import diffusers
+  import torch
+
+  here = environment.describe()
+  here['versions'] |= {
+    'torch': torch.__version__, 'diffusers': diffusers.__version__
+  }  # fmt: skip
+  info = Path('/proc/cpuinfo')
+  lines = info.read_text().splitlines() if info.exists() else []
+  names = [line.split(':')[1] for line in lines if line[:10] == 'model name']
+  return {
+    'cpu': names[0].strip() if names else platform.processor(),
+    'cpu_cores': os.cpu_count(),
+    'torch_threads': torch.get_num_threads(),
+    'torch_device': str(pipeline.device),
+    **here,
+  }
+
+
+def _shown(result):
+  yield (
+    '{device} and {torch_device}; {cpu}, {cpu_cores} cores, load {load_before} '
+    'before; jax {versions[jax]}, torch {versions[torch]}, diffusers '
+    '{versions[diffusers]}'
+  ).format(**result)
+  batches = result['batches']
+  rows = [
+    (name, *(_spread(batch[kind][key]) for batch in batches))
+    for name, kind, key in (
+      ('this project, images/s', 'images_per_sec', 'ours'),
+      ('diffusers, images/s', 'images_per_sec', 'diffusers'),
+      ('this project / diffusers', 'ratios', 'ours / diffusers'),
+      ('time of a draw / one by one', 'ratios', 'draw / one by one'),
+      ('time of a draw / one scan', 'ratios', 'draw / one scan'),
+    )
+  ]
+  compiled = [f'{batch["compile_seconds"]:.1f} s' for batch in batches]
+  heads = [f'batch {batch["batch_size"]}' for batch in batches]
+  yield from cli.table(
+    [f'{result["num_steps"]} steps, {result["rounds"]} rounds', *heads],
+    [*rows, ('compilation, before', *compiled)],
+  )
+
+
+def _spread(found: dict) -> str:
+  return '{median:#.4g} ({min:#.4g} to {max:#.4g})'.format(**found)
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__)
