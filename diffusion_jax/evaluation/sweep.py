@@ -180,6 +180,8 @@ def write(path, sweep: dict) -> None:
 def plot(path, sweep: dict) -> None:
   """Quality against evaluations, a line for each sampler; a .png.
 
+  The best of each budget stand out.
+
   Args:
     path: of the file.
     sweep: see `text`.
@@ -194,6 +196,7 @@ def plot(path, sweep: dict) -> None:
   last = {cell['sampler']: cell['value'] for cell in cells}
   colors = matplotlib.colormaps['tab20'].colors
   names = list(last)
+  won = {cell['sampler'] for cell in sweep['best'].values()}
   for name in sorted(last, key=last.get, reverse=True):
     i = names.index(name)
     points = [
@@ -202,8 +205,9 @@ def plot(path, sweep: dict) -> None:
       if cell['sampler'] == name
     ]
     axes.plot(
-      *zip(*sorted(points), strict=True), label=name, lw=1.3, ms=4,
+      *zip(*sorted(points), strict=True), label=name,
       color=colors[i % len(colors)], marker='osD^v'[i // len(colors) % 5],
+      **({'lw': 3, 'ms': 7} if name in won else {'lw': 1.1, 'ms': 3.5}),
     )  # fmt: skip
   axes.set_xscale('log')
   axes.set_yscale('log')
