@@ -214,14 +214,16 @@ def network_alone(trained, how, size: int) -> dict:
 def alternating(calls: dict) -> tuple[dict, dict]:
   """Times calls that take turns, so that what else runs here hits them all.
 
+  Every second round goes the other way, so that none always follows another.
+
   Returns:
     ({name: seconds of the first call}, {name: [rounds] seconds of the others}).
   """
   seconds = {name: [] for name in calls}
-  for _ in range(1 + FLAGS.rounds):
-    for name, call in calls.items():
+  for i in range(1 + FLAGS.rounds):
+    for name in list(calls)[:: 1 if i % 2 else -1]:
       start = time.perf_counter()
-      jax.block_until_ready(call())
+      jax.block_until_ready(calls[name]())
       seconds[name].append(time.perf_counter() - start)
   return (
     {name: first for name, (first, *_) in seconds.items()},

@@ -8,6 +8,8 @@ analytic_ddpm and analytic_ddim add noise by, and what --grid=optimal is chosen
 by. What was interrupted goes on.
 """
 
+import json
+
 from absl import flags
 
 from diffusion_jax import cli, distributed, files, judging, runs
@@ -52,36 +54,63 @@ def main():
     'images_sha256': features.sha256_of(images),
     'seed': FLAGS.seed,
   }
-  parts = '_'.join([
-    place.stem, trained.weights_sha256[:8], about['images_sha256'][:8],
-    f'seed{FLAGS.seed}',
-  ])  # fmt: skip
-  work = images.count * trained.schedule.num_timesteps
-  with cli.Progress('calibrating', work, unit='evaluations') as progress:
-    found = passes.measure(
-      trained, images, FLAGS.seed, folder / parts, FLAGS.batch_size,
-      progress.update,
-    )  # fmt: skip
-
-  def keep():
-    calibration.write(place, found, about)
-    files.remove(folder / parts)
-
-  distributed.on_first(keep)
+  found = _kept(place, about, trained)
+  if found is None:
+    found = _pass(trained, images, about, place)
   last = trained.schedule.num_timesteps - 1
-  heads = ['t', 'variance of x0', 'squared error', 'of x0 clipped']
   rows = [
-    [str(t), *(f'{table[t]:.4g}' for table in found[:3])]
+    [str(t), f'{found.mse[t]:.4g}', f'{found.clipped_mse[t]:.4g}']
     for t in sorted({round(i * last / SHOWN) for i in range(SHOWN + 1)})
   ]
   cli.report(
     {**about, 'step': trained.step, 'path': str(place)},
     '\n'.join([
       f'{images.count} images of step {trained.step}: {source.description}',
-      '', *cli.table(heads, rows), '', f'kept in {place}',
+      '', *cli.table(['t', 'squared error of x0', 'clipped'], rows),
+      '', f'kept in {place}',
     ]),
     FLAGS.json,
   )  # fmt: skip
+
+
+def _kept(place, about, trained):
+  """What an earlier pass has found of the same; None where there is none."""
+
+  def read():
+    if not place.exists():
+      return None
+    found = calibration.read(
+      FLAGS.workdir, trained.step, trained.ema, trained.schedule.num_timesteps
+    )
+    told = json.loads(place.read_text())
+    same = all(told.get(name) == value for name, value in about.items())
+    return found if same else None
+
+  found = distributed.on_first(read)
+  if found is None or found[-1] != trained.weights_sha256:
+    return None
+  return calibration.Calibration(*found)
+
+
+def _pass(trained, images, about, place):
+  """Finds it and keeps it."""
+  parts = '_'.join([
+    place.stem, trained.weights_sha256[:8], about['images_sha256'][:8],
+    f'seed{FLAGS.seed}',
+  ])  # fmt: skip
+  parts = place.parent / parts
+  work = images.count * trained.schedule.num_timesteps
+  with cli.Progress('calibrating', work, unit='evaluations') as progress:
+    found = passes.measure(
+      trained, images, FLAGS.seed, parts, FLAGS.batch_size, progress.update
+    )
+
+  def keep():
+    calibration.write(place, found, about)
+    files.remove(parts)
+
+  distributed.on_first(keep)
+  return found
 
 
 if __name__ == '__main__':

@@ -107,6 +107,8 @@ def main():
   if not FLAGS.workdir:
     raise UserError('--workdir is missing; see --help')
   sampling.check_flags(num_samples=2, poll_secs=0.1)
+  if FLAGS['sweep'].present or FLAGS['sweep_evaluations'].present:
+    _check_sweep()
   kinds = [name for name in FLAGS.metrics if name in bits.KINDS]
   if kinds:
     if kinds != FLAGS.metrics or FLAGS.follow:
@@ -197,8 +199,12 @@ def _check_distance(flag, best):
     )
 
 
-def _sweep():
-  workdir = _usable_workdir()
+def _check_sweep():
+  if not FLAGS.sweep:
+    raise UserError(
+      '--sweep is empty: give samplers with commas between them, such as '
+      '--sweep=ddim,unipc'
+    )
   idle = ('sampler', 'num_steps', 'grid', 'clip', 'output', 'follow')
   for flag in (*idle, *sampling.OPTIONS):
     if FLAGS[flag].present:
@@ -207,17 +213,23 @@ def _sweep():
         'options after colons: leave it out'
       )
   _check_distance('--sweep', 'the best sampler')
+
+
+def _sweep():
+  workdir = _usable_workdir()
   entries = [sweep.parse(text) for text in dict.fromkeys(FLAGS.sweep)]
   budgets = sweep.budgets(FLAGS.sweep_evaluations)
   step, plan_of, network = sampling.prepared()
+  config = runs.read_config(workdir)
 
   def planned(entry, budget):
     asked = sampling.Asked(
       entry.sampler, None, entry.grid, entry.clip, entry.options
     )
     plan = sweep.longest(
-      lambda steps: plan_of(asked._replace(num_steps=steps)), budget
-    )
+      lambda steps: plan_of(asked._replace(num_steps=steps)), budget,
+      config['process']['num_timesteps'],
+    )  # fmt: skip
     return entry, budget, asked, plan
 
   asked_for = [planned(e, budget) for e in entries for budget in budgets]
@@ -231,21 +243,34 @@ def _sweep():
     card = distributed.on_first(
       lambda path=path, plan=plan: _known(path, task, trained, plan)
     )
+    name = sampling.name(step, plan, _dtype(), asked)
+    output = workdir / 'samples' / f'swept_{name}'
     if card is None:
-      name = sampling.name(step, plan, _dtype(), asked)
-      output = workdir / 'samples' / f'swept_{name}'
       sampling.fill(trained, plan, output, FLAGS.num_samples, _dtype())
       card = _judge(task, path, trained, plan, output)
-      if not FLAGS.keep_samples:
-        distributed.on_first(lambda output=output: files.remove(output))
+    # A kill may have come between a card and the end of its samples.
+    if not FLAGS.keep_samples:
+      distributed.on_first(lambda output=output: files.remove(output))
     cells.append({
       'sampler': entry.text, 'budget': budget, 'num_steps': plan.num_steps,
       'evaluations': plan.evaluations, 'value': card['results'][result],
       'card': path.name,
     })  # fmt: skip
-  told = {'result': result, 'cells': cells, 'best': sweep.best(cells)}
-  about = {'entries': [e.text for e in entries], **task.protocol}
-  name = cards.name(f'step{step}', f'{result}_{FLAGS.num_samples}', about)
+  told = {
+    'result': result,
+    'subject': {
+      'workdir': str(workdir), 'step': step, 'ema': trained.ema,
+      'weights_sha256': trained.weights_sha256, 'seed': FLAGS.seed,
+    },
+    'protocol': task.protocol,
+    'cells': cells,
+    'best': sweep.best(cells),
+  }  # fmt: skip
+  asked = [FLAGS.sweep, budgets, FLAGS.seed, trained.weights_sha256]
+  name = cards.name(
+    f'step{step}', f'{result}_{FLAGS.num_samples}',
+    {'sweep': asked, **task.protocol},
+  )  # fmt: skip
   path = workdir / 'evaluations' / 'sweeps' / f'{name}.json'
   distributed.on_first(lambda: sweep.write(path, told))
   distributed.on_first(lambda: page.write(workdir, cli.say) and None)
@@ -259,13 +284,18 @@ def _sweep():
 
 
 def _known(path, task, trained, plan) -> dict | None:
-  """The card, where it is there and of the same."""
-  if not path.exists():
+  """The card, where it is there, is whole, and of the same."""
+
+  def key(card):
+    subject = {k: v for k, v in card['subject'].items() if k != 'workdir'}
+    return subject, card['protocol']
+
+  try:
+    card = cards.read(path)
+  except UserError:
     return None
-  card = cards.read(path)
   same = cards.create(_subject(trained, plan), task.protocol, {}, {})
-  alike = all(card[key] == same[key] for key in ('subject', 'protocol'))
-  return card if alike else None
+  return card if key(card) == key(same) else None
 
 
 def _usable_workdir():

@@ -139,6 +139,10 @@ def _invert(trained, plan, images, output):
   noises = latents.carrier(trained, sampler, up, **how)(x0)
   draw_fn = latents.carrier(trained, plan.create(), plan.grid, **how)
   again = draw_fn(noises)
+  if not np.isfinite(again).all():
+    raise UserError(
+      "the network's answers are not finite: was the training healthy?"
+    )
   result = {
     'workdir': str(trained.workdir),
     'step': trained.step,

@@ -55,6 +55,12 @@ def create(config: Mapping, mesh: Mesh) -> Programs:
     UserError: the config asks for a sampler or a grid that there is not.
   """
   sample, image_shape = config['sample'], runs.image_shape(config['data'])
+  if sample['sampler'] in samplers.CALIBRATED or sample['grid'] == 'optimal':
+    raise UserError(
+      f'sample.sampler={sample["sampler"]} with sample.grid={sample["grid"]} '
+      'takes a network that is calibrated, which none is in training: use '
+      'another, such as ddim'
+    )
   sampler = samplers.create(sample['sampler'])
   if sampler.run:
     raise UserError(

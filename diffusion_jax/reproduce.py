@@ -32,7 +32,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from diffusion_jax import cli, files, runs, validation
+from diffusion_jax import cli, files, runs, samplers, validation
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import inception
 from diffusion_jax.process import schedules
@@ -214,15 +214,15 @@ def _task() -> Task:
   if wrong:
     raise UserError(wrong[0])
   config = runs.to_plain(FLAGS.config)
+  if FLAGS.sampler in (*samplers.ADAPTIVE, *samplers.CALIBRATED):
+    raise UserError(
+      f'--sampler={FLAGS.sampler}: what it does is not known beforehand; use '
+      'another, such as ddim'
+    )
   plan = plans.create(
     schedules.create(**config['process']), sampler=FLAGS.sampler,
     num_steps=FLAGS.num_steps,
   )  # fmt: skip
-  if plan.adaptive:
-    raise UserError(
-      f'--sampler={FLAGS.sampler}: what it costs is not known beforehand; use '
-      'another, such as ddim'
-    )
   name, shipped, given = _config()
   workdir = files.at(FLAGS.workdir).expanduser()
   directory = files.at(FLAGS.output or workdir / 'reproduction').expanduser()

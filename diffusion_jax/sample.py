@@ -69,18 +69,7 @@ def main():
       f'--interpolate={FLAGS.interpolate} is between two samples: give '
       f'--num_samples=2 or more, not {FLAGS.num_samples}'
     )
-  trained, plan, output = sampling.chosen()
-  for flag in ('trajectory', 'progressive', 'interpolate'):
-    if FLAGS[flag].value and plan.adaptive:
-      raise UserError(
-        f'--sampler={plan.sampler} chooses its own steps: leave --{flag} out'
-      )
-  if FLAGS.interpolate and plan.adds_noise:
-    raise UserError(
-      f'--interpolate={FLAGS.interpolate}: with --sampler={plan.sampler} and '
-      'its options an image depends on more noise than it begins as; give one '
-      'that adds none, such as --sampler=ddim'
-    )
+  trained, plan, output = sampling.chosen(check=_check_plan)
   drawn = sampling.fill(trained, plan, output, FLAGS.num_samples)
   if distributed.is_first():
     _write(output, plan)
@@ -101,6 +90,21 @@ def main():
     f'now ({told}); the grid is {output / "grid.png"}',
     FLAGS.json,
   )  # fmt: skip
+
+
+def _check_plan(plan):
+  """What pictures it cannot give."""
+  for flag in ('trajectory', 'progressive', 'interpolate'):
+    if FLAGS[flag].value and plan.adaptive:
+      raise UserError(
+        f'--sampler={plan.sampler} chooses its own steps: leave --{flag} out'
+      )
+  if FLAGS.interpolate and plan.adds_noise:
+    raise UserError(
+      f'--interpolate={FLAGS.interpolate}: with --sampler={plan.sampler} and '
+      'its options an image depends on more noise than it begins as; give one '
+      'that adds none, such as --sampler=ddim'
+    )
 
 
 def _cost(plan, output):

@@ -6,6 +6,7 @@ these flags a binary's own.
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -156,7 +157,10 @@ def prepared() -> tuple[int, Callable[[Asked], Plan], Callable[[], Trained]]:
   @functools.cache
   def calibrated():
     timesteps = config['process']['num_timesteps']
-    return calibration.read(workdir, step, FLAGS.ema, timesteps)
+    kept = distributed.on_first(
+      lambda: calibration.read(workdir, step, FLAGS.ema, timesteps)
+    )
+    return calibration.Calibration(*kept)
 
   def plan(how):
     return plans.for_run(
@@ -174,17 +178,21 @@ def prepared() -> tuple[int, Callable[[Asked], Plan], Callable[[], Trained]]:
   return step, plan, network
 
 
-def chosen(dtype: str = 'uint8') -> tuple[Trained, Plan, files.Path]:
+def chosen(
+  dtype: str = 'uint8', check: Callable[[Plan], None] = lambda plan: None
+) -> tuple[Trained, Plan, files.Path]:
   """The network, the plan and the folder that the flags ask for.
 
   Args:
     dtype: of the samples, see `draw.drawer`; only the folder depends on it.
+    check: called with the plan before the weights are read.
 
   Raises:
     UserError: they ask for what there is not; nothing was written.
   """
   step, plan_of, network = prepared()
   plan = plan_of(asked())
+  check(plan)
   samples = files.at(FLAGS.workdir).expanduser() / 'samples'
   output = FLAGS.output or samples / name(step, plan, dtype)
   output = files.at(output).expanduser()
@@ -303,6 +311,9 @@ def name(
   parts = [f'step{step}', f'{plan.sampler}{steps}']
   parts += [*given, *grid_name, f'seed{plan.seed}']
   parts += ['raw'] * (not FLAGS.ema) + ['noclip'] * (not plan.clip)
+  if plans.is_calibrated(plan.sampler, how.grid):  # another time by others
+    made = json.dumps([plan.grid, plan.options])
+    parts += [f'by{hashlib.sha256(made.encode()).hexdigest()[:8]}']
   whole = '_'.join(parts).replace(',', '-')
   if len(whole) > 100:  # a long literal grid
     whole = f'{whole[:80]}_{hashlib.sha256(whole.encode()).hexdigest()[:12]}'

@@ -1,7 +1,6 @@
 """Sweeps: samplers at equal numbers of evaluations, judged by command."""
 
 import json
-import types
 from pathlib import Path
 
 import binaries
@@ -37,7 +36,13 @@ def test_rows_have_options_of_their_own():
     ('ddim:order=2', 'order=2 is not KEY=VALUE with one of eta, grid, clip'),
     ('ddim:eta', 'eta is not KEY=VALUE'),
     ('ddim:grid=999', 'a grid is one of uniform'),
-    ('ddim:clip=maybe', 'clip=true or clip=false'),
+    ('ddim:clip=maybe', 'clip is true or false'),
+    ('ddim:eta=abc', 'eta is a number'),
+    ('ddim:eta=true', 'eta is a number'),
+    ('unipc:order=2.5', 'order is a whole number'),
+    ('euler:churn_max=abc', 'churn_max is a number'),
+    ('analytic_ddpm:x0_variance=1', 'with one of pixel_noise, grid, clip'),
+    ('adaptive:rtol=0.1', 'adaptive takes as many evaluations as it needs'),
   ],
 )
 def test_bad_rows_are_one_line(text, said):
@@ -61,19 +66,30 @@ def test_bad_budgets_are_one_line(texts):
     ('predictor_corrector', 20, 10, 19),
     ('plms', 20, 11, 20),  # S + 9
     ('heun', 1, 1, 1),
+    ('heun', 1500, 750, 1499),
   ],
 )
 def test_as_many_steps_as_fit(name, budget, num_steps, evaluations):
   plan = sweep.longest(
-    lambda steps: plans.create(LINEAR, sampler=name, num_steps=steps), budget
-  )
+    lambda steps: plans.create(LINEAR, sampler=name, num_steps=steps),
+    budget, 1000,
+  )  # fmt: skip
   assert (plan.num_steps, plan.evaluations) == (num_steps, evaluations)
 
 
-def test_a_budget_below_one_step_is_one_line():
-  costly = types.SimpleNamespace(sampler='costly', evaluations=4)
-  with pytest.raises(UserError, match='costly takes 4 evaluations for a step'):
-    sweep.longest(lambda steps: costly, 3)
+def test_numbers_that_a_grid_has_not_are_passed_over():
+  """Equal strides are of 1, 2, 4, 5, 8 or 10 steps; Heun's 5 are 9."""
+
+  def make(steps, **options):
+    return plans.create(
+      LINEAR, num_steps=steps, grid='leading', **options
+    )  # fmt: skip
+
+  plan = sweep.longest(lambda n: make(n, sampler='heun'), 10, 1000)
+  assert (plan.num_steps, plan.evaluations) == (5, 9)
+  # Where there is none at all, the error is that of the longest.
+  with pytest.raises(UserError, match='order=3: the grid has 2 steps'):
+    sweep.longest(lambda n: make(n, sampler='unipc', order=3), 2, 1000)
 
 
 def test_the_table_marks_the_best_and_what_costs_less():
@@ -105,6 +121,8 @@ def test_a_sweep_of_a_run_goes_on_where_it_was_cut(run):
   assert [c['sampler'] for c in cells] == ['ddim'] * 2 + [
     'heun:grid=karras'
   ] * 2
+  assert told['subject']['seed'] == 0
+  assert told['protocol']['num_samples'] == 4
   assert [c['evaluations'] for c in cells] == [2, 3, 1, 3]
   assert [c['num_steps'] for c in cells] == [2, 3, 1, 2]
   for cell in cells:
@@ -125,6 +143,27 @@ def test_a_sweep_of_a_run_goes_on_where_it_was_cut(run):
   assert again.code == 0, again.err
   assert again.err.count('drawing 4 images') == 1
   assert json.loads(again.out)['cells'] == cells
+  # A damaged card is judged anew; what a kill left goes; a moved run is known;
+  # and a sweep of other budgets does not take its place.
+  changed.write_text(changed.read_text()[:-40])
+  left = run / 'samples' / 'swept_step3_ddim3_seed0_float'
+  left = left.with_name(
+    left.name.replace('step3', f'step{card["subject"]["step"]}')
+  )
+  left.mkdir(parents=True)
+  moved = run.with_name('moved')
+  run.rename(moved)
+  more = [
+    flag for flag in flags if 'workdir' not in flag and '=2,3' not in flag
+  ]
+  third = binaries.run(
+    'evaluate', f'--workdir={moved}', '--sweep_evaluations=2,3,4', *more
+  )
+  moved.rename(run)
+  assert third.code == 0, third.err
+  assert third.err.count('drawing 4 images') == 2  # of ddim at 2 and at 4
+  assert len(list(run.glob('evaluations/sweeps/*.json'))) == 2
+  assert not left.exists()
 
 
 @pytest.mark.parametrize(
@@ -136,6 +175,11 @@ def test_a_sweep_of_a_run_goes_on_where_it_was_cut(run):
     (['--sweep=ddim', '--metrics=kid'], '--sweep takes fid too'),
     (['--sweep=analytic_ddpm'], 'not yet computed'),
     (['--sweep=unipc:order=3', '--sweep_evaluations=2'], 'order=3'),
+    (['--sweep=ddim:eta=2'], 'eta=2'),
+    (['--sweep=ddim', '--follow'], '--follow has no part'),
+    (['--sweep=ddim', '--metrics=bpd_fast'], '--sweep takes fid too'),
+    (['--sweep='], '--sweep is empty'),
+    (['--sweep_evaluations=5'], '--sweep is empty'),
   ],
 )
 def test_bad_sweeps_are_one_line_before_anything_is_drawn(run, flags, said):

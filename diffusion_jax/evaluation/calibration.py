@@ -1,9 +1,8 @@
 """How far a network errs at each time: one pass over data, on all devices.
 
-For the optimal variances of Analytic-DPM (arXiv 2201.06503) and for the optimal
-grids, see `samplers.analytic` and `samplers.grid.optimal`. An image's noise
-depends on the seed and its number; what is found of a batch is kept on disk, so
-that what was interrupted goes on.
+For the optimal variances (`samplers.analytic`) and the optimal grids
+(`samplers.grid.optimal`). An image's noise depends on the seed and its number;
+what is found of a batch is kept on disk, so that what was interrupted goes on.
 """
 
 from collections.abc import Callable
@@ -27,10 +26,6 @@ def scored(
 ) -> dict[str, jax.Array]:
   """What `Calibration` is the mean of.
 
-  E |eps|^2 = 1 per dimension for the true noise, so E Var(x0 | xt), which is
-  sigma^2 / alpha^2 (1 - E |network's eps|^2), is also the mean of the true
-  |eps|^2 less the network's: that has far less noise where they are alike.
-
   Args:
     denoiser: (xt, t) -> (x0, eps), not clipped.
     schedule: the noise schedule.
@@ -39,29 +34,21 @@ def scored(
     which: [k] times, whole.
 
   Returns:
-    'less' (of the two sizes of eps), 'mse', 'clipped_mse': [k, B], means over
-    dimensions.
+    'mse' and 'clipped_mse', [k, B], means over dimensions.
   """
-
-  def mean(values):
-    return jnp.mean(values, axis=tuple(range(1, values.ndim)))
 
   def one(t):
     def draw(key):
-      return jax.random.normal(
-        jax.random.fold_in(key, t), x0.shape[1:], x0.dtype
-      )
+      key = jax.random.fold_in(key, t)
+      return jax.random.normal(key, x0.shape[1:], x0.dtype)
 
-    eps = jax.vmap(draw)(keys)
+    def off(estimate):
+      return jnp.mean(jnp.square(x0 - estimate), axis=tuple(range(1, x0.ndim)))
+
     times = jnp.broadcast_to(t, x0.shape[:1])
-    xt = gaussian.q_sample(schedule, x0, times, eps)
-    found = denoiser(xt, times)
-    return {
-      # As a product, or the difference of the squares would be rounding.
-      'less': mean((eps - found.eps) * (eps + found.eps)),
-      'mse': mean(jnp.square(x0 - found.x0)),
-      'clipped_mse': mean(jnp.square(x0 - jnp.clip(found.x0, -1, 1))),
-    }
+    xt = gaussian.q_sample(schedule, x0, times, jax.vmap(draw)(keys))
+    estimate = denoiser(xt, times).x0
+    return {'mse': off(estimate), 'clipped_mse': off(jnp.clip(estimate, -1, 1))}
 
   return jax.lax.map(one, jnp.asarray(which))
 
@@ -117,13 +104,7 @@ def measure(
     'answers of the network that are not finite: was the training healthy?',
   )  # fmt: skip
   found = {
-    name: values.mean(axis=-1, dtype=np.float64)
+    name: values.mean(axis=-1, dtype=np.float64).tolist()
     for name, values in batches.each('errors', compute, num_timesteps).items()
   }
-  log_alpha_bar, sigma2 = schedule.host(np.arange(num_timesteps))
-  # Data in [-1, 1] vary by 1 at the most, and the estimate by its own noise.
-  x0_variance = found['less'] * sigma2 / np.exp(log_alpha_bar)
-  return Calibration(
-    np.clip(x0_variance, 0.0, 1.0), found['mse'], found['clipped_mse'],
-    trained.weights_sha256,
-  )  # fmt: skip
+  return Calibration(**found, weights_sha256=trained.weights_sha256)

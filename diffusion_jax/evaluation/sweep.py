@@ -47,36 +47,46 @@ def parse(text: str) -> Entry:
     UserError: it is none.
   """
   name, *pairs = text.split(':')
-  known = {**samplers.takes(name), 'grid': None, 'clip': None}
+  if name in samplers.ADAPTIVE:
+    raise UserError(
+      f'--sweep={text}: {name} takes as many evaluations as it needs: leave it '
+      'out'
+    )
+  kinds = {
+    **{key: _kind(option) for key, option in samplers.defaults(name).items()},
+    'grid': str,
+    'clip': bool,
+  }
   given = {}
   for pair in pairs:
     key, equals, word = pair.partition('=')
-    if not equals or key not in known:
+    if not equals or key not in kinds:
       raise UserError(
         f'--sweep={text}: {pair} is not KEY=VALUE with one of '
-        f'{", ".join(known)}'
+        f'{", ".join(kinds)}'
       )
-    given[key] = _value(word)
+    given[key] = _value(text, key, word, kinds[key])
   grid, clip = given.pop('grid', 'uniform'), given.pop('clip', None)
   if grid not in grids.NAMES:
     raise UserError(
       f'--sweep={text}: a grid is one of {", ".join(grids.NAMES)}, of which '
       'each number of steps has its own'
     )
-  if clip not in (None, True, False):
-    raise UserError(f'--sweep={text}: clip=true or clip=false')
   return Entry(text, name, grid, clip, given)
 
 
-def _value(word):
-  if word.lower() in ('true', 'false'):
-    return word.lower() == 'true'
-  for kind in (int, float):
-    try:
-      return kind(word)
-    except ValueError:
-      pass
-  return word
+def _kind(default):
+  return float if default is None else type(default)
+
+
+def _value(text, key, word, kind):
+  try:
+    if kind is bool:
+      return {'true': True, 'false': False}[word]
+    return kind(word)
+  except (ValueError, KeyError):
+    what = {bool: 'true or false', int: 'a whole number', float: 'a number'}
+    raise UserError(f'--sweep={text}: {key} is {what[kind]}') from None
 
 
 def budgets(texts: Sequence[str]) -> list[int]:
@@ -93,24 +103,29 @@ def budgets(texts: Sequence[str]) -> list[int]:
   return sorted(set(map(int, texts)))
 
 
-def longest(plan_fn: Callable[[int], Plan], evaluations: int) -> Plan:
+def longest(
+  plan_fn: Callable[[int], Plan], evaluations: int, num_timesteps: int
+) -> Plan:
   """The plan of the most steps that asks the network no more often.
 
   Args:
-    plan_fn: number of steps -> plan.
+    plan_fn: number of steps -> plan, or UserError where there is none.
     evaluations: the budget.
+    num_timesteps: T, and so the most steps.
 
   Raises:
-    UserError: one step asks it more often.
+    UserError: there is none of any number; why the longest is none.
   """
-  for num_steps in range(evaluations, 0, -1):
-    plan = plan_fn(num_steps)
+  errors = []
+  for num_steps in range(min(evaluations, num_timesteps), 0, -1):
+    try:
+      plan = plan_fn(num_steps)
+    except UserError as e:
+      errors.append(e)
+      continue
     if plan.evaluations <= evaluations:
       return plan
-  raise UserError(
-    f'{plan.sampler} takes {plan.evaluations} evaluations for a step, and the '
-    f'budget is {evaluations}: give more'
-  )
+  raise errors[0]
 
 
 def best(cells: Sequence[dict]) -> dict[str, dict]:

@@ -31,6 +31,7 @@ __all__ = [
   'ancestral',
   'create',
   'ddim',
+  'defaults',
   'dpm_solver',
   'dpmpp_2m',
   'dpmpp_2m_sde',
@@ -178,6 +179,22 @@ def takes(name: str) -> dict[str, inspect.Parameter]:
       f'sampler={name} is not known: use one of {", ".join(SAMPLERS)}'
     )
   return dict(inspect.signature(SAMPLERS[name]).parameters)
+
+
+def defaults(name: str) -> dict:
+  """The options of a sampler that have a default, with it.
+
+  Args:
+    name: a key of SAMPLERS.
+
+  Raises:
+    UserError: an unknown name.
+  """
+  return {
+    option: parameter.default
+    for option, parameter in takes(name).items()
+    if not _is_needed(parameter)
+  }
 
 
 def options(name: str, **given) -> dict:

@@ -1,4 +1,4 @@
-"""Analytic-DPM: DDPM and DDIM with the optimal variance (arXiv 2201.06503)."""
+"""DDPM and DDIM with the optimal variance: Analytic-DPM (arXiv 2201.06503)."""
 
 from collections.abc import Sequence
 
@@ -16,16 +16,19 @@ def analytic_ddpm(
   """Ancestral steps with the variance that bounds the likelihood best.
 
   A step draws xs = c0 x0 + ct xt + noise of variance v, which is q(xs | xt, x0)
-  with x0 estimated. As x0 is not known, xs given xt varies by
+  with x0 estimated. What is not known of x0 adds to the noise:
 
-      v + c0^2 E Var(x0 | xt),
+      v + c0^2 E |x0 - its estimate|^2
 
-  the optimal variance: theorem 1 of the paper, where E Var(x0 | xt) is written
-  sigma^2 / alpha^2 (1 - E |eps|^2) with the network's eps.
+  is the variance that bounds the likelihood best (arXiv 2206.07309, theorem 2).
+  With the best denoiser the error is E Var(x0 | xt), which is theorem 1 of
+  Analytic-DPM; its sigma^2 / alpha^2 (1 - E |eps|^2) by the size of the
+  network's eps is the same for that denoiser alone, and of one that has eps too
+  short by 0.01% at T-1 it is above 1, more than any data in [-1, 1] can have.
 
   Args:
-    x0_variance: E Var(x0 | xt) per dimension, a number for each step of the
-      grid: at its first time, its second, and so on.
+    x0_variance: the squared error of x0 per dimension, see `calibration`: a
+      number for each step of the grid, at its first time, its second and so on.
     pixel_noise: the last noise that is added may move a pixel by so many levels
       of 255 in the mean, as it is seen (appendix F.2); inf for no bound.
 

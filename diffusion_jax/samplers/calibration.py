@@ -15,20 +15,24 @@ from diffusion_jax.errors import UserError
 
 
 class Calibration(NamedTuple):
-  """Means over data and noise, per dimension, at the times 0 .. T-1.
+  """The squared error of the estimate of x0 at the times 0 .. T-1.
+
+  Means over data and noise, per dimension; of the best denoiser that is
+  E Var(x0 | xt).
 
   Attributes:
-    x0_variance: E Var(x0 | xt) by the size of the network's eps, in [0, 1], see
-      `analytic.analytic_ddpm`.
-    mse: of the estimate of x0; for the best denoiser it is the same.
-    clipped_mse: the same of the estimate clipped to [-1, 1].
+    mse: [T], of the estimate as it is.
+    clipped_mse: [T], of the estimate clipped to [-1, 1].
     weights_sha256: of the parameters, see `Trained`.
   """
 
-  x0_variance: np.ndarray
-  mse: np.ndarray
-  clipped_mse: np.ndarray
+  mse: list[float]
+  clipped_mse: list[float]
   weights_sha256: str
+
+  def of(self, clip: bool) -> list[float]:
+    """The table of samples whose x0 is clipped, or not."""
+    return self.clipped_mse if clip else self.mse
 
 
 def path(workdir, step: int, ema: bool) -> files.Path:
@@ -45,13 +49,7 @@ def write(place, calibration: Calibration, about: dict) -> None:
     calibration: what was found.
     about: of what images, with what seed.
   """
-  told = {
-    **about,
-    **{
-      name: value.tolist() if isinstance(value, np.ndarray) else value
-      for name, value in calibration._asdict().items()
-    },
-  }
+  told = {**about, **calibration._asdict()}
   files.make(files.at(place).parent)
   with files.replacing(files.at(place)) as file:
     file.write(json.dumps(told).encode() + b'\n')
@@ -78,10 +76,11 @@ def read(workdir, step: int, ema: bool, num_timesteps: int) -> Calibration:
     )
   try:
     told = json.loads(place.read_text())
-    tables = [np.asarray(told[k], float) for k in Calibration._fields[:-1]]
-    if any(x.shape != (num_timesteps,) or not (x >= 0).all() for x in tables):
+    found = Calibration(*(told[name] for name in Calibration._fields))
+    tables = np.array(found[:-1], float)
+    if tables.shape != (2, num_timesteps) or not (tables >= 0).all():
       raise ValueError('tables of another size')
-    return Calibration(*tables, str(told['weights_sha256']))
+    return found
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise UserError(f'{place} is damaged ({e}): delete it, calibrate') from e
 

@@ -197,7 +197,10 @@ def create(
     if grid != 'optimal':
       return list(dict.fromkeys(GRIDS[grid](schedule, num_steps)))
     if mse_fn is None:
-      raise UserError('grid=optimal is for a run that is calibrated')
+      raise UserError(
+        'grid=optimal is for samples of a run that is calibrated: use another '
+        'grid here'
+      )
     return optimal(schedule, num_steps, mse_fn())
   try:
     times = [float(part) for part in grid.split(',')]

@@ -106,11 +106,6 @@ def create(
     UserError: an unknown name, an option that is not the sampler's, or a
       number out of range.
   """
-
-  def mse():
-    found = calibration()
-    return found.clipped_mse if clip else found.mse
-
   if sampler in samplers.ADAPTIVE:
     if num_steps is not None or grid != 'uniform':
       raise UserError(
@@ -118,11 +113,13 @@ def create(
       )
     grid = f'{schedule.num_timesteps - 1},0'
   asked = schedule.num_timesteps if num_steps is None else num_steps
-  times = grids.create(grid, schedule, asked, calibration and mse)
-  if sampler in samplers.CALIBRATED and calibration:
-    table = calibration().x0_variance
+  mse_fn = (lambda: calibration().of(clip)) if calibration else None
+  times = grids.create(grid, schedule, asked, mse_fn)
+  calibrates = sampler in samplers.CALIBRATED and mse_fn
+  if calibrates and options.get('x0_variance') is None:
+    table = mse_fn()
     at_steps = np.interp(times[:-1], np.arange(len(table)), table)
-    options = {'x0_variance': at_steps.tolist(), **options}
+    options['x0_variance'] = at_steps.tolist()
   chosen = samplers.options(sampler, **options)
   samplers.create(sampler, **chosen)  # finds values out of range
   # The grids of DDIM's code have numbers of entries of their own.

@@ -48,8 +48,8 @@ def open_store(directory, protocol: dict) -> None:
     for name in sorted(stored.keys() | asked.keys()):
       if stored.get(name) != asked.get(name):
         raise UserError(
-          f'{directory} holds samples with {name}={stored.get(name)}, not '
-          f'{asked.get(name)}: choose another --output'
+          f'{directory} holds samples with {name}={_short(stored.get(name))}, '
+          f'not {_short(asked.get(name))}: choose another --output'
         )
     return
   # A kill may have left a folder that never came to hold a store.
@@ -61,6 +61,12 @@ def open_store(directory, protocol: dict) -> None:
   files.make(directory)
   with files.replacing(path) as file:
     file.write(json.dumps(protocol, indent=2).encode())
+
+
+def _short(value) -> str:
+  """A list of a thousand numbers is no part of one line."""
+  text = str(value)
+  return text if len(text) <= 60 else f'{text[:57]}...'
 
 
 def _read_protocol(path) -> dict:
