@@ -43,6 +43,7 @@ from diffusion_jax.samplers.solve import Sampler
 
 FIRST = 0.05  # the length of the first step tried, in lambda
 SAFETY, GROWTH = 0.9, 5.0  # of the step that would do, and at the most
+FINEST = 1e-6  # of tolerances, for float32
 LEAST = 3  # evaluations: a step has two, and clean data takes one
 
 
@@ -210,6 +211,11 @@ def _check(rtol, atol, budget):
     raise UserError(f'rtol={rtol}: at least 0')
   if not 0 < atol < math.inf:  # some x is 0, and has no relative error
     raise UserError(f'atol={atol}: above 0')
+  if max(rtol, atol) < FINEST:
+    raise UserError(
+      f'rtol={rtol}, atol={atol}: one of them at least {FINEST}, as the two '
+      'methods differ by their rounding below it, and no step is taken'
+    )
   if not (budget >= LEAST and budget % 1 == 0):
     raise UserError(
       f'budget={budget}: a whole number of evaluations, at least {LEAST}: two '
