@@ -279,6 +279,7 @@ def _how(subject: dict) -> dict:
   known = ('step', 'ema', 'sampler', 'evaluations', 'seed', 'grid', 'workdir')
   name, grid = subject.get('sampler'), subject.get('grid')
   steps = len(grid) - 1 if isinstance(grid, list) else None
+  is_grid = steps and all(map(cards.is_number, grid))
   evaluations = subject.get('evaluations')
   how = {
     'sampler': SAMPLERS.get(name, name),
@@ -292,6 +293,8 @@ def _how(subject: dict) -> dict:
       and not (key in known or key.endswith('sha256'))
     },
     'seed': subject.get('seed'),
+    # Two samplers of one name may differ by it alone.
+    'grid': cards.brief(grid) if is_grid else None,
   }
   return {key: x for key, x in how.items() if x is not None}
 
@@ -299,6 +302,7 @@ def _how(subject: dict) -> dict:
 def _drawing(subject: dict, short: bool = False) -> str:
   """As _how, in a line."""
   how = _how(subject)
+  how.pop('grid', None)  # too long for it
   steps = how.pop('steps', '?')
   evaluations = how.pop('evaluations', steps)
   if 'sampler' not in subject:
