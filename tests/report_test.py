@@ -223,7 +223,7 @@ def test_numbers_are_those_of_the_files(full):
   head, row = read.tables[0]
   cells = dict(zip(head, row, strict=True))
   assert cells['Step'] == '20'
-  assert cells['Sampler'] == 'DDIM'
+  assert cells['Sampler'] == 'ddim'
   assert cells['Steps'] == '2'
   assert cells['Seed'] == '3'
   assert cells['Fréchet ↓'] == '0.1235'  # 4 digits to read
@@ -272,7 +272,7 @@ def test_pictures_are_the_newest_and_bitwise(full):
   assert len(shown) == len(wanted)
   for image, path in zip(shown, wanted, strict=True):
     np.testing.assert_array_equal(np.asarray(image), Image.open(path))
-  assert 'Step 20, DDIM, 2 evaluations' in read.text
+  assert 'Step 20, ddim, 2 evaluations' in read.text
   assert 'seed 77' in read.text
 
   # A store of a later step takes its place.
@@ -281,7 +281,7 @@ def test_pictures_are_the_newest_and_bitwise(full):
     json.dumps({**card(21)['subject'], 'sampler': 'ancestral'})
   )
   read, _ = written(full)
-  assert 'Step 21, Ancestral, 2 evaluations' in read.text
+  assert 'Step 21, ancestral, 2 evaluations' in read.text
   np.testing.assert_array_equal(
     np.asarray(read.images()[0]), Image.open(samples / 'later' / 'grid.png')
   )
@@ -292,7 +292,7 @@ def test_without_a_store_the_grid_of_training_is_shown(bare):
   read, _ = written(bare)
   assert len(read.images()) == 1
   # 50 and ddim are the config's.
-  assert 'Step 500, DDIM, 50 evaluations' in read.text
+  assert 'Step 500, ddim, 50 evaluations' in read.text
 
 
 def test_a_large_picture_is_embedded_smaller(bare):

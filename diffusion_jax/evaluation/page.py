@@ -21,8 +21,6 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import bits, cards, facts, plots
 from diffusion_jax.evaluation.facts import Facts
 
-SAMPLERS = {'ddim': 'DDIM', 'ancestral': 'Ancestral'}
-
 # What of a protocol stands in the title of its table.
 TITLE = ('data', 'split', 'num_samples', 'num_reference', 'num_images', 'bits')
 LABELS = {'num_heldout': 'held-out images'}
@@ -277,12 +275,12 @@ def _bytes(encoded) -> int:
 def _how(subject: dict) -> dict:
   """How samples were drawn, by the names that people read."""
   known = ('step', 'ema', 'sampler', 'evaluations', 'seed', 'grid', 'workdir')
-  name, grid = subject.get('sampler'), subject.get('grid')
+  grid = subject.get('grid')
   steps = len(grid) - 1 if isinstance(grid, list) else None
   is_grid = steps and all(map(cards.is_number, grid))
   evaluations = subject.get('evaluations')
   how = {
-    'sampler': SAMPLERS.get(name, name),
+    'sampler': subject.get('sampler'),
     'steps': steps,
     'evaluations': evaluations if evaluations != steps else None,
     'weights': {True: 'averaged', False: 'raw'}.get(subject.get('ema')),
