@@ -8,6 +8,7 @@ import contextlib
 import errno
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -34,7 +35,10 @@ FLAG_ERRORS = (
 )
 
 # Not bugs, wherever they are raised.
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+DISK = (
+  *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+  *(errno.EACCES, errno.EPERM),
+)
 
 
 # Who started a binary may name a file there, to read its one line again: stderr
@@ -107,8 +111,12 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
         '\ninterrupted; the same command goes on from what is kept',
         file=sys.stderr,
       )
-      distributed.leave(130)
-      sys.exit(130)
+      # Python's own end takes apart what XLA may still compute with. What was
+      # to be saved is: contexts have ended.
+      for child in multiprocessing.active_children():
+        child.terminate()
+      sys.stdout.flush()
+      os._exit(130)
     except Exception as e:
       if isinstance(e, OSError) and e.errno in DISK:
         fail(f'{e.strerror}: {e.filename}' if e.filename else e.strerror)

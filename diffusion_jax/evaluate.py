@@ -226,10 +226,14 @@ def _sweep():
     asked = sampling.Asked(
       entry.sampler, None, entry.grid, entry.clip, entry.options
     )
-    plan = sweep.longest(
-      lambda steps: plan_of(asked._replace(num_steps=steps)), budget,
-      config['process']['num_timesteps'],
-    )  # fmt: skip
+    try:
+      plan = sweep.longest(
+        lambda steps: plan_of(asked._replace(num_steps=steps)), budget,
+        config['process']['num_timesteps'],
+      )  # fmt: skip
+    except UserError as e:
+      told = f'--sweep={entry.text} of {budget} evaluations: {e}'
+      raise UserError(told) from e
     return entry, budget, asked, plan
 
   asked_for = [planned(e, budget) for e in entries for budget in budgets]

@@ -87,18 +87,21 @@ def main():
       'step': trained.step, 'drawn': drawn, **cost,
     },
     f'{FLAGS.num_samples} images of step {trained.step}, {drawn} of them drawn '
-    f'now ({told}); the grid is {output / "grid.png"}',
+    f'now ({told}); the picture is {output / "grid.png"}',
     FLAGS.json,
   )  # fmt: skip
 
 
 def _check_plan(plan):
   """What pictures it cannot give."""
-  for flag in ('trajectory', 'progressive', 'interpolate'):
-    if FLAGS[flag].value and plan.adaptive:
-      raise UserError(
-        f'--sampler={plan.sampler} chooses its own steps: leave --{flag} out'
-      )
+  ways = [
+    f for f in ('trajectory', 'progressive', 'interpolate') if FLAGS[f].value
+  ]
+  if ways and plan.adaptive:
+    raise UserError(
+      f'--sampler={plan.sampler} chooses its own steps: leave --'
+      f'{" and --".join(ways)} out'
+    )
   if FLAGS.interpolate and plan.adds_noise:
     raise UserError(
       f'--interpolate={FLAGS.interpolate}: with --sampler={plan.sampler} and '

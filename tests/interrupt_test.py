@@ -325,3 +325,18 @@ def test_an_array_file_that_is_cut_or_vanishes(tmp_path):
   result = process.end()
   assert result.code == 0, result.err
   assert sorted(tiny.losses(workdir)) == list(range(1, 31))
+
+
+def test_ctrl_c_while_images_are_drawn_is_one_line(run, tmp_path):
+  """XLA computes in threads that Python's own end would take apart."""
+  output = tmp_path / 'out'
+  flags = ('--num_samples=1000000', '--batch_size=64', '--sampler=ddim')
+  drawing = binaries.start(
+    'sample', f'--workdir={run}', f'--output={output}', *flags
+  )
+  drawing.wait_until(lambda: list(output.glob('parts/*.npy')))
+  drawing.send(signal.SIGINT)
+  ended = drawing.end()
+  assert ended.code == 130, ended
+  assert 'Fatal' not in ended.err
+  assert ended.err.strip().endswith('goes on from what is kept')

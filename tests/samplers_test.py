@@ -194,6 +194,8 @@ def test_literal_grids():
   assert grid.create('999,500,100,-1', linear(T), 7) == [999, 500, 100, -1]
   assert grid.create('998.5, 10.25, 0', linear(T), 7) == [998.5, 10.25, 0, -1]
   assert grid.create('0', linear(T), 7) == [0, -1]
+  for times in ([999, 500.5, -1], (999, 500.5), np.array([999, 500.5, -1])):
+    assert grid.create(times, linear(T), 7) == [999, 500.5, -1]
   assert all(isinstance(t, int) for t in grid.create('999.0,5', linear(T), 7))
 
 

@@ -175,7 +175,7 @@ def test_a_sweep_of_a_run_goes_on_where_it_was_cut(run):
     (['--sweep=ddim', '--metrics=kid'], '--sweep takes fid too'),
     (['--sweep=analytic_ddpm'], 'not yet computed'),
     (['--sweep=unipc:order=3', '--sweep_evaluations=2'], 'order=3'),
-    (['--sweep=ddim:eta=2'], 'eta=2'),
+    (['--sweep=ddim:eta=2'], '--sweep=ddim:eta=2 of 10 evaluations: eta=2'),
     (['--sweep=ddim', '--follow'], '--follow has no part'),
     (['--sweep=ddim', '--metrics=bpd_fast'], '--sweep takes fid too'),
     (['--sweep='], '--sweep is empty'),

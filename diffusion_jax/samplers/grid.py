@@ -7,7 +7,7 @@ at; fractional ones lie between, see `schedules`.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -161,7 +161,10 @@ NAMES = (*GRIDS, 'optimal')
 
 
 def create(
-  grid: str, schedule: Schedule, num_steps: int, mse_fn: Callable | None = None
+  grid: str | Sequence[float],
+  schedule: Schedule,
+  num_steps: int,
+  mse_fn: Callable | None = None,
 ) -> list:
   """A grid by name, or the literal one: 'uniform', or '999,500,100'.
 
@@ -169,8 +172,8 @@ def create(
   happens, as a step of no length leaves x as it is and adds no noise.
 
   Args:
-    grid: times separated by commas, the -1 at the end may be left out; or one
-      of
+    grid: times, or a text of them separated by commas, the -1 at the end may
+      be left out; or one of
       'uniform'         evenly spaced from T-1 to 0;
       'leading'         multiples of T / num_steps, short of T-1;
       'trailing'        equal strides down from T-1;
@@ -188,6 +191,8 @@ def create(
     UserError: the name is not known, or the times do not descend in [0, T-1].
   """
   num_timesteps = schedule.num_timesteps
+  if not isinstance(grid, str):
+    grid = ','.join(map(str, grid))
   if grid in NAMES:
     if not 1 <= num_steps <= num_timesteps:
       raise UserError(

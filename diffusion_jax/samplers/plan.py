@@ -1,6 +1,6 @@
 """How samples are drawn: all that they depend on beside the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -83,7 +83,7 @@ def create(
   *,
   sampler: str = 'ancestral',
   num_steps: int | None = None,
-  grid: str = 'uniform',
+  grid: str | Sequence[float] = 'uniform',
   clip: bool = True,
   seed: int = 0,
   calibration: Callable | None = None,
@@ -95,7 +95,7 @@ def create(
     schedule: the noise schedule.
     sampler: a key of SAMPLERS.
     num_steps: sampling steps; None for all T, or for a literal grid's.
-    grid: a key of GRIDS, or literal times: '999,500,100'.
+    grid: a name, see `grid`, or literal times: '999,500,100', or a list.
     clip: whether x0 is clipped to [-1, 1] in every step.
     seed: in [0, 2**32).
     calibration: () -> Calibration, of the network; called where
@@ -123,7 +123,8 @@ def create(
   chosen = samplers.options(sampler, **options)
   samplers.create(sampler, **chosen)  # finds values out of range
   # The grids of DDIM's code have numbers of entries of their own.
-  if grid not in grids.NAMES and num_steps not in (None, len(times) - 1):
+  named = isinstance(grid, str) and grid in grids.NAMES
+  if not named and num_steps not in (None, len(times) - 1):
     raise UserError(
       f'num_steps={num_steps}: the literal grid has {len(times) - 1} steps, '
       'leave it out'

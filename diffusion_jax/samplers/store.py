@@ -45,7 +45,8 @@ def open_store(directory, protocol: dict) -> None:
   protocol = json.loads(json.dumps(protocol))
   if path.exists():
     stored, asked = _read_protocol(path), {**DEFAULTS, **protocol}
-    for name in sorted(stored.keys() | asked.keys()):
+    names = sorted(stored.keys() | asked.keys())
+    for name in sorted(names, key='sampler'.__ne__):  # which has the others
       if stored.get(name) != asked.get(name):
         raise UserError(
           f'{directory} holds samples with {name}={_short(stored.get(name))}, '
