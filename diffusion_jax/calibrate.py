@@ -77,11 +77,13 @@ def _kept(place, about, trained):
   """What an earlier pass has found of the same; None where there is none."""
 
   def read():
-    if not place.exists():
-      return None
-    found = calibration.read(
-      FLAGS.workdir, trained.step, trained.ema, trained.schedule.num_timesteps
-    )
+    try:
+      found = calibration.read(
+        trained.workdir, trained.step, trained.ema,
+        trained.schedule.num_timesteps,
+      )  # fmt: skip
+    except UserError:
+      return None  # it is not there, or damaged
     told = json.loads(place.read_text())
     same = all(told.get(name) == value for name, value in about.items())
     return found if same else None

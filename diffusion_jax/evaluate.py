@@ -220,71 +220,79 @@ def _sweep():
   entries = [sweep.parse(text) for text in dict.fromkeys(FLAGS.sweep)]
   budgets = sweep.budgets(FLAGS.sweep_evaluations)
   step, plan_of, network = sampling.prepared()
-  config = runs.read_config(workdir)
-
-  def planned(entry, budget):
-    asked = sampling.Asked(
-      entry.sampler, None, entry.grid, entry.clip, entry.options
-    )
-    try:
-      plan = sweep.longest(
-        lambda steps: plan_of(asked._replace(num_steps=steps)), budget,
-        config['process']['num_timesteps'],
-      )  # fmt: skip
-    except UserError as e:
-      told = f'--sweep={entry.text} of {budget} evaluations: {e}'
-      raise UserError(told) from e
-    return entry, budget, asked, plan
-
-  asked_for = [planned(e, budget) for e in entries for budget in budgets]
+  timesteps = runs.read_config(workdir)['process']['num_timesteps']
+  planned = [
+    (entry, budget, *_longest(entry, budget, plan_of, timesteps))
+    for entry in entries
+    for budget in budgets
+  ]
   trained = network()
   task = _task(workdir, trained)
   result = next(iter(task.judge.taps.values()))
   cells = []
-  for i, (entry, budget, asked, plan) in enumerate(asked_for):
-    cli.say(f'{i + 1} of {len(asked_for)}: {entry.text}, {plan.cost()}')
+  for i, (entry, budget, asked, plan) in enumerate(planned):
+    cli.say(f'{i + 1} of {len(planned)}: {entry.text}, {plan.cost()}')
     path = _card_path(task, workdir, step, plan, asked)
-    card = distributed.on_first(
-      lambda path=path, plan=plan: _known(path, task, trained, plan)
-    )
-    name = sampling.name(step, plan, _dtype(), asked)
-    output = workdir / 'samples' / f'swept_{name}'
-    if card is None:
-      sampling.fill(trained, plan, output, FLAGS.num_samples, _dtype())
-      card = _judge(task, path, trained, plan, output)
-    # A kill may have come between a card and the end of its samples.
-    if not FLAGS.keep_samples:
-      distributed.on_first(lambda output=output: files.remove(output))
+    card = _judged(task, path, trained, plan, asked)
     cells.append({
       'sampler': entry.text, 'budget': budget, 'num_steps': plan.num_steps,
       'evaluations': plan.evaluations, 'value': card['results'][result],
       'card': path.name,
     })  # fmt: skip
-  told = {
-    'result': result,
-    'subject': {
-      'workdir': str(workdir), 'step': step, 'ema': trained.ema,
-      'weights_sha256': trained.weights_sha256, 'seed': FLAGS.seed,
-    },
-    'protocol': task.protocol,
-    'cells': cells,
-    'best': sweep.best(cells),
+  subject = {
+    'workdir': str(workdir), 'step': step, 'ema': trained.ema,
+    'weights_sha256': trained.weights_sha256, 'seed': FLAGS.seed,
   }  # fmt: skip
-  asked = [FLAGS.sweep, budgets, FLAGS.seed, trained.weights_sha256]
+  told = {
+    'result': result, 'subject': subject, 'protocol': task.protocol,
+    'cells': cells, 'best': sweep.best(cells),
+  }  # fmt: skip
+  of = [FLAGS.sweep, budgets, FLAGS.seed, trained.weights_sha256]
   name = cards.name(
     f'step{step}', f'{result}_{FLAGS.num_samples}',
-    {'sweep': asked, **task.protocol},
+    {'sweep': of, **task.protocol},
   )  # fmt: skip
   path = workdir / 'evaluations' / 'sweeps' / f'{name}.json'
+  plot = path.with_suffix('.png')
   distributed.on_first(lambda: sweep.write(path, told))
   distributed.on_first(lambda: page.write(workdir, cli.say) and None)
+  reference = task.source.description if task.source else FLAGS.reference
   cli.report(
-    {**told, 'path': str(path), 'plot': str(path.with_suffix('.png'))},
+    {**told, 'path': str(path), 'plot': str(plot)},
     f'{FLAGS.num_samples} samples of step {step} for each number, against '
-    f'{task.source.description if task.source else FLAGS.reference}\n'
-    f'{sweep.text(told)}\n\nplot: {path.with_suffix(".png")}',
+    f'{reference}\n{sweep.text(told)}\n\nplot: {plot}',
     FLAGS.json,
-  )  # fmt: skip
+  )
+
+
+def _longest(entry, budget, plan_of, timesteps):
+  """What is asked for in a cell of a sweep, and its plan."""
+  asked = sampling.Asked(
+    entry.sampler, None, entry.grid, entry.clip, entry.options
+  )
+
+  def of(steps):
+    return plan_of(asked._replace(num_steps=steps))
+
+  try:
+    return asked, sweep.longest(of, budget, timesteps)
+  except UserError as e:
+    told = f'--sweep={entry.text} of {budget} evaluations: {e}'
+    raise UserError(told) from e
+
+
+def _judged(task, path, trained, plan, asked) -> dict:
+  """The card of a cell of a sweep, drawn and judged unless it is there."""
+  card = distributed.on_first(lambda: _known(path, task, trained, plan))
+  name = sampling.name(trained.step, plan, _dtype(), asked)
+  output = trained.workdir / 'samples' / f'swept_{name}'
+  if card is None:
+    sampling.fill(trained, plan, output, FLAGS.num_samples, _dtype())
+    card = _judge(task, path, trained, plan, output)
+  # A kill may have come between a card and the end of its samples.
+  if not FLAGS.keep_samples:
+    distributed.on_first(lambda: files.remove(output))
+  return card
 
 
 def _known(path, task, trained, plan) -> dict | None:

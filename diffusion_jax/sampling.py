@@ -172,7 +172,9 @@ def prepared() -> tuple[int, Callable[[Asked], Plan], Callable[[], Trained]]:
   def network():
     trained = load(workdir, step, FLAGS.ema)
     if calibrated.cache_info().currsize:
-      calibration.check(calibrated(), trained.weights_sha256, workdir, step)
+      calibration.check(
+        calibrated(), trained.weights_sha256, workdir, step, trained.ema
+      )
     return trained
 
   return step, plan, network

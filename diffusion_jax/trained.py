@@ -148,7 +148,9 @@ class Trained:
       kept = calibration.read(
         self.workdir, self.step, self.ema, self.schedule.num_timesteps
       )
-      calibration.check(kept, self.weights_sha256, self.workdir, self.step)
+      calibration.check(
+        kept, self.weights_sha256, self.workdir, self.step, self.ema
+      )
       return kept
 
     return plans.for_run(self.config, calibration=found, **options)

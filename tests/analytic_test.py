@@ -357,9 +357,9 @@ def test_what_is_kept_reads_back_or_is_told_of(tmp_path):
   calibration.write(place, kept(), {'seed': 1})
   found = calibration.read(tmp_path, 30, False, T)
   assert found == kept()
-  calibration.check(found, 'sha', tmp_path, 30)
-  with pytest.raises(UserError, match='of other weights'):
-    calibration.check(found, 'another', tmp_path, 30)
+  calibration.check(found, 'sha', tmp_path, 30, False)
+  with pytest.raises(UserError, match=r'of other weights.*--ema=false'):
+    calibration.check(found, 'another', tmp_path, 30, False)
   with pytest.raises(UserError, match='damaged'):
     calibration.read(tmp_path, 30, False, T - 1)
   place.write_text(place.read_text()[:-9])
@@ -398,6 +398,7 @@ def test_samples_of_a_run_that_is_calibrated(run):
   found = json.loads(kept.read_text())
   assert len(found['mse']) == T
   again = binaries.run('calibrate', f'--workdir={run}', '--num_images=3')
+  assert again.code == 0, again.err
   assert 'calibrating' not in again.err  # it is there
   assert 'squared error of x0' in again.out
   for flags in (analytic, best):
@@ -418,6 +419,12 @@ def test_samples_of_a_run_that_is_calibrated(run):
   done = binaries.run('sample', f'--workdir={run}', *analytic)
   assert done.code == 0, done.err
   assert len(list(run.glob('samples/*analytic_ddpm4*/store.json'))) == 2
+  # A damaged one is made anew.
+  kept.write_text('{')
+  assert 'damaged' in binaries.run('sample', f'--workdir={run}', *best).message
+  anew = binaries.run('calibrate', f'--workdir={run}', '--num_images=3')
+  assert anew.code == 0, anew.err
+  assert json.loads(kept.read_text()) == found
   done = binaries.run(
     'evaluate', f'--workdir={run}', '--follow', '--grid=optimal'
   )

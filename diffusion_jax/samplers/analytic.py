@@ -20,7 +20,7 @@ def analytic_ddpm(
 
       v + c0^2 E |x0 - its estimate|^2
 
-  is the variance that bounds the likelihood best (arXiv 2206.07309, theorem 2).
+  is the variance that bounds the likelihood best (arXiv 2206.07309).
   With the best denoiser the error is E Var(x0 | xt), which is theorem 1 of
   Analytic-DPM; its sigma^2 / alpha^2 (1 - E |eps|^2) by the size of the
   network's eps is the same for that denoiser alone, and of one that has eps too
@@ -30,7 +30,7 @@ def analytic_ddpm(
     x0_variance: the squared error of x0 per dimension, see `calibration`: a
       number for each step of the grid, at its first time, its second and so on.
     pixel_noise: the last noise that is added may move a pixel by so many levels
-      of 255 in the mean, as it is seen (appendix F.2); inf for no bound.
+      of 255 in the mean, as it is seen (2 or 1 in the paper); inf for no bound.
 
   Raises:
     UserError: a number out of range; or, when it runs, another number of them

@@ -69,10 +69,9 @@ def read(workdir, step: int, ema: bool, num_timesteps: int) -> Calibration:
   """
   place = path(workdir, step, ema)
   if not place.exists():
-    raw = '' if ema else ' --ema=false'
     raise UserError(
-      f'the statistics of step {step} are not yet computed: run python -m '
-      f'diffusion_jax.calibrate --workdir={workdir} --step={step}{raw}'
+      f'the statistics of step {step} are not yet computed: run '
+      + _command(workdir, step, ema)
     )
   try:
     told = json.loads(place.read_text())
@@ -82,16 +81,23 @@ def read(workdir, step: int, ema: bool, num_timesteps: int) -> Calibration:
       raise ValueError('tables of another size')
     return found
   except (OSError, ValueError, KeyError, TypeError) as e:
-    raise UserError(f'{place} is damaged ({e}): delete it, calibrate') from e
+    told = f'{place} is damaged ({e}): run {_command(workdir, step, ema)}'
+    raise UserError(told) from e
+
+
+def _command(workdir, step, ema) -> str:
+  raw = '' if ema else ' --ema=false'
+  return (
+    f'python -m diffusion_jax.calibrate --workdir={workdir} --step={step}{raw}'
+  )
 
 
 def check(
-  calibration: Calibration, weights_sha256: str, workdir, step: int
+  calibration: Calibration, weights_sha256: str, workdir, step: int, ema: bool
 ) -> None:
   """Raises UserError unless it is of these weights."""
   if calibration.weights_sha256 != weights_sha256:
     raise UserError(
       f'the statistics of step {step} are of other weights than those of the '
-      f'checkpoint: run python -m diffusion_jax.calibrate --workdir={workdir} '
-      f'--step={step}'
+      f'checkpoint: run {_command(workdir, step, ema)}'
     )
