@@ -33,16 +33,19 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from diffusion_jax import cli, environment, files, models, runs, validation
-from diffusion_jax.errors import UserError
-from diffusion_jax.samplers import draw, plan
-from diffusion_jax.trained import load
+from diffusion_jax import models, runs
+from diffusion_jax.cli import command, config_files
+from diffusion_jax.runs import draw, validation
+from diffusion_jax.runs.trained import load
+from diffusion_jax.samplers import plan
+from diffusion_jax.system import environment, files, terminal
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, sharding
 from diffusion_jax.weights import diffusers as folders
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
-  'config', cli.shipped_config('cifar10'),
+  'config', config_files.shipped_config('cifar10'),
   'Whose network: a file, or the name of a shipped config.',
 )  # fmt: skip
 flags.DEFINE_list('batch_sizes', ['1', '16'], 'Images drawn at once.')
@@ -59,13 +62,13 @@ def main():
   sizes, config, how = _checked()
   load_before = round(os.getloadavg()[0], 2)
   if load_before > os.cpu_count() / 2:
-    cli.say(
+    terminal.say(
       f'warning: the load is {load_before}, of {os.cpu_count()} cores: figures '
       'of a busy machine compare nothing'
     )
   with tempfile.TemporaryDirectory() as folder:
     trained, pipeline = both(config, Path(folder))
-  cli.say('the same images from the same noise?')
+  terminal.say('the same images from the same noise?')
   result = {
     **_machine(pipeline),
     'load_before': load_before,
@@ -77,13 +80,13 @@ def main():
     'batches': [],
   }
   for size in sizes:
-    cli.say(f'batch {size}')
+    terminal.say(f'batch {size}')
     result['batches'].append(measured(trained, pipeline, how, size))
   if FLAGS.output:
     files.make(files.at(FLAGS.output).parent)
     with files.replacing(FLAGS.output) as file:
       file.write(json.dumps(result, indent=2).encode() + b'\n')
-  cli.report(result, '\n'.join(_shown(result)), as_json=False)
+  terminal.report(result, '\n'.join(_shown(result)), as_json=False)
 
 
 def both(config, folder: Path) -> tuple:
@@ -238,7 +241,7 @@ def _summary(values) -> dict:
 
 
 def _checked() -> tuple:
-  cli.at_least(rounds=1)
+  command.at_least(rounds=1)
   for name in ('torch', 'diffusers'):
     if not importlib.util.find_spec(name):
       raise UserError(f"{name} is not installed: pip install '.[parity]'")
@@ -300,7 +303,7 @@ def _shown(result):
   ]
   compiled = [f'{batch["compile_seconds"]:.1f} s' for batch in batches]
   heads = [f'batch {batch["batch_size"]}' for batch in batches]
-  yield from cli.table(
+  yield from terminal.table(
     [f'{result["num_steps"]} steps, {result["rounds"]} rounds', *heads],
     [*rows, ('compilation, before', *compiled)],
   )
@@ -311,4 +314,4 @@ def _spread(found: dict) -> str:
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__)
+  command.run(main, __doc__)

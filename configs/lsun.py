@@ -19,7 +19,7 @@ Command:    python -m diffusion_jax.train --config=configs/lsun.py:church \
 
 from ml_collections import ConfigDict
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 # TFDS's name, held-out split ('' = none), steps, flips.
 CATEGORIES = {

@@ -12,12 +12,14 @@ import json
 
 from absl import flags
 
-from diffusion_jax import cli, distributed, files, judging, runs
-from diffusion_jax.errors import UserError
+from diffusion_jax import runs
+from diffusion_jax.cli import command, judging
 from diffusion_jax.evaluation import calibration as passes
 from diffusion_jax.evaluation import features
-from diffusion_jax.samplers import calibration
-from diffusion_jax.trained import load
+from diffusion_jax.runs import calibration
+from diffusion_jax.runs.trained import load
+from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
@@ -37,7 +39,7 @@ SHOWN = 10  # rows of the table
 
 def main():
   distributed.initialize()
-  cli.at_least(num_images=1, batch_size=1, seed=0)
+  command.at_least(num_images=1, batch_size=1, seed=0)
   if FLAGS.seed >= 2**32:
     raise UserError(f'--seed={FLAGS.seed}: below 2**32')
   workdir = files.at(FLAGS.workdir).expanduser()
@@ -62,11 +64,11 @@ def main():
     [str(t), f'{found.mse[t]:.4g}', f'{found.clipped_mse[t]:.4g}']
     for t in sorted({round(i * last / SHOWN) for i in range(SHOWN + 1)})
   ]
-  cli.report(
+  terminal.report(
     {**about, 'step': trained.step, 'path': str(place)},
     '\n'.join([
       f'{images.count} images of step {trained.step}: {source.description}',
-      '', *cli.table(['t', 'squared error of x0', 'clipped'], rows),
+      '', *terminal.table(['t', 'squared error of x0', 'clipped'], rows),
       '', f'kept in {place}',
     ]),
     FLAGS.json,
@@ -102,7 +104,7 @@ def _pass(trained, images, about, place):
   ])  # fmt: skip
   parts = place.parent / parts
   work = images.count * trained.schedule.num_timesteps
-  with cli.Progress('calibrating', work, unit='evaluations') as progress:
+  with terminal.Progress('calibrating', work, unit='evaluations') as progress:
     found = passes.measure(
       trained, images, FLAGS.seed, parts, FLAGS.batch_size, progress.update
     )
@@ -116,4 +118,4 @@ def _pass(trained, images, about, place):
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__, required=['workdir'])
+  command.run(main, __doc__, required=['workdir'])

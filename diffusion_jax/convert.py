@@ -27,9 +27,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from diffusion_jax import cli, environment, files, models, runs, validation
-from diffusion_jax.errors import UserError
-from diffusion_jax.trained import load
+from diffusion_jax import models, runs
+from diffusion_jax.cli import command, config_files
+from diffusion_jax.runs import validation
+from diffusion_jax.runs.trained import load
+from diffusion_jax.system import environment, files, terminal
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, sharding
 from diffusion_jax.weights import diffusers, official
 
@@ -68,7 +71,7 @@ def main():
       f'{diffusers.INDEX} or a config.json) and no checkpoint of TensorFlow '
       '(with a .index): nothing is downloaded, so give what is here'
     )
-  cli.report(result, f'{told}: {target}', FLAGS.json)
+  terminal.report(result, f'{told}: {target}', FLAGS.json)
 
 
 def _check_target(source, target) -> None:
@@ -137,7 +140,7 @@ def _config_with(parts) -> ConfigDict:
         f'{_shown(shape)}: give the config of their data, or none'
       )
   else:
-    config = runpy.run_path(cli.find_config('cifar10'))['get_config']()
+    config = runpy.run_path(config_files.find_config('cifar10'))['get_config']()
     config.data.update({'name': '', 'heldout_split': '', 'path': ''})
   before = runs.to_plain(config)
   with config.unlocked():
@@ -146,7 +149,7 @@ def _config_with(parts) -> ConfigDict:
   if FLAGS.config is not None:
     differ = runs.differences(before, runs.to_plain(config))
     for line in differ.values():
-      cli.say(f'as in {FLAGS["from"].value}, not as in --config: {line}')
+      terminal.say(f'as in {FLAGS["from"].value}, not as in --config: {line}')
   _check(config)
   return config
 
@@ -185,7 +188,7 @@ def _write(target, config, params, raw, step, facts) -> tuple[dict, str]:
   checkpoint.save_params(target / 'checkpoints', step, params, raw)
   runs.write_config(target, config)
   if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
-    cli.say('warning: some of the weights are not finite')
+    terminal.say('warning: some of the weights are not finite')
   count = models.count(params)
   return {'path': str(target), 'step': step, 'parameters': count}, (
     f'{count:,} parameters, step {step}, as a run to sample and evaluate'
@@ -193,4 +196,4 @@ def _write(target, config, params, raw, step, facts) -> tuple[dict, str]:
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__, required=('from', 'to'))
+  command.run(main, __doc__, required=('from', 'to'))

@@ -28,32 +28,25 @@ Without --sampler: DDPM's own, 1000 ancestral steps, which takes its time.
 import numpy as np
 from absl import flags
 
-from diffusion_jax import (
-  cli,
-  distributed,
-  files,
-  judging,
-  likelihoods,
-  runs,
-  samplers,
-  sampling,
-)
-from diffusion_jax.errors import UserError
+from diffusion_jax import runs, samplers
+from diffusion_jax.cli import command, drawing, judging, likelihoods
 from diffusion_jax.evaluation import (
   bits,
   cards,
   features,
   follow,
-  page,
   summary,
   sweep,
 )
 from diffusion_jax.evaluation.features import Images
+from diffusion_jax.reporting import page
+from diffusion_jax.runs import store
 from diffusion_jax.samplers import plan as plans
-from diffusion_jax.samplers import store
+from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(sampling)
+flags.adopt_module_key_flags(drawing)
 flags.adopt_module_key_flags(judging)
 flags.adopt_module_key_flags(likelihoods)
 flags.DEFINE_integer('num_samples', 1000, 'How many samples are judged.')
@@ -94,7 +87,7 @@ JUDGED = 64  # images at once: a judge's maps may be larger than the images
 
 
 def main():
-  if sampling.listed():
+  if drawing.listed():
     return
   distributed.initialize()
   if FLAGS.compare:
@@ -106,7 +99,7 @@ def main():
       return
   if not FLAGS.workdir:
     raise UserError('--workdir is missing; see --help')
-  sampling.check_flags(num_samples=2, poll_secs=0.1)
+  drawing.check_flags(num_samples=2, poll_secs=0.1)
   if FLAGS['sweep'].present or FLAGS['sweep_evaluations'].present:
     _check_sweep()
   kinds = [name for name in FLAGS.metrics if name in bits.KINDS]
@@ -130,19 +123,19 @@ def main():
 
 
 def _once():
-  trained, plan, output = sampling.chosen(_dtype())
+  trained, plan, output = drawing.chosen(_dtype())
   workdir = _usable_workdir()
   task = _task(workdir, trained)
-  drawn = sampling.fill(trained, plan, output, FLAGS.num_samples, _dtype())
+  drawn = drawing.fill(trained, plan, output, FLAGS.num_samples, _dtype())
   path = _card_path(task, workdir, trained.step, plan)
   card = _judge(task, path, trained, plan, output)
   report = workdir / 'report.html'
-  cli.report(
+  terminal.report(
     {**card, 'path': str(path), 'report': str(report), 'drawn': drawn},
     f'{summary.text(card)}\n\ncard: {path}\nreport: {report}',
     FLAGS.json,
   )
-  distributed.on_first(lambda: page.write(workdir, cli.say) and None)
+  distributed.on_first(lambda: page.write(workdir, terminal.say) and None)
 
 
 def _follow():
@@ -156,23 +149,23 @@ def _follow():
       f'--follow with --sampler={FLAGS.sampler} --grid={FLAGS.grid}: each '
       'checkpoint would have to be calibrated first; use another'
     )
-  samplers.options(FLAGS.sampler, **sampling.asked().options)
+  samplers.options(FLAGS.sampler, **drawing.asked().options)
   follow.wait_for_first(workdir, FLAGS.poll_secs)
-  trained, plan, _ = sampling.chosen(_dtype())
+  trained, plan, _ = drawing.chosen(_dtype())
   task = _task(workdir, trained)
 
   def path_of(step):
     return _card_path(task, workdir, step, plan)
 
   def output_of(step):
-    name = sampling.name(step, plan, _dtype())
+    name = drawing.name(step, plan, _dtype())
     return workdir / 'samples' / f'followed_{name}'
 
   def judge(now):
     output = output_of(now.step)
-    sampling.fill(now, plan, output, FLAGS.num_samples, _dtype())
+    drawing.fill(now, plan, output, FLAGS.num_samples, _dtype())
     card = _judge(task, path_of(now.step), now, plan, output)
-    distributed.on_first(lambda: page.write(workdir, cli.say) and None)
+    distributed.on_first(lambda: page.write(workdir, terminal.say) and None)
     clean([now.step])
     return card
 
@@ -188,7 +181,7 @@ def _follow():
     workdir, trained.at, judge, path_of, result=result,
     poll_secs=FLAGS.poll_secs,
   )  # fmt: skip
-  cli.report(curve, follow.text(curve), FLAGS.json)
+  terminal.report(curve, follow.text(curve), FLAGS.json)
 
 
 def _check_distance(flag, best):
@@ -206,7 +199,7 @@ def _check_sweep():
       '--sweep=ddim,unipc'
     )
   idle = ('sampler', 'num_steps', 'grid', 'clip', 'output', 'follow')
-  for flag in (*idle, *sampling.OPTIONS):
+  for flag in (*idle, *drawing.OPTIONS):
     if FLAGS[flag].present:
       raise UserError(
         f'--{flag} has no part in --sweep, of which each sampler has its own '
@@ -219,7 +212,7 @@ def _sweep():
   workdir = _usable_workdir()
   entries = [sweep.parse(text) for text in dict.fromkeys(FLAGS.sweep)]
   budgets = sweep.budgets(FLAGS.sweep_evaluations)
-  step, plan_of, network = sampling.prepared()
+  step, plan_of, network = drawing.prepared()
   timesteps = runs.read_config(workdir)['process']['num_timesteps']
   planned = [
     (entry, budget, *_longest(entry, budget, plan_of, timesteps))
@@ -231,7 +224,7 @@ def _sweep():
   result = next(iter(task.judge.taps.values()))
   cells = []
   for i, (entry, budget, asked, plan) in enumerate(planned):
-    cli.say(f'{i + 1} of {len(planned)}: {entry.text}, {plan.cost()}')
+    terminal.say(f'{i + 1} of {len(planned)}: {entry.text}, {plan.cost()}')
     path = _card_path(task, workdir, step, plan, asked)
     card = _judged(task, path, trained, plan, asked)
     cells.append({
@@ -255,9 +248,9 @@ def _sweep():
   path = workdir / 'evaluations' / 'sweeps' / f'{name}.json'
   plot = path.with_suffix('.png')
   distributed.on_first(lambda: sweep.write(path, told))
-  distributed.on_first(lambda: page.write(workdir, cli.say) and None)
+  distributed.on_first(lambda: page.write(workdir, terminal.say) and None)
   reference = task.source.description if task.source else FLAGS.reference
-  cli.report(
+  terminal.report(
     {**told, 'path': str(path), 'plot': str(plot)},
     f'{FLAGS.num_samples} samples of step {step} for each number, against '
     f'{reference}\n{sweep.text(told)}\n\nplot: {plot}',
@@ -267,7 +260,7 @@ def _sweep():
 
 def _longest(entry, budget, plan_of, timesteps):
   """What is asked for in a cell of a sweep, and its plan."""
-  asked = sampling.Asked(
+  asked = drawing.Asked(
     entry.sampler, None, entry.grid, entry.clip, entry.options
   )
 
@@ -284,10 +277,10 @@ def _longest(entry, budget, plan_of, timesteps):
 def _judged(task, path, trained, plan, asked) -> dict:
   """The card of a cell of a sweep, drawn and judged unless it is there."""
   card = distributed.on_first(lambda: _known(path, task, trained, plan))
-  name = sampling.name(trained.step, plan, _dtype(), asked)
+  name = drawing.name(trained.step, plan, _dtype(), asked)
   output = trained.workdir / 'samples' / f'swept_{name}'
   if card is None:
-    sampling.fill(trained, plan, output, FLAGS.num_samples, _dtype())
+    drawing.fill(trained, plan, output, FLAGS.num_samples, _dtype())
     card = _judge(task, path, trained, plan, output)
   # A kill may have come between a card and the end of its samples.
   if not FLAGS.keep_samples:
@@ -357,7 +350,7 @@ def _task(workdir, trained) -> judging.Task:
 
 def _card_path(task, workdir, step, plan, how=None):
   what = f'{task.protocol["features"]}_{task.protocol["num_samples"]}'
-  name = cards.name(sampling.name(step, plan, how=how), what, task.protocol)
+  name = cards.name(drawing.name(step, plan, how=how), what, task.protocol)
   return workdir / 'evaluations' / f'{name}.json'
 
 
@@ -409,7 +402,7 @@ def _cost(plan, output) -> dict:
   """What a sample took; on average, where the sampler chooses its steps."""
   if not plan.adaptive:
     return {'evaluations': plan.evaluations}
-  took = sampling.took(output, FLAGS.num_samples)
+  took = drawing.took(output, FLAGS.num_samples)
   return {
     'evaluations': round(float(took.evaluations.mean()), 2),
     'unfinished': int((~took.finished).sum()),
@@ -424,9 +417,9 @@ def _compare():
     head = ', '.join(
       f'{name} {protocol[name]}' for name in HEAD if name in protocol
     )
-    tables.append('\n'.join([head, '', *cli.table(*cards.table(group))]))
-  cli.report({'tables': groups}, '\n\n'.join(tables), FLAGS.json)
+    tables.append('\n'.join([head, '', *terminal.table(*cards.table(group))]))
+  terminal.report({'tables': groups}, '\n\n'.join(tables), FLAGS.json)
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__)
+  command.run(main, __doc__)

@@ -13,10 +13,12 @@ Features are kept (--cache), so that what was interrupted goes on.
 
 from absl import flags
 
-from diffusion_jax import cli, distributed, files, judging, runs
-from diffusion_jax.errors import UserError
+from diffusion_jax import runs
+from diffusion_jax.cli import command, judging
 from diffusion_jax.evaluation import cards, features, statistics, summary
 from diffusion_jax.evaluation.features import Images
+from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 FLAGS = flags.FLAGS
@@ -44,7 +46,7 @@ def main():
     if not FLAGS[name].value:
       raise UserError(f'--{name} is missing; see --help')
   judging.check_flags()
-  cli.at_least(batch_size=1, image_size=1)
+  command.at_least(batch_size=1, image_size=1)
   if FLAGS.card:
     runs.usable_file('card', FLAGS.card)
   shown, source = (
@@ -87,7 +89,7 @@ def main():
     path = files.at(FLAGS.card).expanduser()
     distributed.on_first(lambda: _keep(path, card, measured, shown, source))
     told = f'\n\ncard: {path}'
-  cli.report(card, f'{summary.text(card)}{told}', FLAGS.json)
+  terminal.report(card, f'{summary.text(card)}{told}', FLAGS.json)
 
 
 def _keep(path, card, measured, shown, source):
@@ -100,4 +102,4 @@ def _keep(path, card, measured, shown, source):
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__)
+  command.run(main, __doc__)

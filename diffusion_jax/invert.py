@@ -20,21 +20,17 @@ import math
 import numpy as np
 from absl import flags
 
-from diffusion_jax import (
-  cli,
-  distributed,
-  files,
-  judging,
-  latents,
-  pictures,
-  runs,
-)
-from diffusion_jax.errors import UserError
+from diffusion_jax import runs
+from diffusion_jax.cli import command, judging
 from diffusion_jax.evaluation import features
-from diffusion_jax.samplers import draw, inversion
+from diffusion_jax.reporting import pictures
+from diffusion_jax.runs import draw, trajectories
+from diffusion_jax.runs.trained import load
 from diffusion_jax.samplers import grid as grids
+from diffusion_jax.samplers import inversion
 from diffusion_jax.samplers import plan as plans
-from diffusion_jax.trained import load
+from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint
 
 FLAGS = flags.FLAGS
@@ -74,7 +70,7 @@ MOST_SEEN = 100  # times that the picture of differences is brightened
 
 def main():
   distributed.initialize()
-  cli.at_least(num_images=1, batch_size=1, iterations=1, interpolate=0)
+  command.at_least(num_images=1, batch_size=1, iterations=1, interpolate=0)
   if FLAGS.output == '':
     raise UserError('--output is empty: give a folder, or leave the flag out')
   if FLAGS.interpolate and FLAGS.num_images < 2:
@@ -132,12 +128,12 @@ def _invert(trained, plan, images, output):
   how = {'clip': plan.clip, 'batch_size': FLAGS.batch_size}
   up, sampler = plan.grid[::-1], inversion.ddim_inversion(FLAGS.iterations)
   evaluations = sampler.evaluations(up)
-  cli.say(
+  terminal.say(
     f'inverting {images.count} images in {evaluations} evaluations each, and '
     f'drawing them again in {plan.evaluations}'
   )
-  noises = latents.carrier(trained, sampler, up, **how)(x0)
-  draw_fn = latents.carrier(trained, plan.create(), plan.grid, **how)
+  noises = trajectories.carrier(trained, sampler, up, **how)(x0)
+  draw_fn = trajectories.carrier(trained, plan.create(), plan.grid, **how)
   again = draw_fn(noises)
   if not np.isfinite(again).all():
     raise UserError(
@@ -159,7 +155,7 @@ def _invert(trained, plan, images, output):
   }
   drawn = {'inversion.png': _picture(pixels, noises, again)}
   if FLAGS.interpolate:
-    drawn['interpolation.png'] = latents.interpolation(
+    drawn['interpolation.png'] = pictures.interpolation(
       draw_fn, noises, FLAGS.interpolate
     )
 
@@ -173,7 +169,7 @@ def _invert(trained, plan, images, output):
       file.write(json.dumps(result, indent=2).encode() + b'\n')
 
   distributed.on_first(keep)
-  cli.report(
+  terminal.report(
     {**result, 'output': str(output)},
     f'{_text(result, images)}\n\nin {output}',
     FLAGS.json,
@@ -241,7 +237,7 @@ def _text(result, images) -> str:
       f'inverted by step {result["step"]} in {steps} steps of {count} '
       f'evaluation{"s" * (count > 1)}, and drawn again by DDIM in {steps}',
       '',
-      *cli.table(
+      *terminal.table(
         ['image', 'rms', 'max', 'rms of 255', 'max of 255', 'rms of noise'],
         [*rows, row('all', result['error'], f'{noise:.3f}')],
       ),
@@ -250,4 +246,4 @@ def _text(result, images) -> str:
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__, required=('workdir',))
+  command.run(main, __doc__, required=('workdir',))

@@ -13,8 +13,11 @@ from absl import flags
 from jax.sharding import AbstractMesh
 from ml_collections import config_flags
 
-from diffusion_jax import cli, models, runs, validation
-from diffusion_jax.errors import UserError
+from diffusion_jax import models, runs
+from diffusion_jax.cli import command
+from diffusion_jax.runs import validation
+from diffusion_jax.system import terminal
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import optim, sharding, state
 
 FLAGS = flags.FLAGS
@@ -57,7 +60,7 @@ def main():
     'optimiser': _bytes(abstract.opt_state),
     'state': _bytes(abstract),
   }
-  cli.report(
+  terminal.report(
     {'mesh': dict(mesh.shape), 'parameters': rows, 'bytes': totals},
     '\n'.join(_shown(mesh, rows, totals)),
     FLAGS.json,
@@ -96,7 +99,7 @@ def _bytes(tree) -> dict:
 
 def _shown(mesh, rows, totals):
   count = mesh.size
-  yield from cli.table(
+  yield from terminal.table(
     ['parameter', 'shape', 'split over', 'bytes a device'],
     [
       (
@@ -111,7 +114,7 @@ def _shown(mesh, rows, totals):
   yield ''
   sizes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
   yield f'{sizes} = {count} device{"s" * (count > 1)}'
-  yield from cli.table(
+  yield from terminal.table(
     ['bytes', 'total', f'total / {count}', 'a device', 'ratio'],
     [
       (
@@ -127,4 +130,4 @@ def _shown(mesh, rows, totals):
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__, required=('config',))
+  command.run(main, __doc__, required=('config',))

@@ -28,18 +28,14 @@ import numpy as np
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from diffusion_jax import (
-  cli,
-  distributed,
-  environment,
-  programs,
-  runs,
-  validation,
-)
-from diffusion_jax.errors import UserError
+from diffusion_jax import runs
+from diffusion_jax.cli import command
 from diffusion_jax.planning import checks, chips, compiled, page, rates
 from diffusion_jax.planning.compiled import Compiled, TooLarge, device_bytes
 from diffusion_jax.planning.page import gib
+from diffusion_jax.runs import programs, validation
+from diffusion_jax.system import distributed, environment, terminal
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding, state
 
 FLAGS = flags.FLAGS
@@ -126,7 +122,7 @@ def main():
     result['measured'] = _measure(place, train, sample)
     result['environment'] = environment.describe()
   result['checks'] = [check._asdict() for check in looked_at]
-  cli.report(result, '\n'.join(page.lines(result)), FLAGS.json)
+  terminal.report(result, '\n'.join(page.lines(result)), FLAGS.json)
 
 
 def _place(config, where, devices) -> Place:
@@ -156,10 +152,10 @@ def _look(place) -> list[checks.Check]:
   failed = []
   for check in looked_at:
     if check.well:
-      cli.say(f'ok        {check.name}: {check.told}')
+      terminal.say(f'ok        {check.name}: {check.told}')
     elif place.where and check.name == 'data':
       # That they are not here is no mistake where the chips are not either.
-      cli.say(f'not here  {check.name}: {check.told}')
+      terminal.say(f'not here  {check.name}: {check.told}')
     else:
       failed.append(f'{check.name}: {check.told}')
   if failed:
@@ -191,7 +187,7 @@ def _compile_both(place) -> tuple:
   what = f'the training step, {place.config.batch_size} images'
   if FLAGS.sampling:
     what += f', and the sampling program, {_sampled(place)} images'
-  with cli.waiting(f'compiling {what}{_effort(place)}'):
+  with terminal.waiting(f'compiling {what}{_effort(place)}'):
     pool = futures.ThreadPoolExecutor()
     train = pool.submit(_compile_step, place, place.config.batch_size)
     sample = pool.submit(_compile_sampling, place) if FLAGS.sampling else None
@@ -251,16 +247,18 @@ def _largest(place) -> None:
 
   def used(count):
     what = f'the training step, {count * unit} images'
-    with cli.waiting(f'compiling {what}{_effort(place)}'):
+    with terminal.waiting(f'compiling {what}{_effort(place)}'):
       found = tried[count] = _compile_step(place, count * unit)
     takes, limit = _used(found), _limit(place, found)
-    cli.say(f'batch_size={count * unit}: {gib(takes)} of {gib(limit)} a chip')
+    terminal.say(
+      f'batch_size={count * unit}: {gib(takes)} of {gib(limit)} a chip'
+    )
     return takes, limit
 
   fits, does_not = rates.largest(used, max(place.config.batch_size // unit, 1))
   if not fits.count:
     raise UserError(_too_large(place, unit, tried[does_not.count]))
-  cli.report(
+  terminal.report(
     {
       'topology': FLAGS.topology,
       'batch_size': fits.count * unit,
@@ -297,7 +295,7 @@ def _measure(place, train, sample) -> dict:
     now[0], values = train.program(now[0], batch)
     return values
 
-  with cli.waiting('measuring the training step'):
+  with terminal.waiting('measuring the training step'):
     seconds, count = _timed(step)
   found = {
     'train': {
@@ -310,7 +308,7 @@ def _measure(place, train, sample) -> dict:
   if sample:
     indices = _put(mesh, np.arange(_sampled(place), dtype=np.uint32))
     params = now[0].ema_params
-    with cli.waiting('measuring the sampling program'):
+    with terminal.waiting('measuring the sampling program'):
       seconds, count = _timed(lambda: sample.program(params, indices))
     evaluations = len(indices) * config.sample.num_steps
     found['sample'] = {
@@ -466,4 +464,4 @@ def _program(program, images, num_devices) -> dict:
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__, required=('config',))
+  command.run(main, __doc__, required=('config',))

@@ -8,8 +8,9 @@ before. It can be written at any time, while the run trains too.
 
 from absl import flags
 
-from diffusion_jax import cli
-from diffusion_jax.evaluation import page
+from diffusion_jax.cli import command
+from diffusion_jax.reporting import page
+from diffusion_jax.system import terminal
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('workdir', None, 'Folder of the run.')
@@ -20,8 +21,8 @@ def main():
   problems = []
   path = page.write(FLAGS.workdir, problems.append)
   for line in problems:
-    cli.say(line)
-  cli.report(
+    terminal.say(line)
+  terminal.report(
     {'report': str(path), 'problems': problems},
     f'the report is {path}',
     FLAGS.json,
@@ -29,4 +30,4 @@ def main():
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__, required=('workdir',))
+  command.run(main, __doc__, required=('workdir',))

@@ -32,8 +32,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from diffusion_jax import cli, files, runs, samplers, validation
-from diffusion_jax.errors import UserError
+from diffusion_jax import runs, samplers
+from diffusion_jax.cli import command, config_files
 from diffusion_jax.evaluation import inception
 from diffusion_jax.process import schedules
 from diffusion_jax.reproduction import (
@@ -46,7 +46,10 @@ from diffusion_jax.reproduction import (
   work,
 )
 from diffusion_jax.reproduction.task import Task
+from diffusion_jax.runs import validation
 from diffusion_jax.samplers import plan as plans
+from diffusion_jax.system import files, terminal
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics
 from diffusion_jax.weights import inception as weights
 from diffusion_jax.weights import official
@@ -117,7 +120,7 @@ def main():
       _plan(pieces, whole, told)
       return
     for line in told:
-      cli.say(line)
+      terminal.say(line)
     try:
       left = _carry_out(pieces, whole)
     except stages.Failed as e:
@@ -202,7 +205,9 @@ def _carry_out(pieces, whole) -> list[str]:
 
 def _task() -> Task:
   """Of the flags; all that can be known to be wrong is told here."""
-  cli.at_least(num_samples=2, num_steps=1, curve=0, minutes=0, train_minutes=0)
+  command.at_least(
+    num_samples=2, num_steps=1, curve=0, minutes=0, train_minutes=0
+  )
   origin = ORIGIN.value
   for flag in ('train_minutes', 'curve'):
     if origin and FLAGS[flag].value:
@@ -273,12 +278,12 @@ def _config() -> tuple[str, dict | None, tuple[str, ...]]:
   given = next(word for word in sys.argv if word.startswith('--config='))
   path, colon, argument = given.removeprefix('--config=').partition(':')
   stem = Path(path).stem
-  there = cli.shipped_config(stem)
+  there = config_files.shipped_config(stem)
   shipped = None
   if there:
     arguments = [argument] if colon else []
     shipped = runs.to_plain(runpy.run_path(there)['get_config'](*arguments))
-    if cli.find_config(stem) == path:
+    if config_files.find_config(stem) == path:
       path = stem
   overrides = config_flags.get_override_values(FLAGS['config'])
   return (
@@ -389,7 +394,7 @@ def _cost(asked, whole) -> list[str]:
     f'{asked.name} in {asked.workdir}',
     *cost.lines(whole, steps),
     '',
-    *cli.table(*cost.table(whole, shares, asked.most_training)),
+    *terminal.table(*cost.table(whole, shares, asked.most_training)),
     note,
   ]
   if asked.train_minutes:
@@ -411,9 +416,9 @@ def _say_measured(pieces, whole) -> None:
     if value
   ]
   if told:
-    cli.say(f'measured here: {", ".join(told)}')
+    terminal.say(f'measured here: {", ".join(told)}')
   if left:
-    cli.say(
+    terminal.say(
       f'left at these rates: {left.training:.2f} h of training, '
       f'{left.drawing:.2f} h of drawing, {left.bits:.2f} h of bits; judging '
       'and compiling not counted'
@@ -429,7 +434,7 @@ def _plan(pieces, whole, told) -> None:
   commands += [task.evaluate(asked, 'EARLIER')] * bool(asked.curve)
   lines = [f'python {shlex.join(command)}' for command in commands]
   _say_measured(pieces, whole)
-  cli.report(
+  terminal.report(
     {'cost': whole._asdict(), 'stages': commands, 'differences':
      asked.differences},
     '\n'.join([*told, '', *lines]),
@@ -444,8 +449,8 @@ def _report(pieces, left) -> None:
     lines = [*lines, f'left: {", ".join(left)}; the same command goes on']
   done = [] if left else ['', 'all is done']
   for line in record.get('left_out', []):
-    cli.say(f'too large to be copied: {line}')
-  cli.report(
+    terminal.say(f'too large to be copied: {line}')
+  terminal.report(
     {**record, 'directory': str(asked.directory)},
     '\n'.join([*lines, *done, f'results: {asked.directory}']),
     FLAGS.json,
@@ -453,4 +458,4 @@ def _report(pieces, left) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__, required=('config', 'workdir'))
+  command.run(main, __doc__, required=('config', 'workdir'))

@@ -13,20 +13,15 @@ samples.npz (`arr_0`, uint8), grid.png, and what else is asked for; of
 import numpy as np
 from absl import flags
 
-from diffusion_jax import (
-  cli,
-  distributed,
-  files,
-  latents,
-  pictures,
-  sampling,
-)
-from diffusion_jax.errors import UserError
-from diffusion_jax.samplers import store
+from diffusion_jax.cli import command, drawing
+from diffusion_jax.reporting import pictures
+from diffusion_jax.runs import store, trajectories
+from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(sampling)
+flags.adopt_module_key_flags(drawing)
 flags.DEFINE_integer('num_samples', 64, 'How many images are to be there.')
 flags.DEFINE_integer('grid_images', 100, 'At most so many on grid.png.')
 flags.DEFINE_bool('png', False, 'Also write every image as png/INDEX.png.')
@@ -50,12 +45,12 @@ PAIRS = 8  # on interpolation.png, at most
 
 
 def main():
-  if sampling.listed():
+  if drawing.listed():
     return
   if not FLAGS.workdir:
     raise UserError('--workdir is missing; see --help')
   distributed.initialize()
-  sampling.check_flags(
+  drawing.check_flags(
     num_samples=1, grid_images=1, trajectory=0, progressive=0, interpolate=0
   )
   for flag in ('trajectory', 'progressive'):
@@ -69,8 +64,8 @@ def main():
       f'--interpolate={FLAGS.interpolate} is between two samples: give '
       f'--num_samples=2 or more, not {FLAGS.num_samples}'
     )
-  trained, plan, output = sampling.chosen(check=_check_plan)
-  drawn = sampling.fill(trained, plan, output, FLAGS.num_samples)
+  trained, plan, output = drawing.chosen(check=_check_plan)
+  drawn = drawing.fill(trained, plan, output, FLAGS.num_samples)
   if distributed.is_first():
     _write(output, plan)
   if FLAGS.trajectory:
@@ -81,7 +76,7 @@ def main():
   if FLAGS.interpolate:
     _draw_interpolation(trained, plan, output / 'interpolation.png')
   cost, told = _cost(plan, output)
-  cli.report(
+  terminal.report(
     {
       'output': str(output), 'num_samples': FLAGS.num_samples,
       'step': trained.step, 'drawn': drawn, **cost,
@@ -115,7 +110,7 @@ def _cost(plan, output):
   if not plan.adaptive:
     each = f'{plan.evaluations} network evaluations each'
     return {'grid': plan.grid, 'evaluations': plan.evaluations}, each
-  took = sampling.took(output, FLAGS.num_samples)
+  took = drawing.took(output, FLAGS.num_samples)
   evaluations = {
     'mean': float(took.evaluations.mean()),
     'least': int(took.evaluations.min()),
@@ -135,7 +130,7 @@ def _write(output, plan):
   store.write_npz(output, images)
   if plan.adaptive:
     with files.replacing(output / 'evaluations.npy') as file:
-      np.save(file, sampling.took(output, FLAGS.num_samples).evaluations)
+      np.save(file, drawing.took(output, FLAGS.num_samples).evaluations)
   picture = pictures.grid(images[: FLAGS.grid_images])
   pictures.save(output / 'grid.png', picture)
   if FLAGS.png:
@@ -159,15 +154,15 @@ def _draw_way(trained, plan, path, count, estimates=False):
 def _draw_interpolation(trained, plan, path):
   """Between the first samples, pair by pair."""
   pairs = min(FLAGS.num_samples // 2, PAIRS)
-  draw_fn = latents.carrier(
+  draw_fn = trajectories.carrier(
     trained, plan.create(), plan.grid, clip=plan.clip,
     batch_size=FLAGS.batch_size,
   )  # fmt: skip
-  ends = latents.noises(trained, plan.seed, 2 * pairs)
-  picture = latents.interpolation(draw_fn, ends, FLAGS.interpolate)
+  ends = trajectories.noises(trained, plan.seed, 2 * pairs)
+  picture = pictures.interpolation(draw_fn, ends, FLAGS.interpolate)
   if distributed.is_first():
     pictures.save(path, picture)
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__)
+  command.run(main, __doc__)

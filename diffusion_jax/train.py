@@ -22,20 +22,13 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from diffusion_jax import (
-  cli,
-  data,
-  distributed,
-  environment,
-  files,
-  finetune,
-  pictures,
-  programs,
-  runs,
-  validation,
-)
+from diffusion_jax import data, runs
+from diffusion_jax.cli import command
 from diffusion_jax.data import pipeline
-from diffusion_jax.errors import UserError
+from diffusion_jax.reporting import pictures
+from diffusion_jax.runs import finetune, programs, validation
+from diffusion_jax.system import distributed, environment, files, terminal
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import (
   checkpoint,
   loop,
@@ -119,15 +112,15 @@ def main():
     distributed.on_first(note)
     if origin and not kept:
       for line in finetune.told(origin, given, left, runs.to_plain(config)):
-        cli.say(line)
+        terminal.say(line)
     elif FLAGS.init_from:
-      cli.say(
+      terminal.say(
         f'going on from step {start}: --init_from was applied when this run '
         'began'
       )
     given = {}  # let go of them: they are copied
-    cli.say(f'training on {source.description}')
-    cli.say(
+    terminal.say(f'training on {source.description}')
+    terminal.say(
       f'held out: {heldout.description}'
       if heldout
       else 'no images are held out (data.heldout_every=10 would hold out every '
@@ -171,10 +164,10 @@ def main():
         still_secs=FLAGS.still_secs,
         silent_secs=FLAGS.heartbeat_secs / 2,
         every_secs=min(FLAGS.heartbeat_secs / 6, 10),
-        tell=cli.say,
+        tell=terminal.say,
       )
     )
-    with cli.Progress('training', config.num_steps, start) as progress:
+    with terminal.Progress('training', config.num_steps, start) as progress:
 
       def on_step(row):
         dog.step()
@@ -203,7 +196,7 @@ def main():
   at = int(train_state.step)
   if at < config.num_steps:
     if distributed.is_first():
-      cli.say(_stopped(signals.name, at))
+      terminal.say(_stopped(signals.name, at))
     return
   rows = metrics.read(workdir / 'metrics.jsonl')
   _finish(workdir, config.num_steps, rows[-1] if rows else {})
@@ -241,7 +234,7 @@ def _finish(workdir, at, row):
     for name in ('loss', 'heldout_loss')
     if name in row
   ]
-  cli.report(
+  terminal.report(
     {'workdir': str(workdir), 'step': at, **row},
     f'trained to step {at}'
     + (f' ({", ".join(losses)})' if losses else '')
@@ -251,4 +244,4 @@ def _finish(workdir, at, row):
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__, required=('config', 'workdir'))
+  command.run(main, __doc__, required=('config', 'workdir'))

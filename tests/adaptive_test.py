@@ -14,10 +14,11 @@ from scipy import integrate
 
 import diffusion_jax
 from diffusion_jax import samplers
-from diffusion_jax.errors import UserError
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.samplers import levels, store
+from diffusion_jax.runs import store
+from diffusion_jax.samplers import levels
 from diffusion_jax.samplers.adaptive import Took, solve
+from diffusion_jax.system.errors import UserError
 
 LINEAR = schedules.linear(1000)
 LAM = levels.of(LINEAR, [999, 0]).lam

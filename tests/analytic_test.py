@@ -13,12 +13,13 @@ import pytest
 import tiny
 
 from diffusion_jax import data, load, samplers
-from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import calibration as passes
 from diffusion_jax.evaluation import features
 from diffusion_jax.process import gaussian, likelihood, schedules
-from diffusion_jax.samplers import calibration, grid
-from diffusion_jax.samplers.calibration import Calibration
+from diffusion_jax.runs import calibration
+from diffusion_jax.runs.calibration import Calibration
+from diffusion_jax.samplers import grid
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 T = 1000

@@ -18,7 +18,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['diffusion_jax.cli', 'diffusion_jax.data'])
+CONTEXT.set_forkserver_preload(
+  ['diffusion_jax.cli.command', 'diffusion_jax.data']
+)
 
 
 class Result(NamedTuple):

@@ -11,9 +11,9 @@ import tiny
 from PIL import Image
 
 from diffusion_jax import data, load
-from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import batches, bits, features
 from diffusion_jax.process import flow, likelihood
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 GRID = [999, 750, 500, 250, 100, 0, -1]

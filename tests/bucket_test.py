@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import diffusion_jax
-from diffusion_jax import files
+from diffusion_jax.system import files
 from diffusion_jax.training import checkpoint
 
 pytestmark = [

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, optim, sharding, state
 
 # Few arrays, for each takes its time, but some large enough to be split.

@@ -7,8 +7,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import celebahq256, cifar10, digits, lsun
-from diffusion_jax import cli, runs, validation
-from diffusion_jax.errors import UserError
+from diffusion_jax import runs
+from diffusion_jax.cli import config_files
+from diffusion_jax.runs import validation
+from diffusion_jax.system import terminal
+from diffusion_jax.system.errors import UserError
 
 DIGITS = '--config=configs/digits.py'
 
@@ -181,14 +184,14 @@ def test_a_bug_keeps_its_traceback(tmp_path, source, name):
 
 @pytest.mark.parametrize('name', ['digits', 'digits.py', 'configs/digits.py'])
 def test_shipped_configs_are_found_by_name(name):
-  assert cli.find_config(name).endswith('digits.py')
+  assert config_files.find_config(name).endswith('digits.py')
 
 
 def test_configs_of_ones_own_come_first(tmp_path, monkeypatch):
   (tmp_path / 'digits.py').write_text('')
   monkeypatch.chdir(tmp_path)
-  assert cli.find_config('digits.py') == 'digits.py'
-  assert cli.find_config('nothing') is None
+  assert config_files.find_config('digits.py') == 'digits.py'
+  assert config_files.find_config('nothing') is None
 
 
 # --- workdirs -----------------------------------------------------------------
@@ -247,7 +250,7 @@ def test_a_kill_before_the_config_was_whole_is_no_foreign_folder(tmp_path):
 
 
 def test_progress_off_a_terminal_prints_lines(capsys):
-  with cli.Progress('counting', 10, 4, 'things', seconds=0) as progress:
+  with terminal.Progress('counting', 10, 4, 'things', seconds=0) as progress:
     for _ in range(6):
       progress.update(note='loss 1')
   lines = capsys.readouterr().err.splitlines()
@@ -256,7 +259,7 @@ def test_progress_off_a_terminal_prints_lines(capsys):
 
 
 def test_report_is_json_when_asked(capsys):
-  cli.report({'a': 1}, 'text', as_json=True)
+  terminal.report({'a': 1}, 'text', as_json=True)
   assert json.loads(capsys.readouterr().out) == {'a': 1}
-  cli.report({'a': 1}, 'text', as_json=False)
+  terminal.report({'a': 1}, 'text', as_json=False)
   assert capsys.readouterr().out == 'text\n'

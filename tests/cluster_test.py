@@ -20,7 +20,8 @@ import pytest
 import tiny
 
 from configs import cifar10
-from diffusion_jax import distributed, runs
+from diffusion_jax import runs
+from diffusion_jax.system import distributed
 
 ROOT = binaries.ROOT
 POD = ['--name=pod', '--zone=us-x1-a']

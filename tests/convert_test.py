@@ -14,7 +14,7 @@ import tiny
 from parity import pipelines, unet
 
 from diffusion_jax import load, models
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import diffusers, named, official, settings
 
 WEIGHTS = 'unet/diffusion_pytorch_model.safetensors'

@@ -10,7 +10,7 @@ from imagesets import all_images, all_labels, error_line, random_images
 from PIL import Image
 
 from diffusion_jax import data
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 CIFAR = binaries.ROOT.parent / 'shared' / 'data' / 'cifar10'
 

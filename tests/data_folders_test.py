@@ -16,7 +16,7 @@ from imagesets import (
 from PIL import Image
 
 from diffusion_jax.data import pipeline, sources
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 
 def only_image(path, **kwargs):

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from diffusion_jax import data
 from diffusion_jax.data import pipeline
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 
 def labels_of(dataset, num_batches, start=0):

@@ -9,7 +9,7 @@ from imagesets import all_images, all_labels, png, random_images, write_tfds
 from PIL import Image
 
 from diffusion_jax import data
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 
 def save(folder, **images):

@@ -20,7 +20,7 @@ from PIL import Image
 
 from diffusion_jax import data
 from diffusion_jax.data import pipeline, sources
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 
 def write_cifar10(data_dir, version='3.0.2', num_train=20, num_test=5):

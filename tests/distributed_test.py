@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import tiny
 
-from diffusion_jax import distributed
-from diffusion_jax.errors import UserError
-from diffusion_jax.samplers import store
+from diffusion_jax.runs import store
+from diffusion_jax.system import distributed
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics, sharding
 
 # --- meeting -----------------------------------------------------------------

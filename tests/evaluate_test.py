@@ -16,7 +16,7 @@ from PIL import Image
 from diffusion_jax import data
 from diffusion_jax.evaluation import cards, classifier
 from diffusion_jax.models import inception
-from diffusion_jax.samplers import store
+from diffusion_jax.runs import store
 from diffusion_jax.weights import inception as weights
 
 DRAW = ('--sampler=ddim', '--num_steps=3')

@@ -15,8 +15,9 @@ from judges import (
 )
 
 from diffusion_jax import data
-from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import classifier, features, frechet, neighbours
+from diffusion_jax.evaluation import classifier, features
+from diffusion_jax.evaluation.metrics import frechet, neighbours
+from diffusion_jax.system.errors import UserError
 
 
 @pytest.mark.parametrize('dim', [1, 2, 16, 64])

@@ -9,9 +9,10 @@ from judges import levels, mesh_of, random_images, scipy_distance
 from parity import inception as parity
 from PIL import Image
 
-from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import cards, features, frechet, statistics
+from diffusion_jax.evaluation import cards, features, statistics
+from diffusion_jax.evaluation.metrics import frechet
 from diffusion_jax.models import inception
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import inception as weights
 
 

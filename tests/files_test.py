@@ -19,10 +19,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import digits
-from diffusion_jax import data, files, finetune, pictures, runs
-from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import cards, classifier, facts, page
-from diffusion_jax.samplers import store
+from diffusion_jax import data, runs
+from diffusion_jax.evaluation import cards, classifier
+from diffusion_jax.reporting import facts, page, pictures
+from diffusion_jax.runs import finetune, store
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, loop, metrics
 
 

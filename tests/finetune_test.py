@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
-from diffusion_jax import finetune, models
-from diffusion_jax.errors import UserError
+from diffusion_jax import models
+from diffusion_jax.runs import finetune
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics, optim, sharding, state
 
 OPTIMIZER = optim.create(1e-3, 5, 1.0)

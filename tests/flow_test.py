@@ -15,8 +15,8 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.process import flow, gaussian, likelihood, schedules
+from diffusion_jax.system.errors import UserError
 
 T = 1000
 SCHEDULE = schedules.linear(T)

@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from diffusion_jax import runs
-from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import cards, follow
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint
 
 JUDGE = (

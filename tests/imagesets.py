@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusion_jax import data
 from diffusion_jax.data import sources
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 
 def random_images(num_images, size=8, channels=3, seed=0):

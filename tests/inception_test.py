@@ -14,10 +14,10 @@ import pytest
 from parity import inception as parity
 from PIL import Image
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import features
 from diffusion_jax.evaluation import inception as judges
 from diffusion_jax.models import inception
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 from diffusion_jax.weights import inception as weights
 

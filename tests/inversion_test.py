@@ -18,11 +18,14 @@ from PIL import Image
 from solvers_test import LINEAR, SMOOTH, alpha_sigma, falling
 
 import diffusion_jax
-from diffusion_jax import data, guidance, latents, samplers
-from diffusion_jax.errors import UserError
+from diffusion_jax import data, samplers
+from diffusion_jax.guidance import clipping
 from diffusion_jax.process import gaussian
-from diffusion_jax.samplers import draw, grid, plan
+from diffusion_jax.reporting import pictures
+from diffusion_jax.runs import draw, trajectories
+from diffusion_jax.samplers import grid, plan
 from diffusion_jax.samplers.inversion import ddim_inversion, slerp
+from diffusion_jax.system.errors import UserError
 
 DATA = np.linspace(-2, 2, 17)[None]  # also as noise: it goes as far out
 
@@ -280,7 +283,7 @@ def test_estimates_are_the_denoisers_of_the_frames(name, clip):
 
   denoiser = gaussian.denoiser(network, LINEAR, 'eps')
   if clip:
-    denoiser = guidance.clip_x0(denoiser, LINEAR)
+    denoiser = clipping.clip_x0(denoiser, LINEAR)
   first, later = draw.sample_keys(3, indices)
   x = jax.vmap(lambda key: jax.random.normal(key, SHAPE))(first)
   x, frames = samplers.solve(
@@ -339,10 +342,10 @@ def test_which_samplers_add_noise(name, options, adds):
 def test_what_is_carried_down_are_the_samples(trained, batch_size):
   """Over all devices, batch by batch: the noise and the images of `sample`."""
   how = trained.plan(sampler='heun', num_steps=3, seed=4)
-  carry = latents.carrier(
+  carry = trajectories.carrier(
     trained, how.create(), how.grid, clip=how.clip, batch_size=batch_size
   )
-  got = carry(latents.noises(trained, 4, 10))
+  got = carry(trajectories.noises(trained, 4, 10))
   assert got.dtype == np.float32
   images = trained.sample(10, sampler='heun', num_steps=3, seed=4)
   assert np.abs(np.asarray(draw.to_uint8(got)).astype(int) - images).max() <= 1
@@ -357,7 +360,7 @@ def test_a_picture_of_ways_holds_what_is_drawn():
     return np.zeros_like(x)
 
   ends = noises(3).astype(np.float32)[..., :1]
-  picture = latents.interpolation(draw_fn, ends, 2)
+  picture = pictures.interpolation(draw_fn, ends, 2)
   (flat,) = seen
   assert flat.shape == (4, 4, 3, 1)
   np.testing.assert_array_equal(flat[0], ends[0])

@@ -12,10 +12,11 @@ import tiny
 from PIL import Image
 
 import diffusion_jax
-from diffusion_jax import guidance, samplers
-from diffusion_jax.errors import UserError
+from diffusion_jax import samplers
+from diffusion_jax.guidance import clipping
 from diffusion_jax.process import gaussian
-from diffusion_jax.samplers import draw
+from diffusion_jax.runs import draw
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 
@@ -113,7 +114,7 @@ def test_the_denoiser_goes_into_solve_and_guidance(trained):
   plan = trained.plan(sampler='ddim', num_steps=4)
   first, later = draw.sample_keys(0, jnp.arange(3, dtype=jnp.uint32))
   x = jnp.stack([jax.random.normal(key, (8, 8, 1)) for key in first])
-  clipped = guidance.clip_x0(trained.denoise, trained.schedule)
+  clipped = clipping.clip_x0(trained.denoise, trained.schedule)
   out = samplers.solve(
     plan.create(), clipped, trained.schedule, plan.grid, x, later
   )

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import scipy.special
 
-from diffusion_jax import guidance
-from diffusion_jax.errors import UserError
+from diffusion_jax.guidance import clipping
 from diffusion_jax.process import gaussian, likelihood, schedules
 from diffusion_jax.samplers import grid
+from diffusion_jax.system.errors import UserError
 
 T = 1000
 FULL = list(range(T - 1, -2, -1))
@@ -421,7 +421,7 @@ def test_noise_has_an_address(schedule):
 
 
 def test_a_clipped_estimate_is_scored_as_it_is_clipped(schedule):
-  wild = guidance.clip_x0(
+  wild = clipping.clip_x0(
     lambda xt, t: gaussian.Denoised(jnp.full_like(xt, 7), None), schedule
   )
   steps = likelihood.prepare(schedule, FULL)

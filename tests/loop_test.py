@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, loop, metrics
 
 

@@ -15,10 +15,11 @@ from judges import (
   scipy_distance,
 )
 
-from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import features, frechet, kid, measure, precision
+from diffusion_jax.evaluation import features, measure
 from diffusion_jax.evaluation.features import Judge
-from diffusion_jax.evaluation.frechet import Gaussian
+from diffusion_jax.evaluation.metrics import frechet, kid, precision
+from diffusion_jax.evaluation.metrics.frechet import Gaussian
+from diffusion_jax.system.errors import UserError
 
 USUAL = ('fid', 'copies', 'classes')
 

@@ -7,7 +7,7 @@ The golden file holds what torch-fidelity answered; the test under the marker
 import pytest
 from parity import metrics
 
-from diffusion_jax.evaluation import inception_score, kid, precision
+from diffusion_jax.evaluation.metrics import inception_score, kid, precision
 
 
 def test_equals_golden():

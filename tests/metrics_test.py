@@ -12,8 +12,14 @@ import scipy.linalg
 import scipy.special
 from scipy.spatial import distance as scipy_distance
 
-from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import frechet, inception_score, kid, precision
+from diffusion_jax.evaluation import statistics
+from diffusion_jax.evaluation.metrics import (
+  frechet,
+  inception_score,
+  kid,
+  precision,
+)
+from diffusion_jax.system.errors import UserError
 
 
 def features_of(count, dim, seed, scale=1.0, shift=0.0):
@@ -94,11 +100,11 @@ def test_bias_of_equal_variances(dim):
 def test_statistics_come_back(tmp_path):
   a, b = (frechet.moments_of(features_of(50, 8, seed)) for seed in (1, 2))
   path = tmp_path / 'deeper' / 'a.npz'
-  frechet.write(path, a)
+  statistics.write_gaussian(path, a)
   with np.load(path) as file:  # as pytorch-fid reads them
     assert sorted(file) == ['mu', 'sigma']
     assert file['mu'].dtype == file['sigma'].dtype == np.float64
-  read = frechet.read(path, dim=8)
+  read = statistics.read_gaussian(path, dim=8)
   np.testing.assert_array_equal(read.mean, a.mean)
   np.testing.assert_allclose(read.covariance, a.covariance, rtol=1e-15)
   assert frechet.distance(read, b) == pytest.approx(
@@ -119,8 +125,10 @@ def test_others_statistics_are_read(savez, tmp_path):
     sigma_s=np.asfortranarray(4 * a.covariance),
     activations=np.array([{}], object),
   )
-  np.testing.assert_allclose(frechet.read(path).mean, a.mean, rtol=1e-6)
-  spatial = frechet.read(path, 8, keys=('mu_s', 'sigma_s'))
+  np.testing.assert_allclose(
+    statistics.read_gaussian(path).mean, a.mean, rtol=1e-6
+  )
+  spatial = statistics.read_gaussian(path, 8, keys=('mu_s', 'sigma_s'))
   np.testing.assert_allclose(spatial.covariance, 4 * a.covariance, rtol=1e-15)
 
 
@@ -169,7 +177,7 @@ def test_what_is_no_statistics_is_answered_in_one_line(tmp_path, monkeypatch):
   for said, make in cases:
     make()
     with pytest.raises(UserError, match=said) as error:
-      frechet.read(path, dim=2048)
+      statistics.read_gaussian(path, dim=2048)
     assert '\n' not in str(error.value)
     assert str(path) in str(error.value)
 

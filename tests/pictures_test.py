@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import pictures
+from diffusion_jax.reporting import pictures
 
 
 def dark(count, size, channels, seed=0):

@@ -11,11 +11,12 @@ import pytest
 import tiny
 
 from configs import cifar10, digits
-from diffusion_jax import programs, runs
-from diffusion_jax.errors import UserError
+from diffusion_jax import runs
 from diffusion_jax.planning import chips, compiled, flops, hlo, rates
 from diffusion_jax.planning.compiled import Compiled
 from diffusion_jax.planning.hlo import Collective
+from diffusion_jax.runs import programs
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 # --- FLOPs ------------------------------------------------------------------

@@ -12,8 +12,8 @@ import pytest
 import tiny
 
 from configs import digits
-from diffusion_jax import programs
 from diffusion_jax.planning import checks, page
+from diffusion_jax.runs import programs
 from diffusion_jax.training import sharding
 
 TINY = [

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import guidance
-from diffusion_jax.errors import UserError
-from diffusion_jax.process import gaussian, losses, schedules
+from diffusion_jax.guidance import clipping
+from diffusion_jax.objectives import denoising
+from diffusion_jax.process import gaussian, schedules
+from diffusion_jax.system.errors import UserError
 
 T = 1000
 
@@ -261,7 +262,7 @@ def test_denoiser_shows_the_network_no_negative_time(schedule):
 def test_clipping_keeps_xt(schedule, x64, t):
   """xt = alpha x0 + sigma eps, clipped or not; and x0 is in [-1, 1]."""
   xt = jnp.asarray(np.random.default_rng(2).normal(size=(4, 6)) * 2)
-  denoise = guidance.clip_x0(
+  denoise = clipping.clip_x0(
     gaussian.denoiser(lambda x, t: 3 * x, schedule, 'x0'), schedule
   )
   x0, eps = denoise(xt, t)
@@ -283,7 +284,7 @@ def test_loss_of_the_exact_predictor_is_its_bayes_error(schedule, x64):
   x0, eps = np.random.default_rng(3).normal(size=(2, count, dims))
   alpha2 = np.exp(schedule.log_alpha_bar[t])
   total = alpha2 * s**2 + 1 - alpha2
-  values = losses.squared_error(
+  values = denoising.squared_error(
     lambda xt, t: np.sqrt(1 - alpha2) * xt / total,
     schedule, 'eps', jnp.asarray(s * x0), jnp.full(count, t), jnp.asarray(eps),
   )  # fmt: skip
@@ -296,7 +297,7 @@ def test_loss_of_the_exact_predictor_is_its_bayes_error(schedule, x64):
 def test_loss_is_a_mean_over_each_example(schedule):
   x0 = jnp.zeros((2, 4, 4, 3))
   eps = jnp.stack([jnp.ones((4, 4, 3)), 2 * jnp.ones((4, 4, 3))])
-  values = losses.squared_error(
+  values = denoising.squared_error(
     lambda xt, t: jnp.zeros_like(xt), schedule, 'eps', x0, jnp.array([3, 4]),
     eps,
   )  # fmt: skip

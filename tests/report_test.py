@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from configs import digits
-from diffusion_jax import pictures, runs
-from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import facts, page, plots
+from diffusion_jax import runs
+from diffusion_jax.reporting import facts, page, pictures, plots
+from diffusion_jax.system.errors import UserError
 
 # Elements that HTML has no end tag for.
 VOID = ('meta', 'img', 'br', 'link', 'input')

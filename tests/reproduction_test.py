@@ -18,7 +18,6 @@ from PIL import Image
 
 from configs import cifar10, digits
 from diffusion_jax import runs
-from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import cards
 from diffusion_jax.models import inception
 from diffusion_jax.planning import flops
@@ -31,7 +30,8 @@ from diffusion_jax.reproduction import (
   work,
 )
 from diffusion_jax.reproduction import task as tasks
-from diffusion_jax.samplers import store
+from diffusion_jax.runs import store
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import loop
 
 RECIPE = published.find('cifar10')

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffusion_jax import guidance, samplers
-from diffusion_jax.errors import UserError
+from diffusion_jax import samplers
+from diffusion_jax.guidance import clipping
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.samplers import draw, grid
+from diffusion_jax.runs import draw
+from diffusion_jax.samplers import grid
+from diffusion_jax.system.errors import UserError
 
 T = 1000
 
@@ -413,7 +415,7 @@ def test_ddim_at_eta_1_is_ancestral(schedule, x64):
   clipping keeps xt = alpha x0 + sigma eps. Some places are clipped, some not.
   """
   denoise = gaussian.denoiser(crooked_eps, schedule, 'eps')
-  denoise = guidance.clip_x0(denoise, schedule)
+  denoise = clipping.clip_x0(denoise, schedule)
   x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 50)))
   assert 0.1 < jnp.mean(jnp.abs(denoise(x, 300).x0) < 1) < 0.9
   ddim, ancestral = (
@@ -490,7 +492,7 @@ def test_clipping_acts_inside_every_step(schedule, x64):
   After the first step already, not only at the end, where x is x0 itself.
   """
   denoise = gaussian.denoiser(crooked_eps, schedule, 'eps')
-  clipped = guidance.clip_x0(denoise, schedule)
+  clipped = clipping.clip_x0(denoise, schedule)
   x = 2 * np.random.default_rng(0).normal(size=(2, 50))
   t, s = 300, 100
   ab_t, ab_s = alpha_bar(t), alpha_bar(s)
@@ -519,7 +521,7 @@ def test_clipping_acts_inside_every_step(schedule, x64):
 
 def test_a_clipped_draw_ends_in_range(schedule):
   wild = gaussian.denoiser(lambda x, t: -0.5 * x, schedule, 'eps')
-  tame = guidance.clip_x0(wild, schedule)
+  tame = clipping.clip_x0(wild, schedule)
   x = jax.random.normal(jax.random.key(0), (2, 50))
   for sampler, denoise, held in (
     (samplers.ddim(), wild, False),
@@ -677,7 +679,7 @@ def test_drawer_is_its_parts(schedule, clip, sampler):
     lambda xt, t: 2.0 * crooked_eps(xt, t), schedule, 'v'
   )
   if clip:
-    denoise = guidance.clip_x0(denoise, schedule)
+    denoise = clipping.clip_x0(denoise, schedule)
 
   @jax.jit
   def parts(indices):

@@ -9,9 +9,10 @@ import tiny
 from absl import flags
 from absl.testing import flagsaver
 
-from diffusion_jax import samplers, sampling
-from diffusion_jax.errors import UserError
-from diffusion_jax.samplers import store
+from diffusion_jax import samplers
+from diffusion_jax.cli import drawing
+from diffusion_jax.runs import store
+from diffusion_jax.system.errors import UserError
 
 # Times so late that most pixels are neither black nor white.
 HOW = ('--sampler=ddim', '--grid=20,10', '--seed=5', '--batch_size=4')
@@ -33,8 +34,8 @@ def parsed(run):
 
 def fill(num_samples, *dtype):
   """(how many were drawn, the store's folder)."""
-  trained, plan, output = sampling.chosen(*dtype)
-  drawn = sampling.fill(trained, plan, output, num_samples, *dtype)
+  trained, plan, output = drawing.chosen(*dtype)
+  drawn = drawing.fill(trained, plan, output, num_samples, *dtype)
   return drawn, output
 
 
@@ -75,7 +76,7 @@ def test_one_folder_takes_one_dtype(tmp_path):
 
 def test_a_long_name_says_it_too(run):
   flags.FLAGS.grid = ','.join(map(str, range(900, 0, -9)))
-  names = [sampling.chosen(*dtype)[2].name for dtype in ((), ('float32',))]
+  names = [drawing.chosen(*dtype)[2].name for dtype in ((), ('float32',))]
   assert names[1] == f'{names[0]}_float'
 
 
@@ -108,10 +109,10 @@ def test_what_a_sampler_costs_is_told_and_kept(run, capsys):
 def test_a_grid_with_entries_of_its_own(run, capsys):
   flags.FLAGS.sampler, flags.FLAGS.grid = 'ddim', 'ddim_quadratic'
   flags.FLAGS.num_steps = 50
-  _, plan, output = sampling.chosen()
+  _, plan, output = drawing.chosen()
   assert plan.num_steps == 49
   assert output.name == 'step30_ddim49_ddim_quadratic_seed5'
   flags.FLAGS.num_steps = 2
   flags.FLAGS.grid = 'ddim_uniform'
-  _, plan, _ = sampling.chosen()
+  _, plan, _ = drawing.chosen()
   assert plan.grid == [500, 0, -1]

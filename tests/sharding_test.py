@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from diffusion_jax import models
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import optim, sharding, state
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scipy import integrate
 
 from diffusion_jax import samplers
-from diffusion_jax.errors import UserError
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.samplers import grid, levels
+from diffusion_jax.system.errors import UserError
 
 T = 1000
 LINEAR = schedules.linear(T)

@@ -12,7 +12,7 @@ import tiny
 
 from diffusion_jax import models
 from diffusion_jax.process import schedules
-from diffusion_jax.samplers import draw
+from diffusion_jax.runs import draw
 from diffusion_jax.training import optim, state, step
 
 SCHEDULE = schedules.linear(1000)

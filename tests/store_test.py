@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion_jax.errors import UserError
-from diffusion_jax.samplers import store
+from diffusion_jax.runs import store
+from diffusion_jax.system.errors import UserError
 
 PROTOCOL = {'step': 9, 'eta': None, 'grid': [999, 0.5, -1], 'seed': 0}
 COUNT = 100
@@ -371,7 +371,7 @@ def test_a_kill_while_the_protocol_is_written_is_recovered(
     raise Killed
 
   with monkeypatch.context() as patch:
-    patch.setattr('diffusion_jax.files.os.replace', killed)
+    patch.setattr('diffusion_jax.system.files.os.replace', killed)
     with pytest.raises(Killed):
       open_new(path)
   assert not (path / 'store.json').exists()

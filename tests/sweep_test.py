@@ -7,10 +7,10 @@ import binaries
 import pytest
 import tiny
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import sweep
 from diffusion_jax.process import schedules
 from diffusion_jax.samplers import plan as plans
+from diffusion_jax.system.errors import UserError
 
 LINEAR = schedules.linear(1000)
 

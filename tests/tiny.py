@@ -10,8 +10,9 @@ import binaries
 import jax
 import numpy as np
 
-from diffusion_jax import files, models, runs
+from diffusion_jax import models, runs
 from diffusion_jax.process import schedules
+from diffusion_jax.system import files
 from diffusion_jax.training import (
   checkpoint,
   metrics,

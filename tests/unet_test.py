@@ -17,8 +17,8 @@ from flax import nnx
 from parity.unet import random_params
 
 from diffusion_jax import models
-from diffusion_jax.errors import UserError
 from diffusion_jax.models import layers
+from diffusion_jax.system.errors import UserError
 
 PUBLISHED = {
   'cifar10': ((32, 32, 3), {}),

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from parity import inception as parity
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.models import inception as network
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import inception, pytorch
 
 ZIP = parity.GOLDEN / 'torch_zip.pth'

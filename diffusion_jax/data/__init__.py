@@ -23,7 +23,7 @@ from diffusion_jax.data import (
 )
 from diffusion_jax.data.sets import open_set
 from diffusion_jax.data.sources import Source
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 __all__ = ['Source', 'create', 'open_set', 'pipeline', 'splits']
 

@@ -27,7 +27,7 @@ from typing import BinaryIO
 import numpy as np
 
 from diffusion_jax.data import sources
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 # Longer headers than this belong to no array of numbers.
 _MAX_HEADER_BYTES = 16384

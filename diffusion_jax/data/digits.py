@@ -6,7 +6,7 @@ They come with scikit-learn, so that a first run needs no download.
 import numpy as np
 
 from diffusion_jax.data import sources
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 
 def create(split: str, image_size: int, channels: int) -> sources.Source:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion_jax.data import images, sources
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 

@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 # By content, whatever the name of the file says. Few formats are few decoders
 # for a stranger's file to meet.

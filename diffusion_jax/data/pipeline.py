@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from diffusion_jax.data.sources import Source
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 # Branches of the seed, so that order and flips are independent.
 _ORDER, _FLIP = 0, 1

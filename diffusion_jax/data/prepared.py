@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Iterator
 
 from diffusion_jax.data import images, sources
-from diffusion_jax.errors import UserError, quiet
+from diffusion_jax.system.errors import UserError, quiet
 
 # name, name/config, and either with a version: no namespace, which would ask
 # the network, and no keyword arguments.

@@ -8,7 +8,7 @@ import dataclasses
 import os
 
 from diffusion_jax.data import arrays, digits, folders, prepared, sources
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 
 def open_set(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 KEEP_BYTES = 2**30
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax import distributed, files
-from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import features
 from diffusion_jax.evaluation.features import Images
+from diffusion_jax.system import distributed, files
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 VERSION = 'v1'  # of what is kept; another where numbers change

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import guidance
-from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.batches import Batches, chunks
 from diffusion_jax.evaluation.features import Images
+from diffusion_jax.guidance import clipping
 from diffusion_jax.process import flow, likelihood
 from diffusion_jax.process.gaussian import Denoised
 from diffusion_jax.process.schedules import Schedule
-from diffusion_jax.trained import Trained
+from diffusion_jax.runs.trained import Trained
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 KINDS = {
@@ -186,7 +186,7 @@ def _denoiser(trained, params, clip):
     )
     return Denoised(x0.astype(xt.dtype), eps.astype(xt.dtype))
 
-  return guidance.clip_x0(denoise, trained.schedule) if clip else denoise
+  return clipping.clip_x0(denoise, trained.schedule) if clip else denoise
 
 
 def _bound(trained, batches, how) -> Found:

@@ -16,8 +16,8 @@ from diffusion_jax.evaluation.features import Images
 from diffusion_jax.process import gaussian
 from diffusion_jax.process.gaussian import Denoiser
 from diffusion_jax.process.schedules import Schedule
-from diffusion_jax.samplers.calibration import Calibration
-from diffusion_jax.trained import Trained
+from diffusion_jax.runs.calibration import Calibration
+from diffusion_jax.runs.trained import Trained
 from diffusion_jax.training import sharding
 
 

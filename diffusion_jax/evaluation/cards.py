@@ -15,8 +15,9 @@ import json
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from diffusion_jax import environment, files, runs
-from diffusion_jax.errors import UserError
+from diffusion_jax import runs
+from diffusion_jax.system import environment, files
+from diffusion_jax.system.errors import UserError
 
 VERSION = 1
 

@@ -15,11 +15,12 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from diffusion_jax import files, models
+from diffusion_jax import models
 from diffusion_jax.data import Source
-from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.features import Judge
 from diffusion_jax.models.classifier import Classifier
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 
 NUM_STEPS = 1500
 BATCH = 128

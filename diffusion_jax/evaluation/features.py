@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax import distributed, files
 from diffusion_jax.data import Source, pipeline
-from diffusion_jax.errors import UserError
+from diffusion_jax.system import distributed, files
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 PIXELS = 16  # larger images are averaged down to at most this size

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from diffusion_jax import cli, distributed, files, runs
-from diffusion_jax.errors import UserError
+from diffusion_jax import runs
 from diffusion_jax.evaluation import cards
+from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint
 
 
@@ -30,7 +31,7 @@ def wait_for_first(workdir, poll_secs: float) -> None:
     )
 
   if not is_there():
-    with cli.waiting(f'waiting for a first checkpoint in {workdir}'):
+    with terminal.waiting(f'waiting for a first checkpoint in {workdir}'):
       while not is_there():
         time.sleep(poll_secs)
 
@@ -74,7 +75,7 @@ def follow(
       judged = {point['step'] for point in curve['points']}
       there = set(checkpoint.steps(directory)) - {0}
       for step in sorted(known - there - judged - missed):
-        cli.say(f'checkpoint {step} was deleted before it was judged')
+        terminal.say(f'checkpoint {step} was deleted before it was judged')
         missed.add(step)
       known.update(there)
       new = sorted(there - judged - missed)
@@ -96,7 +97,9 @@ def follow(
       return curve
     if not seen['new']:
       newest = max((point['step'] for point in curve['points']), default=0)
-      with cli.waiting(f'waiting for a checkpoint after step {newest}', 600):
+      with terminal.waiting(
+        f'waiting for a checkpoint after step {newest}', 600
+      ):
         while not (seen['new'] or seen['ended']):
           time.sleep(poll_secs)
           seen = distributed.on_first(look)
@@ -113,7 +116,7 @@ def follow(
     best, told = curve['best'], 'the best so far'
     if best and best['value'] <= value:
       told = f'the best is {cards.number(best["value"])} of step {best["step"]}'
-    cli.say(f'step {step}: {result} {cards.number(value)}, {told}')
+    terminal.say(f'step {step}: {result} {cards.number(value)}, {told}')
 
 
 @contextlib.contextmanager
@@ -126,7 +129,7 @@ def _repeating(look: Callable[[], dict], seconds: float) -> Iterator[None]:
       try:
         look()
       except (OSError, UserError) as e:
-        cli.say(f'new checkpoints cannot be held for now ({e})')
+        terminal.say(f'new checkpoints cannot be held for now ({e})')
 
   thread = threading.Thread(target=repeat, daemon=True)
   if distributed.is_first():
@@ -180,7 +183,7 @@ def text(curve: dict) -> str:
      + (' *' if point == curve['best'] else '  ')]
     for point in curve['points']
   ]  # fmt: skip
-  lines = cli.table(['step', f'{curve["result"]}  '], rows)
+  lines = terminal.table(['step', f'{curve["result"]}  '], rows)
   best = curve['best']
   if best:
     lines += ['', f'* the least, at step {best["step"]}: --step={best["step"]}']

@@ -8,9 +8,9 @@ in the judge's protocol.
 import hashlib
 from collections.abc import Sequence
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.features import Judge
 from diffusion_jax.models import inception
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import inception as weights
 
 # What a Frechet distance at a tap is called; '2048' is where papers take it.

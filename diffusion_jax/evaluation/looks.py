@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.evaluation import features, frechet, inception_score
+from diffusion_jax.evaluation import features
 from diffusion_jax.evaluation.features import Images, Judge
-from diffusion_jax.evaluation.frechet import Gaussian, Moments
+from diffusion_jax.evaluation.metrics import frechet, inception_score
+from diffusion_jax.evaluation.metrics.frechet import Gaussian, Moments
 
 QUERIES = 10_000  # of at most so many images the nearest ones are found
 COMPARED = 50_000  # at most so many of a set go into KID, precision and recall

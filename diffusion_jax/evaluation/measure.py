@@ -7,20 +7,20 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import (
+from diffusion_jax.evaluation import looks
+from diffusion_jax.evaluation.features import Images, Judge
+from diffusion_jax.evaluation.looks import Looker
+from diffusion_jax.evaluation.metrics import (
   frechet,
   inception_score,
   kid,
-  looks,
   neighbours,
   precision,
 )
-from diffusion_jax.evaluation.features import Images, Judge
-from diffusion_jax.evaluation.frechet import Gaussian, Moments
-from diffusion_jax.evaluation.looks import Looker
-from diffusion_jax.evaluation.neighbours import Nearest
+from diffusion_jax.evaluation.metrics.frechet import Gaussian, Moments
+from diffusion_jax.evaluation.metrics.neighbours import Nearest
 from diffusion_jax.evaluation.statistics import Statistics
+from diffusion_jax.system.errors import UserError
 
 METRICS = {
   'fid': 'the Frechet distance, at each tap',

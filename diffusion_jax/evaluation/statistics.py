@@ -5,21 +5,32 @@ they lie under the hashes of the images and of the network.
 """
 
 import hashlib
+import tokenize
 import zipfile
+import zlib
 
 import jax
 import numpy as np
 
-from diffusion_jax import files
-from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import frechet
 from diffusion_jax.evaluation.features import VERSION, Judge
-from diffusion_jax.evaluation.frechet import Gaussian
+from diffusion_jax.evaluation.metrics.frechet import Gaussian, Moments
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 
 Statistics = dict[str, Gaussian]  # by tap
 
 # What the spatial features' are called in the files of arXiv 2105.05233.
 KEYS = {'spatial': ('mu_s', 'sigma_s')}
+
+
+MOST = 8192  # dimensions of statistics that a file may hold
+
+# What a file that is something else, or damaged, raises.
+_DAMAGED = (
+  *(OSError, ValueError, TypeError, EOFError, RuntimeError, SyntaxError),
+  *(OverflowError, MemoryError, tokenize.TokenError),
+  *(zipfile.BadZipFile, zlib.error),
+)
 
 
 def is_file(path, alone: bool = False) -> bool:
@@ -63,7 +74,7 @@ def read(path, judge: Judge, image_shape) -> Statistics:
     outputs = jax.eval_shape(judge.apply, judge.params, image)
   path = files.at(path).expanduser()
   return {
-    tap: frechet.read(
+    tap: read_gaussian(
       path,
       dim=outputs[tap].shape[1] if outputs else None,
       keys=KEYS.get(tap, ('mu', 'sigma')),
@@ -81,7 +92,7 @@ def kept(there: dict[str, files.Path]) -> Statistics | None:
   if not (there and all(path.exists() for path in there.values())):
     return None
   try:
-    return {tap: frechet.read(path) for tap, path in there.items()}
+    return {tap: read_gaussian(path) for tap, path in there.items()}
   except UserError:
     return None  # it is computed anew, and written over
 
@@ -124,3 +135,97 @@ def paths(cache, judge: Judge, images_sha256: str) -> dict[str, files.Path]:
     for tap in judge.taps
     if tap in judge.keys
   }
+
+
+def write_gaussian(path, a: Moments | Gaussian) -> None:
+  """Writes statistics, whole or not at all, as pytorch-fid reads them.
+
+  Args:
+    path: of a .npz, which then holds mu [D] and sigma [D, D], float64. The
+      number of images is not among them.
+    a: the moments.
+  """
+  files.make(files.at(path).parent)
+  with files.replacing(path) as file:
+    np.savez_compressed(file, mu=a.mean, sigma=a.covariance)
+
+
+def read_gaussian(
+  path, dim: int | None = None, keys: tuple[str, str] = ('mu', 'sigma')
+) -> Gaussian:
+  """Statistics of a file that `write_gaussian`, pytorch-fid or another tool wrote.
+
+  Files may come from anywhere: nothing is unpickled, and no more is read than
+  statistics take. Other arrays in the file are left alone.
+
+  Args:
+    path: of the .npz.
+    dim: D that it must have; None takes any.
+    keys: the names of the mean and the covariance; ('mu_s', 'sigma_s') are
+      those of the spatial features in the reference files of arXiv 2105.05233.
+
+  Raises:
+    UserError: there is no such file, it holds something else, or statistics of
+      another D.
+  """
+  try:
+    with files.at(path).open('rb') as file, zipfile.ZipFile(file) as archive:
+      infos = {x.filename.removesuffix('.npy'): x for x in archive.infolist()}
+      if missing := [key for key in keys if key not in infos]:
+        there = ' '.join(', '.join(list(infos)[:10]).split()) or 'nothing'
+        raise UserError(
+          f'{path} has no {" and no ".join(missing)} but {there}: statistics '
+          f'of features are {keys[0]} [D] and {keys[1]} [D, D] in one .npz'
+        )
+      mean, covariance = (_array(archive, infos[key]) for key in keys)
+  except FileNotFoundError as e:
+    raise UserError(
+      f'{path}: there is no such file of statistics; give a .npz with '
+      f'{" and ".join(keys)}'
+    ) from e
+  except UserError:
+    raise
+  except _DAMAGED as e:
+    reason = ' '.join(str(e).split()) or type(e).__name__
+    raise UserError(
+      f'{path} holds no statistics that can be read ({reason}): give a .npz '
+      f'with {" and ".join(keys)}'
+    ) from e
+  if wrong := _wrong(mean, covariance):
+    raise UserError(
+      f'{path} {wrong}: statistics are {keys[0]} [D] and a symmetric '
+      f'{keys[1]} [D, D] of finite numbers; make the file again'
+    )
+  if dim is not None and len(mean) != dim:
+    raise UserError(
+      f'{path} is of {len(mean)} dimensions and the features here have {dim}: '
+      'give statistics of the same network'
+    )
+  return Gaussian(mean, (covariance + covariance.T) / 2)
+
+
+def _array(archive, info):
+  """An array of floats, of at most the bytes that a covariance can have."""
+  if info.file_size > 8 * MOST**2 + 4096:
+    raise ValueError(f'{info.filename} takes {info.file_size} bytes')
+  with archive.open(info) as stream:
+    array = np.lib.format.read_array(stream, allow_pickle=False)
+  if array.dtype.kind != 'f' or array.ndim == 0 or len(array) > MOST:
+    raise ValueError(f'{info.filename} is {array.dtype} {list(array.shape)}')
+  return array.astype(np.float64)
+
+
+def _wrong(mean, covariance):
+  """What is wrong with statistics, or ''."""
+  shapes = [list(x.shape) for x in (mean, covariance)]
+  if mean.ndim != 1 or not mean.size or shapes[1] != [len(mean)] * 2:
+    return f'has the shapes {shapes[0]} and {shapes[1]}'
+  if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+    return 'has numbers that are not finite'
+  # Products in float32 may have left the two halves unlike.
+  unlike = np.abs(covariance - covariance.T).max()
+  if unlike > 1e-5 * np.abs(covariance).max():
+    return f'has a covariance whose halves differ by {unlike:.2g}'
+  if covariance.diagonal().min() < 0:
+    return 'has variances below 0'
+  return ''

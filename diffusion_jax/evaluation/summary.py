@@ -1,7 +1,7 @@
 """A metric card as people read it, in a terminal."""
 
-from diffusion_jax import cli
 from diffusion_jax.evaluation import cards
+from diffusion_jax.system import terminal
 
 SHOWN_CLASSES = 20  # with more of them, their table is left to the card
 
@@ -18,7 +18,7 @@ def text(card: dict) -> str:
     '',
   ]
   heads = ['', 'samples', 'held-out' if protocol['num_heldout'] else '']
-  lines += cli.table(heads, list(_rows(card)))
+  lines += terminal.table(heads, list(_rows(card)))
   if len(details.get('class_histogram', ())) in range(1, SHOWN_CLASSES + 1):
     lines += ['', *_classes(details)]
   if caveats := details.get('caveats'):
@@ -110,4 +110,4 @@ def _classes(details):
   if 'heldout_class_histogram' in details:
     shares += [['held-out', *map(percent, details['heldout_class_histogram'])]]
   classes = map(str, range(len(shares[0]) - 1))
-  return cli.table(['class', *classes], shares)
+  return terminal.table(['class', *classes], shares)

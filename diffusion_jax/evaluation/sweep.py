@@ -12,11 +12,12 @@ import matplotlib
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from diffusion_jax import cli, files, samplers
-from diffusion_jax.errors import UserError
+from diffusion_jax import samplers
 from diffusion_jax.evaluation import cards
 from diffusion_jax.samplers import grid as grids
 from diffusion_jax.samplers.plan import Plan
+from diffusion_jax.system import files, terminal
+from diffusion_jax.system.errors import UserError
 
 
 class Entry(NamedTuple):
@@ -166,7 +167,7 @@ def text(sweep: dict) -> str:
       of = f'({cell["evaluations"]}) ' if fewer else ''
       row.append(f'{of}{cards.number(cell["value"])}{mark}')
     rows.append(row)
-  lines = cli.table(
+  lines = terminal.table(
     ['evaluations', *(f'{budget} ' for budget in budgets)], rows
   )
   title = _title(sweep['result'])

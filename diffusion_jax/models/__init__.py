@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 from flax import nnx, traverse_util
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.models.unet import UNet
+from diffusion_jax.system.errors import UserError
 
 MODELS = {'unet': UNet}
 

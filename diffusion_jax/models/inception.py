@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 SIZE = 299
 NUM_CLASSES = 1008

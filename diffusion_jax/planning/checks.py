@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax import data, distributed, environment, files
-from diffusion_jax.errors import UserError
+from diffusion_jax import data
+from diffusion_jax.system import distributed, environment, files
+from diffusion_jax.system.errors import UserError
 
 LOOKED_AT = 64  # images whose hash stands for the whole set
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from jax.experimental import topologies
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 GIB = 2**30
 

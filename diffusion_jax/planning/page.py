@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from diffusion_jax import cli
+from diffusion_jax.system import terminal
 
 
 def gib(count: float) -> str:
@@ -60,7 +60,7 @@ def _program(kind, result):
     (name, f'{size:,}', f'{size / result["memory"]:.1%}')
     for name, size in program['bytes'].items()
   ]
-  yield from cli.table(['bytes a chip', '', 'of its memory'], rows)
+  yield from terminal.table(['bytes a chip', '', 'of its memory'], rows)
   yield (
     f'{program["product_flops_per_image"] / 1e9:,.2f} GFLOP an image in '
     'convolutions and matrix products'
@@ -74,7 +74,7 @@ def _program(kind, result):
     share = program['aliased'] / program['outputs']
     yield f'{share:.2%} of the outputs take the place of donated arguments'
   if program['collectives']:
-    yield from cli.table(
+    yield from terminal.table(
       ['chips exchange', 'in groups of', 'operations', 'bytes a chip'],
       [
         (

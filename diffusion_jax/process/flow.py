@@ -34,10 +34,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.process import gaussian, likelihood
 from diffusion_jax.process.gaussian import Denoiser
 from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.system.errors import UserError
 
 DIVERGENCES = ('rademacher', 'gaussian', 'exact')
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.system.errors import UserError
 
 PREDICTIONS = ('eps', 'x0', 'v')
 VARIANCES = ('fixedsmall', 'fixedlarge')

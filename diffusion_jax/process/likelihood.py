@@ -29,10 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.process import gaussian
 from diffusion_jax.process.gaussian import Denoiser, per_example
 from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.system.errors import UserError
 
 
 class Steps(NamedTuple):

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import programs, runs
+from diffusion_jax import runs
 from diffusion_jax.planning import chips, flops
 from diffusion_jax.reproduction import published
 from diffusion_jax.reproduction.published import Recipe
+from diffusion_jax.runs import programs
 from diffusion_jax.training import sharding
 
 # Of Inception at 299x299 up to its last features, counted likewise.

@@ -5,14 +5,16 @@ from collections.abc import Mapping, Sequence
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from diffusion_jax import files, pictures, runs
-from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import cards, features, plots
+from diffusion_jax import runs
+from diffusion_jax.evaluation import cards, features
+from diffusion_jax.reporting import pictures, plots
 from diffusion_jax.reproduction import health, table
 from diffusion_jax.reproduction import task as tasks
 from diffusion_jax.reproduction.published import Recipe
 from diffusion_jax.reproduction.task import Task
-from diffusion_jax.samplers import store
+from diffusion_jax.runs import store
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import metrics
 
 MOST_BYTES = 30_000_000

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from diffusion_jax import cli
-from diffusion_jax.errors import UserError
+from diffusion_jax.system import terminal
+from diffusion_jax.system.errors import UserError
 
 GRACE = 40.0  # seconds to save in, once it was told to stop
 TICK = 0.1
@@ -113,7 +113,7 @@ def run(
     # A session of its own: Ctrl-C comes here first, and from here to it.
     process = subprocess.Popen(
       whole, stdout=out, start_new_session=True,
-      env={**os.environ, cli.ERROR_FILE: error.name},
+      env={**os.environ, terminal.ERROR_FILE: error.name},
     )  # fmt: skip
     try:
       while process.poll() is None:

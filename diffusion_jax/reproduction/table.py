@@ -7,10 +7,11 @@ else each difference is named.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diffusion_jax import cli, runs
+from diffusion_jax import runs
 from diffusion_jax.evaluation import cards
 from diffusion_jax.reproduction import published
 from diffusion_jax.reproduction.published import Band, Recipe
+from diffusion_jax.system import terminal
 
 # What may differ from a shipped config without another result, but for noise.
 # Not data.heldout_every: it takes its images from those of training.
@@ -249,7 +250,7 @@ def text(
       str(row['evaluations']),
       row['source'],
     ])  # fmt: skip
-  lines = cli.table(heads, body)
+  lines = terminal.table(heads, body)
   bands = [
     f'{what}: ' + ', '.join(
       f'{cards.DISTANCES.get(name, "bits/dim")} {_span(band)}'

@@ -4,10 +4,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from diffusion_jax import files
 from diffusion_jax.reproduction import published, table
 from diffusion_jax.reproduction.cost import Work
 from diffusion_jax.reproduction.published import Recipe
+from diffusion_jax.system import files
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,14 @@ import statistics
 import time
 from collections.abc import Callable
 
-from diffusion_jax import cli, files, runs
-from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import bits, cards, facts, summary
+from diffusion_jax import runs
+from diffusion_jax.evaluation import bits, cards, summary
+from diffusion_jax.reporting import facts
 from diffusion_jax.reproduction import cost, health, results, stages
 from diffusion_jax.reproduction import task as tasks
 from diffusion_jax.reproduction.task import Task
+from diffusion_jax.system import files, terminal
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics
 
 RECORD = 'reproduction.json'
@@ -136,7 +138,7 @@ class Pieces:
       raise Cut
     limits = [x for x in (left, limit) if x is not None]
     entry = self.entry(name, command)
-    cli.say(f'\n$ python {shlex.join(command)}')
+    terminal.say(f'\n$ python {shlex.join(command)}')
     try:
       outcome = stages.run(
         command, self.signals, stop=stop, watch=watch, every=LOOK_SECS,
@@ -169,7 +171,7 @@ class Pieces:
     self.keep()
     for card in made:
       text = bits.text if 'bits' in card['protocol'] else summary.text
-      cli.say(text(card))
+      terminal.say(text(card))
     return [cards.read(path) for path in entry['result']]
 
   # --- rates ------------------------------------------------------------------
@@ -191,7 +193,7 @@ class Pieces:
     found = self.stage('measure', tasks.measure(task), limit=limit)
     self._measured = {'key': self._key(), 'environment': {}}
     if found is None:
-      cli.say(f'not measured: it took more than {limit / 60:.2g} minutes')
+      terminal.say(f'not measured: it took more than {limit / 60:.2g} minutes')
     else:
       self._measured |= {
         'environment': found['environment'], **found['measured']
@@ -280,7 +282,7 @@ class Pieces:
         found = health.ended(e.told)
         if found:
           for line in health.told([found]):
-            cli.say(line)
+            terminal.say(line)
           self.keep(health=[found.record()])
         raise
       after = (checkpoint.steps(directory) or [0])[-1]
@@ -292,7 +294,9 @@ class Pieces:
     task, said = self.task, [time.monotonic(), 0]
     comparable = not task.incomparable
     if not comparable:
-      cli.say(f'the loss is compared to none: {"; ".join(task.incomparable)}')
+      terminal.say(
+        f'the loss is compared to none: {"; ".join(task.incomparable)}'
+      )
 
     def watch():
       rows = metrics.read(task.workdir / metrics.ROWS)
@@ -311,10 +315,10 @@ class Pieces:
         told.append(f'{rate:,.4g} images/s')
         if not task.train_minutes:
           told.append(f'{images / rate / 3600:.2f} hours of training left')
-      cli.say('; '.join(told))
+      terminal.say('; '.join(told))
       if news:
         for line in health.told([found])[1:]:
-          cli.say(line)
+          terminal.say(line)
       self._watched = found.state
 
     return watch

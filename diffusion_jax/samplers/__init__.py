@@ -3,7 +3,6 @@
 import inspect
 from typing import Literal, NamedTuple, get_args, get_origin
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.samplers.adaptive import adaptive
 from diffusion_jax.samplers.analytic import analytic_ddim, analytic_ddpm
 from diffusion_jax.samplers.ancestral import ancestral
@@ -19,6 +18,7 @@ from diffusion_jax.samplers.pndm import ipndm, plms
 from diffusion_jax.samplers.predictor_corrector import predictor_corrector
 from diffusion_jax.samplers.solve import Sampler, solve
 from diffusion_jax.samplers.unipc import unipc
+from diffusion_jax.system.errors import UserError
 
 __all__ = [
   'ADAPTIVE',

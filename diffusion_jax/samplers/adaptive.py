@@ -35,11 +35,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.process.gaussian import Denoiser, per_example
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.samplers import levels
 from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.system.errors import UserError
 
 FIRST = 0.05  # the length of the first step tried, in lambda
 SAFETY, GROWTH = 0.9, 5.0  # of the step that would do, and at the most

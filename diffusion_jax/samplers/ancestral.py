@@ -4,9 +4,9 @@ from typing import Literal
 
 import numpy as np
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.process import gaussian
 from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.system.errors import UserError
 
 
 def ancestral(

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.process import gaussian
 from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.system.errors import UserError
 
 
 def ddim(eta: float = 0.0) -> Sampler:

@@ -9,9 +9,9 @@ the level.
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.samplers import levels
 from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.system.errors import UserError
 
 MOST = np.sqrt(2) - 1  # of noise added at once, by the paper
 

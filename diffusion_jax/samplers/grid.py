@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.samplers import levels
+from diffusion_jax.system.errors import UserError
 
 
 def uniform(schedule: Schedule, num_steps: int) -> list[int]:

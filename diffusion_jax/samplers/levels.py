@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.system.errors import UserError
 
 
 class Levels(NamedTuple):

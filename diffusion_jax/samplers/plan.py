@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax import samplers
-from diffusion_jax.errors import UserError
 from diffusion_jax.process import schedules
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.samplers import grid as grids
+from diffusion_jax.system.errors import UserError
 
 
 class Plan(NamedTuple):

@@ -13,9 +13,9 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.samplers import levels
 from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.system.errors import UserError
 
 # Adams-Bashforth of orders 1 to 4: eps now, before, before that, ...
 ADAMS = [

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.process import gaussian
 from diffusion_jax.samplers import levels
 from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.system.errors import UserError
 
 
 def predictor_corrector(snr: float = 0.16, corrector_steps: int = 1) -> Sampler:

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from absl import logging as absl
 from orbax.checkpoint import v1 as ocp
 
-from diffusion_jax import files, models
-from diffusion_jax.errors import UserError
+from diffusion_jax import models
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checksum
 from diffusion_jax.training.state import TrainState
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics
 from diffusion_jax.training.state import TrainState
 

@@ -9,7 +9,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-from diffusion_jax import files
+from diffusion_jax.system import files
 
 ROWS = 'metrics.jsonl'
 EVERY = 30  # seconds

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from diffusion_jax.models import Model
-from diffusion_jax.process import losses
+from diffusion_jax.objectives import denoising
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.training import sharding
 from diffusion_jax.training.state import TrainState
@@ -122,7 +122,9 @@ def train_step(
       def predict(xt, t):
         return model.apply(params, xt, t, dropout_keys)
 
-      values = losses.squared_error(predict, schedule, prediction, x0, t, eps)
+      values = denoising.squared_error(
+        predict, schedule, prediction, x0, t, eps
+      )
       return jnp.mean(values), values
 
     grads, values = jax.grad(loss_fn, has_aux=True)(params)
@@ -188,7 +190,7 @@ def heldout_loss(
   spread = (index.astype(jnp.uint32) * np.uint32(GOLDEN)) >> 8
   t = (spread * (schedule.num_timesteps / 2**24)).astype(jnp.int32)
   params = sharding.gather_fsdp(params, mesh)
-  values = losses.squared_error(
+  values = denoising.squared_error(
     functools.partial(model.apply, params), schedule, prediction, x0, t, eps
   )
   return jnp.sum(values * weight)

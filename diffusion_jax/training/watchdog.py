@@ -21,8 +21,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from diffusion_jax import files
-from diffusion_jax.errors import UserError
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 
 FOLDER = 'heartbeats'
 MUCH = 0.3  # the share of waiting for data from which a host is called slow

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from diffusion_jax import files
-from diffusion_jax.errors import UserError
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import named, pytorch, settings
 
 INDEX = 'model_index.json'

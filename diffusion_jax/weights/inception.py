@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from diffusion_jax import files
-from diffusion_jax.errors import UserError
 from diffusion_jax.models import inception
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import pytorch
 
 URL = (

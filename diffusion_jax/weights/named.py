@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from diffusion_jax import models
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 SHOWN = 3  # names in a message
 

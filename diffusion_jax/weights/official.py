@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax import files
-from diffusion_jax.errors import UserError
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import named
 
 SCOPE = 'model/'

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax import files
-from diffusion_jax.errors import UserError
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 
 STORAGES = {
   'DoubleStorage': '<f8',

@@ -8,7 +8,7 @@ is named by its setting.
 import json
 from collections.abc import Mapping
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 # Settings in which a network is DDPM's: what diffusers takes where a folder
 # does not say, and what it must be.

@@ -79,7 +79,12 @@ def reference_golden() -> dict:
 
 def ours() -> dict:
   """What we answer."""
-  from diffusion_jax.evaluation import frechet, inception_score, kid, precision
+  from diffusion_jax.evaluation.metrics import (
+    frechet,
+    inception_score,
+    kid,
+    precision,
+  )
 
   samples, reference, logits = given()
   of_subsets = kid.over_subsets(samples, reference, seed=SEED, **SUBSETS)

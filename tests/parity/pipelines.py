@@ -209,13 +209,14 @@ def drawn_ours(name: str, trained) -> np.ndarray:
   import jax
   import jax.numpy as jnp
 
-  from diffusion_jax import guidance, samplers
+  from diffusion_jax import samplers
+  from diffusion_jax.guidance import clipping
 
   draw = DRAWS[name]
   options = dict(draw.options)
   denoiser = trained.denoise
   if options.pop('clip'):
-    denoiser = guidance.clip_x0(denoiser, trained.schedule)
+    denoiser = clipping.clip_x0(denoiser, trained.schedule)
   first, *later = noise(name, draw.steps)
   later = jnp.asarray(later)
   sampler = samplers.create(draw.sampler, **options)

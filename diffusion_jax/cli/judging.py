@@ -10,14 +10,13 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from diffusion_jax import cli, data, distributed, files, pictures, runs
+from diffusion_jax import data, runs
+from diffusion_jax.cli import command
 from diffusion_jax.data import Source
-from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import (
   bits,
   classifier,
   features,
-  frechet,
   inception,
   measure,
   statistics,
@@ -25,6 +24,9 @@ from diffusion_jax.evaluation import (
 from diffusion_jax.evaluation.features import Images, Judge
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.models.inception import CONVENTIONS
+from diffusion_jax.reporting import pictures
+from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import inception as weights
 
 FLAGS = flags.FLAGS
@@ -118,7 +120,7 @@ class Task(NamedTuple):
 
 def check_flags() -> None:
   """Raises UserError for what is wrong whatever the images are."""
-  cli.at_least(
+  command.at_least(
     neighbours=0, kid_subsets=2, kid_subset_size=2, kid_seed=0, is_splits=1,
     is_seed=0, pr_k=1,
   )  # fmt: skip
@@ -155,11 +157,13 @@ def download() -> None:
   """Fetches the published weights into the cache, unless they are there."""
 
   def obtain():
-    with cli.Progress('downloading', weights.BYTES, unit='bytes') as progress:
+    with terminal.Progress(
+      'downloading', weights.BYTES, unit='bytes'
+    ) as progress:
       return weights.obtain(cache(), on_bytes=progress.update)
 
   # Each host has a cache of its own.
-  cli.say(f'weights of Inception: {distributed.everywhere(obtain)}')
+  terminal.say(f'weights of Inception: {distributed.everywhere(obtain)}')
 
 
 # --- what is compared --------------------------------------------------------
@@ -300,7 +304,7 @@ def carry_out(
       reference = known
   sets = (samples, reference, task.heldout)
   total = sum(one.count for one in sets if isinstance(one, Images))
-  with cli.Progress('judging', total, unit='images') as progress:
+  with terminal.Progress('judging', total, unit='images') as progress:
     measured = measure.measure(
       task.judge, samples, reference, task.heldout,
       metrics=task.metrics, options=task.options, batch_size=batch_size,
@@ -311,7 +315,7 @@ def carry_out(
   def keep():
     if known is None:
       for tap, path in there.items():
-        frechet.write(path, measured.statistics[tap])
+        statistics.write_gaussian(path, measured.statistics[tap])
     if FLAGS.write_statistics:
       statistics.write(FLAGS.write_statistics, measured.statistics)
 
@@ -461,8 +465,8 @@ def _train_classifier(folder, source, image_shape):
     digest = classifier.fingerprint(source)
     path = folder / f'classifier_{digest[:8]}.npz'
     if not path.exists():
-      cli.say(f'training a classifier on {source.description}, once')
-      with cli.Progress('classifier', classifier.NUM_STEPS) as progress:
+      terminal.say(f'training a classifier on {source.description}, once')
+      with terminal.Progress('classifier', classifier.NUM_STEPS) as progress:
         classifier.train(path, source, on_step=progress.update)
     return str(path)
 

@@ -4,24 +4,9 @@ Of an Inception network's pooled features it is the FID, of its spatial ones
 the sFID (arXiv 2103.03841). Few images make it too large, see `bias`.
 """
 
-import tokenize
-import zipfile
-import zlib
 from typing import NamedTuple
 
 import numpy as np
-
-from diffusion_jax import files
-from diffusion_jax.errors import UserError
-
-MOST = 8192  # dimensions of statistics that a file may hold
-
-# What a file that is something else, or damaged, raises.
-_DAMAGED = (
-  *(OSError, ValueError, TypeError, EOFError, RuntimeError, SyntaxError),
-  *(OverflowError, MemoryError, tokenize.TokenError),
-  *(zipfile.BadZipFile, zlib.error),
-)
 
 
 class Gaussian(NamedTuple):
@@ -183,97 +168,3 @@ def caveats(count: int, dim: int) -> list[str]:
     f'{count} images in {dim} dimensions, so a covariance is singular and the '
     'distance far too large; compare it only at equal numbers'
   ]
-
-
-def write(path, a: Moments | Gaussian) -> None:
-  """Writes statistics, whole or not at all, as pytorch-fid reads them.
-
-  Args:
-    path: of a .npz, which then holds mu [D] and sigma [D, D], float64. The
-      number of images is not among them.
-    a: the moments.
-  """
-  files.make(files.at(path).parent)
-  with files.replacing(path) as file:
-    np.savez_compressed(file, mu=a.mean, sigma=a.covariance)
-
-
-def read(
-  path, dim: int | None = None, keys: tuple[str, str] = ('mu', 'sigma')
-) -> Gaussian:
-  """Statistics of a file that `write`, pytorch-fid or another tool wrote.
-
-  Files may come from anywhere: nothing is unpickled, and no more is read than
-  statistics take. Other arrays in the file are left alone.
-
-  Args:
-    path: of the .npz.
-    dim: D that it must have; None takes any.
-    keys: the names of the mean and the covariance; ('mu_s', 'sigma_s') are
-      those of the spatial features in the reference files of arXiv 2105.05233.
-
-  Raises:
-    UserError: there is no such file, it holds something else, or statistics of
-      another D.
-  """
-  try:
-    with files.at(path).open('rb') as file, zipfile.ZipFile(file) as archive:
-      infos = {x.filename.removesuffix('.npy'): x for x in archive.infolist()}
-      if missing := [key for key in keys if key not in infos]:
-        there = ' '.join(', '.join(list(infos)[:10]).split()) or 'nothing'
-        raise UserError(
-          f'{path} has no {" and no ".join(missing)} but {there}: statistics '
-          f'of features are {keys[0]} [D] and {keys[1]} [D, D] in one .npz'
-        )
-      mean, covariance = (_array(archive, infos[key]) for key in keys)
-  except FileNotFoundError as e:
-    raise UserError(
-      f'{path}: there is no such file of statistics; give a .npz with '
-      f'{" and ".join(keys)}'
-    ) from e
-  except UserError:
-    raise
-  except _DAMAGED as e:
-    reason = ' '.join(str(e).split()) or type(e).__name__
-    raise UserError(
-      f'{path} holds no statistics that can be read ({reason}): give a .npz '
-      f'with {" and ".join(keys)}'
-    ) from e
-  if wrong := _wrong(mean, covariance):
-    raise UserError(
-      f'{path} {wrong}: statistics are {keys[0]} [D] and a symmetric '
-      f'{keys[1]} [D, D] of finite numbers; make the file again'
-    )
-  if dim is not None and len(mean) != dim:
-    raise UserError(
-      f'{path} is of {len(mean)} dimensions and the features here have {dim}: '
-      'give statistics of the same network'
-    )
-  return Gaussian(mean, (covariance + covariance.T) / 2)
-
-
-def _array(archive, info):
-  """An array of floats, of at most the bytes that a covariance can have."""
-  if info.file_size > 8 * MOST**2 + 4096:
-    raise ValueError(f'{info.filename} takes {info.file_size} bytes')
-  with archive.open(info) as stream:
-    array = np.lib.format.read_array(stream, allow_pickle=False)
-  if array.dtype.kind != 'f' or array.ndim == 0 or len(array) > MOST:
-    raise ValueError(f'{info.filename} is {array.dtype} {list(array.shape)}')
-  return array.astype(np.float64)
-
-
-def _wrong(mean, covariance):
-  """What is wrong with statistics, or ''."""
-  shapes = [list(x.shape) for x in (mean, covariance)]
-  if mean.ndim != 1 or not mean.size or shapes[1] != [len(mean)] * 2:
-    return f'has the shapes {shapes[0]} and {shapes[1]}'
-  if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-    return 'has numbers that are not finite'
-  # Products in float32 may have left the two halves unlike.
-  unlike = np.abs(covariance - covariance.T).max()
-  if unlike > 1e-5 * np.abs(covariance).max():
-    return f'has a covariance whose halves differ by {unlike:.2g}'
-  if covariance.diagonal().min() < 0:
-    return 'has variances below 0'
-  return ''

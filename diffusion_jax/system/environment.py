@@ -36,7 +36,7 @@ def _version(package):
 
 
 def _revision():
-  root = Path(__file__).parent.parent
+  root = Path(__file__).parents[2]
   # An installed package may lie inside another project's checkout.
   if not (root / '.git').exists():
     return None

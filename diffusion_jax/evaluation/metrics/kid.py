@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 NUM_SUBSETS, SUBSET_SIZE = 100, 1000
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax import files
-from diffusion_jax.errors import UserError
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 
 
 class Calibration(NamedTuple):

@@ -13,13 +13,16 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from diffusion_jax import cli, distributed, files, runs, samplers
-from diffusion_jax.errors import UserError
-from diffusion_jax.samplers import calibration, grid, store
+from diffusion_jax import runs, samplers
+from diffusion_jax.cli import command
+from diffusion_jax.runs import calibration, store
+from diffusion_jax.runs.trained import Trained, load
+from diffusion_jax.samplers import grid
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.samplers.adaptive import Took
 from diffusion_jax.samplers.plan import Plan
-from diffusion_jax.trained import Trained, load
+from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, sharding
 
 FLAGS = flags.FLAGS
@@ -102,7 +105,7 @@ def listed() -> bool:
   lines = [
     '  '.join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)
   ]
-  cli.report({'samplers': result}, '\n'.join(lines), FLAGS.json)
+  terminal.report({'samplers': result}, '\n'.join(lines), FLAGS.json)
   return True
 
 
@@ -132,7 +135,7 @@ def asked() -> Asked:
 
 def check_flags(**least) -> None:
   """Raises UserError for numbers out of range: name = the least allowed."""
-  cli.at_least(batch_size=1, **least)
+  command.at_least(batch_size=1, **least)
   if FLAGS.num_samples > 10**9:
     raise UserError(f'--num_samples={FLAGS.num_samples}: at most 10**9')
   if FLAGS.output == '':
@@ -238,17 +241,19 @@ def fill(
   if not absent:
     return 0
   batch_size = min(FLAGS.batch_size, len(absent))
-  cli.say(
+  terminal.say(
     f'drawing {len(absent)} images of {plan.cost()} each, '
     f'{batch_size} at once, into {output}'
   )
   if FLAGS.num_steps not in (None, plan.num_steps):
-    cli.say(
+    terminal.say(
       f'(--grid={FLAGS.grid} has {plan.num_steps} different times for '
       f'--num_steps={FLAGS.num_steps})'
     )
   if plan.num_steps > 500 and FLAGS.num_steps is None:
-    cli.say('(--sampler=ddim --num_steps=50 would take a fraction of the time)')
+    terminal.say(
+      '(--sampler=ddim --num_steps=50 would take a fraction of the time)'
+    )
   draw_fn = trained.drawer(plan, dtype=dtype, took=plan.adaptive)
 
   def local(indices):
@@ -259,7 +264,7 @@ def fill(
     counts = [sharding.to_host(count)[rows] for count in took]
     return rows, images, np.stack(counts, 1).astype(np.int32)
 
-  with cli.Progress(
+  with terminal.Progress(
     'sampling', num_samples, num_samples - len(absent), 'images'
   ) as progress:
     store.fill(output, absent, batch_size, local, progress.update)

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from diffusion_jax import files
-from diffusion_jax.errors import UserError
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 
 PART = re.compile(r'(\d+)-(\d+)\.npy')
 TOOK = 'took'

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import guidance
-from diffusion_jax.errors import UserError
+from diffusion_jax.guidance import clipping
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.process import gaussian
 from diffusion_jax.process.schedules import Schedule
-from diffusion_jax.samplers.solve import Sampler, solve
+from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.samplers.solve import solve
 
 
 def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -114,7 +115,7 @@ def drawer(
       lambda xt, t: apply(params, xt, t), schedule, prediction
     )
     if clip:
-      denoiser = guidance.clip_x0(denoiser, schedule)
+      denoiser = clipping.clip_x0(denoiser, schedule)
     first, later = sample_keys(seed, indices)
     x = jax.vmap(lambda key: jax.random.normal(key, image_shape, jnp.float32))(
       first

@@ -14,8 +14,9 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from diffusion_jax import files, runs
-from diffusion_jax.errors import UserError
+from diffusion_jax.system import files
+from diffusion_jax import runs
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint
 
 # The same parameters mean another network where one of these differs.

@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from diffusion_jax import files, runs
+from diffusion_jax import runs
 from diffusion_jax.evaluation import cards as metric_cards
+from diffusion_jax.system import files
 
 
 class Facts(NamedTuple):

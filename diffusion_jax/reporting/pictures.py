@@ -1,12 +1,14 @@
 """Pictures for people: grids with gutters, at a size that can be seen."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from diffusion_jax import files
+from diffusion_jax.runs import draw
+from diffusion_jax.samplers import inversion
+from diffusion_jax.system import files
 
 GUTTER = (255, 255, 255)
 SAMPLE = (200, 60, 40)  # round what is drawn, beside what is real
@@ -92,6 +94,33 @@ def trajectory(frames: np.ndarray, times) -> np.ndarray:
   """
   return columns(
     frames, ['x0' if time < 0 else f't = {time:.4g}' for time in times]
+  )
+
+
+def interpolation(
+  draw_fn: Callable, ends: np.ndarray, between: int
+) -> np.ndarray:
+  """A picture of the ways from noise 0 to 1, from 2 to 3, and so on.
+
+  Args:
+    draw_fn: noises [N, H, W, C] -> images in [-1, 1], see `carrier`.
+    ends: [N, H, W, C], two noises a row; an odd last one is left out.
+    between: how many images stand between two ends.
+
+  Returns:
+    uint8 [height, width, 3]: a row a pair, a column a weight, 0 to 1.
+  """
+  weights = np.linspace(0, 1, between + 2)
+  a, b = ends[:-1:2], ends[1::2]
+  ways = [
+    inversion.slerp(a, b, np.full(len(a), weight, np.float32))
+    for weight in weights
+  ]
+  flat = np.concatenate(ways)
+  images = np.asarray(draw.to_uint8(draw_fn(flat)))
+  return columns(
+    images.reshape(len(weights), len(a), *images.shape[1:]),
+    [f'{weight:.3g}' for weight in weights],
   )
 
 

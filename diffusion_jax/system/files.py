@@ -21,7 +21,7 @@ from typing import BinaryIO
 import fsspec
 import numpy as np
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 # Where TensorFlow is installed, epath would import all of it to read a file.
 os.environ.setdefault('EPATH_USE_TF', 'false')

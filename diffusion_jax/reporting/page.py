@@ -16,10 +16,12 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from diffusion_jax import data, files, models, runs, samplers
-from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import bits, cards, facts, plots
-from diffusion_jax.evaluation.facts import Facts
+from diffusion_jax import data, models, runs, samplers
+from diffusion_jax.evaluation import bits, cards
+from diffusion_jax.reporting import facts, plots
+from diffusion_jax.reporting.facts import Facts
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 
 # What of a protocol stands in the title of its table.
 TITLE = ('data', 'split', 'num_samples', 'num_reference', 'num_images', 'bits')
@@ -71,7 +73,7 @@ def write(
 def render(run: Facts) -> str:
   """The page of a run; adds damaged pictures to its problems."""
   environment = jinja2.Environment(
-    loader=jinja2.PackageLoader('diffusion_jax.evaluation', ''),
+    loader=jinja2.PackageLoader('diffusion_jax.reporting', ''),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 from ml_collections import config_dict
 
-from diffusion_jax import models, runs
-from diffusion_jax.process import gaussian, schedules
+from diffusion_jax import models
+from diffusion_jax import runs
+from diffusion_jax.process import gaussian
+from diffusion_jax.process import schedules
 from diffusion_jax.training import sharding
 
 # Every run's config has these, and its model's arguments under `model`.

@@ -11,15 +11,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax import files, models, runs
-from diffusion_jax.errors import UserError
-from diffusion_jax.process import gaussian, schedules
+from diffusion_jax.system import files
+from diffusion_jax import models
+from diffusion_jax import runs
+from diffusion_jax.system.errors import UserError
+from diffusion_jax.process import gaussian
+from diffusion_jax.process import schedules
 from diffusion_jax.process.gaussian import Denoised
 from diffusion_jax.process.schedules import Schedule
-from diffusion_jax.samplers import calibration, draw
+from diffusion_jax.runs import calibration
+from diffusion_jax.runs import draw
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.samplers.plan import Plan
-from diffusion_jax.training import checkpoint, sharding
+from diffusion_jax.training import checkpoint
+from diffusion_jax.training import sharding
 
 
 class Compiled(NamedTuple):

@@ -24,8 +24,8 @@ from collections.abc import Iterator
 
 from ml_collections import config_dict
 
-from diffusion_jax import files
-from diffusion_jax.errors import UserError
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 
 # What may differ from config.json when a run goes on, and every *_every.
 MAY_CHANGE = ('num_steps', 'microbatches', 'mesh', 'data.path')

@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(

@@ -11,12 +11,18 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from diffusion_jax import models, runs, samplers
-from diffusion_jax.errors import UserError
+from diffusion_jax import models
+from diffusion_jax import runs
+from diffusion_jax import samplers
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.models import Model
 from diffusion_jax.process import schedules
-from diffusion_jax.samplers import draw, grid
-from diffusion_jax.training import optim, sharding, state, step
+from diffusion_jax.runs import draw
+from diffusion_jax.samplers import grid
+from diffusion_jax.training import optim
+from diffusion_jax.training import sharding
+from diffusion_jax.training import state
+from diffusion_jax.training import step
 from diffusion_jax.training.state import TrainState
 
 

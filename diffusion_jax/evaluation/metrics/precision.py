@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 K, DENSITY_K = 3, 5  # what the two papers take
 

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from diffusion_jax import files
+from diffusion_jax.system import files
 
 # CSS variable -> its colour on a light page.
 COLORS = {

@@ -1,4 +1,4 @@
-"""Noises as names of images: to and from images, and between two of them.
+"""Samples along a trajectory: from noise to images, and back.
 
 Where a sampler adds no noise, an image is a function of the noise that it
 begins as (arXiv 2010.02502, section 5.3).
@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import guidance, pictures
-from diffusion_jax.samplers import draw, inversion
-from diffusion_jax.samplers.solve import Sampler, solve
-from diffusion_jax.trained import Trained
+from diffusion_jax.guidance import clipping
+from diffusion_jax.runs import draw
+from diffusion_jax.samplers import inversion
+from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.samplers.solve import solve
+from diffusion_jax.runs.trained import Trained
 from diffusion_jax.training import sharding
 
 
@@ -64,7 +66,7 @@ def carrier(
       return trained.compiled.denoise(params, xt, t)
 
     if clip:
-      denoiser = guidance.clip_x0(denoiser, trained.schedule)
+      denoiser = clipping.clip_x0(denoiser, trained.schedule)
     keys = jax.random.split(jax.random.key(0), len(x))  # no noise is asked for
     return solve(sampler, denoiser, trained.schedule, grid, x, keys)
 
@@ -79,30 +81,3 @@ def carrier(
     return np.concatenate(out)
 
   return carry
-
-
-def interpolation(
-  draw_fn: Callable, ends: np.ndarray, between: int
-) -> np.ndarray:
-  """A picture of the ways from noise 0 to 1, from 2 to 3, and so on.
-
-  Args:
-    draw_fn: noises [N, H, W, C] -> images in [-1, 1], see `carrier`.
-    ends: [N, H, W, C], two noises a row; an odd last one is left out.
-    between: how many images stand between two ends.
-
-  Returns:
-    uint8 [height, width, 3]: a row a pair, a column a weight, 0 to 1.
-  """
-  weights = np.linspace(0, 1, between + 2)
-  a, b = ends[:-1:2], ends[1::2]
-  ways = [
-    inversion.slerp(a, b, np.full(len(a), weight, np.float32))
-    for weight in weights
-  ]
-  flat = np.concatenate(ways)
-  images = np.asarray(draw.to_uint8(draw_fn(flat)))
-  return pictures.columns(
-    images.reshape(len(weights), len(a), *images.shape[1:]),
-    [f'{weight:.3g}' for weight in weights],
-  )

@@ -5,17 +5,13 @@
 
 from absl import flags
 
-from diffusion_jax import (
-  cli,
-  distributed,
-  files,
-  judging,
-  runs,
-  sampling,
-)
-from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import bits, cards, features, page, plots
+from diffusion_jax import runs
+from diffusion_jax.cli import command, drawing, judging
+from diffusion_jax.evaluation import bits, cards, features
 from diffusion_jax.process import flow
+from diffusion_jax.reporting import page, plots
+from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(judging)
@@ -48,7 +44,7 @@ OF_FLOW = ('dequantisation', 'divergence', 'tolerance', 'dtype')
 OF_SAMPLES = (
   *('num_samples', 'sampler', 'rounding', 'reference', 'features', 'output'),
   'write_statistics',
-  *(name for name in sampling.OPTIONS if name != 'variance'),
+  *(name for name in drawing.OPTIONS if name != 'variance'),
 )
 
 
@@ -62,7 +58,7 @@ def check_flags(kinds: list[str]) -> None:
   idle += OF_BOUNDS if set(kinds) == {'bpd_ode'} else ()
   idle += OF_FLOW if 'bpd_ode' not in kinds else ()
   _refuse(idle, ','.join(kinds))
-  cli.at_least(num_images=2)
+  command.at_least(num_images=2)
   if not 0 < FLAGS.tolerance < 1:
     raise UserError(f'--tolerance={FLAGS.tolerance}: above 0 and below 1')
 
@@ -87,7 +83,7 @@ def carry_out(kinds: list[str]) -> None:
   Raises:
     UserError: there is no run, or there are no such images.
   """
-  trained, plan, _ = sampling.chosen()
+  trained, plan, _ = drawing.chosen()
   workdir = files.at(FLAGS.workdir).expanduser()
   folder = workdir / 'evaluations'
   for part in (folder, workdir / 'likelihoods'):
@@ -124,7 +120,7 @@ def carry_out(kinds: list[str]) -> None:
     parts = f'{name}_{trained.weights_sha256[:8]}'
     work = images.count * bits.work(how)
     unit = 'images' if kind == 'bpd_ode' else 'evaluations'
-    with cli.Progress(kind, work, unit=unit) as progress:
+    with terminal.Progress(kind, work, unit=unit) as progress:
       found = bits.measure(
         trained, images, how, workdir / 'likelihoods' / parts,
         FLAGS.batch_size, progress.update,
@@ -135,8 +131,8 @@ def carry_out(kinds: list[str]) -> None:
     distributed.on_first(lambda path=path, card=card: _keep(path, card))
     made.append({**card, 'path': str(path)})
   told = [f'{bits.text(card)}\n\ncard: {card["path"]}' for card in made]
-  cli.report({'cards': made}, '\n\n'.join(told), FLAGS.json)
-  distributed.on_first(lambda: page.write(workdir, cli.say) and None)
+  terminal.report({'cards': made}, '\n\n'.join(told), FLAGS.json)
+  distributed.on_first(lambda: page.write(workdir, terminal.say) and None)
 
 
 def _how(kind, trained, plan) -> bits.How:

@@ -1,0 +1,1 @@
+"""What the binaries share: groups of flags and what they ask for."""

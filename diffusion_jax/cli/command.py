@@ -1,0 +1,187 @@
+"""What the binaries share: answers to mistakes, progress, tables.
+
+A mistake of the user gets one line on stderr and exit code 2, whatever raised
+it: absl's flags, ml_collections, a check, a file. A bug keeps its traceback.
+"""
+
+import errno
+import multiprocessing
+import os
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from diffusion_jax.cli import config_files
+from diffusion_jax.system import distributed, terminal
+from diffusion_jax.system.errors import UserError
+
+# What absl and ml_collections raise for a mistake on the command line.
+FLAG_ERRORS = (
+  flags.Error,
+  AttributeError,
+  LookupError,
+  TypeError,
+  ValueError,
+)
+
+# Not bugs, wherever they are raised.
+DISK = (
+  *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+  *(errno.EACCES, errno.EPERM),
+)
+
+
+def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
+  """Runs a binary's main; the last line of its file.
+
+  Args:
+    main: called without arguments once the flags are parsed and well.
+    doc: the binary's docstring, shown by --help.
+    required: flags that must be given.
+  """
+  sys.modules['__main__'].__doc__ = doc
+  sys.argv = _resolve_config(sys.argv)
+
+  def parse(argv):
+    if any(word in ('--help', '-h', '-help', '--helpfull') for word in argv):
+      _help(doc, full='--helpfull' in argv)
+    names = [word.split('=')[0] for word in argv[1:] if word[:2] == '--']
+    for name in sorted(set(names)):
+      if names.count(name) > 1:
+        terminal.fail(f'{name} is given {names.count(name)} times')
+    try:
+      rest = flags.FLAGS(argv)
+      for name in required:
+        if not flags.FLAGS[name].value:
+          raise UserError(f'--{name} is missing; see --help')
+      if 'config' in required:
+        # A file that is not there is an error only once it is touched.
+        _ = flags.FLAGS.config.to_dict
+      if rest[1:]:
+        raise UserError(
+          f'{rest[1]!r} is not a flag: every argument is --name=value'
+        )
+    except UserError as e:
+      terminal.fail(str(e))
+    except FLAG_ERRORS as e:
+      cause = _raised_by_config(e)
+      if cause and not isinstance(cause, UserError):
+        raise cause from None  # a bug
+      terminal.fail(_one_line(cause or e, argv))
+    return rest
+
+  def wrapped(argv):
+    del argv
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)  # Orbax writes pages at INFO
+    try:
+      main()
+    except UserError as e:
+      terminal.fail(str(e))
+    except KeyboardInterrupt:
+      print(
+        '\ninterrupted; the same command goes on from what is kept',
+        file=sys.stderr,
+      )
+      # Python's own end takes apart what XLA may still compute with. What was
+      # to be saved is: contexts have ended.
+      for child in multiprocessing.active_children():
+        child.terminate()
+      sys.stdout.flush()
+      os._exit(130)
+    except Exception as e:
+      if isinstance(e, OSError) and e.errno in DISK:
+        terminal.fail(
+          f'{e.strerror}: {e.filename}' if e.filename else e.strerror
+        )
+      traceback.print_exc()
+      distributed.leave(1)
+      sys.exit(1)
+
+  app.run(wrapped, flags_parser=parse)
+
+
+def _help(doc: str, full: bool) -> None:
+  """Prints the docstring and the binary's own flags; exits with 0."""
+  lines = [doc.strip() + '\n\nFlags:']
+  own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+  for flag in sorted(own, key=lambda flag: flag.name):
+    default = flag.default
+    if isinstance(default, list):
+      default = ','.join(default) or None
+    shown = '' if default is None else f' [{default}]'
+    name = f'--[no]{flag.name}' if flag.boolean else f'--{flag.name}'
+    text = textwrap.fill(
+      f'{name:<16} {flag.help}{shown}',
+      width=79,
+      initial_indent='  ',
+      subsequent_indent=' ' * 19,
+    )
+    lines.append(text)
+  lines.append("\nIn brackets: defaults. absl's own flags: --helpfull.")
+  if full:
+    lines.append(flags.FLAGS.get_help())
+  terminal.write('\n'.join(lines))
+  sys.exit(0)
+
+
+def _raised_by_config(error: Exception) -> Exception | None:
+  """What get_config raised, out of ml_collections' and absl's wrappings."""
+  wrapped = 'Error whilst parsing config file'
+  given, found, _ = str(error).removeprefix('flag ').partition(f': {wrapped}')
+  if not found:
+    return None
+  while wrapped in str(error):
+    error = error.__context__
+  if 'get_config() takes 0' in str(error):
+    return UserError(f'{given}: this config takes nothing after a colon')
+  return error
+
+
+def _one_line(error: Exception, argv: Sequence[str]) -> str:
+  """A library's message, without its quotes and line breaks."""
+  if isinstance(error, KeyError | AttributeError) and error.args:
+    # ml_collections quotes its two lines, 'KEY\nDid you mean ...', twice over.
+    text = str(error.args[0]).replace('\\n', ' ')
+    key = re.search(r'\w+', text)[0]
+    hint = re.search(r'Did you mean \W*(\w+)', text)
+    given = next((w for w in argv if key in w.split('=')[0].split('.')), key)
+    return f'{given}: there is no config key {key!r}' + (
+      f'; did you mean {hint[1]}?' if hint else ''
+    )
+  text = ' '.join(line.strip() for line in str(error).splitlines())
+  if isinstance(error, flags.UnrecognizedFlagError):
+    text = text.replace(' ?', '?') + '; see --help'
+  return text
+
+
+def _resolve_config(argv: list[str]) -> list[str]:
+  """Turns --config=NAME into a file: as given, or one that is shipped."""
+  resolved, words = [], iter(argv)
+  for word in words:
+    if word in ('--config', '-config'):
+      word = f'--config={next(words, "")}'
+    if word.startswith(('--config=', '-config=')):
+      value = word.split('=', 1)[1]
+      path, colon, argument = value.partition(':')
+      found = config_files.find_config(path)
+      if found is None:
+        terminal.fail(
+          f'--config={value}: there is no such file, and the shipped configs '
+          f'are {", ".join(config_files.shipped_configs())}'
+        )
+      word = f'--config={found}{colon}{argument}'
+    resolved.append(word)
+  return resolved
+
+
+def at_least(**least: float) -> None:
+  """Raises UserError for flags out of range: name = the least allowed."""
+  for name, value in least.items():
+    given = flags.FLAGS[name].value
+    if given is not None and given < value:
+      raise UserError(f'--{name}={given}: at least {value}')

@@ -1,0 +1,1 @@
+"""What is below everything: files, processes, mistakes, the terminal."""
