@@ -18,6 +18,11 @@ def from_float(x0: jax.Array) -> jax.Array:
   return jnp.clip((x0 + 1.0) * 127.5, 0, 255).astype(jnp.float32)
 
 
+def to_uint8(x0: jax.Array) -> jax.Array:
+  """[-1, 1] -> uint8, clipped and rounded to the nearest."""
+  return jnp.round(from_float(x0)).astype(jnp.uint8)
+
+
 def create(image_shape: tuple[int, int, int]) -> Codec:
   """The codec of images.
 

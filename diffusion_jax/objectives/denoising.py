@@ -40,9 +40,7 @@ def create(
 
   def values_at(params, rows, keys, t, cond_keys, dropout):
     x0 = codec.encode(params, rows, branch(keys, 'codec'))
-    eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:], x0.dtype))(
-      branch(keys, 'eps')
-    )
+    eps = noise(branch(keys, 'eps'), x0.shape[1:], x0.dtype)
     cond = conditioner.condition(params, rows, cond_keys)
 
     def network(xt, label):
@@ -52,9 +50,7 @@ def create(
 
   def loss(params, extras, rows, keys):
     del extras
-    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, num_timesteps))(
-      branch(keys, 't')
-    )
+    t = uniform_times(branch(keys, 't'), num_timesteps)
     values = values_at(
       params, rows, keys, t, branch(keys, 'condition'), branch(keys, 'dropout')
     )
@@ -74,6 +70,18 @@ def create(
     return by_quarter(values, by_row['t'], num_timesteps)
 
   return Objective(loss, heldout, metrics)
+
+
+def uniform_times(keys: jax.Array, num_timesteps: int) -> jax.Array:
+  """[B] keys -> t int32 [B], uniform in 0 .. num_timesteps - 1."""
+  return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_timesteps))(
+    keys
+  )
+
+
+def noise(keys: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
+  """[B] keys -> standard normal [B, *shape]."""
+  return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
 
 
 def squared_error(network_fn, schedule, kind: str, x0, t, eps) -> jax.Array:

@@ -40,12 +40,11 @@ def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
   return pairs[:, 0], pairs[:, 1]
 
 
-def to_uint8(data: jax.Array) -> jax.Array:
-  """[0, 255] -> uint8, rounded to the nearest."""
-  return jnp.round(data).astype(jnp.uint8)
-
-
-ROUNDED = {'uint8': to_uint8, 'float32': lambda data: data}
+# Data as people save them, and as they are decoded.
+ROUNDED = {
+  'uint8': lambda data: jnp.round(data).astype(jnp.uint8),
+  'float32': lambda data: data,
+}
 
 
 def drawer(

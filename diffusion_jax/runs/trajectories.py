@@ -39,6 +39,22 @@ def noises(trained: Trained, seed: int, count: int) -> np.ndarray:
   return np.asarray(first(np.arange(count, dtype=np.uint32)))
 
 
+def to_images(trained: Trained, x0: np.ndarray) -> np.ndarray:
+  """x0 [N, ...] -> uint8 images [N, H, W, C]."""
+  keys = jax.random.split(jax.random.key(0), len(x0))
+  return np.asarray(
+    draw.ROUNDED['uint8'](trained.codec.decode(trained.params, x0, keys))
+  )
+
+
+def to_x0(trained: Trained, images: np.ndarray) -> np.ndarray:
+  """uint8 images [N, H, W, C] -> x0 [N, ...]."""
+  keys = jax.random.split(jax.random.key(0), len(images))
+  return np.asarray(
+    trained.codec.encode(trained.params, {'image': images}, keys)
+  )
+
+
 def carrier(
   trained: Trained, sampler: Sampler, grid, *, clip: bool, batch_size: int
 ) -> Callable:
