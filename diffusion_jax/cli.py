@@ -56,7 +56,7 @@ def fail(message: str) -> None:
   if path := os.environ.get(ERROR_FILE):
     with contextlib.suppress(OSError):
       Path(path).write_text(message)
-  os._exit(2)
+  distributed.leave(2, alone=True)
 
 
 def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
@@ -103,9 +103,7 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # Orbax writes pages at INFO
     try:
-      main()
-    except UserError as e:
-      fail(str(e))
+      _call(main)
     except KeyboardInterrupt:
       print(
         '\ninterrupted; the same command goes on from what is kept',
@@ -115,16 +113,23 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
       # to be saved is: contexts have ended.
       for child in multiprocessing.active_children():
         child.terminate()
-      sys.stdout.flush()
-      os._exit(130)
-    except Exception as e:
-      if isinstance(e, OSError) and e.errno in DISK:
-        fail(f'{e.strerror}: {e.filename}' if e.filename else e.strerror)
-      traceback.print_exc()
-      distributed.leave(1)
-      sys.exit(1)
+      distributed.leave(130, alone=True)
 
   app.run(wrapped, flags_parser=parse)
+
+
+def _call(main: Callable[[], None]) -> None:
+  """Calls a binary's main, and answers to what it raises."""
+  try:
+    main()
+  except UserError as e:
+    fail(str(e))
+  except Exception as e:
+    if isinstance(e, OSError) and e.errno in DISK:
+      fail(f'{e.strerror}: {e.filename}' if e.filename else e.strerror)
+    traceback.print_exc()
+    distributed.leave(1)
+    sys.exit(1)
 
 
 def _help(doc: str, full: bool) -> None:
