@@ -6,7 +6,6 @@ it: absl's flags, ml_collections, a check, a file. A bug keeps its traceback.
 
 import errno
 import multiprocessing
-import os
 import re
 import sys
 import textwrap
@@ -79,9 +78,7 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # Orbax writes pages at INFO
     try:
-      main()
-    except UserError as e:
-      terminal.fail(str(e))
+      _call(main)
     except KeyboardInterrupt:
       print(
         '\ninterrupted; the same command goes on from what is kept',
@@ -91,18 +88,23 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
       # to be saved is: contexts have ended.
       for child in multiprocessing.active_children():
         child.terminate()
-      sys.stdout.flush()
-      os._exit(130)
-    except Exception as e:
-      if isinstance(e, OSError) and e.errno in DISK:
-        terminal.fail(
-          f'{e.strerror}: {e.filename}' if e.filename else e.strerror
-        )
-      traceback.print_exc()
-      distributed.leave(1)
-      sys.exit(1)
+      distributed.leave(130, alone=True)
 
   app.run(wrapped, flags_parser=parse)
+
+
+def _call(main: Callable[[], None]) -> None:
+  """Calls a binary's main, and answers to what it raises."""
+  try:
+    main()
+  except UserError as e:
+    terminal.fail(str(e))
+  except Exception as e:
+    if isinstance(e, OSError) and e.errno in DISK:
+      terminal.fail(f'{e.strerror}: {e.filename}' if e.filename else e.strerror)
+    traceback.print_exc()
+    distributed.leave(1)
+    sys.exit(1)
 
 
 def _help(doc: str, full: bool) -> None:
