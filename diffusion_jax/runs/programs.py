@@ -91,9 +91,7 @@ def create(config: Mapping, mesh: Mesh) -> Programs:
       step.train_step,
       key=step_key,
       optimizer=optimizer,
-      learning_rate=optim.learning_rate(
-        config['optim']['lr'], config['optim']['warmup_steps']
-      ),
+      learning_rate=optim.learning_rate(**config['optim']),
       ema_decay=config['ema']['decay'],
       microbatches=config['microbatches'],
       mesh=mesh,
