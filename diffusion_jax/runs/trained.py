@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.system import files
+from diffusion_jax.system import numerics
 from diffusion_jax import models
 from diffusion_jax import runs
 from diffusion_jax.system.errors import UserError
@@ -110,6 +111,7 @@ class Trained:
     """
     return self.compiled.denoise(self.params, xt, t)
 
+  @numerics.fixed()
   def at(self, step: int | None = None) -> 'Trained':
     """The same network at another checkpoint of its run.
 
@@ -137,6 +139,7 @@ class Trained:
       digest.update(np.ascontiguousarray(sharding.to_host(leaf)).tobytes())
     return digest.hexdigest()
 
+  @numerics.fixed()
   def plan(self, **options) -> Plan:
     """How samples are drawn, by default as the run's paper draws them.
 
@@ -160,6 +163,7 @@ class Trained:
 
     return plans.for_run(self.config, calibration=found, **options)
 
+  @numerics.fixed()
   def drawer(
     self,
     how: Plan,
@@ -190,6 +194,7 @@ class Trained:
       json.dumps(how), tuple(frames), dtype, took, estimates
     )
 
+    @numerics.fixed()
     def draw_batch(indices):
       return draw_fn(self.params, sharding.padded_indices(indices, self.mesh))
 
@@ -242,6 +247,7 @@ class Trained:
     )
 
 
+@numerics.fixed()
 def load(
   workdir, step: int | None = None, ema: bool = True, mesh: Mesh | None = None
 ) -> Trained:
