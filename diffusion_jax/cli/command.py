@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from diffusion_jax.cli import config_files
-from diffusion_jax.system import distributed, terminal
+from diffusion_jax.system import distributed, numerics, terminal
 from diffusion_jax.system.errors import UserError
 
 # What absl and ml_collections raise for a mistake on the command line.
@@ -43,6 +43,7 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
     required: flags that must be given.
   """
   sys.modules['__main__'].__doc__ = doc
+  numerics.fix()
   sys.argv = _resolve_config(sys.argv)
 
   def parse(argv):
