@@ -25,10 +25,11 @@ PUBLIC = {
   ),
   'process.losses': 'squared_error',
   'process.likelihood': (
-    'bound terms term prior prepare variances rate_distortion '
-    'discretised_log_likelihood check_discrete estimate pilot proposal sampled '
-    'interval Table Scored Steps Estimated'
+    'bound terms term prior prepare variances rate_distortion Table Scored '
+    'Steps'
   ),
+  'process.fast_bound': 'estimate pilot proposal sampled interval Estimated',
+  'process.decoder': 'discretised_log_likelihood check_discrete',
   'process.flow': 'density dequantised variational Flow',
   'models': 'create Model count',
   'models.unet': 'UNet',
