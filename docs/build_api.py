@@ -54,8 +54,9 @@ PUBLIC = {
   'training.optim': 'create',
   'training.sharding': 'make_mesh abstract gather_fsdp',
   'training.checkpoint': (
-    'Checkpoints steps find_step hold held save_params load_params load_common'
+    'Checkpoints steps find_step save_params load_params load_common'
   ),
+  'training.held': 'hold steps',
   'training.loop': 'train Every',
   'latents': 'noises carrier interpolation',
   'evaluation.features': 'Judge Batch Images images_of pixels passes sha256_of',
