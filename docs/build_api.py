@@ -25,10 +25,11 @@ PUBLIC = {
   ),
   'process.losses': 'squared_error',
   'process.likelihood': (
-    'bound terms term prior prepare variances rate_distortion '
-    'discretised_log_likelihood check_discrete estimate pilot proposal sampled '
-    'interval Table Scored Steps Estimated'
+    'bound terms term prior prepare variances rate_distortion Table Scored '
+    'Steps'
   ),
+  'process.fast_bound': 'estimate pilot proposal sampled interval Estimated',
+  'process.decoder': 'discretised_log_likelihood check_discrete',
   'process.flow': 'density dequantised variational Flow',
   'models': 'create Model count',
   'models.unet': 'UNet',
@@ -53,8 +54,9 @@ PUBLIC = {
   'training.optim': 'create',
   'training.sharding': 'make_mesh abstract gather_fsdp',
   'training.checkpoint': (
-    'Checkpoints steps find_step hold held save_params load_params load_common'
+    'Checkpoints steps find_step save_params load_params load_common'
   ),
+  'training.held': 'hold steps',
   'training.loop': 'train Every',
   'latents': 'noises carrier interpolation',
   'evaluation.features': 'Judge Batch Images images_of pixels passes sha256_of',
