@@ -119,7 +119,14 @@ def load(origin: Origin, abstract) -> tuple[dict, list[dict]]:
 
 
 def record(workdir, origin: Origin, taken: dict, left: list[dict]) -> None:
-  """Writes init_from.json."""
+  """Writes init_from.json.
+
+  Args:
+    workdir: of the new run.
+    origin: where its parameters come from.
+    taken: name -> array that was taken.
+    left: those that were not, as JSON can hold them.
+  """
   facts = {**origin._asdict(), 'taken': len(taken), 'left': left}
   with files.replacing(files.at(workdir) / runs.INIT) as file:
     file.write(json.dumps(facts, indent=2).encode() + b'\n')

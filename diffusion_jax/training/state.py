@@ -32,7 +32,14 @@ class TrainState(NamedTuple):
 def init_state(
   key, model: Model, optimizer: optax.GradientTransformation, given=None
 ) -> TrainState:
-  """The state at step 0; `given` is as in `create`."""
+  """The state at step 0.
+
+  Args:
+    key: of the initial parameters.
+    model: the network.
+    optimizer: whose state is created.
+    given: as in `create`.
+  """
   params = _with(model.init(key), given or {})
   # A copy: the donated state may not hold one buffer twice.
   ema_params = jax.tree.map(jnp.copy, params)
