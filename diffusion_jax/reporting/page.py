@@ -20,6 +20,7 @@ from diffusion_jax import data, models, runs, samplers
 from diffusion_jax.evaluation import bits, cards
 from diffusion_jax.reporting import facts, plots
 from diffusion_jax.reporting.facts import Facts
+from diffusion_jax.runs import recipe
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 
@@ -148,11 +149,9 @@ def _about(run: Facts) -> list[str]:
 
 
 def _num_params(config) -> int:
-  model = models.create(
-    image_shape=runs.image_shape(config['data']), **config['model']
-  )
+  init = recipe.create(config).init
   # Within eval_shape nothing touches a device, which a trainer may hold.
-  return models.count(jax.eval_shape(lambda: model.init(jax.random.key(0))))
+  return models.count(jax.eval_shape(lambda: init(jax.random.key(0))))
 
 
 def _newest(run: Facts) -> list[tuple[str, str, str]]:
