@@ -12,7 +12,8 @@ import zlib
 import jax
 import numpy as np
 
-from diffusion_jax.evaluation.features import VERSION, Judge
+from diffusion_jax.evaluation import features
+from diffusion_jax.evaluation.features import VERSION, Images, Judge
 from diffusion_jax.evaluation.metrics.frechet import Gaussian, Moments
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
@@ -116,13 +117,20 @@ def write(path, given: Statistics) -> None:
     np.savez_compressed(file, **arrays)
 
 
-def sha256_of(given: Statistics) -> str:
-  """Of the numbers, tap by tap."""
+def sha256_of(given: Images | Statistics) -> str:
+  """Of all images in order, which are read once, or of the numbers by tap."""
+  if isinstance(given, Images):
+    return features.sha256_of(given)
   digest = hashlib.sha256()
   for gaussian in given.values():
     for array in gaussian:
       digest.update(np.ascontiguousarray(array, np.float64))
   return digest.hexdigest()
+
+
+def count_of(given: Images | Statistics) -> int:
+  """How many images there are; 0 where there are statistics of some."""
+  return given.count if isinstance(given, Images) else 0
 
 
 def paths(cache, judge: Judge, images_sha256: str) -> dict[str, files.Path]:
@@ -153,7 +161,7 @@ def write_gaussian(path, a: Moments | Gaussian) -> None:
 def read_gaussian(
   path, dim: int | None = None, keys: tuple[str, str] = ('mu', 'sigma')
 ) -> Gaussian:
-  """Statistics of a file that `write_gaussian`, pytorch-fid or another tool wrote.
+  """Statistics of a file, of `write_gaussian`, pytorch-fid or another tool.
 
   Files may come from anywhere: nothing is unpickled, and no more is read than
   statistics take. Other arrays in the file are left alone.

@@ -17,15 +17,12 @@ from markupsafe import Markup
 from PIL import Image
 
 from diffusion_jax import data, models, runs, samplers
-from diffusion_jax.evaluation import bits, cards
+from diffusion_jax.evaluation import cards, tables
+from diffusion_jax.evaluation.cards import number
 from diffusion_jax.reporting import facts, plots
 from diffusion_jax.reporting.facts import Facts
-from diffusion_jax.system import files
+from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
-
-# What of a protocol stands in the title of its table.
-TITLE = ('data', 'split', 'num_samples', 'num_reference', 'num_images', 'bits')
-LABELS = {'num_heldout': 'held-out images'}
 
 # A larger picture is embedded smaller: a report is to be sent by mail.
 MAX_BYTES = 500_000
@@ -70,6 +67,11 @@ def write(
   return path
 
 
+def update(workdir) -> None:
+  """As `write`, by process 0, which tells the lines."""
+  distributed.on_first(lambda: write(workdir, terminal.say) and None)
+
+
 def render(run: Facts) -> str:
   """The page of a run; adds damaged pictures to its problems."""
   environment = jinja2.Environment(
@@ -79,7 +81,7 @@ def render(run: Facts) -> str:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.filters |= {'number': number, 'value': value}
+  environment.filters |= {'number': number, 'value': tables.value}
   parts = {
     'name': files.resolved(run.workdir).name,
     'about': _about(run),
@@ -102,24 +104,6 @@ def render(run: Facts) -> str:
 
 
 # --- numbers ----------------------------------------------------------------
-
-
-def number(x) -> str:
-  """Four significant digits; whole numbers whole; '–' for None."""
-  if not cards.is_number(x):
-    return '–' if x is None else str(x)
-  if isinstance(x, int):
-    return f'{x:,}'
-  if abs(x) >= 1000:
-    return f'{float(f"{x:.4g}"):,.0f}'
-  return f'{x:#.4g}'
-
-
-def value(x) -> str:
-  """A value of a config, as it is typed."""
-  if isinstance(x, list):
-    return ', '.join(map(value, x))
-  return x if isinstance(x, str) else json.dumps(x)
 
 
 def duration(seconds: float) -> str:
@@ -168,9 +152,9 @@ def _newest(run: Facts) -> list[tuple[str, str, str]]:
     card['subject']['step'], card['protocol'].get('num_samples') or 0,
   ))[-1:]  # fmt: skip
   for card in chosen:
-    results, at = card['results'], _drawing(card['subject'], short=True)
-    for key in cards.columns(chosen)[:1]:
-      tiles.append((cards.head(key), number(results[key]), at))
+    at = f'at {tables.drawing(card["subject"], short=True)}'
+    for key in tables.columns(chosen)[:1]:
+      tiles.append((tables.head(key), number(card['results'][key]), at))
   return tiles
 
 
@@ -179,7 +163,7 @@ def _samples(run: Facts) -> list[dict]:
   if run.stores:
     folder, subject = run.stores[-1]
     wanted = [
-      (folder / 'grid.png', f'Samples. {_drawing(subject)}.'),
+      (folder / 'grid.png', f'Samples: {tables.drawing(subject)}.'),
       (
         folder / 'trajectory.png',
         'Their way out of the noise; t is the time, x0 the image.',
@@ -188,7 +172,10 @@ def _samples(run: Facts) -> list[dict]:
   elif run.drawn:
     step, path = run.drawn[-1]
     wanted = [
-      (path, f'Samples. {_drawing({**_on_the_way(run), "step": step})}.')
+      (
+        path,
+        f'Samples: {tables.drawing({**_on_the_way(run), "step": step})}.',
+      )
     ]
   else:
     wanted = []
@@ -199,8 +186,8 @@ def _samples(run: Facts) -> list[dict]:
   for card in reversed(run.cards):
     path = run.workdir / 'evaluations' / f'{card["name"]}_neighbours.png'
     if path.exists():
-      told = 'Samples, framed, and the training images nearest to them.'
-      wanted.append((path, f'{told} {_drawing(card["subject"])}.'))
+      told = 'Samples, framed, and the training images nearest to them'
+      wanted.append((path, f'{told}: {tables.drawing(card["subject"])}.'))
       break
   return [
     {**picture, 'caption': caption}
@@ -274,131 +261,19 @@ def _bytes(encoded) -> int:
   return len(encoded[0])
 
 
-def _how(subject: dict) -> dict:
-  """How samples were drawn, by the names that people read."""
-  known = ('step', 'ema', 'sampler', 'evaluations', 'seed', 'grid', 'workdir')
-  grid = subject.get('grid')
-  steps = len(grid) - 1 if isinstance(grid, list) else None
-  is_grid = steps and all(map(cards.is_number, grid))
-  evaluations = subject.get('evaluations')
-  how = {
-    'sampler': subject.get('sampler'),
-    'steps': steps,
-    'evaluations': evaluations if evaluations != steps else None,
-    'weights': {True: 'averaged', False: 'raw'}.get(subject.get('ema')),
-    **{
-      key: value(x)
-      for key, x in subject.items()
-      if isinstance(x, str | int | float)
-      and not (key in known or key.endswith('sha256'))
-    },
-    'seed': subject.get('seed'),
-    # Two samplers of one name may differ by it alone.
-    'grid': cards.brief(grid) if is_grid else None,
-  }
-  return {key: x for key, x in how.items() if x is not None}
-
-
-def _drawing(subject: dict, short: bool = False) -> str:
-  """As _how, in a line."""
-  how = _how(subject)
-  how.pop('grid', None)  # too long for it
-  steps = how.pop('steps', '?')
-  evaluations = how.pop('evaluations', steps)
-  if 'sampler' not in subject:
-    return f'at step {subject["step"]:,}'
-  if short:
-    return f'at step {subject["step"]:,}, {how["sampler"]} {evaluations}'
-  told = [f'Step {subject["step"]:,}', how.pop('sampler', 'sampler unknown')]
-  told += [f'{evaluations} evaluations']
-  return ', '.join([*told, *(f'{key} {x}' for key, x in how.items())])
-
-
 def _tables(found: list[dict]) -> list[dict]:
   """One for each protocol, the newest first: only equals stand together."""
-  groups = {}
-  for card in reversed(found):
-    key = json.dumps(card['protocol'], sort_keys=True)
-    groups.setdefault(key, []).insert(0, card)
-  return [_table(group) for group in groups.values()]
-
-
-def _table(group: list[dict]) -> dict:
-  """A row for each card; what is the same in all is told once, in 'same'."""
-  told = [
-    {'step': card['subject']['step'], **_how(card['subject'])}
-    | {
-      key: x for key, x in card.get('details', {}).items() if cards.is_number(x)
+  groups = [group[::-1] for group in cards.grouped(found[::-1]).values()]
+  return [
+    {
+      **tables.table(group)._asdict(),
+      'title': tables.title(group[0]['protocol']),
+      'protocol': tables.facts(group[0]['protocol']),
+      'classes': _classes(group[-1]),
+      'caveats': group[-1].get('details', {}).get('caveats', []),
     }
-    for card in group
+    for group in groups
   ]
-  same = {
-    key: x
-    for key, x in told[0].items()
-    if key not in ('step', 'sampler', 'steps', 'seed')
-    and all(row.get(key) == x for row in told)
-  }
-  usual = ('step', 'sampler', 'steps', 'seed')
-  columns = dict.fromkeys(key for key in usual if key in told[0])
-  columns |= dict.fromkeys(k for row in told for k in row if k not in same)
-  results = cards.columns(group)
-  rows = [
-    [row.get(key) for key in columns]
-    + [card['results'].get(key) for key in results]
-    for row, card in zip(told, group, strict=True)
-  ]
-  real = cards.heldout(group[-1])
-  return {
-    'title': _title(group[0]['protocol']),
-    'protocol': _protocol(group[0]['protocol']),
-    'head': [
-      *((key.replace('_', ' ').capitalize(), '') for key in columns),
-      *((cards.head(key), cards.meaning(key)) for key in results),
-    ],
-    'is_text': [
-      any(isinstance(x, str) for x in column)
-      for column in zip(*rows, strict=True)
-    ],
-    'rows': rows,
-    'num_subject': len(columns),
-    'heldout': [real.get(key) for key in results] if real else [],
-    'same': [(key.replace('_', ' '), x) for key, x in same.items()],
-    'classes': _classes(group[-1]),
-    'caveats': group[-1].get('details', {}).get('caveats', []),
-  }
-
-
-def _title(protocol: dict) -> str:
-  if 'num_images' in protocol:
-    count = number(protocol['num_images'])
-    what = bits.KINDS.get(protocol.get('bits'), '')
-    return f'{count} images of {_data(protocol)}: {what}'
-  count, reference = (
-    number(protocol[key]) if cards.is_number(protocol.get(key)) else 'some'
-    for key in ('num_samples', 'num_reference')
-  )
-  return f'{count} samples against {reference} images of {_data(protocol)}'
-
-
-def _data(protocol: dict) -> str:
-  return ', '.join(
-    value(protocol[key]) for key in ('data', 'split') if key in protocol
-  )
-
-
-def _protocol(protocol: dict) -> list[tuple[str, str, str]]:
-  """(label, text, the whole of it where the text is a shortened hash)."""
-  shown = []
-  for key, x in protocol.items():
-    name = key.removeprefix('num_').replace('_', ' ')
-    if key.endswith('_sha256') and isinstance(x, str):
-      shown.append((name, x[:8], x))
-    elif key == 'grid':
-      shown.append((name, cards.brief(x), value(x)))
-    elif key not in TITLE:
-      text = value(x) if isinstance(x, list | bool) else number(x)
-      shown.append((LABELS.get(key, name), text, ''))
-  return shown
 
 
 def _classes(card: dict) -> dict | None:
@@ -496,19 +371,17 @@ def _curve(found) -> tuple[str, str, list]:
   names = [n for n in cards.DISTANCES if alike and n in alike[-1]['results']]
   if not names or len({card['subject']['step'] for card in alike}) < 2:
     return '', '', []
-  name = names[0]
-  points = sorted(
-    (card['subject']['step'], card['results'][name])
-    for card in alike
-    if card['results'].get(name) is not None
-  )
-  step, least = min(points, key=lambda point: point[1])
+  curve = cards.curve(alike, names[0])
+  points, best = curve['points'], curve['best']
   lines = [
-    plots.Line('samples', *map(list, zip(*points, strict=True)), 'blue'),
-    plots.Line('the best', [step], [least], 'orange', 'marks'),
+    plots.Line(
+      'samples',
+      *([point[key] for point in points] for key in ('step', 'value')),
+    ),
+    plots.Line('the best', [best['step']], [best['value']], 'orange', 'marks'),
   ]
-  best = f'the least is {number(least)}, at step {step:,}'
-  return f'{cards.DISTANCES[name]} by step', best, lines
+  told = f'the least is {number(best["value"])}, at step {best["step"]:,}'
+  return f'{cards.DISTANCES[names[0]]} by step', told, lines
 
 
 # --- cost, config, starts ---------------------------------------------------
