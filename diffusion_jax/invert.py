@@ -23,7 +23,7 @@ from diffusion_jax import runs
 from diffusion_jax.cli import command, declare, run_data
 from diffusion_jax.evaluation import cards, features
 from diffusion_jax.reporting import pictures
-from diffusion_jax.runs import draw, trajectories
+from diffusion_jax.runs import trajectories
 from diffusion_jax.runs.trained import load
 from diffusion_jax.samplers import grid as grids
 from diffusion_jax.samplers import inversion
@@ -102,7 +102,7 @@ def _name(step, plan) -> str:
 def _invert(trained, plan, images, output):
   """There and back; writes and tells."""
   pixels = np.concatenate(list(images.stream()))
-  x0 = pixels.astype(np.float32) / 127.5 - 1.0
+  x0 = trajectories.to_x0(trained, pixels)
   how = {'clip': plan.clip, 'batch_size': FLAGS.batch_size}
   up, sampler = plan.grid[::-1], inversion.ddim_inversion(FLAGS.iterations)
   evaluations = sampler.evaluations(up)
@@ -128,10 +128,18 @@ def _invert(trained, plan, images, output):
     'evaluations': {'inversion': evaluations, 'drawing': plan.evaluations},
     **_measured(x0, noises, again),
   }
-  drawn = {'inversion.png': _picture(pixels, noises, again)}
+
+  def to_images(x):
+    return trajectories.to_images(trained, x)
+
+  drawn = {
+    'inversion.png': _picture(
+      pixels, to_images(noises), to_images(again), again - x0
+    )
+  }
   if FLAGS.interpolate:
     drawn['interpolation.png'] = pictures.interpolation(
-      draw_fn, noises, FLAGS.interpolate
+      lambda x: to_images(draw_fn(x)), noises, FLAGS.interpolate
     )
 
   def keep():
@@ -177,16 +185,15 @@ def _measured(x0, noises, again) -> dict:
   }
 
 
-def _picture(pixels, noises, again) -> np.ndarray:
+def _picture(pixels, noises, again, error) -> np.ndarray:
   """A row an image: itself, its noise, drawn again, and the difference."""
-  drawn = np.asarray(draw.to_uint8(again))
-  off = np.abs(again - (pixels / 127.5 - 1.0)) * 127.5
+  off = np.abs(error) * 127.5
   # Brightened by a power of 10 so far as none is cut off.
   factor = 10 ** math.floor(math.log10(255 / max(off.max(), 1e-9)))
   factor = min(max(factor, 1), MOST_SEEN)
   seen = np.clip(np.round(off * factor), 0, 255).astype(np.uint8)
   return pictures.columns(
-    np.stack([pixels, np.asarray(draw.to_uint8(noises)), drawn, seen]),
+    np.stack([pixels, noises, again, seen]),
     ['image', 'noise', 'again', f'error x{factor}'],
   )
 

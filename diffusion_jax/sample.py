@@ -161,7 +161,11 @@ def _draw_interpolation(trained, plan, path):
     batch_size=FLAGS.batch_size,
   )  # fmt: skip
   ends = trajectories.noises(trained, plan.seed, 2 * pairs)
-  picture = pictures.interpolation(draw_fn, ends, FLAGS.interpolate)
+  picture = pictures.interpolation(
+    lambda x: trajectories.to_images(trained, draw_fn(x)),
+    ends,
+    FLAGS.interpolate,
+  )
   if distributed.is_first():
     pictures.save(path, picture)
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import diffusion_jax
 from diffusion_jax import samplers
+from diffusion_jax.codecs import pixels
 from diffusion_jax.guidance import clipping
 from diffusion_jax.process import gaussian
 from diffusion_jax.runs import draw
@@ -102,7 +103,7 @@ def test_the_denoiser_is_the_networks_prediction(trained):
   for t in (400, jnp.array([999, 0, 300])):
     got = trained.denoise(xt, t)
     eps = trained.model.apply(
-      trained.params, xt, jnp.broadcast_to(jnp.asarray(t), (3,))
+      trained.params['net'], xt, jnp.broadcast_to(jnp.asarray(t), (3,))
     )
     np.testing.assert_allclose(got.eps, eps, atol=1e-5)
     again = gaussian.q_sample(trained.schedule, got.x0, t, got.eps)
@@ -119,7 +120,9 @@ def test_the_denoiser_goes_into_solve_and_guidance(trained):
     plan.create(), clipped, trained.schedule, plan.grid, x, later
   )
   images = trained.sample(3, sampler='ddim', num_steps=4)
-  assert np.abs(np.asarray(draw.to_uint8(out)).astype(int) - images).max() <= 1
+  assert (
+    np.abs(np.asarray(pixels.to_uint8(out)).astype(int) - images).max() <= 1
+  )
 
 
 def test_weights_by_step_and_kind(folder, trained):

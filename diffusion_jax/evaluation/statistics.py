@@ -161,7 +161,7 @@ def write_gaussian(path, a: Moments | Gaussian) -> None:
 def read_gaussian(
   path, dim: int | None = None, keys: tuple[str, str] = ('mu', 'sigma')
 ) -> Gaussian:
-  """Statistics of a file, of `write_gaussian`, pytorch-fid or another tool.
+  """Statistics of a file of `write_gaussian`, pytorch-fid or another tool.
 
   Files may come from anywhere: nothing is unpickled, and no more is read than
   statistics take. Other arrays in the file are left alone.

@@ -21,6 +21,7 @@ from diffusion_jax.evaluation import cards, tables
 from diffusion_jax.evaluation.cards import number
 from diffusion_jax.reporting import facts, plots
 from diffusion_jax.reporting.facts import Facts
+from diffusion_jax.runs import recipe
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 
@@ -132,11 +133,9 @@ def _about(run: Facts) -> list[str]:
 
 
 def _num_params(config) -> int:
-  model = models.create(
-    image_shape=runs.image_shape(config['data']), **config['model']
-  )
+  init = recipe.create(config).init
   # Within eval_shape nothing touches a device, which a trainer may hold.
-  return models.count(jax.eval_shape(lambda: model.init(jax.random.key(0))))
+  return models.count(jax.eval_shape(lambda: init(jax.random.key(0))))
 
 
 def _newest(run: Facts) -> list[tuple[str, str, str]]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from diffusion_jax.runs import draw
 from diffusion_jax.samplers import inversion
 from diffusion_jax.system import files
 
@@ -103,7 +102,7 @@ def interpolation(
   """A picture of the ways from noise 0 to 1, from 2 to 3, and so on.
 
   Args:
-    draw_fn: noises [N, H, W, C] -> images in [-1, 1], see `carrier`.
+    draw_fn: noises [N, ...] -> uint8 images [N, H, W, C].
     ends: [N, H, W, C], two noises a row; an odd last one is left out.
     between: how many images stand between two ends.
 
@@ -117,7 +116,7 @@ def interpolation(
     for weight in weights
   ]
   flat = np.concatenate(ways)
-  images = np.asarray(draw.to_uint8(draw_fn(flat)))
+  images = draw_fn(flat)
   return columns(
     images.reshape(len(weights), len(a), *images.shape[1:]),
     [f'{weight:.3g}' for weight in weights],

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 
 from ml_collections import config_dict
 
-from diffusion_jax import models
-from diffusion_jax import runs
-from diffusion_jax.process import gaussian
-from diffusion_jax.process import schedules
+from diffusion_jax import models, runs
+from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.training import sharding
 
 # Every run's config has these, and its model's arguments under `model`.
@@ -151,7 +149,7 @@ def _model(model, data):
 
 def _process(config):
   for name, value, known in (
-    ('loss.prediction', config.loss.prediction, gaussian.PREDICTIONS),
+    ('loss.prediction', config.loss.prediction, gaussian.PARAMETRISATIONS),
     ('process.schedule', config.process.schedule, schedules.SCHEDULES),
     ('sample.variance', config.sample.variance, gaussian.VARIANCES),
   ):
