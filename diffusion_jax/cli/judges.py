@@ -1,12 +1,10 @@
 """What judges images: the network that --features asks for."""
 
-import zipfile
-
 from absl import flags
 
 from diffusion_jax.cli import declare
 from diffusion_jax.data import Source
-from diffusion_jax.evaluation import classifier, features, inception
+from diffusion_jax.evaluation import classifier, features, inception, kept
 from diffusion_jax.evaluation.features import Judge
 from diffusion_jax.models.inception import CONVENTIONS
 from diffusion_jax.system import distributed, files, terminal
@@ -102,17 +100,10 @@ def judge_of(
 
 def _is_inception(name) -> bool:
   """Whether a value of --features means Inception."""
-  path = files.at(name or '')
-  if name == 'inception' or path.suffix in ('.pth', '.pb'):
+  if name == 'inception' or files.at(name).suffix in ('.pth', '.pb'):
     return True
-  try:
-    with (
-      path.expanduser().open('rb') as file,
-      zipfile.ZipFile(file) as archive,
-    ):
-      return f'{classifier.FACTS}.npy' not in archive.namelist()
-  except (OSError, zipfile.BadZipFile, ValueError):
-    return False
+  there = kept.names(name)
+  return bool(there) and classifier.FACTS not in there
 
 
 def _inception(name) -> Judge:

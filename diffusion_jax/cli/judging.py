@@ -216,7 +216,7 @@ def carry_out(
   if isinstance(asked.reference, Images):
     digest = task.protocol['reference_sha256']
     there = statistics.paths(judges.cache(), asked.judge, digest)
-    known = statistics.kept(there)
+    known = statistics.cached(there)
     # A folder that only some hosts see would part their ways.
     is_known = all(distributed.gather(known is not None))
     if is_known and not _takes_images(asked.metrics):

@@ -4,40 +4,24 @@ Every part says so where the run has nothing to show yet. Pictures and plots
 are inside the file, and there is nothing to run or to load.
 """
 
-import base64
 import datetime
-import io
-import json
-import math
 from collections.abc import Callable
 
 import jax
 import jinja2
 from markupsafe import Markup
-from PIL import Image
 
 from diffusion_jax import data, models, runs, samplers
 from diffusion_jax.evaluation import cards, tables
 from diffusion_jax.evaluation.cards import number
-from diffusion_jax.reporting import facts, plots
+from diffusion_jax.reporting import curves, facts, pictures, plots
 from diffusion_jax.reporting.facts import Facts
 from diffusion_jax.runs import recipe
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 
-# A larger picture is embedded smaller: a report is to be sent by mail.
-MAX_BYTES = 500_000
-MAX_SIDE = 1200
 THUMBNAIL = 320
 STRIP = 6  # grids drawn on the way
-
-# What Pillow raises for a damaged picture, or for one of too many pixels.
-PICTURE_ERRORS = (
-  OSError,
-  SyntaxError,
-  ValueError,
-  Image.DecompressionBombError,
-)
 
 
 def write(
@@ -83,21 +67,13 @@ def render(run: Facts) -> str:
     lstrip_blocks=True,
   )
   environment.filters |= {'number': number, 'value': tables.value}
-  parts = {
-    'name': files.resolved(run.workdir).name,
-    'about': _about(run),
-    'newest': _newest(run),
-    'samples': _samples(run),
-    'strip': _strip(run),
-    'tables': _tables(run.cards),
-    'charts': _charts(run),
-    'cost': _cost(run),
-    'origin': _origin(run.origin),
-    'starts': _starts(run.starts),
-    'config': _grouped(run.config),
-  }
+  parts = (
+    *(_about, _newest, _samples, _strip, _tables, _charts, _cost, _origin),
+    *(_starts, _config),
+  )
   return environment.get_template('report.html.jinja').render(
-    **parts,
+    {part.__name__.strip('_'): part(run) for part in parts},
+    name=files.resolved(run.workdir).name,
     problems=run.problems,
     colors=plots.COLORS,
     written=datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
@@ -143,7 +119,7 @@ def _newest(run: Facts) -> list[tuple[str, str, str]]:
   step = max((row['step'] for row in run.rows + run.starts), default=0)
   tiles = [('Step', number(step), f'of {number(run.config.get("num_steps"))}')]
   for key, label in (('loss', 'Loss'), ('heldout_loss', 'Held-out loss')):
-    steps, values = _series(run.rows, key)
+    steps, values = curves.series(run.rows, key)
     if steps:
       tiles.append((label, number(values[-1]), f'at step {steps[-1]:,}'))
   # Of the newest step, the card of the most samples.
@@ -189,9 +165,10 @@ def _samples(run: Facts) -> list[dict]:
       wanted.append((path, f'{told}: {tables.drawing(card["subject"])}.'))
       break
   return [
-    {**picture, 'caption': caption}
+    picture
     for path, caption in wanted
-    if path.exists() and (picture := _picture(run, path))
+    if path.exists()
+    for picture in _picture(run, path, caption)
   ]
 
 
@@ -203,9 +180,9 @@ def _strip(run: Facts) -> list[dict]:
     for i in range(count if count > 1 else 0)
   ]
   return [
-    {**picture, 'caption': f'step {step:,}'}
+    picture
     for step, path in chosen
-    if (picture := _picture(run, path, THUMBNAIL, max_bytes=0))
+    for picture in _picture(run, path, f'step {step:,}', THUMBNAIL, 0)
   ]
 
 
@@ -222,47 +199,23 @@ def _on_the_way(run):
   }  # fmt: skip
 
 
-def _picture(run, path, side=MAX_SIDE, max_bytes=MAX_BYTES) -> dict | None:
-  """src, width, height; None, and a problem, where it is damaged.
-
-  Above max_bytes it is embedded smaller: `side` pixels at most.
-  """
+def _picture(run, path, caption, *how) -> list[dict]:
+  """src, width, height, caption; nothing, and a problem, if it is damaged."""
   try:
-    content, kind = path.read_bytes(), 'png'
-    with Image.open(io.BytesIO(content)) as image:
-      image.load()  # the whole of it, or it is damaged
-      size = image.size
-      if len(content) > max_bytes:
-        content, kind = min((content, kind), _smaller(image, side), key=_bytes)
-  except PICTURE_ERRORS as e:
-    run.problems.append(
-      f'{path.relative_to(run.workdir)} cannot be read ({e}): left out'
-    )
-    return None
-  code = base64.b64encode(content).decode()
-  src = f'data:image/{kind};base64,{code}'
-  return {'src': src, 'width': size[0], 'height': size[1]}
+    return [{**pictures.embedded(path, *how), 'caption': caption}]
+  except pictures.DAMAGED as e:
+    name = path.relative_to(run.workdir)
+    run.problems.append(f'{name} cannot be read ({e}): left out')
+    return []
 
 
-def _smaller(image, side) -> tuple[bytes, str]:
-  """The smaller of a PNG and a JPEG, and which it is."""
-  image = image.convert('RGB')
-  image.thumbnail((side, side))
-  encoded = []
-  for kind in ('png', 'jpeg'):
-    file = io.BytesIO()
-    image.save(file, format=kind, quality=90)
-    encoded.append((file.getvalue(), kind))
-  return min(encoded, key=_bytes)
+def _charts(run: Facts) -> list[dict]:
+  return curves.charts(run)
 
 
-def _bytes(encoded) -> int:
-  return len(encoded[0])
-
-
-def _tables(found: list[dict]) -> list[dict]:
+def _tables(run: Facts) -> list[dict]:
   """One for each protocol, the newest first: only equals stand together."""
-  groups = [group[::-1] for group in cards.grouped(found[::-1]).values()]
+  groups = [group[::-1] for group in cards.grouped(run.cards[::-1]).values()]
   return [
     {
       **tables.table(group)._asdict(),
@@ -291,96 +244,6 @@ def _classes(card: dict) -> dict | None:
     'keys': [(label, color, '') for label, (color, _) in there.items()],
     'svg': Markup(plots.bars('Classes', dict(there.values()))),
   }
-
-
-# --- curves -----------------------------------------------------------------
-
-
-def _series(rows, name) -> tuple[list, list]:
-  """(steps, values) of the rows that have it."""
-  there = [row for row in rows if name in row]
-  return [row['step'] for row in there], [row[name] for row in there]
-
-
-def _charts(run: Facts) -> list[dict]:
-  """The curves of training; those of which nothing is written are left out."""
-
-  def raw(name, label='', color='blue', style='line'):
-    return plots.Line(label, *_series(run.rows, name), color, style)
-
-  def smoothed(name, label, color='blue'):
-    steps, values = _series(run.rows, name)
-    smooth = plots.smooth(values) if values else []
-    return plots.Line(label, steps, smooth, color)
-
-  timesteps = run.config['process']['num_timesteps']
-  distance, best, curve = _curve(run.cards)
-  first = [math.ceil(q * timesteps / 4) for q in range(5)]
-  quarters = [
-    smoothed(f'loss_q{q}', f't {first[q - 1]}–{first[q] - 1}', f'q{q}')
-    for q in (1, 2, 3, 4)
-  ]
-  clip = run.config.get('optim', {}).get('clip_norm')
-  wanted = (
-    (distance, best, True, curve),
-    ('Loss', 'smoothed over what was logged', True, (
-      raw('loss', style='faint'), smoothed('loss', 'training'),
-      raw('heldout_loss', 'held out', 'orange', 'marks'),
-    )),
-    ('Loss by quarter of t', 'smoothed', True, quarters),
-    ('Gradient norm', f'clipped at {clip}' if clip else '', True, (
-      raw('grad_norm', style='faint'), smoothed('grad_norm', ''),
-    )),
-    ('Parameter norm', '', True, (raw('param_norm'),)),
-    ('Learning rate', '', False, (raw('learning_rate'),)),
-    ('Images per second', 'all devices', False, (
-      raw('images_per_sec', style='faint'), smoothed('images_per_sec', ''),
-    )),
-  )  # fmt: skip
-  restarts = sorted({start['step'] for start in run.starts} - {0})
-  charts = []
-  for title, note, log, drawn in wanted:
-    if drawn := [line for line in drawn if len(line.x)]:
-      svg = plots.lines(title, drawn, log=log, restarts=restarts)
-      charts.append({
-        'title': title, 'note': note, 'svg': Markup(svg),
-        'keys': [
-          (line.label, line.color, number(float(line.y[-1])))
-          for line in drawn if line.style != 'faint'
-        ],
-      })  # fmt: skip
-  return charts
-
-
-def _curve(found) -> tuple[str, str, list]:
-  """(title, what is best, lines): the newest card's distance, step by step.
-
-  Without two steps that were judged alike there are no lines.
-  """
-
-  def how(card):
-    own = ('step', 'weights_sha256', 'workdir')
-    subject = {k: v for k, v in card['subject'].items() if k not in own}
-    return json.dumps([card['protocol'], subject], sort_keys=True)
-
-  found = [
-    card for card in found if set(cards.DISTANCES) & set(card['results'])
-  ]
-  alike = [card for card in found if how(card) == how(found[-1])]
-  names = [n for n in cards.DISTANCES if alike and n in alike[-1]['results']]
-  if not names or len({card['subject']['step'] for card in alike}) < 2:
-    return '', '', []
-  curve = cards.curve(alike, names[0])
-  points, best = curve['points'], curve['best']
-  lines = [
-    plots.Line(
-      'samples',
-      *([point[key] for point in points] for key in ('step', 'value')),
-    ),
-    plots.Line('the best', [best['step']], [best['value']], 'orange', 'marks'),
-  ]
-  told = f'the least is {number(best["value"])}, at step {best["step"]:,}'
-  return f'{cards.DISTANCES[names[0]]} by step', told, lines
 
 
 # --- cost, config, starts ---------------------------------------------------
@@ -420,8 +283,9 @@ def _num_images(config: dict) -> int | None:
   return len(source) if source else None
 
 
-def _origin(origin: dict | None) -> str:
+def _origin(run: Facts) -> str:
   """Whose parameters the run began with, in a sentence."""
+  origin = run.origin
   if not origin:
     return ''
   weights = 'raw' if origin.get('ema') is False else 'averaged'
@@ -433,10 +297,10 @@ def _origin(origin: dict | None) -> str:
   )
 
 
-def _starts(starts: list[dict]) -> list[dict]:
+def _starts(run: Facts) -> list[dict]:
   """A row for each start; of the versions, what changed with it."""
   rows, before = [], {}
-  for start in starts:
+  for start in run.starts:
     versions = start.get('versions', {})
     changed = {k: v for k, v in versions.items() if before.get(k) != v}
     told = ', '.join(f'{name} {v}' for name, v in changed.items() if v)
@@ -452,8 +316,10 @@ def _starts(starts: list[dict]) -> list[dict]:
   return rows
 
 
-def _grouped(config: dict) -> list[tuple[str, dict]]:
+def _config(run: Facts) -> list[tuple[str, dict]]:
   """The config's groups, what stands alone first."""
-  alone = {k: x for k, x in config.items() if not isinstance(x, dict)}
-  groups = [(k, runs.flatten(x)) for k, x in config.items() if k not in alone]
+  alone = {k: x for k, x in run.config.items() if not isinstance(x, dict)}
+  groups = [
+    (k, runs.flatten(x)) for k, x in run.config.items() if k not in alone
+  ]
   return [('run', alone), *groups]
