@@ -188,3 +188,23 @@ def at_least(**least: float) -> None:
     given = flags.FLAGS[name].value
     if given is not None and given < value:
       raise UserError(f'--{name}={given}: at least {value}')
+
+
+def refuse(names: Sequence[str], what: str) -> None:
+  """Raises UserError for flags that are given and not heeded.
+
+  Args:
+    names: of the flags.
+    what: what they have no part in.
+  """
+  for name in names:
+    if flags.FLAGS[name].present:
+      raise UserError(f'--{name} has no part in {what}: leave it out')
+
+
+def seeds(*names: str) -> None:
+  """Raises UserError for flags that are no seeds."""
+  at_least(**dict.fromkeys(names, 0))
+  for name in names:
+    if (flags.FLAGS[name].value or 0) >= 2**32:
+      raise UserError(f'--{name}={flags.FLAGS[name].value}: below 2**32')

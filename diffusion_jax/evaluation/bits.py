@@ -34,7 +34,6 @@ KINDS = {
 DEQUANTISATIONS = ('uniform', 'variational')
 EVALUATIONS = 10  # of an image, for bpd_fast
 MOST_EXACT = 1024  # dimensions
-DECODED = 10  # rows of a rate-distortion table
 
 
 class How(NamedTuple):
@@ -319,46 +318,3 @@ def _flow(trained, batches, how) -> Found:
     },
     {'most_evaluations': int(found['evaluations'].max())},
   )
-
-
-def text(card: dict) -> str:
-  """A card as people read it.
-
-  Args:
-    card: of `measure`'s Found.
-  """
-  protocol, results, details = (
-    card[key] for key in ('protocol', 'results', 'details')
-  )
-  kind = protocol['bits']
-  value, error = results[kind], results[f'{kind}_error']
-  lines = [
-    f'{protocol["num_images"]} images of step {card["subject"]["step"]}: '
-    f'{details["images"]}',
-    f'{KINDS[kind]}: {value:.4f} ± {error:.2g} bits/dim',
-  ]
-  if kind == 'bpd_fast':
-    lines[-1] += ' (95%)'
-  if kind == 'bpd_ode':
-    lines.append(
-      f'{protocol["dequantisation"]} dequantisation, '
-      f'{results["evaluations"]:.0f} evaluations an image'
-    )
-  if kind == 'bpd':
-    lines += [
-      f'= prior {details["prior"]:.4g} + {details["between"]:.4f} of '
-      f'{details["evaluations"] - 1} steps + decoder {details["decoder"]:.4f}',
-      '',
-      *_decoded(details),
-    ]
-  return '\n'.join(lines)
-
-
-def _decoded(details):
-  """As in table 4 of arXiv 2006.11239: what is known after how many bits."""
-  count = details['evaluations']
-  rows = sorted({-(-i * count // DECODED) for i in range(1, DECODED + 1)})
-  yield f'{"steps":>6}  {"bits/dim":>9}  {"RMSE of 255":>11}'
-  for decoded in reversed(rows):
-    i = decoded - 1
-    yield f'{decoded:6}  {details["rate"][i]:9.5f}  {details["rmse"][i]:11.5f}'
