@@ -29,8 +29,8 @@ from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import models, runs
 from diffusion_jax.cli import command, config_files
+from diffusion_jax.models import NET
 from diffusion_jax.runs import recipe, validation
-from diffusion_jax.runs.recipe import NET
 from diffusion_jax.runs.trained import load
 from diffusion_jax.system import environment, files, terminal
 from diffusion_jax.system.errors import UserError

@@ -82,7 +82,11 @@ def main():
     signals = preemption.Signals()
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(
-        workdir / 'checkpoints', config.keep_last, config.keep_every
+        workdir / 'checkpoints',
+        config.keep_last,
+        config.keep_every,
+        program.frozen,
+        program.recipe.origins,
       )
     )
     if kept:
