@@ -98,6 +98,7 @@ def _call(main: Callable[[], None]) -> None:
   """Calls a binary's main, and answers to what it raises."""
   try:
     main()
+    distributed.finish()
   except UserError as e:
     terminal.fail(str(e))
   except Exception as e:
