@@ -17,10 +17,7 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(judging)
 declare.shared('split')
 declare.table(
-  num_images=(
-    int,
-    'Bits per dimension: of so many images at even distances; all by default.',
-  ),
+  num_images=(int, 'Bits per dimension: of so many images; all by default.'),
   dequantisation=(bits.DEQUANTISATIONS, 'bpd_ode: from 8 bits.'),
   divergence=(
     flow.DIVERGENCES,

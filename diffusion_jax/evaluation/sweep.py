@@ -29,11 +29,9 @@ def parse(text: str) -> dict:
       f'--sweep={text}: {name} takes as many evaluations as it needs: leave it '
       'out'
     )
-  kinds = {
-    **{key: _kind(option) for key, option in samplers.defaults(name).items()},
-    'grid': str,
-    'clip': bool,
-  }
+  options = samplers.defaults(name)
+  kinds = {k: float if x is None else type(x) for k, x in options.items()}
+  kinds |= {'grid': str, 'clip': bool}
   given = {'sampler': name, 'grid': 'uniform'}
   for pair in pairs:
     key, equals, word = pair.partition('=')
@@ -49,10 +47,6 @@ def parse(text: str) -> dict:
       'each number of steps has its own'
     )
   return given
-
-
-def _kind(default):
-  return float if default is None else type(default)
 
 
 def _value(text, key, word, kind):

@@ -21,21 +21,21 @@ RESULTS = {
     for name, title in cards.DISTANCES.items()
     for tail, head, meaning in (
       ('', '', f'{title} distance to the reference'),
-      ('_heldout_count', 'equal count', 'of as many as are held out'),
-      ('_ratio', 'ratio', 'over that of the held-out images'),
+      ('_heldout_count', 'equal count', '  of as many as are held out'),
+      ('_ratio', 'ratio', '  over that of held-out images'),
     )
   },
   'kid': ('KID ↓', 'KID, over subsets'),
   'inception_score': ('IS ↑', 'Inception Score, over splits'),
-  'precision': ('precision ↑', 'samples near to real images'),
-  'recall': ('recall ↑', 'real images near to samples'),
-  'density': ('density ↑', 'real balls around a sample, over k'),
-  'coverage': ('coverage ↑', 'real balls with a sample inside'),
+  'precision': ('precision ↑', 'precision: samples near to real ones'),
+  'recall': ('recall ↑', 'recall: real ones near to samples'),
+  'density': ('density ↑', 'density of real balls round samples'),
+  'coverage': ('coverage ↑', 'coverage: real balls with samples'),
   'confident': ('confident ↑', 'class with probability > 0.8'),
   'smallest_class': ('least class ↑', 'least frequent class'),
   'identical': ('identical ↓', 'identical to a training image'),
   'nearest': ('nearest', 'nearest training image, median'),
-  'nearest_share': ('near', 'nearer to one than 95% of held-out'),
+  'nearest_share': ('near', '  nearer than 95% of held-out'),
   'bpd': ('bits/dim ↓', 'the variational bound, bits/dim'),
   'bpd_fast': ('bits/dim ↓', 'the bound, estimated (95%), bits/dim'),
   'bpd_ode': ('bits/dim ↓', 'by the probability flow, bits/dim'),
@@ -166,6 +166,8 @@ def facts(protocol: dict) -> list[tuple[str, Cell]]:
   told = []
   for key, x in protocol.items():
     label = key.removeprefix('num_').replace('_', ' ')
+    if x in ('', None):
+      continue
     if key.endswith('_sha256') and isinstance(x, str):
       told.append((label, Cell(x[:8], x)))
     elif key == 'grid':
@@ -277,7 +279,8 @@ def text(card: dict) -> str:
   ]  # fmt: skip
   rows += [[_label(k), _cell(k, x).text, ''] for k, x in _details(card).items()]
   real = 'held-out' * bool(cards.heldout(card))
-  told += [*_about(card), '', *terminal.table(['', '', real], rows)]
+  what = 'images' if 'num_images' in card['protocol'] else 'samples'
+  told += [*_about(card), '', *terminal.table(['', what, real], rows)]
   if len(details.get('class_histogram', ())) in range(1, SHOWN_CLASSES + 1):
     told += ['', *_classes(details)]
   if 'rate' in details:
