@@ -68,10 +68,10 @@ PUBLIC = {
   'evaluation.inception_score': (
     'Sums Score splits_of nothing update score_of caveats'
   ),
-  'evaluation.precision': 'Precision precision_recall radii caveats',
+  'evaluation.precision': 'Precision precision_recall radii',
   'evaluation.neighbours': 'Nearest update share_nearer',
-  'evaluation.looks': 'Looker Seen',
-  'evaluation.measure': 'measure check protocol_of Options Measured',
+  'evaluation.looks': 'look Seen',
+  'evaluation.measure': 'measure check Task Options Measured',
   'evaluation.cards': 'create compare',
   'evaluation.statistics': 'read is_file',
   'evaluation.follow': 'follow curve_of',

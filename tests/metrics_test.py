@@ -477,7 +477,6 @@ def test_precision_of_too_few_images():
     (frechet.caveats, (2048,), 2048),
     (kid.caveats, (1000,), 1000),
     (inception_score.caveats, (1008, 10), 10_079),
-    (precision.caveats, (3,), 3),
   ],
 )
 def test_too_few_images_are_told(caveats, args, few):

@@ -25,8 +25,8 @@ RESULTS = {
       ('_ratio', 'ratio', '  over that of held-out images'),
     )
   },
-  'kid': ('KID ↓', 'KID, over subsets'),
-  'inception_score': ('IS ↑', 'Inception Score, over splits'),
+  'kid': ('KID ↓', 'KID ± standard error over subsets'),
+  'inception_score': ('IS ↑', 'Inception Score ± std over splits'),
   'precision': ('precision ↑', 'precision: samples near to real ones'),
   'recall': ('recall ↑', 'recall: real ones near to samples'),
   'density': ('density ↑', 'density of real balls round samples'),
@@ -36,9 +36,9 @@ RESULTS = {
   'identical': ('identical ↓', 'identical to a training image'),
   'nearest': ('nearest', 'nearest training image, median'),
   'nearest_share': ('near', '  nearer than 95% of held-out'),
-  'bpd': ('bits/dim ↓', 'the variational bound, bits/dim'),
-  'bpd_fast': ('bits/dim ↓', 'the bound, estimated (95%), bits/dim'),
-  'bpd_ode': ('bits/dim ↓', 'by the probability flow, bits/dim'),
+  'bpd': ('bits/dim ↓', 'bound in bits/dim ± standard error'),
+  'bpd_fast': ('bits/dim ↓', 'estimated bound in bits/dim (95%)'),
+  'bpd_ode': ('bits/dim ↓', 'flow in bits/dim ± standard error'),
   'evaluations': ('evaluations', 'evaluations for an image'),
 }
 SHARES = (
@@ -158,7 +158,8 @@ def title(protocol: dict) -> str:
     number(protocol[key]) if cards.is_number(protocol.get(key)) else 'some'
     for key in ('num_samples', 'num_reference')
   )
-  return f'{count} samples against {reference} images of {data}'
+  of = f' of {data}' * (data not in ('images', 'statistics'))
+  return f'{count} samples against {reference} images{of}'
 
 
 def facts(protocol: dict) -> list[tuple[str, Cell]]:
