@@ -56,7 +56,7 @@ DECODED = 10  # rows of a rate-distortion table
 
 
 class Cell(NamedTuple):
-  """A number or a word: as it is shown, and all of its digits."""
+  """A word; or a number as it is shown, and all of its digits."""
 
   text: str
   whole: str
@@ -67,7 +67,6 @@ class Table(NamedTuple):
 
   Attributes:
     heads: of the columns, each with what it means or ''.
-    is_text: of each column, whether it holds words.
     rows: a list of cells for each card.
     num_subject: how many columns tell what was judged; the others are results.
     heldout: cells of those others, for held-out images; [] where there are
@@ -76,7 +75,6 @@ class Table(NamedTuple):
   """
 
   heads: list[tuple[str, str]]
-  is_text: list[bool]
   rows: list[list[Cell]]
   num_subject: int
   heldout: list[Cell]
@@ -207,10 +205,6 @@ def table(found: Sequence[dict]) -> Table:
       *((_label(key).capitalize(), '') for key in keys),
       *(RESULTS.get(name, (name, '')) for name in names),
     ],
-    [
-      *(any(isinstance(row.get(key), str) for row in told) for key in keys),
-      *(False for _ in names),
-    ],
     rows,
     len(keys),
     [_result(found[-1], name, real=True) for name in names] if real else [],
@@ -229,8 +223,9 @@ def _details(card) -> dict:
 
 
 def _cell(key, x) -> Cell:
-  is_share = key in SHARES and cards.is_number(x)
-  return Cell(f'{x:.1%}' if is_share else number(x), str(x))
+  if not cards.is_number(x):
+    return Cell(number(x), '')
+  return Cell(f'{x:.1%}' if key in SHARES else number(x), str(x))
 
 
 def _result(card, name, real=False) -> Cell:
@@ -262,7 +257,11 @@ def lines(found: Sequence[dict]) -> list[str]:
 
 def _about(card) -> list[str]:
   protocol = card['protocol']
-  told = [f'{label} {cell.text}' for label, cell in facts(protocol)]
+  told = [
+    f'{label} {cell.text}'
+    for label, cell in facts(protocol)
+    if not label.endswith('sha256')
+  ]
   return [title(protocol), *textwrap.wrap('; '.join(told), 79)]
 
 
