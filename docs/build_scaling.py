@@ -88,57 +88,64 @@ def compiled() -> dict:
 
 # --- the page -----------------------------------------------------------------
 
-HEAD = """# What a run takes of TPUs
+HEAD = """# Memory and speed on TPU slices
 
-Compiled for slices of TPUs that were not there, by `python
-docs/build_scaling.py`: nothing on this page was run on a TPU. Each row is a
-`python -m diffusion_jax.preflight --fast` with `--config.model.dtype=bfloat16`.
-That compiles at low effort, so that memory is an estimate: for cifar10 with
-fsdp 4 on v5e:2x2 the default takes 917 MB in all, where this page has 845 MB.
+Each row is the result of `python -m diffusion_jax.preflight --fast` with
+`--config.model.dtype=bfloat16`, which compiles the real training step for a TPU
+slice that is not attached. Nothing on this page was run on a TPU. `--fast`
+compiles at low effort, so memory is an estimate: for cifar10 with fsdp 4 on
+v5e:2x2, compilation at the default effort gives 917 MB in total, where this
+page has 845 MB. To rebuild the page: `python docs/build_scaling.py`.
 """
 
 ASSUMED = """
-## What is assumed
+## Assumptions
 
-Time is predicted from below, at the rates that the chips' maker publishes and
-no program reaches:
+The predicted time is a lower bound: it uses the published rates of the chips,
+which no program reaches.
 
-- A chip computes while it reads its memory: the longer of the two counts. FLOPs
-  and bytes are XLA's own count for the compiled step.
-- It exchanges after that, not meanwhile. Of each byte that is gathered or
-  scattered among n chips (n - 1)/n are sent, twice that for a sum.
-- Sums over all chips use all their links; where an axis of the slice is too
-  short to be closed to a ring, at half the rate.
-- Data are there in time, and no host is slow.
+- Computation and memory traffic of a chip overlap: the longer of the two
+  counts. FLOPs and bytes are XLA's own count for the compiled step.
+- Communication follows and does not overlap with them. A gather or scatter
+  among n chips sends (n - 1)/n of each byte, a sum twice that.
+- Sums over all chips use all their links, at half the rate where an axis of the
+  slice is too short to form a ring.
+- Data arrive in time, and no host is slow.
 
-With four images of 256x256 a chip, the program that low effort yields moves
-more bytes than with sixteen, as the row of 16 chips shows. Whether that of the
-default is better was not tried.
+With four images of 256x256 per chip, the program compiled at low effort moves
+more bytes than with sixteen, as the row of 16 chips shows. It was not tested
+whether the default effort avoids this.
 
-DDPM's authors had 21 steps of 128 images a second on a TPU v3-8 (arXiv
+DDPM's authors report 21 steps of 128 images per second on a TPU v3-8 (arXiv
 2006.11239, appendix B). That is 94 TFLOP/s of products on four chips of 123
-TFLOP/s: 19% of the published rate. Take such a share for granted, not 100%.
+TFLOP/s: 19% of the published rate. Expect such a share, not 100%.
 """
 
-COLUMNS = """| chips | slice | batch | products | memory | exchange | images/s a chip | {} |
+COLUMNS = """| chips | slice | batch | products | memory | communication | images/s per chip | {} |
 |---:|---|---:|---:|---:|---:|---:|---:|
 """  # noqa: E501
 
 
 def page(found) -> str:
   parts = [HEAD, '\n## Memory and work\n', *_rented(found)]
-  parts += ['\n## More chips\n\n![Efficiency](scaling.png)\n']
+  parts += [
+    '\n## More chips\n\n![Efficiency](scaling.png)\n\n'
+    'The time of a step: convolutions and matrix products, memory traffic and\n'
+    'communication, under the [assumptions below](#assumptions). Efficiency is '
+    'the share\nof time without communication. The relative speed is per chip, '
+    'compared with four\nchips.\n'
+  ]
   for config in WEAK:
     parts += [
-      f'\n{config}, equally many images on each chip:\n\n',
-      COLUMNS.format('not exchange'),
+      f'\n{config}, the same number of images on each chip:\n\n',
+      COLUMNS.format('efficiency'),
     ]
     for topology, batch in WEAK[config]:
       if row := found.get(key(config, topology, batch, [])):
         parts.append(_line(row, row['predicted']['efficiency']))
     parts += [
-      f"\n{config}, the paper's batch on all chips together:\n\n",
-      COLUMNS.format('of four chips'),
+      f"\n{config}, the paper's batch over all chips:\n\n",
+      COLUMNS.format('relative speed'),
     ]
     parts += [_line(row, share) for row, share in _strong(found, config)]
   return ''.join([*parts, ASSUMED])
@@ -168,8 +175,9 @@ def _line(row, share) -> str:
 
 def _rented(found):
   yield (
-    '\n| run | slice | batch | state | temporaries | code | in all | of a chip '
-    '| GFLOP an image, products | in all | exchanged |\n'
+    '\n| run | slice | batch | state | temporaries | code | total | share of a '
+    'chip | GFLOP per image, products | GFLOP per image, total | communication '
+    '|\n'
     '|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|\n'
   )
   for run in RENTED:

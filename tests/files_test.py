@@ -25,7 +25,7 @@ from diffusion_jax.reporting import facts, page, pictures
 from diffusion_jax.runs import finetune, store
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint, loop, metrics
+from diffusion_jax.training import checkpoint, held, loop, metrics
 
 
 class Memory(MemoryFileSystem):
@@ -227,9 +227,9 @@ def test_only_whole_checkpoints_count(bucket):
 
 
 def test_what_is_held(bucket):
-  assert checkpoint.held(bucket / 'checkpoints') == set()
-  checkpoint.hold(bucket / 'checkpoints', [30, 10])
-  assert checkpoint.held(bucket / 'checkpoints') == {10, 30}
+  assert held.steps(bucket / 'checkpoints') == set()
+  held.hold(bucket / 'checkpoints', [30, 10])
+  assert held.steps(bucket / 'checkpoints') == {10, 30}
   # Not in the folder, where Orbax would take it for a torn save.
   assert objects() == ['runs/a/held.json']
   assert checkpoint.steps(bucket / 'checkpoints') == []

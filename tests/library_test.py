@@ -47,6 +47,17 @@ def test_the_readmes_lines_run(folder, monkeypatch):
   assert len(block.strip().splitlines()) <= 12
 
 
+def test_the_lines_of_samplers_md_run(folder, monkeypatch):
+  text = (binaries.ROOT / 'docs' / 'samplers.md').read_text()
+  adaptive, inversion = re.findall(r'```python\n(import.*?)```', text, re.S)
+  monkeypatch.chdir(folder)
+  scope = {}
+  exec(adaptive, scope)
+  assert scope['images'].shape == scope['x0'].shape == (16, 8, 8, 1)
+  exec(inversion, scope)
+  assert scope['noise'].shape == (4, 8, 8, 1)
+
+
 def test_it_says_what_it_is(trained):
   assert trained.step == 30
   assert trained.image_shape == (8, 8, 1)

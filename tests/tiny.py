@@ -60,7 +60,14 @@ def recipe(
     recipes.network_fn(network), codec, conditioner, schedule, prediction
   )
   return recipes.Recipe(
-    {'net': network}, {}, codec, conditioner, schedule, prediction, objective
+    {'net': network},
+    {},
+    {},
+    codec,
+    conditioner,
+    schedule,
+    prediction,
+    objective,
   )
 
 

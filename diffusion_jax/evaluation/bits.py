@@ -19,7 +19,7 @@ import numpy as np
 from diffusion_jax.evaluation.batches import Batches, chunks
 from diffusion_jax.evaluation.features import Images
 from diffusion_jax.guidance import clipping
-from diffusion_jax.process import flow, likelihood
+from diffusion_jax.process import fast_bound, flow, likelihood
 from diffusion_jax.process.gaussian import Denoised
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.runs.trained import Trained
@@ -151,7 +151,7 @@ def measure(
     on_work: called with how much of `work` is done.
 
   Raises:
-    UserError: see `likelihood.estimate` and `flow.density`.
+    UserError: see `fast_bound.estimate` and `flow.density`.
   """
   if images.count < 2:
     raise UserError(f'{images.description}: an error takes two images or more')
@@ -256,13 +256,13 @@ def _fast(trained, batches, how) -> Found:
   def pilot(params, images, numbers):
     x0, keys = _given(trained, params, how, images, numbers)
     denoiser = _denoiser(trained, params, how.clip)
-    return likelihood.pilot(denoiser, steps, x0, keys)
+    return fast_bound.pilot(denoiser, steps, x0, keys)
 
   @jax.jit
   def sampled(params, images, numbers, probabilities):
     x0, keys = _given(trained, params, how, images, numbers)
     denoiser = _denoiser(trained, params, how.clip)
-    return likelihood.sampled(
+    return fast_bound.sampled(
       denoiser, trained.schedule, steps, x0, keys, probabilities,
       EVALUATIONS - 2,
     )  # fmt: skip
@@ -275,7 +275,7 @@ def _fast(trained, batches, how) -> Found:
     }  # fmt: skip
 
   tried = batches.each('pilot', first, 1)
-  probabilities = likelihood.proposal(**tried, num_steps=len(steps.t))
+  probabilities = fast_bound.proposal(**tried, num_steps=len(steps.t))
   digest = hashlib.sha256(probabilities.tobytes()).hexdigest()[:8]
 
   def second(images, numbers, tell):
@@ -284,7 +284,7 @@ def _fast(trained, batches, how) -> Found:
     return {'bits': sharding.to_host(found)}
 
   values = batches.each(f'sampled_{digest}', second, EVALUATIONS - 1)['bits']
-  mean, low, high = likelihood.interval(values)
+  mean, low, high = fast_bound.interval(values)
   return Found(
     {'bpd_fast': mean, 'bpd_fast_error': (high - low) / 2},
     {'low': low, 'high': high, 'evaluations': EVALUATIONS},

@@ -15,7 +15,7 @@ from diffusion_jax import runs
 from diffusion_jax.evaluation import cards
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint
+from diffusion_jax.training import checkpoint, held
 
 
 def wait_for_first(workdir, poll_secs: float) -> None:
@@ -79,7 +79,7 @@ def follow(
       known.update(there)
       new = sorted(there - judged - missed)
       best = [curve['best']['step']] if curve['best'] else []
-      checkpoint.hold(directory, [*best, *new], by=name)
+      held.hold(directory, [*best, *new], by=name)
       if curve != written[0]:
         cards.write(path, curve)
         written[0] = curve

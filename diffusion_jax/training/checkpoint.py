@@ -7,34 +7,30 @@ file) is told in one line, and so is what keeps a save from being written.
 """
 
 import contextlib
-import functools
-import json
 import logging
-import operator
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from absl import logging as absl
 from orbax.checkpoint import v1 as ocp
 
-from diffusion_jax import models
+from diffusion_jax.models import NET
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checksum
+from diffusion_jax.training import checksum, held
 from diffusion_jax.training.state import TrainState
-
-SUMS = 'checksums'  # the key, in Orbax's metadata of a step
-WHOLE = 'commit_success.txt'  # Orbax's last word on a step in a bucket
-
-# Beside the checkpoints' folder: what is in it and has no WHOLE, Orbax takes
-# for a torn save, and deletes.
-HELD = 'held.json'
-# What a file of JSON raises that is damaged, or holds something else.
-DAMAGED = (ValueError, TypeError, AttributeError, RecursionError)
+from diffusion_jax.training.stored import (
+  FROZEN,
+  SUMS,
+  Stored,
+  hush_tasks,
+  named,
+  steps,
+)
 
 
 def _hush() -> None:
@@ -70,26 +66,37 @@ class Checkpoints:
     keep_last: how many of the newest are kept.
     keep_every: those at multiples of this many steps are kept for ever; 0 =
       none.
+    frozen: name -> parameters of the parts that are not trained. They are not
+      saved; their checksums are, and a checkpoint is only restored with the
+      same ones.
+    origins: name -> where a frozen part comes from, for people.
   """
 
-  def __init__(self, directory, keep_last: int = 3, keep_every: int = 0):
+  def __init__(
+    self,
+    directory,
+    keep_last: int = 3,
+    keep_every: int = 0,
+    frozen: dict | None = None,
+    origins: dict | None = None,
+  ):
     self.directory = files.absolute(directory)
+    self._frozen = {
+      name: {'from': (origins or {})[name], SUMS: checksum.of(part)}
+      for name, part in (frozen or {}).items()
+    }
     self._saving = None  # (step, what Orbax gives to wait for)
-    kept = [
-      ocp.training.preservation_policies.LatestN(keep_last),
-      _Held(self.directory),
-    ]
+    keep, save = (
+      ocp.training.preservation_policies,
+      ocp.training.save_decision_policies,
+    )
+    kept = [keep.LatestN(keep_last), held.Policy(self.directory)]
     if keep_every:
-      kept += [ocp.training.preservation_policies.EveryNSteps(keep_every)]
+      kept += [keep.EveryNSteps(keep_every)]
     self._checkpointer = ocp.training.Checkpointer(
       self.directory,
-      # The loop decides when to save.
-      save_decision_policy=(
-        ocp.training.save_decision_policies.FixedIntervalPolicy(1)
-      ),
-      preservation_policy=(
-        ocp.training.preservation_policies.AnyPreservationPolicy(kept)
-      ),
+      save_decision_policy=save.FixedIntervalPolicy(1),  # the loop decides
+      preservation_policy=keep.AnyPreservationPolicy(kept),
       cleanup_tmp_directories=True,
     )
 
@@ -116,7 +123,7 @@ class Checkpoints:
     sums = checksum.of(tree)  # of what the devices hold, before any copy
     with _writing(step):
       saving = self._checkpointer.save_async(
-        step, tree, custom_metadata={SUMS: sums}
+        step, tree, custom_metadata={SUMS: sums, FROZEN: self._frozen}
       )
     self._saving = step, saving
 
@@ -135,112 +142,12 @@ class Checkpoints:
     """The state at `step`, laid out as `abstract` says.
 
     Raises:
-      UserError: the checkpoint is damaged or holds another model.
+      UserError: the checkpoint is damaged, holds another model, or was trained
+        with other frozen parts.
     """
-    return TrainState(
-      **_load(self._checkpointer, self.directory, step, abstract._asdict())
-    )
-
-
-def hold(directory, steps: Iterable[int], by: str = 'somebody') -> None:
-  """Keeps checkpoints from being deleted, until they are named no more.
-
-  For what follows a run that goes on: it holds what it reads, and the best so
-  far. It is heeded from the next save on; the one that is under way has chosen
-  what it deletes, so see afterwards whether they are there. Of two that write
-  at one moment one may be lost: say it again now and then.
-
-  Args:
-    directory: the checkpoints'.
-    steps: all that are to be held; others, held before, are let go.
-    by: who holds them; others' are left alone.
-
-  Raises:
-    UserError: a bucket does not take it.
-  """
-  path = _held_path(directory)
-  try:
-    there = _holders(path)
-  except DAMAGED:  # it is written anew, which mends it
-    there = {}
-  now = {**there, by: sorted(set(map(operator.index, steps)))}
-  if now != there:
-    with files.replacing(path) as file:
-      file.write(json.dumps(now).encode())
-
-
-def held(directory, otherwise: Iterable[int] = ()) -> set[int]:
-  """The steps that somebody holds; whether they are there is not asked.
-
-  Args:
-    directory: the checkpoints'.
-    otherwise: what is held where that cannot be read, which is warned of; a
-      training does not stop for it.
-  """
-  path = _held_path(directory)
-  try:
-    return set().union(*_holders(path).values())
-  except Exception as e:  # of a file system, a bucket, JSON, or what is in it
-    otherwise = set(otherwise)
-    some = ', '.join(map(str, sorted(otherwise))) or 'none'
-    _warn_once(f'{path} is unreadable ({e!r}): of checkpoints, {some} are held')
-    return otherwise
-
-
-def _holders(path) -> dict[str, list[int]]:
-  """Who holds which steps."""
-  try:
-    text = path.read_text()
-  except FileNotFoundError:
-    return {}
-  return {
-    name: [operator.index(step) for step in steps]
-    for name, steps in json.loads(text).items()
-  }
-
-
-def _held_path(directory) -> files.Path:
-  return files.absolute(directory).parent / HELD
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-  absl.warning('%s', message)
-
-
-class _Held:
-  """The checkpoints that somebody holds, for Orbax, which asks at each save.
-
-  In several processes each asks for itself, but only the first one deletes.
-  """
-
-  def __init__(self, directory):
-    self._directory = directory
-    self._steps = set()
-
-  def should_preserve(self, checkpoints, *, context):
-    # What is gone for a moment, on a network's disk, lets go of nothing.
-    self._steps = held(self._directory, self._steps)
-    return [it.step in self._steps for it in checkpoints]
-
-
-def steps(directory) -> list[int]:
-  """The steps that have a checkpoint, in order; nothing is written.
-
-  Args:
-    directory: the checkpoints'; [] where it does not exist.
-  """
-  directory = files.at(directory)
-  if not directory.is_dir():
-    return []
-  # A save under way bears a longer name; it gets its own by renaming. In a
-  # bucket it has its own, and a file is added that says that it is whole.
-  return sorted(
-    int(entry.name)
-    for entry in directory.iterdir()
-    if entry.name.isdecimal()
-    and (not files.in_bucket(entry) or (entry / WHOLE).exists())
-  )
+    stored = Stored(self._checkpointer, self.directory, step)
+    stored.trained_with(self._frozen)
+    return TrainState(**stored.load(abstract._asdict()))
 
 
 def newest(directory) -> str:
@@ -316,10 +223,9 @@ def load_params(directory, step: int, abstract, *, ema: bool = True):
   Raises:
     UserError: the checkpoint is damaged or holds another model.
   """
-  name = 'ema_params' if ema else 'params'
-  checkpointer = ocp.training.Checkpointer(files.absolute(directory))
-  with checkpointer:
-    return _load(checkpointer, directory, step, {name: abstract})[name]
+  part = 'ema_params' if ema else 'params'
+  with _stored(directory, step) as stored:
+    return stored.load({part: abstract})[part]
 
 
 def load_common(
@@ -344,13 +250,14 @@ def load_common(
     UserError: the checkpoint is damaged, or nothing is in common.
   """
   part = 'ema_params' if ema else 'params'
-  checkpointer = ocp.training.Checkpointer(files.absolute(directory))
-  with checkpointer:
-    stored, sums = _metadata(checkpointer, directory, step, 'init_step')
-    _has_raw(directory, step, stored, [part])
+  with _stored(directory, step, 'init_step') as stored:
+    stored.has([part])
+    prefix = ''
+    if stored.is_before_parts({part: abstract}):
+      prefix, abstract = f'{NET}/', abstract[NET]
     there, here = (
-      {name: shape for name, (shape, _) in _shapes(tree).items()}
-      for tree in (stored.get(part, {}), abstract)
+      {name: tuple(leaf.shape) for name, leaf in named(tree).items()}
+      for tree in (stored.tree.get(part, {}), abstract)
     )
     left = [
       {'name': name, 'there': there.get(name), 'here': here.get(name)}
@@ -359,81 +266,27 @@ def load_common(
     ]
     wanted = {
       name: leaf
-      for name, leaf in _named(abstract).items()
+      for name, leaf in named(abstract).items()
       if there.get(name) == here[name]
     }
     if not wanted:
       raise UserError(
-        f'checkpoint {step} in {directory} has no parameter of this name and '
-        'shape in common with the config: begin from a run of a similar model'
+        f'{stored} has no parameter of this name and shape in common with the '
+        'config: begin from a run of a similar model'
       )
-    chosen = jax.tree.structure(stored[part]).unflatten(
-      wanted.get(name, ...) for name in models.names(stored[part])
+    chosen = jax.tree.structure(stored.tree[part]).unflatten(
+      wanted.get(name, ...) for name in there
     )
-    loaded = _read(
-      checkpointer, directory, step, stored, sums, {part: chosen}, 'init_step'
-    )
-  return {
-    name: leaf for name, leaf in _named(loaded[part]).items() if name in wanted
-  }, left
-
-
-def _load(checkpointer, directory, step, abstract: dict) -> dict:
-  stored, sums = _metadata(checkpointer, directory, step)
-  _has_raw(directory, step, stored, abstract)
-  parts = {name: stored.get(name, {}) for name in abstract}
-  difference = _first_difference(_shapes(parts), _shapes(abstract))
-  if difference:
-    raise UserError(
-      f'checkpoint {step} in {directory} holds another model: {difference}'
-    )
-  return _read(checkpointer, directory, step, stored, sums, abstract)
-
-
-def _has_raw(directory, step, stored, wanted) -> None:
-  if 'params' in wanted and 'params' not in stored and 'ema_params' in stored:
-    raise UserError(
-      f'checkpoint {step} in {directory} has averaged parameters only, as it '
-      'was converted: take those, without --noema or --noinit_ema'
-    )
-
-
-def _metadata(checkpointer, directory, step, flag='step') -> tuple[dict, dict]:
-  """Shapes and dtypes of what was stored, and its checksums."""
-  with _reading(directory, step, flag):
-    metadata = checkpointer.metadata(step)
-    stored = metadata.metadata
-    if stored is None:
-      raise ValueError('its metadata cannot be read')
-    sums = (metadata.custom_metadata or {}).get(SUMS)
-    if not isinstance(sums, dict):
-      raise ValueError('it has no checksums')
-    return stored.get('state', stored), sums
-
-
-def _read(checkpointer, directory, step, stored, sums, chosen, flag='step'):
-  """The chosen parts; leaves that are `...`, and all else, are not read."""
-  skipped = jax.tree.map(lambda _: ..., stored)
-  with _reading(directory, step, flag):
-    loaded = checkpointer.load(step, {**skipped, **chosen})
-  read = {
-    name: leaf for name, leaf in _named(loaded).items() if leaf is not ...
-  }
-  for name, found in checksum.of(read).items():
-    if found != sums.get(name):
-      damage = ValueError(f'{name} is not what was saved')
-      raise UserError(_unreadable(directory, step, damage, flag))
-  return loaded
+    loaded = named(stored.read({part: chosen})[part])
+  for row in left:
+    row['name'] = prefix + row['name']
+  return {prefix + name: loaded[name] for name in wanted}, left
 
 
 @contextlib.contextmanager
-def _reading(directory, step, flag) -> Iterator[None]:
-  """Tells in one line what Orbax has against a checkpoint."""
-  try:
-    yield
-  except Exception as e:
-    _hush_tasks()
-    raise UserError(_unreadable(directory, step, e, flag)) from e
+def _stored(directory, step, flag='step') -> Iterator[Stored]:
+  with ocp.training.Checkpointer(files.absolute(directory)) as checkpointer:
+    yield Stored(checkpointer, directory, step, flag)
 
 
 @contextlib.contextmanager
@@ -447,48 +300,5 @@ def _writing(step) -> Iterator[None]:
     if not (code or isinstance(e, OSError) or 'gs://' in str(e)):
       raise
     reason = os.strerror(int(code[1])) if code else e.strerror or str(e)
-    _hush_tasks()
+    hush_tasks()
     raise UserError(f'checkpoint {step} cannot be written ({reason})') from e
-
-
-def _hush_tasks() -> None:
-  """asyncio's word on the others of many tasks, of which one has failed."""
-  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
-
-
-def _named(tree) -> dict:
-  return dict(zip(models.names(tree), jax.tree.leaves(tree), strict=True))
-
-
-def _shapes(tree) -> dict:
-  return {
-    name: (tuple(leaf.shape), jnp.dtype(leaf.dtype))
-    for name, leaf in _named(tree).items()
-  }
-
-
-def _first_difference(stored: dict, wanted: dict) -> str:
-  for name in sorted(stored.keys() | wanted.keys()):
-    if stored.get(name) != wanted.get(name):
-      told = [
-        f'{shape[0]} {shape[1]}' if shape else 'nothing'
-        for shape in (stored.get(name), wanted.get(name))
-      ]
-      return f'{name} is {told[0]} there, {told[1]} here'
-  return ''
-
-
-def _unreadable(directory, step, error, flag) -> str:
-  while error.__cause__:  # Orbax tells the reason last
-    error = error.__cause__
-  if isinstance(error, MemoryError | PermissionError):
-    raise error  # nothing is wrong with the checkpoint
-  reason = (str(error) or type(error).__name__).splitlines()[0]
-  others = [s for s in steps(directory) if s != step]
-  remedy = (
-    f'move {directory}/{step} away to go on from {others[-1]}, or take '
-    f'another by --{flag} ({", ".join(map(str, others))})'
-    if others
-    else 'there is no other'
-  )
-  return f'checkpoint {step} is unreadable ({reason[:120]}): {remedy}'
