@@ -29,7 +29,8 @@ from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import models, runs
 from diffusion_jax.cli import command, config_files
-from diffusion_jax.runs import validation
+from diffusion_jax.runs import recipe, validation
+from diffusion_jax.runs.recipe import NET
 from diffusion_jax.runs.trained import load
 from diffusion_jax.system import environment, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -90,7 +91,7 @@ def _export(source, target) -> tuple[dict, str]:
     raise UserError('--config is of what comes in; a run has its own')
   trained = load(source, FLAGS.step, FLAGS.ema, mesh=sharding.make_mesh())
   params = jax.tree.map(sharding.to_host, trained.params)
-  diffusers.write(target, trained.config, params)
+  diffusers.write(target, trained.config, params[NET])
   result = {
     'path': str(target),
     'step': trained.step,
@@ -108,7 +109,9 @@ def _export(source, target) -> tuple[dict, str]:
 def _import_folder(source, target) -> tuple[dict, str]:
   found = diffusers.read(source)
   config = _config_with(found.config)
-  params = diffusers.to_params(found.tensors, _abstract(config), str(source))
+  params = {
+    NET: diffusers.to_params(found.tensors, _abstract(config), str(source))
+  }
   facts = {'format': 'diffusers', 'sha256': found.sha256}
   return _write(target, config, params, None, FLAGS.step or 0, facts)
 
@@ -122,8 +125,10 @@ def _import_official(source, target) -> tuple[dict, str]:
   config = FLAGS.config.copy_and_resolve_references()
   _check(config)
   found, abstract = official.read(source), _abstract(config)
-  params = official.to_params(found.average, abstract, str(source))
-  raw = found.raw and official.to_params(found.raw, abstract, str(source))
+  params, raw = (
+    tensors and {NET: official.to_params(tensors, abstract, str(source))}
+    for tensors in (found.average, found.raw)
+  )
   step = found.step or 0 if FLAGS.step is None else FLAGS.step
   return _write(target, config, params, raw or None, step, {'format': 'DDPM'})
 
@@ -165,10 +170,8 @@ def _shown(shape) -> str:
 
 
 def _abstract(config):
-  model = models.create(
-    image_shape=runs.image_shape(config.data), **config.model
-  )
-  return jax.eval_shape(model.init, jax.random.key(0))
+  init = recipe.create(config).init
+  return jax.eval_shape(init, jax.random.key(0))[NET]
 
 
 def _write(target, config, params, raw, step, facts) -> tuple[dict, str]:

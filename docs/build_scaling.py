@@ -33,14 +33,14 @@ SLICES = ('v5e:2x2', 'v5e:4x4', 'v5e:8x8', 'v5e:16x16', 'v5p:8x8x16')
 # Title of a panel -> the last column, config -> batches of these slices.
 SCALED = {
   'equal images a chip': (
-    'not exchange',
+    'efficiency',
     {
       'cifar10': (128, 512, 2048, 8192, 32768),
       'celebahq256': (32, 128, 512, 2048, 8192),
     },
   ),
   "the paper's batch": (
-    'of four chips',
+    'relative speed',
     {'cifar10': (128, 128, 128), 'celebahq256': (64, 64, 64)},
   ),
 }
@@ -78,11 +78,11 @@ def memory(config, topology, batch, *flags) -> dict:
     'batch': f'{batch:,}',
     'state': f'{state / 1e6:,.0f} MB',
     **{k: f'{size[k] / 1e6:,.0f} MB' for k in ('temporaries', 'code')},
-    'in all': f'{size["total"] / 1e6:,.0f} MB',
-    'of a chip': f'{size["total"] / found["memory"]:.0%}',
-    'GFLOP an image, products': f'{products / 1e9:,.2f}',
-    'all GFLOP': f'{train["xla_flops_per_image"] / 1e9:,.2f}',
-    'exchanged': ', '.join(
+    'total': f'{size["total"] / 1e6:,.0f} MB',
+    'share of a chip': f'{size["total"] / found["memory"]:.0%}',
+    'GFLOP per image, products': f'{products / 1e9:,.2f}',
+    'GFLOP per image, total': f'{train["xla_flops_per_image"] / 1e9:,.2f}',
+    'communication': ', '.join(
       f'{one["kind"]} {one["bytes"] / 1e6:,.1f} MB'
       for one in train['collectives']
     ),
@@ -113,7 +113,7 @@ def scaled(config, batches, share_name) -> tuple[list[dict], list[float]]:
   for one in found:
     predicted, speed = one['predicted'], 'images_per_sec_per_chip'
     share = predicted['efficiency']
-    if share_name == 'of four chips':
+    if share_name == 'relative speed':
       share = predicted[speed] / found[0]['predicted'][speed]
     shares.append(share)
     rows.append({
@@ -124,10 +124,10 @@ def scaled(config, batches, share_name) -> tuple[list[dict], list[float]]:
         name: f'{1e3 * predicted[f"{key}_seconds"]:.2f} ms'
         for name, key in (
           ('products', 'compute'), ('memory', 'memory'),
-          ('exchange', 'exchange'),
+          ('communication', 'exchange'),
         )
       },
-      'images/s a chip': f'{predicted[speed]:,.0f}',
+      'images/s per chip': f'{predicted[speed]:,.0f}',
       share_name: f'{share:.0%}',
     })  # fmt: skip
   return rows, shares

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import models, runs
+from diffusion_jax.runs import recipe as recipes
 from diffusion_jax.training import metrics, optim, sharding, state
 
 CONFIGS = sorted((binaries.ROOT / 'configs').glob('[!_]*.py'))
@@ -56,11 +57,10 @@ def test_header_says_what_how_and_how_long(path):
 def test_state_traces_on_a_mesh(path):
   """Nothing is allocated: shapes, and a sharding for each leaf."""
   config = load(path)
-  model = models.create(
-    image_shape=runs.image_shape(config.data), **config.model
-  )
   abstract = state.abstract_state(
-    model, optim.create(**config.optim), sharding.make_mesh(2, 2, 2)
+    recipes.create(config).init,
+    optim.create(**config.optim),
+    sharding.make_mesh(2, 2, 2),
   )
   assert all(leaf.sharding for leaf in jax.tree.leaves(abstract))
   published = {

@@ -73,9 +73,9 @@ def flops_of(config: Mapping) -> tuple[float, float]:
   shape = (1, *runs.image_shape(config['data']))
   where = sharding.batch_sharding(mesh)
   batch = {'image': jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=where)}
-  step = program.step_fn.trace(program.abstract, batch)
-  evaluation = jax.make_jaxpr(program.model.apply)(
-    program.abstract.params,
+  step = program.step_fn.trace(program.abstract, program.frozen, batch)
+  evaluation = jax.make_jaxpr(program.recipe.parts['net'].apply)(
+    program.abstract.params['net'],
     jax.ShapeDtypeStruct(shape, jnp.float32),
     jax.ShapeDtypeStruct((1,), jnp.int32),
   )

@@ -7,7 +7,7 @@ otherwise each difference is named.
 from collections.abc import Mapping, Sequence
 
 from diffusion_jax import runs
-from diffusion_jax.evaluation import cards
+from diffusion_jax.evaluation import cards, tables
 from diffusion_jax.reproduction import published
 from diffusion_jax.reproduction.published import Band, Recipe, Row
 from diffusion_jax.system import terminal
@@ -163,14 +163,12 @@ def row_of(card: Mapping, bits: Mapping | None, imported: bool) -> Row:
   """
   results, subject = card['results'], card['subject']
   told = {
-    name: cards.number(results[name])
+    name: tables.result(card, name).text
     for name in (*cards.DISTANCES, 'inception_score')
     if name in results
   }
-  if 'inception_score_std' in results:
-    told['inception_score'] += f' ± {results["inception_score_std"]:.2g}'
   if bits:
-    told['bpd'] = f'≤ {bits["results"]["bpd"]:.2f}'
+    told['bpd'] = f'≤ {tables.result(bits, "bpd").text}'
   return Row(
     f'{"imported" if imported else "ours"}, step {subject["step"]:,}',
     subject['sampler'],
@@ -192,7 +190,7 @@ def rows(recipe: Recipe, ours: Row) -> list[Row]:
 
 def title(name: str) -> str:
   """What a result is called, without the arrow of cards."""
-  return cards.head(name).rstrip(' ↓↑')
+  return tables.head(name).rstrip(' ↓↑')
 
 
 def text(table: Sequence[Row], verdict: Mapping, recipe: Recipe) -> list[str]:

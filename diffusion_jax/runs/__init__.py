@@ -4,7 +4,7 @@ config.json            the resolved config
 init_from.json         whose parameters it began with, see finetune.py
 converted.json         that others trained it, and where it comes from
 checkpoints/           one folder a step
-held.json              those that are not to be deleted, see checkpoint.hold
+held.json              those that are not to be deleted, see training.held
 starts.jsonl           one object a start: time, step, versions, devices
 heartbeats/            of several processes, see training/watchdog.py
 metrics.jsonl          one object a line; TensorBoard's events beside it
