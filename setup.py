@@ -65,6 +65,7 @@ setup(
       'ruff>=0.17',
       'setuptools>=77',  # what it would ship is tested
     ],
+    'docs': ['pdoc>=16'],
     # Pinned: the golden files come from these.
     'parity': ['torch==2.13.0', 'diffusers==0.42.1'],
   },

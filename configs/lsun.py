@@ -87,12 +87,18 @@ def get_config(category='church'):
   config.loss = ConfigDict({'prediction': 'eps'})
 
   config.optim = ConfigDict()
+  config.optim.name = 'adam'
   config.optim.lr = 2e-5
   config.optim.warmup_steps = 5_000
+  config.optim.decay = 'constant'
+  config.optim.decay_steps = 0
+  config.optim.end_lr = 0.0
   config.optim.clip_norm = 1.0
   config.optim.b1 = 0.9
   config.optim.b2 = 0.999
   config.optim.eps = 1e-8
+  config.optim.weight_decay = 0.0
+  config.optim.part_lr = ConfigDict()
 
   config.ema = ConfigDict({'decay': 0.9999})
 

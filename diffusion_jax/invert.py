@@ -14,15 +14,14 @@ cannot be undone. --clip clips on both ways.
 """
 
 import hashlib
-import json
 import math
 
 import numpy as np
 from absl import flags
 
 from diffusion_jax import runs
-from diffusion_jax.cli import command, judging
-from diffusion_jax.evaluation import features
+from diffusion_jax.cli import command, declare, run_data
+from diffusion_jax.evaluation import cards, features
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import trajectories
 from diffusion_jax.runs.trained import load
@@ -35,35 +34,28 @@ from diffusion_jax.training import checkpoint
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
-for shared in ('data_path', 'json'):
-  flags.declare_key_flag(shared)
-flags.DEFINE_string('workdir', None, 'Folder of the run.')
-flags.DEFINE_string(
-  'output', None, 'Folder of what is written; by default in WORKDIR/inversions.'
+flags.adopt_module_key_flags(run_data)
+declare.shared('workdir', 'step', 'ema', 'split', 'json')
+declare.table(
+  output=(
+    str,
+    'Folder of what is written; by default in WORKDIR/inversions.',
+  ),
+  num_images=(8, 'How many, at even distances.'),
+  batch_size=(64, 'Images inverted at once.'),
+  num_steps=(int, 'Steps each way; all of the schedule by default.'),
+  grid=(
+    'uniform',
+    f'Times: {", ".join(grids.GRIDS)}, or a literal list such as 999,500,100.',
+  ),
+  iterations=(
+    3,
+    'Evaluations in each step of the inversion: 1 is the usual one, more of '
+    'them undo the step the better.',
+  ),
+  interpolate=(0, 'Also draw so many images between two neighbours.'),
+  clip=(False, 'Clip x0 to [-1, 1] in every step, both ways.'),
 )
-flags.DEFINE_enum(
-  'split', 'heldout', ['heldout', 'train'], 'Which images of the run.'
-)
-flags.DEFINE_integer('num_images', 8, 'How many, at even distances.')
-flags.DEFINE_integer('batch_size', 64, 'Images inverted at once.')
-flags.DEFINE_integer(
-  'num_steps', None, 'Steps each way; all of the schedule by default.'
-)
-flags.DEFINE_string(
-  'grid', 'uniform',
-  f'Times: {", ".join(grids.GRIDS)}, or a literal list such as 999,500,100.',
-)  # fmt: skip
-flags.DEFINE_integer(
-  'iterations', 3,
-  'Evaluations in each step of the inversion: 1 is the usual one, more of them '
-  'undo the step the better.',
-)  # fmt: skip
-flags.DEFINE_integer(
-  'interpolate', 0, 'Also draw so many images between two neighbours.'
-)
-flags.DEFINE_bool('clip', False, 'Clip x0 to [-1, 1] in every step, both ways.')
-flags.DEFINE_bool('ema', True, 'Averaged weights, or the raw ones.')
-flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
 
 MOST_SEEN = 100  # times that the picture of differences is brightened
 
@@ -78,7 +70,7 @@ def main():
       f'--interpolate={FLAGS.interpolate} is between two images: give '
       f'--num_images=2 or more, not {FLAGS.num_images}'
     )
-  workdir = files.at(FLAGS.workdir).expanduser()
+  workdir = declare.workdir()
   config = runs.read_config(workdir)
   plan = plans.for_run(
     config, sampler='ddim', num_steps=FLAGS.num_steps, grid=FLAGS.grid,
@@ -90,7 +82,7 @@ def main():
   output = FLAGS.output or workdir / 'inversions' / _name(step, plan)
   output = files.at(output).expanduser()
   runs.usable_output(output, 'inversions')
-  images = _images(config)
+  images = run_data.images(config, FLAGS.split, FLAGS.num_images, at_most=False)
   trained = load(workdir, step, FLAGS.ema)
   _invert(trained, plan, images, output)
 
@@ -105,20 +97,6 @@ def _name(step, plan) -> str:
   parts += [f'iterations{FLAGS.iterations}', f'{FLAGS.split}{FLAGS.num_images}']
   parts += ['raw'] * (not FLAGS.ema) + ['clip'] * plan.clip
   return '_'.join(parts)
-
-
-def _images(config) -> features.Images:
-  """Those that the flags ask for."""
-  train, heldout = judging.splits_of(config)
-  source = train if FLAGS.split == 'train' else heldout
-  if source is None:
-    raise UserError('the run holds no images out: give --split=train')
-  if FLAGS.num_images > len(source):
-    raise UserError(
-      f'--num_images={FLAGS.num_images}: there are {len(source)} '
-      f'({source.description})'
-    )
-  return features.images_of(source, FLAGS.num_images)
 
 
 def _invert(trained, plan, images, output):
@@ -140,10 +118,7 @@ def _invert(trained, plan, images, output):
       "the network's answers are not finite: was the training healthy?"
     )
   result = {
-    'workdir': str(trained.workdir),
-    'step': trained.step,
-    'ema': trained.ema,
-    'weights_sha256': trained.weights_sha256,
+    **cards.subject_of(trained),
     'split': FLAGS.split,
     'num_images': images.count,
     'images_sha256': features.sha256_of(images),
@@ -173,8 +148,7 @@ def _invert(trained, plan, images, output):
       pictures.save(output / name, picture)
     with files.replacing(output / 'noises.npy') as file:
       np.save(file, noises, allow_pickle=False)
-    with files.replacing(output / 'inversion.json') as file:
-      file.write(json.dumps(result, indent=2).encode() + b'\n')
+    cards.write(output / 'inversion.json', result)
 
   distributed.on_first(keep)
   terminal.report(

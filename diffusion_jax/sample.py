@@ -13,7 +13,7 @@ samples.npz (`arr_0`, uint8), grid.png, and what else is asked for; of
 import numpy as np
 from absl import flags
 
-from diffusion_jax.cli import command, drawing
+from diffusion_jax.cli import command, declare, drawing
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import store, trajectories
 from diffusion_jax.system import distributed, files, terminal
@@ -22,23 +22,25 @@ from diffusion_jax.training import sharding
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(drawing)
-flags.DEFINE_integer('num_samples', 64, 'How many images are to be there.')
-flags.DEFINE_integer('grid_images', 100, 'At most so many on grid.png.')
-flags.DEFINE_bool('png', False, 'Also write every image as png/INDEX.png.')
-flags.DEFINE_integer(
-  'trajectory', 0,
-  'Also write trajectory.png: the way of so many images out of the noise.',
-)  # fmt: skip
-flags.DEFINE_integer(
-  'progressive', 0,
-  'Also write progressive.png: on the way, what x0 is taken to be.',
-)  # fmt: skip
-flags.DEFINE_integer(
-  'interpolate', 0,
-  'Also write interpolation.png: so many images between samples 0 and 1, 2 and '
-  '3 and so on, by their noises; for samplers that add none.',
-)  # fmt: skip
-flags.DEFINE_bool('json', False, 'Print the result as JSON.')
+declare.shared('json')
+declare.table(
+  num_samples=(64, 'How many images are to be there.'),
+  grid_images=(100, 'At most so many on grid.png.'),
+  png=(False, 'Also write every image as png/INDEX.png.'),
+  trajectory=(
+    0,
+    'Also write trajectory.png: the way of so many images out of the noise.',
+  ),
+  progressive=(
+    0,
+    'Also write progressive.png: on the way, what x0 is taken to be.',
+  ),
+  interpolate=(
+    0,
+    'Also write interpolation.png: so many images between samples 0 and 1, 2 '
+    'and 3 and so on, by their noises; for samplers that add none.',
+  ),
+)
 
 FRAMES = 10  # on pictures of a way, at most
 PAIRS = 8  # on interpolation.png, at most

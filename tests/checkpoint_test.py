@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint, optim, sharding, state
+from diffusion_jax.training import checkpoint, held, optim, sharding, state
 
 # Few arrays, for each takes its time, but some large enough to be split.
 NETWORK = tiny.model(channels=64, multipliers=(1,), attention_resolutions=())
@@ -241,9 +241,9 @@ def small():
 def warned(monkeypatch):
   """The warnings, as they come."""
   told = []
-  checkpoint._warn_once.cache_clear()
+  held._warn_once.cache_clear()
   monkeypatch.setattr(
-    checkpoint.absl, 'warning', lambda form, *rest: told.append(form % rest)
+    held.logging, 'warning', lambda form, *rest: told.append(form % rest)
   )
   return told
 
@@ -257,13 +257,13 @@ def save(kept, made, *numbers):
 
 def test_what_is_held_is_kept_until_it_is_let_go(small, tmp_path, warned):
   folder = tmp_path / 'checkpoints'
-  assert checkpoint.held(folder) == set()
+  assert held.steps(folder) == set()
   with checkpoint.Checkpoints(folder, keep_last=2) as kept:
     assert save(kept, small, 1, 2) == [1, 2]
-    checkpoint.hold(folder, [np.int64(2)])
-    assert checkpoint.held(folder) == {2}
+    held.hold(folder, [np.int64(2)])
+    assert held.steps(folder) == {2}
     assert save(kept, small, 3, 4, 5, 6) == [2, 5, 6]
-    checkpoint.hold(folder, [])
+    held.hold(folder, [])
     assert save(kept, small) == [2, 5, 6]
     assert save(kept, small, 7) == [6, 7]
   assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -278,14 +278,14 @@ def test_what_is_held_is_kept_beside_every_nth_and_after_a_restart(
   folder = tmp_path / 'checkpoints'
   with checkpoint.Checkpoints(folder, keep_last=1, keep_every=4) as kept:
     save(kept, small, 1, 2, 3)
-    checkpoint.hold(folder, {5, 3, 99})
+    held.hold(folder, {5, 3, 99})
   assert json.loads((tmp_path / 'held.json').read_text()) == {
     'somebody': [3, 5, 99]
   }
   for step, there in ((4, [3, 4]), (5, [3, 4, 5]), (6, [3, 4, 5, 6])):
     with checkpoint.Checkpoints(folder, keep_last=1, keep_every=4) as kept:
       assert save(kept, small, step) == there
-  checkpoint.hold(folder, [5])
+  held.hold(folder, [5])
   with checkpoint.Checkpoints(folder, keep_last=1, keep_every=4) as kept:
     assert save(kept, small, 7) == [4, 5, 7]
     same(kept.restore(5, small), small)
@@ -299,12 +299,12 @@ def test_what_is_held_is_kept_beside_every_nth_and_after_a_restart(
 def test_a_damaged_note_of_what_is_held_holds_none(tmp_path, warned, content):
   (tmp_path / 'held.json').write_bytes(content.encode('latin-1'))
   for _ in range(3):
-    assert checkpoint.held(tmp_path / 'checkpoints') == set()
+    assert held.steps(tmp_path / 'checkpoints') == set()
   (told,) = warned  # once
   assert f'{tmp_path}/held.json is unreadable (' in told
   assert told.endswith('of checkpoints, none are held')
-  checkpoint.hold(tmp_path / 'checkpoints', [4])
-  assert checkpoint.held(tmp_path / 'checkpoints') == {4}
+  held.hold(tmp_path / 'checkpoints', [4])
+  assert held.steps(tmp_path / 'checkpoints') == {4}
 
 
 def test_training_goes_on_where_that_note_is_damaged(small, tmp_path, warned):
@@ -312,7 +312,7 @@ def test_training_goes_on_where_that_note_is_damaged(small, tmp_path, warned):
   folder = tmp_path / 'checkpoints'
   with checkpoint.Checkpoints(folder, keep_last=1) as kept:
     save(kept, small, 1)
-    checkpoint.hold(folder, [1])
+    held.hold(folder, [1])
     save(kept, small, 2)
     (tmp_path / 'held.json').write_text('{"steps": [1, 3')
     assert save(kept, small, 3, 4, 5) == [1, 5]
@@ -386,8 +386,8 @@ def test_reading_writes_nothing(saved):
 
 def test_two_that_hold_do_not_let_go_of_each_others(tmp_path):
   folder = tmp_path / 'checkpoints'
-  checkpoint.hold(folder, [3, 1], by='a')
-  checkpoint.hold(folder, [3, 2], by='b')
-  assert checkpoint.held(folder) == {1, 2, 3}
-  checkpoint.hold(folder, [], by='a')
-  assert checkpoint.held(folder) == {2, 3}
+  held.hold(folder, [3, 1], by='a')
+  held.hold(folder, [3, 2], by='b')
+  assert held.steps(folder) == {1, 2, 3}
+  held.hold(folder, [], by='a')
+  assert held.steps(folder) == {2, 3}

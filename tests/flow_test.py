@@ -15,7 +15,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-from diffusion_jax.process import flow, gaussian, likelihood, schedules
+from diffusion_jax.process import decoder, flow, gaussian, schedules
 from diffusion_jax.system.errors import UserError
 
 T = 1000
@@ -230,9 +230,9 @@ def test_the_first_noised_step_as_a_latent(x64):
   alpha, sigma2 = at(0)
   x0 = LEVELS / 127.5 - 1
   step = 5.453e-5**0.5
-  coded = jax.jit(likelihood.discretised_log_likelihood)
+  coded = jax.jit(decoder.discretised_log_likelihood)
 
-  def decoder(k, x):
+  def decoded(k, x):
     gain = alpha * variance / (alpha**2 * variance + sigma2)
     estimate = np.asarray(mean + gain * (x - alpha * mean))
     k = np.broadcast_to(k, estimate.shape)
@@ -250,11 +250,11 @@ def test_the_first_noised_step_as_a_latent(x64):
     lambda key: jax.random.normal(jax.random.fold_in(key, 1), (1,), jnp.float32)
   )(keys)[:, 0]
   x = alpha * x0 + np.sqrt(sigma2) * np.asarray(eps)
-  nats = np.log(density_of_one(x)) + decoder(x0, x)
+  nats = np.log(density_of_one(x)) + decoded(x0, x)
   nats -= scipy.stats.norm.logpdf(x, alpha * x0, np.sqrt(sigma2))
   np.testing.assert_allclose(got.bits, -nats / np.log(2), atol=1e-4)
   fine = np.linspace(-1.6, 1.8, 4001)
-  chance = np.exp(decoder(x0[:, None], np.tile(fine, (256, 1))))
+  chance = np.exp(decoded(x0[:, None], np.tile(fine, (256, 1))))
   p = chance @ density_of_one(fine) * (fine[1] - fine[0])
   np.testing.assert_allclose(p.sum(), 1, atol=2e-3)
   means = [

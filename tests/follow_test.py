@@ -11,7 +11,7 @@ import tiny
 from diffusion_jax import runs
 from diffusion_jax.evaluation import cards, follow
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint
+from diffusion_jax.training import checkpoint, held
 
 JUDGE = (
   '--sampler=ddim', '--num_steps=2', '--num_samples=20', '--features=pixels',
@@ -89,7 +89,7 @@ def made_run(monkeypatch, tmp_path, values, then={}):  # noqa: B006
     return step
 
   def judge(step):
-    judged.append((step, checkpoint.held(workdir / 'checkpoints')))
+    judged.append((step, held.steps(workdir / 'checkpoints')))
     if step in then:
       then[step](workdir / 'checkpoints')
     card = cards.create({'step': step}, {}, {'fid': values[step]}, {})
@@ -114,7 +114,7 @@ def test_what_is_judged_and_the_best_so_far_are_held(tmp_path, monkeypatch):
   )
   curve = go()
   assert judged == [(10, {10, 20, 30}), (20, {10, 20, 30}), (30, {20, 30})]
-  assert checkpoint.held(workdir / 'checkpoints') == {20}
+  assert held.steps(workdir / 'checkpoints') == {20}
   assert [point['value'] for point in curve['points']] == [5.0, 3.0, 4.0]
   assert curve['best']['step'] == 20
   lines = follow.text(curve).splitlines()
@@ -130,14 +130,14 @@ def test_a_checkpoint_that_vanishes_is_passed_over(
     'diffusion_jax.runs.read_config', lambda _: {'num_steps': 30}
   )
   workdir, _, go = made_run(monkeypatch, tmp_path, {10: 5.0, 20: 3.0, 30: 4.0})
-  hold = checkpoint.hold
+  hold = held.hold
 
   def too_late(directory, steps, by):
     hold(directory, steps, by)
     if (workdir / 'evaluations' / 'step10_x.json').exists():
       shutil.rmtree(workdir / 'checkpoints' / '20', ignore_errors=True)
 
-  monkeypatch.setattr(checkpoint, 'hold', too_late)
+  monkeypatch.setattr(held, 'hold', too_late)
   curve = go()
   assert [point['step'] for point in curve['points']] == [10, 30]
   assert 'checkpoint 20 was deleted before' in capsys.readouterr().err
@@ -154,11 +154,11 @@ def test_what_comes_while_one_is_judged_is_held(tmp_path, monkeypatch):
     for step in steps[1:]:
       (folder / str(step)).mkdir()
       deadline = time.monotonic() + 30
-      while step not in checkpoint.held(folder):
+      while step not in held.steps(folder):
         assert time.monotonic() < deadline
         time.sleep(0.01)
       for old in checkpoint.steps(folder)[:-1]:
-        if old not in checkpoint.held(folder):
+        if old not in held.steps(folder):
           (folder / str(old)).rmdir()
 
   values = dict.fromkeys(steps, 1.0)
@@ -171,7 +171,7 @@ def test_what_comes_while_one_is_judged_is_held(tmp_path, monkeypatch):
   assert [point['step'] for point in curve['points']] == [*steps]
   assert [step for step, _ in judged] == [*steps]
   assert curve['best']['step'] == 10  # the first of equals
-  assert checkpoint.held(workdir / 'checkpoints') == {10}
+  assert held.steps(workdir / 'checkpoints') == {10}
 
 
 @pytest.mark.parametrize(

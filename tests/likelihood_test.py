@@ -17,7 +17,13 @@ import pytest
 import scipy.special
 
 from diffusion_jax.guidance import clipping
-from diffusion_jax.process import gaussian, likelihood, schedules
+from diffusion_jax.process import (
+  decoder,
+  fast_bound,
+  gaussian,
+  likelihood,
+  schedules,
+)
 from diffusion_jax.samplers import grid
 from diffusion_jax.system.errors import UserError
 
@@ -372,7 +378,7 @@ def test_black_and_white_images(schedule, noise):
   'fixedsmall', and the constants for 'fixedlarge'.
   """
   x0 = jnp.where(jax.random.bernoulli(jax.random.key(1), 0.5, (8, 64)), 1.0, -1)
-  likelihood.check_discrete(x0)
+  decoder.check_discrete(x0)
   score = jax.jit(
     lambda x0, keys: likelihood.bound(
       two_levels(schedule), schedule, FULL, x0, keys, noise
@@ -492,7 +498,7 @@ def test_the_decoder_in_sixty_digits(x64, log_scale, dtype, rtol):
   mean = np.clip(mean, -1, 1).astype(dtype)
   x = np.broadcast_to(x, mean.shape)
   wanted = np.vectorize(in_many_digits)(x, mean, log_scale)
-  got = jax.jit(likelihood.discretised_log_likelihood)(x, mean, log_scale)
+  got = jax.jit(decoder.discretised_log_likelihood)(x, mean, log_scale)
   assert got.dtype == dtype
   np.testing.assert_allclose(got, wanted, rtol=rtol, atol=rtol)
   assert wanted.min() == np.log(1e-12) or std > 0.02
@@ -502,7 +508,7 @@ def test_the_decoder_in_sixty_digits(x64, log_scale, dtype, rtol):
 def test_probabilities_of_all_levels_sum_to_one(x64, log_scale):
   x = levels(*range(256))
   for mean in (-1.0, -0.4, 0.003, 1.0):
-    got = jax.jit(likelihood.discretised_log_likelihood)(
+    got = jax.jit(decoder.discretised_log_likelihood)(
       x, np.full_like(x, mean), log_scale
     )
     np.testing.assert_allclose(np.exp(got).sum(), 1, atol=3e-10)
@@ -522,7 +528,7 @@ def test_how_far_the_tanh_is_from_the_normal_distribution(x64):
   assert 1e-4 < abs(scipy.special.ndtr(z) - tanh).max() < 2e-4
   x = levels(*range(256))
   edges = (x[1:] + x[:-1]) / 2
-  coded = jax.jit(likelihood.discretised_log_likelihood)
+  coded = jax.jit(decoder.discretised_log_likelihood)
   for log_scale in SCALES:
     std = np.exp(log_scale)
     for mean in (0.0, 0.9):
@@ -537,13 +543,13 @@ def test_how_far_the_tanh_is_from_the_normal_distribution(x64):
 
 def test_only_eight_bit_images_have_a_discrete_code():
   images = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
-  likelihood.check_discrete(images / 127.5 - 1)
-  likelihood.check_discrete(jnp.asarray(images, jnp.float32) / 127.5 - 1)
+  decoder.check_discrete(images / 127.5 - 1)
+  decoder.check_discrete(jnp.asarray(images, jnp.float32) / 127.5 - 1)
   for wrong in (0.0, 1.00392157 + 1 / 127.5, -1.1, np.nan, np.inf):
     data = np.full((2, 2), -1.0)
     data[1, 0] = wrong
     with pytest.raises(UserError, match='discrete=False') as error:
-      likelihood.check_discrete(data)
+      decoder.check_discrete(data)
     assert f'{wrong:.4g}'[:4] in str(error.value)
     assert '\n' not in str(error.value)
 
@@ -612,7 +618,7 @@ def sampler(denoiser, steps):
 
   @jax.jit
   def sampled(x0, keys, p):
-    return likelihood.sampled(
+    return fast_bound.sampled(
       denoiser, SCHEDULE, steps, x0, keys, p, discrete=False
     )
 
@@ -620,7 +626,7 @@ def sampler(denoiser, steps):
 
 
 def piloted(denoiser, steps):
-  return jax.jit(functools.partial(likelihood.pilot, denoiser, steps))
+  return jax.jit(functools.partial(fast_bound.pilot, denoiser, steps))
 
 
 def images_of(seed, count):
@@ -654,9 +660,9 @@ def test_the_interval_covers_the_bound(schedule):
   found = []
   for seed in range(100):
     x0, keys = images_of(seed, 256), keys_of(256, seed)
-    p = likelihood.proposal(*pilot(x0, keys), T)
+    p = fast_bound.proposal(*pilot(x0, keys), T)
     values = sampled(x0, keys, p)
-    found.append(likelihood.interval(values))
+    found.append(fast_bound.interval(values))
   jax.effects_barrier()
   assert sum(rows) == 100 * (T * 256 // 100)  # one evaluation in a hundred
   mean, low, high = np.transpose(found)
@@ -673,18 +679,18 @@ def test_an_estimate_is_that_of_its_parts(schedule, evaluations):
   rows = []
   denoise = counting(exact_denoiser(schedule, MEANS, VARIANCES), rows)
   x0, keys = images_of(0, 20), keys_of(20)
-  got = likelihood.estimate(
+  got = fast_bound.estimate(
     denoise, schedule, FULL, x0, keys, 'fixedsmall', discrete=False,
     evaluations=evaluations,
   )  # fmt: skip
   jax.effects_barrier()
   assert sum(rows) == got.evaluations == 20 * evaluations
   steps = likelihood.prepare(schedule, FULL, 'fixedsmall')
-  p = likelihood.proposal(*piloted(denoise, steps)(x0, keys), T)
-  values = likelihood.sampled(
+  p = fast_bound.proposal(*piloted(denoise, steps)(x0, keys), T)
+  values = fast_bound.sampled(
     denoise, schedule, steps, x0, keys, p, evaluations - 2, discrete=False
   )
-  np.testing.assert_allclose(got[:3], likelihood.interval(values), rtol=1e-5)
+  np.testing.assert_allclose(got[:3], fast_bound.interval(values), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -730,7 +736,7 @@ def test_the_estimate_of_each_image_is_unbiased(schedule, x64, kind):
   repeated = jnp.repeat(jnp.asarray(x0), 2000, axis=0)
   keys = keys_of(len(repeated))
   p = {
-    'piloted': lambda: likelihood.proposal(
+    'piloted': lambda: fast_bound.proposal(
       *piloted(denoise, steps)(repeated[::30], keys[::30]), T
     ),
     'uniform': lambda: np.full(T - 1, 1 / (T - 1)),
@@ -756,7 +762,7 @@ def test_a_pilot_finds_the_size_of_the_terms(schedule):
   which, bits = piloted(denoise, steps)(x0, keys_of(200))
   assert which.shape == bits.shape == (1, 200)
   assert 0 <= which.min() <= which.max() < T - 1
-  p = likelihood.proposal(which, bits, T)
+  p = fast_bound.proposal(which, bits, T)
   np.testing.assert_allclose(p.sum(), 1, rtol=1e-12)
   assert p.min() >= 0.1 / (T - 1)
   eps = jax.random.normal(jax.random.key(1), x0.shape)
@@ -767,13 +773,13 @@ def test_a_pilot_finds_the_size_of_the_terms(schedule):
 
 
 def test_terms_of_nothing_are_drawn_evenly():
-  p = likelihood.proposal([[0, 3]], [[0.0, 0.0]], 6)
+  p = fast_bound.proposal([[0, 3]], [[0.0, 0.0]], 6)
   np.testing.assert_allclose(p, 0.2)
 
 
 def test_the_interval_by_hand():
   """4 values: mean 2.5, deviation sqrt(5 / 3), Student's t of 3 is 3.182446."""
-  mean, low, high = likelihood.interval([1.0, 2.0, 3.0, 4.0])
+  mean, low, high = fast_bound.interval([1.0, 2.0, 3.0, 4.0])
   half = 3.182446305284263 * np.sqrt(5 / 3) / 2
   np.testing.assert_allclose([mean, low, high], [2.5, 2.5 - half, 2.5 + half])
 
@@ -791,7 +797,7 @@ def test_estimates_out_of_range_are_refused(
   schedule, times, evaluations, count, said
 ):
   with pytest.raises(UserError, match=said) as error:
-    likelihood.estimate(
+    fast_bound.estimate(
       exact_denoiser(schedule, MEANS, VARIANCES), schedule, times,
       images_of(0, count), keys_of(count), discrete=False,
       evaluations=evaluations,

@@ -6,7 +6,6 @@ it: absl's flags, ml_collections, a check, a file. A bug keeps its traceback.
 
 import errno
 import multiprocessing
-import os
 import re
 import sys
 import textwrap
@@ -16,7 +15,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from diffusion_jax.cli import config_files
-from diffusion_jax.system import distributed, terminal
+from diffusion_jax.system import distributed, numerics, terminal
 from diffusion_jax.system.errors import UserError
 
 # What absl and ml_collections raise for a mistake on the command line.
@@ -44,6 +43,7 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
     required: flags that must be given.
   """
   sys.modules['__main__'].__doc__ = doc
+  numerics.fix()
   sys.argv = _resolve_config(sys.argv)
 
   def parse(argv):
@@ -79,9 +79,7 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # Orbax writes pages at INFO
     try:
-      main()
-    except UserError as e:
-      terminal.fail(str(e))
+      _call(main)
     except KeyboardInterrupt:
       print(
         '\ninterrupted; the same command goes on from what is kept',
@@ -91,18 +89,23 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
       # to be saved is: contexts have ended.
       for child in multiprocessing.active_children():
         child.terminate()
-      sys.stdout.flush()
-      os._exit(130)
-    except Exception as e:
-      if isinstance(e, OSError) and e.errno in DISK:
-        terminal.fail(
-          f'{e.strerror}: {e.filename}' if e.filename else e.strerror
-        )
-      traceback.print_exc()
-      distributed.leave(1)
-      sys.exit(1)
+      distributed.leave(130, alone=True)
 
   app.run(wrapped, flags_parser=parse)
+
+
+def _call(main: Callable[[], None]) -> None:
+  """Calls a binary's main, and answers to what it raises."""
+  try:
+    main()
+  except UserError as e:
+    terminal.fail(str(e))
+  except Exception as e:
+    if isinstance(e, OSError) and e.errno in DISK:
+      terminal.fail(f'{e.strerror}: {e.filename}' if e.filename else e.strerror)
+    traceback.print_exc()
+    distributed.leave(1)
+    sys.exit(1)
 
 
 def _help(doc: str, full: bool) -> None:
@@ -185,3 +188,23 @@ def at_least(**least: float) -> None:
     given = flags.FLAGS[name].value
     if given is not None and given < value:
       raise UserError(f'--{name}={given}: at least {value}')
+
+
+def refuse(names: Sequence[str], what: str) -> None:
+  """Raises UserError for flags that are given and not heeded.
+
+  Args:
+    names: of the flags.
+    what: what they have no part in.
+  """
+  for name in names:
+    if flags.FLAGS[name].present:
+      raise UserError(f'--{name} has no part in {what}: leave it out')
+
+
+def seeds(*names: str) -> None:
+  """Raises UserError for flags that are no seeds."""
+  at_least(**dict.fromkeys(names, 0))
+  for name in names:
+    if (flags.FLAGS[name].value or 0) >= 2**32:
+      raise UserError(f'--{name}={flags.FLAGS[name].value}: below 2**32')

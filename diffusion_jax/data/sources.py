@@ -121,7 +121,15 @@ def describe(
   shape: tuple[int, int, int],
   num_classes: int,
 ) -> str:
-  """One line for the log: what was opened, with sizes."""
+  """One line for the log: what was opened, with sizes.
+
+  Args:
+    name: of the set.
+    split: of the set.
+    num_images: in the split.
+    shape: (H, W, C) of an image.
+    num_classes: 0 if unlabelled.
+  """
   size = 'x'.join(str(n) for n in shape)
   labels = f'{num_classes} classes' if num_classes else 'unlabelled'
   return f'{name}, {split}: {num_images} images of {size}, {labels}'

@@ -19,7 +19,7 @@ import numpy as np
 from diffusion_jax.evaluation.batches import Batches, chunks
 from diffusion_jax.evaluation.features import Images
 from diffusion_jax.guidance import clipping
-from diffusion_jax.process import flow, likelihood
+from diffusion_jax.process import fast_bound, flow, likelihood
 from diffusion_jax.process.gaussian import Denoised
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.runs.trained import Trained
@@ -34,7 +34,6 @@ KINDS = {
 DEQUANTISATIONS = ('uniform', 'variational')
 EVALUATIONS = 10  # of an image, for bpd_fast
 MOST_EXACT = 1024  # dimensions
-DECODED = 10  # rows of a rate-distortion table
 
 
 class How(NamedTuple):
@@ -152,7 +151,7 @@ def measure(
     on_work: called with how much of `work` is done.
 
   Raises:
-    UserError: see `likelihood.estimate` and `flow.density`.
+    UserError: see `fast_bound.estimate` and `flow.density`.
   """
   if images.count < 2:
     raise UserError(f'{images.description}: an error takes two images or more')
@@ -257,13 +256,13 @@ def _fast(trained, batches, how) -> Found:
   def pilot(params, images, numbers):
     x0, keys = _given(trained, params, how, images, numbers)
     denoiser = _denoiser(trained, params, how.clip)
-    return likelihood.pilot(denoiser, steps, x0, keys)
+    return fast_bound.pilot(denoiser, steps, x0, keys)
 
   @jax.jit
   def sampled(params, images, numbers, probabilities):
     x0, keys = _given(trained, params, how, images, numbers)
     denoiser = _denoiser(trained, params, how.clip)
-    return likelihood.sampled(
+    return fast_bound.sampled(
       denoiser, trained.schedule, steps, x0, keys, probabilities,
       EVALUATIONS - 2,
     )  # fmt: skip
@@ -276,7 +275,7 @@ def _fast(trained, batches, how) -> Found:
     }  # fmt: skip
 
   tried = batches.each('pilot', first, 1)
-  probabilities = likelihood.proposal(**tried, num_steps=len(steps.t))
+  probabilities = fast_bound.proposal(**tried, num_steps=len(steps.t))
   digest = hashlib.sha256(probabilities.tobytes()).hexdigest()[:8]
 
   def second(images, numbers, tell):
@@ -285,7 +284,7 @@ def _fast(trained, batches, how) -> Found:
     return {'bits': sharding.to_host(found)}
 
   values = batches.each(f'sampled_{digest}', second, EVALUATIONS - 1)['bits']
-  mean, low, high = likelihood.interval(values)
+  mean, low, high = fast_bound.interval(values)
   return Found(
     {'bpd_fast': mean, 'bpd_fast_error': (high - low) / 2},
     {'low': low, 'high': high, 'evaluations': EVALUATIONS},
@@ -319,46 +318,3 @@ def _flow(trained, batches, how) -> Found:
     },
     {'most_evaluations': int(found['evaluations'].max())},
   )
-
-
-def text(card: dict) -> str:
-  """A card as people read it.
-
-  Args:
-    card: of `measure`'s Found.
-  """
-  protocol, results, details = (
-    card[key] for key in ('protocol', 'results', 'details')
-  )
-  kind = protocol['bits']
-  value, error = results[kind], results[f'{kind}_error']
-  lines = [
-    f'{protocol["num_images"]} images of step {card["subject"]["step"]}: '
-    f'{details["images"]}',
-    f'{KINDS[kind]}: {value:.4f} ± {error:.2g} bits/dim',
-  ]
-  if kind == 'bpd_fast':
-    lines[-1] += ' (95%)'
-  if kind == 'bpd_ode':
-    lines.append(
-      f'{protocol["dequantisation"]} dequantisation, '
-      f'{results["evaluations"]:.0f} evaluations an image'
-    )
-  if kind == 'bpd':
-    lines += [
-      f'= prior {details["prior"]:.4g} + {details["between"]:.4f} of '
-      f'{details["evaluations"] - 1} steps + decoder {details["decoder"]:.4f}',
-      '',
-      *_decoded(details),
-    ]
-  return '\n'.join(lines)
-
-
-def _decoded(details):
-  """As in table 4 of arXiv 2006.11239: what is known after how many bits."""
-  count = details['evaluations']
-  rows = sorted({-(-i * count // DECODED) for i in range(1, DECODED + 1)})
-  yield f'{"steps":>6}  {"bits/dim":>9}  {"RMSE of 255":>11}'
-  for decoded in reversed(rows):
-    i = decoded - 1
-    yield f'{decoded:6}  {details["rate"][i]:9.5f}  {details["rmse"][i]:11.5f}'

@@ -6,7 +6,6 @@ hidden layer. How often it is right is counted on held-out images.
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable
 
 import jax
@@ -17,9 +16,9 @@ from flax import traverse_util
 
 from diffusion_jax import models
 from diffusion_jax.data import Source
+from diffusion_jax.evaluation import kept
 from diffusion_jax.evaluation.features import Judge
 from diffusion_jax.models.classifier import Classifier
-from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 
 NUM_STEPS = 1500
@@ -29,11 +28,6 @@ LARGEST = 64  # pixels: what this small network can judge
 
 MOST_CLASSES = 1000
 
-# What a file that is something else, or damaged, raises.
-DAMAGED = (
-  *(OSError, ValueError, KeyError, TypeError, EOFError, RecursionError),
-  *(MemoryError, zipfile.BadZipFile),
-)
 FACTS = 'facts'  # the entry of a file that holds no parameter
 
 
@@ -134,10 +128,8 @@ def train(
     'num_classes': source.num_classes,
     'trained_on': source.description,
   }
-  files.make(files.at(path).parent)
   flat = traverse_util.flatten_dict(params, sep='/')
-  with files.replacing(path) as file:
-    np.savez(file, **flat, **{FACTS: json.dumps(facts)})
+  kept.write(path, {**flat, FACTS: json.dumps(facts)})
 
 
 def fingerprint(source: Source) -> str:
@@ -184,7 +176,7 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
       of another shape.
   """
   try:
-    flat = _read(path)
+    flat = kept.read(path)
     facts = json.loads(str(flat.pop(FACTS)))
     shape, classes = tuple(facts['image_shape']), int(facts['num_classes'])
     if len(shape) != 3 or max(shape) > LARGEST or classes > MOST_CLASSES:
@@ -201,7 +193,7 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
       f'--features={path}: there is no such file; it is classifier, pixels, or '
       'the file of a judge'
     ) from e
-  except DAMAGED as e:
+  except kept.DAMAGED as e:
     raise UserError(
       f'{path} is not a classifier of ours ({e}): delete it, or give another '
       '--features'
@@ -229,19 +221,6 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
   details = {'classifier_trained_on': str(facts['trained_on'])}
   taps = {'hidden': 'frechet'}
   return Judge(apply, params, taps, 'logits', protocol, details)
-
-
-def _read(path):
-  """The arrays of a file, which may come from anywhere."""
-  with files.at(path).open('rb') as file:
-    with zipfile.ZipFile(file) as archive:
-      # As np.savez writes: nothing is larger than the file that holds it.
-      for info in archive.infolist():
-        if info.compress_type != zipfile.ZIP_STORED:
-          raise ValueError(f'{info.filename} is compressed')
-    file.seek(0)
-    with np.load(file, allow_pickle=False) as archive:
-      return {name: archive[name] for name in archive.files}
 
 
 def _arrays(source):

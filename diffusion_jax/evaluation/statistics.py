@@ -5,14 +5,12 @@ they lie under the hashes of the images and of the network.
 """
 
 import hashlib
-import tokenize
-import zipfile
-import zlib
 
 import jax
 import numpy as np
 
-from diffusion_jax.evaluation.features import VERSION, Judge
+from diffusion_jax.evaluation import features, kept
+from diffusion_jax.evaluation.features import VERSION, Images, Judge
 from diffusion_jax.evaluation.metrics.frechet import Gaussian, Moments
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
@@ -25,13 +23,6 @@ KEYS = {'spatial': ('mu_s', 'sigma_s')}
 
 MOST = 8192  # dimensions of statistics that a file may hold
 
-# What a file that is something else, or damaged, raises.
-_DAMAGED = (
-  *(OSError, ValueError, TypeError, EOFError, RuntimeError, SyntaxError),
-  *(OverflowError, MemoryError, tokenize.TokenError),
-  *(zipfile.BadZipFile, zlib.error),
-)
-
 
 def is_file(path, alone: bool = False) -> bool:
   """Whether it is a .npz with mu and sigma.
@@ -41,14 +32,8 @@ def is_file(path, alone: bool = False) -> bool:
     alone: whether images beside them make it something else: the files of
       arXiv 2105.05233 hold both.
   """
-  path = files.at(path).expanduser()
-  try:
-    with path.open('rb') as file, zipfile.ZipFile(file) as archive:
-      names = set(archive.namelist())
-  except (OSError, zipfile.BadZipFile, ValueError):
-    return False
-  has_images = 'arr_0.npy' in names
-  return {'mu.npy', 'sigma.npy'} <= names and not (alone and has_images)
+  there = kept.names(path)
+  return {'mu', 'sigma'} <= {*there} and not (alone and 'arr_0' in there)
 
 
 def read(path, judge: Judge, image_shape) -> Statistics:
@@ -83,7 +68,7 @@ def read(path, judge: Judge, image_shape) -> Statistics:
   }
 
 
-def kept(there: dict[str, files.Path]) -> Statistics | None:
+def cached(there: dict[str, files.Path]) -> Statistics | None:
   """Those of the cache; None where one is not there, or is damaged.
 
   Args:
@@ -116,13 +101,20 @@ def write(path, given: Statistics) -> None:
     np.savez_compressed(file, **arrays)
 
 
-def sha256_of(given: Statistics) -> str:
-  """Of the numbers, tap by tap."""
+def sha256_of(given: Images | Statistics) -> str:
+  """Of all images in order, which are read once, or of the numbers by tap."""
+  if isinstance(given, Images):
+    return features.sha256_of(given)
   digest = hashlib.sha256()
   for gaussian in given.values():
     for array in gaussian:
       digest.update(np.ascontiguousarray(array, np.float64))
   return digest.hexdigest()
+
+
+def count_of(given: Images | Statistics) -> int:
+  """How many images there are; 0 where there are statistics of some."""
+  return given.count if isinstance(given, Images) else 0
 
 
 def paths(cache, judge: Judge, images_sha256: str) -> dict[str, files.Path]:
@@ -168,28 +160,24 @@ def read_gaussian(
     UserError: there is no such file, it holds something else, or statistics of
       another D.
   """
+  wanted = ' and '.join(keys)
   try:
-    with files.at(path).open('rb') as file, zipfile.ZipFile(file) as archive:
-      infos = {x.filename.removesuffix('.npy'): x for x in archive.infolist()}
-      if missing := [key for key in keys if key not in infos]:
-        there = ' '.join(', '.join(list(infos)[:10]).split()) or 'nothing'
-        raise UserError(
-          f'{path} has no {" and no ".join(missing)} but {there}: statistics '
-          f'of features are {keys[0]} [D] and {keys[1]} [D, D] in one .npz'
-        )
-      mean, covariance = (_array(archive, infos[key]) for key in keys)
+    arrays = kept.read(path, keys, 8 * MOST**2 + 4096).values()
+    for array in arrays:
+      if array.dtype.kind != 'f' or array.ndim == 0 or len(array) > MOST:
+        raise ValueError(f'{array.dtype} {list(array.shape)}')
+    mean, covariance = (array.astype(np.float64) for array in arrays)
   except FileNotFoundError as e:
     raise UserError(
-      f'{path}: there is no such file of statistics; give a .npz with '
-      f'{" and ".join(keys)}'
+      f'{path}: there is no such file of statistics; give a .npz with {wanted}'
     ) from e
-  except UserError:
-    raise
-  except _DAMAGED as e:
+  except kept.DAMAGED as e:
     reason = ' '.join(str(e).split()) or type(e).__name__
+    if there := kept.names(path):
+      reason += f'; it holds {" ".join(", ".join(there[:10]).split())}'
     raise UserError(
       f'{path} holds no statistics that can be read ({reason}): give a .npz '
-      f'with {" and ".join(keys)}'
+      f'with {wanted}'
     ) from e
   if wrong := _wrong(mean, covariance):
     raise UserError(
@@ -202,17 +190,6 @@ def read_gaussian(
       'give statistics of the same network'
     )
   return Gaussian(mean, (covariance + covariance.T) / 2)
-
-
-def _array(archive, info):
-  """An array of floats, of at most the bytes that a covariance can have."""
-  if info.file_size > 8 * MOST**2 + 4096:
-    raise ValueError(f'{info.filename} takes {info.file_size} bytes')
-  with archive.open(info) as stream:
-    array = np.lib.format.read_array(stream, allow_pickle=False)
-  if array.dtype.kind != 'f' or array.ndim == 0 or len(array) > MOST:
-    raise ValueError(f'{info.filename} is {array.dtype} {list(array.shape)}')
-  return array.astype(np.float64)
 
 
 def _wrong(mean, covariance):

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.process import gaussian, likelihood
+from diffusion_jax.process import decoder, gaussian, noise
 from diffusion_jax.process.gaussian import Denoiser
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.system.errors import UserError
@@ -67,12 +67,8 @@ def _norm(error):
 
 def _draw(keys, label, like, sample=jax.random.normal):
   """Drawn in float32, so that float64 has the same noise."""
-
-  def one(key):
-    key = jax.random.fold_in(key, label)
-    return sample(key, like.shape[1:], jnp.float32).astype(like.dtype)
-
-  return jax.vmap(one)(keys)
+  drawn = noise.draw(keys, label, like.shape[1:], jnp.float32, sample)
+  return drawn.astype(like.dtype)
 
 
 def _signs(key, shape, dtype):
@@ -179,7 +175,7 @@ def dequantised(
   Args:
     denoiser: as of `density`.
     schedule: the noise schedule.
-    x0: [B, ...] images k / 127.5 - 1, see `likelihood.check_discrete`.
+    x0: [B, ...] images k / 127.5 - 1, see `decoder.check_discrete`.
     keys: [B] random keys, of u and the probes.
     **options: as of `density`.
 
@@ -210,9 +206,9 @@ def variational(
 
   Args:
     denoiser: as of `density`; its estimate of x0 at t = 0 is the decoder's
-      mean, see `likelihood.discretised_log_likelihood`.
+      mean, see `decoder.discretised_log_likelihood`.
     schedule: the noise schedule.
-    x0: [B, ...] images k / 127.5 - 1, see `likelihood.check_discrete`.
+    x0: [B, ...] images k / 127.5 - 1, see `decoder.check_discrete`.
     keys: [B] random keys, of x' and the probes.
     decoder_variance: of the decoder; by default the first entry of
       `gaussian.log_variance_table`.
@@ -232,11 +228,11 @@ def variational(
   time = jnp.zeros(len(x0), jnp.int32)
   x = gaussian.q_sample(schedule, x0, time, eps)
   found = density(denoiser, schedule, x, keys, **options)
-  decoder = likelihood.discretised_log_likelihood(
+  decoded = decoder.discretised_log_likelihood(
     x0, denoiser(x, time).x0, 0.5 * math.log(decoder_variance)
   )
-  decoder = jnp.mean(decoder, axis=tuple(range(1, x0.ndim)))
+  decoded = jnp.mean(decoded, axis=tuple(range(1, x0.ndim)))
   # log q in terms of its noise: N(eps; 0, I) / sigma^D.
   log_q = _log_normal(eps) - 0.5 * math.log(schedule.host(0)[1])
-  bits = found.bits + (log_q - decoder) / math.log(2)
+  bits = found.bits + (log_q - decoded) / math.log(2)
   return Flow(bits, found.evaluations + 1)

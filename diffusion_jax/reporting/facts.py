@@ -54,16 +54,10 @@ def read(workdir) -> Facts:
   def whole(path: files.Path, is_well: Callable[[Any], bool]):
     """The file's JSON; None, and a line in problems, where it is not well."""
     try:
-      value = json.loads(path.read_text())
+      return _parsed(path.read_text(), is_well)
     except (OSError, ValueError, RecursionError) as e:
-      told = str(e)
-    else:
-      if is_well(value):
-        return value
-      told = 'it holds something else'
-    name = path.relative_to(workdir)
-    problems.append(f'{name} cannot be read ({told}): left out')
-    return None
+      name = path.relative_to(workdir)
+      problems.append(f'{name} cannot be read ({e}): left out')
 
   cards = []
   for path in sorted(workdir.glob('evaluations/*.json')):
@@ -98,6 +92,13 @@ def read(workdir) -> Facts:
   )
 
 
+def _parsed(text: str, is_well: Callable[[Any], bool]):
+  value = json.loads(text)
+  if not is_well(value):
+    raise ValueError('it holds something else')
+  return value
+
+
 def _lines(path: files.Path, is_well, problems: list[str]) -> list[dict]:
   """The objects of a file of JSON lines; those that are not well are told."""
   try:
@@ -112,12 +113,8 @@ def _lines(path: files.Path, is_well, problems: list[str]) -> list[dict]:
     if not line:
       continue
     try:
-      value = json.loads(line)
+      good.append(_parsed(line, is_well))
     except (ValueError, RecursionError):
-      value = None
-    if is_well(value):
-      good.append(value)
-    else:
       bad.append(number)
   if bad:
     some = f'line {bad[0]}' + f' and {len(bad) - 1} more' * (len(bad) > 1)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from diffusion_jax import runs
-from diffusion_jax.evaluation import bits, cards, summary
+from diffusion_jax.evaluation import cards, tables
 from diffusion_jax.reporting import facts
 from diffusion_jax.reproduction import cost, health, results, stages
 from diffusion_jax.reproduction import task as tasks
@@ -170,8 +170,7 @@ class Pieces:
     entry['result'] = [card['path'] for card in made]
     self.keep()
     for card in made:
-      text = bits.text if 'bits' in card['protocol'] else summary.text
-      terminal.say(text(card))
+      terminal.say(tables.text(card))
     return [cards.read(path) for path in entry['result']]
 
   # --- rates ------------------------------------------------------------------

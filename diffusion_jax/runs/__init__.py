@@ -4,7 +4,7 @@ config.json            the resolved config
 init_from.json         whose parameters it began with, see finetune.py
 converted.json         that others trained it, and where it comes from
 checkpoints/           one folder a step
-held.json              those that are not to be deleted, see checkpoint.hold
+held.json              those that are not to be deleted, see training.held
 starts.jsonl           one object a start: time, step, versions, devices
 heartbeats/            of several processes, see training/watchdog.py
 metrics.jsonl          one object a line; TensorBoard's events beside it
@@ -110,7 +110,10 @@ def write_config(workdir, config: config_dict.ConfigDict) -> None:
 def converted_from(workdir) -> str | None:
   """Where converted weights come from, absolute; None = they were trained here.
 
-  Of an import that was cut it is None too: there is no run yet.
+  It is None for an unfinished import too: there is no run yet.
+
+  Raises:
+    UserError: the record of it is unreadable.
   """
   path = files.at(workdir) / CONVERTED
   if not path.exists() or not (files.at(workdir) / 'config.json').exists():
@@ -210,7 +213,7 @@ def usable_file(flag: str, path) -> None:
 
 
 def usable_output(directory, name: str = 'samples', run=None) -> None:
-  """As usable_folder: not among what belongs to something else, either.
+  """Raises UserError unless a folder is usable, and no part of something else.
 
   Args:
     directory: of samples, or of results.

@@ -136,7 +136,13 @@ def load(origin: Origin | None, abstract) -> Begun:
 
 
 def record(workdir, origin: Origin, begun: Begun) -> None:
-  """Writes init_from.json."""
+  """Writes init_from.json.
+
+  Args:
+    workdir: of the new run.
+    origin: where its parameters come from.
+    begun: as of `load`.
+  """
   facts = {**origin._asdict(), 'taken': len(begun.taken), 'left': begun.left}
   with files.replacing(files.at(workdir) / runs.INIT) as file:
     file.write(json.dumps(facts, indent=2).encode() + b'\n')

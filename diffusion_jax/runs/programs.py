@@ -91,9 +91,7 @@ def assemble(made: Recipe, config: Mapping, mesh: Mesh) -> Programs:
       key=step_key,
       objective=objective,
       optimizer=optimizer,
-      learning_rate=optim.learning_rate(
-        config['optim']['lr'], config['optim']['warmup_steps']
-      ),
+      learning_rate=optim.learning_rate(**config['optim']),
       ema_decay=config['ema']['decay'],
       microbatches=config['microbatches'],
       mesh=mesh,

@@ -19,7 +19,7 @@ from diffusion_jax.runs import calibration, draw, recipe
 from diffusion_jax.runs.recipe import NET, Recipe
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.samplers.plan import Plan
-from diffusion_jax.system import files
+from diffusion_jax.system import files, numerics
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, sharding
 
@@ -121,6 +121,7 @@ class Trained:
     """
     return self.compiled.denoise(self.params, xt, t, cond or {})
 
+  @numerics.fixed()
   def at(self, step: int | None = None) -> 'Trained':
     """The same network at another checkpoint of its run.
 
@@ -151,6 +152,7 @@ class Trained:
       digest.update(np.ascontiguousarray(sharding.to_host(leaf)).tobytes())
     return digest.hexdigest()
 
+  @numerics.fixed()
   def plan(self, **options) -> Plan:
     """How samples are drawn, by default as the run's paper draws them.
 
@@ -174,6 +176,7 @@ class Trained:
 
     return plans.for_run(self.config, calibration=found, **options)
 
+  @numerics.fixed()
   def drawer(
     self,
     how: Plan,
@@ -204,6 +207,7 @@ class Trained:
       json.dumps(how), tuple(frames), dtype, took, estimates
     )
 
+    @numerics.fixed()
     def draw_batch(indices):
       return draw_fn(self.params, sharding.padded_indices(indices, self.mesh))
 
@@ -256,6 +260,7 @@ class Trained:
     )
 
 
+@numerics.fixed()
 def load(
   workdir, step: int | None = None, ema: bool = True, mesh: Mesh | None = None
 ) -> Trained:

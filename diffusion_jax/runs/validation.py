@@ -7,7 +7,7 @@ from ml_collections import config_dict
 
 from diffusion_jax import models, runs
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.training import sharding
+from diffusion_jax.training import optim, sharding
 
 # Every run's config has these, and its model's arguments under `model`.
 KEYS = (
@@ -66,6 +66,7 @@ def _network(config):
   """(holds, message) pairs, as of all the functions below."""
   yield from _model(config.model, config.data)
   yield from _process(config)
+  yield from _optim(config.optim)
 
 
 def _counts(config):
@@ -154,7 +155,7 @@ def _process(config):
     ('sample.variance', config.sample.variance, gaussian.VARIANCES),
   ):
     yield value in known, f'{name}={value!r}: one of {", ".join(known)}'
-  process, optim = config.process, config.optim
+  process = config.process
   yield (
     process.num_timesteps >= 2,
     f'process.num_timesteps={process.num_timesteps}: at least 2',
@@ -164,10 +165,30 @@ def _process(config):
     f'process.beta_start={process.beta_start}, beta_end={process.beta_end}: '
     '0 < beta_start <= beta_end < 1',
   )
-  yield 0 < optim.lr < math.inf, f'optim.lr={optim.lr}: above 0, finite'
-  for key in ('b1', 'b2'):
-    yield 0 <= optim[key] < 1, f'optim.{key}={optim[key]}: in [0, 1)'
-  yield optim.eps > 0, f'optim.eps={optim.eps}: above 0'
-  for key in ('warmup_steps', 'clip_norm'):
-    yield optim[key] >= 0, f'optim.{key}={optim[key]}: 0 (none) or more'
   yield 0 <= config.ema.decay < 1, f'ema.decay={config.ema.decay}: in [0, 1)'
+
+
+def _optim(config):
+  for key, known in (('name', optim.OPTIMIZERS), ('decay', optim.DECAYS)):
+    value = config[key]
+    yield value in known, f'optim.{key}={value!r}: one of {", ".join(known)}'
+  yield 0 < config.lr < math.inf, f'optim.lr={config.lr}: above 0, finite'
+  for key in ('b1', 'b2'):
+    yield 0 <= config[key] < 1, f'optim.{key}={config[key]}: in [0, 1)'
+  yield config.eps > 0, f'optim.eps={config.eps}: above 0'
+  for key in ('warmup_steps', 'clip_norm'):
+    yield config[key] >= 0, f'optim.{key}={config[key]}: 0 (none) or more'
+  rates = {key: config[key] for key in ('weight_decay', 'end_lr')}
+  rates |= {f'part_lr.{part}': lr for part, lr in config.part_lr.items()}
+  for key, value in rates.items():
+    yield 0 <= value < math.inf, f'optim.{key}={value}: 0 or more, finite'
+  yield (
+    config.weight_decay == 0 or config.name != 'adam',
+    f"optim.weight_decay={config.weight_decay} is for optim.name='adamw'; "
+    "with 'adam' it must be 0",
+  )
+  yield (
+    config.decay == 'constant' or config.decay_steps > config.warmup_steps,
+    f'optim.decay_steps={config.decay_steps}: above optim.warmup_steps='
+    f'{config.warmup_steps}; it is the step at which the decay ends',
+  )

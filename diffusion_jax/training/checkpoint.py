@@ -7,14 +7,11 @@ file) is told in one line, and so is what keeps a save from being written.
 """
 
 import contextlib
-import functools
-import json
 import logging
-import operator
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +21,11 @@ from orbax.checkpoint import v1 as ocp
 from diffusion_jax import models
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checksum
+from diffusion_jax.training import checksum, held
 from diffusion_jax.training.state import TrainState
 
 SUMS = 'checksums'  # the key, in Orbax's metadata of a step
 WHOLE = 'commit_success.txt'  # Orbax's last word on a step in a bucket
-
-# Beside the checkpoints' folder: what is in it and has no WHOLE, Orbax takes
-# for a torn save, and deletes.
-HELD = 'held.json'
-# What a file of JSON raises that is damaged, or holds something else.
-DAMAGED = (ValueError, TypeError, AttributeError, RecursionError)
 
 
 def _hush() -> None:
@@ -75,21 +66,17 @@ class Checkpoints:
   def __init__(self, directory, keep_last: int = 3, keep_every: int = 0):
     self.directory = files.absolute(directory)
     self._saving = None  # (step, what Orbax gives to wait for)
-    kept = [
-      ocp.training.preservation_policies.LatestN(keep_last),
-      _Held(self.directory),
-    ]
+    keep, save = (
+      ocp.training.preservation_policies,
+      ocp.training.save_decision_policies,
+    )
+    kept = [keep.LatestN(keep_last), held.Policy(self.directory)]
     if keep_every:
-      kept += [ocp.training.preservation_policies.EveryNSteps(keep_every)]
+      kept += [keep.EveryNSteps(keep_every)]
     self._checkpointer = ocp.training.Checkpointer(
       self.directory,
-      # The loop decides when to save.
-      save_decision_policy=(
-        ocp.training.save_decision_policies.FixedIntervalPolicy(1)
-      ),
-      preservation_policy=(
-        ocp.training.preservation_policies.AnyPreservationPolicy(kept)
-      ),
+      save_decision_policy=save.FixedIntervalPolicy(1),  # the loop decides
+      preservation_policy=keep.AnyPreservationPolicy(kept),
       cleanup_tmp_directories=True,
     )
 
@@ -137,91 +124,8 @@ class Checkpoints:
     Raises:
       UserError: the checkpoint is damaged or holds another model.
     """
-    return TrainState(
-      **_load(self._checkpointer, self.directory, step, abstract._asdict())
-    )
-
-
-def hold(directory, steps: Iterable[int], by: str = 'somebody') -> None:
-  """Keeps checkpoints from being deleted, until they are named no more.
-
-  For what follows a run that goes on: it holds what it reads, and the best so
-  far. It is heeded from the next save on; the one that is under way has chosen
-  what it deletes, so see afterwards whether they are there. Of two that write
-  at one moment one may be lost: say it again now and then.
-
-  Args:
-    directory: the checkpoints'.
-    steps: all that are to be held; others, held before, are let go.
-    by: who holds them; others' are left alone.
-
-  Raises:
-    UserError: a bucket does not take it.
-  """
-  path = _held_path(directory)
-  try:
-    there = _holders(path)
-  except DAMAGED:  # it is written anew, which mends it
-    there = {}
-  now = {**there, by: sorted(set(map(operator.index, steps)))}
-  if now != there:
-    with files.replacing(path) as file:
-      file.write(json.dumps(now).encode())
-
-
-def held(directory, otherwise: Iterable[int] = ()) -> set[int]:
-  """The steps that somebody holds; whether they are there is not asked.
-
-  Args:
-    directory: the checkpoints'.
-    otherwise: what is held where that cannot be read, which is warned of; a
-      training does not stop for it.
-  """
-  path = _held_path(directory)
-  try:
-    return set().union(*_holders(path).values())
-  except Exception as e:  # of a file system, a bucket, JSON, or what is in it
-    otherwise = set(otherwise)
-    some = ', '.join(map(str, sorted(otherwise))) or 'none'
-    _warn_once(f'{path} is unreadable ({e!r}): of checkpoints, {some} are held')
-    return otherwise
-
-
-def _holders(path) -> dict[str, list[int]]:
-  """Who holds which steps."""
-  try:
-    text = path.read_text()
-  except FileNotFoundError:
-    return {}
-  return {
-    name: [operator.index(step) for step in steps]
-    for name, steps in json.loads(text).items()
-  }
-
-
-def _held_path(directory) -> files.Path:
-  return files.absolute(directory).parent / HELD
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-  absl.warning('%s', message)
-
-
-class _Held:
-  """The checkpoints that somebody holds, for Orbax, which asks at each save.
-
-  In several processes each asks for itself, but only the first one deletes.
-  """
-
-  def __init__(self, directory):
-    self._directory = directory
-    self._steps = set()
-
-  def should_preserve(self, checkpoints, *, context):
-    # What is gone for a moment, on a network's disk, lets go of nothing.
-    self._steps = held(self._directory, self._steps)
-    return [it.step in self._steps for it in checkpoints]
+    stored = _Stored(self._checkpointer, self.directory, step)
+    return TrainState(**stored.load(abstract._asdict()))
 
 
 def steps(directory) -> list[int]:
@@ -316,10 +220,9 @@ def load_params(directory, step: int, abstract, *, ema: bool = True):
   Raises:
     UserError: the checkpoint is damaged or holds another model.
   """
-  name = 'ema_params' if ema else 'params'
-  checkpointer = ocp.training.Checkpointer(files.absolute(directory))
-  with checkpointer:
-    return _load(checkpointer, directory, step, {name: abstract})[name]
+  part = 'ema_params' if ema else 'params'
+  with _stored(directory, step) as stored:
+    return stored.load({part: abstract})[part]
 
 
 def load_common(
@@ -344,13 +247,11 @@ def load_common(
     UserError: the checkpoint is damaged, or nothing is in common.
   """
   part = 'ema_params' if ema else 'params'
-  checkpointer = ocp.training.Checkpointer(files.absolute(directory))
-  with checkpointer:
-    stored, sums = _metadata(checkpointer, directory, step, 'init_step')
-    _has_raw(directory, step, stored, [part])
+  with _stored(directory, step, 'init_step') as stored:
+    stored.has([part])
     there, here = (
-      {name: shape for name, (shape, _) in _shapes(tree).items()}
-      for tree in (stored.get(part, {}), abstract)
+      {name: tuple(leaf.shape) for name, leaf in _named(tree).items()}
+      for tree in (stored.tree.get(part, {}), abstract)
     )
     left = [
       {'name': name, 'there': there.get(name), 'here': here.get(name)}
@@ -364,76 +265,89 @@ def load_common(
     }
     if not wanted:
       raise UserError(
-        f'checkpoint {step} in {directory} has no parameter of this name and '
-        'shape in common with the config: begin from a run of a similar model'
+        f'{stored} has no parameter of this name and shape in common with the '
+        'config: begin from a run of a similar model'
       )
-    chosen = jax.tree.structure(stored[part]).unflatten(
-      wanted.get(name, ...) for name in models.names(stored[part])
+    chosen = jax.tree.structure(stored.tree[part]).unflatten(
+      wanted.get(name, ...) for name in there
     )
-    loaded = _read(
-      checkpointer, directory, step, stored, sums, {part: chosen}, 'init_step'
-    )
-  return {
-    name: leaf for name, leaf in _named(loaded[part]).items() if name in wanted
-  }, left
-
-
-def _load(checkpointer, directory, step, abstract: dict) -> dict:
-  stored, sums = _metadata(checkpointer, directory, step)
-  _has_raw(directory, step, stored, abstract)
-  parts = {name: stored.get(name, {}) for name in abstract}
-  difference = _first_difference(_shapes(parts), _shapes(abstract))
-  if difference:
-    raise UserError(
-      f'checkpoint {step} in {directory} holds another model: {difference}'
-    )
-  return _read(checkpointer, directory, step, stored, sums, abstract)
-
-
-def _has_raw(directory, step, stored, wanted) -> None:
-  if 'params' in wanted and 'params' not in stored and 'ema_params' in stored:
-    raise UserError(
-      f'checkpoint {step} in {directory} has averaged parameters only, as it '
-      'was converted: take those, without --noema or --noinit_ema'
-    )
-
-
-def _metadata(checkpointer, directory, step, flag='step') -> tuple[dict, dict]:
-  """Shapes and dtypes of what was stored, and its checksums."""
-  with _reading(directory, step, flag):
-    metadata = checkpointer.metadata(step)
-    stored = metadata.metadata
-    if stored is None:
-      raise ValueError('its metadata cannot be read')
-    sums = (metadata.custom_metadata or {}).get(SUMS)
-    if not isinstance(sums, dict):
-      raise ValueError('it has no checksums')
-    return stored.get('state', stored), sums
-
-
-def _read(checkpointer, directory, step, stored, sums, chosen, flag='step'):
-  """The chosen parts; leaves that are `...`, and all else, are not read."""
-  skipped = jax.tree.map(lambda _: ..., stored)
-  with _reading(directory, step, flag):
-    loaded = checkpointer.load(step, {**skipped, **chosen})
-  read = {
-    name: leaf for name, leaf in _named(loaded).items() if leaf is not ...
-  }
-  for name, found in checksum.of(read).items():
-    if found != sums.get(name):
-      damage = ValueError(f'{name} is not what was saved')
-      raise UserError(_unreadable(directory, step, damage, flag))
-  return loaded
+    loaded = _named(stored.read({part: chosen})[part])
+  return {name: loaded[name] for name in loaded if name in wanted}, left
 
 
 @contextlib.contextmanager
-def _reading(directory, step, flag) -> Iterator[None]:
-  """Tells in one line what Orbax has against a checkpoint."""
-  try:
-    yield
-  except Exception as e:
-    _hush_tasks()
-    raise UserError(_unreadable(directory, step, e, flag)) from e
+def _stored(directory, step, flag='step') -> Iterator['_Stored']:
+  with ocp.training.Checkpointer(files.absolute(directory)) as checkpointer:
+    yield _Stored(checkpointer, directory, step, flag)
+
+
+class _Stored:
+  """A checkpoint on disk: `tree` is the shapes and dtypes of what it holds.
+
+  Args:
+    checkpointer: Orbax's, of the directory.
+    directory: the checkpoints'.
+    step: which one.
+    flag: by which another would be chosen, for the messages.
+
+  Raises:
+    UserError: it is damaged.
+  """
+
+  def __init__(self, checkpointer, directory, step, flag='step'):
+    self._checkpointer = checkpointer
+    self._directory, self._step, self._flag = directory, step, flag
+    with self._reading():
+      metadata = checkpointer.metadata(step)
+      if metadata.metadata is None:
+        raise ValueError('its metadata cannot be read')
+      self.tree = metadata.metadata.get('state', metadata.metadata)
+      self._sums = (metadata.custom_metadata or {}).get(SUMS)
+      if not isinstance(self._sums, dict):
+        raise ValueError('it has no checksums')
+
+  def __str__(self):
+    return f'checkpoint {self._step} in {self._directory}'
+
+  def has(self, parts) -> None:
+    """Raises UserError where raw parameters are wanted and were never there."""
+    missing = 'params' in parts and 'params' not in self.tree
+    if missing and 'ema_params' in self.tree:
+      raise UserError(
+        f'{self} has averaged parameters only, as it was converted: take '
+        'those, without --noema or --noinit_ema'
+      )
+
+  def load(self, abstract: dict) -> dict:
+    """The parts of `abstract`, which must be as they are there."""
+    self.has(abstract)
+    stored = {name: self.tree.get(name, {}) for name in abstract}
+    difference = _first_difference(stored, abstract)
+    if difference:
+      raise UserError(f'{self} holds another model: {difference}')
+    return self.read(abstract)
+
+  def read(self, chosen: dict) -> dict:
+    """The chosen parts; leaves that are `...`, and all else, are not read."""
+    skipped = jax.tree.map(lambda _: ..., self.tree)
+    with self._reading():
+      loaded = self._checkpointer.load(self._step, {**skipped, **chosen})
+      read = {k: leaf for k, leaf in _named(loaded).items() if leaf is not ...}
+      for name, found in checksum.of(read).items():
+        if found != self._sums.get(name):
+          raise ValueError(f'{name} is not what was saved')
+    return loaded
+
+  @contextlib.contextmanager
+  def _reading(self) -> Iterator[None]:
+    """Reports in one line what is wrong with the checkpoint."""
+    try:
+      yield
+    except Exception as e:
+      _hush_tasks()
+      raise UserError(
+        _unreadable(self._directory, self._step, e, self._flag)
+      ) from e
 
 
 @contextlib.contextmanager
@@ -460,21 +374,18 @@ def _named(tree) -> dict:
   return dict(zip(models.names(tree), jax.tree.leaves(tree), strict=True))
 
 
-def _shapes(tree) -> dict:
-  return {
-    name: (tuple(leaf.shape), jnp.dtype(leaf.dtype))
-    for name, leaf in _named(tree).items()
-  }
-
-
 def _first_difference(stored: dict, wanted: dict) -> str:
-  for name in sorted(stored.keys() | wanted.keys()):
-    if stored.get(name) != wanted.get(name):
-      told = [
-        f'{shape[0]} {shape[1]}' if shape else 'nothing'
-        for shape in (stored.get(name), wanted.get(name))
-      ]
-      return f'{name} is {told[0]} there, {told[1]} here'
+  there, here = (
+    {
+      name: f'{tuple(leaf.shape)} {jnp.dtype(leaf.dtype)}'
+      for name, leaf in _named(tree).items()
+    }
+    for tree in (stored, wanted)
+  )
+  for name in sorted(there.keys() | here.keys()):
+    found = [shapes.get(name, 'nothing') for shapes in (there, here)]
+    if found[0] != found[1]:
+      return f'{name} is {found[0]} there, {found[1]} here'
   return ''
 
 

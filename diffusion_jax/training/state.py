@@ -36,7 +36,15 @@ def init_state(
   given: dict | None = None,
   extras: dict | None = None,
 ) -> TrainState:
-  """The state at step 0; arguments as of `create`."""
+  """The state at step 0.
+
+  Args:
+    key: of the initial values.
+    init: key -> parameters.
+    optimizer: whose state is created.
+    given: as in `create`.
+    extras: the objective's state.
+  """
   params = _with(init(key), given or {})
   # Copies: the donated state may not hold one buffer twice.
   ema_params, extras = jax.tree.map(jnp.copy, (params, extras or {}))

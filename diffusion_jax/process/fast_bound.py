@@ -1,0 +1,229 @@
+"""The variational bound from one evaluation of the network in a hundred.
+
+Prior and decoder are computed for every image; the terms between are sampled:
+E over t ~ p of term(t) / p(t) is their sum for any p > 0. The error is least
+where p is proportional to the root mean square of the term, which a pilot finds
+(arXiv 2102.09672, section 3.3, samples the times of training so).
+
+Numbers folded into an image's key: 0 .. K-1 are the steps of
+`likelihood.terms`; from K on they belong in turn to `sampled` and to `pilot`,
+the offset first.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+
+from diffusion_jax.process import likelihood, noise
+from diffusion_jax.process.gaussian import Denoiser
+from diffusion_jax.process.likelihood import Steps
+from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.system.errors import UserError
+
+
+class Estimated(NamedTuple):
+  """An estimate of the mean bound, in bits per dimension.
+
+  Attributes:
+    mean: over the images.
+    low: lower end of the 95% interval.
+    high: its upper end.
+    evaluations: rows that were given to the denoiser.
+  """
+
+  mean: float
+  low: float
+  high: float
+  evaluations: int
+
+
+def _strata(keys, count, label):
+  """[count, B]: for each key, one uniform number in each of `count` strata."""
+  offsets = noise.draw(keys, label, sample=jax.random.uniform)
+  return (jnp.arange(count)[:, None] + offsets[None]) / count
+
+
+def pilot(
+  denoiser: Denoiser, steps: Steps, x0, keys, count: int = 1
+) -> tuple[jax.Array, jax.Array]:
+  """Terms at some steps, spread evenly in the log of their place from the end.
+
+  Args:
+    denoiser: (xt, t) -> (x0, eps).
+    steps: of the grid, K of at least 2.
+    x0: [B, ...] data.
+    keys: [B] random keys, those of `sampled`: the noise is another.
+    count: evaluations for each image.
+
+  Returns:
+    (steps [count, B], bits [count, B]), for `proposal`.
+  """
+  num_steps = len(steps.t)
+  place = jnp.floor(num_steps ** _strata(keys, count, num_steps + 1))
+  place = jnp.clip(place.astype(jnp.int32), 1, num_steps - 1)
+  which = num_steps - 1 - place
+  labels = num_steps + 3 + 2 * jnp.arange(count)
+  # No step is the last, so how that one is decoded does not matter.
+  bits = likelihood.scan(denoiser, steps, x0, keys, which, labels, False).bits
+  return which, bits
+
+
+def proposal(
+  which, bits, num_steps: int, uniform: float = 0.1, width: float = 0.25
+) -> np.ndarray:
+  """Probabilities of the steps, from a pilot; on the host.
+
+  Proportional to the root mean square of the terms, smoothed over the log of
+  the steps' place from the end by a Gaussian of standard deviation `width`. A
+  part is uniform, so that no weight 1 / p is above (K - 1) / uniform.
+
+  Args:
+    which: any shape, steps that were tried, all below K - 1.
+    bits: of the same shape, their terms.
+    num_steps: K.
+    uniform: the share of the uniform part.
+    width: of the smoothing: 0.25 averages over a factor of about 1.3 in t.
+
+  Returns:
+    [K-1] float64, of every step but the last; the sum is 1.
+  """
+  which, bits = np.ravel(which), np.ravel(np.asarray(bits, np.float64))
+  place = np.log(np.arange(num_steps - 1, 0, -1))
+  kernel = np.exp(-0.5 * ((place[:, None] - place) / width) ** 2) + 1e-99
+  count = np.bincount(which, minlength=num_steps - 1)
+  square = np.bincount(which, bits**2, num_steps - 1)
+  size = np.sqrt(kernel @ square / (kernel @ count))
+  size += np.finfo(np.float64).tiny  # all terms 0: uniform
+  return uniform / len(size) + (1 - uniform) * size / size.sum()
+
+
+def sampled(
+  denoiser: Denoiser,
+  schedule: Schedule,
+  steps: Steps,
+  x0,
+  keys,
+  probabilities,
+  draws: int = 8,
+  discrete: bool = True,
+) -> jax.Array:
+  """An unbiased estimate of each image's bound, from draws + 1 evaluations.
+
+  prior + decoder + the mean over draws of term / probability. The draws of an
+  image lie one in each of `draws` strata of equal probability, at one random
+  offset. Unbiased: each offset is uniform, so the mean over draws is one over
+  p. It stays so where p comes from a pilot on the same images, whose noise and
+  steps are independent of these: for every p the expectation is the image's
+  bound. The decoder's noise is that of `likelihood.terms`.
+
+  Args:
+    denoiser: (xt, t) -> (x0, eps).
+    schedule: the noise schedule.
+    steps: of the grid; concrete, not an argument of a jitted function.
+    x0: [B, ...] data.
+    keys: [B] random keys; an image's numbers depend on its own alone.
+    probabilities: [K-1], see `proposal`.
+    draws: how many steps are tried.
+    discrete: see `likelihood.term`.
+
+  Returns:
+    [B] bits per dimension, independent of each other given the probabilities.
+  """
+  num_steps = len(steps.t)
+  edges = jnp.cumsum(jnp.asarray(probabilities, x0.dtype))
+  edges = edges / edges[-1]
+  # As they are drawn in this dtype, so that the weights are those of the draws.
+  drawn = jnp.diff(edges, prepend=0)
+  place = _strata(keys, draws, num_steps).astype(x0.dtype)
+  tried = jnp.searchsorted(edges, place, side='right')
+  tried = jnp.minimum(tried, num_steps - 2)
+  decoder = jnp.full((1, len(x0)), num_steps - 1)
+  labels = num_steps + 2 + 2 * jnp.arange(draws)
+  which = jnp.concatenate([decoder, tried])
+  labels = jnp.append(num_steps - 1, labels)
+  bits = likelihood.scan(
+    denoiser, steps, x0, keys, which, labels, discrete
+  ).bits
+  between = jnp.mean(bits[1:] / drawn[tried], axis=0)
+  prior = likelihood.prior(schedule, x0, steps.t[0])
+  return prior + bits[0] + between
+
+
+def _at_least_two(images):
+  if images < 2:
+    raise UserError(
+      f'{images} images: an interval takes at least 2, score more'
+    )
+
+
+def interval(values) -> tuple[float, float, float]:
+  """(mean, low, high): the 95% interval by Student's t; on the host.
+
+  Images are the independent units. Their spread holds both how images differ
+  and what their sampled times and noise add, so no second term is needed. It is
+  for the mean over the distribution that the images come from, and so on the
+  wide side for the mean over these images alone.
+
+  Args:
+    values: [N], from `sampled`.
+
+  Raises:
+    UserError: there are fewer than 2.
+  """
+  values = np.asarray(values, np.float64)
+  _at_least_two(len(values))
+  mean, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
+  half = scipy.special.stdtrit(len(values) - 1, 0.975) * error
+  return float(mean), float(mean - half), float(mean + half)
+
+
+def estimate(
+  denoiser: Denoiser,
+  schedule: Schedule,
+  grid,
+  x0,
+  keys,
+  variance='fixedlarge',
+  discrete: bool = True,
+  evaluations: int = 10,
+) -> Estimated:
+  """The mean bound of images from a few evaluations of each.
+
+  With T = 1000 the default is one in a hundred of the evaluations of
+  `likelihood.bound`: for each image one for the decoder, one for the pilot and
+  eight for the sampled steps. It is `pilot`, `proposal`, `sampled` and
+  `interval`, which a caller with more images than fit at once calls batch by
+  batch.
+
+  Args:
+    denoiser: (xt, t) -> (x0, eps).
+    schedule: the noise schedule.
+    grid: K + 1 falling times, the last one -1; concrete.
+    x0: [B, ...] data, at least 2.
+    keys: [B] random keys.
+    variance: see `likelihood.variances`.
+    discrete: see `likelihood.term`.
+    evaluations: for each image, 3 to K - 1.
+
+  Raises:
+    UserError: evaluations or images out of range, or see
+      `likelihood.variances`.
+  """
+  steps = likelihood.prepare(schedule, grid, variance)
+  num_steps = len(steps.t)
+  if not 3 <= evaluations < num_steps:
+    raise UserError(
+      f'evaluations={evaluations}: 3 to {num_steps - 1} for each image on a '
+      f'grid of {num_steps} steps; the full bound takes {num_steps}'
+    )
+  _at_least_two(len(x0))
+  which, bits = pilot(denoiser, steps, x0, keys)
+  probabilities = proposal(which, bits, num_steps)
+  draws = evaluations - 2
+  values = sampled(
+    denoiser, schedule, steps, x0, keys, probabilities, draws, discrete
+  )
+  return Estimated(*interval(values), len(x0) * evaluations)
