@@ -74,11 +74,11 @@ def test_shipped_configs_are_found_without_a_checkout(built, tmp_path):
   program = """
 import importlib
 from pathlib import Path
-from diffusion_jax import cli
-for name in cli.shipped_configs():
+from diffusion_jax.cli import config_files
+for name in config_files.shipped_configs():
   module = importlib.import_module(f'diffusion_jax.configs.{name}')
   assert callable(module.get_config)
-  print(cli.find_config(name))
+  print(config_files.find_config(name))
 """
   result = subprocess.run(
     [sys.executable, '-c', program],
