@@ -4,14 +4,13 @@ Nothing is unpickled, and what a header claims is checked against the size of
 the file before any memory is taken.
 """
 
-import dataclasses
 import io
 import math
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -29,8 +28,7 @@ DAMAGED = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
   """What the head of a .npy stream says."""
 
   shape: tuple[int, ...]

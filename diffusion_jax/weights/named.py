@@ -1,5 +1,6 @@
 """Foreign tensors, by their names, in the places of our parameters."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -14,6 +15,13 @@ SHOWN = 3  # names in a message
 def items(params) -> Iterator[tuple[str, object]]:
   """(name, leaf) of each parameter."""
   return zip(models.names(params), jax.tree.leaves(params), strict=True)
+
+
+def renamed(name: str, rules) -> str:
+  """A name after each of the rules, (regular expression, replacement)."""
+  for pattern, replacement in rules:
+    name = re.sub(pattern, replacement, name)
+  return name
 
 
 def place(
