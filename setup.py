@@ -60,11 +60,13 @@ setup(
       'lmdb>=1.6',  # LSUN
     ],
     'test': [
+      'import-linter>=2.17',
       'pytest>=8.4',
       'pytest-xdist>=3.8',
       'ruff>=0.17',
       'setuptools>=77',  # what it would ship is tested
     ],
+    'docs': ['pdoc>=16'],
     # Pinned: the golden files come from these.
     'parity': ['torch==2.13.0', 'diffusers==0.42.1'],
   },

@@ -1,20 +1,20 @@
-r"""Speed of sampling: beside diffusers, and beside the network alone.
+r"""Sampling speed, compared with diffusers and with the bare network.
 
   pip install '.[parity]'
   python benchmarks/sampling.py
   python benchmarks/sampling.py --config=digits --num_steps=50
 
-One network of random weights is written as a run and, by the converter, as a
-folder of diffusers; each side loads its own, and DDIM draws with it.
+One network of random weights is written as a run and, with the code of
+`convert`, as a diffusers folder. Each side loads its own and samples with DDIM.
 
 1. images/s of `load(RUN).sample(...)` and of `DDIMPipeline.from_pretrained(
-   FOLDER)(...)`, both to float32 NumPy images, after both have drawn the same
-   images from the same noise.
-2. What a draw takes beyond the network: its time over that of as many bare
-   evaluations, called one by one, or in one compiled scan.
+   FOLDER)(...)`, both to float32 NumPy images. First both draw the same images
+   from the same noise.
+2. The time that a draw adds to the network: its time over that of the same
+   number of bare evaluations, called one by one or in one compiled scan.
 
-What is compared takes turns, in one process. A first call of each, which
-compiles, is not among the rounds.
+The compared functions alternate in one process. The first call of each, which
+compiles, is not one of the rounds.
 """
 
 import functools
@@ -31,7 +31,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from diffusion_jax import models, runs
 from diffusion_jax.cli import command, config_files
@@ -44,14 +43,14 @@ from diffusion_jax.training import checkpoint, sharding
 from diffusion_jax.weights import diffusers as folders
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-  'config', config_files.shipped_config('cifar10'),
-  'Whose network: a file, or the name of a shipped config.',
-)  # fmt: skip
+command.define_config(
+  'The network: a config file, or the name of a shipped config.',
+  config_files.shipped_config('cifar10'),
+)
 flags.DEFINE_list('batch_sizes', ['1', '16'], 'Images drawn at once.')
 flags.DEFINE_integer('num_steps', 10, 'Steps of DDIM.')
-flags.DEFINE_integer('rounds', 5, 'How often each side is timed.')
-flags.DEFINE_string('output', None, 'A JSON file of the result.')
+flags.DEFINE_integer('rounds', 5, 'Number of timed calls of each side.')
+flags.DEFINE_string('output', None, 'JSON file for the result.')
 
 HOW = {'sampler': 'ddim', 'grid': 'leading'}  # as diffusers' DDIM
 TOLERANCE = 1e-3  # of images in [0, 1]
@@ -63,12 +62,12 @@ def main():
   load_before = round(os.getloadavg()[0], 2)
   if load_before > os.cpu_count() / 2:
     terminal.say(
-      f'warning: the load is {load_before}, of {os.cpu_count()} cores: figures '
-      'of a busy machine compare nothing'
+      f'warning: the load is {load_before} on {os.cpu_count()} cores: figures '
+      'from a busy machine are meaningless'
     )
   with tempfile.TemporaryDirectory() as folder:
     trained, pipeline = both(config, Path(folder))
-  terminal.say('the same images from the same noise?')
+  terminal.say('comparing images from the same noise')
   result = {
     **_machine(pipeline),
     'load_before': load_before,
@@ -90,11 +89,11 @@ def main():
 
 
 def both(config, folder: Path) -> tuple:
-  """One network on both sides, each loaded as its users load it.
+  """One network on both sides, each loaded as its users do.
 
   Args:
-    config: of the run.
-    folder: for the files, which are not needed later.
+    config: the config of the run.
+    folder: for the files, which are not needed afterwards.
 
   Returns:
     (`trained.Trained` on one device, `diffusers.DDIMPipeline`).
@@ -117,8 +116,8 @@ def both(config, folder: Path) -> tuple:
 
 
 def random_params(model: models.Model) -> dict:
-  """Initial values with noise on top: of zeros, as in the last layer of a new
-  network, a comparison learns nothing."""
+  """Initial values plus noise: the last layer of a new network is almost zero
+  and would hide differences."""
   rng = np.random.default_rng(0)
   return jax.tree.map(
     lambda leaf: leaf + 0.02 * rng.standard_normal(leaf.shape, np.float32),
@@ -127,37 +126,37 @@ def random_params(model: models.Model) -> dict:
 
 
 def ours(trained, how, size: int) -> np.ndarray:
-  """Images [size, H, W, C] in [0, 255], as users draw them."""
+  """Images [size, H, W, C] in [0, 255], as users call it."""
   return trained.sample(
     size, batch_size=size, dtype='float32', num_steps=how.num_steps, **HOW
   )
 
 
 def theirs(pipeline, how, size: int, **options) -> np.ndarray:
-  """Images [size, H, W, C] in [0, 1], as users draw them."""
+  """Images [size, H, W, C] in [0, 1], as users call it."""
   return pipeline(
     size, num_inference_steps=how.num_steps, output_type='np', **options
   ).images
 
 
 def difference(trained, pipeline, how, size: int) -> float:
-  """The largest, of images in [0, 1] that both draw from the same noise.
+  """The largest difference of images in [0, 1] drawn from the same noise.
 
   Raises:
-    RuntimeError: it is so large that what would be timed is not the same work.
+    RuntimeError: it is too large: the two sides do not do the same work.
   """
   import torch
 
   first, _ = draw.sample_keys(how.seed, jnp.arange(size, dtype=jnp.uint32))
   noise = [jax.random.normal(key, trained.image_shape) for key in first]
   noise = torch.from_numpy(np.stack(noise).transpose(0, 3, 1, 2).copy())
-  # GPUs round products to 10 bits by default: fit for use, not for comparison.
+  # By default GPUs round products to 10 bits, too few for a comparison.
   with (
     jax.default_matmul_precision('highest'),
     torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
     mock.patch(NOISE, return_value=noise.to(pipeline.device)),
   ):
-    # By default theirs clips x0, and goes on with the eps of before.
+    # By default diffusers clips x0 and keeps the old eps.
     images = theirs(pipeline, how, size, use_clipped_model_output=True)
     largest = float(np.abs(ours(trained, how, size) / 255 - images).max())
   if not largest < TOLERANCE:
@@ -166,7 +165,7 @@ def difference(trained, pipeline, how, size: int) -> float:
 
 
 def measured(trained, pipeline, how, size: int) -> dict:
-  """Both comparisons at one batch size: medians, and the spread."""
+  """Both comparisons at one batch size: medians and spread."""
   first, pair = alternating(
     {
       'ours': functools.partial(ours, trained, how, size),
@@ -184,7 +183,7 @@ def measured(trained, pipeline, how, size: int) -> dict:
       name: _summary(size / seconds) for name, seconds in pair.items()
     },
     'seconds': {name: _summary(seconds) for name, seconds in alone.items()},
-    # Of each round's two times: what slows a whole round down cancels.
+    # Of the two times of a round: a slowdown of a whole round cancels.
     'ratios': {
       'ours / diffusers': _summary(pair['diffusers'] / pair['ours']),
       'draw / one by one': _summary(alone['draw'] / alone['one by one']),
@@ -194,13 +193,13 @@ def measured(trained, pipeline, how, size: int) -> dict:
 
 
 def network_alone(trained, how, size: int) -> dict:
-  """Calls with as many evaluations of the bare network as a draw has."""
+  """Calls with the same number of bare network evaluations as a draw."""
   params, apply = trained.params, trained.model.apply
   x = jax.random.normal(jax.random.key(0), (size, *trained.image_shape))
   times = [jnp.full(size, t, jnp.float32) for t in how.grid[:-1]]
   once = jax.jit(apply)
 
-  # Each takes what the one before gave, as in a draw: none overlap.
+  # Each takes the output of the one before, as in a draw: none overlap.
   def one_by_one():
     return functools.reduce(lambda x, t: once(params, x, t), times, x)
 
@@ -215,12 +214,12 @@ def network_alone(trained, how, size: int) -> dict:
 
 
 def alternating(calls: dict) -> tuple[dict, dict]:
-  """Times calls that take turns, so that what else runs here hits them all.
+  """Times calls alternately, so that other load affects all of them.
 
-  Every second round goes the other way, so that none always follows another.
+  Every second round is reversed, so that no call always follows the same one.
 
   Returns:
-    ({name: seconds of the first call}, {name: [rounds] seconds of the others}).
+    ({name: seconds of the first call}, {name: [rounds] of the later ones}).
   """
   seconds = {name: [] for name in calls}
   for i in range(1 + FLAGS.rounds):
@@ -305,7 +304,7 @@ def _shown(result):
   heads = [f'batch {batch["batch_size"]}' for batch in batches]
   yield from terminal.table(
     [f'{result["num_steps"]} steps, {result["rounds"]} rounds', *heads],
-    [*rows, ('compilation, before', *compiled)],
+    [*rows, ('compilation', *compiled)],
   )
 
 

@@ -13,7 +13,7 @@ import json
 from absl import flags
 
 from diffusion_jax import runs
-from diffusion_jax.cli import command, judging
+from diffusion_jax.cli import command, declare, run_data
 from diffusion_jax.evaluation import calibration as passes
 from diffusion_jax.evaluation import features
 from diffusion_jax.runs import calibration
@@ -23,35 +23,30 @@ from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
-flags.DEFINE_string('workdir', None, 'Folder of the run.')
-flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
-flags.DEFINE_bool('ema', True, 'Averaged weights, or the raw ones.')
-flags.DEFINE_integer(
-  'num_images', 256, 'Training images, at even distances; all, if fewer.'
+flags.adopt_module_key_flags(run_data)
+declare.shared('workdir', 'step', 'ema', 'json')
+declare.table(
+  num_images=(256, 'Training images, at even distances; all, if fewer.'),
+  batch_size=(256, 'Images at once.'),
+  seed=(0, 'Of the noise.'),
 )
-flags.DEFINE_integer('batch_size', 256, 'Images at once.')
-flags.DEFINE_integer('seed', 0, 'Of the noise.')
-flags.declare_key_flag('data_path')
-flags.declare_key_flag('json')
 
 SHOWN = 10  # rows of the table
 
 
 def main():
   distributed.initialize()
-  command.at_least(num_images=1, batch_size=1, seed=0)
-  if FLAGS.seed >= 2**32:
-    raise UserError(f'--seed={FLAGS.seed}: below 2**32')
-  workdir = files.at(FLAGS.workdir).expanduser()
+  command.at_least(num_images=1, batch_size=1)
+  command.seeds('seed')
+  workdir = declare.workdir()
   config = runs.read_config(workdir)
   folder = workdir / 'calibration'
   runs.usable_folder('workdir', folder)
-  source, _ = judging.splits_of(config)
-  images = features.images_of(source, min(FLAGS.num_images, len(source)))
+  images = run_data.images(config, 'train', FLAGS.num_images)
   trained = load(workdir, FLAGS.step, FLAGS.ema)
   place = calibration.path(workdir, trained.step, trained.ema)
   about = {
-    'images': source.description,
+    'images': images.description,
     'num_images': images.count,
     'images_sha256': features.sha256_of(images),
     'seed': FLAGS.seed,
@@ -67,7 +62,7 @@ def main():
   terminal.report(
     {**about, 'step': trained.step, 'path': str(place)},
     '\n'.join([
-      f'{images.count} images of step {trained.step}: {source.description}',
+      f'{images.count} images of step {trained.step}: {images.description}',
       '', *terminal.table(['t', 'squared error of x0', 'clipped'], rows),
       '', f'kept in {place}',
     ]),

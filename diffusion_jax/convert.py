@@ -20,16 +20,16 @@ has the config's data, to be judged against; without, evaluate takes
 """
 
 import json
-import runpy
 
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from diffusion_jax import models, runs
 from diffusion_jax.cli import command, config_files
-from diffusion_jax.runs import validation
+from diffusion_jax.models import NET
+from diffusion_jax.runs import recipe, validation
 from diffusion_jax.runs.trained import load
 from diffusion_jax.system import environment, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -39,11 +39,10 @@ from diffusion_jax.weights import diffusers, official
 FLAGS = flags.FLAGS
 flags.DEFINE_string('from', None, 'What is converted: a folder, a checkpoint.')
 flags.DEFINE_string('to', None, 'Folder of the result, new or empty.')
-config_flags.DEFINE_config_file(
-  'config', None,
+command.define_config(
   "What comes in is a run of this config: its data, and of DDPM's own "
-  'checkpoints its network.',
-)  # fmt: skip
+  'checkpoints its network.'
+)
 flags.DEFINE_integer(
   'step', None,
   'Of a run: its checkpoint, the newest by default. Of what comes in: the '
@@ -90,7 +89,7 @@ def _export(source, target) -> tuple[dict, str]:
     raise UserError('--config is of what comes in; a run has its own')
   trained = load(source, FLAGS.step, FLAGS.ema, mesh=sharding.make_mesh())
   params = jax.tree.map(sharding.to_host, trained.params)
-  diffusers.write(target, trained.config, params)
+  diffusers.write(target, trained.config, params[NET])
   result = {
     'path': str(target),
     'step': trained.step,
@@ -108,7 +107,9 @@ def _export(source, target) -> tuple[dict, str]:
 def _import_folder(source, target) -> tuple[dict, str]:
   found = diffusers.read(source)
   config = _config_with(found.config)
-  params = diffusers.to_params(found.tensors, _abstract(config), str(source))
+  params = {
+    NET: diffusers.to_params(found.tensors, _abstract(config), str(source))
+  }
   facts = {'format': 'diffusers', 'sha256': found.sha256}
   return _write(target, config, params, None, FLAGS.step or 0, facts)
 
@@ -122,8 +123,10 @@ def _import_official(source, target) -> tuple[dict, str]:
   config = FLAGS.config.copy_and_resolve_references()
   _check(config)
   found, abstract = official.read(source), _abstract(config)
-  params = official.to_params(found.average, abstract, str(source))
-  raw = found.raw and official.to_params(found.raw, abstract, str(source))
+  params, raw = (
+    tensors and {NET: official.to_params(tensors, abstract, str(source))}
+    for tensors in (found.average, found.raw)
+  )
   step = found.step or 0 if FLAGS.step is None else FLAGS.step
   return _write(target, config, params, raw or None, step, {'format': 'DDPM'})
 
@@ -140,7 +143,7 @@ def _config_with(parts) -> ConfigDict:
         f'{_shown(shape)}: give the config of their data, or none'
       )
   else:
-    config = runpy.run_path(config_files.find_config('cifar10'))['get_config']()
+    config = config_files.load(config_files.shipped_config('cifar10'))
     config.data.update({'name': '', 'heldout_split': '', 'path': ''})
   before = runs.to_plain(config)
   with config.unlocked():
@@ -165,10 +168,8 @@ def _shown(shape) -> str:
 
 
 def _abstract(config):
-  model = models.create(
-    image_shape=runs.image_shape(config.data), **config.model
-  )
-  return jax.eval_shape(model.init, jax.random.key(0))
+  init = recipe.create(config).init
+  return jax.eval_shape(init, jax.random.key(0))[NET]
 
 
 def _write(target, config, params, raw, step, facts) -> tuple[dict, str]:

@@ -25,21 +25,31 @@ images without a run: python -m diffusion_jax.fid.
 Without --sampler: DDPM's own, 1000 ancestral steps, which takes its time.
 """
 
+import contextlib
+
 import numpy as np
 from absl import flags
 
 from diffusion_jax import runs, samplers
-from diffusion_jax.cli import command, drawing, judging, likelihoods
+from diffusion_jax.cli import (
+  command,
+  declare,
+  drawing,
+  judges,
+  judging,
+  likelihoods,
+  run_data,
+)
 from diffusion_jax.evaluation import (
   bits,
   cards,
   features,
   follow,
-  summary,
   sweep,
+  tables,
 )
 from diffusion_jax.evaluation.features import Images
-from diffusion_jax.reporting import page
+from diffusion_jax.reporting import page, plots
 from diffusion_jax.runs import store
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import distributed, files, terminal
@@ -49,40 +59,30 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(drawing)
 flags.adopt_module_key_flags(judging)
 flags.adopt_module_key_flags(likelihoods)
-flags.DEFINE_integer('num_samples', 1000, 'How many samples are judged.')
-flags.DEFINE_enum(
-  'rounding', 'float', ['float', 'round', 'truncate'],
-  'Of samples before they are judged: none, as in DDPM, or to 8 bits.',
-)  # fmt: skip
-flags.DEFINE_bool(
-  'follow', False,
-  'Judge each checkpoint of the run as it comes, until training has ended.',
-)  # fmt: skip
-flags.DEFINE_float('poll_secs', 30.0, '--follow: between looks for a new one.')
-flags.DEFINE_bool(
-  'keep_samples', False, '--follow, --sweep: keep samples that are judged.'
+declare.table(
+  num_samples=(1000, 'How many samples are judged.'),
+  rounding=(
+    ('float', 'round', 'truncate'),
+    'Of samples before they are judged: none, as in DDPM, or to 8 bits.',
+  ),
+  follow=(
+    False,
+    'Judge each checkpoint as it comes, until training has ended.',
+  ),
+  poll_secs=(30.0, '--follow: between looks for a new one.'),
+  keep_samples=(False, '--follow, --sweep: keep samples that are judged.'),
+  sweep=(
+    [],
+    'Judge samplers at equal numbers of evaluations, a table and a plot: '
+    'names, options after colons: ddim,ddim:eta=1,unipc:order=2:grid=logsnr.',
+  ),
+  sweep_evaluations=(['10', '20', '50'], '--sweep: evaluations for a sample.'),
+  compare=(
+    [],
+    'Prints metric cards of one protocol in a table and ends: files or runs.',
+  ),
 )
-flags.DEFINE_list(
-  'sweep', [],
-  'Judge samplers at equal numbers of evaluations, a table and a plot: names, '
-  'with options after colons: ddim,ddim:eta=1,unipc:order=2:grid=logsnr.',
-)  # fmt: skip
-flags.DEFINE_list(
-  'sweep_evaluations', ['10', '20', '50'],
-  '--sweep: evaluations of the network for a sample.',
-)  # fmt: skip
-flags.DEFINE_list(
-  'compare', [],
-  'Prints metric cards of one protocol in a table and ends: files or runs, '
-  'with commas between them.',
-)  # fmt: skip
 
-
-# Of a protocol, before its table.
-HEAD = (
-  *('data', 'split', 'num_reference', 'num_samples', 'features'),
-  *('bits', 'num_images', 'variance', 'dequantisation', 'seed'),
-)
 JUDGED = 64  # images at once: a judge's maps may be larger than the images
 
 
@@ -91,10 +91,12 @@ def main():
     return
   distributed.initialize()
   if FLAGS.compare:
-    _compare()
+    groups = cards.compare(FLAGS.compare)
+    told = ['\n'.join(tables.lines(group)) for group in groups]
+    terminal.report({'tables': groups}, '\n\n'.join(told), FLAGS.json)
     return
   if FLAGS.download:
-    judging.download()
+    judges.download()
     if not FLAGS.workdir:
       return
   if not FLAGS.workdir:
@@ -102,44 +104,37 @@ def main():
   drawing.check_flags(num_samples=2, poll_secs=0.1)
   if FLAGS['sweep'].present or FLAGS['sweep_evaluations'].present:
     _check_sweep()
-  kinds = [name for name in FLAGS.metrics if name in bits.KINDS]
-  if kinds:
-    if kinds != FLAGS.metrics or FLAGS.follow:
-      raise UserError(
-        f'--metrics={",".join(FLAGS.metrics)}: likelihoods are measured by '
-        f'themselves; ask for {",".join(kinds)} alone, without --follow'
-      )
-    likelihoods.check_flags(kinds)
-    likelihoods.carry_out(kinds)
+  if any(name in bits.KINDS for name in FLAGS.metrics):
+    likelihoods.carry_out()
     return
   likelihoods.check_absent()
   judging.check_flags()
+  workdir = declare.workdir()
+  runs.usable_folder('workdir', workdir)
+  runs.usable_folder('workdir', workdir / 'evaluations')
   if FLAGS.follow:
-    _follow()
+    _follow(workdir)
   elif FLAGS.sweep:
-    _sweep()
+    _sweep(workdir)
   else:
-    _once()
+    _once(workdir)
 
 
-def _once():
+def _once(workdir):
   trained, plan, output = drawing.chosen(_dtype())
-  workdir = _usable_workdir()
   task = _task(workdir, trained)
-  drawn = drawing.fill(trained, plan, output, FLAGS.num_samples, _dtype())
   path = _card_path(task, workdir, trained.step, plan)
-  card = _judge(task, path, trained, plan, output)
+  card, drawn = _judge(task, path, trained, plan, output)
   report = workdir / 'report.html'
   terminal.report(
     {**card, 'path': str(path), 'report': str(report), 'drawn': drawn},
-    f'{summary.text(card)}\n\ncard: {path}\nreport: {report}',
+    f'{tables.text(card)}\n\ncard: {path}\nreport: {report}',
     FLAGS.json,
   )
-  distributed.on_first(lambda: page.write(workdir, terminal.say) and None)
+  page.update(workdir)
 
 
-def _follow():
-  workdir = _usable_workdir()
+def _follow(workdir):
   for flag in ('step', 'output'):
     if FLAGS[flag].value is not None:
       raise UserError(f'--follow judges all checkpoints: leave out --{flag}')
@@ -149,7 +144,8 @@ def _follow():
       f'--follow with --sampler={FLAGS.sampler} --grid={FLAGS.grid}: each '
       'checkpoint would have to be calibrated first; use another'
     )
-  samplers.options(FLAGS.sampler, **drawing.asked().options)
+  options = {name: FLAGS[name].value for name in drawing.OPTIONS}
+  samplers.options(FLAGS.sampler, **options)
   follow.wait_for_first(workdir, FLAGS.poll_secs)
   trained, plan, _ = drawing.chosen(_dtype())
   task = _task(workdir, trained)
@@ -163,25 +159,29 @@ def _follow():
 
   def judge(now):
     output = output_of(now.step)
-    drawing.fill(now, plan, output, FLAGS.num_samples, _dtype())
-    card = _judge(task, path_of(now.step), now, plan, output)
-    distributed.on_first(lambda: page.write(workdir, terminal.say) and None)
-    clean([now.step])
+    card, _ = _judge(task, path_of(now.step), now, plan, output)
+    page.update(workdir)
+    _clean([output])
     return card
 
-  def clean(steps):
-    if not FLAGS.keep_samples:
-      distributed.on_first(lambda: [files.remove(output_of(s)) for s in steps])
-
-  result = next(iter(task.judge.taps.values()))
   # A kill may have come between a card and the end of its samples.
-  judged = follow.curve_of(workdir, path_of, result)['points']
-  clean([point['step'] for point in judged])
+  judged = follow.curve_of(workdir, path_of, task.result)['points']
+  _clean([output_of(point['step']) for point in judged])
   curve = follow.follow(
-    workdir, trained.at, judge, path_of, result=result,
+    workdir,
+    trained.at,
+    judge,
+    path_of,
+    result=task.result,
     poll_secs=FLAGS.poll_secs,
-  )  # fmt: skip
+  )
   terminal.report(curve, follow.text(curve), FLAGS.json)
+
+
+def _clean(outputs):
+  """Removes samples that are judged, unless they are to be kept."""
+  if not FLAGS.keep_samples:
+    distributed.on_first(lambda: [files.remove(path) for path in outputs])
 
 
 def _check_distance(flag, best):
@@ -199,115 +199,96 @@ def _check_sweep():
       '--sweep=ddim,unipc'
     )
   idle = ('sampler', 'num_steps', 'grid', 'clip', 'output', 'follow')
-  for flag in (*idle, *drawing.OPTIONS):
-    if FLAGS[flag].present:
-      raise UserError(
-        f'--{flag} has no part in --sweep, of which each sampler has its own '
-        'options after colons: leave it out'
-      )
+  command.refuse(
+    (*idle, *drawing.OPTIONS),
+    '--sweep, of which each sampler has its own options after colons',
+  )
   _check_distance('--sweep', 'the best sampler')
 
 
-def _sweep():
-  workdir = _usable_workdir()
-  entries = [sweep.parse(text) for text in dict.fromkeys(FLAGS.sweep)]
+def _sweep(workdir):
+  entries = {text: sweep.parse(text) for text in FLAGS.sweep}
   budgets = sweep.budgets(FLAGS.sweep_evaluations)
   step, plan_of, network = drawing.prepared()
   timesteps = runs.read_config(workdir)['process']['num_timesteps']
+
+  def longest(text, budget):
+    try:
+      return sweep.longest(
+        lambda steps: plan_of({**entries[text], 'num_steps': steps}),
+        budget,
+        timesteps,
+      )
+    except UserError as e:
+      told = f'--sweep={text} of {budget} evaluations: {e}'
+      raise UserError(told) from e
+
   planned = [
-    (entry, budget, *_longest(entry, budget, plan_of, timesteps))
-    for entry in entries
+    (text, budget, longest(text, budget))
+    for text in entries
     for budget in budgets
   ]
   trained = network()
   task = _task(workdir, trained)
-  result = next(iter(task.judge.taps.values()))
   cells = []
-  for i, (entry, budget, asked, plan) in enumerate(planned):
-    terminal.say(f'{i + 1} of {len(planned)}: {entry.text}, {plan.cost()}')
-    path = _card_path(task, workdir, step, plan, asked)
-    card = _judged(task, path, trained, plan, asked)
+  for i, (text, budget, plan) in enumerate(planned):
+    terminal.say(f'{i + 1} of {len(planned)}: {text}, {plan.cost()}')
+    path = _card_path(task, workdir, step, plan, entries[text])
+    card = _judged(task, path, trained, plan, entries[text])
     cells.append({
-      'sampler': entry.text, 'budget': budget, 'num_steps': plan.num_steps,
-      'evaluations': plan.evaluations, 'value': card['results'][result],
+      'sampler': text,
+      'budget': budget,
+      'num_steps': plan.num_steps,
+      'evaluations': plan.evaluations,
+      'value': card['results'][task.result],
       'card': path.name,
     })  # fmt: skip
-  subject = {
-    'workdir': str(workdir), 'step': step, 'ema': trained.ema,
-    'weights_sha256': trained.weights_sha256, 'seed': FLAGS.seed,
-  }  # fmt: skip
   told = {
-    'result': result, 'subject': subject, 'protocol': task.protocol,
-    'cells': cells, 'best': sweep.best(cells),
-  }  # fmt: skip
+    'result': task.result,
+    'subject': {**cards.subject_of(trained), 'seed': FLAGS.seed},
+    'protocol': task.protocol,
+    'cells': cells,
+    'best': sweep.best(cells),
+  }
   of = [FLAGS.sweep, budgets, FLAGS.seed, trained.weights_sha256]
-  name = cards.name(
-    f'step{step}', f'{result}_{FLAGS.num_samples}',
-    {'sweep': of, **task.protocol},
-  )  # fmt: skip
+  what = f'{task.result}_{FLAGS.num_samples}'
+  name = cards.name(f'step{step}', what, {'sweep': of, **task.protocol})
   path = workdir / 'evaluations' / 'sweeps' / f'{name}.json'
   plot = path.with_suffix('.png')
-  distributed.on_first(lambda: sweep.write(path, told))
-  distributed.on_first(lambda: page.write(workdir, terminal.say) and None)
-  reference = task.source.description if task.source else FLAGS.reference
+
+  def keep():
+    plots.sweep(plot, told)
+    cards.write(path, told)
+
+  distributed.on_first(keep)
+  page.update(workdir)
   terminal.report(
     {**told, 'path': str(path), 'plot': str(plot)},
     f'{FLAGS.num_samples} samples of step {step} for each number, against '
-    f'{reference}\n{sweep.text(told)}\n\nplot: {plot}',
+    f'{task.reference}\n{sweep.text(told)}\n\nplot: {plot}',
     FLAGS.json,
   )
 
 
-def _longest(entry, budget, plan_of, timesteps):
-  """What is asked for in a cell of a sweep, and its plan."""
-  asked = drawing.Asked(
-    entry.sampler, None, entry.grid, entry.clip, entry.options
-  )
-
-  def of(steps):
-    return plan_of(asked._replace(num_steps=steps))
-
-  try:
-    return asked, sweep.longest(of, budget, timesteps)
-  except UserError as e:
-    told = f'--sweep={entry.text} of {budget} evaluations: {e}'
-    raise UserError(told) from e
-
-
 def _judged(task, path, trained, plan, asked) -> dict:
   """The card of a cell of a sweep, drawn and judged unless it is there."""
-  card = distributed.on_first(lambda: _known(path, task, trained, plan))
+
+  def known():
+    with contextlib.suppress(UserError):
+      card = cards.read(path)
+      wanted = cards.create(_subject(trained, plan), task.protocol, {}, {})
+      wanted['subject']['workdir'] = card['subject'].get('workdir')  # it moves
+      if all(card[part] == wanted[part] for part in ('subject', 'protocol')):
+        return card
+    return None
+
+  card = distributed.on_first(known)
   name = drawing.name(trained.step, plan, _dtype(), asked)
   output = trained.workdir / 'samples' / f'swept_{name}'
   if card is None:
-    drawing.fill(trained, plan, output, FLAGS.num_samples, _dtype())
-    card = _judge(task, path, trained, plan, output)
-  # A kill may have come between a card and the end of its samples.
-  if not FLAGS.keep_samples:
-    distributed.on_first(lambda: files.remove(output))
+    card, _ = _judge(task, path, trained, plan, output)
+  _clean([output])  # a kill may have left them beside a card
   return card
-
-
-def _known(path, task, trained, plan) -> dict | None:
-  """The card, where it is there, is whole, and of the same."""
-
-  def key(card):
-    subject = {k: v for k, v in card['subject'].items() if k != 'workdir'}
-    return subject, card['protocol']
-
-  try:
-    card = cards.read(path)
-  except UserError:
-    return None
-  same = cards.create(_subject(trained, plan), task.protocol, {}, {})
-  return card if key(card) == key(same) else None
-
-
-def _usable_workdir():
-  workdir = files.at(FLAGS.workdir).expanduser()
-  runs.usable_folder('workdir', workdir)
-  runs.usable_folder('workdir', workdir / 'evaluations')
-  return workdir
 
 
 def _dtype() -> str:
@@ -323,21 +304,18 @@ def _task(workdir, trained) -> judging.Task:
     source = judging.open_set('reference', shape[0], shape[2])
     about = {'data': 'images' if source else 'statistics'}
   else:
-    source, heldout = judging.splits_of(trained.config)
+    source, heldout = run_data.splits(trained.config)
     about = {
       'data': config['name'],
       'split': config['train_split'],
       'heldout_split': config['heldout_split'] if heldout else '',
     }
-  samples = Images(
-    FLAGS.num_samples, None, f'--num_samples={FLAGS.num_samples}'
-  )
-  judge = judging.judge_of(source, heldout, shape, workdir / 'evaluations')
+  count = FLAGS.num_samples
+  samples = Images(count, None, f'--num_samples={count}')
+  judge = judges.judge_of(source, heldout, shape, workdir / 'evaluations')
   reference = judging.set_of('reference', source, judge, shape)
   # Of sorted held-out images the first ones would be all of a kind.
-  held = heldout and features.images_of(
-    heldout, min(FLAGS.num_samples, len(heldout))
-  )
+  held = heldout and features.images_of(heldout, min(count, len(heldout)))
   usual = ['fid']
   if not FLAGS.sweep:  # whose reference is statistics after the first
     usual += ['copies'] * bool(source)
@@ -355,70 +333,37 @@ def _card_path(task, workdir, step, plan, how=None):
 
 
 def _subject(trained, plan, output=None) -> dict:
-  return {
-    'workdir': str(files.at(FLAGS.workdir).expanduser()),
-    'step': trained.step,
-    'ema': trained.ema,
-    'weights_sha256': trained.weights_sha256,
-    **plan.protocol(),
-    **_cost(plan, output),
-  }
-
-
-def _judge(task, path, trained, plan, output) -> dict:
-  """The card of samples that are drawn, which is written."""
-
-  def stream():
-    for images in store.stream(output, 0, FLAGS.num_samples, features.BLOCK):
-      # None is below 0, so this cuts off what is behind the point.
-      yield images.astype(np.uint8) if FLAGS.rounding == 'truncate' else images
-
-  samples = Images(FLAGS.num_samples, stream, f'samples in {output}')
-  measured = judging.carry_out(
-    task, samples, min(FLAGS.batch_size, JUDGED), trained.mesh, output
-  )
-  subject = _subject(trained, plan, output)
-  card = cards.create(
-    subject, task.protocol, measured.results, measured.details
-  )
-
-  def shown(i):
-    (images,) = store.stream(output, i, i + 1, 1)
-    return features.whole(images[0])
-
-  def keep():
-    if FLAGS.neighbours and measured.nearest:
-      judging.draw_neighbours(
-        path.with_name(f'{path.stem}_neighbours.png'),
-        measured, shown, task.source,
-      )  # fmt: skip
-    cards.write(path, card)
-
-  distributed.on_first(keep)
-  return card
-
-
-def _cost(plan, output) -> dict:
-  """What a sample took; on average, where the sampler chooses its steps."""
+  subject = {**cards.subject_of(trained), **plan.protocol()}
   if not plan.adaptive:
-    return {'evaluations': plan.evaluations}
-  took = drawing.took(output, FLAGS.num_samples)
+    return {**subject, 'evaluations': plan.evaluations}
+  took = drawing.took(output, FLAGS.num_samples)  # the sampler chose its steps
   return {
+    **subject,
     'evaluations': round(float(took.evaluations.mean()), 2),
     'unfinished': int((~took.finished).sum()),
   }
 
 
-def _compare():
-  groups = cards.compare(FLAGS.compare)
-  tables = []
-  for group in groups:
-    protocol = group[0]['protocol']
-    head = ', '.join(
-      f'{name} {protocol[name]}' for name in HEAD if name in protocol
-    )
-    tables.append('\n'.join([head, '', *terminal.table(*cards.table(group))]))
-  terminal.report({'tables': groups}, '\n\n'.join(tables), FLAGS.json)
+def _judge(task, path, trained, plan, output) -> tuple[dict, int]:
+  """Draws what is missing, and judges: (the card, how many were drawn)."""
+  count = FLAGS.num_samples
+  drawn = drawing.fill(trained, plan, output, count, _dtype())
+
+  def stream():
+    for images in store.stream(output, 0, count, features.BLOCK):
+      # None is below 0, so this cuts off what is behind the point.
+      yield images.astype(np.uint8) if FLAGS.rounding == 'truncate' else images
+
+  def shown(i):
+    (images,) = store.stream(output, i, i + 1, 1)
+    return features.whole(images[0])
+
+  samples = Images(count, stream, f'samples in {output}')
+  measured = judging.carry_out(
+    task, samples, min(FLAGS.batch_size, JUDGED), trained.mesh, output
+  )
+  subject = _subject(trained, plan, output)
+  return judging.card_of(task, subject, measured, path, shown), drawn
 
 
 if __name__ == '__main__':

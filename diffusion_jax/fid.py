@@ -14,8 +14,8 @@ Features are kept (--cache), so that what was interrupted goes on.
 from absl import flags
 
 from diffusion_jax import runs
-from diffusion_jax.cli import command, judging
-from diffusion_jax.evaluation import cards, features, statistics, summary
+from diffusion_jax.cli import command, declare, judges, judging
+from diffusion_jax.evaluation import statistics, tables
 from diffusion_jax.evaluation.features import Images
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -25,21 +25,18 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(judging)
 FLAGS.set_default('features', 'inception')
-flags.DEFINE_string(
-  'samples', None, 'What is judged: a set of images, given like --reference.'
+declare.table(
+  samples=(str, 'What is judged: a set of images, given like --reference.'),
+  image_size=(int, 'Crop all images to squares and resize to so many pixels.'),
+  card=(str, 'A file for the metric card.'),
+  batch_size=(64, 'Images that the network takes at once.'),
 )
-flags.DEFINE_integer(
-  'image_size', None,
-  'Crop all images to squares and resize them to so many pixels.',
-)  # fmt: skip
-flags.DEFINE_string('card', None, 'A file for the metric card.')
-flags.DEFINE_integer('batch_size', 64, 'Images that the network takes at once.')
 
 
 def main():
   distributed.initialize()
   if FLAGS.download:
-    judging.download()
+    judges.download()
     if not FLAGS.samples:
       return
   for name in ('samples', 'reference'):
@@ -60,7 +57,7 @@ def main():
       'compared; --image_size=N crops and resizes all, and tells so on the card'
     )
   shape = shapes[0] if shapes else None
-  judge = judging.judge_of(source, None, shape)
+  judge = judges.judge_of(source, None, shape)
   samples = judging.set_of('samples', shown, judge, shape)
   reference = judging.set_of('reference', source, judge, shape)
   about = {
@@ -72,33 +69,19 @@ def main():
     judge, samples, reference, source, about=about, usual=['fid']
   )
   measured = judging.carry_out(
-    task, samples, FLAGS.batch_size, sharding.make_mesh(), judging.cache()
+    task, samples, FLAGS.batch_size, sharding.make_mesh(), judges.cache()
   )
   is_images = isinstance(samples, Images)
   subject = {
     'samples': samples.description if is_images else FLAGS.samples,
-    'samples_sha256': (features if is_images else statistics).sha256_of(
-      samples
-    ),
+    'samples_sha256': statistics.sha256_of(samples),
   }
-  card = cards.create(
-    subject, task.protocol, measured.results, measured.details
+  path = files.at(FLAGS.card).expanduser() if FLAGS.card else None
+  card = judging.card_of(
+    task, subject, measured, path, lambda i: shown[i]['image']
   )
-  told = ''
-  if FLAGS.card:
-    path = files.at(FLAGS.card).expanduser()
-    distributed.on_first(lambda: _keep(path, card, measured, shown, source))
-    told = f'\n\ncard: {path}'
-  terminal.report(card, f'{summary.text(card)}{told}', FLAGS.json)
-
-
-def _keep(path, card, measured, shown, source):
-  if FLAGS.neighbours and measured.nearest:
-    judging.draw_neighbours(
-      path.with_name(f'{path.stem}_neighbours.png'),
-      measured, lambda i: shown[i]['image'], source,
-    )  # fmt: skip
-  cards.write(path, card)
+  told = f'\n\ncard: {path}' if path else ''
+  terminal.report(card, f'{tables.text(card)}{told}', FLAGS.json)
 
 
 if __name__ == '__main__':

@@ -14,17 +14,16 @@ cannot be undone. --clip clips on both ways.
 """
 
 import hashlib
-import json
 import math
 
 import numpy as np
 from absl import flags
 
 from diffusion_jax import runs
-from diffusion_jax.cli import command, judging
-from diffusion_jax.evaluation import features
+from diffusion_jax.cli import command, declare, run_data
+from diffusion_jax.evaluation import cards, features
 from diffusion_jax.reporting import pictures
-from diffusion_jax.runs import draw, trajectories
+from diffusion_jax.runs import trajectories
 from diffusion_jax.runs.trained import load
 from diffusion_jax.samplers import grid as grids
 from diffusion_jax.samplers import inversion
@@ -35,35 +34,24 @@ from diffusion_jax.training import checkpoint
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
-for shared in ('data_path', 'json'):
-  flags.declare_key_flag(shared)
-flags.DEFINE_string('workdir', None, 'Folder of the run.')
-flags.DEFINE_string(
-  'output', None, 'Folder of what is written; by default in WORKDIR/inversions.'
+flags.adopt_module_key_flags(run_data)
+declare.shared('workdir', 'step', 'ema', 'split', 'json')
+declare.table(
+  output=(str, 'Folder of the results; by default in WORKDIR/inversions.'),
+  num_images=(8, 'How many, at even distances.'),
+  batch_size=(64, 'Images inverted at once.'),
+  num_steps=(int, 'Steps each way; all of the schedule by default.'),
+  grid=(
+    'uniform',
+    f'Times: {", ".join(grids.GRIDS)}, or a literal list such as 999,500,100.',
+  ),
+  iterations=(
+    3,
+    'Evaluations in a step of the inversion: 1 is usual, more are more exact.',
+  ),
+  interpolate=(0, 'Also draw so many images between two neighbours.'),
+  clip=(False, 'Clip x0 to [-1, 1] in every step, both ways.'),
 )
-flags.DEFINE_enum(
-  'split', 'heldout', ['heldout', 'train'], 'Which images of the run.'
-)
-flags.DEFINE_integer('num_images', 8, 'How many, at even distances.')
-flags.DEFINE_integer('batch_size', 64, 'Images inverted at once.')
-flags.DEFINE_integer(
-  'num_steps', None, 'Steps each way; all of the schedule by default.'
-)
-flags.DEFINE_string(
-  'grid', 'uniform',
-  f'Times: {", ".join(grids.GRIDS)}, or a literal list such as 999,500,100.',
-)  # fmt: skip
-flags.DEFINE_integer(
-  'iterations', 3,
-  'Evaluations in each step of the inversion: 1 is the usual one, more of them '
-  'undo the step the better.',
-)  # fmt: skip
-flags.DEFINE_integer(
-  'interpolate', 0, 'Also draw so many images between two neighbours.'
-)
-flags.DEFINE_bool('clip', False, 'Clip x0 to [-1, 1] in every step, both ways.')
-flags.DEFINE_bool('ema', True, 'Averaged weights, or the raw ones.')
-flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
 
 MOST_SEEN = 100  # times that the picture of differences is brightened
 
@@ -78,19 +66,17 @@ def main():
       f'--interpolate={FLAGS.interpolate} is between two images: give '
       f'--num_images=2 or more, not {FLAGS.num_images}'
     )
-  workdir = files.at(FLAGS.workdir).expanduser()
+  workdir = declare.workdir()
   config = runs.read_config(workdir)
-  plan = plans.for_run(
-    config, sampler='ddim', num_steps=FLAGS.num_steps, grid=FLAGS.grid,
-    clip=FLAGS.clip,
-  )  # fmt: skip
+  how = {name: FLAGS[name].value for name in ('num_steps', 'grid', 'clip')}
+  plan = plans.for_run(config, sampler='ddim', **how)
   step = distributed.on_first(
     lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
   )
   output = FLAGS.output or workdir / 'inversions' / _name(step, plan)
   output = files.at(output).expanduser()
   runs.usable_output(output, 'inversions')
-  images = _images(config)
+  images = run_data.images(config, FLAGS.split, FLAGS.num_images, at_most=False)
   trained = load(workdir, step, FLAGS.ema)
   _invert(trained, plan, images, output)
 
@@ -107,24 +93,10 @@ def _name(step, plan) -> str:
   return '_'.join(parts)
 
 
-def _images(config) -> features.Images:
-  """Those that the flags ask for."""
-  train, heldout = judging.splits_of(config)
-  source = train if FLAGS.split == 'train' else heldout
-  if source is None:
-    raise UserError('the run holds no images out: give --split=train')
-  if FLAGS.num_images > len(source):
-    raise UserError(
-      f'--num_images={FLAGS.num_images}: there are {len(source)} '
-      f'({source.description})'
-    )
-  return features.images_of(source, FLAGS.num_images)
-
-
 def _invert(trained, plan, images, output):
   """There and back; writes and tells."""
   pixels = np.concatenate(list(images.stream()))
-  x0 = pixels.astype(np.float32) / 127.5 - 1.0
+  x0 = trajectories.to_x0(trained, pixels)
   how = {'clip': plan.clip, 'batch_size': FLAGS.batch_size}
   up, sampler = plan.grid[::-1], inversion.ddim_inversion(FLAGS.iterations)
   evaluations = sampler.evaluations(up)
@@ -137,13 +109,10 @@ def _invert(trained, plan, images, output):
   again = draw_fn(noises)
   if not np.isfinite(again).all():
     raise UserError(
-      "the network's answers are not finite: was the training healthy?"
+      'the network gives no finite numbers: was training healthy?'
     )
   result = {
-    'workdir': str(trained.workdir),
-    'step': trained.step,
-    'ema': trained.ema,
-    'weights_sha256': trained.weights_sha256,
+    **cards.subject_of(trained),
     'split': FLAGS.split,
     'num_images': images.count,
     'images_sha256': features.sha256_of(images),
@@ -153,10 +122,15 @@ def _invert(trained, plan, images, output):
     'evaluations': {'inversion': evaluations, 'drawing': plan.evaluations},
     **_measured(x0, noises, again),
   }
-  drawn = {'inversion.png': _picture(pixels, noises, again)}
+
+  def to_images(x):
+    return trajectories.to_images(trained, x)
+
+  seen = pixels, to_images(noises), to_images(again)
+  drawn = {'inversion.png': _picture(*seen, again - x0)}
   if FLAGS.interpolate:
     drawn['interpolation.png'] = pictures.interpolation(
-      draw_fn, noises, FLAGS.interpolate
+      lambda x: to_images(draw_fn(x)), noises, FLAGS.interpolate
     )
 
   def keep():
@@ -165,8 +139,7 @@ def _invert(trained, plan, images, output):
       pictures.save(output / name, picture)
     with files.replacing(output / 'noises.npy') as file:
       np.save(file, noises, allow_pickle=False)
-    with files.replacing(output / 'inversion.json') as file:
-      file.write(json.dumps(result, indent=2).encode() + b'\n')
+    cards.write(output / 'inversion.json', result)
 
   distributed.on_first(keep)
   terminal.report(
@@ -203,16 +176,15 @@ def _measured(x0, noises, again) -> dict:
   }
 
 
-def _picture(pixels, noises, again) -> np.ndarray:
+def _picture(pixels, noises, again, error) -> np.ndarray:
   """A row an image: itself, its noise, drawn again, and the difference."""
-  drawn = np.asarray(draw.to_uint8(again))
-  off = np.abs(again - (pixels / 127.5 - 1.0)) * 127.5
+  off = np.abs(error) * 127.5
   # Brightened by a power of 10 so far as none is cut off.
   factor = 10 ** math.floor(math.log10(255 / max(off.max(), 1e-9)))
   factor = min(max(factor, 1), MOST_SEEN)
   seen = np.clip(np.round(off * factor), 0, 255).astype(np.uint8)
   return pictures.columns(
-    np.stack([pixels, np.asarray(draw.to_uint8(noises)), drawn, seen]),
+    np.stack([pixels, noises, again, seen]),
     ['image', 'noise', 'again', f'error x{factor}'],
   )
 
@@ -225,24 +197,17 @@ def _text(result, images) -> str:
     return (name, *(f'{errors[key]:.3g}' for key in keys), noise)
 
   each = result['images']
-  rows = [
-    row(str(i), errors, f'{errors["noise_rms"]:.3f}')
-    for i, errors in enumerate(each)
-  ]
+  rows = [row(str(i), x, f'{x["noise_rms"]:.3f}') for i, x in enumerate(each)]
   noise = np.sqrt(np.mean([errors['noise_rms'] ** 2 for errors in each]))
   steps, count = len(result['grid']) - 1, result['iterations']
-  return '\n'.join(
-    [
-      f'{len(each)} images of {images.description}',
-      f'inverted by step {result["step"]} in {steps} steps of {count} '
-      f'evaluation{"s" * (count > 1)}, and drawn again by DDIM in {steps}',
-      '',
-      *terminal.table(
-        ['image', 'rms', 'max', 'rms of 255', 'max of 255', 'rms of noise'],
-        [*rows, row('all', result['error'], f'{noise:.3f}')],
-      ),
-    ]
-  )
+  rows.append(row('all', result['error'], f'{noise:.3f}'))
+  heads = ['image', 'rms', 'max', 'rms of 255', 'max of 255', 'rms of noise']
+  return '\n'.join([
+    f'{len(each)} images of {images.description}',
+    f'inverted by step {result["step"]} in {steps} steps of {count} '
+    f'evaluation{"s" * (count > 1)}, and drawn again by DDIM in {steps}',
+    '', *terminal.table(heads, rows),
+  ])  # fmt: skip
 
 
 if __name__ == '__main__':

@@ -11,19 +11,16 @@ import math
 import jax
 from absl import flags
 from jax.sharding import AbstractMesh
-from ml_collections import config_flags
 
-from diffusion_jax import models, runs
+from diffusion_jax import models
 from diffusion_jax.cli import command
-from diffusion_jax.runs import validation
+from diffusion_jax.runs import recipe, validation
 from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import optim, sharding, state
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-  'config', None, 'The run: a file, or the name of a shipped config.'
-)
+command.define_config()
 flags.DEFINE_integer(
   'num_devices',
   None,
@@ -42,10 +39,8 @@ def main():
     raise UserError(wrong[0])
   sizes = sharding.mesh_shape(count, **config.mesh)
   mesh = AbstractMesh(sizes, sharding.AXES)
-  model = models.create(
-    image_shape=runs.image_shape(config.data), **config.model
-  )
-  abstract = state.abstract_state(model, optim.create(**config.optim), mesh)
+  init = recipe.create(config).init
+  abstract = state.abstract_state(init, optim.create(**config.optim), mesh)
   rows = [
     {'name': name, **_lies(leaf)}
     for name, leaf in zip(

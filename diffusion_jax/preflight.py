@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import config_dict
 
 from diffusion_jax import runs
 from diffusion_jax.cli import command
@@ -36,12 +36,10 @@ from diffusion_jax.planning.page import gib
 from diffusion_jax.runs import programs, validation
 from diffusion_jax.system import distributed, environment, terminal
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import sharding, state
+from diffusion_jax.training import sharding
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-  'config', None, 'The run: a file, or the name of a shipped config.'
-)
+command.define_config()
 flags.adopt_module_key_flags(distributed)
 flags.DEFINE_string(
   'topology', None,
@@ -203,7 +201,9 @@ def _effort(place) -> str:
 def _compile_step(place, batch_size) -> Compiled | TooLarge:
   shape = (batch_size, *runs.image_shape(place.config.data))
   batch = {'image': _rows(place, shape, jnp.uint8)}
-  return _compile(place, place.program.step_fn, (place.program.abstract, batch))
+  program = place.program
+  args = (program.abstract, program.frozen, batch)
+  return _compile(place, program.step_fn, args)
 
 
 def _sampled(place) -> int:
@@ -289,10 +289,10 @@ def _measure(place, train, sample) -> dict:
   shape = (config.batch_size, *runs.image_shape(config.data))
   noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
   batch = {'image': _put(mesh, noise)}
-  now = [state.create(program.init_key, program.model, program.optimizer, mesh)]
+  now = [program.create_state(mesh)]
 
   def step():
-    now[0], values = train.program(now[0], batch)
+    now[0], values = train.program(now[0], program.frozen, batch)
     return values
 
   with terminal.waiting('measuring the training step'):

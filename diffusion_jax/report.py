@@ -8,13 +8,12 @@ before. It can be written at any time, while the run trains too.
 
 from absl import flags
 
-from diffusion_jax.cli import command
+from diffusion_jax.cli import command, declare
 from diffusion_jax.reporting import page
 from diffusion_jax.system import terminal
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('workdir', None, 'Folder of the run.')
-flags.DEFINE_bool('json', False, 'Print the result as JSON.')
+declare.shared('workdir', 'json')
 
 
 def main():

@@ -20,7 +20,6 @@ import os
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from diffusion_jax import data, runs
 from diffusion_jax.cli import command
@@ -35,14 +34,11 @@ from diffusion_jax.training import (
   metrics,
   preemption,
   sharding,
-  state,
   watchdog,
 )
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-  'config', None, 'The run: a file, or the name of a shipped config.'
-)
+command.define_config()
 flags.adopt_module_key_flags(distributed)
 flags.DEFINE_string('workdir', None, 'Folder of the run; made if needed.')
 flags.DEFINE_string(
@@ -66,153 +62,173 @@ def main():
   wrong = validation.check(config, jax.devices())
   if wrong:
     raise UserError(wrong[0])
-  source, heldout = data.splits(config.data)
+  splits = data.splits(config.data)
   runs.check(workdir, config)
   origin = finetune.find(
     workdir, FLAGS.init_from, FLAGS.init_step, FLAGS.init_ema
   )
   mesh = sharding.make_mesh(**config.mesh)
   program = programs.create(config, mesh)
-  abstract = program.abstract
-  given, left = finetune.load(origin, abstract.params) if origin else ({}, [])
+  begun = finetune.load(origin, program.abstract.params)
 
   # Nothing was written so far: every answer to a mistake comes before.
   with contextlib.ExitStack() as stack:
-
-    def begin():
-      stack.enter_context(runs.lock(workdir))
-      if origin:
-        finetune.record(workdir, origin, given, left)
-      if not (workdir / 'config.json').exists():
-        runs.write_config(workdir, config)
-      return checkpoint.steps(workdir / 'checkpoints')
-
-    kept = distributed.on_first(begin)
+    kept = distributed.on_first(
+      lambda: _begin(stack, workdir, config, origin, begun)
+    )
     signals = preemption.Signals()
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(
-        workdir / 'checkpoints', config.keep_last, config.keep_every
+        workdir / 'checkpoints',
+        config.keep_last,
+        config.keep_every,
+        program.frozen,
+        program.recipe.origins,
       )
     )
     if kept:
-      train_state = checkpoints.restore(kept[-1], abstract)
+      train_state = checkpoints.restore(kept[-1], program.abstract)
     else:
-      train_state = state.create(
-        program.init_key, program.model, program.optimizer, mesh, given
-      )
+      train_state = program.create_state(mesh, begun.taken)
     start = int(train_state.step)
     if start >= config.num_steps:
       _finish(workdir, start, {})
       return
-
-    def note():
-      runs.write_config(workdir, config)  # with what has changed
-      runs.note_start(workdir, {'step': start, **environment.describe()})
-
-    distributed.on_first(note)
-    if origin and not kept:
-      for line in finetune.told(origin, given, left, runs.to_plain(config)):
-        terminal.say(line)
-    elif FLAGS.init_from:
-      terminal.say(
-        f'going on from step {start}: --init_from was applied when this run '
-        'began'
-      )
-    given = {}  # let go of them: they are copied
-    terminal.say(f'training on {source.description}')
-    terminal.say(
-      f'held out: {heldout.description}'
-      if heldout
-      else 'no images are held out (data.heldout_every=10 would hold out every '
-      'tenth): there is no held-out loss'
-    )
-    batches = pipeline.batches(
-      source,
-      batch_size=config.batch_size,
-      seed=config.seed,
-      flip=config.data.flip,
-      start_step=start,
-      sharding=sharding.batch_sharding(mesh),
-    )
-    first = distributed.is_first()
-    writer = metrics.Writer(workdir, start) if first else metrics.Mute()
-
-    def eval_fn(train_state):
-      value = _heldout_loss(
-        program.loss_fn, train_state.ema_params, heldout, config.batch_size,
-        config.eval_images, mesh,
-      )  # fmt: skip
-      return {'heldout_loss': value}
-
-    def sample_fn(train_state, at):
-      indices = sharding.padded_indices(config.sample.num_images, mesh)
-      images = sharding.to_host(
-        program.draw_fn(train_state.ema_params, indices)
-      )
-      if not first:
-        return
-      picture = pictures.grid(images[: config.sample.num_images])
-      folder = files.make(workdir / 'samples')
-      pictures.save(folder / f'train_{at:08d}.png', picture)
-      writer.picture(at, 'samples', picture)
-
-    dog = stack.enter_context(
-      watchdog.Watchdog(
-        workdir,
-        distributed.index(),
-        jax.process_count(),
-        still_secs=FLAGS.still_secs,
-        silent_secs=FLAGS.heartbeat_secs / 2,
-        every_secs=min(FLAGS.heartbeat_secs / 6, 10),
-        tell=terminal.say,
-      )
-    )
-    with terminal.Progress('training', config.num_steps, start) as progress:
-
-      def on_step(row):
-        dog.step()
-        progress.update(note=f'loss {row["loss"]:.4f}' if row else '')
-
-      train_state = loop.train(
-        train_state,
-        step_fn=program.step_fn,
-        batches=dog.waiting(batches),
-        num_steps=config.num_steps,
-        batch_size=config.batch_size,
-        every=loop.Every(
-          config.log_every,
-          config.eval_every if heldout else 0,
-          config.sample_every,
-          config.checkpoint_every,
-        ),
-        checkpoints=checkpoints,
-        writer=writer,
-        eval_fn=eval_fn,
-        sample_fn=sample_fn,
-        on_step=on_step,
-        stop=signals.reached,
-      )
-    writer.close()
+    _say_start(workdir, config, start, splits, origin, begun, bool(kept))
+    begun.taken.clear()  # they are copied
+    train_state = _train(
+      stack, config, workdir, mesh, program, splits, train_state, checkpoints,
+      signals,
+    )  # fmt: skip
   at = int(train_state.step)
   if at < config.num_steps:
-    if distributed.is_first():
-      terminal.say(_stopped(signals.name, at))
+    terminal.say(_stopped(signals.name, at))
     return
   rows = metrics.read(workdir / 'metrics.jsonl')
   _finish(workdir, config.num_steps, rows[-1] if rows else {})
 
 
-def _heldout_loss(loss_fn, params, source, batch_size, num_images, mesh):
+def _begin(stack, workdir, config, origin, begun) -> list[int]:
+  """Takes the folder; the steps that have a checkpoint."""
+  stack.enter_context(runs.lock(workdir))
+  if origin:
+    finetune.record(workdir, origin, begun)
+  if not (workdir / 'config.json').exists():
+    runs.write_config(workdir, config)
+  return checkpoint.steps(workdir / 'checkpoints')
+
+
+def _say_start(workdir, config, start, splits, origin, begun, goes_on) -> None:
+  """Notes the start in the workdir, and says what it begins with."""
+
+  def note():
+    runs.write_config(workdir, config)  # with what has changed
+    runs.note_start(workdir, {'step': start, **environment.describe()})
+
+  distributed.on_first(note)
+  source, heldout = splits
+  if origin and not goes_on:
+    for line in finetune.told(origin, begun, runs.to_plain(config)):
+      terminal.say(line)
+  elif FLAGS.init_from:
+    terminal.say(
+      f'going on from step {start}: --init_from was applied when this run began'
+    )
+  terminal.say(f'training on {source.description}')
+  terminal.say(
+    f'held out: {heldout.description}'
+    if heldout
+    else 'no images are held out (data.heldout_every=10 would hold out every '
+    'tenth): there is no held-out loss'
+  )
+
+
+def _train(
+  stack, config, workdir, mesh, program, splits, train_state, checkpoints,
+  signals,
+):  # fmt: skip
+  """The training loop, with what happens on the way."""
+  source, heldout = splits
+  start = int(train_state.step)
+  batches = pipeline.batches(
+    source,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    flip=config.data.flip,
+    start_step=start,
+    sharding=sharding.batch_sharding(mesh),
+  )
+  first = distributed.is_first()
+  writer = metrics.Writer(workdir, start) if first else metrics.Mute()
+  dog = stack.enter_context(
+    watchdog.Watchdog(
+      workdir,
+      distributed.index(),
+      jax.process_count(),
+      still_secs=FLAGS.still_secs,
+      silent_secs=FLAGS.heartbeat_secs / 2,
+      every_secs=min(FLAGS.heartbeat_secs / 6, 10),
+      tell=terminal.say,
+    )
+  )
+  progress = stack.enter_context(
+    terminal.Progress('training', config.num_steps, start)
+  )
+
+  def on_step(row):
+    dog.step()
+    progress.update(note=f'loss {row["loss"]:.4f}' if row else '')
+
+  train_state = loop.train(
+    train_state,
+    step_fn=lambda now, batch: program.step_fn(now, program.frozen, batch),
+    batches=dog.waiting(batches),
+    num_steps=config.num_steps,
+    batch_size=config.batch_size,
+    every=loop.Every(
+      config.log_every,
+      config.eval_every if heldout else 0,
+      config.sample_every,
+      config.checkpoint_every,
+    ),
+    checkpoints=checkpoints,
+    writer=writer,
+    eval_fn=lambda now: _heldout_loss(program, now, heldout, config, mesh),
+    sample_fn=lambda now, at: _draw_grid(
+      program, now, at, config.sample.num_images, mesh, workdir, writer
+    ),
+    on_step=on_step,
+    stop=signals.reached,
+  )
+  writer.close()
+  return train_state
+
+
+def _heldout_loss(program, train_state, source, config, mesh) -> dict:
   """The mean loss over the held-out images, as a device scalar."""
+  params = {**program.frozen, **train_state.ema_params}
+  batch_size, num_images = config.batch_size, config.eval_images
   total, first = 0.0, 0
   rows = pipeline.local_rows(sharding.batch_sharding(mesh), batch_size)
   for local in pipeline.heldout(
     source, batch_size=batch_size, num_examples=num_images, rows=rows
   ):
     batch, weight = sharding.put_rows(local, mesh, batch_size)
-    total += loss_fn(params, batch, weight, first)
+    total += program.loss_fn(params, train_state.extras, batch, weight, first)
     first += batch_size
-  return total / min(num_images or len(source), len(source))
+  return {'heldout_loss': total / min(num_images or len(source), len(source))}
+
+
+def _draw_grid(program, train_state, at, count, mesh, workdir, writer) -> None:
+  """Samples on the way, as a picture in the workdir and in TensorBoard."""
+  params = {**program.frozen, **train_state.ema_params}
+  indices = sharding.padded_indices(count, mesh)
+  images = sharding.to_host(program.draw_fn(params, indices))
+  if distributed.is_first():
+    picture = pictures.grid(images[:count])
+    folder = files.make(workdir / 'samples')
+    pictures.save(folder / f'train_{at:08d}.png', picture)
+    writer.picture(at, 'samples', picture)
 
 
 def _stopped(name, at):

@@ -1,142 +1,72 @@
-"""docs/api.md: as the docstrings are, and they say what they must."""
+"""Public docstrings, which pdoc makes pages of, name arguments and errors."""
 
 import ast
-import importlib.util
+import importlib
 import inspect
+import pkgutil
 import re
-import sys
 import textwrap
 
-import binaries
 import pytest
 
-DOCS = binaries.ROOT / 'docs'
+import diffusion_jax
+
+# Not the binaries: each has flags of its own, and cli shares them.
+PACKAGES = [
+  found.name
+  for found in pkgutil.iter_modules(diffusion_jax.__path__)
+  if found.ispkg and found.name not in ('cli', 'configs')
+]
 
 
-def load():
-  path = DOCS / 'build_api.py'
-  spec = importlib.util.spec_from_file_location('build_api', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+def functions(package) -> dict:
+  """Name -> public function, of all modules of a package."""
+  name = f'diffusion_jax.{package}'
+  paths = importlib.import_module(name).__path__
+  names = [name, *(m.name for m in pkgutil.walk_packages(paths, f'{name}.'))]
+  found = {
+    f'{module}.{key}': inspect.unwrap(item)
+    for module in names
+    for key, item in vars(importlib.import_module(module)).items()
+    if key[0] != '_' and getattr(item, '__module__', '') == module
+  }
+  return {key: item for key, item in found.items() if inspect.isfunction(item)}
 
 
-build_api = load()
-PUBLIC = {
-  name: item for _, entries in build_api.listed() for name, item in entries
-}
-FUNCTIONS = {
-  name: item for name, item in PUBLIC.items() if inspect.isfunction(item)
-}
+def problems(function) -> list[str]:
+  """What a docstring leaves out.
 
-
-def sections(doc) -> dict:
-  parts = re.split(
-    r'^(Args|Returns|Raises):$', inspect.cleandoc(doc), flags=re.M
-  )
-  return dict(zip(parts[1::2], parts[2::2], strict=True))
-
-
-@pytest.mark.parametrize('name', FUNCTIONS)
-def test_a_public_function_says_what_it_takes_and_raises(name):
-  function = FUNCTIONS[name]
-  told = sections(function.__doc__)
-  named = re.findall(r'^  \*{0,2}(\w+): ', told.get('Args', ''), re.M)
-  assert named == list(inspect.signature(function).parameters)
-  body = ast.parse(textwrap.dedent(inspect.getsource(function)))
-  if any(
-    isinstance(node, ast.Raise) and 'UserError(' in ast.unparse(node)
-    for node in ast.walk(body)
-  ):
-    assert '  UserError: ' in told.get('Raises', '')
-
-
-@pytest.mark.parametrize('name', PUBLIC)
-def test_the_page_shows_all_that_is_public(name):
-  page = (DOCS / 'api.md').read_text()
-  assert page.count(f'\n### `{name}`\n') == 1
-  assert f'](#{build_api.anchor(name)})' in page
-
-
-def test_the_page_is_as_the_docstrings_are(monkeypatch, tmp_path):
-  monkeypatch.setattr(sys, 'argv', ['build_api.py', '--check'])
-  build_api.main()  # else: run python docs/build_api.py
-  stale = tmp_path / 'api.md'
-  stale.write_text(build_api.PAGE.read_text().replace('DDPM', 'DPM', 1))
-  for page in (stale, tmp_path / 'none.md'):
-    monkeypatch.setattr(build_api, 'PAGE', page)
-    with pytest.raises(SystemExit, match='run python docs/build'):
-      build_api.main()
-
-
-def test_links_lead_somewhere():
-  """To a heading of the page, or to a file of the project."""
-  page = (DOCS / 'api.md').read_text()
-  headings = re.findall(r'^#+ `?(.*?)`?$', page, re.M)
-  anchors = [build_api.anchor(heading) for heading in headings]
-  assert len(set(anchors)) == len(anchors)
-  prose = re.sub(r'^ *```.*?^ *```$', '', page, flags=re.M | re.S)
-  links = re.findall(r'\]\(([^)]*)\)', prose)
-  assert len(links) > 2 * len(PUBLIC)
-  for link in links:
-    assert (
-      link.removeprefix('#') in anchors
-      or link.startswith('https://arxiv.org/abs/')
-      or (DOCS / link).is_file()
-    ), link
-
-
-def a_function(first, *rest):
-  """Does 2**3 things (arXiv 2006.11239).
-
-  In two paragraphs, the second of which
-  goes on:
-
-    x = alpha x0
-      + sigma eps
-
-  Args:
-    first: in
-      words, or
-      'a'    the first;
-      'bcd'  the second.
-    *rest: goes on in
-      another line.
-
-  Returns:
-    [B], as `2**3`.
-
-  Raises:
-    UserError: never.
-    KeyError: ever.
+  Few arguments may go without a section, if the text suffices.
   """
+  doc, told = inspect.getdoc(function) or '', []
+  section = re.search(r'^Args:\n((?:  .*\n|\n)*)', f'{doc}\n', re.M)
+  named = re.findall(r'^  \*{0,2}(\w+): ', section[1], re.M) if section else []
+  parameters = list(inspect.signature(function).parameters)
+  if named != parameters and (section or len(parameters) > 3):
+    told.append(f'Args has {named} of {parameters}')
+  body = ast.parse(textwrap.dedent(inspect.getsource(function)))
+  raised = (n for n in ast.walk(body) if isinstance(n, ast.Raise))
+  if 'UserError' not in doc and any(
+    'UserError(' in ast.unparse(node) for node in raised
+  ):
+    told.append('UserError is raised, and not told')
+  return told
 
 
-def test_how_a_docstring_is_shown():
-  assert build_api.head(a_function) == (
-    '```python\ndef a_function(first, *rest)\n```'
-  )
-  assert build_api.markdown(a_function.__doc__) == (
-    r"""Does 2\*\*3 things ([arXiv 2006.11239](https://arxiv.org/abs/2006.11239)).
+@pytest.mark.parametrize('package', PACKAGES)
+def test_docstrings_name_arguments_and_errors(package):
+  found = {name: problems(item) for name, item in functions(package).items()}
+  assert {name: told for name, told in found.items() if told} == {}
 
-In two paragraphs, the second of which goes on:
 
-```text
-x = alpha x0
-  + sigma eps
-```
+def test_what_is_left_out_is_seen():
+  def function(first, *rest, last=0):
+    """Does it.
 
-- `first`: in words, or
+    Args:
+      first: of three.
+      last: of three.
+    """
+    raise UserError('x')  # noqa: F821
 
-  ```text
-  'a'    the first;
-  'bcd'  the second.
-  ```
-- `*rest`: goes on in another line.
-
-**Returns** [B], as `2**3`.
-
-**Raises** `UserError`: never.
-
-**Raises** `KeyError`: ever."""
-  )
+  assert len(problems(function)) == 2

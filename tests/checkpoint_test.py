@@ -27,7 +27,9 @@ def saved(tmp_path_factory):
   Six and seven are the last two, the others multiples of 2; the odd ones went.
   """
   folder = tmp_path_factory.mktemp('run') / 'checkpoints'
-  made = state.create(jax.random.key(0), NETWORK, OPTIMIZER, tiny.one_device())
+  made = state.create(
+    jax.random.key(0), NETWORK.init, OPTIMIZER, tiny.one_device()
+  )
   with checkpoint.Checkpoints(folder, keep_last=2, keep_every=2) as kept:
     for step in range(1, 8):
       kept.save(step, made._replace(step=made.step + step))
@@ -42,9 +44,13 @@ def folder(saved, tmp_path):
   return tmp_path / 'checkpoints'
 
 
+def abstract():
+  return state.abstract_state(NETWORK.init, OPTIMIZER, tiny.one_device())
+
+
 def restore(folder, step, mesh=None, network=NETWORK, optimizer=OPTIMIZER):
   mesh = mesh or tiny.one_device()
-  abstract = state.abstract_state(network, optimizer, mesh)
+  abstract = state.abstract_state(network.init, optimizer, mesh)
   with checkpoint.Checkpoints(folder) as kept:
     return kept.restore(step, abstract)
 
@@ -73,7 +79,7 @@ def test_every_bit_comes_back_on_any_mesh(saved, sizes):
 def test_parameters_come_without_the_optimiser(saved, ema):
   folder, made = saved
   mesh = tiny.one_device()
-  shapes = state.abstract_state(NETWORK, OPTIMIZER, mesh).params
+  shapes = state.abstract_state(NETWORK.init, OPTIMIZER, mesh).params
   params = checkpoint.load_params(folder, 6, shapes, ema=ema)
   wanted = made.ema_params if ema else made.params
   jax.tree.map(np.testing.assert_array_equal, wanted, jax.device_get(params))
@@ -113,7 +119,9 @@ def sums_of(folder, step):
 
 
 def load_ema(folder, step):
-  shapes = state.abstract_state(NETWORK, OPTIMIZER, tiny.one_device()).params
+  shapes = state.abstract_state(
+    NETWORK.init, OPTIMIZER, tiny.one_device()
+  ).params
   return checkpoint.load_params(folder, step, shapes)
 
 
@@ -163,7 +171,9 @@ def test_what_is_read_is_verified_and_no_more(folder, part):
   with pytest.raises(UserError) as error:
     restore(folder, 7)
   one_line(error, f'checkpoint 7 is unreadable ({name} is not what was saved)')
-  shapes = state.abstract_state(NETWORK, OPTIMIZER, tiny.one_device()).params
+  shapes = state.abstract_state(
+    NETWORK.init, OPTIMIZER, tiny.one_device()
+  ).params
   for ema, load, flag in (
     (True, checkpoint.load_params, 'step'),
     (False, checkpoint.load_common, 'init_step'),
@@ -178,7 +188,9 @@ def test_what_is_read_is_verified_and_no_more(folder, part):
 
 def test_common_parameters_are_verified_and_no_others(folder):
   """Of a network of other colours, whose ends are left."""
-  shapes = state.abstract_state(NETWORK, OPTIMIZER, tiny.one_device()).params
+  shapes = state.abstract_state(
+    NETWORK.init, OPTIMIZER, tiny.one_device()
+  ).params
   shapes['conv_in']['kernel'] = jax.ShapeDtypeStruct((3, 3, 3, 64), 'float32')
   path, facts = sums_of(folder, 7)
   sums = facts['custom_metadata']['checksums']
@@ -314,7 +326,9 @@ def test_training_goes_on_where_that_note_is_damaged(small, tmp_path, warned):
 def test_a_save_that_cannot_be_written_is_one_line(saved, tmp_path):
   """What fails on a thread is told by wait(), once, and then it closes."""
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  made = state.create(jax.random.key(0), NETWORK, OPTIMIZER, tiny.one_device())
+  made = state.create(
+    jax.random.key(0), NETWORK.init, OPTIMIZER, tiny.one_device()
+  )
   with checkpoint.Checkpoints(tmp_path / 'few') as kept:
     kept.save(1, made)
     kept.wait()
@@ -362,7 +376,9 @@ def test_the_step_that_is_asked_for_must_be_there(saved, tmp_path):
 def test_reading_writes_nothing(saved):
   """Sampling from a folder that cannot be written must work."""
   before = sorted(str(p) for p in saved[0].rglob('*'))
-  shapes = state.abstract_state(NETWORK, OPTIMIZER, tiny.one_device()).params
+  shapes = state.abstract_state(
+    NETWORK.init, OPTIMIZER, tiny.one_device()
+  ).params
   checkpoint.load_params(saved[0], 7, shapes)
   assert sorted(str(p) for p in saved[0].rglob('*')) == before
   assert json.loads((saved[0] / '7' / '_CHECKPOINT_METADATA').read_text())

@@ -125,7 +125,7 @@ def test_a_run_of_ours_goes_out_and_comes_in(tmp_path):
   assert before.config['model'] == after.config['model']
   raw = converted(run, tmp_path / 'raw', '--noema', '--step=20')
   tensors = safetensors.numpy.load_file(raw / WEIGHTS)
-  params = load(run, step=20, ema=False).params
+  params = load(run, step=20, ema=False).params['net']
   for key, value in diffusers.to_tensors(params).items():
     np.testing.assert_array_equal(tensors[key], value)
 
@@ -566,7 +566,7 @@ def test_a_checkpoint_of_tensorflow_becomes_a_run(tmp_path):
   for ema, suffix in ((True, '/ExponentialMovingAverage'), (False, '')):
     trained = load(run, ema=ema)
     assert trained.step == 790_000
-    params = dict(named.items(trained.params))
+    params = dict(named.items(trained.params['net']))
     for ours, theirs in (
       ('up/0/blocks/1/shortcut/kernel', 'up_3/block_1/nin_shortcut/W'),
       ('down/1/attentions/0/key/kernel', 'down_1/attn_0/k/W'),

@@ -9,21 +9,22 @@ import threading
 import time
 
 import binaries
+import jax
 import numpy as np
 import pytest
 import tiny
 
 from diffusion_jax.runs import store
-from diffusion_jax.system import distributed
+from diffusion_jax.system import distributed, farewell
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics, sharding
 
 # --- meeting -----------------------------------------------------------------
 
 
-def meet_all(calls, seconds=10):
+def meet_all(calls, seconds=10, address=None):
   """Runs meet() in a thread each; returns what each raised, or None."""
-  address = f'localhost:{binaries.free_port()}'
+  address = address or f'localhost:{binaries.free_port()}'
   raised = [None] * len(calls)
 
   def join(place, total, index, after):
@@ -145,6 +146,88 @@ def test_alone_nobody_is_asked():
   assert distributed.is_first()
   assert distributed.on_first(lambda: {'a': [1, None]}) == {'a': [1, None]}
   distributed.leave(3)
+  distributed.finish()
+
+
+# --- leaving -----------------------------------------------------------------
+
+
+def see_off(others, seconds):
+  """Process 0's farewell; returns how long it took."""
+  started = time.monotonic()
+  farewell.see_off(others, 2, seconds)
+  return time.monotonic() - started
+
+
+def closing(connection, after):
+  """Closes it later, as the kernel does when a process ends."""
+  thread = threading.Timer(after, connection.close)
+  thread.start()
+  return thread
+
+
+def test_process_0_waits_for_all_others():
+  here, there = zip(*(socket.socketpair() for _ in range(3)), strict=True)
+  threads = [closing(s, 0.3 * i) for i, s in enumerate(there)]
+  assert 0.5 < see_off(here, 60) < 50
+  for thread in threads:
+    thread.join()
+
+
+def test_process_0_does_not_wait_for_one_that_never_goes():
+  (here, there), (left, gone) = socket.socketpair(), socket.socketpair()
+  gone.close()
+  assert 0.5 <= see_off([here, left], 0.5) < 30
+  assert there.recv(9) == b'2\n'
+
+
+def test_process_0_does_not_wait_for_those_that_were_killed():
+  """One has gone before, one with words unread; nobody is there in the end."""
+  (here, there), (left, gone) = socket.socketpair(), socket.socketpair()
+  left.send(b'unread')
+  gone.close()
+  closing(there, 0).join()
+  assert see_off([here, left], 60) < 50
+  assert see_off([], 60) < 50
+
+
+def test_the_others_follow_process_0_after_a_while():
+  first, other = socket.socketpair()
+  ended = []
+  event = threading.Event()
+  farewell.follow(other, lambda code: (ended.append(code), event.set()), 0.3)
+  started = time.monotonic()
+  assert see_off([first], 0) < 30
+  assert event.wait(60)
+  assert ended == [2]
+  assert time.monotonic() - started >= 0.3
+
+
+def test_a_process_0_that_dies_is_left_to_jax():
+  first, other = socket.socketpair()
+  ended = []
+  farewell.follow(other, ended.append, 0)
+  first.close()
+  time.sleep(0.3)
+  assert not ended
+
+
+def test_a_pod_where_process_0_is_out_of_reach(monkeypatch):
+  """Found by JAX, but not by their connections: nobody is awaited."""
+  address = f'localhost:{binaries.free_port()}'
+  monkeypatch.setattr(farewell, 'PATIENCE', 0.3)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(distributed, '_broadcast', lambda value: address)
+  for index in (0, 1):
+    monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
+    distributed._meet_in_pod()
+  assert distributed._others is None
+
+
+def test_a_pod_knows_an_address_of_process_0():
+  address = farewell.own_address()
+  raised = meet_all([(2, 0, 0), (2, 1, 0)], address=address)
+  assert raised == [None, None]
 
 
 @pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2), (1, 8, 1)])
@@ -261,6 +344,82 @@ def binaries_lock(workdir):
   from diffusion_jax import runs
 
   return runs.lock(workdir)
+
+
+def end_all(*flags, send=(), began=None):
+  """Runs tests/ending.py in two processes; how they ended, and how soon."""
+  processes = binaries.start_several(
+    'ending', *flags, *([f'--began={began}'] if began else [])
+  )
+  if began:
+    processes[0].wait_until(began.exists)
+  for index in send:
+    processes[index].send(signal.SIGINT)
+  started = time.monotonic()
+  results = [process.end() for process in processes]
+  for result in results:
+    assert 'Fatal' not in result.err, result.err
+    assert 'coordination' not in result.err, result.err
+  return results, time.monotonic() - started
+
+
+def test_ctrl_c_ends_all_with_one_code(tmp_path):
+  """One of them may be in a collective by then, which never comes to an end."""
+  results, seconds = end_all(
+    '--how=loop', send=(0, 1), began=tmp_path / 'began'
+  )
+  assert [r.code for r in results] == [130, 130], results
+  assert 'goes on from what is kept' in results[0].err
+  assert seconds < 60
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_process_0_alone(tmp_path):
+  results, seconds = end_all('--how=loop', send=(0,), began=tmp_path / 'began')
+  assert [r.code for r in results] == [130, 130], results
+  assert 'process 0 has ended with exit code 130' in results[1].err
+  assert seconds < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('how', 'code', 'told'),
+  [('mistake', 2, 'error: it is the way'), ('crash', 1, 'Error: a bug')],
+)
+@pytest.mark.parametrize('who', ['0,1', '0', '1'])
+def test_mistakes_and_crashes(how, code, told, who):
+  """Of both, and of one while the other waits for it in a collective."""
+  results, _ = end_all(f'--how={how}', f'--who={who}')
+  for index, result in enumerate(results):
+    if str(index) in who:
+      assert result.code == code, results
+      assert told in result.err
+  if who == '0':
+    assert results[1].code == code, results
+    assert 'process 0 has ended with exit code' in results[1].err
+  # Process 0 learns from the collective that the other has gone.
+  assert who != '1' or results[0].code == 1, results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('who', ['0', '1'])
+def test_one_that_is_late_is_awaited_at_a_good_end(who):
+  results, _ = end_all('--how=end', f'--who={who}')
+  assert [r.code for r in results] == [0, 0], results
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_two_train(tmp_path):
+  processes = binaries.start_several(
+    'train', *tiny.flags(tmp_path, num_steps=100_000, sample_every=0)
+  )
+  processes[0].wait_until(lambda: len(rows(tmp_path)) >= 3)
+  for process in processes:
+    process.send(signal.SIGINT)
+  results = [process.end() for process in processes]
+  assert [r.code for r in results] == [130, 130], [r.err for r in results]
+  for result in results:
+    assert 'coordination' not in result.err, result.err
 
 
 @pytest.mark.slow

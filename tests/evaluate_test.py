@@ -188,7 +188,7 @@ def test_cards_of_one_protocol_stand_in_one_table(run, card):
   assert result.code == 0, result.err
   for one in (card, raw):
     assert f'{one["results"]["frechet"]:.4g}' in result.out
-  assert 'EMA' in result.out
+  assert 'averaged' in result.out
   assert 'raw' in result.out
   both = evaluate(f'--compare={paths}')
   (table,) = both['tables']

@@ -234,7 +234,8 @@ def test_people_read_it(there):
   )  # fmt: skip
   assert result.code == 0, result.err
   assert 'FID-64' in result.out
-  assert 'judged by inception, input as tf1' in result.out
+  assert 'features inception' in result.out
+  assert 'convention tf1' in result.out
   assert 'beware: fid_64: 30 images in 64 dimensions' in result.out
 
   np.savez(there / 'unit.npz', mu=np.zeros(64), sigma=np.eye(64))

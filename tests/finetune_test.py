@@ -38,7 +38,7 @@ def named(tree):
 
 def abstract(model, mesh=None):
   mesh = mesh or tiny.one_device()
-  return state.abstract_state(model, OPTIMIZER, mesh).params
+  return state.abstract_state(model.init, OPTIMIZER, mesh).params
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +46,7 @@ def saved(tmp_path_factory):
   """(folder, params, averaged params) of a checkpoint at step 7."""
   folder = tmp_path_factory.mktemp('run') / 'checkpoints'
   made = state.create(
-    jax.random.key(5), network(), OPTIMIZER, tiny.one_device()
+    jax.random.key(5), network().init, OPTIMIZER, tiny.one_device()
   )
   made = made._replace(ema_params=jax.tree.map(jnp.cos, made.params))
   with checkpoint.Checkpoints(folder) as kept:
@@ -129,8 +129,8 @@ def test_a_state_begins_with_what_is_given(saved, sizes):
   )
   model, key = network((8, 8, 3)), jax.random.key(3)
   taken, left = checkpoint.load_common(saved[0], 7, abstract(model, mesh))
-  plain = state.create(key, model, OPTIMIZER, mesh)
-  begun = state.create(key, model, OPTIMIZER, mesh, taken)
+  plain = state.create(key, model.init, OPTIMIZER, mesh)
+  begun = state.create(key, model.init, OPTIMIZER, mesh, taken)
   rest = {row['name'] for row in left}
   for tree in (begun.params, begun.ema_params):
     for name, array in named(tree).items():

@@ -18,7 +18,8 @@ from PIL import Image
 from solvers_test import LINEAR, SMOOTH, alpha_sigma, falling
 
 import diffusion_jax
-from diffusion_jax import data, samplers
+from diffusion_jax import data, models, samplers
+from diffusion_jax.codecs import pixels
 from diffusion_jax.guidance import clipping
 from diffusion_jax.process import gaussian
 from diffusion_jax.reporting import pictures
@@ -257,7 +258,7 @@ FRAMES = (0, 1, 3, 4)
 TIMES = (999, 600, 300, 20, -1)
 
 
-def apply(params, xt, t):
+def apply(params, xt, t, keys=None, cond=None):
   """The eps of the mixture; examples have one time."""
   alpha, sigma = LINEAR.alpha(t[0]), LINEAR.sigma(t[0])
   return params * (xt - alpha * mixture.x0(xt, alpha, sigma, jnp)) / sigma
@@ -270,12 +271,13 @@ def test_estimates_are_the_denoisers_of_the_frames(name, clip):
   how = plan.create(LINEAR, sampler=name, grid='999,600,300,20', clip=clip)
   draw_fn = jax.jit(
     draw.drawer(
-      apply, LINEAR, 'eps', how.create(), TIMES, SHAPE, seed=3, clip=clip,
-      frames=FRAMES, dtype='float32', estimates=True,
+      tiny.recipe(models.Model(None, apply), SHAPE, LINEAR), tiny.one_device(),
+      how.create(), TIMES, seed=3, clip=clip, frames=FRAMES, dtype='float32',
+      estimates=True,
     )
   )  # fmt: skip
   indices = jnp.arange(5, dtype=jnp.uint32)
-  images, kept = draw_fn(jnp.float32(1), indices)
+  images, kept = draw_fn({'net': jnp.float32(1)}, indices)
   assert kept.shape == (4, 5, *SHAPE)
 
   def network(xt, t):
@@ -289,13 +291,13 @@ def test_estimates_are_the_denoisers_of_the_frames(name, clip):
   x, frames = samplers.solve(
     how.create(), denoiser, LINEAR, TIMES, x, later, FRAMES
   )
-  np.testing.assert_allclose(images, draw.to_float(x), atol=1e-3)
+  np.testing.assert_allclose(images, pixels.from_float(x), atol=1e-3)
   np.testing.assert_array_equal(kept[-1], images)
   for k, frame in enumerate(FRAMES[:-1]):
-    wanted = draw.to_float(denoiser(frames[k], TIMES[frame]).x0)
+    wanted = pixels.from_float(denoiser(frames[k], TIMES[frame]).x0)
     # In float32: at t = 999 x0 = (x - sigma eps) / 0.0064, times 127.5.
     np.testing.assert_allclose(kept[k], wanted, atol=2e-2)
-    assert np.abs(wanted - draw.to_float(frames[k])).max() > 1
+    assert np.abs(wanted - pixels.from_float(frames[k])).max() > 1
 
 
 def test_estimates_need_no_frame_with_noise():
@@ -348,7 +350,9 @@ def test_what_is_carried_down_are_the_samples(trained, batch_size):
   got = carry(trajectories.noises(trained, 4, 10))
   assert got.dtype == np.float32
   images = trained.sample(10, sampler='heun', num_steps=3, seed=4)
-  assert np.abs(np.asarray(draw.to_uint8(got)).astype(int) - images).max() <= 1
+  assert (
+    np.abs(np.asarray(pixels.to_uint8(got)).astype(int) - images).max() <= 1
+  )
 
 
 def test_a_picture_of_ways_holds_what_is_drawn():
@@ -357,7 +361,7 @@ def test_a_picture_of_ways_holds_what_is_drawn():
 
   def draw_fn(x):
     seen.append(x)
-    return np.zeros_like(x)
+    return np.zeros(x.shape, np.uint8)
 
   ends = noises(3).astype(np.float32)[..., :1]
   picture = pictures.interpolation(draw_fn, ends, 2)
@@ -479,7 +483,7 @@ def test_a_run_inverts_its_held_out_images(run, trained, inverted):
 
   path = folder / 'inversion.png'
   assert Image.open(path).size == (8 + 4 * 72, 18 + 8 + 4 * 72)
-  drawn = np.asarray(draw.to_uint8(again)).astype(int)
+  drawn = np.asarray(pixels.to_uint8(again)).astype(int)
   for i in range(4):
     np.testing.assert_array_equal(tile(path, i, 0), chosen[i][..., 0])
     assert np.abs(tile(path, i, 2) - drawn[i, ..., 0]).max() <= 1

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from configs import digits
-from diffusion_jax import models, runs
+from diffusion_jax import models
+from diffusion_jax.runs import recipe
 from diffusion_jax.training import optim, sharding, state
 
 DIGITS = '--config=configs/digits.py'
@@ -29,11 +30,10 @@ def on_a_device(tree) -> int:
 @pytest.mark.parametrize('sizes', [(1, 8, 1), (2, 2, 2), (8, 1, 1)])
 def test_it_says_what_arrays_do(sizes):
   config = digits.get_config()
-  model = models.create(
-    image_shape=runs.image_shape(config.data), **config.model
-  )
   abstract = state.abstract_state(
-    model, optim.create(**config.optim), sharding.make_mesh(*sizes)
+    recipe.create(config).init,
+    optim.create(**config.optim),
+    sharding.make_mesh(*sizes),
   )
   real = jax.tree.map(
     lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), abstract

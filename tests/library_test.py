@@ -13,6 +13,7 @@ from PIL import Image
 
 import diffusion_jax
 from diffusion_jax import samplers
+from diffusion_jax.codecs import pixels
 from diffusion_jax.guidance import clipping
 from diffusion_jax.process import gaussian
 from diffusion_jax.runs import draw
@@ -44,6 +45,17 @@ def test_the_readmes_lines_run(folder, monkeypatch):
   assert np.isfinite(scope['guess']).all()
   assert Image.open(folder / 'digits.png').size[0] > 4 * 64
   assert len(block.strip().splitlines()) <= 12
+
+
+def test_the_lines_of_samplers_md_run(folder, monkeypatch):
+  text = (binaries.ROOT / 'docs' / 'samplers.md').read_text()
+  adaptive, inversion = re.findall(r'```python\n(import.*?)```', text, re.S)
+  monkeypatch.chdir(folder)
+  scope = {}
+  exec(adaptive, scope)
+  assert scope['images'].shape == scope['x0'].shape == (16, 8, 8, 1)
+  exec(inversion, scope)
+  assert scope['noise'].shape == (4, 8, 8, 1)
 
 
 def test_it_says_what_it_is(trained):
@@ -102,7 +114,7 @@ def test_the_denoiser_is_the_networks_prediction(trained):
   for t in (400, jnp.array([999, 0, 300])):
     got = trained.denoise(xt, t)
     eps = trained.model.apply(
-      trained.params, xt, jnp.broadcast_to(jnp.asarray(t), (3,))
+      trained.params['net'], xt, jnp.broadcast_to(jnp.asarray(t), (3,))
     )
     np.testing.assert_allclose(got.eps, eps, atol=1e-5)
     again = gaussian.q_sample(trained.schedule, got.x0, t, got.eps)
@@ -119,7 +131,9 @@ def test_the_denoiser_goes_into_solve_and_guidance(trained):
     plan.create(), clipped, trained.schedule, plan.grid, x, later
   )
   images = trained.sample(3, sampler='ddim', num_steps=4)
-  assert np.abs(np.asarray(draw.to_uint8(out)).astype(int) - images).max() <= 1
+  assert (
+    np.abs(np.asarray(pixels.to_uint8(out)).astype(int) - images).max() <= 1
+  )
 
 
 def test_weights_by_step_and_kind(folder, trained):

@@ -28,12 +28,16 @@ def measured(
   samples, train, held=None, metrics=USUAL, *, judge=None, devices=1, **more
 ):
   """All are arrays of images."""
-  return measure.measure(
+  task = measure.Task(
     judge or brightness(),
-    images_of(samples, 5),
     train if isinstance(train, dict) else images_of(train),
+    metrics,
+    more.pop('options', measure.DEFAULTS),
     None if held is None else images_of(held),
-    metrics=metrics,
+  )
+  return measure.measure(
+    task,
+    images_of(samples, 5),
     batch_size=more.pop('batch_size', 64),
     mesh=mesh_of(devices),
     **more,
@@ -233,8 +237,8 @@ def test_the_caveats_of_other_metrics():
 @pytest.mark.parametrize(
   ('given', 'must'),
   [
-    ({'metrics': ['fidd']}, "'fidd' is not known: use fid, sfid, kid"),
-    ({'metrics': []}, 'no metric is asked for'),
+    ({'metrics': ['fidd']}, 'metrics=fidd: give some of fid, sfid, kid'),
+    ({'metrics': []}, 'metrics=: give some of fid'),
     ({'metrics': ['is'], 'judge': features.pixels((8, 8, 1))}, 'has none'),
     ({'metrics': ['classes'], 'judge': features.pixels((8, 8, 1))}, 'pixels'),
     ({'metrics': ['fid', 'kid'], 'reference': {}}, 'kid take images'),
@@ -248,15 +252,16 @@ def test_what_cannot_be_measured_is_told_beforehand(given, must):
     'judge': brightness(), 'samples': images_of(levels(20, 1)),
     'reference': images_of(levels(20, 2)), **given,
   }  # fmt: skip
+  samples = whole.pop('samples')
   with pytest.raises(UserError, match=must):
-    measure.check(**whole)
+    measure.check(measure.Task(**whole), samples)
 
 
 def test_the_protocol_tells_the_options_of_the_metrics_asked_for():
   def told(*metrics, **options):
-    return measure.protocol_of(
-      brightness(), metrics, measure.Options(**options)
-    )
+    return measure.Task(
+      brightness(), {}, metrics, measure.Options(**options)
+    ).protocol()
 
   assert told('sfid', 'fid')['metrics'] == ['fid', 'sfid']
   assert told('fid', kid_subsets=3) == told('fid')

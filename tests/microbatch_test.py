@@ -64,7 +64,7 @@ def perceptron() -> models.Model:
       'out': {'kernel': jnp.zeros((256, 64))},
     }
 
-  def apply(params, xt, t, keys):
+  def apply(params, xt, t, keys, cond):
     inputs = xt.reshape(-1, 64) * jnp.cos(t)[:, None]
     hidden = jnp.tanh(inputs @ params['in']['kernel'])
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, shape=(256,)))(keys)

@@ -209,7 +209,7 @@ def test_long_steps_add_the_variance_between(schedule):
 
 
 @pytest.mark.parametrize(
-  ('first', 'second'), itertools.product(gaussian.PREDICTIONS, repeat=2)
+  ('first', 'second'), itertools.product(gaussian.PARAMETRISATIONS, repeat=2)
 )
 def test_conversions_go_round(schedule, x64, first, second):
   """target -> (x0, eps) -> another target -> (x0, eps): where it began."""

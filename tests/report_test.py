@@ -16,6 +16,7 @@ from PIL import Image
 
 from configs import digits
 from diffusion_jax import runs
+from diffusion_jax.evaluation import cards, tables
 from diffusion_jax.reporting import facts, page, pictures, plots
 from diffusion_jax.system.errors import UserError
 
@@ -234,7 +235,7 @@ def test_numbers_are_those_of_the_files(full):
   assert HASH[:8] in read.text
   assert HASH not in read.text
   assert '2,000 samples against 1,438 images of digits, train' in read.text
-  assert 'classifier accuracy 0.9850' in read.text
+  assert 'classifier accuracy 98.5%' in read.text
   assert '0.07654' in read.text  # held-out loss
   assert '0.05000' in read.text  # loss of the last row
   assert 'averaged parameters of runs/old, step 5: 7 arrays taken, 1 not' in (
@@ -252,10 +253,10 @@ def test_every_value_of_the_config_is_told(bare):
   config = json.loads((bare / 'config.json').read_text())
   for key, value in runs.flatten(config).items():
     assert key.split('.')[-1] in read.text
-    assert page.value(value) in read.text
-  assert page.value([1, 2]) == '1, 2'
-  assert page.value(1e-8) == '1e-08'
-  assert page.value(False) == 'false'
+    assert tables.value(value) in read.text
+  assert tables.value([1, 2]) == '1, 2'
+  assert tables.value(1e-8) == '1e-08'
+  assert tables.value(False) == 'false'
 
 
 def test_pictures_are_the_newest_and_bitwise(full):
@@ -272,7 +273,7 @@ def test_pictures_are_the_newest_and_bitwise(full):
   assert len(shown) == len(wanted)
   for image, path in zip(shown, wanted, strict=True):
     np.testing.assert_array_equal(np.asarray(image), Image.open(path))
-  assert 'Step 20, ddim, 2 evaluations' in read.text
+  assert 'step 20, ddim, 2 evaluations' in read.text
   assert 'seed 77' in read.text
 
   # A store of a later step takes its place.
@@ -281,7 +282,7 @@ def test_pictures_are_the_newest_and_bitwise(full):
     json.dumps({**card(21)['subject'], 'sampler': 'ancestral'})
   )
   read, _ = written(full)
-  assert 'Step 21, ancestral, 2 evaluations' in read.text
+  assert 'step 21, ancestral, 2 evaluations' in read.text
   np.testing.assert_array_equal(
     np.asarray(read.images()[0]), Image.open(samples / 'later' / 'grid.png')
   )
@@ -292,7 +293,7 @@ def test_without_a_store_the_grid_of_training_is_shown(bare):
   read, _ = written(bare)
   assert len(read.images()) == 1
   # 50 and ddim are the config's.
-  assert 'Step 500, ddim, 50 evaluations' in read.text
+  assert 'step 500, ddim, 50 evaluations' in read.text
 
 
 def test_a_large_picture_is_embedded_smaller(bare):
@@ -402,10 +403,10 @@ def test_cost_on_the_page(full):
   read, _ = written(full)
   # 20 steps of 64 at 320 images a second; the second half on 8 devices.
   assert 'Training time4 s' in read.text
-  assert f'Device-hours{page.number(2 / 3600)}cpu' in read.text
-  assert f'Device-hours{page.number(8 * 2 / 3600)}TPU v4' in read.text
+  assert f'Device-hours{cards.number(2 / 3600)}cpu' in read.text
+  assert f'Device-hours{cards.number(8 * 2 / 3600)}TPU v4' in read.text
   assert 'Images seen1,280' in read.text
-  assert f'Epochs{page.number(1280 / 1438)}of 1,438 images' in read.text
+  assert f'Epochs{cards.number(1280 / 1438)}of 1,438 images' in read.text
 
 
 @pytest.mark.parametrize(
@@ -428,7 +429,7 @@ def test_duration(seconds, told):
   ],
 )  # fmt: skip
 def test_number(value, told):
-  assert page.number(value) == told
+  assert cards.number(value) == told
 
 
 # --- plots ------------------------------------------------------------------

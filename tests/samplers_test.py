@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffusion_jax import samplers
+from diffusion_jax import models, samplers
+from diffusion_jax.codecs import pixels
 from diffusion_jax.guidance import clipping
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import draw
@@ -629,9 +631,9 @@ def test_pixels_are_rounded_to_the_nearest_and_clipped():
   levels = np.arange(256)
   for offset in (-0.49, 0, 0.49):
     x = ((levels + offset) / 127.5 - 1).astype(np.float32)
-    np.testing.assert_array_equal(draw.to_uint8(x), levels)
+    np.testing.assert_array_equal(pixels.to_uint8(x), levels)
   x = jnp.array([-1.0, 0.0, 1.0, -1.01, 1.01, -50.0, 50.0, -jnp.inf, jnp.inf])
-  got = draw.to_uint8(x)
+  got = pixels.to_uint8(x)
   assert got.dtype == jnp.uint8
   np.testing.assert_array_equal(got, [0, 128, 255, 0, 255, 0, 255, 0, 255])
 
@@ -641,16 +643,16 @@ def test_float_pixels_are_those_that_were_not_rounded():
   inside = rng.uniform(-1, 1, (2, 50, 50, 3))
   x = np.concatenate([inside, rng.normal(0, 20, inside.shape)])
   x = jnp.asarray(x, jnp.float32)
-  got = np.asarray(jax.jit(draw.to_float)(x))
+  got = np.asarray(jax.jit(pixels.from_float)(x))
   assert got.dtype == np.float32
-  np.testing.assert_array_equal(np.round(got), draw.to_uint8(x))
+  np.testing.assert_array_equal(np.round(got), pixels.to_uint8(x))
   expected = np.clip((np.asarray(x, np.float64) + 1) * 127.5, 0, 255)
   np.testing.assert_allclose(got, expected, atol=3e-5)
   assert got[2:].min() == 0
   assert got[2:].max() == 255
   assert np.mean(got == np.round(got)) < 0.6  # the clipped half, hardly more
   ends = jnp.array([-1.0, 1.0, -jnp.inf, jnp.inf])
-  np.testing.assert_array_equal(draw.to_float(ends), [0, 255, 0, 255])
+  np.testing.assert_array_equal(pixels.from_float(ends), [0, 255, 0, 255])
 
 
 @pytest.mark.parametrize(
@@ -665,16 +667,16 @@ def test_drawer_is_its_parts(schedule, clip, sampler):
   indices, shape = jnp.array([4, 2, 9]), (4, 4, 3)
   frames = (0, 3, len(TIMES) - 1)
 
-  def apply(params, xt, t):
+  def apply(params, xt, t, keys, cond):
     assert t.shape == (3,)
     return params * crooked_eps(xt, t)
 
   images, kept = jax.jit(
     draw.drawer(
-      apply, schedule, 'v', sampler, TIMES, shape, seed=5, clip=clip,
-      frames=frames,
+      tiny.recipe(models.Model(None, apply), shape, schedule, 'v'),
+      tiny.one_device(), sampler, TIMES, seed=5, clip=clip, frames=frames,
     )
-  )(jnp.float32(2.0), indices)  # fmt: skip
+  )({'net': jnp.float32(2.0)}, indices)  # fmt: skip
   denoise = gaussian.denoiser(
     lambda xt, t: 2.0 * crooked_eps(xt, t), schedule, 'v'
   )
@@ -695,7 +697,7 @@ def test_drawer_is_its_parts(schedule, clip, sampler):
   # Most places must be neither 0 nor 255, or they would say little.
   assert np.mean((images > 0) & (images < 255)) > 0.3
   for got, expected in ((images, end), (kept, xs)):
-    apart = np.abs(got.astype(int) - draw.to_uint8(expected).astype(int))
+    apart = np.abs(got.astype(int) - pixels.to_uint8(expected).astype(int))
     assert apart.max() <= 1
     assert np.mean(apart > 0) < 0.01
 
@@ -705,11 +707,18 @@ def test_drawer_gives_the_pixels_of_what_the_network_says(schedule):
   values = np.array([-1.7, -1.0, -0.3, 0.25, 1.0, 1.7], np.float32)
 
   def drawn(**dtype):
+    same = models.Model(
+      None, lambda params, xt, *_: jnp.broadcast_to(params, xt.shape)
+    )
     draw_fn = draw.drawer(
-      lambda params, xt, t: jnp.broadcast_to(params, xt.shape), schedule, 'x0',
-      samplers.ancestral(), (999, 400, -1), (2, 3, 1), seed=0, **dtype,
-    )  # fmt: skip
-    return jax.jit(draw_fn)(values.reshape(2, 3, 1), jnp.arange(2))
+      tiny.recipe(same, (2, 3, 1), schedule, 'x0'),
+      tiny.one_device(),
+      samplers.ancestral(),
+      (999, 400, -1),
+      seed=0,
+      **dtype,
+    )
+    return jax.jit(draw_fn)({'net': values.reshape(2, 3, 1)}, jnp.arange(2))
 
   # (1 - 0.3) 127.5 = 89.25, (1 + 0.25) 127.5 = 159.375
   for image in drawn():
@@ -722,12 +731,12 @@ def test_drawer_gives_the_pixels_of_what_the_network_says(schedule):
     )
 
 
-@pytest.mark.parametrize('dtype', ['float16', 'uint', '', None])
+@pytest.mark.parametrize('dtype', ['float16', 'uint'])
 def test_an_unknown_dtype_is_one_line(schedule, dtype):
   with pytest.raises(UserError, match='one of uint8, float32') as error:
     draw.drawer(
-      None, schedule, 'x0', samplers.ddim(), (0, -1), (2, 3, 1), seed=0,
-      dtype=dtype,
+      tiny.recipe(shape=(2, 2, 1)), tiny.one_device(), samplers.ddim(), (0, -1),
+      seed=0, dtype=dtype,
     )  # fmt: skip
   assert repr(dtype) in str(error.value)
   assert '\n' not in str(error.value)
@@ -744,7 +753,7 @@ class Drawn(NamedTuple):
   images: np.ndarray  # [B, *SHAPE]: of a network, uint8
 
 
-def convolutions(params, xt, t):
+def convolutions(params, xt, t, keys, cond):
   """A small network whose sums a compiler may order as it likes."""
   x = xt
   for kernel in params:
@@ -765,17 +774,24 @@ def draw_all(schedule):
   ]
   times, sampler = grid.create('uniform', linear(T), 10), samplers.ancestral()
   denoise = exact_denoiser(schedule, np.full(16, 0.3), np.full(16, 0.5))
-  draw_images = draw.drawer(
-    convolutions, schedule, 'v', sampler, times, SHAPE, seed=3
-  )
 
-  @jax.jit
-  def run(params, indices):
+  @functools.cache
+  def program(mesh):
+    draw_images = draw.drawer(
+      tiny.recipe(models.Model(None, convolutions), SHAPE, schedule, 'v'),
+      mesh,
+      sampler,
+      times,
+      seed=3,
+    )
+    return jax.jit(functools.partial(run, draw_images))
+
+  def run(draw_images, params, indices):
     first, later = draw.sample_keys(3, indices)
     start = jax.vmap(lambda key: jax.random.normal(key, SHAPE))(first)
     noise = jnp.concatenate([start[None], noise_of(later, 3, SHAPE)])
     x = samplers.solve(sampler, denoise, schedule, times, start, later)
-    return Drawn(noise, x, draw_images(params, indices))
+    return Drawn(noise, x, draw_images({'net': params}, indices))
 
   def draw_all(indices, mesh=None):
     inputs = params, np.asarray(indices)
@@ -784,7 +800,7 @@ def draw_all(schedule):
       inputs = jax.device_put(
         inputs, tuple(NamedSharding(mesh, s) for s in specs)
       )
-    out = run(*inputs)
+    out = program(mesh or tiny.one_device())(*inputs)
     return Drawn(*map(np.asarray, out)), out.images.sharding.device_set
 
   return draw_all

@@ -72,7 +72,7 @@ def test_rules():
 
 def test_moments_and_average_follow_the_parameters():
   mesh = sharding.make_mesh(1, 4, 2)
-  abstract = state.abstract_state(wide(), optim.create(1e-3, 5, 1.0), mesh)
+  abstract = state.abstract_state(wide().init, optim.create(1e-3, 5, 1.0), mesh)
   params = [leaf.sharding for leaf in jax.tree.leaves(abstract.params)]
   assert any('fsdp' in sharding.spec for sharding in params)
   adam = abstract.opt_state[1][0]
@@ -88,7 +88,7 @@ def test_state_is_made_in_pieces():
 
   def start(mesh):
     optimizer = optim.create(1e-3, 5, 1.0)
-    return state.create(jax.random.key(0), wide(), optimizer, mesh)
+    return state.create(jax.random.key(0), wide().init, optimizer, mesh)
 
   spread = start(sharding.make_mesh(1, 8, 1))
   leaves = jax.tree.leaves(spread)

@@ -11,6 +11,9 @@ import pytest
 import tiny
 
 from diffusion_jax import models
+from diffusion_jax.codecs import pixels
+from diffusion_jax.objectives import denoising
+from diffusion_jax.objectives.objective import branch
 from diffusion_jax.process import schedules
 from diffusion_jax.runs import draw
 from diffusion_jax.training import optim, state, step
@@ -55,7 +58,7 @@ def copy(tree):
 
 
 def test_images_become_minus_one_to_one():
-  got = step.to_float(jnp.array([0, 51, 127, 128, 255], jnp.uint8))
+  got = pixels.to_float(jnp.array([0, 51, 127, 128, 255], jnp.uint8))
   np.testing.assert_allclose(
     got, np.array([0, 51, 127, 128, 255]) / 127.5 - 1, atol=1e-7
   )
@@ -99,7 +102,8 @@ def test_training_and_samples_share_no_key():
 def test_times_are_uniform_over_all_steps():
   """Each of 10 bins of 10,000 draws holds 1000 within 5 standard deviations."""
   keys = step.example_keys(jax.random.key(0), 0, 10_000)
-  t, eps, _ = step.draw_noise(keys, SCHEDULE, (3,))
+  t = denoising.uniform_times(branch(keys, 't'), 1000)
+  eps = denoising.noise(branch(keys, 'eps'), (3,))
   counts = np.bincount(np.asarray(t) // 100, minlength=10)
   assert t.min() >= 0
   assert t.max() <= 999
@@ -155,14 +159,15 @@ def test_steps_by_hand(trained):
   @jax.jit
   def loss_and_grads(params, xt, t, eps):
     return jax.value_and_grad(
-      lambda p: jnp.mean((trained.network.apply(p, xt, t) - eps) ** 2)
+      lambda p: jnp.mean((trained.network.apply(p['net'], xt, t) - eps) ** 2)
     )(params)
 
   params = trained.states[0].params
   mu = nu = jax.tree.map(np.zeros_like, params)
   for k in range(2):
     keys = step.example_keys(jax.random.key(1), k, len(x0))
-    t, eps, _ = step.draw_noise(keys, SCHEDULE, tiny.SHAPE)
+    t = denoising.uniform_times(branch(keys, 't'), 1000)
+    eps = denoising.noise(branch(keys, 'eps'), tiny.SHAPE)
     a = alpha_bar[t][:, None, None, None]
     xt = (np.sqrt(a) * x0 + np.sqrt(1 - a) * eps).astype(np.float32)
     loss, grads = copy(loss_and_grads(params, xt, t, eps))
@@ -202,9 +207,7 @@ def heldout_fn(mesh):
     functools.partial(
       step.heldout_loss,
       key=jax.random.key(5),
-      model=tiny.model(dropout=0.5),
-      schedule=SCHEDULE,
-      prediction='eps',
+      objective=tiny.recipe(tiny.model(dropout=0.5)).objective,
       mesh=mesh,
     )
   )
@@ -221,7 +224,7 @@ def test_held_out_loss_does_not_depend_on_the_batches(trained, heldout_fn):
       rows = np.arange(first, first + batch_size)
       weight = (rows < 16).astype(np.float32)
       batch = {'image': pictures[np.minimum(rows, 15)]}
-      value += heldout_fn(params, batch, weight, first)
+      value += heldout_fn(params, {}, batch, weight, first)
     return value
 
   np.testing.assert_allclose(total(6), total(16), rtol=1e-5)
@@ -231,8 +234,8 @@ def test_held_out_loss_does_not_depend_on_the_batches(trained, heldout_fn):
 def test_dropout_is_on_in_training_alone(trained, mesh):
   """The same weights: dropped in the step, not without keys."""
   network = tiny.model(dropout=0.5)
-  params = trained.states[-1].params
-  x, t = step.to_float(trained.batch['image']), jnp.arange(tiny.BATCH)
+  params = trained.states[-1].params['net']
+  x, t = pixels.to_float(trained.batch['image']), jnp.arange(tiny.BATCH)
   keys = jax.random.split(jax.random.key(0), tiny.BATCH)
   apply = jax.jit(network.apply)
   np.testing.assert_allclose(
@@ -244,9 +247,9 @@ def test_dropout_is_on_in_training_alone(trained, mesh):
 def test_quarters_add_up_to_the_loss():
   t = jnp.array([0, 249, 250, 499, 500, 999])
   values = jnp.array([1.0, 3.0, 5.0, 7.0, 9.0, 11.0])
-  quarters = step.by_quarter(values, t, 1000)
+  quarters = denoising.by_quarter(values, t, 1000)
   assert [float(quarters[f'loss_q{q}']) for q in (1, 2, 3, 4)] == [2, 6, 9, 11]
-  assert jnp.isnan(step.by_quarter(values[:1], t[:1], 1000)['loss_q4'])
+  assert jnp.isnan(denoising.by_quarter(values[:1], t[:1], 1000)['loss_q4'])
 
 
 def test_the_state_carries_no_key_and_shares_no_buffer(mesh):

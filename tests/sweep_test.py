@@ -21,12 +21,13 @@ def run(tmp_path_factory):
 
 
 def test_rows_have_options_of_their_own():
-  text = 'unipc:order=2:variant=bh1:grid=karras:clip=false'
-  assert sweep.parse(text) == sweep.Entry(
-    text, 'unipc', 'karras', False, {'order': 2, 'variant': 'bh1'}
-  )
-  assert sweep.parse('ddim:eta=0.5').options == {'eta': 0.5}
-  assert sweep.parse('ddim') == ('ddim', 'ddim', 'uniform', None, {})
+  assert sweep.parse('unipc:order=2:variant=bh1:grid=karras:clip=false') == {
+    'sampler': 'unipc', 'grid': 'karras', 'clip': False, 'order': 2,
+    'variant': 'bh1',
+  }  # fmt: skip
+  plain = {'sampler': 'ddim', 'grid': 'uniform'}
+  assert sweep.parse('ddim:eta=0.5') == {**plain, 'eta': 0.5}
+  assert sweep.parse('ddim') == plain
 
 
 @pytest.mark.parametrize(
@@ -103,9 +104,11 @@ def test_the_table_marks_the_best_and_what_costs_less():
   assert best == {'10': cells[0], '20': cells[3]}
   told = sweep.text({'result': 'fid', 'cells': cells, 'best': best})
   lines = told.splitlines()
-  assert lines[3].split() == ['ddim', '20.5*', '9']
-  assert lines[4].split() == ['heun', '(9)', '30.25', '(19)', '8*']
-  assert lines[-2:] == ['the best at 10: ddim, 20.5', 'the best at 20: heun, 8']
+  assert lines[3].split() == ['ddim', '20.50*', '9.000']
+  assert lines[4].split() == ['heun', '(9)', '30.25', '(19)', '8.000*']
+  assert lines[-2:] == [
+    'the best at 10: ddim, 20.50', 'the best at 20: heun, 8.000'
+  ]  # fmt: skip
 
 
 def test_a_sweep_of_a_run_goes_on_where_it_was_cut(run):

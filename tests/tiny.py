@@ -1,7 +1,6 @@
 """A tiny run for the tests: seconds to compile, every part of the real one."""
 
 import fcntl
-import functools
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +10,11 @@ import jax
 import numpy as np
 
 from diffusion_jax import models, runs
+from diffusion_jax.codecs import pixels
+from diffusion_jax.conditioning import none
+from diffusion_jax.objectives import denoising
 from diffusion_jax.process import schedules
+from diffusion_jax.runs import recipe as recipes
 from diffusion_jax.system import files
 from diffusion_jax.training import (
   checkpoint,
@@ -46,6 +49,28 @@ def wide(**kwargs):
   )  # fmt: skip
 
 
+def recipe(
+  network=None, shape=SHAPE, schedule=None, prediction='eps'
+) -> recipes.Recipe:
+  """DDPM by a network: pixels, no condition."""
+  network = network or model()
+  schedule = schedule or schedules.linear(1000)
+  codec, conditioner = pixels.create(shape), none()
+  objective = denoising.create(
+    recipes.network_fn(network), codec, conditioner, schedule, prediction
+  )
+  return recipes.Recipe(
+    {'net': network},
+    {},
+    {},
+    codec,
+    conditioner,
+    schedule,
+    prediction,
+    objective,
+  )
+
+
 def images(count=BATCH, seed=0):
   """uint8 [count, 8, 8, 1] and labels."""
   rng = np.random.default_rng(seed)
@@ -55,17 +80,17 @@ def images(count=BATCH, seed=0):
 def program(
   mesh, *, lr=1e-3, warmup=5, clip=1.0, ema=0.9, network=None, **kwargs
 ):
-  """(the abstract state, the jitted step) on a mesh."""
-  network = network or model()
+  """(the abstract state, the jitted step: (state, batch) -> ...) on a mesh."""
+  made = recipe(network)
   optimizer = optim.create(lr, warmup, clip)
-  abstract = state.abstract_state(network, optimizer, mesh)
+  abstract = state.abstract_state(made.init, optimizer, mesh)
   step_fn = jax.jit(
-    functools.partial(
-      step.train_step,
+    lambda now, batch: step.train_step(
+      now,
+      {},
+      batch,
       key=jax.random.key(1),
-      model=network,
-      schedule=schedules.linear(1000),
-      prediction='eps',
+      objective=made.objective,
       optimizer=optimizer,
       learning_rate=optim.learning_rate(lr, warmup),
       ema_decay=ema,
@@ -85,9 +110,9 @@ def run(
   mesh, *, lr=1e-3, warmup=5, clip=1.0, ema=0.9, network=None, batch=BATCH
 ):
   """(state, jitted step, batch) on a mesh."""
-  network = network or model()
   optimizer = optim.create(lr, warmup, clip)
-  start = state.create(jax.random.key(0), network, optimizer, mesh)
+  init = recipe(network).init
+  start = state.create(jax.random.key(0), init, optimizer, mesh)
   _, step_fn = program(
     mesh, lr=lr, warmup=warmup, clip=clip, ema=ema, network=network
   )
@@ -158,8 +183,7 @@ def train(workdir, **changes):
 
 def trained(workdir) -> Path:
   """A copy of a finished run, which the session trains once."""
-  session = os.environ.get('PYTEST_XDIST_TESTRUNUID', str(os.getpid()))
-  made = Path(os.environ['DIFFUSION_JAX_TEST_CACHE'], f'run_{session}')
+  made = Path(os.environ['DIFFUSION_JAX_TEST_SESSION'], 'run')
   with made.with_suffix('.lock').open('w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)  # of the workers, the first one trains
     if not made.exists():
@@ -181,9 +205,8 @@ def final_state(workdir):
   folder = files.at(workdir) / 'checkpoints'
   newest = checkpoint.steps(folder)[-1]
   config = runs.read_config(workdir)
-  network = models.create(image_shape=SHAPE, **config['model'])
   abstract = state.abstract_state(
-    network, optim.create(**config['optim']), one_device()
+    recipes.create(config).init, optim.create(**config['optim']), one_device()
   )
   with checkpoint.Checkpoints(folder) as kept:
     return jax.device_get(kept.restore(newest, abstract))

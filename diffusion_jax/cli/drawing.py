@@ -8,13 +8,12 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from absl import flags
 
 from diffusion_jax import runs, samplers
-from diffusion_jax.cli import command
+from diffusion_jax.cli import command, declare
 from diffusion_jax.runs import calibration, store
 from diffusion_jax.runs.trained import Trained, load
 from diffusion_jax.samplers import grid
@@ -27,71 +26,46 @@ from diffusion_jax.training import checkpoint, sharding
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
-flags.DEFINE_string('workdir', None, 'Folder of the run.')
-flags.DEFINE_string('output', None, 'Folder of the samples.')
-flags.DEFINE_integer('batch_size', 256, 'Images drawn at once.')
-flags.DEFINE_string(
-  'sampler', 'ancestral',
-  f'One of {", ".join(samplers.SAMPLERS)}; list: a table of them.',
-)  # fmt: skip
-flags.DEFINE_integer(
-  'num_steps', None, 'Sampling steps; all of the schedule by default.'
+declare.shared('workdir', 'step', 'ema')
+declare.table(
+  output=(str, 'Folder of the samples.'),
+  batch_size=(256, 'Images drawn at once.'),
+  sampler=(
+    'ancestral',
+    f'One of {", ".join(samplers.SAMPLERS)}; list: a table of them.',
+  ),
+  num_steps=(int, 'Sampling steps; all of the schedule by default.'),
+  grid=(
+    'uniform',
+    f'Times: {", ".join(grid.NAMES)}, or a literal list such as 999,500,100.',
+  ),
+  clip=(bool, "Clip x0 to [-1, 1] in every step; by default the config's."),
+  seed=(0, 'Of the samples.'),
 )
-flags.DEFINE_string(
-  'grid', 'uniform',
-  f'Times: {", ".join(grid.NAMES)}, or a literal list such as 999,500,100.',
-)  # fmt: skip
-flags.DEFINE_float('eta', None, 'ddim: noise, from 0 (none, the default) to 1.')
-flags.DEFINE_string(
-  'variance', None,
-  'Of the reverse process (ancestral): fixedlarge or fixedsmall; by default '
-  "the config's.",
-)  # fmt: skip
-flags.DEFINE_integer('order', None, 'dpm_solver, unipc: 1 to 3 (the default).')
-flags.DEFINE_string(
-  'variant', None,
-  'Of one sampler (plms, dpm_solver, dpmpp_3m, unipc): see --sampler=list.',
-)  # fmt: skip
-flags.DEFINE_float('churn', None, "euler, heun: EDM's S_churn; 0 by default.")
-flags.DEFINE_float('churn_min', None, 'Its least sigma / alpha, S_tmin.')
-flags.DEFINE_float('churn_max', None, 'Its greatest sigma / alpha, S_tmax.')
-flags.DEFINE_float('churn_noise', None, 'Its noise, S_noise; 1 by default.')
-flags.DEFINE_float(
-  'snr', None, 'predictor_corrector: of a Langevin step; 0.16 by default.'
-)
-flags.DEFINE_integer(
-  'corrector_steps', None,
-  'predictor_corrector: Langevin steps after each other; 1 by default.',
-)  # fmt: skip
-flags.DEFINE_float(
-  'pixel_noise', None,
-  'analytic_ddpm, analytic_ddim: what the last noise may move a pixel by, of '
-  '255; 2 by default.',
-)  # fmt: skip
-flags.DEFINE_float(
-  'rtol', None, 'adaptive: relative tolerance of a step; 0.05 by default.'
-)
-flags.DEFINE_float(
-  'atol', None, 'adaptive: absolute tolerance of a step; 0.0078 by default.'
-)
-flags.DEFINE_integer(
-  'budget', None,
-  'adaptive: evaluations for a sample, at most; 200 by default.',
-)  # fmt: skip
-flags.DEFINE_bool(
-  'clip', None,
-  "Clip the estimate of x0 to [-1, 1] in every step; by default the config's.",
-)  # fmt: skip
-flags.DEFINE_bool('ema', True, 'Averaged weights, or the raw ones.')
-flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
-flags.DEFINE_integer('seed', 0, 'Of the samples.')
 
 # Of samplers; each takes some of them.
-OPTIONS = (
-  *('eta', 'variance', 'order', 'variant', 'churn', 'churn_min', 'churn_max'),
-  *('churn_noise', 'snr', 'corrector_steps', 'pixel_noise'),
-  *('rtol', 'atol', 'budget'),
-)
+OPTIONS = {
+  'eta': 'noise, from 0 (none) to 1',
+  'variance': "fixedlarge or fixedsmall; by default the config's",
+  'order': '1 to 3',
+  'variant': 'see --sampler=list',
+  'churn': "EDM's S_churn",
+  'churn_min': 'its least sigma / alpha, S_tmin',
+  'churn_max': 'its greatest sigma / alpha, S_tmax',
+  'churn_noise': 'its noise, S_noise',
+  'snr': 'of a Langevin step',
+  'corrector_steps': 'Langevin steps after each other',
+  'pixel_noise': 'what the last noise may move a pixel by, of 255',
+  'rtol': 'relative tolerance of a step',
+  'atol': 'absolute tolerance of a step',
+  'budget': 'evaluations for a sample, at most',
+}
+for option, what in OPTIONS.items():
+  taken = [name for name in samplers.SAMPLERS if option in samplers.takes(name)]
+  default = samplers.defaults(taken[0])[option]
+  told = f'; {default} by default' if isinstance(default, int | float) else ''
+  kind = float if default is None else type(default)
+  declare.table(**{option: (kind, f'{", ".join(taken)}: {what}{told}.')})
 
 
 def listed() -> bool:
@@ -109,28 +83,10 @@ def listed() -> bool:
   return True
 
 
-class Asked(NamedTuple):
-  """How samples are to be drawn, as far as it is said.
-
-  Attributes:
-    sampler: a key of SAMPLERS.
-    num_steps: of the grid; None for all times.
-    grid: a name, or a literal list.
-    clip: whether x0 is clipped; None for the config's.
-    options: of samplers, None where not given.
-  """
-
-  sampler: str
-  num_steps: int | None
-  grid: str
-  clip: bool | None
-  options: dict
-
-
-def asked() -> Asked:
-  """What the flags say."""
-  options = {name: FLAGS[name].value for name in OPTIONS}
-  return Asked(FLAGS.sampler, FLAGS.num_steps, FLAGS.grid, FLAGS.clip, options)
+def asked() -> dict:
+  """What the flags say of a plan, see `plans.for_run`; None is not given."""
+  names = ('sampler', 'num_steps', 'grid', 'clip', *OPTIONS)
+  return {name: FLAGS[name].value for name in names}
 
 
 def check_flags(**least) -> None:
@@ -142,8 +98,8 @@ def check_flags(**least) -> None:
     raise UserError('--output is empty: give a folder, or leave the flag out')
 
 
-def prepared() -> tuple[int, Callable[[Asked], Plan], Callable[[], Trained]]:
-  """The step that the flags ask for; a planner; what loads the network.
+def prepared() -> tuple[int, Callable[[dict], Plan], Callable[[], Trained]]:
+  """The step that the flags ask for; `asked` -> plan; what loads the network.
 
   Plans come before the weights are read, so that a mistake is answered at once.
 
@@ -151,7 +107,7 @@ def prepared() -> tuple[int, Callable[[Asked], Plan], Callable[[], Trained]]:
     UserError: there is no run or no such checkpoint; so do the functions, where
       what is asked for cannot be had.
   """
-  workdir = files.at(FLAGS.workdir).expanduser()
+  workdir = declare.workdir()
   config = runs.read_config(workdir)
   step = distributed.on_first(
     lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
@@ -166,11 +122,7 @@ def prepared() -> tuple[int, Callable[[Asked], Plan], Callable[[], Trained]]:
     return calibration.Calibration(*kept)
 
   def plan(how):
-    return plans.for_run(
-      config, calibration=calibrated, sampler=how.sampler,
-      num_steps=how.num_steps, grid=how.grid, clip=how.clip, seed=FLAGS.seed,
-      **how.options,
-    )  # fmt: skip
+    return plans.for_run(config, calibration=calibrated, seed=FLAGS.seed, **how)
 
   def network():
     trained = load(workdir, step, FLAGS.ema)
@@ -198,8 +150,8 @@ def chosen(
   step, plan_of, network = prepared()
   plan = plan_of(asked())
   check(plan)
-  samples = files.at(FLAGS.workdir).expanduser() / 'samples'
-  output = FLAGS.output or samples / name(step, plan, dtype)
+  own = declare.workdir() / 'samples' / name(step, plan, dtype)
+  output = FLAGS.output or own
   output = files.at(output).expanduser()
   runs.usable_output(output)
   return network(), plan, output
@@ -280,7 +232,7 @@ def took(output: files.Path, num_samples: int) -> Took:
 
 def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
   """All that the images depend on; what is as ever, it says nothing of."""
-  return {
+  facts = {
     'step': trained.step,
     'ema': trained.ema,
     'weights_sha256': trained.weights_sha256,
@@ -289,17 +241,14 @@ def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
     'loss': trained.config['loss'],
     'image_shape': trained.image_shape,
     **plan.protocol(),
-    **(
-      {}
-      if plan.adaptive or plan.evaluations == plan.num_steps
-      else {'evaluations': plan.evaluations}
-    ),
-    **({} if dtype == 'uint8' else {'dtype': dtype}),
   }
+  if not plan.adaptive and plan.evaluations != plan.num_steps:
+    facts['evaluations'] = plan.evaluations
+  return facts if dtype == 'uint8' else {**facts, 'dtype': dtype}
 
 
 def name(
-  step: int, plan: Plan, dtype: str = 'uint8', how: Asked | None = None
+  step: int, plan: Plan, dtype: str = 'uint8', how: dict | None = None
 ) -> str:
   """What samples and cards are called.
 
@@ -307,21 +256,23 @@ def name(
     step: of the checkpoint.
     plan: made of what was asked.
     dtype: of the samples, see `draw.drawer`.
-    how: what was asked; the flags by default.
+    how: of `asked`; the flags by default.
   """
   how = how or asked()
-  given = [
-    f'{k}{value}' for k, value in how.options.items() if value is not None
-  ]
-  grid_name = [how.grid] if how.grid != 'uniform' else []
+  given = {k: x for k, x in how.items() if k in OPTIONS and x is not None}
   steps = '' if plan.adaptive else plan.num_steps
   parts = [f'step{step}', f'{plan.sampler}{steps}']
-  parts += [*given, *grid_name, f'seed{plan.seed}']
+  parts += [f'{k}{x}' for k, x in given.items()]
+  parts += [how['grid']] * (how['grid'] != 'uniform') + [f'seed{plan.seed}']
   parts += ['raw'] * (not FLAGS.ema) + ['noclip'] * (not plan.clip)
-  if plans.is_calibrated(plan.sampler, how.grid):  # another time by others
+  if plans.is_calibrated(plan.sampler, how['grid']):  # another time by others
     made = json.dumps([plan.grid, plan.options])
-    parts += [f'by{hashlib.sha256(made.encode()).hexdigest()[:8]}']
+    parts += [f'by{_digest(made)[:8]}']
   whole = '_'.join(parts).replace(',', '-')
   if len(whole) > 100:  # a long literal grid
-    whole = f'{whole[:80]}_{hashlib.sha256(whole.encode()).hexdigest()[:12]}'
+    whole = f'{whole[:80]}_{_digest(whole)[:12]}'
   return whole + '_float' * (dtype == 'float32')
+
+
+def _digest(text) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()

@@ -4,94 +4,54 @@ Shared by the binaries that judge. `flags.adopt_module_key_flags(judging)` makes
 these flags a binary's own.
 """
 
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
 from absl import flags
 
 from diffusion_jax import data, runs
-from diffusion_jax.cli import command
+from diffusion_jax.cli import command, declare, judges, run_data
 from diffusion_jax.data import Source
-from diffusion_jax.evaluation import (
-  bits,
-  classifier,
-  features,
-  inception,
-  measure,
-  statistics,
-)
+from diffusion_jax.evaluation import bits, cards, features, measure, statistics
 from diffusion_jax.evaluation.features import Images, Judge
 from diffusion_jax.evaluation.statistics import Statistics
-from diffusion_jax.models.inception import CONVENTIONS
 from diffusion_jax.reporting import pictures
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.weights import inception as weights
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list(
-  'metrics', [],
-  'With commas: '
-  + '; '.join(f'{name}, {what}' for name, what in measure.METRICS.items())
-  + '. By default fid, of a run copies, by a classifier classes. Of a run, by '
-  'themselves: '
-  + '; '.join(f'{name}, {what}' for name, what in bits.KINDS.items())
-  + '.',
-)  # fmt: skip
-flags.DEFINE_string(
-  'features', None,
-  'What judges: classifier (trained on the data, the default where they have '
-  'labels), pixels, inception (of the cache), or a file: Inception weights '
-  '(.npz, .pth, .pb) or RUN/evaluations/classifier_*.npz.',
-)  # fmt: skip
-flags.DEFINE_list(
-  'taps', ['2048'],
-  f'Where in Inception: {", ".join(inception.DISTANCES)}. The first one '
-  'serves the metrics that are no Frechet distances.',
-)  # fmt: skip
-flags.DEFINE_enum(
-  'convention', 'tf1', CONVENTIONS,
-  'How images become input of Inception: as in the graph itself, or as in '
-  'pytorch-fid.',
-)  # fmt: skip
-for name, what in (
-  ('kid_subsets', 'KID: how many.'),
-  ('kid_subset_size', 'KID: images of each set in a subset.'),
-  ('kid_seed', 'KID: of the subsets.'),
-  ('is_splits', 'Inception Score: parts of the samples.'),
-  ('is_seed', 'Inception Score: shuffle first, for sets that stand in order.'),
-  ('pr_k', 'Precision and recall: whose distance is the radius.'),
-):
-  flags.DEFINE_integer(name, getattr(measure.DEFAULTS, name), what)
-flags.DEFINE_string(
-  'reference', None,
-  'What is compared with: a folder of images, a .npz or .npy of them, '
-  'tfds:NAME@SPLIT, digits, or a .npz of statistics (mu, sigma). By default '
-  "a run's training images.",
-)  # fmt: skip
-flags.DEFINE_string(
-  'data_path', None, "Where the data lie, if not the config's; TFDS's folder."
+flags.adopt_module_key_flags(judges)
+flags.adopt_module_key_flags(run_data)
+declare.shared('json')
+declare.table(
+  metrics=(
+    [],
+    'With commas: '
+    + '; '.join(f'{name}, {what}' for name, what in measure.METRICS.items())
+    + '. By default fid, of a run copies, by a classifier classes. Of a run, '
+    'by themselves: '
+    + '; '.join(f'{name}, {what}' for name, what in bits.KINDS.items())
+    + '.',
+  ),
+  reference=(
+    str,
+    'What is compared with: a folder of images, a .npz or .npy of them, '
+    'tfds:NAME@SPLIT, digits, or a .npz of statistics (mu, sigma). By default '
+    "a run's training images.",
+  ),
+  write_statistics=(str, 'A .npz for mu and sigma of the reference.'),
+  neighbours=(20, 'On the picture: so many samples, the nearest ones first.'),
 )
-flags.DEFINE_string(
-  'cache', None,
-  'Folder for features and weights; ~/.cache/diffusion_jax by default. It may '
-  'be emptied at any time.',
-)  # fmt: skip
-flags.DEFINE_bool(
-  'download', False,
-  'First fetch the published weights of Inception into the cache '
-  f'({weights.BYTES / 1e6:.0f} MB from github.com; their hash is checked).',
-)  # fmt: skip
-flags.DEFINE_string(
-  'write_statistics', None,
-  "A .npz for the reference's mu and sigma, as other tools read them.",
-)  # fmt: skip
-flags.DEFINE_integer(
-  'neighbours', 20,
-  'On the picture: so many samples, those nearest to a training image first.',
-)  # fmt: skip
-flags.DEFINE_bool('json', False, 'Print the result as JSON.')
+for option, what in {
+  'kid_subsets': 'KID: how many.',
+  'kid_subset_size': 'KID: images of each set in a subset.',
+  'kid_seed': 'KID: of the subsets.',
+  'is_splits': 'Inception Score: parts of the samples.',
+  'is_seed': 'Inception Score: shuffle first, for sets that stand in order.',
+  'pr_k': 'Precision and recall: whose distance is the radius.',
+}.items():
+  default = getattr(measure.DEFAULTS, option)
+  declare.table(**{option: (int if default is None else default, what)})
 
 NUM_NEAR = 4  # training images beside each sample
 
@@ -100,33 +60,32 @@ class Task(NamedTuple):
   """What samples are judged by, and against what.
 
   Attributes:
-    judge: the network.
-    metrics: which.
-    options: of the metrics.
-    reference: what samples are compared to.
+    measured: of the metrics.
     source: the reference's images by number; None where there are statistics.
-    heldout: held-out images, or None.
     protocol: of the card.
   """
 
-  judge: Judge
-  metrics: list[str]
-  options: measure.Options
-  reference: Images | Statistics
+  measured: measure.Task
   source: Source | None
-  heldout: Images | None
   protocol: dict
+
+  @property
+  def result(self) -> str:
+    """What the main distance is called."""
+    return next(iter(self.measured.judge.taps.values()))
+
+  @property
+  def reference(self) -> str:
+    """What samples are compared to, in a line."""
+    return self.source.description if self.source else FLAGS.reference
 
 
 def check_flags() -> None:
   """Raises UserError for what is wrong whatever the images are."""
   command.at_least(
-    neighbours=0, kid_subsets=2, kid_subset_size=2, kid_seed=0, is_splits=1,
-    is_seed=0, pr_k=1,
-  )  # fmt: skip
-  for flag in ('kid_seed', 'is_seed'):
-    if (FLAGS[flag].value or 0) >= 2**32:
-      raise UserError(f'--{flag}={FLAGS[flag].value}: below 2**32')
+    neighbours=0, kid_subsets=2, kid_subset_size=2, is_splits=1, pr_k=1
+  )
+  command.seeds('kid_seed', 'is_seed')
   for metric in FLAGS.metrics:
     if metric in bits.KINDS:
       raise UserError(
@@ -136,7 +95,7 @@ def check_flags() -> None:
     if metric not in measure.METRICS:
       known = ', '.join([*measure.METRICS, *bits.KINDS])
       raise UserError(f'--metrics={metric} is not known: use {known}')
-  runs.usable_folder('cache', cache())
+  runs.usable_folder('cache', judges.cache())
   if FLAGS.write_statistics:
     runs.usable_file('write_statistics', FLAGS.write_statistics)
   name = FLAGS.features
@@ -146,49 +105,6 @@ def check_flags() -> None:
       f'--features={name}: there is no such file; give classifier, pixels, '
       'inception, or the file of a judge'
     )
-
-
-def cache() -> files.Path:
-  """The folder for features and weights."""
-  return files.cache(FLAGS.cache)
-
-
-def download() -> None:
-  """Fetches the published weights into the cache, unless they are there."""
-
-  def obtain():
-    with terminal.Progress(
-      'downloading', weights.BYTES, unit='bytes'
-    ) as progress:
-      return weights.obtain(cache(), on_bytes=progress.update)
-
-  # Each host has a cache of its own.
-  terminal.say(f'weights of Inception: {distributed.everywhere(obtain)}')
-
-
-# --- what is compared --------------------------------------------------------
-
-
-def splits_of(config: dict) -> tuple[Source, Source | None]:
-  """A run's training and held-out images, where --data_path has them.
-
-  Args:
-    config: the run's.
-
-  Raises:
-    UserError: they cannot be read.
-  """
-  if not config['data']['name']:
-    raise UserError(
-      'what these weights were trained on is not known: give --reference, or '
-      'convert them with --config'
-    )
-  moved = {} if FLAGS.data_path is None else {'path': FLAGS.data_path}
-  try:
-    return data.splits({**config['data'], **moved})
-  except UserError as e:
-    told = ' (--data_path says where the data lie now)'
-    raise UserError(f'{e}{told}') from e
 
 
 def open_set(
@@ -258,24 +174,21 @@ def task(
   metrics = FLAGS.metrics or usual
   if 'sfid' in metrics and 'spatial' not in judge.taps:
     raise UserError('the metric sfid takes --features=inception')
-  options = measure.Options(
-    **{name: FLAGS[name].value for name in measure.Options._fields}
+  options = {name: FLAGS[name].value for name in measure.Options._fields}
+  asked = measure.Task(
+    judge, reference, metrics, measure.Options(**options), heldout
   )
-  measure.check(
-    judge, samples, reference, heldout, metrics=metrics, options=options
-  )
-  is_images = isinstance(reference, Images)
-  digest = (features if is_images else statistics).sha256_of(reference)
+  measure.check(asked, samples)
   protocol = {
     **about,
-    'num_reference': reference.count if is_images else 0,
-    'reference_sha256': digest,
-    'num_samples': samples.count if isinstance(samples, Images) else 0,
+    'num_reference': statistics.count_of(reference),
+    'reference_sha256': statistics.sha256_of(reference),
+    'num_samples': statistics.count_of(samples),
     'heldout_sha256': features.sha256_of(heldout) if heldout else '',
-    **measure.protocol_of(judge, metrics, options),
+    **asked.protocol(),
     'num_heldout': heldout.count if heldout else 0,
   }
-  return Task(judge, metrics, options, reference, source, heldout, protocol)
+  return Task(asked, source, protocol)
 
 
 def carry_out(
@@ -293,24 +206,29 @@ def carry_out(
   Returns:
     what was measured; its details tell the reference too.
   """
-  reference, there, known = task.reference, {}, None
-  if isinstance(reference, Images):
+  asked, there, known = task.measured, {}, None
+  if isinstance(asked.reference, Images):
     digest = task.protocol['reference_sha256']
-    there = statistics.paths(cache(), task.judge, digest)
-    known = statistics.kept(there)
+    there = statistics.paths(judges.cache(), asked.judge, digest)
+    known = statistics.cached(there)
     # A folder that only some hosts see would part their ways.
     is_known = all(distributed.gather(known is not None))
-    if is_known and not _takes_images(task.metrics):
-      reference = known
-  sets = (samples, reference, task.heldout)
-  total = sum(one.count for one in sets if isinstance(one, Images))
+    if is_known and not _takes_images(asked.metrics):
+      asked = asked._replace(reference=known)
+  sets = (samples, asked.reference, asked.heldout or {})
+  total = sum(map(statistics.count_of, sets))
   with terminal.Progress('judging', total, unit='images') as progress:
     measured = measure.measure(
-      task.judge, samples, reference, task.heldout,
-      metrics=task.metrics, options=task.options, batch_size=batch_size,
-      mesh=mesh, cache=cache(), sample_cache=sample_cache, num_near=NUM_NEAR,
-      num_reference=task.protocol['num_reference'], on_images=progress.update,
-    )  # fmt: skip
+      asked,
+      samples,
+      batch_size=batch_size,
+      mesh=mesh,
+      cache=judges.cache(),
+      sample_cache=sample_cache,
+      num_near=NUM_NEAR,
+      num_reference=task.protocol['num_reference'],
+      on_images=progress.update,
+    )
 
   def keep():
     if known is None:
@@ -320,8 +238,8 @@ def carry_out(
       statistics.write(FLAGS.write_statistics, measured.statistics)
 
   distributed.on_first(keep)
-  about = task.source.description if task.source else FLAGS.reference
-  return measured._replace(details={'reference': about, **measured.details})
+  details = {'reference': task.reference, **measured.details}
+  return measured._replace(details=details)
 
 
 def _takes_images(metrics) -> bool:
@@ -329,15 +247,39 @@ def _takes_images(metrics) -> bool:
   return bool(set(metrics) - {*measure.OF_STATISTICS, 'is'})
 
 
-def draw_neighbours(path, measured, sample_fn, source: Source) -> None:
-  """A picture of the samples nearest to training images, these first.
+def card_of(
+  task: Task, subject: dict, measured: measure.Measured, path, sample_fn
+) -> dict:
+  """The metric card, written with a picture of the neighbours beside it.
 
   Args:
-    path: of the .png.
+    task: what was done.
+    subject: what was judged.
     measured: of `carry_out`.
+    path: the card's file; None writes nothing.
     sample_fn: number of a sample -> uint8 [H, W, C].
-    source: the training images.
   """
+  card = cards.create(
+    subject, task.protocol, measured.results, measured.details
+  )
+
+  def keep():
+    if FLAGS.neighbours and measured.nearest:
+      _draw_neighbours(
+        path.with_name(f'{path.stem}_neighbours.png'),
+        measured,
+        sample_fn,
+        task.source,
+      )
+    cards.write(path, card)
+
+  if path:
+    distributed.on_first(keep)
+  return card
+
+
+def _draw_neighbours(path, measured, sample_fn, source):
+  """The samples nearest to training images, these first."""
   nearest = measured.nearest
   order = np.argsort(nearest.distances[:, 0], kind='stable')
   rows, labels = [], []
@@ -351,123 +293,3 @@ def draw_neighbours(path, measured, sample_fn, source: Source) -> None:
     labels.append(label)
   files.make(path.parent)
   pictures.save(path, pictures.neighbours(np.stack(rows), labels))
-
-
-# --- what judges -------------------------------------------------------------
-
-
-def judge_of(
-  source: Source | None, heldout: Source | None, image_shape, folder=None
-) -> Judge:
-  """The network that --features asks for, trained if need be.
-
-  Args:
-    source: the training images, or None.
-    heldout: on which a classifier is tried, or None.
-    image_shape: (H, W, C) of what it is to judge; None where there are only
-      statistics, which need no network.
-    folder: where classifiers of these data are kept; None where there is none.
-
-  Raises:
-    UserError: there is no such network, or it is not for such images.
-  """
-  labelled = source and source.num_classes and folder
-  name = FLAGS.features or ('classifier' if labelled else 'pixels')
-  if image_shape is None:
-    protocol = {'features': 'of the files'}
-    return Judge(None, {}, {'statistics': 'frechet'}, '', protocol, {})
-  if name == 'pixels':
-    return features.pixels(image_shape)
-  if _is_inception(name):
-    return _inception(name)
-  path = files.at(name).expanduser()
-  if name == 'classifier':
-    path = _train_classifier(folder, source, image_shape)
-  judge = classifier.load(path, image_shape)
-  num_classes = source.num_classes if source else 0
-  if num_classes not in (0, judge.protocol['num_classes']):
-    raise UserError(
-      f'--features={name} judges {judge.protocol["num_classes"]} classes, and '
-      f'the data have {num_classes}: give another'
-    )
-  right = classifier.accuracy(judge, heldout) if heldout else None
-  return judge._replace(details={**judge.details, 'classifier_accuracy': right})
-
-
-def _is_inception(name) -> bool:
-  """Whether a value of --features means Inception."""
-  path = files.at(name or '')
-  if name == 'inception' or path.suffix in ('.pth', '.pb'):
-    return True
-  try:
-    with (
-      path.expanduser().open('rb') as file,
-      zipfile.ZipFile(file) as archive,
-    ):
-      return f'{classifier.FACTS}.npy' not in archive.namelist()
-  except (OSError, zipfile.BadZipFile, ValueError):
-    return False
-
-
-def _taps() -> list[str]:
-  more = ['spatial'] if 'sfid' in FLAGS.metrics else []
-  taps = list(dict.fromkeys([*FLAGS.taps, *more]))
-  if not taps:
-    raise UserError(f'--taps is empty: use {", ".join(inception.DISTANCES)}')
-  return taps
-
-
-def _inception(name) -> Judge:
-  path = files.at(name).expanduser()
-  if name == 'inception':
-    path = cache() / weights.NAME
-    if not path.exists():
-      raise UserError(
-        f'--features=inception: {path} is not there; --download fetches it, or '
-        'give a file of the weights'
-      )
-  elif path.suffix in ('.pth', '.pb'):
-    path = distributed.everywhere(lambda: _converted(path))
-  return inception.load(
-    path, taps=_taps(), logits='is' in FLAGS.metrics,
-    convention=FLAGS.convention,
-  )  # fmt: skip
-
-
-def _converted(path) -> files.Path:
-  """A published file as one of ours, in the cache."""
-  target = cache() / f'inception_{weights.checked(path)[:16]}.npz'
-  if not target.exists():
-    weights.convert(path, target)
-  return target
-
-
-def _train_classifier(folder, source, image_shape):
-  """The file of the classifier of these data, trained unless it is there."""
-  if folder is None:
-    raise UserError(
-      '--features=classifier is for a run: give the file of one, or another'
-    )
-  if not (source and source.num_classes):
-    what = source.description if source else 'there are only statistics'
-    raise UserError(f'--features=classifier: {what}; give --features=pixels')
-  for what, value, most in (
-    ('pixels', max(image_shape), classifier.LARGEST),
-    ('classes', source.num_classes, classifier.MOST_CLASSES),
-  ):
-    if value > most:
-      raise UserError(
-        f'--features=classifier is for at most {most} {what}, not {value}: '
-        'give --features=pixels'
-      )
-
-  def train():
-    digest = classifier.fingerprint(source)
-    path = folder / f'classifier_{digest[:8]}.npz'
-    if not path.exists():
-      terminal.say(f'training a classifier on {source.description}, once')
-      with terminal.Progress('classifier', classifier.NUM_STEPS) as progress:
-        classifier.train(path, source, on_step=progress.update)
-    return str(path)
-
-  return files.at(distributed.on_first(train))

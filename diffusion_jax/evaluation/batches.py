@@ -3,28 +3,21 @@
 So that what was interrupted goes on, with batches of the same size.
 """
 
-import tokenize
-import zipfile
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.evaluation import features
+from diffusion_jax.evaluation import features, kept
 from diffusion_jax.evaluation.features import Images
-from diffusion_jax.system import distributed, files
+from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 VERSION = 'v1'  # of what is kept; another where numbers change
 CHUNK = 50  # steps of a grid between two reports of progress
-
-# What a file that is damaged, or not there, raises.
-_DAMAGED = (
-  *(OSError, ValueError, LookupError, EOFError, SyntaxError),
-  *(tokenize.TokenError, zipfile.BadZipFile),
-)
 
 
 def chunks(count: int) -> list[np.ndarray]:
@@ -78,15 +71,13 @@ class Batches(NamedTuple):
     for images in features.blocks(self.images.stream(), size):
       numbers = np.arange(first, first + len(images))
       path = place / f'{numbers[0]:09d}-{numbers[-1]:09d}.npz'
-      one = _read(path)
-      if all(distributed.gather(one is not None)):
+      one, is_kept = kept.once(
+        functools.partial(kept.read, path),
+        functools.partial(kept.write, path),
+        functools.partial(self._computed, compute, images, numbers, size),
+      )
+      if is_kept:
         self.on_work(work * len(images))
-      else:
-        one = self._computed(compute, images, numbers, size)
-        if distributed.is_first():
-          files.make(place)
-          with files.replacing(path) as file:
-            np.savez(file, **one)
       found.append(one)
       first += len(images)
     return {
@@ -109,14 +100,3 @@ class Batches(NamedTuple):
           f'images {numbers[0]} to {numbers[-1]} have {self.infinite}'
         )
     return found
-
-
-def _read(path) -> dict[str, np.ndarray] | None:
-  try:
-    with (
-      files.at(path).open('rb') as file,
-      np.load(file, allow_pickle=False) as archive,
-    ):
-      return {name: archive[name] for name in archive.files}
-  except _DAMAGED:
-    return None

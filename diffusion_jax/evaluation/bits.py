@@ -34,7 +34,6 @@ KINDS = {
 DEQUANTISATIONS = ('uniform', 'variational')
 EVALUATIONS = 10  # of an image, for bpd_fast
 MOST_EXACT = 1024  # dimensions
-DECODED = 10  # rows of a rate-distortion table
 
 
 class How(NamedTuple):
@@ -156,6 +155,12 @@ def measure(
   """
   if images.count < 2:
     raise UserError(f'{images.description}: an error takes two images or more')
+  if trained.codec.levels != 256:
+    raise UserError(
+      f'{trained.workdir} diffuses something other than pixels of 8 bits, '
+      'which has no bits per dimension of images: use other metrics, such as '
+      'fid'
+    )
   check(how, trained.schedule, trained.image_shape)
   remedy = 'was the training healthy? --clip may help'
   if how.kind == 'bpd_ode':
@@ -169,12 +174,13 @@ def measure(
   )
 
 
-def _given(how: How, images, numbers):
-  """x0 in [-1, 1], and a key for each image."""
-  # Training has 0, samples have 1: see `samplers.draw`.
+def _given(trained, params, how: How, images, numbers):
+  """x0, and a key for each image."""
+  # Training has 0, samples have 1: see `runs.draw`.
   root = jax.random.fold_in(jax.random.key(how.seed), 2)
   keys = jax.vmap(lambda number: jax.random.fold_in(root, number))(numbers)
-  return images.astype(how.dtype) / 127.5 - 1.0, keys
+  rows = {'image': images.astype(how.dtype)}
+  return trained.codec.encode(params, rows, keys), keys
 
 
 def _denoiser(trained, params, clip):
@@ -182,7 +188,7 @@ def _denoiser(trained, params, clip):
 
   def denoise(xt, t):
     x0, eps = trained.compiled.denoise(
-      params, xt.astype(jnp.float32), jnp.asarray(t, jnp.float32)
+      params, xt.astype(jnp.float32), jnp.asarray(t, jnp.float32), {}
     )
     return Denoised(x0.astype(xt.dtype), eps.astype(xt.dtype))
 
@@ -195,13 +201,13 @@ def _bound(trained, batches, how) -> Found:
 
   @jax.jit
   def some(params, images, numbers, which):
-    x0, keys = _given(how, images, numbers)
+    x0, keys = _given(trained, params, how, images, numbers)
     denoiser = _denoiser(trained, params, how.clip)
     return likelihood.terms(denoiser, steps, x0, keys, which)
 
   @jax.jit
-  def prior(images, numbers):
-    x0, _ = _given(how, images, numbers)
+  def prior(params, images, numbers):
+    x0, _ = _given(trained, params, how, images, numbers)
     return likelihood.prior(trained.schedule, x0, how.grid[0])
 
   def compute(images, numbers, tell):
@@ -212,7 +218,7 @@ def _bound(trained, batches, how) -> Found:
       tell(len(which))
     bits, mse = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return {
-      'prior': sharding.to_host(prior(images, numbers)),
+      'prior': sharding.to_host(prior(trained.params, images, numbers)),
       'bits': bits,
       'mse': mse,
     }
@@ -248,13 +254,13 @@ def _fast(trained, batches, how) -> Found:
 
   @jax.jit
   def pilot(params, images, numbers):
-    x0, keys = _given(how, images, numbers)
+    x0, keys = _given(trained, params, how, images, numbers)
     denoiser = _denoiser(trained, params, how.clip)
     return fast_bound.pilot(denoiser, steps, x0, keys)
 
   @jax.jit
   def sampled(params, images, numbers, probabilities):
-    x0, keys = _given(how, images, numbers)
+    x0, keys = _given(trained, params, how, images, numbers)
     denoiser = _denoiser(trained, params, how.clip)
     return fast_bound.sampled(
       denoiser, trained.schedule, steps, x0, keys, probabilities,
@@ -290,7 +296,7 @@ def _flow(trained, batches, how) -> Found:
 
   @jax.jit
   def solve(params, images, numbers):
-    x0, keys = _given(how, images, numbers)
+    x0, keys = _given(trained, params, how, images, numbers)
     return bits_of[how.dequantisation](
       _denoiser(trained, params, clip=False), trained.schedule, x0, keys,
       divergence=how.divergence, rtol=how.tolerance, atol=how.tolerance,
@@ -312,46 +318,3 @@ def _flow(trained, batches, how) -> Found:
     },
     {'most_evaluations': int(found['evaluations'].max())},
   )
-
-
-def text(card: dict) -> str:
-  """A card as people read it.
-
-  Args:
-    card: of `measure`'s Found.
-  """
-  protocol, results, details = (
-    card[key] for key in ('protocol', 'results', 'details')
-  )
-  kind = protocol['bits']
-  value, error = results[kind], results[f'{kind}_error']
-  lines = [
-    f'{protocol["num_images"]} images of step {card["subject"]["step"]}: '
-    f'{details["images"]}',
-    f'{KINDS[kind]}: {value:.4f} ± {error:.2g} bits/dim',
-  ]
-  if kind == 'bpd_fast':
-    lines[-1] += ' (95%)'
-  if kind == 'bpd_ode':
-    lines.append(
-      f'{protocol["dequantisation"]} dequantisation, '
-      f'{results["evaluations"]:.0f} evaluations an image'
-    )
-  if kind == 'bpd':
-    lines += [
-      f'= prior {details["prior"]:.4g} + {details["between"]:.4f} of '
-      f'{details["evaluations"] - 1} steps + decoder {details["decoder"]:.4f}',
-      '',
-      *_decoded(details),
-    ]
-  return '\n'.join(lines)
-
-
-def _decoded(details):
-  """As in table 4 of arXiv 2006.11239: what is known after how many bits."""
-  count = details['evaluations']
-  rows = sorted({-(-i * count // DECODED) for i in range(1, DECODED + 1)})
-  yield f'{"steps":>6}  {"bits/dim":>9}  {"RMSE of 255":>11}'
-  for decoded in reversed(rows):
-    i = decoded - 1
-    yield f'{decoded:6}  {details["rate"][i]:9.5f}  {details["rmse"][i]:11.5f}'

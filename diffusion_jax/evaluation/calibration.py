@@ -84,9 +84,9 @@ def measure(
     keys = jax.vmap(lambda number: jax.random.fold_in(root, number))(numbers)
 
     def denoiser(xt, t):
-      return trained.compiled.denoise(params, xt, t)
+      return trained.compiled.denoise(params, xt, t, {})
 
-    x0 = images.astype(jnp.float32) / 127.5 - 1.0
+    x0 = trained.codec.encode(params, {'image': images}, keys)
     return scored(denoiser, schedule, x0, keys, which)
 
   def compute(images, numbers, tell):

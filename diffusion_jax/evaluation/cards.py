@@ -13,9 +13,9 @@ import datetime
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import PurePath
 
 from diffusion_jax import runs
+from diffusion_jax.runs.trained import Trained
 from diffusion_jax.system import environment, files
 from diffusion_jax.system.errors import UserError
 
@@ -31,91 +31,36 @@ DISTANCES = {
   'fid_64': 'FID-64',
 }
 
-# Of the results: the head of its column, and what it means.
-HEADS = {
-  **{
-    key: pair
-    for name, title in DISTANCES.items()
-    for key, pair in {
-      name: (f'{title} ↓', 'Fréchet distance to the reference'),
-      f'{name}_heldout_count': (
-        'equal count ↓',
-        'Fréchet distance of as many samples as there are held-out images',
-      ),
-      f'{name}_ratio': (
-        'ratio ↓',
-        'Fréchet distance of samples over that of held-out images, equally '
-        'many',
-      ),
-    }.items()
-  },
-  'kid': ('KID ↓', 'squared MMD between features, unbiased, over subsets'),
-  'kid_error': ('KID ±', 'standard error over the subsets'),
-  'inception_score': ('IS ↑', 'Inception Score, mean over the splits'),
-  'inception_score_std': ('IS ±', 'standard deviation over the splits'),
-  'precision': ('precision ↑', 'share of samples near to real images'),
-  'recall': ('recall ↑', 'share of real images near to samples'),
-  'density': ('density ↑', 'real balls around a sample, over k'),
-  'coverage': ('coverage ↑', 'share of real balls with a sample inside'),
-  'confident': (
-    'confident ↑',
-    'share of images given a class with a probability above 0.8',
-  ),
-  'smallest_class': ('least class ↑', 'share of the least frequent class'),
-  'identical': ('identical ↓', 'share of images that are a training image'),
-  'nearest': (
-    'nearest',
-    'median distance to the nearest training image, between features',
-  ),
-  'nearest_share': (
-    'near',
-    'share of samples nearer to a training image than 95% of the held-out '
-    'images are; below it, what is expected of images that are not copied',
-  ),
-  'bpd': ('bits/dim ↓', 'the variational bound'),
-  'bpd_error': ('±', 'standard error over the images'),
-  'bpd_fast': ('bits/dim ↓', 'the bound, estimated'),
-  'bpd_fast_error': ('±', 'half of the 95% interval'),
-  'bpd_ode': ('bits/dim ↓', 'by the probability flow'),
-  'bpd_ode_error': ('±', 'standard error over the images'),
-  'evaluations': ('evaluations', 'of the network, for an image'),
-}
-# Of held-out images: it stands below the samples' number, and is the same on
-# all cards of one protocol.
-HELDOUT = {
-  **{f'{name}_heldout_count': f'{name}_floor' for name in DISTANCES},
-  **{
-    name: f'{name}_heldout'
-    for name in (
-      *('kid', 'kid_error', 'inception_score', 'inception_score_std'),
-      *('confident', 'smallest_class', 'identical', 'nearest'),
-    )
-  },
-  'nearest_share': 'nearest_share_expected',
-}
+
+def distance(name: str) -> str:
+  """What a Frechet distance is called in a title."""
+  return DISTANCES[name] + ' distance' * (name == 'frechet')
 
 
-def columns(cards: Sequence[dict]) -> list[str]:
-  """The results that these cards have, but for those of held-out images."""
-  names = dict.fromkeys(name for card in cards for name in card['results'])
-  return [name for name in names if name not in HELDOUT.values()]
-
-
-def head(name: str) -> str:
-  """The head of a result's column."""
-  return HEADS.get(name, (name,))[0]
-
-
-def meaning(name: str) -> str:
-  """What a result is, for who asks; '' where only its name is known."""
-  return HEADS.get(name, ('', ''))[1]
+def heldout_name(name: str) -> str:
+  """What the held-out images' number of a result's kind is called."""
+  if name.endswith('_heldout_count'):
+    return name.replace('_heldout_count', '_floor')
+  return f'{name}_expected' if name == 'nearest_share' else f'{name}_heldout'
 
 
 def heldout(card: dict) -> dict:
   """Result -> the held-out images' number of the same kind."""
   results = card['results']
   return {
-    name: results[real] for name, real in HELDOUT.items() if real in results
+    name: results[heldout_name(name)]
+    for name in results
+    if heldout_name(name) in results
+  }
+
+
+def subject_of(trained: Trained) -> dict:
+  """What a card's subject says of a network."""
+  return {
+    'workdir': str(trained.workdir),
+    'step': trained.step,
+    'ema': trained.ema,
+    'weights_sha256': trained.weights_sha256,
   }
 
 
@@ -141,7 +86,7 @@ def create(subject: dict, protocol: dict, results: dict, details: dict) -> dict:
 
 
 def write(path, card: dict) -> None:
-  """Writes a card, whole or not at all."""
+  """Writes a card, or another JSON, whole or not at all."""
   files.make(files.at(path).parent)
   with files.replacing(path) as file:
     file.write(json.dumps(card, indent=2).encode() + b'\n')
@@ -239,6 +184,14 @@ def differences(cards: Sequence[dict]) -> dict:
   return {k: v for k, v in values.items() if any(x != v[0] for x in v)}
 
 
+def grouped(cards: Sequence[dict]) -> dict[str, list[dict]]:
+  """Cards of equal protocols together, in the order of their first ones."""
+  groups = {}
+  for card in cards:
+    groups.setdefault(_key(card), []).append(card)
+  return groups
+
+
 def compare(places: Sequence[str]) -> list[list[dict]]:
   """Cards in groups of one protocol, which stand in one table each.
 
@@ -252,31 +205,51 @@ def compare(places: Sequence[str]) -> list[list[dict]]:
     UserError: the places have no protocol in common; every field that differs
       is named.
   """
-  found = [[read(path) for path in find(place)] for place in places]
-  keys = [[_key(card) for card in cards] for cards in found]
-  common = [
-    key for key in dict.fromkeys(keys[0]) if all(key in k for k in keys)
+  found = [grouped([read(path) for path in find(place)]) for place in places]
+  common = [key for key in found[0] if all(key in groups for groups in found)]
+  if common:
+    return [
+      [card for groups in found for card in groups[key]] for key in common
+    ]
+  (key, (first, *_)), *_ = found[0].items()
+  place, groups = next(
+    (place, groups)
+    for place, groups in zip(places, found, strict=True)
+    if next(iter(groups)) != key
+  )
+  unlike = differences([first, next(iter(groups.values()))[0]])
+  told = '; '.join(
+    f'{field}: {_short(a)} and {_short(b)}' for field, (a, b) in unlike.items()
+  )
+  raise UserError(
+    f'{places[0]} and {place} were measured in different ways and are not '
+    f'compared ({told})' + _remedy(unlike)
+  )
+
+
+def curve(cards: Sequence[dict], result: str) -> dict:
+  """A result step by step.
+
+  Args:
+    cards: each with its 'name', the file's without .json.
+    result: of their results.
+
+  Returns:
+    {'result', 'points': [{'step', 'value', 'card'}] by step, 'best': the point
+    of the least value, the first of equals; None where there is none}.
+  """
+  points = [
+    {
+      'step': card['subject']['step'],
+      'value': card['results'][result],
+      'card': f'{card["name"]}.json',
+    }
+    for card in cards
+    if card['results'].get(result) is not None
   ]
-  if not common:
-    first = found[0][0]
-    place, other = next(
-      (place, cards[0])
-      for place, cards in zip(places, found, strict=True)
-      if cards[0]['protocol'] != first['protocol']
-    )
-    unlike = differences([first, other])
-    told = '; '.join(
-      f'{field}: {_short(a)} and {_short(b)}'
-      for field, (a, b) in unlike.items()
-    )
-    raise UserError(
-      f'{places[0]} and {place} were measured in different ways and are not '
-      f'compared ({told})' + _remedy(unlike)
-    )
-  return [
-    [card for cards in found for card in cards if _key(card) == key]
-    for key in common
-  ]
+  points.sort(key=lambda point: point['step'])
+  best = min(points, key=lambda point: point['value'], default=None)
+  return {'result': result, 'points': points, 'best': best}
 
 
 def _key(card):
@@ -289,60 +262,15 @@ def _remedy(unlike):
   return ''
 
 
-def table(cards: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-  """Cards of one protocol as (heads, rows of text).
-
-  A row a card, first who it is, then its results; below them those of the
-  held-out images.
-  """
-  names = columns(cards)
-  who = [_who(card['subject']) for card in cards]
-  always = ('run', 'step', 'weights')
-  if any('sampler' in card['subject'] for card in cards):
-    always = (*always, 'sampler', 'evaluations')
-  subjects = [
-    field
-    for field in dict.fromkeys(f for told in who for f in told)
-    if field in always or len({told.get(field) for told in who}) > 1
-  ]
-  rows = [
-    [
-      *(told.get(field, '') for field in subjects),
-      *(number(card['results'].get(name)) for name in names),
-    ]
-    for told, card in zip(who, cards, strict=True)
-  ]
-  if real := heldout(cards[0]):
-    cells = [number(real[name]) if name in real else '' for name in names]
-    rows.append(['held-out images', *[''] * (len(subjects) - 1), *cells])
-  return [*subjects, *map(head, names)], rows
-
-
-def _who(subject):
-  """field -> text: what was judged, as people tell one from another."""
-  told = {
-    'run': PurePath(subject.get('workdir', '?')).name,
-    'step': subject.get('step', ''),
-    'weights': {True: 'EMA', False: 'raw'}.get(subject.get('ema'), ''),
-    'sampler': subject.get('sampler', '?'),
-    'evaluations': subject.get('evaluations', '?'),
-  }
-  for name, value in subject.items():
-    if name not in ('workdir', 'ema', 'weights_sha256', *told):
-      if isinstance(value, list) and all(map(is_number, value)):  # the grid
-        value = brief(value)
-      told[name] = value
-  return {name: str(value) for name, value in told.items()}
-
-
-def brief(grid) -> str:
-  """The first times of a grid."""
-  return ' '.join(f'{x:.4g}' for x in grid[:3]) + ' ..'
-
-
-def number(value) -> str:
-  """Four digits, or a dash."""
-  return '-' if value is None else f'{value:.4g}'
+def number(x) -> str:
+  """Four significant digits; whole numbers whole; '–' for None."""
+  if not is_number(x):
+    return '–' if x is None else str(x)
+  if isinstance(x, int):
+    return f'{x:,}'
+  if abs(x) >= 1000:
+    return f'{float(f"{x:.4g}"):,.0f}'
+  return f'{x:#.4g}'
 
 
 def _short(value):

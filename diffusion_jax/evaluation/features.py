@@ -10,8 +10,8 @@ in common, the training images above all, is computed once.
 """
 
 import dataclasses
+import functools
 import hashlib
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -21,7 +21,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.data import Source, pipeline
-from diffusion_jax.system import distributed, files
+from diffusion_jax.evaluation import kept
+from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
@@ -30,12 +31,6 @@ BLOCK = 256  # images whose features are kept in one file
 
 # Of what is kept: another one where the same network gives other numbers.
 VERSION = 'v1'
-
-# What a file that is damaged, or not there, raises.
-_DAMAGED = (
-  *(OSError, ValueError, TypeError, EOFError, AttributeError, SyntaxError),
-  tokenize.TokenError,
-)
 
 
 class Judge(NamedTuple):
@@ -147,15 +142,11 @@ def passes(
       yield Batch(images, compute(images))
       continue
     paths = _paths(judge, images, cache)
-    outputs = _kept(paths, len(images))
-    # A folder that only some hosts see is of no use to the others.
-    if not all(distributed.gather(outputs is not None)):
-      outputs = compute(images)
-      if distributed.is_first():
-        for name, path in paths.items():
-          files.make(path.parent)
-          with files.replacing(path) as file:
-            np.save(file, outputs[name], allow_pickle=False)
+    outputs, _ = kept.once(
+      functools.partial(_read, paths, len(images)),
+      functools.partial(_write, paths),
+      functools.partial(compute, images),
+    )
     yield Batch(images, outputs)
 
 
@@ -196,18 +187,19 @@ def _paths(judge, images, cache) -> dict[str, files.Path]:
   }
 
 
-def _kept(paths, count) -> dict[str, np.ndarray] | None:
-  """The outputs, or None where one is not there, or is damaged."""
-  found = {}
-  for output, path in paths.items():
-    try:
-      array = np.array(files.mapped(path))
-    except _DAMAGED:
-      return None
-    if array.dtype != np.float32 or array.ndim != 2 or len(array) != count:
-      return None
-    found[output] = array
+def _read(paths, count) -> dict[str, np.ndarray]:
+  found = {name: np.array(files.mapped(path)) for name, path in paths.items()}
+  for x in found.values():
+    if x.dtype != np.float32 or x.ndim != 2 or len(x) != count:
+      raise ValueError(f'{x.dtype} {x.shape}')
   return found
+
+
+def _write(paths, outputs):
+  for name, path in paths.items():
+    files.make(path.parent)
+    with files.replacing(path) as file:
+      np.save(file, outputs[name], allow_pickle=False)
 
 
 class Images(NamedTuple):

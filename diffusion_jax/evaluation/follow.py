@@ -6,7 +6,6 @@ the trainer does not delete them, however old they become.
 """
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -82,9 +81,7 @@ def follow(
       best = [curve['best']['step']] if curve['best'] else []
       held.hold(directory, [*best, *new], by=name)
       if curve != written[0]:
-        files.make(path.parent)
-        with files.replacing(path) as file:
-          file.write(json.dumps(curve, indent=2).encode() + b'\n')
+        cards.write(path, curve)
         written[0] = curve
       last = int(runs.read_config(workdir)['num_steps'])
       ended = not new and max(judged | missed, default=0) >= last
@@ -151,25 +148,21 @@ def curve_of(workdir, card_path, result: str) -> dict:
     result: of the cards' results.
 
   Returns:
-    {'result', 'points': [{'step', 'value', 'card'}] by step, 'best': the point
-    of the least value, the first of equals; None where there is none}.
+    as of `cards.curve`.
   """
-  points = []
+  found = []
   for path in sorted((workdir / 'evaluations').glob('*.json')):
-    try:
-      card = cards.read(path)
-    except UserError:
-      continue  # the report tells of it
-    step = card['subject'].get('step')
-    if step is not None and path == card_path(step):
-      value = card['results'].get(result)
-      points.append({'step': step, 'value': value, 'card': path.name})
-  points = sorted(
-    (point for point in points if point['value'] is not None),
-    key=lambda point: point['step'],
+    with contextlib.suppress(UserError):  # the report tells of a damaged one
+      found.append({**cards.read(path), 'name': path.stem})
+  return cards.curve(
+    [
+      card
+      for card in found
+      if 'step' in card['subject']
+      and card_path(card['subject']['step']).stem == card['name']
+    ],
+    result,
   )
-  best = min(points, key=lambda point: point['value'], default=None)
-  return {'result': result, 'points': points, 'best': best}
 
 
 def text(curve: dict) -> str:

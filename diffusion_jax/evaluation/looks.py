@@ -27,105 +27,109 @@ class Seen(NamedTuple):
     moments: tap -> of all images, or the statistics that were given.
     first_moments: tap -> of the first images only, as many as asked for.
     chosen: name -> [n, D], the main features of chosen images.
+    searched: [n], the numbers of the images chosen as 'queries'.
     hashes: of each image.
-    classes: int64 [K], how many images are taken for each class, or None.
+    classes: int64 [K], how many images are taken for each class.
     confident: how many of them with a probability above 0.8.
     sums: of the Inception Score, or None.
   """
 
   moments: dict[str, Moments | Gaussian]
-  first_moments: dict[str, Moments]
-  chosen: dict[str, np.ndarray]
-  hashes: list[int]
-  classes: np.ndarray | None
-  confident: int
-  sums: inception_score.Sums | None
+  first_moments: dict[str, Moments] = {}  # noqa: RUF012
+  chosen: dict[str, np.ndarray] = {}  # noqa: RUF012
+  searched: np.ndarray = np.arange(0)
+  hashes: Sequence[int] = ()
+  classes: np.ndarray | int = 0
+  confident: int = 0
+  sums: inception_score.Sums | None = None
 
 
-class Looker(NamedTuple):
-  """What all passes have in common; called, it makes one.
+def look(
+  judge: Judge,
+  metrics: Sequence[str],
+  options,
+  images,
+  *,
+  batch_size: int,
+  mesh: Mesh,
+  cache=None,
+  first: int = 0,
+  on_images: Callable[[int], None] = lambda count: None,
+  on_features: Callable = lambda first, found: None,
+) -> Seen:
+  """Passes over a set of images.
 
-  Attributes:
+  Args:
     judge: the network.
     metrics: what is wanted of the images, keys of `measure.METRICS`.
-    is_splits: of the Inception Score.
-    is_seed: of a permutation before the split, or None.
-    batch_size: of the passes.
-    mesh: over which they are divided.
+    options: of the metrics, see `measure.Options`.
+    images: the set; statistics are left as they are.
+    batch_size: of the pass.
+    mesh: over which it is divided.
     cache: folder of features, see `features.passes`.
+    first: so many images have moments of their own.
     on_images: called with the number of images after each block.
+    on_features: called with the number of the first image of a block, and its
+      main features.
   """
-
-  judge: Judge
-  metrics: Sequence[str]
-  is_splits: int
-  is_seed: int | None
-  batch_size: int
-  mesh: Mesh
-  cache: object
-  on_images: Callable
-
-  def __call__(
-    self, images, first: int = 0, on_features=lambda first, found: None
-  ) -> Seen:
-    """Looks at a set; `first` of its images have moments of their own."""
-    if not isinstance(images, Images):
-      return Seen(images, {}, {}, [], None, 0, None)
-    asked = self.chosen(images.count)
-    chosen = {name: [] for name in asked}
-    moments, first_moments = {}, {}
-    hashes, classes, confident, sums = [], None, 0, None
-    if 'is' in self.metrics:
-      splits = inception_score.splits_of(
-        images.count,
-        min(self.is_splits, images.count),
-        self.is_seed,
+  if not isinstance(images, Images):
+    return Seen(images)
+  count, at = images.count, 0
+  asked = _chosen(metrics, count)
+  chosen = {name: [] for name in asked}
+  moments, first_moments = {}, {}
+  hashes, classes, confident, sums = [], 0, 0, None
+  splits = inception_score.splits_of(
+    count, min(options.is_splits, count), options.is_seed
+  )
+  for batch in features.passes(judge, images.stream(), batch_size, mesh, cache):
+    end = at + len(batch.images)
+    for tap in judge.taps:
+      x = batch.outputs[tap]
+      _add(moments, tap, x)
+      _add(first_moments, tap, x[: max(first - at, 0)])
+    main = batch.outputs[next(iter(judge.taps))]
+    for name, indices in asked.items():
+      inside = indices[(indices >= at) & (indices < end)]
+      chosen[name].append(main[inside - at])
+    if 'copies' in metrics:
+      hashes += [hash(x.tobytes()) for x in features.whole(batch.images)]
+    if 'classes' in metrics:
+      logits = batch.outputs[judge.logits]
+      classes += np.bincount(logits.argmax(1), minlength=logits.shape[1])
+      confident += int((_probability(logits) > CONFIDENT).sum())
+    if 'is' in metrics:
+      logits = batch.outputs[judge.logits]
+      sums = inception_score.update(
+        sums or inception_score.nothing(splits.max() + 1, logits.shape[1]),
+        logits,
+        splits[at:end],
       )
-    at = 0
-    for batch in features.passes(
-      self.judge, images.stream(), self.batch_size, self.mesh, self.cache
-    ):
-      end = at + len(batch.images)
-      main = batch.outputs[next(iter(self.judge.taps))]
-      for tap in self.judge.taps:
-        x = batch.outputs[tap]
-        _add(moments, tap, x)
-        _add(first_moments, tap, x[: max(first - at, 0)])
-      for name, indices in asked.items():
-        inside = indices[(indices >= at) & (indices < end)]
-        chosen[name].append(main[inside - at])
-      if 'copies' in self.metrics:
-        hashes += [hash(x.tobytes()) for x in features.whole(batch.images)]
-      if 'classes' in self.metrics:
-        logits = batch.outputs[self.judge.logits]
-        taken = np.bincount(logits.argmax(1), minlength=logits.shape[1])
-        classes = taken if classes is None else classes + taken
-        confident += int((_probability(logits) > CONFIDENT).sum())
-      if 'is' in self.metrics:
-        logits = batch.outputs[self.judge.logits]
-        sums = inception_score.update(
-          sums or inception_score.nothing(splits.max() + 1, logits.shape[1]),
-          logits,
-          splits[at:end],
-        )
-      on_features(at, main)
-      self.on_images(len(batch.images))
-      at = end
-    assert at == images.count, f'{at} images in place of {images.count}'
-    chosen = {name: np.concatenate(parts) for name, parts in chosen.items()}
-    return Seen(
-      moments, first_moments, chosen, hashes, classes, confident, sums
-    )
+    on_features(at, main)
+    on_images(len(batch.images))
+    at = end
+  assert at == count, f'{at} images in place of {count}'
+  return Seen(
+    moments,
+    first_moments,
+    {name: np.concatenate(parts) for name, parts in chosen.items()},
+    asked.get('queries', np.arange(0)),
+    hashes,
+    classes,
+    confident,
+    sums,
+  )
 
-  def chosen(self, count) -> dict[str, np.ndarray]:
-    """Whose features are kept: at even distances, as sets may be sorted."""
-    most = {'compared': COMPARED} if {'kid', 'pr'} & set(self.metrics) else {}
-    if 'copies' in self.metrics:
-      most['queries'] = QUERIES
-    return {
-      name: np.arange(min(count, limit)) * count // min(count, limit)
-      for name, limit in most.items()
-    }
+
+def _chosen(metrics, count) -> dict[str, np.ndarray]:
+  """Whose features are kept: at even distances, as sets may be sorted."""
+  most = {'compared': COMPARED} if {'kid', 'pr'} & set(metrics) else {}
+  if 'copies' in metrics:
+    most['queries'] = QUERIES
+  return {
+    name: np.arange(min(count, limit)) * count // min(count, limit)
+    for name, limit in most.items()
+  }
 
 
 def _add(moments, tap, x):

@@ -1,5 +1,6 @@
 """What samples are worth: metrics of what one pass each has seen."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,7 +10,6 @@ from jax.sharding import Mesh
 
 from diffusion_jax.evaluation import looks
 from diffusion_jax.evaluation.features import Images, Judge
-from diffusion_jax.evaluation.looks import Looker
 from diffusion_jax.evaluation.metrics import (
   frechet,
   inception_score,
@@ -62,6 +62,40 @@ class Options(NamedTuple):
 DEFAULTS = Options()
 
 
+class Task(NamedTuple):
+  """What samples are judged by, and against what.
+
+  Attributes:
+    judge: the network.
+    reference: the training images, all of which are taken, or statistics.
+    metrics: keys of METRICS.
+    options: of the metrics.
+    heldout: images of the reference's kind, at most as many as there are
+      samples; None for none.
+  """
+
+  judge: Judge
+  reference: Images | Statistics
+  metrics: Sequence[str]
+  options: Options = DEFAULTS
+  heldout: Images | None = None
+
+  def protocol(self) -> dict:
+    """How it is measured, for the card: all that the numbers depend on."""
+    metrics = [name for name in METRICS if name in self.metrics]
+    told = {**self.judge.protocol, 'metrics': metrics}
+    for name, value in self.options._asdict().items():
+      if name.split('_')[0] in metrics:
+        told[name] = value
+    if {'kid', 'pr'} & set(self.metrics):
+      told['num_compared'] = looks.COMPARED
+    if 'pr' in self.metrics:
+      told['density_k'] = precision.DENSITY_K
+    if 'copies' in self.metrics:
+      told['num_searched'] = looks.QUERIES
+    return told
+
+
 class Measured(NamedTuple):
   """What goes on a card, and the nearest training images.
 
@@ -82,36 +116,20 @@ class Measured(NamedTuple):
   statistics: Statistics
 
 
-def check(
-  judge: Judge,
-  samples: Images | Statistics,
-  reference: Images | Statistics,
-  heldout: Images | None = None,
-  *,
-  metrics: Sequence[str],
-  options: Options = DEFAULTS,
-) -> None:
+def check(task: Task, samples: Images | Statistics) -> None:
   """Finds out beforehand what cannot be measured.
 
   Args:
-    judge: the network.
+    task: the metrics, and what they take.
     samples: what is to be judged.
-    reference: what it is compared to.
-    heldout: images of the reference's kind.
-    metrics: keys of METRICS.
-    options: of the metrics.
 
   Raises:
     UserError: a metric is not known, or takes what is not there.
   """
-  for name in metrics:
-    if name not in METRICS:
-      raise UserError(
-        f'the metric {name!r} is not known: use {", ".join(METRICS)}'
-      )
-  if not metrics:
+  judge, metrics = task.judge, task.metrics
+  if not metrics or set(metrics) - set(METRICS):
     raise UserError(
-      f'no metric is asked for: name some of {", ".join(METRICS)}'
+      f'metrics={",".join(metrics)}: give some of {", ".join(METRICS)}'
     )
   if 'is' in metrics and not judge.logits:
     raise UserError(
@@ -123,68 +141,45 @@ def check(
       f'the metric classes is for a classifier of the data, and not for '
       f'{judge.protocol["features"]}: leave it out'
     )
-  if not (isinstance(samples, Images) or isinstance(reference, Images)):
+  sets = {'samples': samples, 'reference': task.reference}
+  if not any(isinstance(one, Images) for one in sets.values()):
     for tap in judge.taps:
-      sizes = [len(one[tap].mean) for one in (samples, reference)]
+      sizes = [len(one[tap].mean) for one in sets.values()]
       if sizes[0] != sizes[1]:
+        told = ' and of '.join(map(str, sizes))
         raise UserError(
-          f'statistics of {sizes[0]} and of {sizes[1]} dimensions: give those '
-          'of one network'
+          f'statistics of {told} dimensions: give those of one network'
         )
-  least = 2
-  if 'pr' in metrics:
-    least = 1 + max(options.pr_k, precision.DENSITY_K)
-  sets = {'samples': samples, 'reference': reference}
   for what, given in sets.items():
-    if isinstance(given, Images):
-      if given.count < least:
-        raise UserError(
-          f'{given.description}: {", ".join(metrics)} take {least} images or '
-          'more'
-        )
-    else:
-      # The Inception Score knows no reference.
-      fine = (*OF_STATISTICS, *['is'] * (what == 'reference'))
-      if beyond := [name for name in metrics if name not in fine]:
-        raise UserError(
-          f'of the {what} there are statistics, and {", ".join(beyond)} '
-          f'take images: give those, or ask for {", ".join(fine)}'
-        )
-  if heldout and heldout.count < 2:
+    _check_set(task, what, given)
+  if task.heldout and task.heldout.count < 2:
+    told = f'{task.heldout.description}: give two held-out images or more'
+    raise UserError(told)
+
+
+def _check_set(task, what, given):
+  metrics, least = task.metrics, 2
+  if 'pr' in metrics:
+    least = 1 + max(task.options.pr_k, precision.DENSITY_K)
+  # The Inception Score knows no reference.
+  fine = (*OF_STATISTICS, *['is'] * (what == 'reference'))
+  beyond = [name for name in metrics if name not in fine]
+  if isinstance(given, Images):
+    if given.count < least:
+      raise UserError(
+        f'{given.description}: {", ".join(metrics)} take {least} images or more'
+      )
+  elif beyond:
     raise UserError(
-      f'{heldout.description}: a distance takes two held-out images or more'
+      f'of the {what} there are statistics, and {", ".join(beyond)} take '
+      f'images: give those, or ask for {", ".join(fine)}'
     )
 
 
-def protocol_of(judge: Judge, metrics: Sequence[str], options: Options) -> dict:
-  """How it is measured, for the card: all that the numbers depend on.
-
-  Args:
-    judge: the network.
-    metrics: keys of METRICS.
-    options: those of the metrics asked for are told.
-  """
-  told = {**judge.protocol, 'metrics': [m for m in METRICS if m in metrics]}
-  for name, value in options._asdict().items():
-    if name.split('_')[0] in metrics:
-      told[name] = value
-  if {'kid', 'pr'} & set(metrics):
-    told['num_compared'] = looks.COMPARED
-  if 'pr' in metrics:
-    told['density_k'] = precision.DENSITY_K
-  if 'copies' in metrics:
-    told['num_searched'] = looks.QUERIES
-  return told
-
-
 def measure(
-  judge: Judge,
+  task: Task,
   samples: Images | Statistics,
-  reference: Images | Statistics,
-  heldout: Images | None = None,
   *,
-  metrics: Sequence[str],
-  options: Options = DEFAULTS,
   batch_size: int,
   mesh: Mesh,
   cache=None,
@@ -199,12 +194,8 @@ def measure(
   held-out images' is of equally many samples, the first ones.
 
   Args:
-    judge: the network.
+    task: by what, and against what; see `check`.
     samples: the images, or statistics of them.
-    reference: the training images, all of which are taken, or statistics.
-    heldout: at most as many images as there are samples, or None.
-    metrics: keys of METRICS, see `check`.
-    options: of the metrics.
     batch_size: of the passes.
     mesh: over which the passes are divided.
     cache: folder of features, see `features.passes`.
@@ -213,17 +204,15 @@ def measure(
     num_reference: how many images the statistics are of, where that is known.
     on_images: called with the number of images after each block.
   """
-  look = Looker(
-    judge, metrics, options.is_splits, options.is_seed, batch_size, mesh, cache,
-    on_images,
-  )  # fmt: skip
-  first = heldout.count if heldout else 0
-  seen = {'samples': look._replace(cache=sample_cache)(samples, first=first)}
-  if heldout:
-    seen['heldout'] = look(heldout)
+  look = functools.partial(looks.look, task.judge, task.metrics, task.options)
+  how = {'batch_size': batch_size, 'mesh': mesh, 'on_images': on_images}
+  first = task.heldout.count if task.heldout else 0
+  seen = {'samples': look(samples, first=first, cache=sample_cache, **how)}
+  if task.heldout:
+    seen['heldout'] = look(task.heldout, cache=cache, **how)
   near = {}
-  if 'copies' in metrics:
-    num_near = min(num_near, reference.count)
+  if 'copies' in task.metrics:
+    num_near = min(num_near, task.reference.count)
     near = {
       name: neighbours.nothing(len(one.chosen['queries']), num_near)
       for name, one in seen.items()
@@ -235,158 +224,127 @@ def measure(
         near[name], seen[name].chosen['queries'], found, first
       )
 
-  seen['train'] = look(reference, on_features=search)
-  results, details = {}, dict(judge.details)
-  if {'fid', 'sfid'} & set(metrics):
-    results |= _frechet(judge, seen)
-  if 'kid' in metrics:
-    results |= _kid(seen, options)
-  if 'is' in metrics:
-    results |= _inception_score(seen)
-  if 'pr' in metrics:
-    results |= precision.precision_recall(
-      seen['samples'].chosen['compared'],
-      seen['train'].chosen['compared'],
-      k=options.pr_k,
-    )._asdict()
-  if 'classes' in metrics:
-    results |= _classes(seen)
-    details |= _histograms(seen)
-  nearer = None
-  if near:
-    found, nearer = _copies(seen, near)
-    results |= found
-  sets = (samples, reference, heldout)
+  train = look(task.reference, on_features=search, cache=cache, **how)
+  results, nearer = _results(task, seen, train, near)
+  details = dict(task.judge.details)
+  if 'classes' in task.metrics:
+    details |= {
+      f'{head}class_histogram': (one.classes / one.classes.sum()).tolist()
+      for head, name in (('', 'samples'), ('heldout_', 'heldout'))
+      if (one := seen.get(name))
+    }
+  sets = (samples, task.reference, task.heldout)
   counts = [one.count for one in sets if isinstance(one, Images)]
   counts += [num_reference] * bool(num_reference)
-  if caveats := counts and _caveats(judge, min(counts), seen, metrics, options):
+  if caveats := counts and _caveats(task, min(counts), seen['samples'], train):
     details['caveats'] = caveats
   return Measured(
     {name: float(value) for name, value in results.items()},
     details,
-    look.chosen(samples.count).get('queries') if near else np.arange(0),
+    seen['samples'].searched,
     near.get('samples'),
     nearer,
-    {
-      tap: Gaussian(x.mean, x.covariance)
-      for tap, x in seen['train'].moments.items()
-    },
+    {tap: Gaussian(x.mean, x.covariance) for tap, x in train.moments.items()},
   )
 
 
-def _frechet(judge, seen):
-  """Samples, and where there are held-out images, equally many of both."""
-  results, train = {}, seen['train'].moments
+def _results(task, seen, train, near):
+  """(name -> number, `share_nearer` of the samples or None)."""
+  results, nearer = {}, None
+  if {'fid', 'sfid'} & set(task.metrics):
+    results |= _frechet(task.judge, train, **seen)
+  for name, tail in (('samples', ''), ('heldout', '_heldout')):
+    if name in seen:
+      found = _of_a_set(task, seen[name], train, near.get(name))
+      results |= {f'{key}{tail}': x for key, x in found.items()}
+  if 'pr' in task.metrics:
+    sets = (one.chosen['compared'] for one in (seen['samples'], train))
+    found = precision.precision_recall(*sets, k=task.options.pr_k)
+    results |= found._asdict()
+  if 'heldout' in near:
+    nearer, shares = _nearer(**near)
+    results |= shares
+  return results, nearer
+
+
+def _frechet(judge, train, samples, heldout=None):
+  """Of samples; with held-out images, of equally many of both, too."""
+  results = {}
   for tap, name in judge.taps.items():
-    results[name] = frechet.distance(seen['samples'].moments[tap], train[tap])
-    if 'heldout' not in seen:
+    real = train.moments[tap]
+    results[name] = frechet.distance(samples.moments[tap], real)
+    if not heldout:
       continue
     same = results[name]
-    if seen['samples'].first_moments[tap].count != _count(seen['samples']):
-      same = frechet.distance(seen['samples'].first_moments[tap], train[tap])
-    floor = frechet.distance(seen['heldout'].moments[tap], train[tap])
+    if samples.first_moments[tap].count != samples.moments[tap].count:
+      same = frechet.distance(samples.first_moments[tap], real)
+    floor = frechet.distance(heldout.moments[tap], real)
     results |= {f'{name}_heldout_count': same, f'{name}_floor': floor}
     # Held-out images that equal the training images are at 0 but for rounding.
-    if floor > 1e-9 * np.trace(train[tap].covariance):
+    if floor > 1e-9 * np.trace(real.covariance):
       results[f'{name}_ratio'] = same / floor
   return results
 
 
-def _count(seen):
-  return next(iter(seen.moments.values())).count
-
-
-def _kid(seen, options):
-  results = {}
-  for name, tail in (('samples', ''), ('heldout', '_heldout')):
-    if name in seen:
-      found = kid.over_subsets(
-        seen[name].chosen['compared'],
-        seen['train'].chosen['compared'],
-        seed=options.kid_seed,
-        num_subsets=options.kid_subsets,
-        subset_size=options.kid_subset_size,
-      )
-      results[f'kid{tail}'] = found.mean
-      results[f'kid_error{tail}'] = found.standard_error
+def _of_a_set(task, one, train, near) -> dict:
+  """What samples and held-out images have alike."""
+  results, options = {}, task.options
+  if 'kid' in task.metrics:
+    found = kid.over_subsets(
+      *(x.chosen['compared'] for x in (one, train)),
+      seed=options.kid_seed,
+      num_subsets=options.kid_subsets,
+      subset_size=options.kid_subset_size,
+    )
+    results |= {'kid': found.mean, 'kid_error': found.standard_error}
+  if 'is' in task.metrics:
+    score = inception_score.score_of(one.sums)
+    results['inception_score'], results['inception_score_std'] = score
+  if 'classes' in task.metrics:
+    total = one.classes.sum()
+    results['confident'] = one.confident / total
+    # Of the classes that there are: labels may begin at 1.
+    results['smallest_class'] = one.classes[train.classes > 0].min() / total
+  if near:
+    known = set(train.hashes)
+    results['identical'] = np.mean([image in known for image in one.hashes])
+    results['nearest'] = np.median(near.distances[:, 0])
   return results
 
 
-def _inception_score(seen):
-  results = {}
-  for name, tail in (('samples', ''), ('heldout', '_heldout')):
-    if name in seen:
-      found = inception_score.score_of(seen[name].sums)
-      results[f'inception_score{tail}'] = found.mean
-      results[f'inception_score_std{tail}'] = found.std
-  return results
-
-
-def _classes(seen):
-  results, known = {}, seen['train'].classes
-  for name, tail in (('samples', ''), ('heldout', '_heldout')):
-    if name in seen:
-      total = seen[name].classes.sum()
-      results[f'confident{tail}'] = seen[name].confident / total
-      # Of the classes that there are: labels may begin at 1.
-      least = seen[name].classes[known > 0].min()
-      results[f'smallest_class{tail}'] = least / total
-  return results
-
-
-def _histograms(seen):
-  return {
-    f'{head}class_histogram': (one.classes / one.classes.sum()).tolist()
-    for head, name in (('', 'samples'), ('heldout_', 'heldout'))
-    if (one := seen.get(name))
+def _nearer(samples, heldout):
+  """`neighbours.share_nearer` of the samples, and how many are near."""
+  real = heldout.distances[:, 0]
+  nearer = neighbours.share_nearer(samples.distances[:, 0], real)
+  return nearer, {
+    'nearest_share': np.mean(nearer < NEAR),
+    # Of M + 1 images of one kind each is as likely to have any rank.
+    'nearest_share_expected': math.ceil(NEAR * len(real)) / (len(real) + 1),
   }
 
 
-def _copies(seen, near):
-  """(results, share_nearer of the samples or None)."""
-  distances, known = near['samples'].distances[:, 0], set(seen['train'].hashes)
-  results = {
-    f'identical{tail}': np.mean([image in known for image in seen[name].hashes])
-    for name, tail in (('samples', ''), ('heldout', '_heldout'))
-    if name in seen
-  }
-  results['nearest'], nearer = np.median(distances), None
-  if 'heldout' in near:
-    real = near['heldout'].distances[:, 0]
-    nearer = neighbours.share_nearer(distances, real)
-    results |= {
-      'nearest_heldout': np.median(real),
-      'nearest_share': np.mean(nearer < NEAR),
-      # Of M + 1 images of one kind each is as likely to have any rank.
-      'nearest_share_expected': math.ceil(NEAR * len(real)) / (len(real) + 1),
-    }
-  return results, nearer
-
-
-def _caveats(judge, count, seen, metrics, options) -> list[str]:
+def _caveats(task, count, samples, train) -> list[str]:
   """What is to be told beside the numbers, a line each.
 
   Of the smaller set there are `count` images.
   """
   told = []
-  if not isinstance(
-    seen['samples'].moments.get(next(iter(judge.taps))), Moments
-  ):
+  if not all(isinstance(x, Moments) for x in samples.moments.values()):
     told.append('of how many samples the statistics are is not known')
-  if {'fid', 'sfid'} & set(metrics):
-    for tap, name in judge.taps.items():
-      fit = seen['train'].moments[tap]
+  if {'fid', 'sfid'} & set(task.metrics):
+    for tap, name in task.judge.taps.items():
+      fit = train.moments[tap]
       for caveat in frechet.caveats(count, len(fit.mean)):
         bias = frechet.simulated_bias(fit, count)
         told.append(
           f'{name}: {caveat}. {count} draws from the Gaussian fitted to the '
           f'reference lie {bias:.4g} from it'
         )
-  if 'kid' in metrics:
-    told += kid.caveats(count, options.kid_subset_size)
-  if 'is' in metrics:
-    sums = seen['samples'].sums
+  if 'kid' in task.metrics:
+    told += kid.caveats(count, task.options.kid_subset_size)
+  if 'is' in task.metrics:
+    sums = samples.sums
     told += inception_score.caveats(
-      int(sums.count.sum()), sums.p.shape[1], options.is_splits
+      int(sums.count.sum()), sums.p.shape[1], task.options.is_splits
     )
   return told

@@ -5,14 +5,12 @@ they lie under the hashes of the images and of the network.
 """
 
 import hashlib
-import tokenize
-import zipfile
-import zlib
 
 import jax
 import numpy as np
 
-from diffusion_jax.evaluation.features import VERSION, Judge
+from diffusion_jax.evaluation import features, kept
+from diffusion_jax.evaluation.features import VERSION, Images, Judge
 from diffusion_jax.evaluation.metrics.frechet import Gaussian, Moments
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
@@ -21,16 +19,9 @@ Statistics = dict[str, Gaussian]  # by tap
 
 # What the spatial features' are called in the files of arXiv 2105.05233.
 KEYS = {'spatial': ('mu_s', 'sigma_s')}
-
+PLAIN = 'mu', 'sigma'
 
 MOST = 8192  # dimensions of statistics that a file may hold
-
-# What a file that is something else, or damaged, raises.
-_DAMAGED = (
-  *(OSError, ValueError, TypeError, EOFError, RuntimeError, SyntaxError),
-  *(OverflowError, MemoryError, tokenize.TokenError),
-  *(zipfile.BadZipFile, zlib.error),
-)
 
 
 def is_file(path, alone: bool = False) -> bool:
@@ -41,14 +32,8 @@ def is_file(path, alone: bool = False) -> bool:
     alone: whether images beside them make it something else: the files of
       arXiv 2105.05233 hold both.
   """
-  path = files.at(path).expanduser()
-  try:
-    with path.open('rb') as file, zipfile.ZipFile(file) as archive:
-      names = set(archive.namelist())
-  except (OSError, zipfile.BadZipFile, ValueError):
-    return False
-  has_images = 'arr_0.npy' in names
-  return {'mu.npy', 'sigma.npy'} <= names and not (alone and has_images)
+  there = kept.names(path)
+  return {'mu', 'sigma'} <= {*there} and not (alone and 'arr_0' in there)
 
 
 def read(path, judge: Judge, image_shape) -> Statistics:
@@ -73,17 +58,14 @@ def read(path, judge: Judge, image_shape) -> Statistics:
     image = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
     outputs = jax.eval_shape(judge.apply, judge.params, image)
   path = files.at(path).expanduser()
+  dims = {tap: output.shape[1] for tap, output in outputs.items()}
   return {
-    tap: read_gaussian(
-      path,
-      dim=outputs[tap].shape[1] if outputs else None,
-      keys=KEYS.get(tap, ('mu', 'sigma')),
-    )
+    tap: read_gaussian(path, dims.get(tap), KEYS.get(tap, PLAIN))
     for tap in judge.taps
   }
 
 
-def kept(there: dict[str, files.Path]) -> Statistics | None:
+def cached(there: dict[str, files.Path]) -> Statistics | None:
   """Those of the cache; None where one is not there, or is damaged.
 
   Args:
@@ -104,20 +86,17 @@ def write(path, given: Statistics) -> None:
     path: of a .npz, as `read` takes it.
     given: the statistics.
   """
-  main = next(iter(given))
   arrays = {}
-  for tap in dict.fromkeys([main, *KEYS]):
+  for tap in (next(iter(given)), *KEYS):
     if tap in given:
-      keys = KEYS.get(tap, ('mu', 'sigma'))
-      arrays |= dict(zip(keys, given[tap], strict=True))
-  path = files.at(path).expanduser()
-  files.make(path.parent)
-  with files.replacing(path) as file:
-    np.savez_compressed(file, **arrays)
+      arrays |= zip(KEYS.get(tap, PLAIN), given[tap], strict=True)
+  kept.write(files.at(path).expanduser(), arrays, np.savez_compressed)
 
 
-def sha256_of(given: Statistics) -> str:
-  """Of the numbers, tap by tap."""
+def sha256_of(given: Images | Statistics) -> str:
+  """Of all images in order, which are read once, or of the numbers by tap."""
+  if isinstance(given, Images):
+    return features.sha256_of(given)
   digest = hashlib.sha256()
   for gaussian in given.values():
     for array in gaussian:
@@ -125,13 +104,16 @@ def sha256_of(given: Statistics) -> str:
   return digest.hexdigest()
 
 
+def count_of(given: Images | Statistics) -> int:
+  """How many images there are; 0 where there are statistics of some."""
+  return given.count if isinstance(given, Images) else 0
+
+
 def paths(cache, judge: Judge, images_sha256: str) -> dict[str, files.Path]:
   """Where the cache has the statistics of a set of images, at each tap."""
+  folder = files.at(cache) / 'statistics' / VERSION
   return {
-    tap: files.at(cache)
-    / 'statistics'
-    / VERSION
-    / f'{judge.keys[tap]}_{images_sha256[:32]}.npz'
+    tap: folder / f'{judge.keys[tap]}_{images_sha256[:32]}.npz'
     for tap in judge.taps
     if tap in judge.keys
   }
@@ -145,15 +127,14 @@ def write_gaussian(path, a: Moments | Gaussian) -> None:
       number of images is not among them.
     a: the moments.
   """
-  files.make(files.at(path).parent)
-  with files.replacing(path) as file:
-    np.savez_compressed(file, mu=a.mean, sigma=a.covariance)
+  arrays = {'mu': a.mean, 'sigma': a.covariance}
+  kept.write(path, arrays, np.savez_compressed)
 
 
 def read_gaussian(
-  path, dim: int | None = None, keys: tuple[str, str] = ('mu', 'sigma')
+  path, dim: int | None = None, keys: tuple[str, str] = PLAIN
 ) -> Gaussian:
-  """Statistics of a file that `write_gaussian`, pytorch-fid or another tool wrote.
+  """Statistics of a file of `write_gaussian`, pytorch-fid or another tool.
 
   Files may come from anywhere: nothing is unpickled, and no more is read than
   statistics take. Other arrays in the file are left alone.
@@ -168,28 +149,20 @@ def read_gaussian(
     UserError: there is no such file, it holds something else, or statistics of
       another D.
   """
+  wanted = ' and '.join(keys)
   try:
-    with files.at(path).open('rb') as file, zipfile.ZipFile(file) as archive:
-      infos = {x.filename.removesuffix('.npy'): x for x in archive.infolist()}
-      if missing := [key for key in keys if key not in infos]:
-        there = ' '.join(', '.join(list(infos)[:10]).split()) or 'nothing'
-        raise UserError(
-          f'{path} has no {" and no ".join(missing)} but {there}: statistics '
-          f'of features are {keys[0]} [D] and {keys[1]} [D, D] in one .npz'
-        )
-      mean, covariance = (_array(archive, infos[key]) for key in keys)
-  except FileNotFoundError as e:
-    raise UserError(
-      f'{path}: there is no such file of statistics; give a .npz with '
-      f'{" and ".join(keys)}'
-    ) from e
-  except UserError:
-    raise
-  except _DAMAGED as e:
+    arrays = kept.read(path, keys, 8 * MOST**2 + 4096).values()
+    for array in arrays:
+      if array.dtype.kind != 'f' or array.ndim == 0 or len(array) > MOST:
+        raise ValueError(f'{array.dtype} {list(array.shape)}')
+    mean, covariance = (array.astype(np.float64) for array in arrays)
+  except kept.DAMAGED as e:
     reason = ' '.join(str(e).split()) or type(e).__name__
+    if there := kept.names(path):
+      reason += f'; it holds {" ".join(", ".join(there[:10]).split())}'
     raise UserError(
       f'{path} holds no statistics that can be read ({reason}): give a .npz '
-      f'with {" and ".join(keys)}'
+      f'with {wanted}'
     ) from e
   if wrong := _wrong(mean, covariance):
     raise UserError(
@@ -202,17 +175,6 @@ def read_gaussian(
       'give statistics of the same network'
     )
   return Gaussian(mean, (covariance + covariance.T) / 2)
-
-
-def _array(archive, info):
-  """An array of floats, of at most the bytes that a covariance can have."""
-  if info.file_size > 8 * MOST**2 + 4096:
-    raise ValueError(f'{info.filename} takes {info.file_size} bytes')
-  with archive.open(info) as stream:
-    array = np.lib.format.read_array(stream, allow_pickle=False)
-  if array.dtype.kind != 'f' or array.ndim == 0 or len(array) > MOST:
-    raise ValueError(f'{info.filename} is {array.dtype} {list(array.shape)}')
-  return array.astype(np.float64)
 
 
 def _wrong(mean, covariance):

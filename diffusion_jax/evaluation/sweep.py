@@ -4,42 +4,18 @@ Every sampler has the same budgets of evaluations and takes as many steps as fit
 into each, so that columns compare what costs the same.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-import matplotlib
-from matplotlib import ticker
-from matplotlib.figure import Figure
 
 from diffusion_jax import samplers
 from diffusion_jax.evaluation import cards
 from diffusion_jax.samplers import grid as grids
 from diffusion_jax.samplers.plan import Plan
-from diffusion_jax.system import files, terminal
+from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
 
 
-class Entry(NamedTuple):
-  """A row of a sweep.
-
-  Attributes:
-    text: as it was given: 'ddim', 'unipc:order=2:grid=logsnr'.
-    sampler: a key of SAMPLERS.
-    grid: its name.
-    clip: whether x0 is clipped; None for the config's.
-    options: the sampler's own.
-  """
-
-  text: str
-  sampler: str
-  grid: str
-  clip: bool | None
-  options: dict
-
-
-def parse(text: str) -> Entry:
-  """A row from NAME:key=value:key=value.
+def parse(text: str) -> dict:
+  """What NAME:key=value:key=value asks for, see `plans.for_run`.
 
   Args:
     text: keys are grid, clip, and the sampler's options.
@@ -53,12 +29,10 @@ def parse(text: str) -> Entry:
       f'--sweep={text}: {name} takes as many evaluations as it needs: leave it '
       'out'
     )
-  kinds = {
-    **{key: _kind(option) for key, option in samplers.defaults(name).items()},
-    'grid': str,
-    'clip': bool,
-  }
-  given = {}
+  options = samplers.defaults(name)
+  kinds = {k: float if x is None else type(x) for k, x in options.items()}
+  kinds |= {'grid': str, 'clip': bool}
+  given = {'sampler': name, 'grid': 'uniform'}
   for pair in pairs:
     key, equals, word = pair.partition('=')
     if not equals or key not in kinds:
@@ -67,17 +41,12 @@ def parse(text: str) -> Entry:
         f'{", ".join(kinds)}'
       )
     given[key] = _value(text, key, word, kinds[key])
-  grid, clip = given.pop('grid', 'uniform'), given.pop('clip', None)
-  if grid not in grids.NAMES:
+  if given['grid'] not in grids.NAMES:
     raise UserError(
       f'--sweep={text}: a grid is one of {", ".join(grids.NAMES)}, of which '
       'each number of steps has its own'
     )
-  return Entry(text, name, grid, clip, given)
-
-
-def _kind(default):
-  return float if default is None else type(default)
+  return given
 
 
 def _value(text, key, word, kind):
@@ -144,101 +113,32 @@ def best(cells: Sequence[dict]) -> dict[str, dict]:
   }
 
 
-def _title(result):
-  return cards.DISTANCES[result] + ' distance' * (result == 'frechet')
-
-
 def text(sweep: dict) -> str:
   """A sweep as a table, the best of each column marked, and named below.
 
   Args:
     sweep: 'result', 'cells' (see `best`) and 'best'.
   """
-  budgets = list(sweep['best'])
-  rows, counts = [], set()
-  for name in dict.fromkeys(cell['sampler'] for cell in sweep['cells']):
-    row = [name]
-    for cell in sweep['cells']:
-      if cell['sampler'] != name:
-        continue
-      mark = '*' if cell == sweep['best'][str(cell['budget'])] else ' '
-      fewer = cell['evaluations'] != cell['budget']
-      counts |= {fewer}
-      of = f'({cell["evaluations"]}) ' if fewer else ''
-      row.append(f'{of}{cards.number(cell["value"])}{mark}')
-    rows.append(row)
-  lines = terminal.table(
-    ['evaluations', *(f'{budget} ' for budget in budgets)], rows
-  )
-  title = _title(sweep['result'])
-  lines = [f'{title}, by evaluations of the network for a sample', '', *lines]
-  if True in counts:
-    lines += ['', '(n): as many evaluations, of whole steps']
-  lines += [''] + [
+  cells, best = sweep['cells'], sweep['best']
+
+  def shown(cell):
+    fewer = cell['evaluations'] != cell['budget']
+    of = f'({cell["evaluations"]}) ' * fewer
+    mark = '*' if cell in best.values() else ' '
+    return f'{of}{cards.number(cell["value"])}{mark}'
+
+  rows = [
+    [name, *(shown(cell) for cell in cells if cell['sampler'] == name)]
+    for name in dict.fromkeys(cell['sampler'] for cell in cells)
+  ]
+  heads = ['evaluations', *(f'{budget} ' for budget in best)]
+  title = cards.distance(sweep['result'])
+  lines = [f'{title}, by evaluations of the network for a sample', '']
+  lines += [*terminal.table(heads, rows), '']
+  if any(cell['evaluations'] != cell['budget'] for cell in cells):
+    lines += ['(n): as many evaluations, of whole steps', '']
+  lines += [
     f'the best at {budget}: {cell["sampler"]}, {cards.number(cell["value"])}'
-    for budget, cell in sweep['best'].items()
+    for budget, cell in best.items()
   ]
   return '\n'.join(lines)
-
-
-def write(path, sweep: dict) -> None:
-  """Keeps a sweep as .json, and as a picture beside it.
-
-  Args:
-    path: of the .json.
-    sweep: see `text`.
-  """
-  plot(path.with_suffix('.png'), sweep)
-  with files.replacing(path) as file:
-    file.write(json.dumps(sweep, indent=2).encode() + b'\n')
-
-
-def plot(path, sweep: dict) -> None:
-  """Quality against evaluations, a line for each sampler; a .png.
-
-  The best of each budget stand out.
-
-  Args:
-    path: of the file.
-    sweep: see `text`.
-  """
-  figure = Figure(figsize=(7.2, 4.2), layout='constrained')
-  axes = figure.subplots()
-  axes.spines[['top', 'right']].set_visible(False)
-  axes.grid(color='#e3e6e9', lw=0.7)
-  axes.set_axisbelow(True)
-  cells = sweep['cells']
-  # The legend stands in the order of the lines' right ends.
-  last = {cell['sampler']: cell['value'] for cell in cells}
-  colors = matplotlib.colormaps['tab20'].colors
-  names = list(last)
-  won = {cell['sampler'] for cell in sweep['best'].values()}
-  for name in sorted(last, key=last.get, reverse=True):
-    i = names.index(name)
-    points = [
-      (cell['evaluations'], cell['value'])
-      for cell in cells
-      if cell['sampler'] == name
-    ]
-    axes.plot(
-      *zip(*sorted(points), strict=True), label=name,
-      color=colors[i % len(colors)], marker='osD^v'[i // len(colors) % 5],
-      **({'lw': 3, 'ms': 7} if name in won else {'lw': 1.1, 'ms': 3.5}),
-    )  # fmt: skip
-  axes.set_xscale('log')
-  axes.set_yscale('log')
-  ticks = sorted({cell['budget'] for cell in cells})
-  axes.xaxis.set_major_locator(ticker.FixedLocator(ticks))
-  axes.xaxis.set_minor_locator(ticker.NullLocator())
-  axes.yaxis.set_major_locator(
-    ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12)
-  )
-  axes.yaxis.set_minor_locator(ticker.NullLocator())
-  for axis in (axes.xaxis, axes.yaxis):
-    axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f'{x:g}'))
-  axes.set_xlabel('evaluations of the network for a sample')
-  axes.set_ylabel(_title(sweep['result']))
-  figure.legend(loc='outside right upper', fontsize=8, frameon=False)
-  files.make(path.parent)
-  with files.replacing(path) as file:
-    figure.savefig(file, format='png', dpi=130)

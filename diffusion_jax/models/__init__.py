@@ -15,6 +15,7 @@ from diffusion_jax.models.unet import UNet
 from diffusion_jax.system.errors import UserError
 
 MODELS = {'unet': UNet}
+NET = 'net'  # the name of the part of a run that denoises
 
 
 class Model(NamedTuple):
@@ -23,20 +24,23 @@ class Model(NamedTuple):
   Attributes:
     init: key -> params, a nested dict of float32 arrays.
     apply: (params, *what the network takes). A denoising network takes
-      (xt [B, ...], t [B], keys=None) and gives its prediction [B, ...] float32;
-      `keys` ([B] random keys) switch dropout on.
+      (xt [B, ...], t [B], keys=None, cond=None) and gives its prediction
+      [B, ...] float32; `keys` ([B] random keys) switch dropout on, and `cond`
+      is a dict of doors, see `conditioning.Conditioner`.
+    doors: the conditions that a denoising network takes.
   """
 
   init: Callable
   apply: Callable
+  doors: tuple[str, ...] = ()
 
 
-def create(name: str, image_shape: tuple[int, int, int], **kwargs) -> Model:
+def create(name: str, image_shape: tuple[int, ...], **kwargs) -> Model:
   """A network by name.
 
   Args:
     name: a key of MODELS.
-    image_shape: (H, W, C).
+    image_shape: (H, W, C) of what is diffused.
     **kwargs: the network's own arguments, see `unet.UNet`.
 
   Raises:
@@ -47,7 +51,9 @@ def create(name: str, image_shape: tuple[int, int, int], **kwargs) -> Model:
       f'model.name {name!r} is not known: use one of {", ".join(MODELS)}'
     )
 
-  return fence(lambda keys: MODELS[name](image_shape, rngs=keys, **kwargs))
+  network = MODELS[name]
+  model = fence(lambda keys: network(image_shape, rngs=keys, **kwargs))
+  return model._replace(doors=network.DOORS)
 
 
 def fence(build: Callable) -> Model:

@@ -18,14 +18,28 @@ ALMOST_ZERO = 1e-10
 
 
 def conv(inputs, outputs, *, scale=1.0, **kwargs) -> nnx.Conv:
-  """A 3x3 convolution, padded so that the size stays."""
+  """A 3x3 convolution, padded so that the size stays.
+
+  Args:
+    inputs: channels.
+    outputs: channels.
+    scale: of the initial kernel, see `kernel_init`.
+    **kwargs: of nnx.Conv.
+  """
   return nnx.Conv(
     inputs, outputs, (3, 3), kernel_init=kernel_init(scale), **kwargs
   )
 
 
 def linear(inputs, outputs, *, scale=1.0, **kwargs) -> nnx.Linear:
-  """A dense layer over the last axis, which is also a 1x1 convolution."""
+  """A dense layer over the last axis, which is also a 1x1 convolution.
+
+  Args:
+    inputs: channels.
+    outputs: channels.
+    scale: of the initial kernel, see `kernel_init`.
+    **kwargs: of nnx.Linear.
+  """
   return nnx.Linear(inputs, outputs, kernel_init=kernel_init(scale), **kwargs)
 
 

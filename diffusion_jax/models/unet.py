@@ -32,17 +32,20 @@ class UNet(nnx.Module):
   """See the module's text.
 
   Args:
-    image_shape: (H, W, C) of the images; H = W.
+    image_shape: (H, W, C) of what is diffused.
     channels: of the first level.
     multipliers: channels of each level over those of the first.
     num_blocks: residual blocks in each level down (one more on the way up).
-    attention_resolutions: map sizes, in pixels, at which attention follows.
+    attention_resolutions: sizes of a map's shorter side, in pixels, at which
+      attention follows.
     num_heads: of the attention.
     num_groups: of the group norms; divides the channels of all levels.
     dropout: rate inside the residual blocks.
     dtype: what the layers compute in; parameters are float32.
     rngs: initial values.
   """
+
+  DOORS = ()
 
   def __init__(
     self,
@@ -58,7 +61,7 @@ class UNet(nnx.Module):
     dtype='float32',
     rngs,
   ):
-    size, _, colors = image_shape
+    *sides, colors = image_shape
     widths = [channels * m for m in multipliers]
     last = len(widths) - 1
     common = {'dtype': jnp.dtype(dtype), 'rngs': rngs}
@@ -81,7 +84,7 @@ class UNet(nnx.Module):
       )
 
     def stage(level, inputs, resample):
-      attends = size // 2**level in attention_resolutions
+      attends = min(sides) // 2**level in attention_resolutions
       return Stage(
         [block(width, widths[level]) for width in inputs],
         [attention(widths[level]) for _ in inputs if attends],
@@ -119,13 +122,14 @@ class UNet(nnx.Module):
       width, colors, scale=layers.ALMOST_ZERO, **common
     )
 
-  def __call__(self, xt, t, keys=None):
+  def __call__(self, xt, t, keys=None, cond=None):
     """Predicts from noised images.
 
     Args:
       xt: [B, H, W, C] float.
       t: [B] times, raw steps.
       keys: [B] random keys of the dropout; None switches it off.
+      cond: what fills the doors, of which it has none.
 
     Returns:
       [B, H, W, C] float32.

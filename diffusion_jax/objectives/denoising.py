@@ -1,26 +1,113 @@
-"""Training objectives, one value per example."""
+"""Denoising: L_simple of DDPM (arXiv 2006.11239, eq. 14), any prediction."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from diffusion_jax.codecs.codec import Codec
+from diffusion_jax.conditioning.conditioner import Conditioner
+from diffusion_jax.objectives.objective import Aux, Objective, branch
 from diffusion_jax.process import gaussian
+from diffusion_jax.process.schedules import Schedule
+
+GOLDEN = 2654435769  # 2**32 over the golden ratio
 
 
-def squared_error(predict_fn, schedule, kind: str, x0, t, eps) -> jax.Array:
-  """L_simple (arXiv 2006.11239, eq. 14) for any prediction target.
+def create(
+  network_fn: Callable,
+  codec: Codec,
+  conditioner: Conditioner,
+  schedule: Schedule,
+  prediction: str = 'eps',
+) -> Objective:
+  """The squared error of the prediction at times drawn uniformly.
 
   Args:
-    predict_fn: (xt [B, ...], t [B]) -> prediction [B, ...].
+    network_fn: (params, input, label, cond, dropout keys or None) ->
+      prediction.
+    codec: rows -> x0.
+    conditioner: rows -> what the network is told.
     schedule: the noise schedule.
-    kind: what the network predicts, see `gaussian.from_prediction`.
-    x0: [B, ...] data, in [-1, 1] for images.
+    prediction: a key of `gaussian.PARAMETRISATIONS`.
+
+  Raises:
+    UserError: the prediction is not known.
+  """
+  gaussian.parametrisation(prediction)
+  num_timesteps = schedule.num_timesteps
+
+  def values_at(params, rows, keys, t, cond_keys, dropout):
+    x0 = codec.encode(params, rows, branch(keys, 'codec'))
+    eps = noise(branch(keys, 'eps'), x0.shape[1:], x0.dtype)
+    cond = conditioner.condition(params, rows, cond_keys)
+
+    def network(xt, label):
+      return network_fn(params, xt, label, cond, dropout)
+
+    return squared_error(network, schedule, prediction, x0, t, eps)
+
+  def loss(params, extras, rows, keys):
+    del extras
+    t = uniform_times(branch(keys, 't'), num_timesteps)
+    values = values_at(
+      params, rows, keys, t, branch(keys, 'condition'), branch(keys, 'dropout')
+    )
+    return values, Aux({'t': t}, {})
+
+  def heldout(params, extras, rows, keys, index):
+    del extras
+    # Times are spread evenly over the set (golden-ratio steps), so that values
+    # of different checkpoints compare without the variance of a draw. In
+    # integers: a float32 has no digits left for the fraction of a large index.
+    spread = (index.astype(jnp.uint32) * np.uint32(GOLDEN)) >> 8
+    t = (spread * (num_timesteps / 2**24)).astype(jnp.int32)
+    return values_at(params, rows, keys, t, None, None)
+
+  def metrics(values, by_row, sums):
+    del sums
+    return by_quarter(values, by_row['t'], num_timesteps)
+
+  return Objective(loss, heldout, metrics)
+
+
+def uniform_times(keys: jax.Array, num_timesteps: int) -> jax.Array:
+  """[B] keys -> t int32 [B], uniform in 0 .. num_timesteps - 1."""
+  return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_timesteps))(
+    keys
+  )
+
+
+def noise(keys: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
+  """[B] keys -> standard normal [B, *shape]."""
+  return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
+
+
+def squared_error(network_fn, schedule, kind: str, x0, t, eps) -> jax.Array:
+  """The squared error of a network's prediction at given times and noise.
+
+  Args:
+    network_fn: (input [B, ...], label [B]) -> prediction [B, ...].
+    schedule: the noise schedule.
+    kind: a key of `gaussian.PARAMETRISATIONS`.
+    x0: [B, ...] what is diffused.
     t: [B] integer times.
     eps: [B, ...] standard normal noise.
 
   Returns:
-    [B] float32, the squared error's mean over each example's dimensions.
+    [B] float32, the mean over each example's dimensions.
   """
   xt = gaussian.q_sample(schedule, x0, t, eps)
   target = gaussian.to_target(schedule, x0, eps, t, kind)
-  error = predict_fn(xt, t).astype(jnp.float32) - target
+  prediction = gaussian.predict(network_fn, schedule, xt, t, kind)
+  error = prediction.astype(jnp.float32) - target
   return jnp.mean(jnp.square(error), axis=tuple(range(1, x0.ndim)))
+
+
+def by_quarter(values: jax.Array, t: jax.Array, num_timesteps: int) -> dict:
+  """The mean of values [B] over each quarter of t [B]; NaN if empty."""
+  quarter = 4 * t // num_timesteps
+  return {
+    f'loss_q{q + 1}': jnp.mean(values, where=quarter == q) for q in range(4)
+  }

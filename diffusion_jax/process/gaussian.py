@@ -15,7 +15,6 @@ import numpy as np
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.system.errors import UserError
 
-PREDICTIONS = ('eps', 'x0', 'v')
 VARIANCES = ('fixedsmall', 'fixedlarge')
 
 
@@ -123,41 +122,83 @@ def log_variance_table(schedule: Schedule, variance: str) -> np.ndarray:
   return np.log(np.concatenate([[first], values[1:]]))
 
 
+class Parametrisation(NamedTuple):
+  """What the output F of a network means, in closed form.
+
+  Attributes:
+    denoised: (F, xt, alpha, sigma) -> Denoised.
+    target: (x0, eps, alpha, sigma) -> the F that a perfect network gives.
+    scale: (alpha, sigma) -> the factor of xt before the network sees it; None
+      for 1.
+    label: (schedule, t) -> [B], the noise level as the network is given it;
+      None for t itself.
+  """
+
+  denoised: Callable
+  target: Callable
+  scale: Callable | None = None
+  label: Callable | None = None
+
+
+PARAMETRISATIONS = {
+  'eps': Parametrisation(
+    lambda F, xt, alpha, sigma: Denoised((xt - sigma * F) / alpha, F),
+    lambda x0, eps, alpha, sigma: eps,
+  ),
+  'x0': Parametrisation(
+    lambda F, xt, alpha, sigma: Denoised(F, (xt - alpha * F) / sigma),
+    lambda x0, eps, alpha, sigma: x0,
+  ),
+  'v': Parametrisation(  # arXiv 2202.00512
+    lambda F, xt, alpha, sigma: Denoised(
+      alpha * xt - sigma * F, sigma * xt + alpha * F
+    ),
+    lambda x0, eps, alpha, sigma: alpha * eps - sigma * x0,
+  ),
+}
+
+
+def parametrisation(name: str) -> Parametrisation:
+  """One of PARAMETRISATIONS.
+
+  Raises:
+    UserError: the name is not known.
+  """
+  if name not in PARAMETRISATIONS:
+    raise UserError(
+      f'prediction {name!r} is not known: use one of '
+      f'{", ".join(PARAMETRISATIONS)}'
+    )
+  return PARAMETRISATIONS[name]
+
+
 def from_prediction(schedule, prediction, xt, t, kind: str) -> Denoised:
-  """(prediction, xt, t) -> (x0, eps): one half of the prediction algebra.
+  """(prediction, xt, t) -> (x0, eps).
 
   Args:
     schedule: the noise schedule.
-    prediction: [B, ...], what the network gave.
-    xt: [B, ...], what it was given.
+    prediction: [B, ...], the output of the network.
+    xt: [B, ...], noised data.
     t: [B] times.
-    kind: what the prediction means: 'eps', 'x0', or
-      'v' = alpha eps - sigma x0 (arXiv 2202.00512).
+    kind: a key of PARAMETRISATIONS.
 
   Raises:
     UserError: the kind is not known.
   """
-  alpha, sigma = _alpha_sigma(schedule, t, xt)
-  if kind == 'eps':
-    return Denoised((xt - sigma * prediction) / alpha, prediction)
-  if kind == 'x0':
-    return Denoised(prediction, (xt - alpha * prediction) / sigma)
-  if kind == 'v':
-    return Denoised(
-      alpha * xt - sigma * prediction, sigma * xt + alpha * prediction
-    )
-  raise UserError(_unknown_prediction(kind))
+  return parametrisation(kind).denoised(
+    prediction, xt, *_alpha_sigma(schedule, t, xt)
+  )
 
 
 def to_target(schedule, x0, eps, t, kind: str) -> jax.Array:
-  """(x0, eps, t) -> target: the other half; the inverse of the first.
+  """(x0, eps, t) -> target, the inverse of `from_prediction`.
 
   Args:
     schedule: the noise schedule.
     x0: [B, ...] clean data.
     eps: [B, ...] noise.
     t: [B] times.
-    kind: what the network is to predict, see `from_prediction`.
+    kind: a key of PARAMETRISATIONS.
 
   Returns:
     [B, ...].
@@ -165,29 +206,35 @@ def to_target(schedule, x0, eps, t, kind: str) -> jax.Array:
   Raises:
     UserError: the kind is not known.
   """
-  alpha, sigma = _alpha_sigma(schedule, t, x0)
-  if kind == 'eps':
-    return eps
-  if kind == 'x0':
-    return x0
-  if kind == 'v':
-    return alpha * eps - sigma * x0
-  raise UserError(_unknown_prediction(kind))
+  return parametrisation(kind).target(x0, eps, *_alpha_sigma(schedule, t, x0))
 
 
-def _unknown_prediction(kind):
-  return (
-    f'prediction {kind!r} is not known: use one of {", ".join(PREDICTIONS)}'
-  )
+def predict(network_fn, schedule: Schedule, xt, t, kind: str) -> jax.Array:
+  """The output of the network for xt, scaled and labelled as it expects.
+
+  Args:
+    network_fn: (input [B, ...], label [B]) -> prediction [B, ...].
+    schedule: the noise schedule.
+    xt: [B, ...] noised data.
+    t: [B] times.
+    kind: a key of PARAMETRISATIONS.
+
+  Raises:
+    UserError: the kind is not known.
+  """
+  how = parametrisation(kind)
+  if how.scale:
+    xt = xt * how.scale(*_alpha_sigma(schedule, t, xt))
+  return network_fn(xt, how.label(schedule, t) if how.label else t)
 
 
-def denoiser(predict_fn, schedule: Schedule, kind: str) -> Denoiser:
+def denoiser(network_fn, schedule: Schedule, kind: str) -> Denoiser:
   """A denoiser from a network.
 
   Args:
-    predict_fn: (xt [B, ...], t [B]) -> prediction [B, ...].
+    network_fn: (input [B, ...], label [B]) -> prediction [B, ...].
     schedule: the noise schedule.
-    kind: what the network predicts, see `from_prediction`.
+    kind: a key of PARAMETRISATIONS.
 
   Returns:
     denoise(xt, t) -> Denoised, where t is [B] or a scalar.
@@ -195,8 +242,8 @@ def denoiser(predict_fn, schedule: Schedule, kind: str) -> Denoiser:
 
   def denoise(xt, t):
     t = jnp.broadcast_to(t, xt.shape[:1])
-    # The network knows no clean data: it sees t = -1 as 0.
-    prediction = predict_fn(xt, jnp.maximum(t, 0))
+    # The network is not trained on clean data: it sees t = -1 as 0.
+    prediction = predict(network_fn, schedule, xt, jnp.maximum(t, 0), kind)
     return from_prediction(schedule, prediction, xt, t, kind)
 
   return denoise

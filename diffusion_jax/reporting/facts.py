@@ -54,38 +54,32 @@ def read(workdir) -> Facts:
   def whole(path: files.Path, is_well: Callable[[Any], bool]):
     """The file's JSON; None, and a line in problems, where it is not well."""
     try:
-      value = json.loads(path.read_text())
+      return _parsed(path.read_text(), is_well)
     except (OSError, ValueError, RecursionError) as e:
-      told = str(e)
-    else:
-      if is_well(value):
-        return value
-      told = 'it holds something else'
-    name = path.relative_to(workdir)
-    problems.append(f'{name} cannot be read ({told}): left out')
-    return None
+      name = path.relative_to(workdir)
+      problems.append(f'{name} cannot be read ({e}): left out')
 
-  cards = []
-  for path in sorted(workdir.glob('evaluations/*.json')):
-    if card := whole(path, _is_of_a_run):
-      cards.append({**card, 'name': path.stem})
-  stores = []
-  for path in sorted(workdir.glob('samples/*/store.json')):
-    has_grid = (path.parent / 'grid.png').exists()
-    if has_grid and (store := whole(path, _is_drawn)):
-      stores.append((path.parent, store))
-  drawn = []
-  for path in workdir.glob('samples/train_*.png'):
-    if match := re.fullmatch(r'train_(\d+)\.png', path.name):
-      drawn.append((int(match[1]), path))
+  cards = [
+    {**card, 'name': path.stem}
+    for path in sorted(workdir.glob('evaluations/*.json'))
+    if (card := whole(path, _is_of_a_run))
+  ]
+  stores = [
+    (path.parent, store)
+    for path in sorted(workdir.glob('samples/*/store.json'))
+    if (path.parent / 'grid.png').exists() and (store := whole(path, _is_drawn))
+  ]
+  drawn = [
+    (int(match[1]), path)
+    for path in workdir.glob('samples/train_*.png')
+    if (match := re.fullmatch(r'train_(\d+)\.png', path.name))
+  ]
   origin = workdir / 'init_from.json'
+  rows = _lines(workdir / 'metrics.jsonl', is_row, problems)
   return Facts(
     workdir=workdir,
     config=config,
-    rows=sorted(
-      _lines(workdir / 'metrics.jsonl', is_row, problems),
-      key=lambda row: row['step'],
-    ),
+    rows=sorted(rows, key=lambda row: row['step']),
     starts=_lines(workdir / 'starts.jsonl', is_start, problems),
     cards=sorted(cards, key=_age),
     stores=sorted(
@@ -96,6 +90,13 @@ def read(workdir) -> Facts:
     origin=whole(origin, is_step) if origin.exists() else None,
     problems=problems,
   )
+
+
+def _parsed(text: str, is_well: Callable[[Any], bool]):
+  value = json.loads(text)
+  if not is_well(value):
+    raise ValueError('it holds something else')
+  return value
 
 
 def _lines(path: files.Path, is_well, problems: list[str]) -> list[dict]:
@@ -112,12 +113,8 @@ def _lines(path: files.Path, is_well, problems: list[str]) -> list[dict]:
     if not line:
       continue
     try:
-      value = json.loads(line)
+      good.append(_parsed(line, is_well))
     except (ValueError, RecursionError):
-      value = None
-    if is_well(value):
-      good.append(value)
-    else:
       bad.append(number)
   if bad:
     some = f'line {bad[0]}' + f' and {len(bad) - 1} more' * (len(bad) > 1)

@@ -4,42 +4,24 @@ Every part says so where the run has nothing to show yet. Pictures and plots
 are inside the file, and there is nothing to run or to load.
 """
 
-import base64
 import datetime
-import io
-import json
-import math
 from collections.abc import Callable
 
 import jax
 import jinja2
 from markupsafe import Markup
-from PIL import Image
 
 from diffusion_jax import data, models, runs, samplers
-from diffusion_jax.evaluation import bits, cards
-from diffusion_jax.reporting import facts, plots
+from diffusion_jax.evaluation import cards, tables
+from diffusion_jax.evaluation.cards import number
+from diffusion_jax.reporting import curves, facts, pictures, plots
 from diffusion_jax.reporting.facts import Facts
-from diffusion_jax.system import files
+from diffusion_jax.runs import recipe
+from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 
-# What of a protocol stands in the title of its table.
-TITLE = ('data', 'split', 'num_samples', 'num_reference', 'num_images', 'bits')
-LABELS = {'num_heldout': 'held-out images'}
-
-# A larger picture is embedded smaller: a report is to be sent by mail.
-MAX_BYTES = 500_000
-MAX_SIDE = 1200
 THUMBNAIL = 320
 STRIP = 6  # grids drawn on the way
-
-# What Pillow raises for a damaged picture, or for one of too many pixels.
-PICTURE_ERRORS = (
-  OSError,
-  SyntaxError,
-  ValueError,
-  Image.DecompressionBombError,
-)
 
 
 def write(
@@ -70,6 +52,11 @@ def write(
   return path
 
 
+def update(workdir) -> None:
+  """As `write`, by process 0, which tells the lines."""
+  distributed.on_first(lambda: write(workdir, terminal.say) and None)
+
+
 def render(run: Facts) -> str:
   """The page of a run; adds damaged pictures to its problems."""
   environment = jinja2.Environment(
@@ -79,22 +66,14 @@ def render(run: Facts) -> str:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.filters |= {'number': number, 'value': value}
-  parts = {
-    'name': files.resolved(run.workdir).name,
-    'about': _about(run),
-    'newest': _newest(run),
-    'samples': _samples(run),
-    'strip': _strip(run),
-    'tables': _tables(run.cards),
-    'charts': _charts(run),
-    'cost': _cost(run),
-    'origin': _origin(run.origin),
-    'starts': _starts(run.starts),
-    'config': _grouped(run.config),
-  }
+  environment.filters |= {'number': number, 'value': tables.value}
+  parts = (
+    *(_about, _newest, _samples, _strip, _tables, curves.charts, _cost),
+    *(_origin, _starts, _config),
+  )
   return environment.get_template('report.html.jinja').render(
-    **parts,
+    {part.__name__.strip('_'): part(run) for part in parts},
+    name=files.resolved(run.workdir).name,
     problems=run.problems,
     colors=plots.COLORS,
     written=datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
@@ -102,24 +81,6 @@ def render(run: Facts) -> str:
 
 
 # --- numbers ----------------------------------------------------------------
-
-
-def number(x) -> str:
-  """Four significant digits; whole numbers whole; '–' for None."""
-  if not cards.is_number(x):
-    return '–' if x is None else str(x)
-  if isinstance(x, int):
-    return f'{x:,}'
-  if abs(x) >= 1000:
-    return f'{float(f"{x:.4g}"):,.0f}'
-  return f'{x:#.4g}'
-
-
-def value(x) -> str:
-  """A value of a config, as it is typed."""
-  if isinstance(x, list):
-    return ', '.join(map(value, x))
-  return x if isinstance(x, str) else json.dumps(x)
 
 
 def duration(seconds: float) -> str:
@@ -148,11 +109,9 @@ def _about(run: Facts) -> list[str]:
 
 
 def _num_params(config) -> int:
-  model = models.create(
-    image_shape=runs.image_shape(config['data']), **config['model']
-  )
+  init = recipe.create(config).init
   # Within eval_shape nothing touches a device, which a trainer may hold.
-  return models.count(jax.eval_shape(lambda: model.init(jax.random.key(0))))
+  return models.count(jax.eval_shape(lambda: init(jax.random.key(0))))
 
 
 def _newest(run: Facts) -> list[tuple[str, str, str]]:
@@ -160,7 +119,7 @@ def _newest(run: Facts) -> list[tuple[str, str, str]]:
   step = max((row['step'] for row in run.rows + run.starts), default=0)
   tiles = [('Step', number(step), f'of {number(run.config.get("num_steps"))}')]
   for key, label in (('loss', 'Loss'), ('heldout_loss', 'Held-out loss')):
-    steps, values = _series(run.rows, key)
+    steps, values = curves.series(run.rows, key)
     if steps:
       tiles.append((label, number(values[-1]), f'at step {steps[-1]:,}'))
   # Of the newest step, the card of the most samples.
@@ -168,44 +127,40 @@ def _newest(run: Facts) -> list[tuple[str, str, str]]:
     card['subject']['step'], card['protocol'].get('num_samples') or 0,
   ))[-1:]  # fmt: skip
   for card in chosen:
-    results, at = card['results'], _drawing(card['subject'], short=True)
-    for key in cards.columns(chosen)[:1]:
-      tiles.append((cards.head(key), number(results[key]), at))
+    at = f'at {tables.drawing(card["subject"], short=True)}'
+    for key in tables.columns(chosen)[:1]:
+      tiles.append((tables.head(key), number(card['results'][key]), at))
   return tiles
 
 
 def _samples(run: Facts) -> list[dict]:
   """The newest pictures: of samples, of their way, of their neighbours."""
-  if run.stores:
-    folder, subject = run.stores[-1]
-    wanted = [
-      (folder / 'grid.png', f'Samples. {_drawing(subject)}.'),
-      (
-        folder / 'trajectory.png',
-        'Their way out of the noise; t is the time, x0 the image.',
-      ),
+  wanted = []
+  if run.stores or run.drawn:
+    step, grid = run.drawn[-1] if run.drawn else (None, None)
+    subject = {**_on_the_way(run), 'step': step}
+    if run.stores:
+      folder, subject = run.stores[-1]
+      grid = folder / 'grid.png'
+    way = 'Their way out of the noise; t is the time, x0 the image.'
+    wanted += [
+      (grid, f'Samples: {tables.drawing(subject)}.'),
+      (grid.with_name('trajectory.png'), way),
     ]
-  elif run.drawn:
-    step, path = run.drawn[-1]
-    wanted = [
-      (path, f'Samples. {_drawing({**_on_the_way(run), "step": step})}.')
-    ]
-  else:
-    wanted = []
   sweeps = run.workdir.glob('evaluations/sweeps/*.png')
   for path in sorted(sweeps, key=files.modified)[-1:]:
-    told = 'Samplers, by evaluations of the network for a sample.'
-    wanted.append((path, told))
+    wanted.append((path, 'Samplers, by evaluations of the network.'))
   for card in reversed(run.cards):
     path = run.workdir / 'evaluations' / f'{card["name"]}_neighbours.png'
     if path.exists():
-      told = 'Samples, framed, and the training images nearest to them.'
-      wanted.append((path, f'{told} {_drawing(card["subject"])}.'))
+      told = 'Samples, framed, and the training images nearest to them'
+      wanted.append((path, f'{told}: {tables.drawing(card["subject"])}.'))
       break
   return [
-    {**picture, 'caption': caption}
+    picture
     for path, caption in wanted
-    if path.exists() and (picture := _picture(run, path))
+    if path.exists()
+    for picture in _picture(run, path, caption)
   ]
 
 
@@ -217,9 +172,9 @@ def _strip(run: Facts) -> list[dict]:
     for i in range(count if count > 1 else 0)
   ]
   return [
-    {**picture, 'caption': f'step {step:,}'}
+    picture
     for step, path in chosen
-    if (picture := _picture(run, path, THUMBNAIL, max_bytes=0))
+    for picture in _picture(run, path, f'step {step:,}', THUMBNAIL, 0)
   ]
 
 
@@ -236,169 +191,29 @@ def _on_the_way(run):
   }  # fmt: skip
 
 
-def _picture(run, path, side=MAX_SIDE, max_bytes=MAX_BYTES) -> dict | None:
-  """src, width, height; None, and a problem, where it is damaged.
-
-  Above max_bytes it is embedded smaller: `side` pixels at most.
-  """
+def _picture(run, path, caption, *how) -> list[dict]:
+  """src, width, height, caption; nothing, and a problem, if it is damaged."""
   try:
-    content, kind = path.read_bytes(), 'png'
-    with Image.open(io.BytesIO(content)) as image:
-      image.load()  # the whole of it, or it is damaged
-      size = image.size
-      if len(content) > max_bytes:
-        content, kind = min((content, kind), _smaller(image, side), key=_bytes)
-  except PICTURE_ERRORS as e:
-    run.problems.append(
-      f'{path.relative_to(run.workdir)} cannot be read ({e}): left out'
-    )
-    return None
-  code = base64.b64encode(content).decode()
-  src = f'data:image/{kind};base64,{code}'
-  return {'src': src, 'width': size[0], 'height': size[1]}
+    return [{**pictures.embedded(path, *how), 'caption': caption}]
+  except pictures.DAMAGED as e:
+    name = path.relative_to(run.workdir)
+    run.problems.append(f'{name} cannot be read ({e}): left out')
+    return []
 
 
-def _smaller(image, side) -> tuple[bytes, str]:
-  """The smaller of a PNG and a JPEG, and which it is."""
-  image = image.convert('RGB')
-  image.thumbnail((side, side))
-  encoded = []
-  for kind in ('png', 'jpeg'):
-    file = io.BytesIO()
-    image.save(file, format=kind, quality=90)
-    encoded.append((file.getvalue(), kind))
-  return min(encoded, key=_bytes)
-
-
-def _bytes(encoded) -> int:
-  return len(encoded[0])
-
-
-def _how(subject: dict) -> dict:
-  """How samples were drawn, by the names that people read."""
-  known = ('step', 'ema', 'sampler', 'evaluations', 'seed', 'grid', 'workdir')
-  grid = subject.get('grid')
-  steps = len(grid) - 1 if isinstance(grid, list) else None
-  is_grid = steps and all(map(cards.is_number, grid))
-  evaluations = subject.get('evaluations')
-  how = {
-    'sampler': subject.get('sampler'),
-    'steps': steps,
-    'evaluations': evaluations if evaluations != steps else None,
-    'weights': {True: 'averaged', False: 'raw'}.get(subject.get('ema')),
-    **{
-      key: value(x)
-      for key, x in subject.items()
-      if isinstance(x, str | int | float)
-      and not (key in known or key.endswith('sha256'))
-    },
-    'seed': subject.get('seed'),
-    # Two samplers of one name may differ by it alone.
-    'grid': cards.brief(grid) if is_grid else None,
-  }
-  return {key: x for key, x in how.items() if x is not None}
-
-
-def _drawing(subject: dict, short: bool = False) -> str:
-  """As _how, in a line."""
-  how = _how(subject)
-  how.pop('grid', None)  # too long for it
-  steps = how.pop('steps', '?')
-  evaluations = how.pop('evaluations', steps)
-  if 'sampler' not in subject:
-    return f'at step {subject["step"]:,}'
-  if short:
-    return f'at step {subject["step"]:,}, {how["sampler"]} {evaluations}'
-  told = [f'Step {subject["step"]:,}', how.pop('sampler', 'sampler unknown')]
-  told += [f'{evaluations} evaluations']
-  return ', '.join([*told, *(f'{key} {x}' for key, x in how.items())])
-
-
-def _tables(found: list[dict]) -> list[dict]:
+def _tables(run: Facts) -> list[dict]:
   """One for each protocol, the newest first: only equals stand together."""
-  groups = {}
-  for card in reversed(found):
-    key = json.dumps(card['protocol'], sort_keys=True)
-    groups.setdefault(key, []).insert(0, card)
-  return [_table(group) for group in groups.values()]
-
-
-def _table(group: list[dict]) -> dict:
-  """A row for each card; what is the same in all is told once, in 'same'."""
-  told = [
-    {'step': card['subject']['step'], **_how(card['subject'])}
-    | {
-      key: x for key, x in card.get('details', {}).items() if cards.is_number(x)
+  groups = [group[::-1] for group in cards.grouped(run.cards[::-1]).values()]
+  return [
+    {
+      **tables.table(group)._asdict(),
+      'title': tables.title(group[0]['protocol']),
+      'protocol': tables.facts(group[0]['protocol']),
+      'classes': _classes(group[-1]),
+      'caveats': group[-1].get('details', {}).get('caveats', []),
     }
-    for card in group
+    for group in groups
   ]
-  same = {
-    key: x
-    for key, x in told[0].items()
-    if key not in ('step', 'sampler', 'steps', 'seed')
-    and all(row.get(key) == x for row in told)
-  }
-  usual = ('step', 'sampler', 'steps', 'seed')
-  columns = dict.fromkeys(key for key in usual if key in told[0])
-  columns |= dict.fromkeys(k for row in told for k in row if k not in same)
-  results = cards.columns(group)
-  rows = [
-    [row.get(key) for key in columns]
-    + [card['results'].get(key) for key in results]
-    for row, card in zip(told, group, strict=True)
-  ]
-  real = cards.heldout(group[-1])
-  return {
-    'title': _title(group[0]['protocol']),
-    'protocol': _protocol(group[0]['protocol']),
-    'head': [
-      *((key.replace('_', ' ').capitalize(), '') for key in columns),
-      *((cards.head(key), cards.meaning(key)) for key in results),
-    ],
-    'is_text': [
-      any(isinstance(x, str) for x in column)
-      for column in zip(*rows, strict=True)
-    ],
-    'rows': rows,
-    'num_subject': len(columns),
-    'heldout': [real.get(key) for key in results] if real else [],
-    'same': [(key.replace('_', ' '), x) for key, x in same.items()],
-    'classes': _classes(group[-1]),
-    'caveats': group[-1].get('details', {}).get('caveats', []),
-  }
-
-
-def _title(protocol: dict) -> str:
-  if 'num_images' in protocol:
-    count = number(protocol['num_images'])
-    what = bits.KINDS.get(protocol.get('bits'), '')
-    return f'{count} images of {_data(protocol)}: {what}'
-  count, reference = (
-    number(protocol[key]) if cards.is_number(protocol.get(key)) else 'some'
-    for key in ('num_samples', 'num_reference')
-  )
-  return f'{count} samples against {reference} images of {_data(protocol)}'
-
-
-def _data(protocol: dict) -> str:
-  return ', '.join(
-    value(protocol[key]) for key in ('data', 'split') if key in protocol
-  )
-
-
-def _protocol(protocol: dict) -> list[tuple[str, str, str]]:
-  """(label, text, the whole of it where the text is a shortened hash)."""
-  shown = []
-  for key, x in protocol.items():
-    name = key.removeprefix('num_').replace('_', ' ')
-    if key.endswith('_sha256') and isinstance(x, str):
-      shown.append((name, x[:8], x))
-    elif key == 'grid':
-      shown.append((name, cards.brief(x), value(x)))
-    elif key not in TITLE:
-      text = value(x) if isinstance(x, list | bool) else number(x)
-      shown.append((LABELS.get(key, name), text, ''))
-  return shown
 
 
 def _classes(card: dict) -> dict | None:
@@ -419,98 +234,6 @@ def _classes(card: dict) -> dict | None:
   }
 
 
-# --- curves -----------------------------------------------------------------
-
-
-def _series(rows, name) -> tuple[list, list]:
-  """(steps, values) of the rows that have it."""
-  there = [row for row in rows if name in row]
-  return [row['step'] for row in there], [row[name] for row in there]
-
-
-def _charts(run: Facts) -> list[dict]:
-  """The curves of training; those of which nothing is written are left out."""
-
-  def raw(name, label='', color='blue', style='line'):
-    return plots.Line(label, *_series(run.rows, name), color, style)
-
-  def smoothed(name, label, color='blue'):
-    steps, values = _series(run.rows, name)
-    smooth = plots.smooth(values) if values else []
-    return plots.Line(label, steps, smooth, color)
-
-  timesteps = run.config['process']['num_timesteps']
-  distance, best, curve = _curve(run.cards)
-  first = [math.ceil(q * timesteps / 4) for q in range(5)]
-  quarters = [
-    smoothed(f'loss_q{q}', f't {first[q - 1]}–{first[q] - 1}', f'q{q}')
-    for q in (1, 2, 3, 4)
-  ]
-  clip = run.config.get('optim', {}).get('clip_norm')
-  wanted = (
-    (distance, best, True, curve),
-    ('Loss', 'smoothed over what was logged', True, (
-      raw('loss', style='faint'), smoothed('loss', 'training'),
-      raw('heldout_loss', 'held out', 'orange', 'marks'),
-    )),
-    ('Loss by quarter of t', 'smoothed', True, quarters),
-    ('Gradient norm', f'clipped at {clip}' if clip else '', True, (
-      raw('grad_norm', style='faint'), smoothed('grad_norm', ''),
-    )),
-    ('Parameter norm', '', True, (raw('param_norm'),)),
-    ('Learning rate', '', False, (raw('learning_rate'),)),
-    ('Images per second', 'all devices', False, (
-      raw('images_per_sec', style='faint'), smoothed('images_per_sec', ''),
-    )),
-  )  # fmt: skip
-  restarts = sorted({start['step'] for start in run.starts} - {0})
-  charts = []
-  for title, note, log, drawn in wanted:
-    if drawn := [line for line in drawn if len(line.x)]:
-      svg = plots.lines(title, drawn, log=log, restarts=restarts)
-      charts.append({
-        'title': title, 'note': note, 'svg': Markup(svg),
-        'keys': [
-          (line.label, line.color, number(float(line.y[-1])))
-          for line in drawn if line.style != 'faint'
-        ],
-      })  # fmt: skip
-  return charts
-
-
-def _curve(found) -> tuple[str, str, list]:
-  """(title, what is best, lines): the newest card's distance, step by step.
-
-  Without two steps that were judged alike there are no lines.
-  """
-
-  def how(card):
-    own = ('step', 'weights_sha256', 'workdir')
-    subject = {k: v for k, v in card['subject'].items() if k not in own}
-    return json.dumps([card['protocol'], subject], sort_keys=True)
-
-  found = [
-    card for card in found if set(cards.DISTANCES) & set(card['results'])
-  ]
-  alike = [card for card in found if how(card) == how(found[-1])]
-  names = [n for n in cards.DISTANCES if alike and n in alike[-1]['results']]
-  if not names or len({card['subject']['step'] for card in alike}) < 2:
-    return '', '', []
-  name = names[0]
-  points = sorted(
-    (card['subject']['step'], card['results'][name])
-    for card in alike
-    if card['results'].get(name) is not None
-  )
-  step, least = min(points, key=lambda point: point[1])
-  lines = [
-    plots.Line('samples', *map(list, zip(*points, strict=True)), 'blue'),
-    plots.Line('the best', [step], [least], 'orange', 'marks'),
-  ]
-  best = f'the least is {number(least)}, at step {step:,}'
-  return f'{cards.DISTANCES[name]} by step', best, lines
-
-
 # --- cost, config, starts ---------------------------------------------------
 
 
@@ -522,13 +245,11 @@ def _cost(run: Facts) -> list[tuple[str, str, str]]:
     return []
   tiles = []
   if cost.seconds is not None:
-    tiles.append(
-      ('Training time', duration(cost.seconds), 'compiling not counted')
-    )
+    took = duration(cost.seconds)
+    tiles.append(('Training time', took, 'compiling not counted'))
   for kind, seconds in cost.device_seconds.items():
-    tiles.append(
-      ('Device-hours', number(seconds / 3600), kind or 'devices not recorded')
-    )
+    hours, kind = number(seconds / 3600), kind or 'devices not recorded'
+    tiles.append(('Device-hours', hours, kind))
   tiles.append(('Images seen', number(cost.images), f'{batch_size} a step'))
   if size := _num_images(run.config['data']):
     tiles.append(('Epochs', number(cost.images / size), f'of {size:,} images'))
@@ -538,18 +259,15 @@ def _cost(run: Facts) -> list[tuple[str, str, str]]:
 def _num_images(config: dict) -> int | None:
   """The size of the training set; None where it is not on this machine."""
   try:
-    source = data.create(
-      config['name'], path=config['path'], split=config['train_split'],
-      image_size=config['image_size'], channels=config['channels'],
-      heldout_every=config['heldout_every'],
-    )  # fmt: skip
+    train, _ = data.splits(config)
   except (UserError, KeyError):
     return None
-  return len(source) if source else None
+  return len(train)
 
 
-def _origin(origin: dict | None) -> str:
+def _origin(run: Facts) -> str:
   """Whose parameters the run began with, in a sentence."""
+  origin = run.origin
   if not origin:
     return ''
   weights = 'raw' if origin.get('ema') is False else 'averaged'
@@ -561,10 +279,10 @@ def _origin(origin: dict | None) -> str:
   )
 
 
-def _starts(starts: list[dict]) -> list[dict]:
+def _starts(run: Facts) -> list[dict]:
   """A row for each start; of the versions, what changed with it."""
   rows, before = [], {}
-  for start in starts:
+  for start in run.starts:
     versions = start.get('versions', {})
     changed = {k: v for k, v in versions.items() if before.get(k) != v}
     told = ', '.join(f'{name} {v}' for name, v in changed.items() if v)
@@ -580,8 +298,12 @@ def _starts(starts: list[dict]) -> list[dict]:
   return rows
 
 
-def _grouped(config: dict) -> list[tuple[str, dict]]:
+def _config(run: Facts) -> list[tuple[str, dict]]:
   """The config's groups, what stands alone first."""
-  alone = {k: x for k, x in config.items() if not isinstance(x, dict)}
-  groups = [(k, runs.flatten(x)) for k, x in config.items() if k not in alone]
+  alone, groups = {}, []
+  for key, x in run.config.items():
+    if isinstance(x, dict):
+      groups.append((key, runs.flatten(x)))
+    else:
+      alone[key] = x
   return [('run', alone), *groups]

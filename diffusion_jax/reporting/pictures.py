@@ -1,17 +1,23 @@
 """Pictures for people: grids with gutters, at a size that can be seen."""
 
+import base64
+import io
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from diffusion_jax.runs import draw
 from diffusion_jax.samplers import inversion
 from diffusion_jax.system import files
 
 GUTTER = (255, 255, 255)
 SAMPLE = (200, 60, 40)  # round what is drawn, beside what is real
+LABEL = 170  # the width of a label, in pixels
+# A larger picture is embedded smaller: a report is to be sent by mail.
+MAX_BYTES, MAX_SIDE = 500_000, 1200
+# What Pillow raises for a damaged picture, or for one of too many pixels.
+DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 TILE = 64  # small images are enlarged to at least this many pixels
 
 
@@ -103,7 +109,7 @@ def interpolation(
   """A picture of the ways from noise 0 to 1, from 2 to 3, and so on.
 
   Args:
-    draw_fn: noises [N, H, W, C] -> images in [-1, 1], see `carrier`.
+    draw_fn: noises [N, ...] -> uint8 images [N, H, W, C].
     ends: [N, H, W, C], two noises a row; an odd last one is left out.
     between: how many images stand between two ends.
 
@@ -117,48 +123,64 @@ def interpolation(
     for weight in weights
   ]
   flat = np.concatenate(ways)
-  images = np.asarray(draw.to_uint8(draw_fn(flat)))
+  images = draw_fn(flat)
   return columns(
     images.reshape(len(weights), len(a), *images.shape[1:]),
     [f'{weight:.3g}' for weight in weights],
   )
 
 
-def neighbours(
-  images: np.ndarray, labels: Sequence[str], columns: int = 2
-) -> np.ndarray:
-  """Samples, framed, beside their nearest training images; labels below.
+def neighbours(images: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+  """Samples, framed, with their nearest training images and labels beside them.
 
   Args:
     images: uint8 [Q, 1 + k, H, W, C]: a sample, then its k nearest.
-    labels: Q texts.
-    columns: how many such rows stand side by side.
+    labels: Q texts; what follows a semicolon stands in a line of its own.
 
   Returns:
     uint8 [height, width, 3].
   """
-  strips = [grid(row, len(row)) for row in images]
-  height, width, _ = strips[0].shape
-  gap = gutter(enlarge(images[0, :1]).shape[1])
-  tile = (width - gap) // images.shape[1] - gap
-  band, apart = 18, 3 * gap
-  columns = min(columns, len(strips))
-  rows = math.ceil(len(strips) / columns)
-  canvas = Image.new(
-    'RGB',
-    (columns * width + (columns - 1) * apart, rows * (height + band)),
-    GUTTER,
-  )
+  picture = grid(images.reshape(-1, *images.shape[2:]), images.shape[1])
+  height, width, _ = picture.shape
+  canvas = Image.new('RGB', (width + LABEL, height), GUTTER)
+  canvas.paste(Image.fromarray(picture))
   pen = ImageDraw.Draw(canvas)
-  for i, (strip, label) in enumerate(zip(strips, labels, strict=True)):
-    left = (i % columns) * (width + apart)
-    top = (i // columns) * (height + band)
-    canvas.paste(Image.fromarray(strip), (left, top))
-    frame = (left + gap - 2, top + gap - 2, left + gap + tile + 1,
-             top + gap + tile + 1)  # fmt: skip
+  tile = enlarge(images[0, :1]).shape[1:3]
+  gap = gutter(tile[0])
+  for i, label in enumerate(labels):
+    top = gap + i * (tile[0] + gap)
+    frame = (gap - 2, top - 2, gap + tile[1] + 1, top + tile[0] + 1)
     pen.rectangle(frame, outline=SAMPLE, width=2)
-    pen.text((left + gap, top + height - 1), label, fill=(60, 60, 60))
+    pen.text((width, top), label.replace('; ', '\n'), fill=(60, 60, 60))
   return np.asarray(canvas)
+
+
+def embedded(path, side: int = MAX_SIDE, most_bytes: int = MAX_BYTES) -> dict:
+  """A picture inside of a page: 'src', and its 'width' and 'height'.
+
+  Args:
+    path: of the file.
+    side: in pixels, at most; a larger picture is made smaller.
+    most_bytes: up to so many it is embedded as it is.
+
+  Raises:
+    DAMAGED: it cannot be read.
+  """
+  content, kind = path.read_bytes(), 'png'
+  with Image.open(io.BytesIO(content)) as image:
+    image.load()  # the whole of it, or it is damaged
+    width, height = image.size
+    if len(content) > most_bytes:
+      small = image.convert('RGB')
+      small.thumbnail((side, side))
+      for other in ('png', 'jpeg'):
+        file = io.BytesIO()
+        small.save(file, format=other, quality=90)
+        if len(file.getvalue()) < len(content):
+          content, kind = file.getvalue(), other
+  code = base64.b64encode(content).decode()
+  src = f'data:image/{kind};base64,{code}'
+  return {'src': src, 'width': width, 'height': height}
 
 
 def save(path, picture: np.ndarray) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
+from diffusion_jax.evaluation import cards
 from diffusion_jax.system import files
 
 # CSS variable -> its colour on a light page.
@@ -113,20 +114,14 @@ def lines(
     )  # fmt: skip
   values = np.concatenate([np.asarray(line.y, float) for line in drawn])
   if log and 0 < 2 * values.min() < values.max():
-    axes.set_yscale('log')
     ratio = values.max() / values.min()
     subs = (1, 2, 5) if ratio > 10 else (1, 1.5, 2, 3, 5, 7)
-    axes.yaxis.set_major_locator(
-      ticker.LogLocator(subs=subs if ratio < 1000 else (1,), numticks=12)
-    )
-    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    _log_y(axes, subs if ratio < 1000 else (1,))
   else:
     axes.yaxis.set_major_locator(ticker.MaxNLocator(4, steps=NICE))
     if not log:
       axes.set_ylim(bottom=0)
-  axes.yaxis.set_major_formatter(ticker.FuncFormatter(short))
   axes.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=NICE, integer=True))
-  axes.xaxis.set_major_formatter(ticker.FuncFormatter(short))
   axes.set_xlim(left=0)
   axes.set_xlabel('step', loc='right', labelpad=0)
   return _svg(figure, title, repr(drawn))
@@ -140,7 +135,7 @@ def bars(title: str, groups: dict[str, Sequence[float]]) -> str:
     place = np.arange(len(shares)) + (i - (len(groups) - 1) / 2) * width
     axes.bar(place, shares, 0.9 * width, color=COLORS[color])
   axes.yaxis.set_major_locator(ticker.MaxNLocator(4, steps=NICE))
-  axes.yaxis.set_major_formatter(ticker.FuncFormatter(_percent))
+  axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
   axes.xaxis.set_major_locator(ticker.MaxNLocator(10, steps=NICE, integer=True))
   axes.set_xlabel('class', loc='right', labelpad=0)
   return _svg(figure, title, repr(groups))
@@ -162,13 +157,50 @@ def rate_distortion(path, rate: Sequence[float], rmse: Sequence[float]) -> None:
   axes.set_title(
     'distortion: RMSE of 255', size=7.5, color=COLORS['muted'], loc='left'
   )
-  files.make(path.parent)
-  with files.replacing(path) as file:
-    figure.savefig(file, format='png', dpi=200)
+  _save(figure, path)
 
 
-def _axes():
-  figure = Figure(figsize=SIZE, layout='constrained')
+def sweep(path, told: dict) -> None:
+  """Quality against evaluations, a line for each sampler; a .png.
+
+  The best of each budget stand out.
+
+  Args:
+    path: of the file.
+    told: see `evaluation.sweep.text`.
+  """
+  figure, axes = _axes((7.2, 4.2))
+  # The legend stands in the order of the lines' right ends.
+  last = {cell['sampler']: cell['value'] for cell in told['cells']}
+  colors = matplotlib.colormaps['tab20'].colors
+  won = {cell['sampler'] for cell in told['best'].values()}
+  for name in sorted(last, key=last.get, reverse=True):
+    i = list(last).index(name)
+    points = [
+      (cell['evaluations'], cell['value'])
+      for cell in told['cells']
+      if cell['sampler'] == name
+    ]
+    axes.plot(
+      *zip(*sorted(points), strict=True),
+      label=name,
+      color=colors[i % len(colors)],
+      marker='osD^v'[i // len(colors) % 5],
+      **({'lw': 3, 'ms': 7} if name in won else {'lw': 1.1, 'ms': 3.5}),
+    )
+  axes.set_xscale('log')
+  _log_y(axes, (1, 1.5, 2, 3, 5, 7))
+  axes.xaxis.set_major_locator(ticker.FixedLocator([*map(int, told['best'])]))
+  axes.xaxis.set_minor_locator(ticker.NullLocator())
+  axes.xaxis.set_major_formatter(ticker.FuncFormatter(short))
+  axes.set_xlabel('evaluations of the network for a sample')
+  axes.set_ylabel(cards.distance(told['result']))
+  figure.legend(loc='outside right upper', fontsize=8, frameon=False)
+  _save(figure, path)
+
+
+def _axes(size=SIZE):
+  figure = Figure(figsize=size, layout='constrained')
   axes = figure.subplots()
   axes.margins(x=0.01)
   axes.spines[['top', 'right', 'left']].set_visible(False)
@@ -178,7 +210,22 @@ def _axes():
   axes.tick_params(length=0, labelsize=7.5, labelcolor=COLORS['muted'], pad=4)
   for axis in (axes.xaxis, axes.yaxis):
     axis.label.set(size=7.5, color=COLORS['muted'])
+    axis.set_major_formatter(ticker.FuncFormatter(short))
   return figure, axes
+
+
+def _log_y(axes, subs):
+  """A logarithmic y axis, ticked at these multiples of powers of ten."""
+  axes.set_yscale('log')
+  axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=12))
+  axes.yaxis.set_minor_locator(ticker.NullLocator())
+  axes.yaxis.set_major_formatter(ticker.FuncFormatter(short))
+
+
+def _save(figure, path):
+  files.make(path.parent)
+  with files.replacing(path) as file:
+    figure.savefig(file, format='png', dpi=200)
 
 
 def short(value: float, _=None) -> str:
@@ -187,10 +234,6 @@ def short(value: float, _=None) -> str:
     if abs(value) >= max(size, 1e4):
       return f'{value / size:g}{letter}'
   return f'{value:,g}'
-
-
-def _percent(share: float, _=None) -> str:
-  return f'{100 * share:g}%'
 
 
 def _svg(figure: Figure, title: str, salt: str) -> str:

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 
 from ml_collections import config_dict
 
+from diffusion_jax.runs import completion
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 
@@ -110,7 +111,10 @@ def write_config(workdir, config: config_dict.ConfigDict) -> None:
 def converted_from(workdir) -> str | None:
   """Where converted weights come from, absolute; None = they were trained here.
 
-  Of an import that was cut it is None too: there is no run yet.
+  It is None for an unfinished import too: there is no run yet.
+
+  Raises:
+    UserError: the record of it is unreadable.
   """
   path = files.at(workdir) / CONVERTED
   if not path.exists() or not (files.at(workdir) / 'config.json').exists():
@@ -181,7 +185,7 @@ def read_config(workdir, flag: str = 'workdir') -> dict:
   missing = [part for part in parts if part not in config]
   if missing:
     raise UserError(f'{path} is not a run of ours: it has no {missing[0]!r}')
-  config['sample'].setdefault('clip', True)  # before it was a choice
+  completion.complete(config)  # keys that are younger than the run
   return config
 
 
@@ -210,7 +214,7 @@ def usable_file(flag: str, path) -> None:
 
 
 def usable_output(directory, name: str = 'samples', run=None) -> None:
-  """As usable_folder: not among what belongs to something else, either.
+  """Raises UserError unless a folder is usable, and no part of something else.
 
   Args:
     directory: of samples, or of results.

@@ -95,7 +95,15 @@ def _command(workdir, step, ema) -> str:
 def check(
   calibration: Calibration, weights_sha256: str, workdir, step: int, ema: bool
 ) -> None:
-  """Raises UserError unless it is of these weights."""
+  """Raises UserError unless the calibration is of these weights.
+
+  Args:
+    calibration: as read.
+    weights_sha256: of the checkpoint.
+    workdir: of the run, for the message, as are the next two.
+    step: of the checkpoint.
+    ema: whether the averaged weights are meant.
+  """
   if calibration.weights_sha256 != weights_sha256:
     raise UserError(
       f'the statistics of step {step} are of other weights than those of the '

@@ -1,4 +1,4 @@
-"""From (seed, index) to an image.
+"""From (seed, index) to a sample.
 
 A sample is addressed by (run, seed, index): its keys come from seed and index
 alone, so its noise is bitwise the same in any batch, on any mesh, in any order.
@@ -8,13 +8,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from diffusion_jax.guidance import clipping
+from diffusion_jax.runs.recipe import Recipe
+from diffusion_jax.samplers.solve import Sampler, solve
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.process import gaussian
-from diffusion_jax.process.schedules import Schedule
-from diffusion_jax.samplers.solve import Sampler
-from diffusion_jax.samplers.solve import solve
 
 
 def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -41,96 +40,85 @@ def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
   return pairs[:, 0], pairs[:, 1]
 
 
-def to_uint8(x: jax.Array) -> jax.Array:
-  """Images as people save them, rounded to the nearest and clipped.
-
-  Args:
-    x: [..., H, W, C] in [-1, 1].
-
-  Returns:
-    uint8 of the same shape.
-  """
-  return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
-
-
-def to_float(x: jax.Array) -> jax.Array:
-  """Images for judges that take them unrounded; rounded they are `to_uint8`'s.
-
-  Args:
-    x: [..., H, W, C] in [-1, 1].
-
-  Returns:
-    float32 of the same shape, clipped to [0, 255].
-  """
-  return jnp.clip((x + 1.0) * 127.5, 0, 255).astype(jnp.float32)
-
-
-PIXELS = {'uint8': to_uint8, 'float32': to_float}
+# Data as people save them, and as they are decoded.
+ROUNDED = {
+  'uint8': lambda data: jnp.round(data).astype(jnp.uint8),
+  'float32': lambda data: data,
+}
 
 
 def drawer(
-  apply: Callable,
-  schedule: Schedule,
-  prediction: str,
+  recipe: Recipe,
+  mesh: Mesh,
   sampler: Sampler,
   grid,
-  image_shape: tuple[int, int, int],
   *,
   seed: int,
   clip: bool = True,
   frames: tuple[int, ...] = (),
-  dtype: str = 'uint8',
+  dtype: str | None = None,
   took: bool = False,
   estimates: bool = False,
 ) -> Callable:
   """A function that draws samples, to be jitted.
 
   Args:
-    apply: (params, xt, t) -> prediction.
-    schedule: the noise schedule.
-    prediction: what the network predicts, see `gaussian.from_prediction`.
+    recipe: of the run.
+    mesh: the devices.
     sampler: which.
     grid: falling times, see `grid`.
-    image_shape: (H, W, C).
     seed: of the samples.
-    clip: whether x0 is clipped to [-1, 1] in every step.
+    clip: whether x0 is clipped to the codec's bound in every step, if it has
+      one.
     frames: steps at which x is kept, see `solve`.
-    dtype: of the pixels: 'uint8' (`to_uint8`) or 'float32' (`to_float`).
+    dtype: of the data: 'uint8', rounded, or 'float32' as they are decoded; by
+      default 'uint8' for images of 8 bits and 'float32' for other data.
     took: whether it says what each sample took; the sampler chooses its steps.
     estimates: whether frames are not x but the estimates of x0 from it, by one
       more evaluation each (arXiv 2006.11239, section 4.3); of clean data, x.
 
   Returns:
-    draw(params, indices [B]) -> dtype [B, H, W, C]; with frames, a pair of that
-    and dtype [F, B, H, W, C]; with took, a pair of that and `adaptive.Took`.
+    draw(params, indices [B], rows={}) -> data [B, ...]; `params` holds all
+    parts, and `rows` what a condition is made of. With frames, a pair of that
+    and [F, B, ...]; with took, a pair of that and `adaptive.Took`.
 
   Raises:
-    UserError: an unknown dtype.
+    UserError: an unknown dtype, or one that the data cannot have.
   """
-  if dtype not in PIXELS:
-    raise UserError(f'dtype={dtype!r}: one of {", ".join(PIXELS)}')
+  codec, schedule = recipe.codec, recipe.schedule
+  known = ROUNDED if codec.levels == 256 else {'float32': ROUNDED['float32']}
+  dtype = dtype or next(iter(known))
+  if dtype not in known:
+    raise UserError(f'dtype={dtype!r}: one of {", ".join(known)}')
 
-  def draw(params, indices):
-    denoiser = gaussian.denoiser(
-      lambda xt, t: apply(params, xt, t), schedule, prediction
-    )
-    if clip:
-      denoiser = clipping.clip_x0(denoiser, schedule)
+  def draw(params, indices, rows=None):
+    cond = recipe.conditioner.condition(params, rows or {}, None)
+    denoiser = recipe.denoiser(params, cond, mesh)
+    if clip and codec.bound is not None:
+      denoiser = clipping.clip_x0(denoiser, schedule, codec.bound)
     first, later = sample_keys(seed, indices)
-    x = jax.vmap(lambda key: jax.random.normal(key, image_shape, jnp.float32))(
+    # The last number that `solve` could ever fold in.
+    decoding = jax.vmap(lambda key: jax.random.fold_in(key, 2**32 - 1))(later)
+
+    def decode(x0):
+      return ROUNDED[dtype](codec.decode(params, x0, decoding))
+
+    x = jax.vmap(lambda key: jax.random.normal(key, codec.shape, jnp.float32))(
       first
     )
     if took:
       x0, counts = sampler.run(denoiser, schedule, x)
-      return PIXELS[dtype](x0), counts
+      return decode(x0), counts
     out = solve(sampler, denoiser, schedule, grid, x, later, frames)
-    if frames and estimates:
-      x, kept = out
+    if not frames:
+      return decode(out)
+    x, kept = out
+    if estimates:
       # No denoiser knows the noise of clean data, which can only be the last.
       times = jnp.array([grid[k] for k in frames if grid[k] >= 0], x.dtype)
       noised, clean = jnp.split(kept, [len(times)])
       guesses = jax.lax.map(lambda frame: denoiser(*frame).x0, (noised, times))
-      out = x, jnp.concatenate([guesses, clean])
-    return jax.tree.map(PIXELS[dtype], out)
+      kept = jnp.concatenate([guesses, clean])
+    return decode(x), jax.vmap(decode)(kept)
 
   return draw

@@ -14,8 +14,8 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from diffusion_jax.system import files
 from diffusion_jax import runs
+from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint
 
@@ -37,6 +37,19 @@ class Origin(NamedTuple):
   workdir: str
   step: int
   ema: bool
+
+
+class Begun(NamedTuple):
+  """What a run begins with.
+
+  Attributes:
+    taken: name -> array, the other run's parameters.
+    left: for every other parameter of the two {'name', 'there', 'here'}, its
+      shape in each, None where it has none.
+  """
+
+  taken: dict
+  left: list[dict]
 
 
 def recorded(workdir) -> Origin | None:
@@ -111,16 +124,26 @@ def find(
   return Origin(str(there), found, ema)
 
 
-def load(origin: Origin, abstract) -> tuple[dict, list[dict]]:
+def load(origin: Origin | None, abstract) -> Begun:
   """`checkpoint.load_common` of an origin; nothing is written."""
-  return checkpoint.load_common(
-    _checkpoints(origin.workdir), origin.step, abstract, ema=origin.ema
+  if origin is None:
+    return Begun({}, [])
+  return Begun(
+    *checkpoint.load_common(
+      _checkpoints(origin.workdir), origin.step, abstract, ema=origin.ema
+    )
   )
 
 
-def record(workdir, origin: Origin, taken: dict, left: list[dict]) -> None:
-  """Writes init_from.json."""
-  facts = {**origin._asdict(), 'taken': len(taken), 'left': left}
+def record(workdir, origin: Origin, begun: Begun) -> None:
+  """Writes init_from.json.
+
+  Args:
+    workdir: of the new run.
+    origin: where its parameters come from.
+    begun: as of `load`.
+  """
+  facts = {**origin._asdict(), 'taken': len(begun.taken), 'left': begun.left}
   with files.replacing(files.at(workdir) / runs.INIT) as file:
     file.write(json.dumps(facts, indent=2).encode() + b'\n')
 
@@ -132,17 +155,15 @@ def describe(origin: Origin | None) -> str:
   return f'the {kind} parameters of {origin.workdir}, step {origin.step}'
 
 
-def told(
-  origin: Origin, taken: dict, left: list[dict], config: dict
-) -> list[str]:
+def told(origin: Origin, begun: Begun, config: dict) -> list[str]:
   """What was taken, what was not, and what may surprise: a line each.
 
   Args:
     origin: whose parameters.
-    taken: name -> array, as of `load`.
-    left: the others, as of `load`.
+    begun: as of `load`.
     config: the new run's.
   """
+  taken, left = begun
   here = len(taken) + sum(row['here'] is not None for row in left)
   lines = [f'beginning with {describe(origin)}: {len(taken)} of {here} arrays']
   for what, names in (

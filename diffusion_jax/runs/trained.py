@@ -11,43 +11,37 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.system import files
-from diffusion_jax import models
-from diffusion_jax import runs
-from diffusion_jax.system.errors import UserError
-from diffusion_jax.process import gaussian
-from diffusion_jax.process import schedules
+from diffusion_jax import models, runs
+from diffusion_jax.codecs import Codec
+from diffusion_jax.models import NET
 from diffusion_jax.process.gaussian import Denoised
 from diffusion_jax.process.schedules import Schedule
-from diffusion_jax.runs import calibration
-from diffusion_jax.runs import draw
+from diffusion_jax.runs import calibration, draw, recipe
+from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.samplers.plan import Plan
-from diffusion_jax.training import checkpoint
-from diffusion_jax.training import sharding
+from diffusion_jax.system import files, numerics
+from diffusion_jax.system.errors import UserError
+from diffusion_jax.training import checkpoint, sharding
 
 
 class Compiled(NamedTuple):
   """What is compiled of a network once, for the parameters of any checkpoint.
 
   Attributes:
-    denoise: (params, xt, t) -> Denoised.
+    denoise: (params, xt, t, cond) -> Denoised.
     drawer: (a plan as JSON, frames, dtype, took, estimates) -> draw(params,
-      indices).
+      indices, rows).
   """
 
   denoise: Callable
   drawer: Callable
 
 
-def _compile(model, mesh, schedule, prediction, image_shape) -> Compiled:
-  apply = sharding.gathering(model.apply, mesh)
-
+def _compile(recipe: Recipe, mesh: Mesh) -> Compiled:
   @jax.jit
-  def denoise(params, xt, t):
-    return gaussian.denoiser(
-      functools.partial(apply, params), schedule, prediction
-    )(xt, t)
+  def denoise(params, xt, t, cond):
+    return recipe.denoiser(params, cond, mesh)(xt, t)
 
   # Kept, so that a second call of `sample` compiles nothing.
   @functools.lru_cache(maxsize=8)
@@ -55,9 +49,8 @@ def _compile(model, mesh, schedule, prediction, image_shape) -> Compiled:
     how = Plan(*json.loads(plan))
     return jax.jit(
       draw.drawer(
-        apply, schedule, prediction, how.create(), how.grid, image_shape,
-        seed=how.seed, clip=how.clip, frames=frames, dtype=dtype, took=took,
-        estimates=estimates,
+        recipe, mesh, how.create(), how.grid, seed=how.seed, clip=how.clip,
+        frames=frames, dtype=dtype, took=took, estimates=estimates,
       )
     )  # fmt: skip
 
@@ -73,10 +66,8 @@ class Trained:
     config: the run's resolved config, plain dicts.
     step: the training step of the weights.
     ema: whether they are the averaged ones.
-    model: `models.Model`; `model.apply(params, xt, t)` is the bare prediction.
-    params: its parameters, a nested dict of arrays over `mesh`.
-    schedule: the noise schedule; times are 0 .. schedule.num_timesteps - 1.
-    image_shape: (H, W, C).
+    recipe: what the run is made of: its network, codec and conditioner.
+    params: name -> parameters of all parts, nested dicts of arrays over `mesh`.
     mesh: the devices that the parameters lie on.
     compiled: its functions, shared with what `at` gives.
   """
@@ -85,31 +76,53 @@ class Trained:
   config: dict
   step: int
   ema: bool
-  model: models.Model
+  recipe: Recipe
   params: dict
-  schedule: Schedule
-  image_shape: tuple[int, int, int]
   mesh: Mesh
   compiled: Compiled
 
   @property
+  def model(self) -> models.Model:
+    """The network; `model.apply(params['net'], xt, t)` is its prediction."""
+    return self.recipe.parts[NET]
+
+  @property
+  def schedule(self) -> Schedule:
+    """The noise schedule; times are 0 .. schedule.num_timesteps - 1."""
+    return self.recipe.schedule
+
+  @property
+  def codec(self) -> Codec:
+    """Data <-> x0; images of 8 bits lie in [-1, 1]."""
+    return self.recipe.codec
+
+  @property
   def prediction(self) -> str:
     """What the network predicts: 'eps', 'x0' or 'v'."""
-    return self.config['loss']['prediction']
+    return self.recipe.prediction
 
-  def denoise(self, xt: jax.Array, t: jax.Array) -> Denoised:
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of the data."""
+    return runs.image_shape(self.config['data'])
+
+  def denoise(
+    self, xt: jax.Array, t: jax.Array, cond: dict | None = None
+  ) -> Denoised:
     """The denoiser, for samplers, guidance, and anything else.
 
     Args:
-      xt: [B, H, W, C], alpha(t) x0 + sigma(t) eps with x0 in [-1, 1].
+      xt: [B, *codec.shape], alpha(t) x0 + sigma(t) eps.
       t: [B] or a scalar, times in [-1, T-1]; -1 is clean.
+      cond: what fills the network's doors; none by default.
 
     Returns:
       Denoised(x0, eps), each of xt's shape; x0 is not clipped, see
       `guidance.clip_x0`.
     """
-    return self.compiled.denoise(self.params, xt, t)
+    return self.compiled.denoise(self.params, xt, t, cond or {})
 
+  @numerics.fixed()
   def at(self, step: int | None = None) -> 'Trained':
     """The same network at another checkpoint of its run.
 
@@ -124,10 +137,13 @@ class Trained:
     """
     directory = self.workdir / 'checkpoints'
     step = checkpoint.find_step(directory, step)
+    trained = {name: self.params[name] for name in self.recipe.parts}
     params = checkpoint.load_params(
-      directory, step, sharding.abstract(self.params, self.mesh), ema=self.ema
+      directory, step, sharding.abstract(trained, self.mesh), ema=self.ema
     )
-    return dataclasses.replace(self, step=step, params=params)
+    return dataclasses.replace(
+      self, step=step, params={**self.params, **params}
+    )
 
   @functools.cached_property
   def weights_sha256(self) -> str:
@@ -137,6 +153,7 @@ class Trained:
       digest.update(np.ascontiguousarray(sharding.to_host(leaf)).tobytes())
     return digest.hexdigest()
 
+  @numerics.fixed()
   def plan(self, **options) -> Plan:
     """How samples are drawn, by default as the run's paper draws them.
 
@@ -160,11 +177,12 @@ class Trained:
 
     return plans.for_run(self.config, calibration=found, **options)
 
+  @numerics.fixed()
   def drawer(
     self,
     how: Plan,
     frames: tuple[int, ...] = (),
-    dtype: str = 'uint8',
+    dtype: str | None = None,
     took: bool = False,
     estimates: bool = False,
   ) -> Callable:
@@ -173,14 +191,14 @@ class Trained:
     Args:
       how: the plan.
       frames: numbers of steps at which x is kept, see `samplers.solve`.
-      dtype: of the pixels: 'uint8', or 'float32' in [0, 255], not rounded.
+      dtype: of the data: 'uint8', or 'float32' in [0, 255], not rounded.
       took: whether it says what each sample took, of an adaptive plan.
       estimates: whether frames are the estimates of x0 in place of x.
 
     Returns:
-      indices (NumPy, [N]) -> dtype [M, H, W, C], a global array, of which the
+      indices (NumPy, [N]) -> data [M, H, W, C], a global array, of which the
       first N count: M is N rounded up to what the mesh divides. With frames, a
-      pair of that and dtype [F, M, H, W, C]; with took, a pair of that and
+      pair of that and [F, M, H, W, C]; with took, a pair of that and
       `samplers.adaptive.Took`, [M] each. One M compiles once.
 
     Raises:
@@ -190,6 +208,7 @@ class Trained:
       json.dumps(how), tuple(frames), dtype, took, estimates
     )
 
+    @numerics.fixed()
     def draw_batch(indices):
       return draw_fn(self.params, sharding.padded_indices(indices, self.mesh))
 
@@ -201,7 +220,7 @@ class Trained:
     *,
     first: int = 0,
     batch_size: int = 64,
-    dtype: str = 'uint8',
+    dtype: str | None = None,
     **options,
   ) -> np.ndarray:
     """Draws images.
@@ -213,7 +232,7 @@ class Trained:
       num_samples: how many.
       first: the index of the first.
       batch_size: how many are drawn at once.
-      dtype: of the pixels: 'uint8', or 'float32' in [0, 255], not rounded.
+      dtype: of the data: 'uint8', or 'float32' in [0, 255], not rounded.
       **options: as of `samplers.plan.create`: sampler ('ancestral'),
         num_steps (all), grid ('uniform'), seed (0), clip (the config's), and
         sampler's own, such as eta.
@@ -242,6 +261,7 @@ class Trained:
     )
 
 
+@numerics.fixed()
 def load(
   workdir, step: int | None = None, ema: bool = True, mesh: Mesh | None = None
 ) -> Trained:
@@ -262,15 +282,12 @@ def load(
   directory = workdir / 'checkpoints'
   step = checkpoint.find_step(directory, step)
   mesh = mesh or sharding.make_mesh()
-  image_shape = runs.image_shape(config['data'])
-  model = models.create(image_shape=image_shape, **config['model'])
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  made = recipe.create(config)
+  shapes = jax.eval_shape(made.init, jax.random.key(0))
   params = checkpoint.load_params(
     directory, step, sharding.abstract(shapes, mesh), ema=ema
   )
-  schedule = schedules.create(**config['process'])
-  prediction = config['loss']['prediction']
   return Trained(
-    workdir, config, step, ema, model, params, schedule, image_shape, mesh,
-    _compile(model, mesh, schedule, prediction, image_shape),
+    workdir, config, step, ema, made, {**made.frozen, **params}, mesh,
+    _compile(made, mesh),
   )  # fmt: skip

@@ -12,10 +12,8 @@ import numpy as np
 
 from diffusion_jax.guidance import clipping
 from diffusion_jax.runs import draw
-from diffusion_jax.samplers import inversion
-from diffusion_jax.samplers.solve import Sampler
-from diffusion_jax.samplers.solve import solve
 from diffusion_jax.runs.trained import Trained
+from diffusion_jax.samplers.solve import Sampler, solve
 from diffusion_jax.training import sharding
 
 
@@ -35,10 +33,26 @@ def noises(trained: Trained, seed: int, count: int) -> np.ndarray:
   def first(indices):
     keys, _ = draw.sample_keys(seed, indices)
     return jax.vmap(
-      lambda key: jax.random.normal(key, trained.image_shape, jnp.float32)
+      lambda key: jax.random.normal(key, trained.codec.shape, jnp.float32)
     )(keys)
 
   return np.asarray(first(np.arange(count, dtype=np.uint32)))
+
+
+def to_images(trained: Trained, x0: np.ndarray) -> np.ndarray:
+  """x0 [N, ...] -> uint8 images [N, H, W, C]."""
+  keys = jax.random.split(jax.random.key(0), len(x0))
+  return np.asarray(
+    draw.ROUNDED['uint8'](trained.codec.decode(trained.params, x0, keys))
+  )
+
+
+def to_x0(trained: Trained, images: np.ndarray) -> np.ndarray:
+  """uint8 images [N, H, W, C] -> x0 [N, ...]."""
+  keys = jax.random.split(jax.random.key(0), len(images))
+  return np.asarray(
+    trained.codec.encode(trained.params, {'image': images}, keys)
+  )
 
 
 def carrier(
@@ -63,7 +77,7 @@ def carrier(
   @jax.jit
   def along(params, x):
     def denoiser(xt, t):
-      return trained.compiled.denoise(params, xt, t)
+      return trained.compiled.denoise(params, xt, t, {})
 
     if clip:
       denoiser = clipping.clip_x0(denoiser, trained.schedule)

@@ -5,30 +5,10 @@ from collections.abc import Sequence
 
 from ml_collections import config_dict
 
-from diffusion_jax import models
-from diffusion_jax import runs
-from diffusion_jax.process import gaussian
-from diffusion_jax.process import schedules
-from diffusion_jax.training import sharding
-
-# Every run's config has these, and its model's arguments under `model`.
-KEYS = (
-  *('seed', 'num_steps', 'batch_size', 'microbatches'),
-  *('log_every', 'eval_every'),
-  *('eval_images', 'sample_every', 'checkpoint_every', 'keep_last'),
-  *('keep_every', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'data.name'),
-  *('data.path', 'data.train_split', 'data.heldout_split'),
-  *('data.heldout_every', 'data.image_size', 'data.channels', 'data.flip'),
-  *('model.name', 'model.channels', 'model.multipliers', 'model.num_blocks'),
-  *('model.attention_resolutions', 'model.num_heads', 'model.num_groups'),
-  *('model.dropout', 'model.dtype', 'process.schedule'),
-  *('process.num_timesteps', 'process.beta_start', 'process.beta_end'),
-  *('loss.prediction', 'optim.lr', 'optim.warmup_steps', 'optim.clip_norm'),
-  *('optim.b1', 'optim.b2', 'optim.eps', 'ema.decay', 'sample.sampler'),
-  *('sample.grid', 'sample.num_steps', 'sample.num_images'),
-  *('sample.variance', 'sample.clip'),
-)
-
+from diffusion_jax import models, runs
+from diffusion_jax.process import gaussian, schedules
+from diffusion_jax.runs import completion
+from diffusion_jax.training import optim, sharding
 
 LARGEST_BATCH = 10**8  # XLA aborts where a size overflows
 AT_LEAST_1 = (
@@ -55,8 +35,7 @@ def check_network(config: config_dict.ConfigDict) -> list[str]:
 
 
 def _lacking(config):
-  there = runs.flatten(config.to_dict())
-  lacking = ', '.join(key for key in KEYS if key not in there)
+  lacking = ', '.join(completion.lacking(config))
   return lacking and [f'the config has no {lacking}: every run has these keys']
 
 
@@ -68,6 +47,7 @@ def _network(config):
   """(holds, message) pairs, as of all the functions below."""
   yield from _model(config.model, config.data)
   yield from _process(config)
+  yield from _optim(config.optim)
 
 
 def _counts(config):
@@ -151,12 +131,12 @@ def _model(model, data):
 
 def _process(config):
   for name, value, known in (
-    ('loss.prediction', config.loss.prediction, gaussian.PREDICTIONS),
+    ('loss.prediction', config.loss.prediction, gaussian.PARAMETRISATIONS),
     ('process.schedule', config.process.schedule, schedules.SCHEDULES),
     ('sample.variance', config.sample.variance, gaussian.VARIANCES),
   ):
     yield value in known, f'{name}={value!r}: one of {", ".join(known)}'
-  process, optim = config.process, config.optim
+  process = config.process
   yield (
     process.num_timesteps >= 2,
     f'process.num_timesteps={process.num_timesteps}: at least 2',
@@ -166,10 +146,30 @@ def _process(config):
     f'process.beta_start={process.beta_start}, beta_end={process.beta_end}: '
     '0 < beta_start <= beta_end < 1',
   )
-  yield 0 < optim.lr < math.inf, f'optim.lr={optim.lr}: above 0, finite'
-  for key in ('b1', 'b2'):
-    yield 0 <= optim[key] < 1, f'optim.{key}={optim[key]}: in [0, 1)'
-  yield optim.eps > 0, f'optim.eps={optim.eps}: above 0'
-  for key in ('warmup_steps', 'clip_norm'):
-    yield optim[key] >= 0, f'optim.{key}={optim[key]}: 0 (none) or more'
   yield 0 <= config.ema.decay < 1, f'ema.decay={config.ema.decay}: in [0, 1)'
+
+
+def _optim(config):
+  for key, known in (('name', optim.OPTIMIZERS), ('decay', optim.DECAYS)):
+    value = config[key]
+    yield value in known, f'optim.{key}={value!r}: one of {", ".join(known)}'
+  yield 0 < config.lr < math.inf, f'optim.lr={config.lr}: above 0, finite'
+  for key in ('b1', 'b2'):
+    yield 0 <= config[key] < 1, f'optim.{key}={config[key]}: in [0, 1)'
+  yield config.eps > 0, f'optim.eps={config.eps}: above 0'
+  for key in ('warmup_steps', 'clip_norm'):
+    yield config[key] >= 0, f'optim.{key}={config[key]}: 0 (none) or more'
+  rates = {key: config[key] for key in ('weight_decay', 'end_lr')}
+  rates |= {f'part_lr.{part}': lr for part, lr in config.part_lr.items()}
+  for key, value in rates.items():
+    yield 0 <= value < math.inf, f'optim.{key}={value}: 0 or more, finite'
+  yield (
+    config.weight_decay == 0 or config.name != 'adam',
+    f"optim.weight_decay={config.weight_decay} is for optim.name='adamw'; "
+    "with 'adam' it must be 0",
+  )
+  yield (
+    config.decay == 'constant' or config.decay_steps > config.warmup_steps,
+    f'optim.decay_steps={config.decay_steps}: above optim.warmup_steps='
+    f'{config.warmup_steps}; it is the step at which the decay ends',
+  )

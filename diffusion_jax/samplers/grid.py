@@ -32,6 +32,9 @@ def leading(schedule: Schedule, num_steps: int) -> list[int]:
   Where num_steps does not divide T, the published codes disagree, and a grid of
   equal strides from 0 would end far from the noise: that is refused. What
   DDIM's code does there is `ddim_uniform`.
+
+  Raises:
+    UserError: num_steps does not divide T.
   """
   num_timesteps = schedule.num_timesteps
   if num_timesteps % num_steps:

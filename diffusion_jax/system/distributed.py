@@ -26,6 +26,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
+from diffusion_jax.system import farewell
 from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -46,6 +47,10 @@ flags.DEFINE_integer(
 
 HELLO = 'diffusion_jax'
 
+# Process 0's connections to the others, which it waits for at the end; [] in
+# the others, None in a process that has met nobody.
+_others: list[socket.socket] | None = None
+
 
 def initialize() -> None:
   """Joins the other processes, if there are any; first thing in a binary.
@@ -61,12 +66,34 @@ def initialize() -> None:
   }
   if found:
     coordinator, num_processes, index = found
-    meet(coordinator, num_processes, index, FLAGS.join_secs)
+    _stay_connected(
+      meet(coordinator, num_processes, index, FLAGS.join_secs), index
+    )
     _keep_stdout()
     jax.distributed.initialize(coordinator, num_processes, index, **timeouts)
   elif _on_tpu():
     _keep_stdout()
     jax.distributed.initialize(**timeouts)
+    if _is_several():
+      _meet_in_pod()
+
+
+def _stay_connected(connections, index):
+  """Keeps the connections of meet() for the end."""
+  global _others
+  if not connections:
+    return
+  _others = [] if index else connections
+  if index:
+    farewell.follow(connections[0], lambda code: leave(code, alone=True))
+
+
+def _meet_in_pod():
+  """Meets those whom JAX has found; if that fails, the end waits for none."""
+  count, index = jax.process_count(), jax.process_index()
+  address = _broadcast('' if index else farewell.own_address())
+  with contextlib.suppress(UserError):
+    _stay_connected(meet(address, count, index, farewell.PATIENCE), index)
 
 
 def _keep_stdout():
@@ -148,16 +175,35 @@ def index() -> int:
   return jax.process_index() if _is_several() else 0
 
 
-def leave(code: int) -> None:
+def leave(code: int, alone: bool = False) -> None:
   """Ends this process at once where others would wait for it; else returns.
 
   JAX's own end waits until all have come to theirs, which they never do when
-  one of them has failed.
+  one of them has failed. Process 0 waits a while for the others to end first.
+
+  Args:
+    code: the exit code.
+    alone: whether to end a process that is the only one, too.
   """
-  if _is_several():
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+  if alone or _others is not None or _is_several():
+    try:
+      with contextlib.suppress(OSError):
+        sys.stderr.flush()
+        sys.stdout.flush()
+      farewell.see_off(_others or [], code)
+    finally:
+      os._exit(code)  # whatever comes in between, such as another Ctrl-C
+
+
+def finish() -> None:
+  """Ends this process well, once all have come so far.
+
+  Returns in a process that has met no others. JAX's own end is not safe on a
+  busy machine: it may abort one that still uses process 0's service.
+  """
+  if _others is not None:
+    gather(None)
+    leave(0)
 
 
 def _is_several():
@@ -229,7 +275,9 @@ def _on_tpu():
 # --- meeting -----------------------------------------------------------------
 
 
-def meet(address: str, num_processes: int, index: int, seconds: float) -> None:
+def meet(
+  address: str, num_processes: int, index: int, seconds: float
+) -> list[socket.socket]:
   """Returns once all processes are there.
 
   Number 0 listens, the others knock; when all have come it lets them go.
@@ -240,18 +288,20 @@ def meet(address: str, num_processes: int, index: int, seconds: float) -> None:
     index: which this one is.
     seconds: how long to wait.
 
+  Returns:
+    In number 0 a connection to each of the others, in these one to number 0.
+
   Raises:
     UserError: some did not come, two bear one number, or they disagree about
       how many they are.
   """
   if num_processes == 1:
-    return
+    return []
   host, _, port = address.rpartition(':')
   deadline = time.monotonic() + seconds
   if index:
-    _knock(host, int(port), num_processes, index, seconds, deadline)
-  else:
-    _listen(int(port), address, num_processes, seconds, deadline)
+    return _knock(host, int(port), num_processes, index, seconds, deadline)
+  return _listen(int(port), address, num_processes, seconds, deadline)
 
 
 def _listen(port, address, num_processes, seconds, deadline):
@@ -299,9 +349,11 @@ def _listen(port, address, num_processes, seconds, deadline):
     for guest in greeted:
       with contextlib.suppress(OSError):
         guest.sendall(f'{problem or "go"}\n'.encode())
-        guest.recv(1)  # they hang up first, so that the port is free at once
-  if problem:
-    raise UserError(problem)
+        if problem:
+          guest.recv(1)  # they hang up first, so that the port is free at once
+    if problem:
+      raise UserError(problem)
+    return [guest.dup() for guest in guests.values()]  # which stay open
 
 
 def _gone(guest):
@@ -324,6 +376,8 @@ def _knock(host, port, num_processes, index, seconds, deadline):
         # The coordinator speaks first when the time is over.
         server.settimeout(max(deadline - time.monotonic(), 0) + 5)
         answer = server.makefile().readline().strip()
+        if answer == 'go':
+          return [server.dup()]
     except OSError:
       time.sleep(0.2)
   if not answer:
@@ -331,8 +385,7 @@ def _knock(host, port, num_processes, index, seconds, deadline):
       f'process 0 was not to be found at {host}:{port} within {seconds:g} s: '
       'see whether it was started, and whether the port is open to this host'
     )
-  if answer != 'go':
-    raise UserError(answer)
+  raise UserError(answer)
 
 
 def _listed(numbers):

@@ -28,7 +28,7 @@ def fail(message: str) -> None:
   if path := os.environ.get(ERROR_FILE):
     with contextlib.suppress(OSError):
       Path(path).write_text(message)
-  os._exit(2)
+  distributed.leave(2, alone=True)
 
 
 class Progress:

@@ -1,13 +1,59 @@
-"""The optimiser of the paper: Adam, linear warm-up, global-norm clipping."""
+"""Optimisers as a config's `optim` says: Adam or AdamW, and a schedule.
 
+Everything is a function of the step, so a run that goes on from a checkpoint
+takes the updates that it would have taken.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 import optax
 
+from diffusion_jax import models
+from diffusion_jax.system.errors import UserError
 
-def learning_rate(lr: float, warmup_steps: int) -> optax.Schedule:
-  """Rises linearly from exactly 0 at step 0 to lr, then stays."""
+OPTIMIZERS = ('adam', 'adamw')
+DECAYS = ('constant', 'cosine', 'linear')
+
+
+def learning_rate(
+  lr: float,
+  warmup_steps: int = 0,
+  decay: str = 'constant',
+  decay_steps: int = 0,
+  end_lr: float = 0.0,
+  **others: Any,
+) -> optax.Schedule:
+  """The learning rate of a step: warm-up, then constant or a decay.
+
+  It rises linearly from exactly 0 at step 0 to lr at step warmup_steps. A decay
+  takes it from there to end_lr at step decay_steps, and it stays there.
+
+  Args:
+    lr: the learning rate after warm-up.
+    warmup_steps: steps of the linear rise; 0 = none.
+    decay: one of DECAYS. 'cosine' is half a period (arXiv 1608.03983, eq. 5,
+      without restarts).
+    decay_steps: the step at which the decay ends, counted from the start of
+      training, above warmup_steps; unused with 'constant'.
+    end_lr: the learning rate from then on.
+    **others: what else `create` takes, unused here.
+  """
+  del others
+  length = decay_steps - warmup_steps
+  if decay == 'constant':
+    after = optax.constant_schedule(lr)
+  elif decay == 'cosine':
+    after = optax.cosine_decay_schedule(lr, length, alpha=end_lr / lr)
+  else:
+    after = optax.linear_schedule(lr, end_lr, length)
   if not warmup_steps:
-    return optax.constant_schedule(lr)
-  return optax.linear_schedule(0.0, lr, warmup_steps)
+    return after
+  rise = optax.linear_schedule(0.0, lr, warmup_steps)
+  if decay == 'constant':
+    return rise
+  return optax.join_schedules([rise, after], [warmup_steps])
 
 
 def create(
@@ -17,8 +63,14 @@ def create(
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-8,
+  name: str = 'adam',
+  weight_decay: float = 0.0,
+  part_lr: Mapping[str, float] | None = None,
+  decay: str = 'constant',
+  decay_steps: int = 0,
+  end_lr: float = 0.0,
 ) -> optax.GradientTransformation:
-  """Adam as DDPM trains (arXiv 2006.11239, appendix B).
+  """Adam as DDPM trains (arXiv 2006.11239, appendix B), or AdamW.
 
   TensorFlow 1 adds epsilon outside the bias correction, optax inside: the two
   differ by a factor of up to sqrt(1 - b2) in epsilon during the first steps.
@@ -30,8 +82,64 @@ def create(
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the second moment.
+    name: one of OPTIMIZERS.
+    weight_decay: of 'adamw' (arXiv 1711.05101): each update also subtracts
+      learning rate x weight_decay x parameter. See `decayed` for which.
+    part_lr: name of a part of the parameters (a key of their outermost dict) ->
+      its learning rate in place of lr. Warm-up and decay scale with it: the
+      part's rate is learning_rate(step) * part_lr[part] / lr.
+    decay: of the learning rate, see `learning_rate`.
+    decay_steps: the step at which it ends.
+    end_lr: the learning rate from then on.
   """
-  adam = optax.adam(learning_rate(lr, warmup_steps), b1=b1, b2=b2, eps=eps)
-  if not clip_norm:
-    return adam
-  return optax.chain(optax.clip_by_global_norm(clip_norm), adam)
+  rate = learning_rate(lr, warmup_steps, decay, decay_steps, end_lr)
+  if name == 'adamw':
+    adam = optax.adamw(
+      rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed
+    )
+  else:
+    adam = optax.adam(rate, b1=b1, b2=b2, eps=eps)
+  steps = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+  steps += [adam]
+  if part_lr:
+    steps += [_by_part({part: own / lr for part, own in part_lr.items()})]
+  # One alone is not chained: the state of older checkpoints has no tuple then.
+  return optax.chain(*steps) if steps[1:] else adam
+
+
+def decayed(params: Any) -> Any:
+  """Which parameters weight decay is for, a bool in place of each leaf.
+
+  As is usual (GPT, MAE, timm), matrices, kernels and tables of embeddings:
+  not biases, not the scales of normalisations, nor any other vector.
+  """
+
+  def is_decayed(name, leaf):
+    last = name.rpartition('/')[2]
+    return leaf.ndim > 1 and last not in ('bias', 'scale')
+
+  leaves, structure = jax.tree.flatten(params)
+  return structure.unflatten(map(is_decayed, models.names(params), leaves))
+
+
+def _by_part(factors: Mapping[str, float]) -> optax.GradientTransformation:
+  """Multiplies the updates of named parts; it has no state."""
+
+  def init(params):
+    unknown = factors.keys() - params.keys()
+    if unknown:
+      raise UserError(
+        f'optim.part_lr.{min(unknown)}: the parameters have no such part, only '
+        f'{", ".join(sorted(params))}'
+      )
+    return optax.EmptyState()
+
+  def update(updates, state, params=None):
+    del params
+    scaled = {
+      part: jax.tree.map(lambda u, by=by: u * by, updates[part])
+      for part, by in factors.items()
+    }
+    return {**updates, **scaled}, state
+
+  return optax.GradientTransformation(init, update)

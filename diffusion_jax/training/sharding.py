@@ -32,6 +32,12 @@ RULES = ((r'.*/kernel', P('tensor')),)
 def mesh_shape(num_devices: int, data=-1, fsdp=1, tensor=1) -> tuple:
   """(data, fsdp, tensor) with one -1 replaced by what is left.
 
+  Args:
+    num_devices: of the mesh.
+    data: size of the axis that copies the parameters.
+    fsdp: size of the axis that splits them.
+    tensor: size of the axis that splits their channels.
+
   Raises:
     ValueError: the sizes do not use the devices exactly; one line.
   """
@@ -106,7 +112,14 @@ def _island(device):
 
 
 def spec_of(name: str, shape: tuple, mesh: Mesh, rules=RULES) -> P:
-  """The PartitionSpec of one parameter (or of its moments)."""
+  """The PartitionSpec of one parameter (or of its moments).
+
+  Args:
+    name: of the parameter, with slashes.
+    shape: of the parameter.
+    mesh: the devices.
+    rules: (pattern of names, axes of the last dimensions); the first counts.
+  """
   axes = [None] * len(shape)
   if math.prod(shape) < SMALL:
     return P()

@@ -1,5 +1,6 @@
 """What training carries from step to step."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from diffusion_jax import models
-from diffusion_jax.models import Model
 from diffusion_jax.training import sharding
 
 
@@ -16,10 +16,10 @@ class TrainState(NamedTuple):
 
   Attributes:
     step: int32 scalar, how many updates were made.
-    params: the network's parameters.
+    params: name -> parameters of the trained parts.
     ema_params: their exponential moving average, a plain copy at step 0.
     opt_state: the optimiser's.
-    extras: a dict, empty for DDPM.
+    extras: what the objective carries, see `Objective`; empty for DDPM.
   """
 
   step: jax.Array
@@ -30,14 +30,30 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-  key, model: Model, optimizer: optax.GradientTransformation, given=None
+  key,
+  init: Callable,
+  optimizer: optax.GradientTransformation,
+  given: dict | None = None,
+  extras: dict | None = None,
 ) -> TrainState:
-  """The state at step 0; `given` is as in `create`."""
-  params = _with(model.init(key), given or {})
-  # A copy: the donated state may not hold one buffer twice.
-  ema_params = jax.tree.map(jnp.copy, params)
+  """The state at step 0.
+
+  Args:
+    key: of the initial values.
+    init: key -> parameters.
+    optimizer: whose state is created.
+    given: as in `create`.
+    extras: the objective's state.
+  """
+  params = _with(init(key), given or {})
+  # Copies: the donated state may not hold one buffer twice.
+  ema_params, extras = jax.tree.map(jnp.copy, (params, extras or {}))
   return TrainState(
-    jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params), {}
+    jnp.zeros((), jnp.int32),
+    params,
+    ema_params,
+    optimizer.init(params),
+    extras,
   )
 
 
@@ -49,44 +65,50 @@ def _with(params, given: dict):
 
 
 def abstract_state(
-  model: Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+  init: Callable,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  extras: dict | None = None,
 ) -> TrainState:
   """Shapes, dtypes and shardings of the state; nothing is allocated.
 
   Args:
-    model: the network.
+    init: key -> parameters.
     optimizer: gradient -> update.
     mesh: the devices.
+    extras: the objective's state at step 0.
   """
   shapes = jax.eval_shape(
-    lambda: init_state(jax.random.key(0), model, optimizer)
+    lambda: init_state(jax.random.key(0), init, optimizer, extras=extras)
   )
   return sharding.abstract(shapes, mesh)
 
 
 def create(
   key,
-  model: Model,
+  init: Callable,
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
   given: dict | None = None,
+  extras: dict | None = None,
 ) -> TrainState:
   """The state at step 0, made where it lies: no device holds it whole.
 
   Args:
     key: of the initial values.
-    model: the network.
+    init: key -> parameters.
     optimizer: gradient -> update; its moments start afresh.
     mesh: the devices.
     given: name -> array, parameters (and their averages) to begin with in
       place of random ones; any part of them.
+    extras: the objective's state at step 0.
   """
-  abstract = abstract_state(model, optimizer, mesh)
+  abstract = abstract_state(init, optimizer, mesh, extras)
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   # It runs once: on a CPU, optimising a hundred random draws takes longer.
   cpu = jax.default_backend() == 'cpu'
   return jax.jit(
-    lambda key, given: init_state(key, model, optimizer, given),
+    lambda key, given: init_state(key, init, optimizer, given, extras),
     out_shardings=where,
     compiler_options={'xla_backend_optimization_level': 0} if cpu else None,
   )(key, given or {})

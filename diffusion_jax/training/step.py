@@ -1,24 +1,14 @@
 """The training step: one pure function, jitted once."""
 
-import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from diffusion_jax.models import Model
-from diffusion_jax.objectives import denoising
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.objectives.objective import Aux, Objective
 from diffusion_jax.training import sharding
 from diffusion_jax.training.state import TrainState
-
-GOLDEN = 2654435769  # 2**32 over the golden ratio
-
-
-def to_float(images: jax.Array) -> jax.Array:
-  """uint8 images -> float32 in [-1, 1]: x / 127.5 - 1."""
-  return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def example_keys(key, step, batch_size: int) -> jax.Array:
@@ -33,58 +23,76 @@ def example_keys(key, step, batch_size: int) -> jax.Array:
   )
 
 
-def draw_noise(keys, schedule: Schedule, shape):
-  """Per-example draws: (t [B], eps [B, *shape], dropout keys [B])."""
+def gradient(
+  objective: Objective, params, frozen, extras, rows, keys, mesh
+) -> tuple:
+  """The gradient of the mean loss over rows.
 
-  def draw(key):
-    t_key, eps_key, dropout_key = jax.random.split(key, 3)
-    t = jax.random.randint(t_key, (), 0, schedule.num_timesteps)
-    return t, jax.random.normal(eps_key, shape), dropout_key
+  Args:
+    objective: what is minimised.
+    params: the trained parts, float32.
+    frozen: the other parts.
+    extras: the objective's state.
+    rows: a tree of [b, ...], split over the mesh.
+    keys: [b] random keys.
+    mesh: the devices.
 
-  return jax.vmap(draw)(keys)
+  Returns:
+    (gradients of `params`, (values [b], Aux)).
+  """
+
+  def loss_fn(params):
+    parts = sharding.gather_fsdp({**frozen, **params}, mesh)
+    values, aux = objective.loss(parts, extras, rows, keys)
+    return jnp.mean(values), (values, aux)
+
+  return jax.grad(loss_fn, has_aux=True)(params)
 
 
-def by_quarter(values: jax.Array, t: jax.Array, num_timesteps: int) -> dict:
-  """The mean of values, shaped as t, over each quarter of t; NaN if empty."""
-  quarter = 4 * t // num_timesteps
-  return {
-    f'loss_q{q + 1}': jnp.mean(values, where=quarter == q) for q in range(4)
-  }
-
-
-def accumulate(gradient, params, rows, pieces: int, mesh: jax.sharding.Mesh):
+def accumulate(
+  gradient_fn: Callable, params, rows, pieces: int, mesh: jax.sharding.Mesh
+) -> tuple:
   """The gradient of a mean over rows, one piece of them after the other.
 
   Args:
-    gradient: (params, rows [b, ...]) -> (grads, aux), of the mean over b rows.
-    params: float32.
+    gradient_fn: rows [b, ...] -> (grads, (values [b], Aux)), of the mean over
+      b rows.
+    params: float32, of the gradients' shapes.
     rows: a tree of [B, ...], split over the mesh.
     pieces: how many; pieces x data x fsdp divides B.
     mesh: the devices.
 
   Returns:
-    The mean of the pieces' float32 gradients, and aux [pieces, ...].
+    As of `gradient_fn` for all rows at once; rows are in another order, the
+    same in values and by_row.
   """
   where = sharding.shardings(params, mesh)
 
   def add(total, piece):
-    grads, aux = gradient(params, piece)
-    total = jax.tree.map(lambda sum_, g: sum_ + g / pieces, total, grads)
+    grads, (values, aux) = gradient_fn(piece)
+    grads_sum, sums = total
+    grads_sum = jax.tree.map(lambda a, g: a + g / pieces, grads_sum, grads)
     # The sum lies in pieces too: no device holds it whole.
-    return jax.lax.with_sharding_constraint(total, where), aux
+    grads_sum = jax.lax.with_sharding_constraint(grads_sum, where)
+    sums = jax.tree.map(jnp.add, sums, aux.sums)
+    return (grads_sum, sums), (values, aux.by_row)
 
-  zeros = jax.tree.map(jnp.zeros_like, params)
-  return jax.lax.scan(add, zeros, sharding.split_batch(rows, pieces, mesh))
+  pieced = sharding.split_batch(rows, pieces, mesh)
+  one = jax.tree.map(lambda x: x[0], pieced)
+  shapes = jax.eval_shape(lambda: gradient_fn(one)[1][1].sums)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, shapes))
+  (grads, sums), by_row = jax.lax.scan(add, zeros, pieced)
+  values, by_row = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), by_row)
+  return grads, (values, Aux(by_row, sums))
 
 
 def train_step(
   state: TrainState,
+  frozen: dict,
   batch: dict,
   *,
   key: jax.Array,
-  model: Model,
-  schedule: Schedule,
-  prediction: str,
+  objective: Objective,
   optimizer: optax.GradientTransformation,
   learning_rate: optax.Schedule,
   ema_decay: float,
@@ -95,11 +103,10 @@ def train_step(
 
   Args:
     state: before the update.
-    batch: 'image' uint8 [B, H, W, C], global.
+    frozen: name -> parameters of the parts that are not trained.
+    batch: rows of data [B, ...], global; 'image' uint8 and 'label' int32.
     key: the run's root key.
-    model: the network.
-    schedule: the noise schedule.
-    prediction: what the network predicts, see `gaussian.from_prediction`.
+    objective: what is minimised.
     optimizer: gradient -> update.
     learning_rate: of the step, to be reported.
     ema_decay: of the parameters' average, applied after the update, no ramp.
@@ -112,31 +119,16 @@ def train_step(
     are of the state before the update, `param_norm` of the one after.
   """
 
-  def gradient(params, rows):
-    x0 = to_float(rows['image'])
-    t, eps, dropout_keys = draw_noise(rows['key'], schedule, x0.shape[1:])
+  def gradient_fn(piece):
+    return gradient(objective, state.params, frozen, state.extras, *piece, mesh)
 
-    def loss_fn(params):
-      params = sharding.gather_fsdp(params, mesh)
-
-      def predict(xt, t):
-        return model.apply(params, xt, t, dropout_keys)
-
-      values = denoising.squared_error(
-        predict, schedule, prediction, x0, t, eps
-      )
-      return jnp.mean(values), values
-
-    grads, values = jax.grad(loss_fn, has_aux=True)(params)
-    return grads, (values, t)
-
-  keys = example_keys(key, state.step, len(batch['image']))
-  rows = {'image': batch['image'], 'key': keys}
+  size = len(jax.tree.leaves(batch)[0])
+  rows = (batch, example_keys(key, state.step, size))
   if microbatches == 1:
-    grads, (values, t) = gradient(state.params, rows)
+    grads, (values, aux) = gradient_fn(rows)
   else:
-    grads, (values, t) = accumulate(
-      gradient, state.params, rows, microbatches, mesh
+    grads, (values, aux) = accumulate(
+      gradient_fn, state.params, rows, microbatches, mesh
     )
   # Each device keeps its piece: a reduce-scatter, not an all-reduce.
   grads = jax.lax.with_sharding_constraint(
@@ -154,43 +146,34 @@ def train_step(
     'grad_norm': optax.global_norm(grads),
     'param_norm': optax.global_norm(params),
     'learning_rate': jnp.asarray(learning_rate(state.step), jnp.float32),
-    **by_quarter(values, t, schedule.num_timesteps),
+    **objective.metrics(values, *aux),
   }
-  state = TrainState(
-    state.step + 1, params, ema_params, opt_state, state.extras
-  )
-  return state, metrics
+  extras = objective.update(state.extras, aux.sums)
+  return TrainState(
+    state.step + 1, params, ema_params, opt_state, extras
+  ), metrics
 
 
 def heldout_loss(
-  params, batch: dict, weight, first, *, key, model, schedule, prediction, mesh
+  parts, extras, batch: dict, weight, first, *, key, objective, mesh
 ) -> jax.Array:
-  """The weighted sum of the loss over one batch of held-out images.
+  """The weighted sum of the loss over one batch of held-out examples.
 
-  Image i of the set always meets the same noise, and the times are spread
-  evenly over the set (golden-ratio steps), so that values of different
-  checkpoints compare without the draw's variance.
+  Example i of the set always meets the same noise, so that values of different
+  checkpoints compare.
 
   Args:
-    params: the network's.
-    batch: 'image' uint8 [B, H, W, C].
+    parts: name -> parameters of all parts.
+    extras: the objective's state.
+    batch: rows of data [B, ...].
     weight: [B] float32, 0 for padding.
-    first: the place of the first image in the held-out set.
+    first: the place of the first example in the held-out set.
     key: a root key of its own.
-    model: the network.
-    schedule: the noise schedule.
-    prediction: what the network predicts.
+    objective: what is minimised.
     mesh: the devices.
   """
-  x0 = to_float(batch['image'])
-  index = first + jnp.arange(len(x0))
+  index = first + jnp.arange(len(weight))
   keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-  _, eps, _ = draw_noise(keys, schedule, x0.shape[1:])
-  # In integers: a float32 has no digits left for the fraction of a large index.
-  spread = (index.astype(jnp.uint32) * np.uint32(GOLDEN)) >> 8
-  t = (spread * (schedule.num_timesteps / 2**24)).astype(jnp.int32)
-  params = sharding.gather_fsdp(params, mesh)
-  values = denoising.squared_error(
-    functools.partial(model.apply, params), schedule, prediction, x0, t, eps
-  )
+  parts = sharding.gather_fsdp(parts, mesh)
+  values = objective.heldout(parts, extras, batch, keys, index)
   return jnp.sum(values * weight)

@@ -280,7 +280,14 @@ def _must_be(settings, rules, path) -> None:
 
 
 def agree(path, name, value, allowed) -> None:
-  """Raises UserError unless the value is one of those that are allowed."""
+  """Raises UserError unless the value is one of those that are allowed.
+
+  Args:
+    path: of the file, for the message.
+    name: of the setting.
+    value: what the file has.
+    allowed: values, of any type.
+  """
   allowed = list(allowed)  # of which any value can be asked, lists too
   if value not in allowed:
     raise UserError(

@@ -1,0 +1,164 @@
+"""What judges images: the network that --features asks for."""
+
+from absl import flags
+
+from diffusion_jax.cli import declare
+from diffusion_jax.data import Source
+from diffusion_jax.evaluation import classifier, features, inception, kept
+from diffusion_jax.evaluation.features import Judge
+from diffusion_jax.models.inception import CONVENTIONS
+from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system.errors import UserError
+from diffusion_jax.weights import inception as weights
+
+FLAGS = flags.FLAGS
+declare.table(
+  features=(
+    str,
+    'What judges: classifier (trained on the data, the default where they have '
+    'labels), pixels, inception (of the cache), or a file: Inception weights '
+    '(.npz, .pth, .pb) or RUN/evaluations/classifier_*.npz.',
+  ),
+  taps=(
+    ['2048'],
+    f'Where in Inception: {", ".join(inception.DISTANCES)}. The first one '
+    'serves the metrics that are no Frechet distances.',
+  ),
+  convention=(CONVENTIONS, 'Input of Inception: as the graph or pytorch-fid.'),
+  cache=(
+    str,
+    'Folder for features and weights; ~/.cache/diffusion_jax by default. It '
+    'may be emptied at any time.',
+  ),
+  download=(
+    False,
+    'First fetch the published weights of Inception into the cache '
+    f'({weights.BYTES / 1e6:.0f} MB from github.com; their hash is checked).',
+  ),
+)
+
+
+def cache() -> files.Path:
+  """The folder for features and weights."""
+  return files.cache(FLAGS.cache)
+
+
+def download() -> None:
+  """Fetches the published weights into the cache, unless they are there."""
+
+  def obtain():
+    with terminal.Progress(
+      'downloading', weights.BYTES, unit='bytes'
+    ) as progress:
+      return weights.obtain(cache(), on_bytes=progress.update)
+
+  # Each host has a cache of its own.
+  terminal.say(f'weights of Inception: {distributed.everywhere(obtain)}')
+
+
+def judge_of(
+  source: Source | None, heldout: Source | None, image_shape, folder=None
+) -> Judge:
+  """The network that --features asks for, trained if need be.
+
+  Args:
+    source: the training images, or None.
+    heldout: on which a classifier is tried, or None.
+    image_shape: (H, W, C) of what it is to judge; None where there are only
+      statistics, which need no network.
+    folder: where classifiers of these data are kept; None where there is none.
+
+  Raises:
+    UserError: there is no such network, or it is not for such images.
+  """
+  labelled = source and source.num_classes and folder
+  name = FLAGS.features or ('classifier' if labelled else 'pixels')
+  if image_shape is None:
+    protocol = {'features': 'of the files'}
+    return Judge(None, {}, {'statistics': 'frechet'}, '', protocol, {})
+  if name == 'pixels':
+    return features.pixels(image_shape)
+  if _is_inception(name):
+    return _inception(name)
+  path = files.at(name).expanduser()
+  if name == 'classifier':
+    path = _train_classifier(folder, source, image_shape)
+  judge = classifier.load(path, image_shape)
+  num_classes = source.num_classes if source else 0
+  if num_classes not in (0, judge.protocol['num_classes']):
+    raise UserError(
+      f'--features={name} judges {judge.protocol["num_classes"]} classes, and '
+      f'the data have {num_classes}: give another'
+    )
+  right = classifier.accuracy(judge, heldout) if heldout else None
+  return judge._replace(details={**judge.details, 'classifier_accuracy': right})
+
+
+def _is_inception(name) -> bool:
+  """Whether a value of --features means Inception."""
+  if name == 'inception' or files.at(name).suffix in ('.pth', '.pb'):
+    return True
+  there = kept.names(name)
+  return bool(there) and classifier.FACTS not in there
+
+
+def _inception(name) -> Judge:
+  path = files.at(name).expanduser()
+  if name == 'inception':
+    path = cache() / weights.NAME
+    if not path.exists():
+      raise UserError(
+        f'--features=inception: {path} is not there; --download fetches it, or '
+        'give a file of the weights'
+      )
+  elif path.suffix in ('.pth', '.pb'):
+    path = distributed.everywhere(lambda: _converted(path))
+  more = ['spatial'] if 'sfid' in FLAGS.metrics else []
+  taps = list(dict.fromkeys([*FLAGS.taps, *more]))
+  if not taps:
+    raise UserError(f'--taps is empty: use {", ".join(inception.DISTANCES)}')
+  return inception.load(
+    path,
+    taps=taps,
+    logits='is' in FLAGS.metrics,
+    convention=FLAGS.convention,
+  )
+
+
+def _converted(path) -> files.Path:
+  """A published file as one of ours, in the cache."""
+  target = cache() / f'inception_{weights.checked(path)[:16]}.npz'
+  if not target.exists():
+    weights.convert(path, target)
+  return target
+
+
+def _train_classifier(folder, source, image_shape):
+  """The file of the classifier of these data, trained unless it is there."""
+  if folder is None:
+    raise UserError(
+      '--features=classifier is for a run: give the file of one, or another'
+    )
+  if not (source and source.num_classes):
+    what = source.description if source else 'there are only statistics'
+    raise UserError(f'--features=classifier: {what}; give --features=pixels')
+  for what, value, most in (
+    ('pixels', max(image_shape), classifier.LARGEST),
+    ('classes', source.num_classes, classifier.MOST_CLASSES),
+  ):
+    if value > most:
+      raise UserError(
+        f'--features=classifier is for at most {most} {what}, not {value}: '
+        'give --features=pixels'
+      )
+
+  def train():
+    digest = classifier.fingerprint(source)
+    path = folder / f'classifier_{digest[:8]}.npz'
+    if not path.exists():
+      terminal.say(f'training a classifier on {source.description}, once')
+      with terminal.Progress('classifier', classifier.NUM_STEPS) as progress:
+        classifier.train(path, source, on_step=progress.update)
+    return str(path)
+
+  return files.at(distributed.on_first(train))

@@ -1,0 +1,38 @@
+"""Pixels: 8-bit images, diffused as they are, in [-1, 1]."""
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.codecs.codec import Codec
+
+
+def to_float(images: jax.Array) -> jax.Array:
+  """[0, 255] -> [-1, 1], x / 127.5 - 1; float32 where images are integers."""
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    images = images.astype(jnp.float32)
+  return images / 127.5 - 1.0
+
+
+def from_float(x0: jax.Array) -> jax.Array:
+  """[-1, 1] -> float32 in [0, 255], clipped and not rounded."""
+  return jnp.clip((x0 + 1.0) * 127.5, 0, 255).astype(jnp.float32)
+
+
+def to_uint8(x0: jax.Array) -> jax.Array:
+  """[-1, 1] -> uint8, clipped and rounded to the nearest."""
+  return jnp.round(from_float(x0)).astype(jnp.uint8)
+
+
+def create(image_shape: tuple[int, int, int]) -> Codec:
+  """The codec of images.
+
+  Args:
+    image_shape: (H, W, C).
+  """
+  return Codec(
+    encode=lambda params, rows, keys: to_float(rows['image']),
+    decode=lambda params, x0, keys: from_float(x0),
+    shape=tuple(image_shape),
+    bound=1.0,
+    levels=256,
+  )

@@ -1,0 +1,30 @@
+"""Conditioning: labels, text, pictures -> what the network is told."""
+
+from diffusion_jax.conditioning.conditioner import Conditioner
+from diffusion_jax.system.errors import UserError
+
+
+def none() -> Conditioner:
+  """No condition: the network is told xt and t alone."""
+  return Conditioner(lambda params, rows, keys: {})
+
+
+# name -> (**options) -> Conditioner
+CONDITIONERS = {'none': none}
+
+
+def create(name: str, **options) -> Conditioner:
+  """A conditioner by name.
+
+  Args:
+    name: a key of CONDITIONERS.
+    **options: the conditioner's own.
+
+  Raises:
+    UserError: the name is not known.
+  """
+  if name not in CONDITIONERS:
+    raise UserError(
+      f'conditioning.name={name!r}: one of {", ".join(CONDITIONERS)}'
+    )
+  return CONDITIONERS[name](**options)

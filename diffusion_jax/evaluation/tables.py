@@ -1,0 +1,314 @@
+"""Metric cards as people read them, in a terminal and on a page.
+
+What a result is called, what it means and how its number is written stands here
+alone; `table` is of any number of cards, `text` of one.
+"""
+
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import NamedTuple
+
+from diffusion_jax.evaluation import bits, cards
+from diffusion_jax.evaluation.cards import number
+from diffusion_jax.system import terminal
+
+# Result -> the head of its column, and what it is.
+RESULTS = {
+  **{
+    f'{name}{tail}': (f'{title if not tail else head} ↓', meaning)
+    for name, title in cards.DISTANCES.items()
+    for tail, head, meaning in (
+      ('', '', f'{title} distance to the reference'),
+      ('_heldout_count', 'equal count', '  of as many as are held out'),
+      ('_ratio', 'ratio', '  over that of held-out images'),
+    )
+  },
+  'kid': ('KID ↓', 'KID ± standard error over subsets'),
+  'inception_score': ('IS ↑', 'Inception Score ± std over splits'),
+  'precision': ('precision ↑', 'precision: samples near to real ones'),
+  'recall': ('recall ↑', 'recall: real ones near to samples'),
+  'density': ('density ↑', 'density of real balls round samples'),
+  'coverage': ('coverage ↑', 'coverage: real balls with samples'),
+  'confident': ('confident ↑', 'class with probability > 0.8'),
+  'smallest_class': ('least class ↑', 'least frequent class'),
+  'identical': ('identical ↓', 'identical to a training image'),
+  'nearest': ('nearest', 'nearest training image, median'),
+  'nearest_share': ('near', '  nearer than 95% of held-out'),
+  'bpd': ('bits/dim ↓', 'bound in bits/dim ± standard error'),
+  'bpd_fast': ('bits/dim ↓', 'estimated bound in bits/dim (95%)'),
+  'bpd_ode': ('bits/dim ↓', 'flow in bits/dim ± standard error'),
+  'evaluations': ('evaluations', 'evaluations for an image'),
+}
+SHARES = (
+  *('precision', 'recall', 'coverage', 'confident', 'smallest_class'),
+  *('identical', 'nearest_share', 'classifier_accuracy'),
+)
+# What the end of its name makes a result the spread of another one.
+SPREADS = ('_error', '_std')
+
+# What of a protocol stands in the title of its table.
+TITLE = ('data', 'split', 'num_samples', 'num_reference', 'num_images', 'bits')
+LABELS = {'num_heldout': 'held-out images'}
+SHOWN_CLASSES = 20  # with more of them, their table is left to the card
+DECODED = 10  # rows of a rate-distortion table
+
+
+class Cell(NamedTuple):
+  """A word; or a number as it is shown, and all of its digits."""
+
+  text: str
+  whole: str
+
+
+class Table(NamedTuple):
+  """Cards of one protocol, a row each.
+
+  Attributes:
+    heads: of the columns, each with what it means or ''.
+    rows: a list of cells for each card.
+    num_subject: how many columns tell what was judged; the others are results.
+    heldout: cells of those others, for held-out images; [] where there are
+      none.
+    same: what is the same of all cards: (label, text).
+  """
+
+  heads: list[tuple[str, str]]
+  rows: list[list[Cell]]
+  num_subject: int
+  heldout: list[Cell]
+  same: list[tuple[str, str]]
+
+
+def columns(found: Sequence[dict]) -> list[str]:
+  """The results of cards, but for spreads and those of held-out images."""
+  names = dict.fromkeys(name for card in found for name in card['results'])
+  beside = {cards.heldout_name(name) for name in names}
+  beside |= {name + tail for name in names for tail in SPREADS}
+  return [name for name in names if name not in beside]
+
+
+def head(name: str) -> str:
+  """The head of a result's column."""
+  return RESULTS.get(name, (name,))[0]
+
+
+def value(x) -> str:
+  """Of a config or a protocol, as it is typed."""
+  if isinstance(x, list):
+    return ', '.join(map(value, x))
+  return x if isinstance(x, str) else json.dumps(x)
+
+
+def how(subject: dict) -> dict:
+  """What was judged, by the names that people read."""
+  known = ('step', 'ema', 'sampler', 'evaluations', 'seed', 'grid', 'workdir')
+  grid, evaluations = subject.get('grid'), subject.get('evaluations')
+  steps = len(grid) - 1 if isinstance(grid, list) else None
+  workdir = subject.get('workdir')
+  told = {
+    'run': PurePath(workdir).name if workdir else None,
+    'step': subject.get('step'),
+    'sampler': subject.get('sampler'),
+    'steps': steps,
+    'evaluations': evaluations if evaluations != steps else None,
+    'weights': {True: 'averaged', False: 'raw'}.get(subject.get('ema')),
+    **{
+      key: value(x)
+      for key, x in subject.items()
+      if isinstance(x, str | int | float)
+      and not (key in known or key.endswith('sha256'))
+    },
+    'seed': subject.get('seed'),
+    # Two samplers of one name may differ by it alone.
+    'grid': _grid(grid) if steps and all(map(cards.is_number, grid)) else None,
+  }
+  return {key: x for key, x in told.items() if x is not None}
+
+
+def _grid(times) -> str:
+  return ' '.join(f'{x:.4g}' for x in times[:3]) + ' ..'
+
+
+def drawing(subject: dict, short: bool = False) -> str:
+  """As `how`, in a line: how samples were drawn."""
+  told = how(subject)
+  steps, step = told.pop('steps', '?'), told.pop('step', None)
+  parts = [] if step is None else [f'step {step:,}']
+  if 'sampler' in told:
+    evaluations = told.pop('evaluations', steps)
+    parts += [told.pop('sampler'), f'{evaluations} evaluations']
+  if not short:
+    parts += [f'{k} {x}' for k, x in told.items() if k not in ('run', 'grid')]
+  return ', '.join(parts)
+
+
+def title(protocol: dict) -> str:
+  """What the cards of a protocol are about."""
+  data = ', '.join(
+    value(protocol[key]) for key in ('data', 'split') if key in protocol
+  )
+  if 'num_images' in protocol:
+    what = bits.KINDS.get(protocol.get('bits'), '')
+    return f'{number(protocol["num_images"])} images of {data}: {what}'
+  count, reference = (
+    number(protocol[key]) if cards.is_number(protocol.get(key)) else 'some'
+    for key in ('num_samples', 'num_reference')
+  )
+  of = f' of {data}' * (data not in ('images', 'statistics'))
+  return f'{count} samples against {reference} images{of}'
+
+
+def facts(protocol: dict) -> list[tuple[str, Cell]]:
+  """(label, what it says) of a protocol, but for what its title says."""
+  told = []
+  for key, x in protocol.items():
+    label = key.removeprefix('num_').replace('_', ' ')
+    if x in ('', None):
+      continue
+    if key.endswith('_sha256') and isinstance(x, str):
+      told.append((label, Cell(x[:8], x)))
+    elif key == 'grid':
+      told.append((label, Cell(_grid(x), value(x))))
+    elif key not in TITLE:
+      text = value(x) if isinstance(x, list | bool) else number(x)
+      told.append((LABELS.get(key, label), Cell(text, '')))
+  return told
+
+
+def table(found: Sequence[dict]) -> Table:
+  """Cards of one protocol as a table; what all have in common stands in `same`.
+
+  Args:
+    found: the cards, at least one.
+  """
+  told = [{**how(card['subject']), **_details(card)} for card in found]
+  usual = [k for k in ('step', 'sampler', 'steps', 'seed') if k in told[0]]
+  same = {
+    key: x
+    for key, x in told[0].items()
+    if key not in usual and all(row.get(key) == x for row in told)
+  }
+  keys = list(dict.fromkeys(
+    [*usual, *(key for row in told for key in row if key not in same)]
+  ))  # fmt: skip
+  names = columns(found)
+  rows = [
+    [_cell(key, row.get(key)) for key in keys]
+    + [result(card, name) for name in names]
+    for row, card in zip(told, found, strict=True)
+  ]
+  real = cards.heldout(found[-1])
+  return Table(
+    [
+      *((_label(key).capitalize(), '') for key in keys),
+      *(RESULTS.get(name, (name, '')) for name in names),
+    ],
+    rows,
+    len(keys),
+    [result(found[-1], name, real=True) for name in names] if real else [],
+    [(_label(key), _cell(key, x).text) for key, x in same.items()],
+  )
+
+
+def _label(key) -> str:
+  return key.replace('_', ' ')
+
+
+def _details(card) -> dict:
+  """Those that are numbers."""
+  details = card.get('details', {})
+  return {key: x for key, x in details.items() if cards.is_number(x)}
+
+
+def _cell(key, x) -> Cell:
+  if not cards.is_number(x):
+    return Cell(number(x), '')
+  return Cell(f'{x:.1%}' if key in SHARES else number(x), str(x))
+
+
+def result(card, name, real=False) -> Cell:
+  """A result and its spread; or the held-out images' of the same kind."""
+  results, tail = card['results'], '_heldout' if real else ''
+  x = results.get(cards.heldout_name(name) if real else name)
+  if real and x is None:
+    return Cell('', '')
+  cell = _cell(name, x)
+  for end in SPREADS:
+    if spread := results.get(f'{name}{end}{tail}'):
+      cell = Cell(f'{cell.text} ± {spread:.2g}', f'{x} ± {spread}')
+  return cell
+
+
+def lines(found: Sequence[dict]) -> list[str]:
+  """Cards of one protocol as text: what they are about, and their table."""
+  made = table(found)
+  rows = [[cell.text for cell in row] for row in made.rows]
+  if made.heldout:
+    blank = [''] * (made.num_subject - 1)
+    real = [cell.text for cell in made.heldout]
+    rows.append(['held-out images', *blank, *real])
+  told = terminal.table([head for head, _ in made.heads], rows)
+  if made.same:
+    told += ['', 'in all: ' + ', '.join(map(' '.join, made.same))]
+  return [*_about(found[0]), '', *told]
+
+
+def _about(card) -> list[str]:
+  protocol = card['protocol']
+  told = [
+    f'{label} {cell.text}'
+    for label, cell in facts(protocol)
+    if not label.endswith('sha256')
+  ]
+  return [title(protocol), *textwrap.wrap('; '.join(told), 79)]
+
+
+def text(card: dict) -> str:
+  """One card: what was judged, by what, its results, and what to beware of."""
+  details = card['details']
+  told = [drawing(card['subject'])]
+  for key in ('reference', 'images'):
+    if key in details:
+      told.append(f'{key}: {details[key]}')
+  rows = [
+    [RESULTS.get(name, ('', name))[1], result(card, name).text,
+     result(card, name, real=True).text]
+    for name in columns([card])
+  ]  # fmt: skip
+  rows += [[_label(k), _cell(k, x).text, ''] for k, x in _details(card).items()]
+  real = 'held-out' * bool(cards.heldout(card))
+  what = 'images' if 'num_images' in card['protocol'] else 'samples'
+  told += [*_about(card), '', *terminal.table(['', what, real], rows)]
+  if len(details.get('class_histogram', ())) in range(1, SHOWN_CLASSES + 1):
+    told += ['', *_classes(details)]
+  if 'rate' in details:
+    told += ['', *_decoded(details)]
+  if caveats := details.get('caveats'):
+    told += ['', *(f'beware: {caveat}' for caveat in caveats)]
+  return '\n'.join(told)
+
+
+def _classes(details):
+  named = {
+    'samples': details['class_histogram'],
+    'held-out': details.get('heldout_class_histogram'),
+  }
+  return terminal.table(
+    ['class', *map(str, range(len(named['samples'])))],
+    [[what, *(f'{x:.1%}' for x in of)] for what, of in named.items() if of],
+  )
+
+
+def _decoded(details):
+  """As in table 4 of arXiv 2006.11239: what is known after how many bits."""
+  count = len(details['rate'])
+  steps = sorted({-(-i * count // DECODED) for i in range(1, DECODED + 1)})
+  return terminal.table(
+    ['steps', 'bits/dim', 'RMSE of 255'],
+    [
+      [str(n), f'{details["rate"][n - 1]:.5f}', f'{details["rmse"][n - 1]:.5f}']
+      for n in reversed(steps)
+    ],
+  )

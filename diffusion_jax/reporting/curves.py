@@ -1,0 +1,98 @@
+"""The curves of a run's page: training, and the distance step by step."""
+
+import json
+import math
+
+from markupsafe import Markup
+
+from diffusion_jax.evaluation import cards
+from diffusion_jax.evaluation.cards import number
+from diffusion_jax.reporting import plots
+from diffusion_jax.reporting.facts import Facts
+
+
+def series(rows, name) -> tuple[list, list]:
+  """(steps, values) of the rows that have it."""
+  there = [row for row in rows if name in row]
+  return [row['step'] for row in there], [row[name] for row in there]
+
+
+def charts(run: Facts) -> list[dict]:
+  """The curves of training; those of which nothing is written are left out."""
+
+  def raw(name, label='', color='blue', style='line'):
+    return plots.Line(label, *series(run.rows, name), color, style)
+
+  def smoothed(name, label, color='blue'):
+    steps, values = series(run.rows, name)
+    smooth = plots.smooth(values) if values else []
+    return plots.Line(label, steps, smooth, color)
+
+  timesteps = run.config['process']['num_timesteps']
+  distance, best, curve = _curve(run.cards)
+  first = [math.ceil(q * timesteps / 4) for q in range(5)]
+  quarters = [
+    smoothed(f'loss_q{q}', f't {first[q - 1]}–{first[q] - 1}', f'q{q}')
+    for q in (1, 2, 3, 4)
+  ]
+  clip = run.config.get('optim', {}).get('clip_norm')
+  wanted = (
+    (distance, best, True, curve),
+    ('Loss', 'smoothed over what was logged', True, (
+      raw('loss', style='faint'), smoothed('loss', 'training'),
+      raw('heldout_loss', 'held out', 'orange', 'marks'),
+    )),
+    ('Loss by quarter of t', 'smoothed', True, quarters),
+    ('Gradient norm', f'clipped at {clip}' if clip else '', True, (
+      raw('grad_norm', style='faint'), smoothed('grad_norm', ''),
+    )),
+    ('Parameter norm', '', True, (raw('param_norm'),)),
+    ('Learning rate', '', False, (raw('learning_rate'),)),
+    ('Images per second', 'all devices', False, (
+      raw('images_per_sec', style='faint'), smoothed('images_per_sec', ''),
+    )),
+  )  # fmt: skip
+  restarts = sorted({start['step'] for start in run.starts} - {0})
+  made = []
+  for title, note, log, drawn in wanted:
+    if drawn := [line for line in drawn if len(line.x)]:
+      svg = plots.lines(title, drawn, log=log, restarts=restarts)
+      made.append({
+        'title': title, 'note': note, 'svg': Markup(svg),
+        'keys': [
+          (line.label, line.color, number(float(line.y[-1])))
+          for line in drawn if line.style != 'faint'
+        ],
+      })  # fmt: skip
+  return made
+
+
+def _curve(found) -> tuple[str, str, list]:
+  """(title, what is best, lines): the newest card's distance, step by step.
+
+  Without two steps that were judged alike there are no lines.
+  """
+
+  def how(card):
+    own = ('step', 'weights_sha256', 'workdir')
+    subject = {k: v for k, v in card['subject'].items() if k not in own}
+    return json.dumps([card['protocol'], subject], sort_keys=True)
+
+  found = [
+    card for card in found if set(cards.DISTANCES) & set(card['results'])
+  ]
+  alike = [card for card in found if how(card) == how(found[-1])]
+  names = [n for n in cards.DISTANCES if alike and n in alike[-1]['results']]
+  if not names or len({card['subject']['step'] for card in alike}) < 2:
+    return '', '', []
+  curve = cards.curve(alike, names[0])
+  points, best = curve['points'], curve['best']
+  lines = [
+    plots.Line(
+      'samples',
+      *([point[key] for point in points] for key in ('step', 'value')),
+    ),
+    plots.Line('the best', [best['step']], [best['value']], 'orange', 'marks'),
+  ]
+  told = f'the least is {number(best["value"])}, at step {best["step"]:,}'
+  return f'{cards.DISTANCES[names[0]]} by step', told, lines

@@ -1,0 +1,136 @@
+"""A config as functions: the parts of a run and how they work together.
+
+  rows --codec--> x0 --process--> xt --network(xt, t, cond)--> prediction
+  rows --conditioner--> cond             prediction --objective--> values
+
+Training, sampling, likelihoods and calibration all go through a recipe, and
+none of them knows what the data are.
+"""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from diffusion_jax import codecs, conditioning, models, objectives, runs
+from diffusion_jax.codecs import Codec
+from diffusion_jax.conditioning import Conditioner
+from diffusion_jax.models import NET, Model
+from diffusion_jax.objectives import Objective
+from diffusion_jax.process import gaussian, schedules
+from diffusion_jax.process.gaussian import Denoiser
+from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.system.errors import UserError
+from diffusion_jax.training import sharding
+
+
+class Recipe(NamedTuple):
+  """What a run is made of.
+
+  Parameters are a dict of named parts, {'net': ...} for DDPM. Functions that
+  take `params` take all parts, trained and frozen ones.
+
+  Attributes:
+    parts: name -> network, of the trained parts.
+    frozen: name -> parameters, of the parts that are not trained.
+    origins: name -> where a frozen part comes from, for people.
+    codec: data <-> x0.
+    conditioner: rows -> what the network is told.
+    schedule: the noise schedule.
+    prediction: what the network predicts, a key of
+      `gaussian.PARAMETRISATIONS`.
+    objective: what is minimised.
+  """
+
+  parts: dict[str, Model]
+  frozen: dict[str, Any]
+  origins: dict[str, str]
+  codec: Codec
+  conditioner: Conditioner
+  schedule: Schedule
+  prediction: str
+  objective: Objective
+
+  def init(self, key) -> dict:
+    """The trained parts at random.
+
+    Args:
+      key: of the initial values. The network takes it as it is, so that other
+        parts leave its values alone.
+    """
+    return {
+      name: part.init(
+        key
+        if name == NET
+        else jax.random.fold_in(key, zlib.crc32(name.encode()))
+      )
+      for name, part in self.parts.items()
+    }
+
+  def denoiser(self, params, cond: dict, mesh: Mesh) -> Denoiser:
+    """The network as a denoiser.
+
+    Args:
+      params: all parts.
+      cond: what fills its doors, see `Conditioner`.
+      mesh: the devices that the parameters lie on.
+    """
+    apply = network_fn(self.parts[NET])
+
+    def network(xt, label):
+      # Here, so that a long loop does not hold all that is gathered.
+      gathered = {NET: sharding.gather_fsdp(params[NET], mesh)}
+      return apply(gathered, xt, label, cond, None)
+
+    return gaussian.denoiser(network, self.schedule, self.prediction)
+
+
+def network_fn(network: Model):
+  """(params of all parts, input, label, cond, dropout keys) -> prediction."""
+
+  def apply(params, xt, label, cond, keys):
+    return network.apply(params[NET], xt, label, keys, cond)
+
+  return apply
+
+
+def create(config: Mapping) -> Recipe:
+  """The recipe of a config; nothing is compiled or allocated.
+
+  Args:
+    config: of a run, checked.
+
+  Raises:
+    UserError: a name is not known, or the network cannot take the condition.
+  """
+  codec = codecs.create(
+    image_shape=runs.image_shape(config['data']),
+    **config.get('codec', {'name': 'pixels'}),
+  )
+  network = models.create(image_shape=codec.shape, **config['model'])
+  conditioner = conditioning.create(
+    **config.get('conditioning', {'name': 'none'})
+  )
+  check_doors(network, conditioner, config['model']['name'])
+  schedule = schedules.create(**config['process'])
+  loss = {'name': 'denoising', **config['loss']}
+  objective = objectives.create(
+    loss.pop('name'), network_fn(network), codec, conditioner, schedule, **loss
+  )
+  return Recipe(
+    {NET: network}, {}, {}, codec, conditioner, schedule, loss['prediction'],
+    objective,
+  )  # fmt: skip
+
+
+def check_doors(network: Model, conditioner: Conditioner, name: str) -> None:
+  """Raises UserError unless the network takes what the conditioner gives."""
+  lacking = [door for door in conditioner.doors if door not in network.doors]
+  if lacking:
+    raise UserError(
+      f'the condition gives {" and ".join(lacking)}, and model.name={name} '
+      f'takes {" and ".join(network.doors) or "no condition"}: choose another '
+      'network, or conditioning.name=none'
+    )
