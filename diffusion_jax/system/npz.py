@@ -88,7 +88,16 @@ def read_member(
 
 
 def read_header(stream: BinaryIO, where: str) -> Header:
-  """Parses the head of a .npy stream, reading a bounded number of bytes."""
+  """Parses the head of a .npy stream, reading a bounded number of bytes.
+
+  Args:
+    stream: at its beginning.
+    where: what to call it in an error.
+
+  Raises:
+    UserError: it holds Python objects.
+    ValueError: it is damaged, as are other errors of DAMAGED.
+  """
   head = io.BytesIO(stream.read(_MAX_HEADER_BYTES))
   version = np.lib.format.read_magic(head)
   if version == (1, 0):

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 
+from diffusion_jax import models
 from diffusion_jax.system import errors, files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import named, pytorch, settings
@@ -147,7 +148,7 @@ def to_tensors(params) -> dict[str, np.ndarray]:
   """
   return {
     name_of(name): np.ascontiguousarray(_to_theirs(name, np.asarray(leaf)))
-    for name, leaf in named.items(params)
+    for name, leaf in models.named(params).items()
   }
 
 

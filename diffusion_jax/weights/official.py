@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_jax import models
 from diffusion_jax.system import errors, files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import named
@@ -123,7 +124,7 @@ def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
   """
   depth = 1 + max(
     int(name.split('/')[1])
-    for name, _ in named.items(abstract)
+    for name in models.names(abstract)
     if name.startswith('up/')
   )
 
