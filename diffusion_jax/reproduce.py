@@ -21,10 +21,10 @@ report; weights and samples stay in the workdir. For one process: on several
 hosts run the stages by hand.
 """
 
-import contextlib
 import dataclasses
 import runpy
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -115,27 +115,24 @@ def main():
   asked = _task()
   whole = task.work(asked, cost.flops_of(asked.config))
   told = _cost(asked, whole)
-  with stages.Signals() as signals:
-    pieces = work.Pieces(asked, signals, start)
-    if FLAGS.plan:
-      _plan(pieces, whole, told)
-      return
-    for line in told:
-      terminal.say(line)
-    try:
-      left = _carry_out(pieces, whole)
-    except stages.Failed as e:
-      pieces.keep(done=False)
-      if e.told:  # its own last line says what is wrong
-        sys.exit(2)
-      raise
-  if signals.name == 'SIGINT' and left:
-    raise KeyboardInterrupt
-  _report(pieces, left)
+  pieces = work.Pieces(asked, start)
+  if FLAGS.plan:
+    _plan(pieces, whole, told)
+    return
+  for line in told:
+    terminal.say(line)
+  try:
+    _carry_out(pieces, whole)
+  except stages.Failed as e:
+    pieces.keep(done=False)
+    if e.told:  # its own last line says what is wrong
+      sys.exit(2)
+    raise
+  _report(pieces)
 
 
-def _carry_out(pieces, whole) -> list[str]:
-  """Works until all is done, or this call is over; returns what is left."""
+def _carry_out(pieces, whole) -> None:
+  """Works until all is done, or this call is over; keeps what came of it."""
   asked, judged, scored, step = pieces.task, {}, [], None
   left = ['measuring', 'import' if asked.origin else 'training',
           'samples and their distance']  # fmt: skip
@@ -147,7 +144,9 @@ def _carry_out(pieces, whole) -> list[str]:
     (judged[step],) = pieces.judged(name, task.evaluate(asked, step))
 
   pieces.begin()
-  with contextlib.suppress(work.Cut):
+  signal.signal(signal.SIGTERM, work.cut)
+  stopped = None
+  try:
     pieces.measure()
     left.pop(0)
     _say_measured(pieces, whole)
@@ -166,8 +165,12 @@ def _carry_out(pieces, whole) -> list[str]:
       for earlier in task.earlier([s for s in there if s <= step], asked.curve):
         evaluate(earlier)
       left.pop(0)
+  except (work.Cut, KeyboardInterrupt) as e:
+    stopped = e
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)  # soon it is over anyway
   pieces.keep(**_facts(pieces, whole, left, step, judged, scored))
-  return left
+  if isinstance(stopped, KeyboardInterrupt):
+    raise stopped
 
 
 def _facts(pieces, whole, left, step, judged, scored) -> dict:
@@ -420,17 +423,16 @@ def _plan(pieces, whole, told) -> None:
   )  # fmt: skip
 
 
-def _report(pieces, left) -> None:
-  record, asked = pieces.record, pieces.task
-  lines = record.get('text', []) if not left else []
-  if left:
-    lines = [*lines, f'left: {", ".join(left)}; the same command goes on']
-  done = [] if left else ['', 'all is done']
+def _report(pieces) -> None:
+  record, directory = pieces.record, pieces.task.directory
+  lines = ['', 'all is done']
+  if left := record['left']:
+    lines = [f'left: {", ".join(left)}; the same command goes on']
   for line in record.get('left_out', []):
     terminal.say(f'too large to be copied: {line}')
   terminal.report(
-    {**record, 'directory': str(asked.directory)},
-    '\n'.join([*lines, *done, f'results: {asked.directory}']),
+    {**record, 'directory': str(directory)},
+    '\n'.join([*record.get('text', []), *lines, f'results: {directory}']),
     FLAGS.json,
   )
 

@@ -83,7 +83,7 @@ def traced(config, batch_size):
   program = programs.create(config, mesh)
   shape = (batch_size, *runs.image_shape(config.data))
   batch = {'image': jax.ShapeDtypeStruct(shape, jnp.uint8)}
-  return program.step_fn.trace(program.abstract, batch)
+  return program.step_fn.trace(program.abstract, program.frozen, batch)
 
 
 @pytest.mark.parametrize('name', ['digits', 'cifar10'])
@@ -225,7 +225,7 @@ def test_a_compiled_program():
     out_shardings=where,
   )
   x = jax.ShapeDtypeStruct((64, 1000), jnp.float32, sharding=where)
-  program = compiled.compile(fn, (x,))
+  program = compiled.compile(fn, (x,), 10**9)
   assert program.arguments == program.outputs == program.aliased == 32_000
   assert program.total == 32_000 + program.temporaries + program.code
   assert program.collectives == [Collective('all-reduce', 8, 1, 4000)]
@@ -359,7 +359,8 @@ def test_numbers_are_of_the_network_that_trains():
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch
   )
-  found = compiled.compile(program.step_fn, (program.abstract, abstract))
+  args = (program.abstract, program.frozen, abstract)
+  found = compiled.compile(program.step_fn, args, 10**12)
   state = sum(
     np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(program.abstract)

@@ -272,7 +272,7 @@ def test_other_features_are_no_fid(tmp_path):
   assert 'FID-768, not FID by the 2048 features' in found['reasons'][0]
   head, ours, paper = found['text'][:3]
   assert head.split()[:2] == ['FID-768', 'FID']
-  assert ours.split()[3:6] == ['0.1', '-', '-']  # ours, step 800,000
+  assert ours.split()[3:6] == ['0.1000', '-', '-']  # ours, step 800,000
   assert '3.17' in paper
 
 
@@ -454,9 +454,7 @@ print(json.dumps({'well': True}))
 
 
 def child(path, how, *more, **limits):
-  command = ['-c', CHILD, str(path), how, *more]
-  with stages.Signals() as signals:
-    return stages.run(command, signals, **limits)
+  return stages.run(['-c', CHILD, str(path), how, *more], **limits)
 
 
 def test_a_stage_that_ends(tmp_path):
@@ -464,8 +462,7 @@ def test_a_stage_that_ends(tmp_path):
 
 
 def test_the_devices_are_asked_for():
-  with stages.Signals() as signals:
-    found = stages.run(work.PROBE, signals)
+  found = stages.run(work.PROBE)
   assert found['device'] == 'cpu'
   assert found['num_devices'] >= 1
 
@@ -481,12 +478,11 @@ def test_at_the_deadline_it_is_told_to_stop(tmp_path, number):
   """It has a moment to keep what it has."""
 
   class Deadline(float):
-    def __le__(self, now):  # once the child is there to hear of it
-      return (tmp_path / 'x.up').exists()
+    def __gt__(self, now):  # until the child is there to hear of it
+      return not (tmp_path / 'x.up').exists()
 
-  assert (
-    child(tmp_path / 'x', 'waits', stop=number, deadline=Deadline()) is None
-  )
+  limits = {'stop': number, 'deadline': Deadline('inf'), 'every': 0.1}
+  assert child(tmp_path / 'x', 'waits', **limits) is None
   assert (tmp_path / 'x').read_text() == number.name
 
 
@@ -512,14 +508,31 @@ def test_signals_reach_the_stage(tmp_path, number):
     once(tmp_path / 'x.up')
     os.kill(os.getpid(), number)
 
+  before = signal.signal(signal.SIGTERM, work.cut)
   thread = threading.Thread(target=send)
   thread.start()
-  before = signal.getsignal(number)
-  found = child(tmp_path / 'x', 'waits', stop=signal.SIGTERM)
+  try:
+    with pytest.raises((KeyboardInterrupt, work.Cut)):
+      child(tmp_path / 'x', 'waits', stop=signal.SIGTERM)
+  finally:
+    signal.signal(signal.SIGTERM, before)
   thread.join()
-  assert found is None
   assert (tmp_path / 'x').read_text() == 'SIGTERM'
-  assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_kills_it(tmp_path):
+  def send():
+    once(tmp_path / 'x.up')
+    for _ in range(2):
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(1)
+
+  thread, start = threading.Thread(target=send), time.monotonic()
+  thread.start()
+  with pytest.raises(KeyboardInterrupt):
+    child(tmp_path / 'x', 'deaf', grace=50)
+  thread.join()
+  assert time.monotonic() - start < 40
 
 
 def test_a_stage_that_fails(tmp_path, capfd):
@@ -530,18 +543,16 @@ def test_a_stage_that_fails(tmp_path, capfd):
   assert capfd.readouterr().err == 'error: it is the way it is\n'
   with pytest.raises(stages.Failed, match='ended with exit code 1; the same'):
     child(tmp_path / 'x', 'fails', '1')
-  with stages.Signals() as signals:
-    kill = 'import os; os.kill(os.getpid(), 9)'
-    with pytest.raises(stages.Failed, match='SIGKILL, as where memory'):
-      stages.run(['-c', kill], signals)
+  kill = 'import os; os.kill(os.getpid(), 9)'
+  with pytest.raises(stages.Failed, match='SIGKILL, as where memory'):
+    stages.run(['-c', kill])
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='prctl is of Linux')
 def test_a_stage_does_not_outlive_a_parent_that_was_killed(tmp_path):
   script = f"""
 from diffusion_jax.reproduction import stages
-with stages.Signals() as signals:
-  stages.run(['-c', {CHILD!r}, {str(tmp_path / 'x')!r}, 'waits'], signals)
+stages.run(['-c', {CHILD!r}, {str(tmp_path / 'x')!r}, 'waits'])
 """
   parent = subprocess.Popen([sys.executable, '-c', script])
   once(tmp_path / 'x.up')
@@ -569,7 +580,7 @@ class Fake:
     self.workdir, self.calls, self.now = workdir, [], 0.0
     self.per_piece, self.slow, self.limits = per_piece, slow, []
 
-  def __call__(self, command, signals, *, deadline, **_):
+  def __call__(self, command, *, deadline, **_):
     name = stages.name(command)
     self.calls.append(name)
     self.limits.append(deadline - self.now)
@@ -608,8 +619,8 @@ def pieces_of(task, monkeypatch, fake):
   monkeypatch.setattr(stages, 'run', fake)
   clock = types.SimpleNamespace(monotonic=lambda: getattr(fake, 'now', 0.0))
   monkeypatch.setattr(work, 'time', clock)
-  monkeypatch.setattr(work.summary, 'text', lambda card: 'a card')
-  return work.Pieces(task, stages.Signals(), clock.monotonic())
+  monkeypatch.setattr(work.tables, 'text', lambda card: 'a card')
+  return work.Pieces(task, clock.monotonic())
 
 
 def test_what_is_on_record_is_not_done_again(tmp_path, monkeypatch):
