@@ -31,7 +31,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from diffusion_jax import models, runs
 from diffusion_jax.cli import command, config_files
@@ -44,10 +43,10 @@ from diffusion_jax.training import checkpoint, sharding
 from diffusion_jax.weights import diffusers as folders
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-  'config', config_files.shipped_config('cifar10'),
+command.define_config(
   'The network: a config file, or the name of a shipped config.',
-)  # fmt: skip
+  config_files.shipped_config('cifar10'),
+)
 flags.DEFINE_list('batch_sizes', ['1', '16'], 'Images drawn at once.')
 flags.DEFINE_integer('num_steps', 10, 'Steps of DDIM.')
 flags.DEFINE_integer('rounds', 5, 'Number of timed calls of each side.')

@@ -1,1 +1,1 @@
-"""One complete, commented file for each published run."""
+"""One file for each published run; all start from `default`."""

@@ -20,17 +20,16 @@ has the config's data, to be judged against; without, evaluate takes
 """
 
 import json
-import runpy
 
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from diffusion_jax import models, runs
 from diffusion_jax.cli import command, config_files
+from diffusion_jax.models import NET
 from diffusion_jax.runs import recipe, validation
-from diffusion_jax.runs.recipe import NET
 from diffusion_jax.runs.trained import load
 from diffusion_jax.system import environment, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -40,11 +39,10 @@ from diffusion_jax.weights import diffusers, official
 FLAGS = flags.FLAGS
 flags.DEFINE_string('from', None, 'What is converted: a folder, a checkpoint.')
 flags.DEFINE_string('to', None, 'Folder of the result, new or empty.')
-config_flags.DEFINE_config_file(
-  'config', None,
+command.define_config(
   "What comes in is a run of this config: its data, and of DDPM's own "
-  'checkpoints its network.',
-)  # fmt: skip
+  'checkpoints its network.'
+)
 flags.DEFINE_integer(
   'step', None,
   'Of a run: its checkpoint, the newest by default. Of what comes in: the '
@@ -145,7 +143,7 @@ def _config_with(parts) -> ConfigDict:
         f'{_shown(shape)}: give the config of their data, or none'
       )
   else:
-    config = runpy.run_path(config_files.find_config('cifar10'))['get_config']()
+    config = config_files.load(config_files.shipped_config('cifar10'))
     config.data.update({'name': '', 'heldout_split': '', 'path': ''})
   before = runs.to_plain(config)
   with config.unlocked():

@@ -67,24 +67,19 @@ declare.table(
   ),
   follow=(
     False,
-    'Judge each checkpoint of the run as it comes, until training has ended.',
+    'Judge each checkpoint as it comes, until training has ended.',
   ),
   poll_secs=(30.0, '--follow: between looks for a new one.'),
   keep_samples=(False, '--follow, --sweep: keep samples that are judged.'),
   sweep=(
     [],
     'Judge samplers at equal numbers of evaluations, a table and a plot: '
-    'names, with options after colons: ddim,ddim:eta=1,unipc:order=2:grid='
-    'logsnr.',
+    'names, options after colons: ddim,ddim:eta=1,unipc:order=2:grid=logsnr.',
   ),
-  sweep_evaluations=(
-    ['10', '20', '50'],
-    '--sweep: evaluations of the network for a sample.',
-  ),
+  sweep_evaluations=(['10', '20', '50'], '--sweep: evaluations for a sample.'),
   compare=(
     [],
-    'Prints metric cards of one protocol in a table and ends: files or runs, '
-    'with commas between them.',
+    'Prints metric cards of one protocol in a table and ends: files or runs.',
   ),
 )
 

@@ -27,10 +27,7 @@ flags.adopt_module_key_flags(judging)
 FLAGS.set_default('features', 'inception')
 declare.table(
   samples=(str, 'What is judged: a set of images, given like --reference.'),
-  image_size=(
-    int,
-    'Crop all images to squares and resize them to so many pixels.',
-  ),
+  image_size=(int, 'Crop all images to squares and resize to so many pixels.'),
   card=(str, 'A file for the metric card.'),
   batch_size=(64, 'Images that the network takes at once.'),
 )

@@ -37,10 +37,7 @@ flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(run_data)
 declare.shared('workdir', 'step', 'ema', 'split', 'json')
 declare.table(
-  output=(
-    str,
-    'Folder of what is written; by default in WORKDIR/inversions.',
-  ),
+  output=(str, 'Folder of the results; by default in WORKDIR/inversions.'),
   num_images=(8, 'How many, at even distances.'),
   batch_size=(64, 'Images inverted at once.'),
   num_steps=(int, 'Steps each way; all of the schedule by default.'),
@@ -50,8 +47,7 @@ declare.table(
   ),
   iterations=(
     3,
-    'Evaluations in each step of the inversion: 1 is the usual one, more of '
-    'them undo the step the better.',
+    'Evaluations in a step of the inversion: 1 is usual, more are more exact.',
   ),
   interpolate=(0, 'Also draw so many images between two neighbours.'),
   clip=(False, 'Clip x0 to [-1, 1] in every step, both ways.'),
@@ -72,10 +68,8 @@ def main():
     )
   workdir = declare.workdir()
   config = runs.read_config(workdir)
-  plan = plans.for_run(
-    config, sampler='ddim', num_steps=FLAGS.num_steps, grid=FLAGS.grid,
-    clip=FLAGS.clip,
-  )  # fmt: skip
+  how = {name: FLAGS[name].value for name in ('num_steps', 'grid', 'clip')}
+  plan = plans.for_run(config, sampler='ddim', **how)
   step = distributed.on_first(
     lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
   )
@@ -115,7 +109,7 @@ def _invert(trained, plan, images, output):
   again = draw_fn(noises)
   if not np.isfinite(again).all():
     raise UserError(
-      "the network's answers are not finite: was the training healthy?"
+      'the network gives no finite numbers: was training healthy?'
     )
   result = {
     **cards.subject_of(trained),
@@ -132,11 +126,8 @@ def _invert(trained, plan, images, output):
   def to_images(x):
     return trajectories.to_images(trained, x)
 
-  drawn = {
-    'inversion.png': _picture(
-      pixels, to_images(noises), to_images(again), again - x0
-    )
-  }
+  seen = pixels, to_images(noises), to_images(again)
+  drawn = {'inversion.png': _picture(*seen, again - x0)}
   if FLAGS.interpolate:
     drawn['interpolation.png'] = pictures.interpolation(
       lambda x: to_images(draw_fn(x)), noises, FLAGS.interpolate
@@ -206,24 +197,17 @@ def _text(result, images) -> str:
     return (name, *(f'{errors[key]:.3g}' for key in keys), noise)
 
   each = result['images']
-  rows = [
-    row(str(i), errors, f'{errors["noise_rms"]:.3f}')
-    for i, errors in enumerate(each)
-  ]
+  rows = [row(str(i), x, f'{x["noise_rms"]:.3f}') for i, x in enumerate(each)]
   noise = np.sqrt(np.mean([errors['noise_rms'] ** 2 for errors in each]))
   steps, count = len(result['grid']) - 1, result['iterations']
-  return '\n'.join(
-    [
-      f'{len(each)} images of {images.description}',
-      f'inverted by step {result["step"]} in {steps} steps of {count} '
-      f'evaluation{"s" * (count > 1)}, and drawn again by DDIM in {steps}',
-      '',
-      *terminal.table(
-        ['image', 'rms', 'max', 'rms of 255', 'max of 255', 'rms of noise'],
-        [*rows, row('all', result['error'], f'{noise:.3f}')],
-      ),
-    ]
-  )
+  rows.append(row('all', result['error'], f'{noise:.3f}'))
+  heads = ['image', 'rms', 'max', 'rms of 255', 'max of 255', 'rms of noise']
+  return '\n'.join([
+    f'{len(each)} images of {images.description}',
+    f'inverted by step {result["step"]} in {steps} steps of {count} '
+    f'evaluation{"s" * (count > 1)}, and drawn again by DDIM in {steps}',
+    '', *terminal.table(heads, rows),
+  ])  # fmt: skip
 
 
 if __name__ == '__main__':

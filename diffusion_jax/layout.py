@@ -11,7 +11,6 @@ import math
 import jax
 from absl import flags
 from jax.sharding import AbstractMesh
-from ml_collections import config_flags
 
 from diffusion_jax import models
 from diffusion_jax.cli import command
@@ -21,9 +20,7 @@ from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import optim, sharding, state
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-  'config', None, 'The run: a file, or the name of a shipped config.'
-)
+command.define_config()
 flags.DEFINE_integer(
   'num_devices',
   None,

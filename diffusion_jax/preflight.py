@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import config_dict
 
 from diffusion_jax import runs
 from diffusion_jax.cli import command
@@ -44,9 +44,7 @@ from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-  'config', None, 'The run: a file, or the name of a shipped config.'
-)
+command.define_config()
 flags.adopt_module_key_flags(distributed)
 flags.DEFINE_string(
   'topology', None,

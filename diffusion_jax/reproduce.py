@@ -22,7 +22,6 @@ hosts run the stages by hand.
 """
 
 import dataclasses
-import runpy
 import shlex
 import signal
 import sys
@@ -55,9 +54,7 @@ from diffusion_jax.weights import inception as weights
 from diffusion_jax.weights import official
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-  'config', None, 'The run: a file, or the name of a shipped config.'
-)
+command.define_config()
 flags.DEFINE_string('workdir', None, 'Folder of the run; made if needed.')
 flags.DEFINE_string(
   'output', None, 'Folder of the results; WORKDIR/reproduction by default.'
@@ -261,14 +258,13 @@ def _task() -> Task:
 
 def _config() -> tuple[str, dict | None, tuple[str, ...]]:
   """(name, the shipped recipe of this name, flags that give the config)."""
-  given = next(word for word in sys.argv if word.startswith('--config='))
-  path, colon, argument = given.removeprefix('--config=').partition(':')
+  given = config_files.given(FLAGS['config'].config_filename)
+  path, colon, argument = given.partition(':')
   stem = Path(path).stem
   there = config_files.shipped_config(stem)
   shipped = None
   if there:
-    arguments = [argument] if colon else []
-    shipped = runs.to_plain(runpy.run_path(there)['get_config'](*arguments))
+    shipped = runs.to_plain(config_files.load(f'{there}{colon}{argument}'))
     if config_files.find_config(stem) == path:
       path = stem
   overrides = config_flags.get_override_values(FLAGS['config'])

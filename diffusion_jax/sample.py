@@ -27,14 +27,8 @@ declare.table(
   num_samples=(64, 'How many images are to be there.'),
   grid_images=(100, 'At most so many on grid.png.'),
   png=(False, 'Also write every image as png/INDEX.png.'),
-  trajectory=(
-    0,
-    'Also write trajectory.png: the way of so many images out of the noise.',
-  ),
-  progressive=(
-    0,
-    'Also write progressive.png: on the way, what x0 is taken to be.',
-  ),
+  trajectory=(0, 'Also write trajectory.png: so many images, from the noise.'),
+  progressive=(0, 'Also write progressive.png: the estimates of x0 meanwhile.'),
   interpolate=(
     0,
     'Also write interpolation.png: so many images between samples 0 and 1, 2 '
@@ -70,11 +64,9 @@ def main():
   drawn = drawing.fill(trained, plan, output, FLAGS.num_samples)
   if distributed.is_first():
     _write(output, plan)
-  if FLAGS.trajectory:
-    _draw_way(trained, plan, output / 'trajectory.png', FLAGS.trajectory)
-  if FLAGS.progressive:
-    path = output / 'progressive.png'
-    _draw_way(trained, plan, path, FLAGS.progressive, estimates=True)
+  for what in ('trajectory', 'progressive'):
+    if FLAGS[what].value:
+      _draw_way(trained, plan, output / f'{what}.png', FLAGS[what].value)
   if FLAGS.interpolate:
     _draw_interpolation(trained, plan, output / 'interpolation.png')
   cost, told = _cost(plan, output)
@@ -91,9 +83,8 @@ def main():
 
 def _check_plan(plan):
   """What pictures it cannot give."""
-  ways = [
-    f for f in ('trajectory', 'progressive', 'interpolate') if FLAGS[f].value
-  ]
+  names = ('trajectory', 'progressive', 'interpolate')
+  ways = [name for name in names if FLAGS[name].value]
   if ways and plan.adaptive:
     raise UserError(
       f'--sampler={plan.sampler} chooses its own steps: leave --'
@@ -119,8 +110,9 @@ def _cost(plan, output):
     'most': int(took.evaluations.max()),
   }
   unfinished = int((~took.finished).sum())
-  told = '{mean:.1f} network evaluations on average, {least} to {most}'
-  told = told.format(**evaluations)
+  told = (
+    '{mean:.1f} network evaluations on average, {least} to {most}'
+  ).format(**evaluations)
   if unfinished:
     told += f'; the budget cut {unfinished} short'
   return {'evaluations': evaluations, 'unfinished': unfinished}, told
@@ -141,8 +133,9 @@ def _write(output, plan):
       pictures.save(output / 'png' / f'{i:06d}.png', image)
 
 
-def _draw_way(trained, plan, path, count, estimates=False):
+def _draw_way(trained, plan, path, count):
   """The first samples, or estimates of x0, at times from noise to image."""
+  estimates = path.stem == 'progressive'
   frames = np.linspace(0, plan.num_steps, FRAMES).astype(int)
   frames = tuple(dict.fromkeys(frames.tolist()))
   draw_fn = trained.drawer(plan, frames, estimates=estimates)
@@ -156,16 +149,14 @@ def _draw_way(trained, plan, path, count, estimates=False):
 def _draw_interpolation(trained, plan, path):
   """Between the first samples, pair by pair."""
   pairs = min(FLAGS.num_samples // 2, PAIRS)
-  draw_fn = trajectories.carrier(
-    trained, plan.create(), plan.grid, clip=plan.clip,
-    batch_size=FLAGS.batch_size,
-  )  # fmt: skip
+  how = {'clip': plan.clip, 'batch_size': FLAGS.batch_size}
+  carry = trajectories.carrier(trained, plan.create(), plan.grid, **how)
+
+  def draw_fn(x):
+    return trajectories.to_images(trained, carry(x))
+
   ends = trajectories.noises(trained, plan.seed, 2 * pairs)
-  picture = pictures.interpolation(
-    lambda x: trajectories.to_images(trained, draw_fn(x)),
-    ends,
-    FLAGS.interpolate,
-  )
+  picture = pictures.interpolation(draw_fn, ends, FLAGS.interpolate)
   if distributed.is_first():
     pictures.save(path, picture)
 

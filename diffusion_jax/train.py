@@ -20,7 +20,6 @@ import os
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from diffusion_jax import data, runs
 from diffusion_jax.cli import command
@@ -39,9 +38,7 @@ from diffusion_jax.training import (
 )
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-  'config', None, 'The run: a file, or the name of a shipped config.'
-)
+command.define_config()
 flags.adopt_module_key_flags(distributed)
 flags.DEFINE_string('workdir', None, 'Folder of the run; made if needed.')
 flags.DEFINE_string(
@@ -82,7 +79,11 @@ def main():
     signals = preemption.Signals()
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(
-        workdir / 'checkpoints', config.keep_last, config.keep_every
+        workdir / 'checkpoints',
+        config.keep_last,
+        config.keep_every,
+        program.frozen,
+        program.recipe.origins,
       )
     )
     if kept:

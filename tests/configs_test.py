@@ -1,6 +1,8 @@
 """Every shipped config loads, is documented, and builds what it says."""
 
 import ast
+import importlib
+import json
 from pathlib import Path
 
 import binaries
@@ -10,10 +12,13 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import models, runs
+from diffusion_jax.cli import config_files
 from diffusion_jax.runs import recipe as recipes
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import metrics, optim, sharding, state
 
 CONFIGS = sorted((binaries.ROOT / 'configs').glob('[!_]*.py'))
+PUBLISHED = [path for path in CONFIGS if path.stem != 'default']
 CIFAR = binaries.ROOT.parent / 'shared' / 'data' / 'cifar10'
 
 
@@ -34,10 +39,66 @@ RECIPE_256 = {
 }  # fmt: skip
 
 
+# What all configs were resolved to before they started from `default`, and
+# what each of them says.
+BEFORE = {
+  'seed': 0, 'microbatches': 1, 'log_every': 100, 'eval_every': 5000,
+  'eval_images': 0, 'sample_every': 10000, 'checkpoint_every': 5000,
+  'keep_last': 2, 'keep_every': 100000, 'mesh.data': -1, 'mesh.fsdp': 1,
+  'mesh.tensor': 1, 'data.path': '', 'data.train_split': 'train',
+  'data.heldout_split': 'test', 'data.heldout_every': 0, 'data.channels': 3,
+  'model.name': 'unet', 'model.dtype': 'float32', 'sample.sampler': 'ddim',
+  'sample.grid': 'uniform', 'sample.num_steps': 50, 'sample.clip': True,
+  **RECIPE,
+}  # fmt: skip
+BEFORE_256 = {
+  **BEFORE, **RECIPE_256, 'data.flip': True, 'sample.num_images': 16,
+}  # fmt: skip
+EACH = {
+  ('cifar10',): {
+    **BEFORE, 'num_steps': 800000, 'batch_size': 128, 'eval_images': 1280,
+    'keep_every': 50000, 'data.name': 'tfds:cifar10', 'data.image_size': 32,
+    'data.flip': True, 'model.multipliers': (1, 2, 2, 2),
+    'model.dropout': 0.1, 'optim.lr': 2e-4, 'sample.num_images': 64,
+    'sample.variance': 'fixedlarge',
+  },
+  ('digits',): {
+    **BEFORE, 'num_steps': 3000, 'batch_size': 64, 'log_every': 50,
+    'eval_every': 500, 'sample_every': 500, 'checkpoint_every': 500,
+    'keep_every': 0, 'data.name': 'digits', 'data.image_size': 8,
+    'data.channels': 1, 'data.flip': False, 'model.channels': 32,
+    'model.multipliers': (1, 2), 'model.num_blocks': 1,
+    'model.attention_resolutions': (4,), 'model.num_groups': 8,
+    'model.dropout': 0.0, 'optim.lr': 2e-3, 'optim.warmup_steps': 100,
+    'ema.decay': 0.995, 'sample.num_images': 64,
+    'sample.variance': 'fixedlarge',
+  },
+  ('celebahq256',): {
+    **BEFORE_256, 'num_steps': 500000, 'data.name': 'folder',
+  },
+  ('lsun', 'church'): {
+    **BEFORE_256, 'num_steps': 1200000, 'data.name': 'tfds:lsun/church_outdoor',
+    'data.heldout_split': 'validation',
+  },
+  ('lsun', 'bedroom'): {
+    **BEFORE_256, 'num_steps': 2400000, 'data.name': 'tfds:lsun/bedroom',
+    'data.heldout_split': 'validation', 'data.flip': False,
+  },
+  ('lsun', 'cat'): {
+    **BEFORE_256, 'num_steps': 1800000, 'data.name': 'tfds:lsun/cat',
+    'data.heldout_split': '',
+  },
+}  # fmt: skip
+# Keys that are younger than those runs, with what they did.
+YOUNGER = {
+  'codec.name': 'pixels', 'conditioning.name': 'none',
+  'loss.name': 'denoising', 'optim.name': 'adam', 'optim.decay': 'constant',
+  'optim.decay_steps': 0, 'optim.end_lr': 0.0, 'optim.weight_decay': 0.0,
+}  # fmt: skip
+
+
 def load(path: Path, *arguments):
-  scope = {}
-  exec(compile(path.read_text(), str(path), 'exec'), scope)
-  return scope['get_config'](*arguments)
+  return config_files.load(':'.join([str(path), *arguments]))
 
 
 def flat(name: str, *arguments) -> dict:
@@ -45,7 +106,41 @@ def flat(name: str, *arguments) -> dict:
   return runs.flatten(config.to_dict())
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_the_lists_above_are_whole():
+  keys = set(flat('default'))
+  for before in EACH.values():
+    assert before.keys() | YOUNGER.keys() == keys
+
+
+@pytest.mark.parametrize('name', EACH, ids=':'.join)
+def test_resolved_configs_are_what_they_were(name):
+  found = flat(*name)
+  before = {key: found.pop(key) for key in EACH[name]}
+  assert before == EACH[name]
+  for key, value in before.items():
+    assert type(value) is type(EACH[name][key]), key
+  assert found.items() >= YOUNGER.items()
+
+
+def test_a_config_is_what_its_file_returns():
+  """Nothing has to be completed in what is shipped."""
+  for path in CONFIGS:
+    module = importlib.import_module(f'diffusion_jax.configs.{path.stem}')
+    assert Path(module.__file__) == path
+    assert module.get_config().to_dict() == load(path).to_dict()
+
+
+def test_the_default_explains_every_key():
+  """Beside its line, or above it, or above the lines that it stands with."""
+  text = (binaries.ROOT / 'configs' / 'default.py').read_text()
+  text = text.partition('\ndef get_config():\n')[2]
+  for key in (*flat('default'), 'optim.part_lr'):
+    assert text.count(f'  config.{key} = ') == 1, key
+  for block in text.split('\n\n'):
+    assert '#' in block, block
+
+
+@pytest.mark.parametrize('path', PUBLISHED, ids=lambda path: path.stem)
 def test_header_says_what_how_and_how_long(path):
   header = ast.get_docstring(ast.parse(path.read_text()))
   for word in ('Reproduces:', 'Data:', 'Hardware:', 'Time:', 'Command:'):
@@ -115,6 +210,175 @@ def test_lsun_is_as_tfds_has_it():
   for category in ('church', 'bedroom', 'cat'):
     name = flat('lsun', category)['data.name'].removeprefix('tfds:lsun/')
     assert name in known
+
+
+# --- configs of users and of older runs ---------------------------------------
+
+
+def written(folder, *lines, start='default.get_config()') -> Path:
+  path = folder / 'mine.py'
+  path.write_text(
+    'from ml_collections import ConfigDict\n'
+    'from diffusion_jax.configs import default, cifar10\n'
+    f'def get_config():\n  config = {start}\n'
+    + ''.join(f'  {line}\n' for line in lines)
+    + '  return config\n'
+  )
+  return path
+
+
+def test_ones_own_config_starts_from_a_shipped_one(tmp_path):
+  path = written(
+    tmp_path, 'config.optim.lr = 0.5', start='cifar10.get_config()'
+  )
+  expected = {**flat('cifar10'), 'optim.lr': 0.5}
+  assert runs.flatten(load(path).to_dict()) == expected
+
+
+def test_keys_that_a_config_lacks_have_their_defaults(tmp_path):
+  path = written(
+    tmp_path, 'config.optim = ConfigDict({"lr": 0.5})', 'config.seed = 3',
+    start='ConfigDict()',
+  )  # fmt: skip
+  found = flat('default')
+  assert runs.flatten(load(path).to_dict()) == {
+    **found, 'optim.lr': 0.5, 'seed': 3
+  }  # fmt: skip
+
+
+def test_another_choice_has_options_of_its_own(tmp_path):
+  """Those of the default network are nothing to it."""
+  path = written(
+    tmp_path, 'config.model = ConfigDict({"name": "other", "depth": 3})'
+  )
+  assert load(path).model.to_dict() == {'name': 'other', 'depth': 3}
+
+
+@pytest.mark.parametrize(
+  ('line', 'must'),
+  [
+    ('config.optim.warmup = 3', ["'optim.warmup'", 'mean optim.warmup_steps?']),
+    ('config.sed = 3', ["'sed'", 'did you mean seed?']),
+    ('config.model.depth = 3', ["'model.depth'"]),
+    ('config.loss.predictio = "v"', ['did you mean loss.prediction?']),
+    (
+      'del config.optim; config.optim = 3',
+      ["'optim' is one value", 'not a group'],
+    ),
+    ('del config.seed; config.seed = config.mesh', ['not one value']),
+    ('config.notes = ConfigDict({"a": 1})', ["'notes'"]),
+  ],
+)
+def test_an_unknown_key_is_refused_with_a_hint(tmp_path, line, must):
+  with pytest.raises(UserError) as error:
+    load(written(tmp_path, 'config.unlock()', line))
+  assert '\n' not in str(error.value)
+  for word in (*must, 'mine.py'):
+    assert word in str(error.value)
+
+
+def test_a_part_may_have_any_name(tmp_path):
+  path = written(tmp_path, 'config.optim.part_lr.codec = 1e-5')
+  assert load(path).optim.part_lr.codec == 1e-5
+
+
+def test_what_is_no_config_is_told(tmp_path):
+  path = tmp_path / 'mine.py'
+  for text, must in (
+    ('', 'no function get_config'),
+    ('def get_config():\n  pass', 'returns None'),
+  ):
+    path.write_text(text)
+    with pytest.raises(UserError, match=must):
+      load(path)
+  broken = tmp_path / 'config.json'
+  for text, must in (('{', 'unreadable'), ('[]', 'ConfigDict')):
+    broken.write_text(text)
+    with pytest.raises(UserError, match=must):
+      load(broken)
+
+
+@pytest.mark.parametrize('name', EACH, ids=':'.join)
+def test_an_older_run_goes_on(tmp_path, name):
+  """Its config.json has none of the younger keys; they have their defaults."""
+  config = load(binaries.ROOT / 'configs' / f'{name[0]}.py', *name[1:])
+  older = runs.to_plain(config)
+  for key in (*YOUNGER, 'optim.part_lr'):
+    group, inner = key.split('.')
+    del older[group][inner]
+  del older['codec'], older['conditioning']
+  (tmp_path / 'config.json').write_text(json.dumps(older))
+  runs.check(tmp_path, config)
+  assert runs.read_config(tmp_path) == runs.to_plain(config)
+  with config.unlocked():
+    config.optim.weight_decay = 0.5
+  with pytest.raises(UserError, match=r'weight_decay: 0\.0 there, 0\.5 now'):
+    runs.check(tmp_path, config)
+
+
+def test_a_runs_config_is_a_config(tmp_path):
+  config = load(binaries.ROOT / 'configs' / 'digits.py')
+  runs.write_config(tmp_path, config)
+  assert load(tmp_path / 'config.json').to_dict() == config.to_dict()
+
+
+# --- --print_config -----------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', EACH, ids=':'.join)
+def test_a_printed_config_is_the_config(tmp_path, name):
+  config = load(binaries.ROOT / 'configs' / f'{name[0]}.py', *name[1:])
+  (tmp_path / 'printed.py').write_text(config_files.source(config))
+  assert load(tmp_path / 'printed.py').to_dict() == config.to_dict()
+
+
+def test_a_printed_config_has_the_comments_and_every_value(tmp_path):
+  path = written(
+    tmp_path, 'config.optim.part_lr.codec = 1e-5',
+    'config.model = ConfigDict({"name": "other", "depth": 3})',
+    'config.optim.eps = float("inf")',
+  )  # fmt: skip
+  config = load(path)
+  text = config_files.source(config)
+  lines = text.splitlines()
+  assert '  config.batch_size = 128  # over all devices' in lines
+  at = lines.index('  config.microbatches = 1')
+  assert lines[at - 1].startswith('  # Pieces of a batch')
+  assert max(map(len, lines)) <= 80
+  path.write_text(text)
+  assert load(path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize('binary', ['train', 'layout', 'preflight', 'convert'])
+def test_binaries_print_what_they_would_use(tmp_path, binary):
+  """With what flags change, without a workdir; it can be used again."""
+  changes = {'optim.weight_decay': 0.5, 'model.multipliers': (1, 1)}
+  result = binaries.run(
+    binary, '--config=digits', '--print_config',
+    *(f'--config.{key}={value}' for key, value in changes.items()),
+  )  # fmt: skip
+  assert result.code == 0, result.err
+  assert not result.err
+  (tmp_path / 'printed.py').write_text(result.out)
+  found = runs.flatten(load(tmp_path / 'printed.py').to_dict())
+  assert found == {**flat('digits'), **changes}
+
+
+def test_print_config_wants_a_config_and_refuses_mistakes():
+  assert '--config' in binaries.run('train', '--print_config').message
+  message = binaries.run(
+    'train', '--config=digits', '--print_config', '--config.optim.weight=1'
+  ).message
+  assert '--config.optim.weight=1' in message
+
+
+def test_a_mistake_in_a_file_is_one_line_of_a_binary(tmp_path):
+  path = written(tmp_path, 'config.optim.warmup = 3')
+  result = binaries.run('train', f'--config={path}', f'--workdir={tmp_path}/w')
+  assert 'did you mean optim.warmup_steps?' in result.message
+
+
+# --- real data ----------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')

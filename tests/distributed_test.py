@@ -146,6 +146,7 @@ def test_alone_nobody_is_asked():
   assert distributed.is_first()
   assert distributed.on_first(lambda: {'a': [1, None]}) == {'a': [1, None]}
   distributed.leave(3)
+  distributed.finish()
 
 
 # --- leaving -----------------------------------------------------------------
@@ -398,6 +399,13 @@ def test_mistakes_and_crashes(how, code, told, who):
     assert 'process 0 has ended with exit code' in results[1].err
   # Process 0 learns from the collective that the other has gone.
   assert who != '1' or results[0].code == 1, results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('who', ['0', '1'])
+def test_one_that_is_late_is_awaited_at_a_good_end(who):
+  results, _ = end_all('--how=end', f'--who={who}')
+  assert [r.code for r in results] == [0, 0], results
 
 
 @pytest.mark.slow

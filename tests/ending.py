@@ -1,9 +1,10 @@
 """A binary of the tests: several processes that end in one way or another.
 
-  --how=mistake|crash|loop --who=0,1
+  --how=mistake|crash|loop|end --who=0,1
 
 Those named in --who make the mistake, or crash; the others go on with
-collectives, which wait for all. `loop` goes on until a signal comes.
+collectives, which wait for all. `loop` goes on until a signal comes, and `end`
+ends well, those in --who some seconds later.
 """
 
 import time
@@ -15,7 +16,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax import cli, distributed
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('how', None, 'mistake, crash or loop.')
+flags.DEFINE_string('how', None, 'mistake, crash, loop or end.')
 flags.DEFINE_list('who', [], 'Indices of processes.')
 flags.DEFINE_string('began', None, 'A file, made once all have joined.')
 flags.adopt_module_key_flags(distributed)
@@ -26,7 +27,11 @@ def main():
   distributed.gather(0)
   if distributed.is_first() and FLAGS.began:
     Path(FLAGS.began).touch()
-  if str(distributed.index()) in FLAGS.who:
+  named = str(distributed.index()) in FLAGS.who
+  if FLAGS.how == 'end':
+    time.sleep(3 * named)
+    return
+  if named:
     if FLAGS.how == 'mistake':
       raise UserError('it is the way it is')
     raise RuntimeError('a bug')

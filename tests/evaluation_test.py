@@ -311,7 +311,7 @@ def test_a_file_that_is_no_classifier_is_answered_in_one_line(
 ):
   other = tmp_path / 'other.npz'
   cases = {
-    'no such file': lambda: None,
+    'No such file': lambda: None,
     'is not a classifier': lambda: other.write_bytes(b'PK nothing'),
     'not a classifier of ours': lambda: np.savez(other, a=np.zeros(3)),
     'of another network': lambda: np.savez(

@@ -237,8 +237,8 @@ def test_the_caveats_of_other_metrics():
 @pytest.mark.parametrize(
   ('given', 'must'),
   [
-    ({'metrics': ['fidd']}, "'fidd' is not known: use fid, sfid, kid"),
-    ({'metrics': []}, 'no metric is asked for'),
+    ({'metrics': ['fidd']}, 'metrics=fidd: give some of fid, sfid, kid'),
+    ({'metrics': []}, 'metrics=: give some of fid'),
     ({'metrics': ['is'], 'judge': features.pixels((8, 8, 1))}, 'has none'),
     ({'metrics': ['classes'], 'judge': features.pixels((8, 8, 1))}, 'pixels'),
     ({'metrics': ['fid', 'kid'], 'reference': {}}, 'kid take images'),

@@ -133,7 +133,7 @@ def test_others_statistics_are_read(savez, tmp_path):
 
 
 def test_what_is_no_statistics_is_answered_in_one_line(tmp_path, monkeypatch):
-  monkeypatch.setattr(frechet, 'MOST', 16)
+  monkeypatch.setattr(statistics, 'MOST', 16)
   path = tmp_path / 'a.npz'
   mu, sigma = np.zeros(3), np.eye(3)
 
@@ -154,13 +154,13 @@ def test_what_is_no_statistics_is_answered_in_one_line(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:-60])
 
   cases = [
-    ('there is no such file', lambda: None),
+    ('No such file', lambda: None),
     ('no statistics that can be read', lambda: path.write_bytes(b'PK nothing')),
     ('no statistics that can be read', cut),
     ('no statistics that can be read', lambda: claim((10**6, 10**6))),
     ('no statistics that can be read', lambda: claim((10**12, 10**12))),
-    ('has no sigma but mu, x', lambda: save(mu=mu, x=mu)),
-    ('has no mu and no sigma but nothing', lambda: save()),
+    ('sigma is not a file.*it holds mu, x', lambda: save(mu=mu, x=mu)),
+    ('mu is not a file', lambda: save()),
     ('Object arrays', lambda: save(mu=mu, sigma=np.array([{}], object))),
     ('int64', lambda: save(mu=mu.astype(int), sigma=sigma)),
     (r'shapes \[3\] and \[4, 4\]', lambda: save(mu=mu, sigma=np.eye(4))),
@@ -477,7 +477,6 @@ def test_precision_of_too_few_images():
     (frechet.caveats, (2048,), 2048),
     (kid.caveats, (1000,), 1000),
     (inception_score.caveats, (1008, 10), 10_079),
-    (precision.caveats, (3,), 3),
   ],
 )
 def test_too_few_images_are_told(caveats, args, few):

@@ -13,10 +13,13 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from diffusion_jax.cli import config_files
 from diffusion_jax.system import distributed, numerics, terminal
 from diffusion_jax.system.errors import UserError
+
+flags.disclaim_key_flags()  # --config is the binary's
 
 # What absl and ml_collections raise for a mistake on the command line.
 FLAG_ERRORS = (
@@ -32,6 +35,24 @@ DISK = (
   *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
   *(errno.EACCES, errno.EPERM),
 )
+
+
+def define_config(
+  help: str = 'The run: a file, or the name of a shipped config.',
+  default: str | None = None,
+) -> None:
+  """Defines --config, and --print_config which shows what comes of it.
+
+  Args:
+    help: what the binary wants it for.
+    default: a shipped config.
+  """
+  config_flags.DEFINE_config_file('config', default, help)
+  flags.DEFINE_bool(
+    'print_config', False,
+    'Print the whole config, with what other flags change in it, as a file '
+    'that --config takes; do nothing else.',
+  )  # fmt: skip
 
 
 def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
@@ -55,23 +76,19 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
         terminal.fail(f'{name} is given {names.count(name)} times')
     try:
       rest = flags.FLAGS(argv)
-      for name in required:
-        if not flags.FLAGS[name].value:
-          raise UserError(f'--{name} is missing; see --help')
-      if 'config' in required:
-        # A file that is not there is an error only once it is touched.
-        _ = flags.FLAGS.config.to_dict
       if rest[1:]:
         raise UserError(
           f'{rest[1]!r} is not a flag: every argument is --name=value'
         )
+      if 'print_config' in flags.FLAGS and flags.FLAGS.print_config:
+        _print_config()
+      for name in required:
+        if not flags.FLAGS[name].value:
+          raise UserError(f'--{name} is missing; see --help')
     except UserError as e:
       terminal.fail(str(e))
     except FLAG_ERRORS as e:
-      cause = _raised_by_config(e)
-      if cause and not isinstance(cause, UserError):
-        raise cause from None  # a bug
-      terminal.fail(_one_line(cause or e, argv))
+      terminal.fail(_one_line(e, argv))
     return rest
 
   def wrapped(argv):
@@ -98,6 +115,7 @@ def _call(main: Callable[[], None]) -> None:
   """Calls a binary's main, and answers to what it raises."""
   try:
     main()
+    distributed.finish()
   except UserError as e:
     terminal.fail(str(e))
   except Exception as e:
@@ -132,17 +150,12 @@ def _help(doc: str, full: bool) -> None:
   sys.exit(0)
 
 
-def _raised_by_config(error: Exception) -> Exception | None:
-  """What get_config raised, out of ml_collections' and absl's wrappings."""
-  wrapped = 'Error whilst parsing config file'
-  given, found, _ = str(error).removeprefix('flag ').partition(f': {wrapped}')
-  if not found:
-    return None
-  while wrapped in str(error):
-    error = error.__context__
-  if 'get_config() takes 0' in str(error):
-    return UserError(f'{given}: this config takes nothing after a colon')
-  return error
+def _print_config() -> None:
+  """Prints the config with what was changed by flags; exits with 0."""
+  if flags.FLAGS.config is None:
+    raise UserError('--config is missing; see --help')
+  terminal.write(config_files.source(flags.FLAGS.config))
+  sys.exit(0)
 
 
 def _one_line(error: Exception, argv: Sequence[str]) -> str:
@@ -177,7 +190,7 @@ def _resolve_config(argv: list[str]) -> list[str]:
           f'--config={value}: there is no such file, and the shipped configs '
           f'are {", ".join(config_files.shipped_configs())}'
         )
-      word = f'--config={found}{colon}{argument}'
+      word = f'--config={config_files.through(found)}{colon}{argument}'
     resolved.append(word)
   return resolved
 

@@ -1,33 +1,173 @@
-"""--config=NAME: the files of configs, the user's and the shipped ones."""
+"""--config=NAME: the files of configs, the user's and the shipped ones.
 
-import importlib.util
+Every binary reads its config through this file: `command` has ml_collections
+load it, and its `get_config` loads the one that the user gave, gives it the
+keys that it lacks, and refuses those that no config has.
+"""
+
+import inspect
+import json
+import math
 import os
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
+from ml_collections import ConfigDict
 
-def _config_folders() -> list[str]:
-  spec = importlib.util.find_spec('diffusion_jax.configs')
-  folders = list(spec.submodule_search_locations) if spec else []
-  # A checkout that is not installed, used from another folder.
-  return [*folders, str(Path(__file__).parents[2] / 'configs')]
+from diffusion_jax import configs
+from diffusion_jax.configs import default
+from diffusion_jax.runs import completion
+from diffusion_jax.system import terminal
+from diffusion_jax.system.errors import UserError
+
+KEY = re.compile(r'  (config\.[\w.]+) = .*?(  # .*)?')
 
 
 def shipped_configs() -> list[str]:
-  names = set()
-  for folder in _config_folders():
-    names |= {path.stem for path in Path(folder).glob('[!_]*.py')}
-  return sorted(names)
+  return sorted(
+    path.stem
+    for folder in configs.__path__
+    for path in Path(folder).glob('[!_]*.py')
+  )
 
 
 def shipped_config(name: str) -> str | None:
   """The file of a shipped config, whatever lies in this folder."""
-  candidates = [os.path.join(f, f'{name}.py') for f in _config_folders()]
+  candidates = [os.path.join(f, f'{name}.py') for f in configs.__path__]
   return next((path for path in candidates if os.path.isfile(path)), None)
 
 
 def find_config(name: str) -> str | None:
   """The file of a config: a path, or the name of a shipped one."""
   base = name.removeprefix('configs/').removesuffix('.py')
-  candidates = [name] * name.endswith('.py') + [f'{name}.py']
+  candidates = [name] * name.endswith(('.py', '.json')) + [f'{name}.py']
   there = (path for path in candidates if os.path.isfile(path))
   return next(there, None) or shipped_config(base)
+
+
+def load(given: str) -> ConfigDict:
+  """The config of a file, with all keys.
+
+  Args:
+    given: the path of a Python file with get_config(), or of a run's
+      config.json; of a Python file perhaps with :ARGUMENT.
+
+  Raises:
+    UserError: the file does not give a config.
+  """
+  path, colon, argument = given.partition(':')
+  config = (_read if path.endswith('.json') else _call)(
+    path, *[argument] * bool(colon)
+  )
+  if not isinstance(config, ConfigDict):
+    raise UserError(
+      f'--config={given}: its get_config() returns {config!r:.50}, not a '
+      'ConfigDict'
+    )
+  wrong = completion.unknown(config)
+  if wrong:
+    raise UserError(f'--config={given}: {wrong[0]}')
+  completion.complete(config)
+  return config
+
+
+def _call(path, *arguments):
+  get_config = runpy.run_path(path).get('get_config')
+  if get_config is None:
+    raise UserError(f'--config={path} has no function get_config()')
+  if arguments and not inspect.signature(get_config).parameters:
+    raise UserError(
+      f'--config={path}:{arguments[0]}: this config takes nothing after a colon'
+    )
+  return get_config(*arguments)
+
+
+def _read(path, *arguments):
+  if arguments:
+    raise UserError(f'--config={path}:{arguments[0]}: leave out the colon')
+  try:
+    config = json.loads(Path(path).read_text())
+  except (OSError, ValueError) as e:
+    raise UserError(f'--config={path} is unreadable ({e})') from e
+  return ConfigDict(_tuples(config)) if isinstance(config, dict) else config
+
+
+def _tuples(value):
+  if isinstance(value, dict):
+    return {key: _tuples(inner) for key, inner in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def get_config(given: str) -> ConfigDict:
+  """As `load`, for ml_collections, which would wrap up what is raised."""
+  try:
+    return load(given)
+  except UserError as e:
+    terminal.fail(str(e))
+  except Exception:
+    traceback.print_exc()  # a bug in the user's file, or in ours
+    sys.exit(1)
+
+
+def through(found: str) -> str:
+  """The value of --config that has ml_collections call `get_config`."""
+  return f'{__file__}:{found}'
+
+
+def given(value: str) -> str:
+  """The other way round: PATH or PATH:ARGUMENT of such a value."""
+  return value.removeprefix(f'{__file__}:')
+
+
+def source(config: ConfigDict) -> str:
+  """A config as a Python file, which --config takes, with default's comments.
+
+  Args:
+    config: all keys and values.
+  """
+  lines = Path(default.__file__).read_text().splitlines()
+  comments = dict(_comments(lines))
+  order = list(comments)
+
+  def place(name):
+    return order.index(name) if name in order else len(order)
+
+  def written(name, value) -> Iterator[str]:
+    above, behind = comments.get(name, ([], ''))
+    yield from above
+    if not isinstance(value, dict):
+      yield f'  {name} = {_literal(value)}{behind}'
+      return
+    yield f'  {name} = ConfigDict()'
+    for key in sorted(value, key=lambda key: place(f'{name}.{key}')):
+      yield from written(f'{name}.{key}', value[key])
+
+  values = config.to_dict()
+  body = [
+    line
+    for key in sorted(values, key=lambda key: place(f'config.{key}'))
+    for line in written(f'config.{key}', values[key])
+  ]
+  head = ['from ml_collections import ConfigDict', '', '', 'def get_config():']
+  return '\n'.join([*head, '  config = ConfigDict()', *body, '  return config'])
+
+
+def _comments(lines) -> Iterator[tuple[str, tuple[list[str], str]]]:
+  """(config.KEY, (the lines above it, the comment behind it)) in order."""
+  above = []
+  for line in lines:
+    key = KEY.fullmatch(line)
+    if key:
+      yield key[1], (above, key[2] or '')
+    is_above = not line or line.startswith('  #')
+    above = [*above, line] if is_above else []
+
+
+def _literal(value) -> str:
+  if isinstance(value, float) and not math.isfinite(value):
+    return f"float('{value}')"
+  return repr(value)

@@ -13,9 +13,7 @@ KINDS = {
   float: flags.DEFINE_float,
   str: flags.DEFINE_string,
   list: flags.DEFINE_list,
-  tuple: lambda name, words, what: flags.DEFINE_enum(
-    name, words[0], words, what
-  ),
+  tuple: lambda name, of, what: flags.DEFINE_enum(name, of[0], of, what),
 }
 
 SHARED = {
@@ -24,10 +22,7 @@ SHARED = {
   'ema': (True, 'Averaged weights, or the raw ones.'),
   'json': (False, 'Print the result as JSON.'),
   'split': (('heldout', 'train'), 'Which images of the run.'),
-  'data_path': (
-    str,
-    "Where the data lie, if not the config's; TFDS's folder.",
-  ),
+  'data_path': (str, "Where the data lie, if not the config's; TFDS's folder."),
 }
 
 

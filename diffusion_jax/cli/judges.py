@@ -24,11 +24,7 @@ declare.table(
     f'Where in Inception: {", ".join(inception.DISTANCES)}. The first one '
     'serves the metrics that are no Frechet distances.',
   ),
-  convention=(
-    CONVENTIONS,
-    'How images become input of Inception: as in the graph itself, or as in '
-    'pytorch-fid.',
-  ),
+  convention=(CONVENTIONS, 'Input of Inception: as the graph or pytorch-fid.'),
   cache=(
     str,
     'Folder for features and weights; ~/.cache/diffusion_jax by default. It '

@@ -39,14 +39,8 @@ declare.table(
     'tfds:NAME@SPLIT, digits, or a .npz of statistics (mu, sigma). By default '
     "a run's training images.",
   ),
-  write_statistics=(
-    str,
-    "A .npz for the reference's mu and sigma, as other tools read them.",
-  ),
-  neighbours=(
-    20,
-    'On the picture: so many samples, those nearest to a training image first.',
-  ),
+  write_statistics=(str, 'A .npz for mu and sigma of the reference.'),
+  neighbours=(20, 'On the picture: so many samples, the nearest ones first.'),
 )
 for option, what in {
   'kid_subsets': 'KID: how many.',

@@ -17,10 +17,7 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(judging)
 declare.shared('split')
 declare.table(
-  num_images=(
-    int,
-    'Bits per dimension: of so many images at even distances; all by default.',
-  ),
+  num_images=(int, 'Bits per dimension: of so many images; all by default.'),
   dequantisation=(bits.DEQUANTISATIONS, 'bpd_ode: from 8 bits.'),
   divergence=(
     flow.DIVERGENCES,
@@ -135,14 +132,12 @@ def _card(trained, images, how, about) -> dict:
 def _how(kind, trained, plan) -> bits.How:
   """As the flags say."""
   variance = FLAGS.variance or trained.config['sample'].get('variance')
+  names = OF_FLOW if kind == 'bpd_ode' else ()
   return bits.How(
-    kind=kind,
-    seed=plan.seed,
-    grid=plan.grid,
-    variance=variance or 'fixedlarge',
-    clip=plan.clip,
-    dequantisation=FLAGS.dequantisation,
-    divergence=FLAGS.divergence,
-    tolerance=FLAGS.tolerance,
-    dtype=FLAGS.dtype if kind == 'bpd_ode' else 'float32',
+    kind,
+    plan.seed,
+    plan.grid,
+    variance or 'fixedlarge',
+    plan.clip,
+    **{name: FLAGS[name].value for name in names},
   )

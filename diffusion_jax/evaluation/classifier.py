@@ -31,11 +31,13 @@ MOST_CLASSES = 1000
 FACTS = 'facts'  # the entry of a file that holds no parameter
 
 
-def network(image_shape, num_classes: int) -> models.Model:
-  """apply(params, x [B, H, W, C], keys=None) -> (features, logits)."""
-  return models.fence(
-    lambda keys: Classifier(image_shape, num_classes, rngs=keys)
-  )
+def network(*shape) -> models.Model:
+  """apply(params, x [B, H, W, C], keys=None) -> (features, logits).
+
+  Args:
+    *shape: (H, W, C), and the number of classes.
+  """
+  return models.fence(lambda keys: Classifier(*shape, rngs=keys))
 
 
 def scale(images: jax.Array) -> jax.Array:
@@ -84,15 +86,13 @@ def fit(
   def step(params, state, number):
     keys = jax.random.split(jax.random.fold_in(root, number), 3)
     chosen = jax.random.randint(keys[0], (BATCH,), 0, len(images))
-    batch = jax.vmap(shifted)(
-      jax.random.split(keys[1], BATCH), scale(images[chosen])
-    )
+    each = jax.random.split(keys[1], BATCH)
+    batch = jax.vmap(shifted)(each, scale(images[chosen]))
 
     def loss_fn(params):
       _, logits = model.apply(params, batch, jax.random.split(keys[2], BATCH))
-      return optax.softmax_cross_entropy_with_integer_labels(
-        logits, labels[chosen]
-      ).mean()
+      loss = optax.softmax_cross_entropy_with_integer_labels
+      return loss(logits, labels[chosen]).mean()
 
     updates, state = optimizer.update(jax.grad(loss_fn)(params), state)
     return optax.apply_updates(params, updates), state
@@ -120,9 +120,8 @@ def train(
     on_step: called after each step.
   """
   images, labels = _arrays(source)
-  params = fit(
-    images, labels, source.num_classes, num_steps=num_steps, on_step=on_step
-  )
+  how = {'num_steps': num_steps, 'on_step': on_step}
+  params = fit(images, labels, source.num_classes, **how)
   facts = {
     'image_shape': images.shape[1:],
     'num_classes': source.num_classes,
@@ -182,17 +181,10 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
     if len(shape) != 3 or max(shape) > LARGEST or classes > MOST_CLASSES:
       raise ValueError(f'it judges {classes} classes of {shape}')
     model = network(shape, classes)
+    params = traverse_util.unflatten_dict(flat, sep='/')
     wanted = jax.eval_shape(model.init, jax.random.key(0))
-    flat_wanted = traverse_util.flatten_dict(wanted, sep='/')
-    if {k: v.shape for k, v in flat.items()} != {
-      k: v.shape for k, v in flat_wanted.items()
-    }:
+    if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, wanted):
       raise ValueError('its parameters are of another network')
-  except FileNotFoundError as e:
-    raise UserError(
-      f'--features={path}: there is no such file; it is classifier, pixels, or '
-      'the file of a judge'
-    ) from e
   except kept.DAMAGED as e:
     raise UserError(
       f'{path} is not a classifier of ours ({e}): delete it, or give another '
@@ -203,7 +195,6 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
       f'{path} judges images of {shape}, not of {tuple(image_shape)}: give '
       'another --features'
     )
-  params = traverse_util.unflatten_dict(flat, sep='/')
 
   def apply(params, images):
     features, logits = model.apply(params, scale(images))

@@ -58,11 +58,11 @@ def read(
   return found
 
 
-def write(path, arrays: dict[str, np.ndarray]) -> None:
+def write(path, arrays: dict[str, np.ndarray], save=np.savez) -> None:
   """Writes a .npz, whole or not at all."""
   files.make(files.at(path).parent)
   with files.replacing(path) as file:
-    np.savez(file, **arrays)
+    save(file, **arrays)
 
 
 def once(

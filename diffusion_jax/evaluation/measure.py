@@ -82,12 +82,10 @@ class Task(NamedTuple):
 
   def protocol(self) -> dict:
     """How it is measured, for the card: all that the numbers depend on."""
-    told = {
-      **self.judge.protocol,
-      'metrics': [name for name in METRICS if name in self.metrics],
-    }
+    metrics = [name for name in METRICS if name in self.metrics]
+    told = {**self.judge.protocol, 'metrics': metrics}
     for name, value in self.options._asdict().items():
-      if name.split('_')[0] in self.metrics:
+      if name.split('_')[0] in metrics:
         told[name] = value
     if {'kid', 'pr'} & set(self.metrics):
       told['num_compared'] = looks.COMPARED
@@ -129,14 +127,9 @@ def check(task: Task, samples: Images | Statistics) -> None:
     UserError: a metric is not known, or takes what is not there.
   """
   judge, metrics = task.judge, task.metrics
-  for name in metrics:
-    if name not in METRICS:
-      raise UserError(
-        f'the metric {name!r} is not known: use {", ".join(METRICS)}'
-      )
-  if not metrics:
+  if not metrics or set(metrics) - set(METRICS):
     raise UserError(
-      f'no metric is asked for: name some of {", ".join(METRICS)}'
+      f'metrics={",".join(metrics)}: give some of {", ".join(METRICS)}'
     )
   if 'is' in metrics and not judge.logits:
     raise UserError(
@@ -153,17 +146,15 @@ def check(task: Task, samples: Images | Statistics) -> None:
     for tap in judge.taps:
       sizes = [len(one[tap].mean) for one in sets.values()]
       if sizes[0] != sizes[1]:
+        told = ' and of '.join(map(str, sizes))
         raise UserError(
-          f'statistics of {sizes[0]} and of {sizes[1]} dimensions: give those '
-          'of one network'
+          f'statistics of {told} dimensions: give those of one network'
         )
   for what, given in sets.items():
     _check_set(task, what, given)
   if task.heldout and task.heldout.count < 2:
-    raise UserError(
-      f'{task.heldout.description}: a distance takes two held-out images or '
-      'more'
-    )
+    told = f'{task.heldout.description}: give two held-out images or more'
+    raise UserError(told)
 
 
 def _check_set(task, what, given):
@@ -267,11 +258,9 @@ def _results(task, seen, train, near):
       found = _of_a_set(task, seen[name], train, near.get(name))
       results |= {f'{key}{tail}': x for key, x in found.items()}
   if 'pr' in task.metrics:
-    results |= precision.precision_recall(
-      seen['samples'].chosen['compared'],
-      train.chosen['compared'],
-      k=task.options.pr_k,
-    )._asdict()
+    sets = (one.chosen['compared'] for one in (seen['samples'], train))
+    found = precision.precision_recall(*sets, k=task.options.pr_k)
+    results |= found._asdict()
   if 'heldout' in near:
     nearer, shares = _nearer(**near)
     results |= shares
@@ -302,8 +291,7 @@ def _of_a_set(task, one, train, near) -> dict:
   results, options = {}, task.options
   if 'kid' in task.metrics:
     found = kid.over_subsets(
-      one.chosen['compared'],
-      train.chosen['compared'],
+      *(x.chosen['compared'] for x in (one, train)),
       seed=options.kid_seed,
       num_subsets=options.kid_subsets,
       subset_size=options.kid_subset_size,

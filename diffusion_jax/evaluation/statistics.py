@@ -19,7 +19,7 @@ Statistics = dict[str, Gaussian]  # by tap
 
 # What the spatial features' are called in the files of arXiv 2105.05233.
 KEYS = {'spatial': ('mu_s', 'sigma_s')}
-
+PLAIN = 'mu', 'sigma'
 
 MOST = 8192  # dimensions of statistics that a file may hold
 
@@ -58,12 +58,9 @@ def read(path, judge: Judge, image_shape) -> Statistics:
     image = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
     outputs = jax.eval_shape(judge.apply, judge.params, image)
   path = files.at(path).expanduser()
+  dims = {tap: output.shape[1] for tap, output in outputs.items()}
   return {
-    tap: read_gaussian(
-      path,
-      dim=outputs[tap].shape[1] if outputs else None,
-      keys=KEYS.get(tap, ('mu', 'sigma')),
-    )
+    tap: read_gaussian(path, dims.get(tap), KEYS.get(tap, PLAIN))
     for tap in judge.taps
   }
 
@@ -89,16 +86,11 @@ def write(path, given: Statistics) -> None:
     path: of a .npz, as `read` takes it.
     given: the statistics.
   """
-  main = next(iter(given))
   arrays = {}
-  for tap in dict.fromkeys([main, *KEYS]):
+  for tap in (next(iter(given)), *KEYS):
     if tap in given:
-      keys = KEYS.get(tap, ('mu', 'sigma'))
-      arrays |= dict(zip(keys, given[tap], strict=True))
-  path = files.at(path).expanduser()
-  files.make(path.parent)
-  with files.replacing(path) as file:
-    np.savez_compressed(file, **arrays)
+      arrays |= zip(KEYS.get(tap, PLAIN), given[tap], strict=True)
+  kept.write(files.at(path).expanduser(), arrays, np.savez_compressed)
 
 
 def sha256_of(given: Images | Statistics) -> str:
@@ -119,11 +111,9 @@ def count_of(given: Images | Statistics) -> int:
 
 def paths(cache, judge: Judge, images_sha256: str) -> dict[str, files.Path]:
   """Where the cache has the statistics of a set of images, at each tap."""
+  folder = files.at(cache) / 'statistics' / VERSION
   return {
-    tap: files.at(cache)
-    / 'statistics'
-    / VERSION
-    / f'{judge.keys[tap]}_{images_sha256[:32]}.npz'
+    tap: folder / f'{judge.keys[tap]}_{images_sha256[:32]}.npz'
     for tap in judge.taps
     if tap in judge.keys
   }
@@ -137,13 +127,12 @@ def write_gaussian(path, a: Moments | Gaussian) -> None:
       number of images is not among them.
     a: the moments.
   """
-  files.make(files.at(path).parent)
-  with files.replacing(path) as file:
-    np.savez_compressed(file, mu=a.mean, sigma=a.covariance)
+  arrays = {'mu': a.mean, 'sigma': a.covariance}
+  kept.write(path, arrays, np.savez_compressed)
 
 
 def read_gaussian(
-  path, dim: int | None = None, keys: tuple[str, str] = ('mu', 'sigma')
+  path, dim: int | None = None, keys: tuple[str, str] = PLAIN
 ) -> Gaussian:
   """Statistics of a file of `write_gaussian`, pytorch-fid or another tool.
 
@@ -167,10 +156,6 @@ def read_gaussian(
       if array.dtype.kind != 'f' or array.ndim == 0 or len(array) > MOST:
         raise ValueError(f'{array.dtype} {list(array.shape)}')
     mean, covariance = (array.astype(np.float64) for array in arrays)
-  except FileNotFoundError as e:
-    raise UserError(
-      f'{path}: there is no such file of statistics; give a .npz with {wanted}'
-    ) from e
   except kept.DAMAGED as e:
     reason = ' '.join(str(e).split()) or type(e).__name__
     if there := kept.names(path):

@@ -29,11 +29,9 @@ def parse(text: str) -> dict:
       f'--sweep={text}: {name} takes as many evaluations as it needs: leave it '
       'out'
     )
-  kinds = {
-    **{key: _kind(option) for key, option in samplers.defaults(name).items()},
-    'grid': str,
-    'clip': bool,
-  }
+  options = samplers.defaults(name)
+  kinds = {k: float if x is None else type(x) for k, x in options.items()}
+  kinds |= {'grid': str, 'clip': bool}
   given = {'sampler': name, 'grid': 'uniform'}
   for pair in pairs:
     key, equals, word = pair.partition('=')
@@ -49,10 +47,6 @@ def parse(text: str) -> dict:
       'each number of steps has its own'
     )
   return given
-
-
-def _kind(default):
-  return float if default is None else type(default)
 
 
 def _value(text, key, word, kind):
@@ -125,28 +119,26 @@ def text(sweep: dict) -> str:
   Args:
     sweep: 'result', 'cells' (see `best`) and 'best'.
   """
-  budgets = list(sweep['best'])
-  rows, counts = [], set()
-  for name in dict.fromkeys(cell['sampler'] for cell in sweep['cells']):
-    row = [name]
-    for cell in sweep['cells']:
-      if cell['sampler'] != name:
-        continue
-      mark = '*' if cell == sweep['best'][str(cell['budget'])] else ' '
-      fewer = cell['evaluations'] != cell['budget']
-      counts |= {fewer}
-      of = f'({cell["evaluations"]}) ' if fewer else ''
-      row.append(f'{of}{cards.number(cell["value"])}{mark}')
-    rows.append(row)
-  lines = terminal.table(
-    ['evaluations', *(f'{budget} ' for budget in budgets)], rows
-  )
+  cells, best = sweep['cells'], sweep['best']
+
+  def shown(cell):
+    fewer = cell['evaluations'] != cell['budget']
+    of = f'({cell["evaluations"]}) ' * fewer
+    mark = '*' if cell in best.values() else ' '
+    return f'{of}{cards.number(cell["value"])}{mark}'
+
+  rows = [
+    [name, *(shown(cell) for cell in cells if cell['sampler'] == name)]
+    for name in dict.fromkeys(cell['sampler'] for cell in cells)
+  ]
+  heads = ['evaluations', *(f'{budget} ' for budget in best)]
   title = cards.distance(sweep['result'])
-  lines = [f'{title}, by evaluations of the network for a sample', '', *lines]
-  if True in counts:
-    lines += ['', '(n): as many evaluations, of whole steps']
-  lines += [''] + [
+  lines = [f'{title}, by evaluations of the network for a sample', '']
+  lines += [*terminal.table(heads, rows), '']
+  if any(cell['evaluations'] != cell['budget'] for cell in cells):
+    lines += ['(n): as many evaluations, of whole steps', '']
+  lines += [
     f'the best at {budget}: {cell["sampler"]}, {cards.number(cell["value"])}'
-    for budget, cell in sweep['best'].items()
+    for budget, cell in best.items()
   ]
   return '\n'.join(lines)

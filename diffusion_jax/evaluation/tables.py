@@ -21,24 +21,24 @@ RESULTS = {
     for name, title in cards.DISTANCES.items()
     for tail, head, meaning in (
       ('', '', f'{title} distance to the reference'),
-      ('_heldout_count', 'equal count', 'of as many as are held out'),
-      ('_ratio', 'ratio', 'over that of the held-out images'),
+      ('_heldout_count', 'equal count', '  of as many as are held out'),
+      ('_ratio', 'ratio', '  over that of held-out images'),
     )
   },
-  'kid': ('KID ↓', 'KID, over subsets'),
-  'inception_score': ('IS ↑', 'Inception Score, over splits'),
-  'precision': ('precision ↑', 'samples near to real images'),
-  'recall': ('recall ↑', 'real images near to samples'),
-  'density': ('density ↑', 'real balls around a sample, over k'),
-  'coverage': ('coverage ↑', 'real balls with a sample inside'),
+  'kid': ('KID ↓', 'KID ± standard error over subsets'),
+  'inception_score': ('IS ↑', 'Inception Score ± std over splits'),
+  'precision': ('precision ↑', 'precision: samples near to real ones'),
+  'recall': ('recall ↑', 'recall: real ones near to samples'),
+  'density': ('density ↑', 'density of real balls round samples'),
+  'coverage': ('coverage ↑', 'coverage: real balls with samples'),
   'confident': ('confident ↑', 'class with probability > 0.8'),
   'smallest_class': ('least class ↑', 'least frequent class'),
   'identical': ('identical ↓', 'identical to a training image'),
   'nearest': ('nearest', 'nearest training image, median'),
-  'nearest_share': ('near', 'nearer to one than 95% of held-out'),
-  'bpd': ('bits/dim ↓', 'the variational bound, bits/dim'),
-  'bpd_fast': ('bits/dim ↓', 'the bound, estimated (95%), bits/dim'),
-  'bpd_ode': ('bits/dim ↓', 'by the probability flow, bits/dim'),
+  'nearest_share': ('near', '  nearer than 95% of held-out'),
+  'bpd': ('bits/dim ↓', 'bound in bits/dim ± standard error'),
+  'bpd_fast': ('bits/dim ↓', 'estimated bound in bits/dim (95%)'),
+  'bpd_ode': ('bits/dim ↓', 'flow in bits/dim ± standard error'),
   'evaluations': ('evaluations', 'evaluations for an image'),
 }
 SHARES = (
@@ -56,7 +56,7 @@ DECODED = 10  # rows of a rate-distortion table
 
 
 class Cell(NamedTuple):
-  """A number or a word: as it is shown, and all of its digits."""
+  """A word; or a number as it is shown, and all of its digits."""
 
   text: str
   whole: str
@@ -67,7 +67,6 @@ class Table(NamedTuple):
 
   Attributes:
     heads: of the columns, each with what it means or ''.
-    is_text: of each column, whether it holds words.
     rows: a list of cells for each card.
     num_subject: how many columns tell what was judged; the others are results.
     heldout: cells of those others, for held-out images; [] where there are
@@ -76,7 +75,6 @@ class Table(NamedTuple):
   """
 
   heads: list[tuple[str, str]]
-  is_text: list[bool]
   rows: list[list[Cell]]
   num_subject: int
   heldout: list[Cell]
@@ -158,7 +156,8 @@ def title(protocol: dict) -> str:
     number(protocol[key]) if cards.is_number(protocol.get(key)) else 'some'
     for key in ('num_samples', 'num_reference')
   )
-  return f'{count} samples against {reference} images of {data}'
+  of = f' of {data}' * (data not in ('images', 'statistics'))
+  return f'{count} samples against {reference} images{of}'
 
 
 def facts(protocol: dict) -> list[tuple[str, Cell]]:
@@ -166,6 +165,8 @@ def facts(protocol: dict) -> list[tuple[str, Cell]]:
   told = []
   for key, x in protocol.items():
     label = key.removeprefix('num_').replace('_', ' ')
+    if x in ('', None):
+      continue
     if key.endswith('_sha256') and isinstance(x, str):
       told.append((label, Cell(x[:8], x)))
     elif key == 'grid':
@@ -204,10 +205,6 @@ def table(found: Sequence[dict]) -> Table:
       *((_label(key).capitalize(), '') for key in keys),
       *(RESULTS.get(name, (name, '')) for name in names),
     ],
-    [
-      *(any(isinstance(row.get(key), str) for row in told) for key in keys),
-      *(False for _ in names),
-    ],
     rows,
     len(keys),
     [result(found[-1], name, real=True) for name in names] if real else [],
@@ -226,8 +223,9 @@ def _details(card) -> dict:
 
 
 def _cell(key, x) -> Cell:
-  is_share = key in SHARES and cards.is_number(x)
-  return Cell(f'{x:.1%}' if is_share else number(x), str(x))
+  if not cards.is_number(x):
+    return Cell(number(x), '')
+  return Cell(f'{x:.1%}' if key in SHARES else number(x), str(x))
 
 
 def result(card, name, real=False) -> Cell:
@@ -259,7 +257,11 @@ def lines(found: Sequence[dict]) -> list[str]:
 
 def _about(card) -> list[str]:
   protocol = card['protocol']
-  told = [f'{label} {cell.text}' for label, cell in facts(protocol)]
+  told = [
+    f'{label} {cell.text}'
+    for label, cell in facts(protocol)
+    if not label.endswith('sha256')
+  ]
   return [title(protocol), *textwrap.wrap('; '.join(told), 79)]
 
 
@@ -277,7 +279,8 @@ def text(card: dict) -> str:
   ]  # fmt: skip
   rows += [[_label(k), _cell(k, x).text, ''] for k, x in _details(card).items()]
   real = 'held-out' * bool(cards.heldout(card))
-  told += [*_about(card), '', *terminal.table(['', '', real], rows)]
+  what = 'images' if 'num_images' in card['protocol'] else 'samples'
+  told += [*_about(card), '', *terminal.table(['', what, real], rows)]
   if len(details.get('class_histogram', ())) in range(1, SHOWN_CLASSES + 1):
     told += ['', *_classes(details)]
   if 'rate' in details:

@@ -15,6 +15,7 @@ from diffusion_jax.models.unet import UNet
 from diffusion_jax.system.errors import UserError
 
 MODELS = {'unet': UNet}
+NET = 'net'  # the name of the part of a run that denoises
 
 
 class Model(NamedTuple):

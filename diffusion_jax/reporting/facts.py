@@ -59,27 +59,27 @@ def read(workdir) -> Facts:
       name = path.relative_to(workdir)
       problems.append(f'{name} cannot be read ({e}): left out')
 
-  cards = []
-  for path in sorted(workdir.glob('evaluations/*.json')):
-    if card := whole(path, _is_of_a_run):
-      cards.append({**card, 'name': path.stem})
-  stores = []
-  for path in sorted(workdir.glob('samples/*/store.json')):
-    has_grid = (path.parent / 'grid.png').exists()
-    if has_grid and (store := whole(path, _is_drawn)):
-      stores.append((path.parent, store))
-  drawn = []
-  for path in workdir.glob('samples/train_*.png'):
-    if match := re.fullmatch(r'train_(\d+)\.png', path.name):
-      drawn.append((int(match[1]), path))
+  cards = [
+    {**card, 'name': path.stem}
+    for path in sorted(workdir.glob('evaluations/*.json'))
+    if (card := whole(path, _is_of_a_run))
+  ]
+  stores = [
+    (path.parent, store)
+    for path in sorted(workdir.glob('samples/*/store.json'))
+    if (path.parent / 'grid.png').exists() and (store := whole(path, _is_drawn))
+  ]
+  drawn = [
+    (int(match[1]), path)
+    for path in workdir.glob('samples/train_*.png')
+    if (match := re.fullmatch(r'train_(\d+)\.png', path.name))
+  ]
   origin = workdir / 'init_from.json'
+  rows = _lines(workdir / 'metrics.jsonl', is_row, problems)
   return Facts(
     workdir=workdir,
     config=config,
-    rows=sorted(
-      _lines(workdir / 'metrics.jsonl', is_row, problems),
-      key=lambda row: row['step'],
-    ),
+    rows=sorted(rows, key=lambda row: row['step']),
     starts=_lines(workdir / 'starts.jsonl', is_start, problems),
     cards=sorted(cards, key=_age),
     stores=sorted(

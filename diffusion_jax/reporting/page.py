@@ -68,8 +68,8 @@ def render(run: Facts) -> str:
   )
   environment.filters |= {'number': number, 'value': tables.value}
   parts = (
-    *(_about, _newest, _samples, _strip, _tables, _charts, _cost, _origin),
-    *(_starts, _config),
+    *(_about, _newest, _samples, _strip, _tables, curves.charts, _cost),
+    *(_origin, _starts, _config),
   )
   return environment.get_template('report.html.jinja').render(
     {part.__name__.strip('_'): part(run) for part in parts},
@@ -135,29 +135,21 @@ def _newest(run: Facts) -> list[tuple[str, str, str]]:
 
 def _samples(run: Facts) -> list[dict]:
   """The newest pictures: of samples, of their way, of their neighbours."""
-  if run.stores:
-    folder, subject = run.stores[-1]
-    wanted = [
-      (folder / 'grid.png', f'Samples: {tables.drawing(subject)}.'),
-      (
-        folder / 'trajectory.png',
-        'Their way out of the noise; t is the time, x0 the image.',
-      ),
+  wanted = []
+  if run.stores or run.drawn:
+    step, grid = run.drawn[-1] if run.drawn else (None, None)
+    subject = {**_on_the_way(run), 'step': step}
+    if run.stores:
+      folder, subject = run.stores[-1]
+      grid = folder / 'grid.png'
+    way = 'Their way out of the noise; t is the time, x0 the image.'
+    wanted += [
+      (grid, f'Samples: {tables.drawing(subject)}.'),
+      (grid.with_name('trajectory.png'), way),
     ]
-  elif run.drawn:
-    step, path = run.drawn[-1]
-    wanted = [
-      (
-        path,
-        f'Samples: {tables.drawing({**_on_the_way(run), "step": step})}.',
-      )
-    ]
-  else:
-    wanted = []
   sweeps = run.workdir.glob('evaluations/sweeps/*.png')
   for path in sorted(sweeps, key=files.modified)[-1:]:
-    told = 'Samplers, by evaluations of the network for a sample.'
-    wanted.append((path, told))
+    wanted.append((path, 'Samplers, by evaluations of the network.'))
   for card in reversed(run.cards):
     path = run.workdir / 'evaluations' / f'{card["name"]}_neighbours.png'
     if path.exists():
@@ -209,10 +201,6 @@ def _picture(run, path, caption, *how) -> list[dict]:
     return []
 
 
-def _charts(run: Facts) -> list[dict]:
-  return curves.charts(run)
-
-
 def _tables(run: Facts) -> list[dict]:
   """One for each protocol, the newest first: only equals stand together."""
   groups = [group[::-1] for group in cards.grouped(run.cards[::-1]).values()]
@@ -257,13 +245,11 @@ def _cost(run: Facts) -> list[tuple[str, str, str]]:
     return []
   tiles = []
   if cost.seconds is not None:
-    tiles.append(
-      ('Training time', duration(cost.seconds), 'compiling not counted')
-    )
+    took = duration(cost.seconds)
+    tiles.append(('Training time', took, 'compiling not counted'))
   for kind, seconds in cost.device_seconds.items():
-    tiles.append(
-      ('Device-hours', number(seconds / 3600), kind or 'devices not recorded')
-    )
+    hours, kind = number(seconds / 3600), kind or 'devices not recorded'
+    tiles.append(('Device-hours', hours, kind))
   tiles.append(('Images seen', number(cost.images), f'{batch_size} a step'))
   if size := _num_images(run.config['data']):
     tiles.append(('Epochs', number(cost.images / size), f'of {size:,} images'))
@@ -273,14 +259,10 @@ def _cost(run: Facts) -> list[tuple[str, str, str]]:
 def _num_images(config: dict) -> int | None:
   """The size of the training set; None where it is not on this machine."""
   try:
-    source = data.create(
-      config['name'], path=config['path'], split=config['train_split'],
-      image_size=config['image_size'], channels=config['channels'],
-      heldout_every=config['heldout_every'],
-    )  # fmt: skip
+    train, _ = data.splits(config)
   except (UserError, KeyError):
     return None
-  return len(source) if source else None
+  return len(train)
 
 
 def _origin(run: Facts) -> str:
@@ -318,8 +300,10 @@ def _starts(run: Facts) -> list[dict]:
 
 def _config(run: Facts) -> list[tuple[str, dict]]:
   """The config's groups, what stands alone first."""
-  alone = {k: x for k, x in run.config.items() if not isinstance(x, dict)}
-  groups = [
-    (k, runs.flatten(x)) for k, x in run.config.items() if k not in alone
-  ]
+  alone, groups = {}, []
+  for key, x in run.config.items():
+    if isinstance(x, dict):
+      groups.append((key, runs.flatten(x)))
+    else:
+      alone[key] = x
   return [('run', alone), *groups]

@@ -13,7 +13,7 @@ from diffusion_jax.system import files
 
 GUTTER = (255, 255, 255)
 SAMPLE = (200, 60, 40)  # round what is drawn, beside what is real
-LABEL = 240  # the width of a label, in pixels
+LABEL = 170  # the width of a label, in pixels
 # A larger picture is embedded smaller: a report is to be sent by mail.
 MAX_BYTES, MAX_SIDE = 500_000, 1200
 # What Pillow raises for a damaged picture, or for one of too many pixels.

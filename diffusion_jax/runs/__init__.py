@@ -24,6 +24,7 @@ from collections.abc import Iterator
 
 from ml_collections import config_dict
 
+from diffusion_jax.runs import completion
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 
@@ -184,7 +185,7 @@ def read_config(workdir, flag: str = 'workdir') -> dict:
   missing = [part for part in parts if part not in config]
   if missing:
     raise UserError(f'{path} is not a run of ours: it has no {missing[0]!r}')
-  config['sample'].setdefault('clip', True)  # before it was a choice
+  completion.complete(config)  # keys that are younger than the run
   return config
 
 

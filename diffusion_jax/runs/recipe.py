@@ -17,15 +17,13 @@ from jax.sharding import Mesh
 from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.codecs import Codec
 from diffusion_jax.conditioning import Conditioner
-from diffusion_jax.models import Model
+from diffusion_jax.models import NET, Model
 from diffusion_jax.objectives import Objective
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.process.gaussian import Denoiser
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
-
-NET = 'net'  # the part that denoises
 
 
 class Recipe(NamedTuple):
@@ -37,6 +35,7 @@ class Recipe(NamedTuple):
   Attributes:
     parts: name -> network, of the trained parts.
     frozen: name -> parameters, of the parts that are not trained.
+    origins: name -> where a frozen part comes from, for people.
     codec: data <-> x0.
     conditioner: rows -> what the network is told.
     schedule: the noise schedule.
@@ -47,6 +46,7 @@ class Recipe(NamedTuple):
 
   parts: dict[str, Model]
   frozen: dict[str, Any]
+  origins: dict[str, str]
   codec: Codec
   conditioner: Conditioner
   schedule: Schedule
@@ -120,7 +120,7 @@ def create(config: Mapping) -> Recipe:
     loss.pop('name'), network_fn(network), codec, conditioner, schedule, **loss
   )
   return Recipe(
-    {NET: network}, {}, codec, conditioner, schedule, loss['prediction'],
+    {NET: network}, {}, {}, codec, conditioner, schedule, loss['prediction'],
     objective,
   )  # fmt: skip
 

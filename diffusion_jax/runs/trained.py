@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 
 from diffusion_jax import models, runs
 from diffusion_jax.codecs import Codec
+from diffusion_jax.models import NET
 from diffusion_jax.process.gaussian import Denoised
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.runs import calibration, draw, recipe
-from diffusion_jax.runs.recipe import NET, Recipe
+from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system import files, numerics

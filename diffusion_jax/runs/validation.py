@@ -7,26 +7,8 @@ from ml_collections import config_dict
 
 from diffusion_jax import models, runs
 from diffusion_jax.process import gaussian, schedules
+from diffusion_jax.runs import completion
 from diffusion_jax.training import optim, sharding
-
-# Every run's config has these, and its model's arguments under `model`.
-KEYS = (
-  *('seed', 'num_steps', 'batch_size', 'microbatches'),
-  *('log_every', 'eval_every'),
-  *('eval_images', 'sample_every', 'checkpoint_every', 'keep_last'),
-  *('keep_every', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'data.name'),
-  *('data.path', 'data.train_split', 'data.heldout_split'),
-  *('data.heldout_every', 'data.image_size', 'data.channels', 'data.flip'),
-  *('model.name', 'model.channels', 'model.multipliers', 'model.num_blocks'),
-  *('model.attention_resolutions', 'model.num_heads', 'model.num_groups'),
-  *('model.dropout', 'model.dtype', 'process.schedule'),
-  *('process.num_timesteps', 'process.beta_start', 'process.beta_end'),
-  *('loss.prediction', 'optim.lr', 'optim.warmup_steps', 'optim.clip_norm'),
-  *('optim.b1', 'optim.b2', 'optim.eps', 'ema.decay', 'sample.sampler'),
-  *('sample.grid', 'sample.num_steps', 'sample.num_images'),
-  *('sample.variance', 'sample.clip'),
-)
-
 
 LARGEST_BATCH = 10**8  # XLA aborts where a size overflows
 AT_LEAST_1 = (
@@ -53,8 +35,7 @@ def check_network(config: config_dict.ConfigDict) -> list[str]:
 
 
 def _lacking(config):
-  there = runs.flatten(config.to_dict())
-  lacking = ', '.join(key for key in KEYS if key not in there)
+  lacking = ', '.join(completion.lacking(config))
   return lacking and [f'the config has no {lacking}: every run has these keys']
 
 

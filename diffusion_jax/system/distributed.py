@@ -85,7 +85,7 @@ def _stay_connected(connections, index):
     return
   _others = [] if index else connections
   if index:
-    farewell.follow(connections[0], _end_with_first)
+    farewell.follow(connections[0], lambda code: leave(code, alone=True))
 
 
 def _meet_in_pod():
@@ -195,11 +195,15 @@ def leave(code: int, alone: bool = False) -> None:
       os._exit(code)  # whatever comes in between, such as another Ctrl-C
 
 
-def _end_with_first(code):
-  told = f'process 0 has ended with exit code {code}, and so does this one'
-  with contextlib.suppress(OSError):
-    print(told, file=sys.stderr, flush=True)
-  leave(code, alone=True)
+def finish() -> None:
+  """Ends this process well, once all have come so far.
+
+  Returns in a process that has met no others. JAX's own end is not safe on a
+  busy machine: it may abort one that still uses process 0's service.
+  """
+  if _others is not None:
+    gather(None)
+    leave(0)
 
 
 def _is_several():

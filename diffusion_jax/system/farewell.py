@@ -9,6 +9,7 @@ and process 0 waits for that.
 import contextlib
 import selectors
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -61,9 +62,16 @@ def follow(
     told = ''
     with contextlib.suppress(OSError):
       told = first.makefile().readline()
-    if told:
-      time.sleep(seconds)
-      end(int(told))
+    if not told:
+      return
+    time.sleep(seconds)
+    with contextlib.suppress(OSError):
+      print(
+        f'process 0 has ended with exit code {int(told)}, and so does this one',
+        file=sys.stderr,
+        flush=True,
+      )
+    end(int(told))
 
   first.settimeout(None)
   threading.Thread(target=wait, daemon=True).start()

@@ -18,14 +18,19 @@ import jax.numpy as jnp
 from absl import logging as absl
 from orbax.checkpoint import v1 as ocp
 
-from diffusion_jax import models
+from diffusion_jax.models import NET
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checksum, held
 from diffusion_jax.training.state import TrainState
-
-SUMS = 'checksums'  # the key, in Orbax's metadata of a step
-WHOLE = 'commit_success.txt'  # Orbax's last word on a step in a bucket
+from diffusion_jax.training.stored import (
+  FROZEN,
+  SUMS,
+  Stored,
+  hush_tasks,
+  named,
+  steps,
+)
 
 
 def _hush() -> None:
@@ -61,10 +66,25 @@ class Checkpoints:
     keep_last: how many of the newest are kept.
     keep_every: those at multiples of this many steps are kept for ever; 0 =
       none.
+    frozen: name -> parameters of the parts that are not trained. They are not
+      saved; their checksums are, and a checkpoint is only restored with the
+      same ones.
+    origins: name -> where a frozen part comes from, for people.
   """
 
-  def __init__(self, directory, keep_last: int = 3, keep_every: int = 0):
+  def __init__(
+    self,
+    directory,
+    keep_last: int = 3,
+    keep_every: int = 0,
+    frozen: dict | None = None,
+    origins: dict | None = None,
+  ):
     self.directory = files.absolute(directory)
+    self._frozen = {
+      name: {'from': (origins or {})[name], SUMS: checksum.of(part)}
+      for name, part in (frozen or {}).items()
+    }
     self._saving = None  # (step, what Orbax gives to wait for)
     keep, save = (
       ocp.training.preservation_policies,
@@ -103,7 +123,7 @@ class Checkpoints:
     sums = checksum.of(tree)  # of what the devices hold, before any copy
     with _writing(step):
       saving = self._checkpointer.save_async(
-        step, tree, custom_metadata={SUMS: sums}
+        step, tree, custom_metadata={SUMS: sums, FROZEN: self._frozen}
       )
     self._saving = step, saving
 
@@ -122,29 +142,12 @@ class Checkpoints:
     """The state at `step`, laid out as `abstract` says.
 
     Raises:
-      UserError: the checkpoint is damaged or holds another model.
+      UserError: the checkpoint is damaged, holds another model, or was trained
+        with other frozen parts.
     """
-    stored = _Stored(self._checkpointer, self.directory, step)
+    stored = Stored(self._checkpointer, self.directory, step)
+    stored.trained_with(self._frozen)
     return TrainState(**stored.load(abstract._asdict()))
-
-
-def steps(directory) -> list[int]:
-  """The steps that have a checkpoint, in order; nothing is written.
-
-  Args:
-    directory: the checkpoints'; [] where it does not exist.
-  """
-  directory = files.at(directory)
-  if not directory.is_dir():
-    return []
-  # A save under way bears a longer name; it gets its own by renaming. In a
-  # bucket it has its own, and a file is added that says that it is whole.
-  return sorted(
-    int(entry.name)
-    for entry in directory.iterdir()
-    if entry.name.isdecimal()
-    and (not files.in_bucket(entry) or (entry / WHOLE).exists())
-  )
 
 
 def newest(directory) -> str:
@@ -249,8 +252,11 @@ def load_common(
   part = 'ema_params' if ema else 'params'
   with _stored(directory, step, 'init_step') as stored:
     stored.has([part])
+    prefix = ''
+    if stored.is_before_parts({part: abstract}):
+      prefix, abstract = f'{NET}/', abstract[NET]
     there, here = (
-      {name: tuple(leaf.shape) for name, leaf in _named(tree).items()}
+      {name: tuple(leaf.shape) for name, leaf in named(tree).items()}
       for tree in (stored.tree.get(part, {}), abstract)
     )
     left = [
@@ -260,7 +266,7 @@ def load_common(
     ]
     wanted = {
       name: leaf
-      for name, leaf in _named(abstract).items()
+      for name, leaf in named(abstract).items()
       if there.get(name) == here[name]
     }
     if not wanted:
@@ -271,83 +277,16 @@ def load_common(
     chosen = jax.tree.structure(stored.tree[part]).unflatten(
       wanted.get(name, ...) for name in there
     )
-    loaded = _named(stored.read({part: chosen})[part])
-  return {name: loaded[name] for name in loaded if name in wanted}, left
+    loaded = named(stored.read({part: chosen})[part])
+  for row in left:
+    row['name'] = prefix + row['name']
+  return {prefix + name: loaded[name] for name in wanted}, left
 
 
 @contextlib.contextmanager
-def _stored(directory, step, flag='step') -> Iterator['_Stored']:
+def _stored(directory, step, flag='step') -> Iterator[Stored]:
   with ocp.training.Checkpointer(files.absolute(directory)) as checkpointer:
-    yield _Stored(checkpointer, directory, step, flag)
-
-
-class _Stored:
-  """A checkpoint on disk: `tree` is the shapes and dtypes of what it holds.
-
-  Args:
-    checkpointer: Orbax's, of the directory.
-    directory: the checkpoints'.
-    step: which one.
-    flag: by which another would be chosen, for the messages.
-
-  Raises:
-    UserError: it is damaged.
-  """
-
-  def __init__(self, checkpointer, directory, step, flag='step'):
-    self._checkpointer = checkpointer
-    self._directory, self._step, self._flag = directory, step, flag
-    with self._reading():
-      metadata = checkpointer.metadata(step)
-      if metadata.metadata is None:
-        raise ValueError('its metadata cannot be read')
-      self.tree = metadata.metadata.get('state', metadata.metadata)
-      self._sums = (metadata.custom_metadata or {}).get(SUMS)
-      if not isinstance(self._sums, dict):
-        raise ValueError('it has no checksums')
-
-  def __str__(self):
-    return f'checkpoint {self._step} in {self._directory}'
-
-  def has(self, parts) -> None:
-    """Raises UserError where raw parameters are wanted and were never there."""
-    missing = 'params' in parts and 'params' not in self.tree
-    if missing and 'ema_params' in self.tree:
-      raise UserError(
-        f'{self} has averaged parameters only, as it was converted: take '
-        'those, without --noema or --noinit_ema'
-      )
-
-  def load(self, abstract: dict) -> dict:
-    """The parts of `abstract`, which must be as they are there."""
-    self.has(abstract)
-    stored = {name: self.tree.get(name, {}) for name in abstract}
-    difference = _first_difference(stored, abstract)
-    if difference:
-      raise UserError(f'{self} holds another model: {difference}')
-    return self.read(abstract)
-
-  def read(self, chosen: dict) -> dict:
-    """The chosen parts; leaves that are `...`, and all else, are not read."""
-    skipped = jax.tree.map(lambda _: ..., self.tree)
-    with self._reading():
-      loaded = self._checkpointer.load(self._step, {**skipped, **chosen})
-      read = {k: leaf for k, leaf in _named(loaded).items() if leaf is not ...}
-      for name, found in checksum.of(read).items():
-        if found != self._sums.get(name):
-          raise ValueError(f'{name} is not what was saved')
-    return loaded
-
-  @contextlib.contextmanager
-  def _reading(self) -> Iterator[None]:
-    """Reports in one line what is wrong with the checkpoint."""
-    try:
-      yield
-    except Exception as e:
-      _hush_tasks()
-      raise UserError(
-        _unreadable(self._directory, self._step, e, self._flag)
-      ) from e
+    yield Stored(checkpointer, directory, step, flag)
 
 
 @contextlib.contextmanager
@@ -361,45 +300,5 @@ def _writing(step) -> Iterator[None]:
     if not (code or isinstance(e, OSError) or 'gs://' in str(e)):
       raise
     reason = os.strerror(int(code[1])) if code else e.strerror or str(e)
-    _hush_tasks()
+    hush_tasks()
     raise UserError(f'checkpoint {step} cannot be written ({reason})') from e
-
-
-def _hush_tasks() -> None:
-  """asyncio's word on the others of many tasks, of which one has failed."""
-  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
-
-
-def _named(tree) -> dict:
-  return dict(zip(models.names(tree), jax.tree.leaves(tree), strict=True))
-
-
-def _first_difference(stored: dict, wanted: dict) -> str:
-  there, here = (
-    {
-      name: f'{tuple(leaf.shape)} {jnp.dtype(leaf.dtype)}'
-      for name, leaf in _named(tree).items()
-    }
-    for tree in (stored, wanted)
-  )
-  for name in sorted(there.keys() | here.keys()):
-    found = [shapes.get(name, 'nothing') for shapes in (there, here)]
-    if found[0] != found[1]:
-      return f'{name} is {found[0]} there, {found[1]} here'
-  return ''
-
-
-def _unreadable(directory, step, error, flag) -> str:
-  while error.__cause__:  # Orbax tells the reason last
-    error = error.__cause__
-  if isinstance(error, MemoryError | PermissionError):
-    raise error  # nothing is wrong with the checkpoint
-  reason = (str(error) or type(error).__name__).splitlines()[0]
-  others = [s for s in steps(directory) if s != step]
-  remedy = (
-    f'move {directory}/{step} away to go on from {others[-1]}, or take '
-    f'another by --{flag} ({", ".join(map(str, others))})'
-    if others
-    else 'there is no other'
-  )
-  return f'checkpoint {step} is unreadable ({reason[:120]}): {remedy}'

@@ -122,21 +122,6 @@ def radii(
   return np.maximum(np.concatenate(found), 0).T
 
 
-def caveats(count: int, k: int = DENSITY_K) -> list[str]:
-  """What is to be told beside precision and recall, a line each.
-
-  Args:
-    count: the smaller number of images.
-    k: the largest in use.
-  """
-  if count > k:
-    return []
-  return [
-    f'precision and recall: {count} images, and with k = {k} they take at '
-    f'least {k + 1} of both sets'
-  ]
-
-
 def _squares(x, y, block_size, shrink=1.0) -> Iterator:
   """(rows, [n, M]): squared distances of rows of x to all of y, with rounding.
 

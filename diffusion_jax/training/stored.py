@@ -1,0 +1,182 @@
+"""A checkpoint on disk, as it is read: verified, and with one-line mistakes."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax import models
+from diffusion_jax.models import NET
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
+from diffusion_jax.training import checksum
+
+# Keys in Orbax's metadata of a step.
+SUMS = 'checksums'
+FROZEN = 'frozen'
+WHOLE = 'commit_success.txt'  # Orbax's last word on a step in a bucket
+
+
+def steps(directory) -> list[int]:
+  """The steps that have a checkpoint, in order; nothing is written.
+
+  Args:
+    directory: the checkpoints'; [] where it does not exist.
+  """
+  directory = files.at(directory)
+  if not directory.is_dir():
+    return []
+  # A save under way bears a longer name; it gets its own by renaming. In a
+  # bucket it has its own, and a file is added that says that it is whole.
+  return sorted(
+    int(entry.name)
+    for entry in directory.iterdir()
+    if entry.name.isdecimal()
+    and (not files.in_bucket(entry) or (entry / WHOLE).exists())
+  )
+
+
+class Stored:
+  """A checkpoint on disk: `tree` is the shapes and dtypes of what it holds.
+
+  Args:
+    checkpointer: Orbax's, of the directory.
+    directory: the checkpoints'.
+    step: which one.
+    flag: by which another would be chosen, for the messages.
+
+  Raises:
+    UserError: it is damaged.
+  """
+
+  def __init__(self, checkpointer, directory, step, flag='step'):
+    self._checkpointer = checkpointer
+    self._directory, self._step, self._flag = directory, step, flag
+    with self._reading():
+      metadata = checkpointer.metadata(step)
+      if metadata.metadata is None:
+        raise ValueError('its metadata cannot be read')
+      self.tree = metadata.metadata.get('state', metadata.metadata)
+      self._sums = (metadata.custom_metadata or {}).get(SUMS)
+      self._frozen = (metadata.custom_metadata or {}).get(FROZEN, {})
+      if not isinstance(self._sums, dict):
+        raise ValueError('it has no checksums')
+
+  def __str__(self):
+    return f'checkpoint {self._step} in {self._directory}'
+
+  def has(self, parts) -> None:
+    """Raises UserError where raw parameters are wanted and were never there."""
+    missing = 'params' in parts and 'params' not in self.tree
+    if missing and 'ema_params' in self.tree:
+      raise UserError(
+        f'{self} has averaged parameters only, as it was converted: take '
+        'those, without --noema or --noinit_ema'
+      )
+
+  def trained_with(self, frozen: dict) -> None:
+    """Raises UserError unless it was trained with these frozen parts."""
+    for name in sorted(frozen.keys() | self._frozen.keys()):
+      there, here = self._frozen.get(name, {}), frozen.get(name, {})
+      if there.get(SUMS) != here.get(SUMS):
+        raise UserError(
+          f'{self} was trained with {there.get("from", "no part")} as its '
+          f'frozen {name}, which is now {here.get("from", "missing")}: give '
+          'the same one, or train in a new workdir'
+        )
+
+  def is_before_parts(self, abstract: dict) -> bool:
+    """Whether it has the network's parameters where `abstract` has parts."""
+    return any(
+      NET in tree and NET not in self.tree.get(name, {NET: None})
+      for name, tree in abstract.items()
+      if name in ('params', 'ema_params')
+    )
+
+  def load(self, abstract: dict) -> dict:
+    """The parts of `abstract`, which must be as they are there."""
+    if self.is_before_parts(abstract):
+      loaded = self.load(_without_parts(abstract))
+      return jax.tree.structure(abstract).unflatten(jax.tree.leaves(loaded))
+    self.has(abstract)
+    stored = {name: self.tree.get(name, {}) for name in abstract}
+    difference = _first_difference(stored, abstract)
+    if difference:
+      raise UserError(f'{self} holds another model: {difference}')
+    return self.read(abstract)
+
+  def read(self, chosen: dict) -> dict:
+    """The chosen parts; leaves that are `...`, and all else, are not read."""
+    skipped = jax.tree.map(lambda _: ..., self.tree)
+    with self._reading():
+      loaded = self._checkpointer.load(self._step, {**skipped, **chosen})
+      read = {k: leaf for k, leaf in named(loaded).items() if leaf is not ...}
+      for name, found in checksum.of(read).items():
+        if found != self._sums.get(name):
+          raise ValueError(f'{name} is not what was saved')
+    return loaded
+
+  @contextlib.contextmanager
+  def _reading(self) -> Iterator[None]:
+    """Reports in one line what is wrong with the checkpoint."""
+    try:
+      yield
+    except Exception as e:
+      hush_tasks()
+      raise UserError(
+        _unreadable(self._directory, self._step, e, self._flag)
+      ) from e
+
+
+def hush_tasks() -> None:
+  """asyncio's word on the others of many tasks, of which one has failed."""
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+
+
+def _without_parts(tree):
+  """As checkpoints were before parameters had parts: the network's alone."""
+
+  def is_part(node):
+    return isinstance(node, dict) and node.keys() == {NET}
+
+  return jax.tree.map(
+    lambda node: node[NET] if is_part(node) else node, tree, is_leaf=is_part
+  )
+
+
+def named(tree) -> dict:
+  """Name -> leaf."""
+  return dict(zip(models.names(tree), jax.tree.leaves(tree), strict=True))
+
+
+def _first_difference(stored: dict, wanted: dict) -> str:
+  there, here = (
+    {
+      name: f'{tuple(leaf.shape)} {jnp.dtype(leaf.dtype)}'
+      for name, leaf in named(tree).items()
+    }
+    for tree in (stored, wanted)
+  )
+  for name in sorted(there.keys() | here.keys()):
+    found = [shapes.get(name, 'nothing') for shapes in (there, here)]
+    if found[0] != found[1]:
+      return f'{name} is {found[0]} there, {found[1]} here'
+  return ''
+
+
+def _unreadable(directory, step, error, flag) -> str:
+  while error.__cause__:  # Orbax tells the reason last
+    error = error.__cause__
+  if isinstance(error, MemoryError | PermissionError):
+    raise error  # nothing is wrong with the checkpoint
+  reason = (str(error) or type(error).__name__).splitlines()[0]
+  others = [s for s in steps(directory) if s != step]
+  remedy = (
+    f'move {directory}/{step} away to go on from {others[-1]}, or take '
+    f'another by --{flag} ({", ".join(map(str, others))})'
+    if others
+    else 'there is no other'
+  )
+  return f'checkpoint {step} is unreadable ({reason[:120]}): {remedy}'
