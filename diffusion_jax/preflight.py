@@ -350,12 +350,11 @@ def _result(place, train, sample) -> dict:
     }  # fmt: skip
   if place.where and train.flops:
     predicted = rates.predict(place.where, train)
+    seconds = predicted['seconds']
     result['predicted'] = {
-      **predicted._asdict(),
-      'images_per_sec_per_chip': (
-        config.batch_size / place.mesh.size / predicted.seconds
-      ),
-      'hours': config.num_steps * predicted.seconds / 3600,
+      **predicted,
+      'images_per_sec_per_chip': config.batch_size / place.mesh.size / seconds,
+      'hours': config.num_steps * seconds / 3600,
     }
   return result
 

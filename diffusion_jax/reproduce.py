@@ -230,7 +230,7 @@ def _task() -> Task:
   workdir = files.at(FLAGS.workdir).expanduser()
   directory = files.at(FLAGS.output or workdir / 'reproduction').expanduser()
   _check_output(workdir, directory)
-  _check_run(workdir, origin)
+  _check_run(workdir, source)
   held = config['data']['heldout_split'] or config['data']['heldout_every']
   if FLAGS.bits and not held:
     raise UserError('the config holds no images out: give --nobits')
@@ -294,27 +294,23 @@ def _check_output(workdir, directory) -> None:
     )
 
 
-def _check_run(workdir, origin) -> None:
+def _check_run(workdir, source) -> None:
   """Raises UserError unless the workdir is new, or of this very task."""
   runs.usable_folder('workdir', workdir)
   came_from = runs.converted_from(workdir)
   begun = (workdir / 'config.json').exists()
-  if not origin:
+  if not source:
     if came_from:
       raise UserError(
         f'--workdir={workdir} holds weights from {came_from}: give '
         f'--from={came_from}, or another folder'
       )
     runs.check(workdir, FLAGS.config)
-  elif begun and came_from != str(_absolute(origin)):
+  elif begun and came_from != str(files.absolute(source)):
     raise UserError(
-      f'--workdir={workdir} holds a run that does not come from {origin}: give '
-      'a new folder'
+      f'--workdir={workdir} holds a run that does not come from '
+      f'{ORIGIN.value}: give a new folder'
     )
-
-
-def _absolute(origin) -> files.Path:
-  return files.absolute(files.at(origin).expanduser())
 
 
 def _judge() -> tuple[tuple[str, ...], bool]:
@@ -421,14 +417,14 @@ def _plan(pieces, whole, told) -> None:
 
 def _report(pieces) -> None:
   record, directory = pieces.record, pieces.task.directory
-  lines = ['', 'all is done']
+  lines = [*record.get('text', []), '', 'all is done']
   if left := record['left']:
     lines = [f'left: {", ".join(left)}; the same command goes on']
   for line in record.get('left_out', []):
     terminal.say(f'too large to be copied: {line}')
   terminal.report(
     {**record, 'directory': str(directory)},
-    '\n'.join([*record.get('text', []), *lines, f'results: {directory}']),
+    '\n'.join([*lines, f'results: {directory}']),
     FLAGS.json,
   )
 

@@ -264,17 +264,17 @@ def test_time_at_published_rates():
     ],
   )  # fmt: skip
   found = rates.predict(where, program)
-  assert found.compute_seconds == pytest.approx(1)
-  assert found.memory_seconds == pytest.approx(0.01)
+  assert found['compute_seconds'] == pytest.approx(1)
+  assert found['memory_seconds'] == pytest.approx(0.01)
   exchange = 2 * 255 / 256 + 15 / 16
-  assert found.exchange_seconds == pytest.approx(exchange)
-  assert found.seconds == pytest.approx(1 + exchange)
-  assert found.efficiency == pytest.approx(1 / (1 + exchange))
+  assert found['exchange_seconds'] == pytest.approx(exchange)
+  assert found['seconds'] == pytest.approx(1 + exchange)
+  assert found['efficiency'] == pytest.approx(1 / (1 + exchange))
   # Without the links that close the rings it takes twice as long.
   small = rates.predict(chips.parse('v5e:8x8'), made_up(
     flops=1.0, collectives=[Collective('all-reduce', 64, 1, int(200e9))]
   ))  # fmt: skip
-  assert small.exchange_seconds == pytest.approx(2 * 2 * 63 / 64)
+  assert small['exchange_seconds'] == pytest.approx(2 * 2 * 63 / 64)
 
 
 @pytest.mark.parametrize('first', [1, 7, 100, 5000])

@@ -461,12 +461,6 @@ def test_a_stage_that_ends(tmp_path):
   assert child(tmp_path / 'x', 'ends') == {'well': True}
 
 
-def test_the_devices_are_asked_for():
-  found = stages.run(work.PROBE)
-  assert found['device'] == 'cpu'
-  assert found['num_devices'] >= 1
-
-
 def once(path):
   """Calls back once the child has its handlers."""
   while not path.exists():
@@ -596,8 +590,6 @@ class Fake:
         },
       }
       return found
-    if name == '-c':
-      return {'device': 'cpu', 'num_devices': 1}
     if name == 'convert':
       (self.workdir / 'checkpoints' / '800000').mkdir(parents=True)
       (self.workdir / 'converted.json').write_text('{"from": "weights.bin"}')
@@ -639,14 +631,13 @@ def test_what_is_on_record_is_not_done_again(tmp_path, monkeypatch):
   (card,) = pieces.judged('evaluate', tasks.evaluate(task, 30))
   assert card['results']['fid'] == 3.2
   assert fake.calls == []
-  # Measured before, and the devices are the same.
-  pieces.measure()
-  assert fake.calls == ['-c']
+  pieces.measure()  # which was done before
+  assert fake.calls == []
   assert pieces.rates() == {'images_per_sec': 50, 'evaluations_per_sec': 100}
   # Of another number of samples nothing is on record.
   more = task_of(tmp_path, train_minutes=0.5, num_samples=100)
   pieces_of(more, monkeypatch, fake).judged('x', tasks.evaluate(more, 30))
-  assert fake.calls == ['-c', 'evaluate']
+  assert fake.calls == ['evaluate']
 
 
 def test_weights_are_imported_once(tmp_path, monkeypatch):

@@ -27,13 +27,6 @@ END_SECS, END = stages.GRACE + 5, 0.25
 MEASURING = 0.25
 LEAST = 0.05
 
-# What the devices are: the process that waits does not ask itself.
-PROBE = [
-  '-c',
-  'import json; from diffusion_jax.system import environment; '
-  'print(json.dumps(environment.describe()))',
-]
-
 
 class Cut(Exception):
   """This call's time is up, or SIGTERM came; all is kept."""
@@ -162,14 +155,10 @@ class Pieces:
 
   def measure(self) -> None:
     """Times this machine, unless that is on record or training has a rate."""
-    task, known = self.task, self._measured()
-    if not task.measure or self._trained_at() or known == {}:
+    task, command = self.task, tasks.measure(self.task)
+    known = self._trained_at() or self._measured() is not None
+    if known or not task.measure:
       return
-    if known:
-      here = self.stage('devices', PROBE) or {}
-      if _device(here) == _device(known['environment']):
-        return
-    command = tasks.measure(task)
     limit = min(MEASURE_SECS, MEASURING * 60 * task.minutes or math.inf)
     result = {}
     if found := self.stage('measure', command, limit=limit):
@@ -299,10 +288,6 @@ def hours_left(pieces: Pieces, work: cost.Work) -> cost.Hours | None:
   )
   most = max(task.most_training - spent / 3600, 0)
   return cost.hours(rest, **pieces.rates(), most=most)
-
-
-def _device(environment: dict) -> tuple:
-  return environment.get('device'), environment.get('num_devices')
 
 
 def read(path) -> dict | None:
