@@ -49,7 +49,7 @@ from diffusion_jax.runs import validation
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import files, terminal
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint, metrics
+from diffusion_jax.training import checkpoint
 from diffusion_jax.weights import inception as weights
 from diffusion_jax.weights import official
 
@@ -85,20 +85,13 @@ flags.DEFINE_integer(
   'num_steps', None, 'Sampling steps; all of the schedule by default.'
 )
 flags.DEFINE_bool('bits', True, 'Bits per dimension of the held-out images.')
-flags.DEFINE_integer(
-  'curve', 0, 'So many earlier checkpoints are judged too, after the last.'
+flags.DEFINE_integer('curve', 0, 'Earlier checkpoints that are judged too.')
+flags.DEFINE_bool('measure', True, 'First measure the time of a step here.')
+flags.DEFINE_float('minutes', 0, 'Limit of this call; 0: none.')
+flags.DEFINE_float(
+  'train_minutes', 0, 'Limit of training, all calls together; 0: none.'
 )
-flags.DEFINE_bool('measure', True, 'First measure what a step takes here.')
-flags.DEFINE_float(
-  'minutes', 0,
-  'That this call takes, saving included; the same command goes on. 0: no '
-  'limit.',
-)  # fmt: skip
-flags.DEFINE_float(
-  'train_minutes', 0,
-  'That training takes, all calls together; 0: to the last step, however long.',
-)  # fmt: skip
-flags.DEFINE_bool('plan', False, 'Tell the cost and the stages, and end.')
+flags.DEFINE_bool('plan', False, 'Print the cost and the stages, and end.')
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 OTHERS = ('pixels', 'classifier')  # that judge, and are not Inception
@@ -130,47 +123,42 @@ def main():
 
 def _carry_out(pieces, whole) -> None:
   """Works until all is done, or this call is over; keeps what came of it."""
-  asked, judged, scored, step = pieces.task, {}, [], None
-  left = ['measuring', 'import' if asked.origin else 'training',
-          'samples and their distance']  # fmt: skip
-  left += ['bits per dimension'] * asked.bits
-  left += ['earlier checkpoints'] * bool(asked.curve)
-
-  def evaluate(step):
-    name = f'evaluate step {step}'
-    (judged[step],) = pieces.judged(name, task.evaluate(asked, step))
-
+  asked, made, step, stopped = pieces.task, [], None, None
+  left = ['measuring', 'import' if asked.origin else 'training']
+  judgements = _judgements(asked)
   pieces.begin()
   signal.signal(signal.SIGTERM, work.cut)
-  stopped = None
   try:
     pieces.measure()
     left.pop(0)
     _say_measured(pieces, whole)
     step = pieces.train()
+    left.pop(0)
     if asked.origin:  # what the weights are, is found out by importing them
       config = runs.read_config(asked.workdir)
       asked = pieces.task = dataclasses.replace(asked, config=config)
-    left.pop(0)
-    evaluate(step)
-    left.pop(0)
-    if asked.bits:
-      scored = pieces.judged('bits', task.bits(asked, step))
-      left.pop(0)
-    if asked.curve:
-      there = checkpoint.steps(asked.workdir / 'checkpoints')
-      for earlier in task.earlier([s for s in there if s <= step], asked.curve):
-        evaluate(earlier)
-      left.pop(0)
+    there = checkpoint.steps(asked.workdir / 'checkpoints')
+    others = task.earlier([s for s in there if s <= step], asked.curve)
+    judgements = task.judgements(asked, step, others)
+    while judgements:
+      name, _, command = judgements[0]
+      made += pieces.judged(name, command)
+      judgements.pop(0)
   except (work.Cut, KeyboardInterrupt) as e:
     stopped = e
   signal.signal(signal.SIGTERM, signal.SIG_IGN)  # soon it is over anyway
-  pieces.keep(**_facts(pieces, whole, left, step, judged, scored))
+  left += dict.fromkeys(what for _, what, _ in judgements)
+  pieces.keep(**_facts(pieces, whole, left, step, made))
   if isinstance(stopped, KeyboardInterrupt):
     raise stopped
 
 
-def _facts(pieces, whole, left, step, judged, scored) -> dict:
+def _judgements(asked) -> list[tuple]:
+  """Of checkpoints that are not known yet."""
+  return task.judgements(asked, 'LAST', ['EARLIER'] * bool(asked.curve))
+
+
+def _facts(pieces, whole, left, step, made) -> dict:
   """What the record tells of what was done, and of what came of it."""
   asked, shares = pieces.task, cost.shares(pieces.task.recipe)
   facts = {
@@ -178,7 +166,7 @@ def _facts(pieces, whole, left, step, judged, scored) -> dict:
     'left': left,
     'config': asked.name,
     'differences': asked.differences,
-    'hardware': [card['environment'] for card in judged.values()],
+    'hardware': [card['environment'] for card in made],
     'rates': pieces.rates(),
     'cost': {
       **whole._asdict(),
@@ -188,11 +176,10 @@ def _facts(pieces, whole, left, step, judged, scored) -> dict:
       },
     },
   }
-  if judged:
-    rows = metrics.read(asked.workdir / metrics.ROWS)
-    found = results.judge(asked, step, judged, next(iter(scored), None), rows)
+  if made:
+    found = results.judge(asked, step, made)
     facts['files'], facts['left_out'] = results.collect(
-      asked, step, [*judged.values(), *scored], found, pieces.record['files']
+      asked, step, made, found, pieces.record['files']
     )
     facts |= found
   return facts
@@ -402,9 +389,7 @@ def _plan(pieces, whole, told) -> None:
   """The stages as they would be run."""
   asked = pieces.task
   commands = [task.measure(asked)] * asked.measure + [task.train(asked)]
-  commands += [task.evaluate(asked, 'LAST')]
-  commands += [task.bits(asked, 'LAST')] * asked.bits
-  commands += [task.evaluate(asked, 'EARLIER')] * bool(asked.curve)
+  commands += [command for *_, command in _judgements(asked)]
   lines = [f'python {shlex.join(command)}' for command in commands]
   _say_measured(pieces, whole)
   terminal.report(

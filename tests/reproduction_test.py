@@ -190,9 +190,8 @@ def task_of(tmp_path, name='cifar10', origin=None, workdir=None, **changes):
 
 def verdict(tmp_path, card=None, bits=None, step=800_000, **changes):
   card = card or card_of(step)
-  return results.judge(
-    task_of(tmp_path, **changes), step, {step: card}, bits, []
-  )
+  made = [card, *([bits] if bits else [])]
+  return results.judge(task_of(tmp_path, **changes), step, made)
 
 
 @pytest.mark.parametrize(
@@ -756,7 +755,8 @@ def test_the_folder_of_results(tmp_path, monkeypatch):
   store.open_store(samples, {'dtype': 'float32'})
   store.save(samples, np.arange(100), drawn.astype(np.float32))
   judged = {90_000: card_of(90_000, 6.0), 50_000: card_of(50_000, 9.0)}
-  found = results.judge(task, 90_000, judged, None, rows_like(90_000, 0.03))
+  made = list(judged.values())
+  found = results.judge(task, 90_000, made)
   monkeypatch.setattr(results, 'MOST_BYTES', 4_000_000)
   (task.workdir / 'report.html').write_text('x' * 5_000_000)
   task.directory.mkdir()
@@ -765,9 +765,7 @@ def test_the_folder_of_results(tmp_path, monkeypatch):
   (task.directory / 'step1_samples.json').write_text('an earlier one')
   names = ['step1_samples.json']
   for _ in range(2):  # the second time the same is replaced
-    names, left = results.collect(
-      task, 90_000, [*judged.values()], found, names
-    )
+    names, left = results.collect(task, 90_000, made, found, names)
     assert left == [f'{task.workdir / "report.html"}, 5 MB']
   assert sorted(names) == [
     'config.json', 'curves.png', 'metrics.jsonl', 'samples.png',
