@@ -301,7 +301,7 @@ def _task(workdir, trained) -> judging.Task:
   config, shape = trained.config['data'], trained.image_shape
   heldout = None
   if FLAGS.reference:
-    source = judging.open_set('reference', shape[0], shape[2])
+    source = judging.open_set('reference', shape[:2], shape[2])
     about = {'data': 'images' if source else 'statistics'}
   else:
     source, heldout = run_data.splits(trained.config)

@@ -108,7 +108,9 @@ def check_flags() -> None:
 
 
 def open_set(
-  flag: str, image_size: int | None = None, channels: int | None = None
+  flag: str,
+  image_size: int | tuple[int, int] | None = None,
+  channels: int | None = None,
 ) -> Source | None:
   """The images that a flag names; None where it is a file of statistics.
 
