@@ -9,7 +9,7 @@ of `models.inception.shapes`, and the batch norms folded.
 import functools
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -50,22 +50,13 @@ _PARTS = {
 }
 
 
-def obtain(
-  directory,
-  *,
-  url: str = URL,
-  sha256: str = SHA256,
-  largest: int = BYTES,
-  on_bytes: Callable[[int], None] = lambda count: None,
-):
+def obtain(directory, **how):
   """The published weights as a file of ours; fetched, unless it is there.
 
   Args:
     directory: where to.
-    url: see `download.fetch`, as are the others.
-    sha256: of the published file.
-    largest: bytes that it may have.
-    on_bytes: called with the number of bytes of each piece that has come.
+    **how: as of `download.fetch`; url, sha256 and largest are those of the
+      published file by default.
 
   Returns:
     the path of the file.
@@ -75,12 +66,8 @@ def obtain(
   """
   path = files.at(directory) / NAME
   if not path.exists():
-    convert(
-      download.fetch(
-        directory, url=url, sha256=sha256, largest=largest, on_bytes=on_bytes
-      ),
-      path,
-    )
+    published = {'url': URL, 'sha256': SHA256, 'largest': BYTES}
+    convert(download.fetch(directory, **{**published, **how}), path)
   return path
 
 
@@ -154,24 +141,20 @@ def torch_names() -> dict[str, str]:
 
   Of softmax, there are w and b.
   """
-  return {'fc.weight': 'softmax/w', 'fc.bias': 'softmax/b'} | {
+  return {
     f'{_torch_name(name)}.{theirs}': f'{name}/{part}'
     for name in _convolutions()
     for part, (theirs, _) in _PARTS.items()
-  }
+  } | {'fc.weight': 'softmax/w', 'fc.bias': 'softmax/b'}
 
 
 def graph_names() -> dict[str, str]:
   """{name of a constant of the graph, with _ for /: ours}."""
   return {
-    'softmax_weights': 'softmax/w',
-    'softmax_biases': 'softmax/b',
-    **{
-      f'{name}_{theirs}': f'{name}/{part}'
-      for name in _convolutions()
-      for part, (_, theirs) in _PARTS.items()
-    },
-  }
+    f'{name}_{theirs}': f'{name}/{part}'
+    for name in _convolutions()
+    for part, (_, theirs) in _PARTS.items()
+  } | {'softmax_weights': 'softmax/w', 'softmax_biases': 'softmax/b'}
 
 
 def _convolutions() -> list[str]:
