@@ -22,6 +22,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -166,28 +167,29 @@ def difference(trained, pipeline, how, size: int) -> float:
 
 def measured(trained, pipeline, how, size: int) -> dict:
   """Both comparisons at one batch size: medians and spread."""
-  first, pair = alternating(
+  drawer, indices = trained.drawer(how, dtype='float32'), np.arange(size)
+  first, seconds = alternating(
     {
       'ours': functools.partial(ours, trained, how, size),
       'diffusers': functools.partial(theirs, pipeline, how, size),
+      'draw': lambda: drawer(indices),
+      **network_alone(trained, how, size),
     }
   )
-  drawer, indices = trained.drawer(how, dtype='float32'), np.arange(size)
-  _, alone = alternating(
-    {'draw': lambda: drawer(indices), **network_alone(trained, how, size)}
-  )
+  spread = {name: _summary(values) for name, values in seconds.items()}
+  drawn = seconds['draw']
   return {
     'batch_size': size,
-    'compile_seconds': first['ours'] - float(np.median(pair['ours'])),
+    'compile_seconds': first['ours'] - spread['ours']['median'],
     'images_per_sec': {
-      name: _summary(size / seconds) for name, seconds in pair.items()
+      name: _summary(size / seconds[name]) for name in ('ours', 'diffusers')
     },
-    'seconds': {name: _summary(seconds) for name, seconds in alone.items()},
+    'seconds': {n: spread[n] for n in ('draw', 'one by one', 'one scan')},
     # Of the two times of a round: a slowdown of a whole round cancels.
     'ratios': {
-      'ours / diffusers': _summary(pair['diffusers'] / pair['ours']),
-      'draw / one by one': _summary(alone['draw'] / alone['one by one']),
-      'draw / one scan': _summary(alone['draw'] / alone['one scan']),
+      'ours / diffusers': _summary(seconds['diffusers'] / seconds['ours']),
+      'draw / one by one': _summary(drawn / seconds['one by one']),
+      'draw / one scan': _summary(drawn / seconds['one scan']),
     },
   }
 
@@ -272,10 +274,10 @@ def _machine(pipeline) -> dict:
     'torch': torch.__version__, 'diffusers': diffusers.__version__
   }  # fmt: skip
   info = Path('/proc/cpuinfo')
-  lines = info.read_text().splitlines() if info.exists() else []
-  names = [line.split(':')[1] for line in lines if line[:10] == 'model name']
+  text = info.read_text() if info.exists() else ''
+  names = re.findall('^model name.*: (.*)', text, re.M)
   return {
-    'cpu': names[0].strip() if names else platform.processor(),
+    'cpu': names[0] if names else platform.processor(),
     'cpu_cores': os.cpu_count(),
     'torch_threads': torch.get_num_threads(),
     'torch_device': str(pipeline.device),
@@ -291,14 +293,9 @@ def _shown(result):
   ).format(**result)
   batches = result['batches']
   rows = [
-    (name, *(_spread(batch[kind][key]) for batch in batches))
-    for name, kind, key in (
-      ('this project, images/s', 'images_per_sec', 'ours'),
-      ('diffusers, images/s', 'images_per_sec', 'diffusers'),
-      ('this project / diffusers', 'ratios', 'ours / diffusers'),
-      ('time of a draw / one by one', 'ratios', 'draw / one by one'),
-      ('time of a draw / one scan', 'ratios', 'draw / one scan'),
-    )
+    (f'{name}{unit}', *(_spread(batch[kind][name]) for batch in batches))
+    for kind, unit in (('images_per_sec', ', images/s'), ('ratios', ''))
+    for name in batches[0][kind]
   ]
   compiled = [f'{batch["compile_seconds"]:.1f} s' for batch in batches]
   heads = [f'batch {batch["batch_size"]}' for batch in batches]

@@ -14,6 +14,8 @@ from jax.sharding import AbstractMesh
 
 from diffusion_jax import models
 from diffusion_jax.cli import command
+from diffusion_jax.planning import page
+from diffusion_jax.planning.compiled import device_bytes
 from diffusion_jax.runs import recipe, validation
 from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
@@ -41,19 +43,25 @@ def main():
   mesh = AbstractMesh(sizes, sharding.AXES)
   init = recipe.create(config).init
   abstract = state.abstract_state(init, optim.create(**config.optim), mesh)
+  names, leaves = (
+    models.names(abstract.params),
+    jax.tree.leaves(abstract.params),
+  )
   rows = [
     {'name': name, **_lies(leaf)}
-    for name, leaf in zip(
-      models.names(abstract.params),
-      jax.tree.leaves(abstract.params),
-      strict=True,
-    )
+    for name, leaf in zip(names, leaves, strict=True)
   ]
   totals = {
-    'parameters': _bytes(abstract.params),
-    'EMA': _bytes(abstract.ema_params),
-    'optimiser': _bytes(abstract.opt_state),
-    'state': _bytes(abstract),
+    name: {
+      'total': sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)),
+      'device': device_bytes(part),
+    }
+    for name, part in (
+      ('parameters', abstract.params),
+      ('EMA', abstract.ema_params),
+      ('optimiser', abstract.opt_state),
+      ('state', abstract),
+    )
   }
   terminal.report(
     {'mesh': dict(mesh.shape), 'parameters': rows, 'bytes': totals},
@@ -76,19 +84,7 @@ def _lies(leaf) -> dict:
   return {
     'shape': list(leaf.shape),
     'split': split,
-    'device_bytes': _device_bytes(leaf),
-  }
-
-
-def _device_bytes(leaf) -> int:
-  return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
-def _bytes(tree) -> dict:
-  leaves = jax.tree.leaves(tree)
-  return {
-    'total': sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
-    'device': sum(map(_device_bytes, leaves)),
+    'device_bytes': device_bytes(leaf),
   }
 
 
@@ -107,8 +103,7 @@ def _shown(mesh, rows, totals):
     ],
   )
   yield ''
-  sizes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
-  yield f'{sizes} = {count} device{"s" * (count > 1)}'
+  yield f'{page.mesh(mesh.shape)} = {count} device{"s" * (count > 1)}'
   yield from terminal.table(
     ['bytes', 'total', f'total / {count}', 'a device', 'ratio'],
     [

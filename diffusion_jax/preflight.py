@@ -18,20 +18,25 @@ random images and new parameters, and tells what a step takes.
 
 import math
 import os
-import time
 from concurrent import futures
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from ml_collections import config_dict
 
 from diffusion_jax import runs
 from diffusion_jax.cli import command
-from diffusion_jax.planning import checks, chips, compiled, page, rates
-from diffusion_jax.planning.compiled import Compiled, TooLarge, device_bytes
+from diffusion_jax.planning import (
+  checks,
+  chips,
+  compiled,
+  page,
+  rates,
+  timing,
+)
+from diffusion_jax.planning.compiled import Compiled, device_bytes
 from diffusion_jax.planning.page import gib
 from diffusion_jax.runs import programs, validation
 from diffusion_jax.system import distributed, environment, terminal
@@ -66,29 +71,45 @@ flags.DEFINE_bool(
 )
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
-MEASURED_SECS = 2.0  # of each program; one run, where that takes longer
-
 
 class Place(NamedTuple):
   """A config on the devices that it is looked at for.
 
   Attributes:
     config: the run's.
-    name: of the devices, for people.
-    mesh: of them.
+    mesh: of the devices.
     program: what is compiled.
     limit: bytes that a device has for it.
     where: the slice; None = this machine.
-    options: the compiler's.
+    fast: whether it is compiled at low effort.
   """
 
   config: config_dict.ConfigDict
-  name: str
   mesh: jax.sharding.Mesh
   program: programs.Programs
   limit: int
   where: chips.Slice | None
-  options: dict | None
+  fast: bool
+
+  @property
+  def device(self) -> str:
+    """What kind they are."""
+    return self.mesh.devices.flat[0].device_kind
+
+  @property
+  def name(self) -> str:
+    """Of the devices, for people."""
+    return self.where.name if self.where else f'{self.mesh.size} {self.device}'
+
+  @property
+  def rows(self) -> int:
+    """How many devices a batch is split over."""
+    return self.mesh.shape['data'] * self.mesh.shape['fsdp']
+
+  @property
+  def sampled(self) -> int:
+    """Images drawn at once: what was asked for, rounded up to the mesh."""
+    return -(-FLAGS.sample_batch_size // self.rows) * self.rows
 
 
 def main():
@@ -110,14 +131,23 @@ def main():
     _largest(place)
     return
   train, sample = _compile_both(place)
-  if _used(train) > _limit(place, train):
-    raise UserError(_too_large(place, place.config.batch_size, train))
-  if sample and _used(sample) > _limit(place, sample):
-    raise UserError(_too_many_samples(place, sample))
+  if train.total > train.limit:
+    raise UserError(
+      _too_large(place, place.config.batch_size, train.total, train.limit)
+    )
+  if sample and sample.total > sample.limit:
+    more = gib(sample.total - sample.limit)
+    raise UserError(
+      f'--sample_batch_size={place.sampled} does not fit {place.name}: '
+      f'{gib(sample.total)} a chip, {more} more than its {gib(sample.limit)}; '
+      'draw fewer'
+    )
   distributed.gather(None)  # who is through first waits for the others
   result = _result(place, train, sample)
   if FLAGS.measure:
-    result['measured'] = _measure(place, train, sample)
+    result['measured'] = timing.measure(
+      place.config, place.mesh, place.program, train, sample, place.sampled
+    )
     result['environment'] = environment.describe()
   result['checks'] = [check._asdict() for check in looked_at]
   terminal.report(result, '\n'.join(page.lines(result)), FLAGS.json)
@@ -127,11 +157,8 @@ def _place(config, where, devices) -> Place:
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   limit = where.chip.memory if where else _memory()
   fast = FLAGS.fast and devices[0].platform == 'tpu'
-  name = where.name if where else f'{len(devices)} {devices[0].device_kind}'
-  return Place(
-    config, name, mesh, programs.create(config, mesh), limit, where,
-    compiled.FAST if fast else None,
-  )  # fmt: skip
+  program = programs.create(config, mesh)
+  return Place(config, mesh, program, limit, where, fast)
 
 
 def _memory() -> int:
@@ -162,14 +189,12 @@ def _look(place) -> list[checks.Check]:
 
 
 def _batch(place) -> str:
-  config, sizes = place.config, place.mesh.shape
-  each = config.batch_size // (
-    sizes['data'] * sizes['fsdp'] * config.microbatches
-  )
-  on = ' x '.join(f'{axis} {size}' for axis, size in sizes.items())
-  pieces = f', {config.microbatches} microbatches' * (config.microbatches > 1)
+  config, microbatches = place.config, place.config.microbatches
+  each = config.batch_size // (place.rows * microbatches)
+  pieces = f', {microbatches} microbatches' * (microbatches > 1)
   return (
-    f'{config.batch_size} images on mesh {on}{pieces}: {each} at once a device'
+    f'{config.batch_size} images on mesh {page.mesh(place.mesh.shape)}{pieces}'
+    f': {each} at once a device'
   )
 
 
@@ -184,39 +209,33 @@ def _compile_both(place) -> tuple:
   """
   what = f'the training step, {place.config.batch_size} images'
   if FLAGS.sampling:
-    what += f', and the sampling program, {_sampled(place)} images'
+    what += f', and the sampling program, {place.sampled} images'
   with terminal.waiting(f'compiling {what}{_effort(place)}'):
     pool = futures.ThreadPoolExecutor()
     train = pool.submit(_compile_step, place, place.config.batch_size)
     sample = pool.submit(_compile_sampling, place) if FLAGS.sampling else None
     step = train.result()
-    fits = _used(step) <= _limit(place, step)
+    fits = step.total <= step.limit
     return step, sample.result() if sample and fits else None
 
 
 def _effort(place) -> str:
-  return ' at low effort' if place.options else ''
+  return ' at low effort' if place.fast else ''
 
 
-def _compile_step(place, batch_size) -> Compiled | TooLarge:
+def _compile_step(place, batch_size) -> Compiled:
   shape = (batch_size, *runs.image_shape(place.config.data))
   batch = {'image': _rows(place, shape, jnp.uint8)}
   program = place.program
-  args = (program.abstract, program.frozen, batch)
-  return _compile(place, program.step_fn, args)
-
-
-def _sampled(place) -> int:
-  """Images drawn at once: what was asked for, rounded up to the mesh."""
-  parts = place.mesh.shape['data'] * place.mesh.shape['fsdp']
-  return -(-FLAGS.sample_batch_size // parts) * parts
-
-
-def _compile_sampling(place) -> Compiled | TooLarge:
-  indices = _rows(place, (_sampled(place),), jnp.uint32)
   return _compile(
-    place, place.program.draw_fn, (place.program.abstract.ema_params, indices)
+    place, program.step_fn, program.abstract, program.frozen, batch
   )
+
+
+def _compile_sampling(place) -> Compiled:
+  indices = _rows(place, (place.sampled,), jnp.uint32)
+  program = place.program
+  return _compile(place, program.draw_fn, program.abstract.ema_params, indices)
 
 
 def _rows(place, shape, dtype):
@@ -224,40 +243,29 @@ def _rows(place, shape, dtype):
   return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
 
-def _compile(place, fn, args) -> Compiled | TooLarge:
-  try:
-    return compiled.compile(fn, args, options=place.options)
-  except TooLarge as e:
-    return e
-
-
-def _used(found) -> int:
-  return found.used if isinstance(found, TooLarge) else found.total
-
-
-def _limit(place, found) -> int:
-  return found.limit if isinstance(found, TooLarge) else place.limit
+def _compile(place, fn, *args) -> Compiled:
+  options = compiled.FAST if place.fast else None
+  return compiled.compile(fn, args, place.limit, options)
 
 
 def _largest(place) -> None:
   """Prints the largest batch that fits, and the next that does not."""
-  sizes = place.mesh.shape
-  unit = sizes['data'] * sizes['fsdp'] * place.config.microbatches
-  tried = {}
+  unit = place.rows * place.config.microbatches
 
   def used(count):
     what = f'the training step, {count * unit} images'
     with terminal.waiting(f'compiling {what}{_effort(place)}'):
-      found = tried[count] = _compile_step(place, count * unit)
-    takes, limit = _used(found), _limit(place, found)
+      found = _compile_step(place, count * unit)
     terminal.say(
-      f'batch_size={count * unit}: {gib(takes)} of {gib(limit)} a chip'
+      f'batch_size={count * unit}: {gib(found.total)} of {gib(found.limit)} a '
+      'chip'
     )
-    return takes, limit
+    return found.total, found.limit
 
-  fits, does_not = rates.largest(used, max(place.config.batch_size // unit, 1))
+  first = max(place.config.batch_size // unit, 1)
+  fits, does_not = rates.largest(used, first)
   if not fits.count:
-    raise UserError(_too_large(place, unit, tried[does_not.count]))
+    raise UserError(_too_large(place, unit, does_not.used, does_not.limit))
   terminal.report(
     {
       'topology': FLAGS.topology,
@@ -266,93 +274,21 @@ def _largest(place) -> None:
       'too_large': does_not.count * unit,
       'too_large_bytes': does_not.used,
       'memory': does_not.limit,
-      'fast': place.options is not None,
+      'fast': place.fast,
     },
     f'{place.name}: batch_size={fits.count * unit} fits ({gib(fits.used)} a '
     f'chip), {does_not.count * unit} does not ({gib(does_not.used)} of '
-    f'{gib(does_not.limit)})' + page.ESTIMATE * (place.options is not None),
+    f'{gib(does_not.limit)})' + page.ESTIMATE * place.fast,
     FLAGS.json,
   )
-
-
-# --- measuring ----------------------------------------------------------------
-
-
-def _measure(place, train, sample) -> dict:
-  """Seconds of both programs as they run here."""
-  config, mesh, program = place.config, place.mesh, place.program
-  peak = chips.peak(mesh.devices.flat[0].device_kind)
-
-  def share(flops, seconds):  # of the peak; None where that is not known
-    return peak and flops / seconds / mesh.size / peak
-
-  shape = (config.batch_size, *runs.image_shape(config.data))
-  noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-  batch = {'image': _put(mesh, noise)}
-  now = [program.create_state(mesh)]
-
-  def step():
-    now[0], values = train.program(now[0], program.frozen, batch)
-    return values
-
-  with terminal.waiting('measuring the training step'):
-    seconds, count = _timed(step)
-  found = {
-    'train': {
-      'seconds_per_step': seconds,
-      'steps': count,
-      'images_per_sec': config.batch_size / seconds,
-      'share_of_peak': share(sum(train.product_flops.values()), seconds),
-    }
-  }
-  if sample:
-    indices = _put(mesh, np.arange(_sampled(place), dtype=np.uint32))
-    params = now[0].ema_params
-    with terminal.waiting('measuring the sampling program'):
-      seconds, count = _timed(lambda: sample.program(params, indices))
-    evaluations = len(indices) * config.sample.num_steps
-    found['sample'] = {
-      'seconds_per_evaluation': seconds / evaluations,  # of one image
-      'evaluations': count * evaluations,
-      'batch_size': len(indices),
-      'share_of_peak': share(sum(sample.product_flops.values()), seconds),
-    }
-  return found
-
-
-def _put(mesh, rows: np.ndarray) -> jax.Array:
-  """Rows that every process has, split over the devices."""
-  return jax.make_array_from_callback(
-    rows.shape, sharding.batch_sharding(mesh), lambda index: rows[index]
-  )
-
-
-def _timed(call) -> tuple[float, int]:
-  """(seconds a call, calls): after one to warm up, unless that takes long."""
-
-  def seconds(count):
-    start = time.monotonic()
-    for _ in range(count):
-      values = call()
-    jax.block_until_ready(values)
-    # All processes must come to the same count.
-    return max(distributed.gather(time.monotonic() - start)) / count
-
-  first = seconds(1)
-  if first > MEASURED_SECS:
-    return first, 1
-  count = max(1, min(int(MEASURED_SECS / seconds(1)), 1000))
-  return seconds(count), count
 
 
 # --- words and numbers ------------------------------------------------------
 
 
-def _too_large(place, batch_size, found) -> str:
+def _too_large(place, batch_size, used, limit) -> str:
   """What does not fit, by how much, and what may."""
-  used, limit = _used(found), _limit(place, found)
-  config, sizes = place.config, place.mesh.shape
-  parts = sizes['data'] * sizes['fsdp']
+  config, parts = place.config, place.rows
   each, pieces = batch_size // parts, config.microbatches
   state = device_bytes(place.program.abstract)
   remedies = []
@@ -364,7 +300,7 @@ def _too_large(place, batch_size, found) -> str:
     fitting = [m for m in smaller if each // m <= at_once]
     remedies += [f'--config.microbatches={m}' for m in fitting[:1]]
     remedies.append(f'--config.batch_size={at_once * pieces * parts}')
-  if sizes['data'] > 1 and state > 0.2 * limit:
+  if place.mesh.shape['data'] > 1 and state > 0.2 * limit:
     remedies.append(f'--config.mesh.data=1 --config.mesh.fsdp={parts}')
   if config.model.dtype == 'float32':
     remedies.append('--config.model.dtype=bfloat16')
@@ -376,91 +312,51 @@ def _too_large(place, batch_size, found) -> str:
   )
 
 
-def _too_many_samples(place, found) -> str:
-  used, limit = _used(found), _limit(place, found)
-  return (
-    f'--sample_batch_size={_sampled(place)} does not fit {place.name}: '
-    f'{gib(used)} a chip, {gib(used - limit)} more than its {gib(limit)}; draw '
-    'fewer'
-  )
-
-
 def _result(place, train, sample) -> dict:
-  config, state = place.config, place.program.abstract
+  config, state, count = place.config, place.program.abstract, place.sampled
+  ema = {'EMA': device_bytes(state.ema_params)}
   parts = {
     'parameters': device_bytes(state.params),
-    'EMA': device_bytes(state.ema_params),
+    **ema,
     'optimiser': device_bytes(state.opt_state),
   }
   image = math.prod(runs.image_shape(config.data))
-  num_devices = place.mesh.size
-  rows = place.mesh.shape['data'] * place.mesh.shape['fsdp']
   result = {
     'topology': FLAGS.topology,
-    'device': place.mesh.devices.flat[0].device_kind,
-    'num_devices': num_devices,
+    'device': place.device,
+    'num_devices': place.mesh.size,
     'mesh': dict(place.mesh.shape),
     'dtype': config.model.dtype,
     'num_steps': config.num_steps,
     'batch_size': config.batch_size,
     'microbatches': config.microbatches,
-    'fast': place.options is not None,
+    'fast': place.fast,
     'memory': place.limit,
     'fits': True,  # what does not is refused
-    'train': {
-      'bytes': _bytes(
-        {**parts, 'batch': config.batch_size // rows * image}, train
-      ),
-      **_program(train, config.batch_size, num_devices),
-    },
-  }
+    'train': compiled.describe(
+      train, {**parts, 'batch': config.batch_size // place.rows * image},
+      config.batch_size, place.mesh.size,
+    ),
+  }  # fmt: skip
   if sample:
-    count = _sampled(place)
     result['sample'] = {
       'batch_size': count,
       'sampler': config.sample.sampler,
       'num_steps': config.sample.num_steps,
-      'bytes': _bytes(
-        {'EMA': parts['EMA'], 'batch': count // rows * 4}, sample
+      **compiled.describe(
+        sample, {**ema, 'batch': count // place.rows * 4}, count,
+        place.mesh.size,
       ),
-      **_program(sample, count, num_devices),
-    }
+    }  # fmt: skip
   if place.where and train.flops:
     predicted = rates.predict(place.where, train)
+    seconds = predicted['seconds']
     result['predicted'] = {
-      **predicted._asdict(),
-      'images_per_sec_per_chip': (
-        config.batch_size / num_devices / predicted.seconds
-      ),
-      'hours': config.num_steps * predicted.seconds / 3600,
+      **predicted,
+      'images_per_sec_per_chip': config.batch_size / place.mesh.size / seconds,
+      'hours': config.num_steps * seconds / 3600,
     }
   return result
-
-
-def _bytes(arguments: dict, program) -> dict:
-  """The parts, which add up; padding is the devices' own, of the arguments."""
-  return {
-    **arguments,
-    'padding': program.arguments - sum(arguments.values()),
-    'outputs': program.outputs - program.aliased,
-    'temporaries': program.temporaries,
-    'code': program.code,
-    'total': program.total,
-  }
-
-
-def _program(program, images, num_devices) -> dict:
-  whole = program.flops and program.flops * num_devices / images
-  return {
-    'product_flops_per_image': sum(program.product_flops.values()) / images,
-    'products': program.product_flops,
-    'xla_flops_per_image': whole,
-    'bytes_accessed': program.bytes_accessed,
-    'aliased': program.aliased,
-    'outputs': program.outputs,
-    'collectives': [one._asdict() for one in program.collectives],
-    'compile_seconds': round(program.seconds, 1),
-  }
 
 
 if __name__ == '__main__':

@@ -21,9 +21,9 @@ report; weights and samples stay in the workdir. For one process: on several
 hosts run the stages by hand.
 """
 
-import contextlib
 import dataclasses
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -49,7 +49,7 @@ from diffusion_jax.runs import validation
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import files, terminal
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint, metrics
+from diffusion_jax.training import checkpoint
 from diffusion_jax.weights import inception as weights
 from diffusion_jax.weights import official
 
@@ -85,20 +85,13 @@ flags.DEFINE_integer(
   'num_steps', None, 'Sampling steps; all of the schedule by default.'
 )
 flags.DEFINE_bool('bits', True, 'Bits per dimension of the held-out images.')
-flags.DEFINE_integer(
-  'curve', 0, 'So many earlier checkpoints are judged too, after the last.'
+flags.DEFINE_integer('curve', 0, 'Earlier checkpoints that are judged too.')
+flags.DEFINE_bool('measure', True, 'First measure the time of a step here.')
+flags.DEFINE_float('minutes', 0, 'Limit of this call; 0: none.')
+flags.DEFINE_float(
+  'train_minutes', 0, 'Limit of training, all calls together; 0: none.'
 )
-flags.DEFINE_bool('measure', True, 'First measure what a step takes here.')
-flags.DEFINE_float(
-  'minutes', 0,
-  'That this call takes, saving included; the same command goes on. 0: no '
-  'limit.',
-)  # fmt: skip
-flags.DEFINE_float(
-  'train_minutes', 0,
-  'That training takes, all calls together; 0: to the last step, however long.',
-)  # fmt: skip
-flags.DEFINE_bool('plan', False, 'Tell the cost and the stages, and end.')
+flags.DEFINE_bool('plan', False, 'Print the cost and the stages, and end.')
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 OTHERS = ('pixels', 'classifier')  # that judge, and are not Inception
@@ -112,62 +105,60 @@ def main():
   asked = _task()
   whole = task.work(asked, cost.flops_of(asked.config))
   told = _cost(asked, whole)
-  with stages.Signals() as signals:
-    pieces = work.Pieces(asked, signals, start)
-    if FLAGS.plan:
-      _plan(pieces, whole, told)
-      return
-    for line in told:
-      terminal.say(line)
-    try:
-      left = _carry_out(pieces, whole)
-    except stages.Failed as e:
-      pieces.keep(done=False)
-      if e.told:  # its own last line says what is wrong
-        sys.exit(2)
-      raise
-  if signals.name == 'SIGINT' and left:
-    raise KeyboardInterrupt
-  _report(pieces, left)
+  pieces = work.Pieces(asked, start)
+  if FLAGS.plan:
+    _plan(pieces, whole, told)
+    return
+  for line in told:
+    terminal.say(line)
+  try:
+    _carry_out(pieces, whole)
+  except stages.Failed as e:
+    pieces.keep(done=False)
+    if e.told:  # its own last line says what is wrong
+      sys.exit(2)
+    raise
+  _report(pieces)
 
 
-def _carry_out(pieces, whole) -> list[str]:
-  """Works until all is done, or this call is over; returns what is left."""
-  asked, judged, scored, step = pieces.task, {}, [], None
-  left = ['measuring', 'import' if asked.origin else 'training',
-          'samples and their distance']  # fmt: skip
-  left += ['bits per dimension'] * asked.bits
-  left += ['earlier checkpoints'] * bool(asked.curve)
-
-  def evaluate(step):
-    name = f'evaluate step {step}'
-    (judged[step],) = pieces.judged(name, task.evaluate(asked, step))
-
+def _carry_out(pieces, whole) -> None:
+  """Works until all is done, or this call is over; keeps what came of it."""
+  asked, made, step, stopped = pieces.task, [], None, None
+  left = ['measuring', 'import' if asked.origin else 'training']
+  judgements = _judgements(asked)
   pieces.begin()
-  with contextlib.suppress(work.Cut):
+  signal.signal(signal.SIGTERM, work.cut)
+  try:
     pieces.measure()
     left.pop(0)
     _say_measured(pieces, whole)
     step = pieces.train()
+    left.pop(0)
     if asked.origin:  # what the weights are, is found out by importing them
       config = runs.read_config(asked.workdir)
       asked = pieces.task = dataclasses.replace(asked, config=config)
-    left.pop(0)
-    evaluate(step)
-    left.pop(0)
-    if asked.bits:
-      scored = pieces.judged('bits', task.bits(asked, step))
-      left.pop(0)
-    if asked.curve:
-      there = checkpoint.steps(asked.workdir / 'checkpoints')
-      for earlier in task.earlier([s for s in there if s <= step], asked.curve):
-        evaluate(earlier)
-      left.pop(0)
-  pieces.keep(**_facts(pieces, whole, left, step, judged, scored))
-  return left
+    there = checkpoint.steps(asked.workdir / 'checkpoints')
+    others = task.earlier([s for s in there if s <= step], asked.curve)
+    judgements = task.judgements(asked, step, others)
+    while judgements:
+      name, _, command = judgements[0]
+      made += pieces.judged(name, command)
+      judgements.pop(0)
+  except (work.Cut, KeyboardInterrupt) as e:
+    stopped = e
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)  # soon it is over anyway
+  left += dict.fromkeys(what for _, what, _ in judgements)
+  pieces.keep(**_facts(pieces, whole, left, step, made))
+  if isinstance(stopped, KeyboardInterrupt):
+    raise stopped
 
 
-def _facts(pieces, whole, left, step, judged, scored) -> dict:
+def _judgements(asked) -> list[tuple]:
+  """Of checkpoints that are not known yet."""
+  return task.judgements(asked, 'LAST', ['EARLIER'] * bool(asked.curve))
+
+
+def _facts(pieces, whole, left, step, made) -> dict:
   """What the record tells of what was done, and of what came of it."""
   asked, shares = pieces.task, cost.shares(pieces.task.recipe)
   facts = {
@@ -175,7 +166,7 @@ def _facts(pieces, whole, left, step, judged, scored) -> dict:
     'left': left,
     'config': asked.name,
     'differences': asked.differences,
-    'hardware': [card['environment'] for card in judged.values()],
+    'hardware': [card['environment'] for card in made],
     'rates': pieces.rates(),
     'cost': {
       **whole._asdict(),
@@ -185,11 +176,10 @@ def _facts(pieces, whole, left, step, judged, scored) -> dict:
       },
     },
   }
-  if judged:
-    rows = metrics.read(asked.workdir / metrics.ROWS)
-    found = results.judge(asked, step, judged, next(iter(scored), None), rows)
+  if made:
+    found = results.judge(asked, step, made)
     facts['files'], facts['left_out'] = results.collect(
-      asked, step, [*judged.values(), *scored], found, pieces.record['files']
+      asked, step, made, found, pieces.record['files']
     )
     facts |= found
   return facts
@@ -227,7 +217,7 @@ def _task() -> Task:
   workdir = files.at(FLAGS.workdir).expanduser()
   directory = files.at(FLAGS.output or workdir / 'reproduction').expanduser()
   _check_output(workdir, directory)
-  _check_run(workdir, origin)
+  _check_run(workdir, source)
   held = config['data']['heldout_split'] or config['data']['heldout_every']
   if FLAGS.bits and not held:
     raise UserError('the config holds no images out: give --nobits')
@@ -291,27 +281,23 @@ def _check_output(workdir, directory) -> None:
     )
 
 
-def _check_run(workdir, origin) -> None:
+def _check_run(workdir, source) -> None:
   """Raises UserError unless the workdir is new, or of this very task."""
   runs.usable_folder('workdir', workdir)
   came_from = runs.converted_from(workdir)
   begun = (workdir / 'config.json').exists()
-  if not origin:
+  if not source:
     if came_from:
       raise UserError(
         f'--workdir={workdir} holds weights from {came_from}: give '
         f'--from={came_from}, or another folder'
       )
     runs.check(workdir, FLAGS.config)
-  elif begun and came_from != str(_absolute(origin)):
+  elif begun and came_from != str(files.absolute(source)):
     raise UserError(
-      f'--workdir={workdir} holds a run that does not come from {origin}: give '
-      'a new folder'
+      f'--workdir={workdir} holds a run that does not come from '
+      f'{ORIGIN.value}: give a new folder'
     )
-
-
-def _absolute(origin) -> files.Path:
-  return files.absolute(files.at(origin).expanduser())
 
 
 def _judge() -> tuple[tuple[str, ...], bool]:
@@ -403,9 +389,7 @@ def _plan(pieces, whole, told) -> None:
   """The stages as they would be run."""
   asked = pieces.task
   commands = [task.measure(asked)] * asked.measure + [task.train(asked)]
-  commands += [task.evaluate(asked, 'LAST')]
-  commands += [task.bits(asked, 'LAST')] * asked.bits
-  commands += [task.evaluate(asked, 'EARLIER')] * bool(asked.curve)
+  commands += [command for *_, command in _judgements(asked)]
   lines = [f'python {shlex.join(command)}' for command in commands]
   _say_measured(pieces, whole)
   terminal.report(
@@ -416,17 +400,16 @@ def _plan(pieces, whole, told) -> None:
   )  # fmt: skip
 
 
-def _report(pieces, left) -> None:
-  record, asked = pieces.record, pieces.task
-  lines = record.get('text', []) if not left else []
-  if left:
-    lines = [*lines, f'left: {", ".join(left)}; the same command goes on']
-  done = [] if left else ['', 'all is done']
+def _report(pieces) -> None:
+  record, directory = pieces.record, pieces.task.directory
+  lines = [*record.get('text', []), '', 'all is done']
+  if left := record['left']:
+    lines = [f'left: {", ".join(left)}; the same command goes on']
   for line in record.get('left_out', []):
     terminal.say(f'too large to be copied: {line}')
   terminal.report(
-    {**record, 'directory': str(asked.directory)},
-    '\n'.join([*lines, *done, f'results: {asked.directory}']),
+    {**record, 'directory': str(directory)},
+    '\n'.join([*lines, f'results: {directory}']),
     FLAGS.json,
   )
 

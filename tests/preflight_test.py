@@ -221,13 +221,17 @@ def together_in_threads(monkeypatch, workdirs, look):
 
 def test_a_workdir_that_hosts_do_not_share(monkeypatch, tmp_path):
   shared, own = tmp_path / 'a' / 'b', tmp_path / 'own'
-  check = together_in_threads(monkeypatch, [shared] * 3, checks._workdir)
+
+  def look(workdir):
+    return checks.check('workdir', checks._workdir, workdir)
+
+  check = together_in_threads(monkeypatch, [shared] * 3, look)
   assert check.well
   assert 'by all 3 processes' in check.told
   assert not list(tmp_path.iterdir())
   found = together_in_threads(
     monkeypatch, [shared, shared, own],
-    lambda workdir: checks._workdir(workdir)._replace(told=''),
+    lambda workdir: look(workdir)._replace(told=''),
   )  # fmt: skip
   assert not found.well
   assert not list(tmp_path.iterdir())
@@ -240,7 +244,9 @@ def test_versions_that_differ(monkeypatch):
     lambda: {'versions': next(versions), 'revision': 'abc'},
   )  # fmt: skip
   check = together_in_threads(
-    monkeypatch, [None] * 2, lambda _: checks._versions()
+    monkeypatch,
+    [None] * 2,
+    lambda _: checks.check('versions', checks._versions),
   )
   assert not check.well
   assert 'flax ' in check.told

@@ -131,7 +131,7 @@ def check_what_a_verdict_looks_at(tmp_path, workdir):
   step = config['num_steps']
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(published, 'NUM_SAMPLES', 20)
-    found = results.judge(task, step, {step: card}, bits, [])
+    found = results.judge(task, step, [card, bits])
   assert found['reasons'] == []
   assert found['verdict'] == 'reproduced'
 

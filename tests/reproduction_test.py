@@ -190,9 +190,8 @@ def task_of(tmp_path, name='cifar10', origin=None, workdir=None, **changes):
 
 def verdict(tmp_path, card=None, bits=None, step=800_000, **changes):
   card = card or card_of(step)
-  return results.judge(
-    task_of(tmp_path, **changes), step, {step: card}, bits, []
-  )
+  made = [card, *([bits] if bits else [])]
+  return results.judge(task_of(tmp_path, **changes), step, made)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +271,7 @@ def test_other_features_are_no_fid(tmp_path):
   assert 'FID-768, not FID by the 2048 features' in found['reasons'][0]
   head, ours, paper = found['text'][:3]
   assert head.split()[:2] == ['FID-768', 'FID']
-  assert ours.split()[3:6] == ['0.1', '-', '-']  # ours, step 800,000
+  assert ours.split()[3:6] == ['0.1000', '-', '-']  # ours, step 800,000
   assert '3.17' in paper
 
 
@@ -454,20 +453,11 @@ print(json.dumps({'well': True}))
 
 
 def child(path, how, *more, **limits):
-  command = ['-c', CHILD, str(path), how, *more]
-  with stages.Signals() as signals:
-    return stages.run(command, signals, **limits)
+  return stages.run(['-c', CHILD, str(path), how, *more], **limits)
 
 
 def test_a_stage_that_ends(tmp_path):
   assert child(tmp_path / 'x', 'ends') == {'well': True}
-
-
-def test_the_devices_are_asked_for():
-  with stages.Signals() as signals:
-    found = stages.run(work.PROBE, signals)
-  assert found['device'] == 'cpu'
-  assert found['num_devices'] >= 1
 
 
 def once(path):
@@ -481,12 +471,11 @@ def test_at_the_deadline_it_is_told_to_stop(tmp_path, number):
   """It has a moment to keep what it has."""
 
   class Deadline(float):
-    def __le__(self, now):  # once the child is there to hear of it
-      return (tmp_path / 'x.up').exists()
+    def __gt__(self, now):  # until the child is there to hear of it
+      return not (tmp_path / 'x.up').exists()
 
-  assert (
-    child(tmp_path / 'x', 'waits', stop=number, deadline=Deadline()) is None
-  )
+  limits = {'stop': number, 'deadline': Deadline('inf'), 'every': 0.1}
+  assert child(tmp_path / 'x', 'waits', **limits) is None
   assert (tmp_path / 'x').read_text() == number.name
 
 
@@ -512,14 +501,31 @@ def test_signals_reach_the_stage(tmp_path, number):
     once(tmp_path / 'x.up')
     os.kill(os.getpid(), number)
 
+  before = signal.signal(signal.SIGTERM, work.cut)
   thread = threading.Thread(target=send)
   thread.start()
-  before = signal.getsignal(number)
-  found = child(tmp_path / 'x', 'waits', stop=signal.SIGTERM)
+  try:
+    with pytest.raises((KeyboardInterrupt, work.Cut)):
+      child(tmp_path / 'x', 'waits', stop=signal.SIGTERM)
+  finally:
+    signal.signal(signal.SIGTERM, before)
   thread.join()
-  assert found is None
   assert (tmp_path / 'x').read_text() == 'SIGTERM'
-  assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_kills_it(tmp_path):
+  def send():
+    once(tmp_path / 'x.up')
+    for _ in range(2):
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(1)
+
+  thread, start = threading.Thread(target=send), time.monotonic()
+  thread.start()
+  with pytest.raises(KeyboardInterrupt):
+    child(tmp_path / 'x', 'deaf', grace=50)
+  thread.join()
+  assert time.monotonic() - start < 40
 
 
 def test_a_stage_that_fails(tmp_path, capfd):
@@ -530,18 +536,16 @@ def test_a_stage_that_fails(tmp_path, capfd):
   assert capfd.readouterr().err == 'error: it is the way it is\n'
   with pytest.raises(stages.Failed, match='ended with exit code 1; the same'):
     child(tmp_path / 'x', 'fails', '1')
-  with stages.Signals() as signals:
-    kill = 'import os; os.kill(os.getpid(), 9)'
-    with pytest.raises(stages.Failed, match='SIGKILL, as where memory'):
-      stages.run(['-c', kill], signals)
+  kill = 'import os; os.kill(os.getpid(), 9)'
+  with pytest.raises(stages.Failed, match='SIGKILL, as where memory'):
+    stages.run(['-c', kill])
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='prctl is of Linux')
 def test_a_stage_does_not_outlive_a_parent_that_was_killed(tmp_path):
   script = f"""
 from diffusion_jax.reproduction import stages
-with stages.Signals() as signals:
-  stages.run(['-c', {CHILD!r}, {str(tmp_path / 'x')!r}, 'waits'], signals)
+stages.run(['-c', {CHILD!r}, {str(tmp_path / 'x')!r}, 'waits'])
 """
   parent = subprocess.Popen([sys.executable, '-c', script])
   once(tmp_path / 'x.up')
@@ -569,7 +573,7 @@ class Fake:
     self.workdir, self.calls, self.now = workdir, [], 0.0
     self.per_piece, self.slow, self.limits = per_piece, slow, []
 
-  def __call__(self, command, signals, *, deadline, **_):
+  def __call__(self, command, *, deadline, **_):
     name = stages.name(command)
     self.calls.append(name)
     self.limits.append(deadline - self.now)
@@ -585,8 +589,6 @@ class Fake:
         },
       }
       return found
-    if name == '-c':
-      return {'device': 'cpu', 'num_devices': 1}
     if name == 'convert':
       (self.workdir / 'checkpoints' / '800000').mkdir(parents=True)
       (self.workdir / 'converted.json').write_text('{"from": "weights.bin"}')
@@ -608,8 +610,8 @@ def pieces_of(task, monkeypatch, fake):
   monkeypatch.setattr(stages, 'run', fake)
   clock = types.SimpleNamespace(monotonic=lambda: getattr(fake, 'now', 0.0))
   monkeypatch.setattr(work, 'time', clock)
-  monkeypatch.setattr(work.summary, 'text', lambda card: 'a card')
-  return work.Pieces(task, stages.Signals(), clock.monotonic())
+  monkeypatch.setattr(work.tables, 'text', lambda card: 'a card')
+  return work.Pieces(task, clock.monotonic())
 
 
 def test_what_is_on_record_is_not_done_again(tmp_path, monkeypatch):
@@ -628,14 +630,13 @@ def test_what_is_on_record_is_not_done_again(tmp_path, monkeypatch):
   (card,) = pieces.judged('evaluate', tasks.evaluate(task, 30))
   assert card['results']['fid'] == 3.2
   assert fake.calls == []
-  # Measured before, and the devices are the same.
-  pieces.measure()
-  assert fake.calls == ['-c']
+  pieces.measure()  # which was done before
+  assert fake.calls == []
   assert pieces.rates() == {'images_per_sec': 50, 'evaluations_per_sec': 100}
   # Of another number of samples nothing is on record.
   more = task_of(tmp_path, train_minutes=0.5, num_samples=100)
   pieces_of(more, monkeypatch, fake).judged('x', tasks.evaluate(more, 30))
-  assert fake.calls == ['-c', 'evaluate']
+  assert fake.calls == ['evaluate']
 
 
 def test_weights_are_imported_once(tmp_path, monkeypatch):
@@ -754,7 +755,8 @@ def test_the_folder_of_results(tmp_path, monkeypatch):
   store.open_store(samples, {'dtype': 'float32'})
   store.save(samples, np.arange(100), drawn.astype(np.float32))
   judged = {90_000: card_of(90_000, 6.0), 50_000: card_of(50_000, 9.0)}
-  found = results.judge(task, 90_000, judged, None, rows_like(90_000, 0.03))
+  made = list(judged.values())
+  found = results.judge(task, 90_000, made)
   monkeypatch.setattr(results, 'MOST_BYTES', 4_000_000)
   (task.workdir / 'report.html').write_text('x' * 5_000_000)
   task.directory.mkdir()
@@ -763,9 +765,7 @@ def test_the_folder_of_results(tmp_path, monkeypatch):
   (task.directory / 'step1_samples.json').write_text('an earlier one')
   names = ['step1_samples.json']
   for _ in range(2):  # the second time the same is replaced
-    names, left = results.collect(
-      task, 90_000, [*judged.values()], found, names
-    )
+    names, left = results.collect(task, 90_000, made, found, names)
     assert left == [f'{task.workdir / "report.html"}, 5 MB']
   assert sorted(names) == [
     'config.json', 'curves.png', 'metrics.jsonl', 'samples.png',

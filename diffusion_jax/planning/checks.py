@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -41,15 +41,30 @@ def run(config: Mapping, workdir) -> list[Check]:
   Returns:
     what was found, well or not, on all processes alike.
   """
+  workdirs = [workdir] if workdir else []
   return [
-    _data(config['data']),
-    *([_workdir(workdir)] if workdir else []),
-    _versions(),
-    _tensorflow(),
+    check('data', _data, config['data']),
+    *(check('workdir', _workdir, folder) for folder in workdirs),
+    check('versions', _versions),
+    check('TensorFlow', _tensorflow),
   ]
 
 
-def _data(config) -> Check:
+def check(name: str, look: Callable[..., str], *given) -> Check:
+  """Looks at one thing.
+
+  Args:
+    name: of it.
+    look: returns what it found, or raises UserError for what is wrong.
+    *given: its arguments.
+  """
+  try:
+    return Check(name, True, look(*given))
+  except UserError as e:
+    return Check(name, False, str(e))
+
+
+def _data(config) -> str:
   try:
     train, _ = data.splits(config)
     chosen = np.arange(min(LOOKED_AT, len(train)))
@@ -67,14 +82,13 @@ def _data(config) -> Check:
   every = distributed.gather(found)
   for index, there in enumerate(every):
     if 'error' in there:
-      return Check('data', False, _where(index, every) + there['error'])
+      raise UserError(_where(index, every) + there['error'])
     if there != every[0]:
-      return Check(
-        'data', False,
+      raise UserError(
         f'{_where(index, every)}{_told(there)}, but process 0 has '
-        f'{_told(every[0])}: copy one to all hosts',
-      )  # fmt: skip
-  return Check('data', True, _told(every[0]))
+        f'{_told(every[0])}: copy one to all hosts'
+      )
+  return _told(every[0])
 
 
 def _told(found) -> str:
@@ -84,29 +98,26 @@ def _told(found) -> str:
   )
 
 
-def _workdir(workdir) -> Check:
+def _workdir(workdir) -> str:
   """Each process writes a file there, and looks for those of the others."""
   name = distributed.on_first(lambda: uuid.uuid4().hex)
   with contextlib.ExitStack() as undo:
     wrong = _try_to_write(workdir, name, undo)
     every = distributed.gather(wrong)
+    indices = range(len(every))
     seen = distributed.gather(
-      [
-        not wrong and _trace(workdir, name, i).exists()
-        for i in range(len(every))
-      ]
+      [not wrong and _trace(workdir, name, i).exists() for i in indices]
     )
   for index, wrong in enumerate(every):
     if wrong:
-      return Check('workdir', False, f'{_where(index, every)}{wrong}')
+      raise UserError(f'{_where(index, every)}{wrong}')
     if not all(seen[index]):
-      return Check(
-        'workdir', False,
+      raise UserError(
         f'{_where(index, every)}{workdir} is another folder than that of '
-        f'process {seen[index].index(False)}: give a path that all hosts share',
-      )  # fmt: skip
+        f'process {seen[index].index(False)}: give a path that all hosts share'
+      )
   by = f' by all {len(every)} processes' if len(every) > 1 else ''
-  return Check('workdir', True, f'{workdir} can be written{by}')
+  return f'{workdir} can be written{by}'
 
 
 def _trace(workdir, name, index):
@@ -149,32 +160,30 @@ def _remove_empty(folder):
     folder.rmdir()
 
 
-def _versions() -> Check:
+def _versions() -> str:
   facts = environment.describe()
   here = {**facts['versions'], 'git revision': facts['revision']}
   every = distributed.gather(here)
   for index, there in enumerate(every):
     for name, value in there.items():
       if value != every[0][name]:
-        return Check(
-          'versions', False,
+        raise UserError(
           f'process {index} has {name} {value}, process 0 has '
-          f'{every[0][name]}: install the same on all hosts',
-        )  # fmt: skip
+          f'{every[0][name]}: install the same on all hosts'
+        )
   shown = ', '.join(f'{name} {here[name]}' for name in ('python', 'jax'))
   same = f', the same on all {len(every)} processes' if len(every) > 1 else ''
-  return Check('versions', True, shown + same)
+  return shown + same
 
 
-def _tensorflow() -> Check:
+def _tensorflow() -> str:
   every = distributed.gather('tensorflow' in sys.modules)
   if any(every):
-    return Check(
-      'TensorFlow', False,
+    raise UserError(
       f'{_where(every.index(True), every)}it is imported, and takes the '
-      "accelerators' memory: find who imports it (python -X importtime)",
-    )  # fmt: skip
-  return Check('TensorFlow', True, 'is not imported')
+      "accelerators' memory: find who imports it (python -X importtime)"
+    )
+  return 'is not imported'
 
 
 def _where(index, every) -> str:

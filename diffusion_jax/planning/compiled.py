@@ -3,6 +3,8 @@
 import math
 import re
 import time
+import types
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,30 +18,20 @@ FAST = {'exec_time_optimization_effort': -1.0}
 UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
-class TooLarge(Exception):
-  """A program that the compiler refuses, since memory does not hold it.
-
-  Attributes:
-    used: bytes on a device that it would take, without its code.
-    limit: bytes that there are.
-  """
-
-  def __init__(self, used: int, limit: int):
-    super().__init__(f'{used} of {limit} bytes')
-    self.used, self.limit = used, limit
-
-
 class Compiled(NamedTuple):
   """What one device needs for a program, and does in a step of it.
 
+  A program that the compiler refuses has its bytes in `temporaries`.
+
   Attributes:
+    limit: bytes that a device has for it.
     arguments: bytes of what goes in: the state, and the batch.
     outputs: bytes of what comes out.
     aliased: bytes of the outputs that take the place of donated arguments.
     temporaries: bytes of all that lives only inside: activations, above all.
     code: bytes.
-    product_flops: {'convolutions', 'matrix products'} -> FLOPs of the whole
-      program over all devices, as of `flops.products`.
+    products: {'convolutions', 'matrix products'} -> FLOPs of the whole program
+      over all devices, as of `flops.products`.
     flops: all FLOPs as XLA counts them, on one device; None where it does not
       say, or where products are in a loop, whose body it counts once.
     bytes_accessed: bytes that move between device and memory, likewise.
@@ -48,28 +40,24 @@ class Compiled(NamedTuple):
     program: what can be called, where the devices are there.
   """
 
-  arguments: int
-  outputs: int
-  aliased: int
-  temporaries: int
-  code: int
-  product_flops: dict
-  flops: float | None
-  bytes_accessed: float | None
-  collectives: list[hlo.Collective]
-  seconds: float
+  limit: int
+  arguments: int = 0
+  outputs: int = 0
+  aliased: int = 0
+  temporaries: int = 0
+  code: int = 0
+  products: Mapping = types.MappingProxyType({})
+  flops: float | None = None
+  bytes_accessed: float | None = None
+  collectives: Sequence[hlo.Collective] = ()
+  seconds: float = 0.0
   program: jax.stages.Compiled | None = None
 
   @property
   def total(self) -> int:
     """Bytes in all, while it runs."""
-    return (
-      self.arguments
-      + self.outputs
-      - self.aliased
-      + self.temporaries
-      + self.code
-    )
+    added = self.outputs - self.aliased
+    return self.arguments + added + self.temporaries + self.code
 
 
 def device_bytes(tree) -> int:
@@ -80,16 +68,14 @@ def device_bytes(tree) -> int:
   )
 
 
-def compile(fn, args, *, options: dict | None = None) -> Compiled:
+def compile(fn, args, limit: int, options: dict | None = None) -> Compiled:
   """Compiles a jitted function; nothing is run.
 
   Args:
     fn: of `jax.jit`.
     args: abstract, with shardings that say for which devices.
+    limit: bytes that a device has, where the compiler does not say.
     options: the compiler's, such as FAST.
-
-  Raises:
-    TooLarge: the compiler says that memory does not hold it.
   """
   start = time.monotonic()
   traced = fn.trace(*args)
@@ -97,15 +83,16 @@ def compile(fn, args, *, options: dict | None = None) -> Compiled:
   try:
     program = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as e:
-    exceeded = _exceeded(str(e))
-    if not exceeded:
-      raise
-    raise TooLarge(*exceeded) from e
+    if exceeded := _exceeded(str(e)):
+      used, limit = exceeded
+      return Compiled(limit, temporaries=used)
+    raise
   memory, cost = program.memory_analysis(), program.cost_analysis() or {}
   if flops.has_loops(traced.jaxpr):
     cost = {}
   num_devices = jax.tree.leaves(args)[0].sharding.mesh.size
   return Compiled(
+    limit,
     memory.argument_size_in_bytes,
     memory.output_size_in_bytes,
     memory.alias_size_in_bytes,
@@ -134,3 +121,35 @@ def _exceeded(message) -> tuple[int, int] | None:
         int(float(limit) * UNITS[limit_unit]),
       )
   return None
+
+
+def describe(
+  found: Compiled, arguments: dict, images: int, num_devices: int
+) -> dict:
+  """A compiled program as JSON can hold it.
+
+  Args:
+    found: the program.
+    arguments: part of them -> bytes on a device.
+    images: in a step.
+    num_devices: of the mesh.
+  """
+  return {
+    # The parts add up; padding is the devices' own, of the arguments.
+    'bytes': {
+      **arguments,
+      'padding': found.arguments - sum(arguments.values()),
+      'outputs': found.outputs - found.aliased,
+      'temporaries': found.temporaries,
+      'code': found.code,
+      'total': found.total,
+    },
+    'product_flops_per_image': sum(found.products.values()) / images,
+    'products': found.products,
+    'xla_flops_per_image': found.flops and found.flops * num_devices / images,
+    'bytes_accessed': found.bytes_accessed,
+    'aliased': found.aliased,
+    'outputs': found.outputs,
+    'collectives': [one._asdict() for one in found.collectives],
+    'compile_seconds': round(found.seconds, 1),
+  }

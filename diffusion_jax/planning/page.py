@@ -1,6 +1,6 @@
 """What a preflight found, as a table."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from diffusion_jax.system import terminal
 
@@ -8,6 +8,11 @@ from diffusion_jax.system import terminal
 def gib(count: float) -> str:
   """Bytes, for people."""
   return f'{count / 2**30:.2f} GiB'
+
+
+def mesh(shape: Mapping[str, int]) -> str:
+  """The sizes of its axes, for people."""
+  return ' x '.join(f'{axis} {size}' for axis, size in shape.items())
 
 
 # At low effort, see compiled.FAST.
@@ -21,10 +26,9 @@ def lines(result: dict) -> Iterator[str]:
     result: what it prints as JSON.
   """
   name = result['topology'] or 'this machine'
-  mesh = ' x '.join(f'{axis} {size}' for axis, size in result['mesh'].items())
   yield (
-    f'{name}: {result["num_devices"]} {result["device"]}, {mesh}, '
-    f'{result["dtype"]}'
+    f'{name}: {result["num_devices"]} {result["device"]}, '
+    f'{mesh(result["mesh"])}, {result["dtype"]}'
   )
   kinds = [kind for kind in ('train', 'sample') if kind in result]
   for kind in kinds:

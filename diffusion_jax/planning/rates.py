@@ -7,26 +7,8 @@ from diffusion_jax.planning.chips import Chip, Slice
 from diffusion_jax.planning.compiled import Compiled
 
 
-class Prediction(NamedTuple):
-  """A step at a chip's published rates, which no program reaches.
-
-  Attributes:
-    compute_seconds: of the FLOPs, at the peak rate.
-    memory_seconds: of the bytes that move between chip and memory.
-    exchange_seconds: of what chips exchange.
-    seconds: the longer one of the first two, and the third after it.
-    efficiency: the share of it that is not exchange.
-  """
-
-  compute_seconds: float
-  memory_seconds: float
-  exchange_seconds: float
-  seconds: float
-  efficiency: float
-
-
-def predict(where: Slice, program: Compiled) -> Prediction:
-  """The time of a step, from below.
+def predict(where: Slice, program: Compiled) -> dict[str, float]:
+  """The time of a step at published rates, which no program reaches.
 
   Chips compute while they read memory, but not while they exchange. A group of
   all chips uses all links; a smaller one lies along one axis. An axis that is
@@ -35,6 +17,12 @@ def predict(where: Slice, program: Compiled) -> Prediction:
   Args:
     where: the slice.
     program: one whose FLOPs and bytes XLA tells.
+
+  Returns:
+    'compute_seconds' of the FLOPs, 'memory_seconds' of the bytes that move
+    between chip and memory, 'exchange_seconds' of what chips exchange;
+    'seconds', the longer one of the first two and the third after it;
+    'efficiency', the share of it that is not exchange.
   """
   chip = where.chip
   compute = program.flops / chip.flops
@@ -44,8 +32,13 @@ def predict(where: Slice, program: Compiled) -> Prediction:
     for one in program.collectives
   )
   work = max(compute, memory)
-  seconds = work + exchange
-  return Prediction(compute, memory, exchange, seconds, work / seconds)
+  return {
+    'compute_seconds': compute,
+    'memory_seconds': memory,
+    'exchange_seconds': exchange,
+    'seconds': work + exchange,
+    'efficiency': work / (work + exchange),
+  }
 
 
 def _traffic(kind: str, group: int) -> float:

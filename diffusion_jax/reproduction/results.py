@@ -36,26 +36,20 @@ STYLES = {
 }
 
 
-def judge(
-  task: Task,
-  step: int,
-  judged: Mapping[int, dict],
-  scored: dict | None,
-  rows: Sequence[dict],
-) -> dict:
+def judge(task: Task, step: int, made: Sequence[dict]) -> dict:
   """The table, the verdict and the health, as JSON can hold them.
 
   Args:
     task: what was asked for.
     step: the last one.
-    judged: step -> the card of its samples.
-    scored: the card of bits per dimension; None = not measured.
-    rows: of metrics.jsonl.
+    made: the cards of samples, and of bits per dimension if they are measured.
 
   Returns:
     'table', 'verdict', 'reasons', 'checks', 'health' and 'text'.
   """
-  card, recipe = judged[step], task.recipe
+  scored = next(filter(_bits, made), None)
+  judged, recipe = _judged(made), task.recipe
+  card = judged[step]
   results = {**card['results'], **(scored['results'] if scored else {})}
   shipped = task.shipped or task.config
   bands = recipe.imported if task.origin else recipe.own
@@ -76,6 +70,7 @@ def judge(
 
   findings, incomparable = [], task.incomparable
   if not (task.origin or incomparable):
+    rows = metrics.read(task.workdir / metrics.ROWS)
     findings.append(health.loss(rows, recipe.loss))
   if recipe.fid and not incomparable:
     findings += [
@@ -114,7 +109,6 @@ def collect(
     (names of the files, what was left out because it is too large).
   """
   folder = files.make(task.directory)
-  judged = {card['subject']['step']: card for card in made if not _bits(card)}
   rows = metrics.read(task.workdir / metrics.ROWS)
   page = [f'# {task.name}: ours beside the others', '', '```', *found['text'],
           '```', '']  # fmt: skip
@@ -122,7 +116,7 @@ def collect(
   contents = {
     **{_name(card): json.dumps(card, indent=2).encode() for card in made},
     TABLE: '\n'.join(page).encode(),
-    'curves.png': _drawn(curves(rows, task.recipe, judged)),
+    'curves.png': _drawn(curves(rows, task.recipe, _judged(made))),
     'samples.png': _grid(task, step),
     **{k: path.read_bytes() for k, path in copied.items() if path.exists()},
   }
@@ -144,6 +138,11 @@ def collect(
 
 def _bits(card) -> bool:
   return 'bits' in card['protocol']
+
+
+def _judged(made) -> dict[int, dict]:
+  """Step -> the card of its samples."""
+  return {card['subject']['step']: card for card in made if not _bits(card)}
 
 
 def _name(card) -> str:

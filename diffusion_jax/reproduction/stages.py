@@ -20,7 +20,6 @@ from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
 
 GRACE = 40.0  # seconds to save in, once it was told to stop
-TICK = 0.1
 
 # On Linux a process can ask for a signal when its parent is gone, however that
 # went; the asking outlives exec. Arguments: the parent, then the command.
@@ -39,36 +38,8 @@ class Failed(UserError):
     self.told = told
 
 
-class Signals:
-  """SIGINT and SIGTERM, noted while it is entered; `run` passes them on.
-
-  Attributes:
-    name: of the first that came; '' for none.
-    count: how many came. A second one kills the stage.
-  """
-
-  def __init__(self):
-    self.name, self.count = '', 0
-
-  def _note(self, number, _):
-    self.name = self.name or signal.Signals(number).name
-    self.count += 1
-
-  def __enter__(self):
-    self._before = {
-      number: signal.signal(number, self._note)
-      for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-
 def run(
   command: Sequence[str],
-  signals: Signals,
   *,
   stop: int = signal.SIGINT,
   deadline: float = math.inf,
@@ -76,11 +47,10 @@ def run(
   every: float = 20.0,
   grace: float = GRACE,
 ) -> dict | None:
-  """Runs a stage to its end, to its deadline, or until a signal comes.
+  """Runs a stage to its end or to its deadline; an exception stops it too.
 
   Args:
     command: arguments of Python.
-    signals: entered.
     stop: the signal that stops it.
     deadline: of time.monotonic().
     watch: called now and then meanwhile.
@@ -96,7 +66,6 @@ def run(
   whole = [sys.executable, *command]
   if sys.platform == 'linux':
     whole = [sys.executable, '-c', _TIED, str(os.getpid()), *whole]
-  watched, kill_at = time.monotonic(), None
   with (
     tempfile.TemporaryFile() as out,
     tempfile.NamedTemporaryFile() as error,
@@ -107,20 +76,13 @@ def run(
       env={**os.environ, terminal.ERROR_FILE: error.name},
     )  # fmt: skip
     try:
-      while process.poll() is None:
-        now = time.monotonic()
-        if kill_at is None and (now >= deadline or signals.name):
-          process.send_signal(stop)
-          kill_at = now + grace
-        elif kill_at and (now > kill_at or signals.count > 1):
-          process.kill()
-        if now - watched >= every:
-          watch()
-          watched = time.monotonic()
+      while process.poll() is None and (now := time.monotonic()) < deadline:
         with contextlib.suppress(subprocess.TimeoutExpired):
-          process.wait(TICK)
+          process.wait(min(every, deadline - now))
+        watch()
     finally:
-      if process.poll() is None:  # watch() raised
+      cut = process.poll() is None
+      if cut:
         _end(process, stop, grace)
     out.seek(0)
     printed = out.read().decode(errors='replace')
@@ -132,7 +94,7 @@ def run(
       return json.loads(printed)
     except ValueError as e:
       raise Failed(f'{name(command)} printed no JSON') from e
-  if kill_at or code == 0:
+  if cut or code == 0:
     return None
   how = f'exit code {code}' if code > 0 else signal.Signals(-code).name
   if -code == signal.SIGKILL:
@@ -145,11 +107,12 @@ def run(
 
 
 def _end(process, stop: int, grace: float) -> None:
-  """Lets it keep what it has, as at a deadline."""
+  """Lets it keep what it has; a second signal to this process kills it."""
   process.send_signal(stop)
   try:
-    process.wait(grace)
-  except subprocess.TimeoutExpired:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(grace)
+  finally:
     process.kill()
     process.wait()
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from diffusion_jax.reproduction import published, table
 from diffusion_jax.reproduction.cost import Work
@@ -109,6 +109,26 @@ def train(task: Task) -> list[str]:
       'convert', f'--from={task.origin}', f'--to={where}', *task.config_flags
     )
   return _binary('train', *task.config_flags, f'--workdir={where}')
+
+
+def judgements(
+  task: Task, step: int | str, others: Sequence[int | str]
+) -> list[tuple[str, str, list[str]]]:
+  """The stages after training: (name in the record, what it makes, command).
+
+  Args:
+    task: what is asked for.
+    step: of the last checkpoint.
+    others: earlier ones.
+  """
+  each = [(step, 'samples and their distance')]
+  each += [(at, 'earlier checkpoints') for at in others]
+  made = [
+    (f'evaluate step {at}', what, evaluate(task, at)) for at, what in each
+  ]
+  if task.bits:
+    made.insert(1, ('bits', 'bits per dimension', bits(task, step)))
+  return made
 
 
 def evaluate(task: Task, step: int | str) -> list[str]:

@@ -27,16 +27,14 @@ END_SECS, END = stages.GRACE + 5, 0.25
 MEASURING = 0.25
 LEAST = 0.05
 
-# What the devices are: the process that waits does not ask itself.
-PROBE = [
-  '-c',
-  'import json; from diffusion_jax.system import environment; '
-  'print(json.dumps(environment.describe()))',
-]
-
 
 class Cut(Exception):
-  """This call's time is up, or it was told to stop; all is kept."""
+  """This call's time is up, or SIGTERM came; all is kept."""
+
+
+def cut(*_) -> None:
+  """Raises Cut; a handler of signals."""
+  raise Cut
 
 
 class Pieces:
@@ -47,14 +45,13 @@ class Pieces:
     record: as it is on disk: 'stages', each with its name, command, the seconds
       of every piece, whether it has ended, and its result; 'files', those that
       the folder has by it.
-    signals: that come to this process.
 
   Args:
     start: of this call, of time.monotonic().
   """
 
-  def __init__(self, task: Task, signals: stages.Signals, start: float):
-    self.task, self.signals, self._start = task, signals, start
+  def __init__(self, task: Task, start: float):
+    self.task, self._start = task, start
     # Results may be of an earlier protocol: what holds, is found again.
     before = read(task.directory / RECORD) or {}
     self.record = {
@@ -118,23 +115,23 @@ class Pieces:
       its result; None where its own limit cut it.
 
     Raises:
-      Cut: the call's limit or a signal did, or it was not begun.
+      Cut: the call's limit did, or it was not begun.
       Failed: it failed.
     """
-    if self.signals.name or self.left() < LEAST * 60 * self.task.minutes:
+    if self.left() < LEAST * 60 * self.task.minutes:
       raise Cut
     terminal.say(f'\n$ python {shlex.join(command)}')
     entry, result, start = self.entry(name, command), None, time.monotonic()
     try:
       result = stages.run(
-        command, self.signals, stop=stop, watch=watch,
+        command, stop=stop, watch=watch,
         deadline=start + min(self.left(), limit),
       )  # fmt: skip
     finally:
       entry['seconds'].append(round(time.monotonic() - start, 1))
       entry['ended'] = result is not None
       self.keep()
-    if result is None and (self.signals.name or self.left() <= 0):
+    if result is None and self.left() <= 0:
       raise Cut
     return result
 
@@ -158,14 +155,10 @@ class Pieces:
 
   def measure(self) -> None:
     """Times this machine, unless that is on record or training has a rate."""
-    task, known = self.task, self._measured()
-    if not task.measure or self._trained_at() or known == {}:
+    task, command = self.task, tasks.measure(self.task)
+    known = self._trained_at() or self._measured() is not None
+    if known or not task.measure:
       return
-    if known:
-      here = self.stage('devices', PROBE) or {}
-      if _device(here) == _device(known['environment']):
-        return
-    command = tasks.measure(task)
     limit = min(MEASURE_SECS, MEASURING * 60 * task.minutes or math.inf)
     result = {}
     if found := self.stage('measure', command, limit=limit):
@@ -295,10 +288,6 @@ def hours_left(pieces: Pieces, work: cost.Work) -> cost.Hours | None:
   )
   most = max(task.most_training - spent / 3600, 0)
   return cost.hours(rest, **pieces.rates(), most=most)
-
-
-def _device(environment: dict) -> tuple:
-  return environment.get('device'), environment.get('num_devices')
 
 
 def read(path) -> dict | None:

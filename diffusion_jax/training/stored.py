@@ -99,6 +99,7 @@ class Stored:
     """The parts of `abstract`, which must be as they are there."""
     if self.is_before_parts(abstract):
       loaded = self.load(_without_parts(abstract))
+      loaded = {name: loaded[name] for name in abstract}
       return jax.tree.structure(abstract).unflatten(jax.tree.leaves(loaded))
     self.has(abstract)
     stored = {name: self.tree.get(name, {}) for name in abstract}

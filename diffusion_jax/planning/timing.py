@@ -1,0 +1,103 @@
+"""How long the programs of a run take on the devices of this machine."""
+
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from ml_collections import config_dict
+
+from diffusion_jax import runs
+from diffusion_jax.planning import chips
+from diffusion_jax.planning.compiled import Compiled
+from diffusion_jax.runs import programs
+from diffusion_jax.system import distributed, terminal
+from diffusion_jax.training import sharding
+
+SECS = 2.0  # of each program; one run, where that takes longer
+
+
+def measure(
+  config: config_dict.ConfigDict,
+  mesh: jax.sharding.Mesh,
+  program: programs.Programs,
+  train: Compiled,
+  sample: Compiled | None,
+  count: int,
+) -> dict:
+  """Times both, with random images and new parameters.
+
+  Args:
+    config: of the run.
+    mesh: the devices.
+    program: of the config on the mesh.
+    train: the compiled training step.
+    sample: the compiled sampling program; None = not timed.
+    count: images that it draws at once.
+
+  Returns:
+    'train' and 'sample', as JSON can hold them.
+  """
+  peak = chips.peak(mesh.devices.flat[0].device_kind)
+
+  def share(found, seconds):  # of the peak; None where that is not known
+    return peak and sum(found.products.values()) / seconds / mesh.size / peak
+
+  shape = (config.batch_size, *runs.image_shape(config.data))
+  noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  batch = {'image': _put(mesh, noise)}
+  now = [program.create_state(mesh)]
+
+  def step():
+    now[0], values = train.program(now[0], program.frozen, batch)
+    return values
+
+  seconds, steps = _timed('the training step', step)
+  found = {
+    'train': {
+      'seconds_per_step': seconds,
+      'steps': steps,
+      'images_per_sec': config.batch_size / seconds,
+      'share_of_peak': share(train, seconds),
+    }
+  }
+  if sample:
+    indices = _put(mesh, np.arange(count, dtype=np.uint32))
+    params = now[0].ema_params
+    seconds, calls = _timed(
+      'the sampling program', lambda: sample.program(params, indices)
+    )
+    evaluations = count * config.sample.num_steps
+    found['sample'] = {
+      'seconds_per_evaluation': seconds / evaluations,  # of one image
+      'evaluations': calls * evaluations,
+      'batch_size': count,
+      'share_of_peak': share(sample, seconds),
+    }
+  return found
+
+
+def _put(mesh, rows: np.ndarray) -> jax.Array:
+  """Rows that every process has, split over the devices."""
+  return jax.make_array_from_callback(
+    rows.shape, sharding.batch_sharding(mesh), lambda index: rows[index]
+  )
+
+
+def _timed(what: str, call: Callable) -> tuple[float, int]:
+  """(seconds a call, calls): after one to warm up, unless that takes long."""
+
+  def seconds(count):
+    start = time.monotonic()
+    for _ in range(count):
+      values = call()
+    jax.block_until_ready(values)
+    # All processes must come to the same count.
+    return max(distributed.gather(time.monotonic() - start)) / count
+
+  with terminal.waiting(f'measuring {what}'):
+    first = seconds(1)
+    if first > SECS:
+      return first, 1
+    count = max(1, min(int(SECS / seconds(1)), 1000))
+    return seconds(count), count
