@@ -93,8 +93,8 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
   if shape[0] % len(islands):
     raise UserError(
-      f'mesh {_sizes(shape)} on {len(islands)} TPU slices: fsdp x tensor may not span '
-      f'slices, so data must be a multiple of {len(islands)}'
+      f'mesh {_sizes(shape)} on {len(islands)} TPU slices: fsdp x tensor may '
+      f'not span slices, so data must be a multiple of {len(islands)}'
     )
   return Mesh(
     mesh_utils.create_hybrid_device_mesh(
