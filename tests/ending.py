@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from absl import flags
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 from diffusion_jax import cli, distributed
 
