@@ -290,6 +290,24 @@ def hours_left(pieces: Pieces, work: cost.Work) -> cost.Hours | None:
   return cost.hours(rest, **pieces.rates(), most=most)
 
 
+def say_measured(pieces: Pieces, work: cost.Work) -> None:
+  """What is left to do, at the rates of this machine."""
+  rates, left = pieces.rates(), hours_left(pieces, work)
+  told = [
+    f'{value:,.4g} {name.replace("_per_sec", "/s")}'
+    for name, value in rates.items()
+    if value
+  ]
+  if told:
+    terminal.say(f'measured here: {", ".join(told)}')
+  if left:
+    terminal.say(
+      f'left at these rates: {left.training:.2f} h of training, '
+      f'{left.drawing:.2f} h of drawing, {left.bits:.2f} h of bits; judging '
+      'and compiling not counted'
+    )
+
+
 def read(path) -> dict | None:
   """A file of JSON; None where it is not there, or damaged."""
   try:
