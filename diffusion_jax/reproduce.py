@@ -128,6 +128,8 @@ def _carry_out(pieces, whole) -> None:
   judgements = _judgements(asked)
   pieces.begin()
   signal.signal(signal.SIGTERM, work.cut)
+  # A shell ignores it for what runs in the background, stages included.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     pieces.measure()
     left.pop(0)
