@@ -33,6 +33,11 @@ CONTEXT.set_forkserver_preload(
 OPTIONS = 'JAX_DISABLE_MOST_OPTIMIZATIONS'
 
 
+# Seconds after which a test gives up. On a crowded machine, what takes seconds
+# may take minutes.
+LIMIT = 1200
+
+
 class Result(NamedTuple):
   code: int
   out: str
@@ -63,7 +68,7 @@ class Running(NamedTuple):
     self.process.kill()
     self.process.join()
 
-  def end(self, limit: int = 300) -> Result:
+  def end(self, limit: int = LIMIT) -> Result:
     """Waits for it."""
     self.process.join(limit)
     if self.process.exitcode is None:
@@ -72,7 +77,7 @@ class Running(NamedTuple):
     out, err = (Path(self.folder.name, n).read_text() for n in ('out', 'err'))
     return Result(self.process.exitcode, out, err)
 
-  def wait_until(self, holds, limit: int = 300) -> None:
+  def wait_until(self, holds, limit: int = LIMIT) -> None:
     """Until holds() is true, which the binary must live to see."""
     deadline = time.monotonic() + limit
     while not holds():
@@ -118,7 +123,9 @@ def run_several(binary: str, *arguments, **how) -> list[Result]:
   return [one.end() for one in start_several(binary, *arguments, **how)]
 
 
-def run(binary: str, *arguments, devices: int = 1, limit: int = 300) -> Result:
+def run(
+  binary: str, *arguments, devices: int = 1, limit: int = LIMIT
+) -> Result:
   return start(binary, *arguments, devices=devices).end(limit)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+from diffusion_jax import models
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, held, optim, sharding, state
 
@@ -116,6 +117,29 @@ def sums_of(folder, step):
   """(path, its JSON) of the file that holds a checkpoint's checksums."""
   path = folder / str(step) / '_CHECKPOINT_METADATA'
   return path, json.loads(path.read_text())
+
+
+def test_checkpoints_from_before_parts_are_restored(saved):
+  """They hold the network's parameters where there is now {'net': ...}."""
+  folder, made = saved
+  wanted = state.abstract_state(
+    tiny.recipe(NETWORK).init, OPTIMIZER, tiny.one_device()
+  )
+  with checkpoint.Checkpoints(folder) as kept:
+    restored = kept.restore(7, wanted)
+  assert jax.tree.structure(restored) == jax.tree.structure(wanted)
+  same(jax.tree.leaves(restored)[1:], jax.tree.leaves(made)[1:])
+  for ema in (True, False):
+    part = 'ema_params' if ema else 'params'
+    before = getattr(made, part)
+    loaded = checkpoint.load_params(folder, 7, getattr(wanted, part), ema=ema)
+    same(loaded['net'], before)
+    taken, left = checkpoint.load_common(
+      folder, 7, getattr(wanted, part), ema=ema
+    )
+    assert not left
+    assert list(taken) == models.names(wanted.params)
+    same(list(taken.values()), jax.tree.leaves(before))
 
 
 def load_ema(folder, step):

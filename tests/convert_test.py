@@ -15,7 +15,7 @@ from parity import pipelines, unet
 
 from diffusion_jax import load, models
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.weights import diffusers, named, official, settings
+from diffusion_jax.weights import diffusers, official, settings
 
 WEIGHTS = 'unet/diffusion_pytorch_model.safetensors'
 DESCRIBED = pipelines.described_golden()
@@ -513,7 +513,7 @@ def test_each_variable_of_ddpm_has_its_place(size, multipliers, count):
     name: np.broadcast_to(np.float32(i), shape)
     for i, (name, shape) in enumerate(shapes.items())
   }
-  params = dict(named.items(official.to_params(tensors, abstract, 'it')))
+  params = models.named(official.to_params(tensors, abstract, 'it'))
   numbers = list(shapes)
   placed = {name: numbers[int(x.flat[0])] for name, x in params.items()}
   assert len(set(placed.values())) == len(shapes)
@@ -566,7 +566,7 @@ def test_a_checkpoint_of_tensorflow_becomes_a_run(tmp_path):
   for ema, suffix in ((True, '/ExponentialMovingAverage'), (False, '')):
     trained = load(run, ema=ema)
     assert trained.step == 790_000
-    params = dict(named.items(trained.params['net']))
+    params = models.named(trained.params['net'])
     for ours, theirs in (
       ('up/0/blocks/1/shortcut/kernel', 'up_3/block_1/nin_shortcut/W'),
       ('down/1/attentions/0/key/kernel', 'down_1/attn_0/k/W'),

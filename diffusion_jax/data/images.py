@@ -14,15 +14,14 @@ What is judged must not be changed in silence. So a `Rule` may refuse images
 that would have to be resized, or that would lose their colours.
 """
 
-import contextlib
 import dataclasses
 import struct
-from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from diffusion_jax.system import errors
 from diffusion_jax.system.errors import UserError
 
 # By content, whatever the name of the file says. Few formats are few decoders
@@ -35,14 +34,8 @@ _RESIZING = (
 
 # What Pillow raises for damaged files. It has no common base class.
 _DAMAGED = (
-  OSError,
-  SyntaxError,
-  ValueError,
-  EOFError,
-  LookupError,
-  TypeError,
-  struct.error,
-  Image.DecompressionBombError,
+  *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError),
+  *(struct.error, Image.DecompressionBombError),
 )
 
 
@@ -181,15 +174,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
   return image.convert('RGB')
 
 
-@contextlib.contextmanager
-def _one_line_errors(name: str) -> Iterator[None]:
-  """Turns what damaged images raise into a UserError that names the image."""
-  try:
-    yield
-  except UserError:  # a ValueError too, and says already what is wrong
-    raise
-  except _DAMAGED as error:
-    reason = ' '.join(str(error).split())
-    raise UserError(
+def _one_line_errors(name: str):
+  return errors.one_line(
+    _DAMAGED,
+    lambda reason: (
       f'image {name} cannot be read: {reason}; replace it or remove it'
-    ) from error
+    ),
+  )

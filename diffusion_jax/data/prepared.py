@@ -4,15 +4,14 @@ launch/prepare_data.sh downloads and prepares a set once, with TensorFlow, as
 ArrayRecord files. Those are read here; nothing is ever downloaded.
 """
 
-import contextlib
 import difflib
 import io
 import os
 import re
 import shlex
-from collections.abc import Iterator
 
 from diffusion_jax.data import images, sources
+from diffusion_jax.system import errors
 from diffusion_jax.system.errors import UserError, quiet
 
 # name, name/config, and either with a version: no namespace, which would ask
@@ -21,12 +20,7 @@ _NAME = re.compile(r'(\w+)(/[\w.-]+)?(:\d+\.\d+\.\d+)?', re.ASCII)
 
 
 def create(
-  name: str,
-  path: str,
-  split: str,
-  image_size: int | None,
-  channels: int | None,
-  heldout_every: int,
+  name: str, path: str, wanted: sources.Wanted
 ) -> sources.Source | None:
   """Opens a prepared set with an 'image' and perhaps a class 'label'.
 
@@ -38,11 +32,8 @@ def create(
   Args:
     name: 'tfds:NAME', 'tfds:NAME/CONFIG', either perhaps with ':1.2.3'.
     path: TFDS's data_dir; '' for its default.
-    split: a TFDS split string: 'train', 'test', 'train[:90%]', ...
-    image_size: height and width of the images, in pixels; None for those of
-      the first image, which all must have then.
-    channels: 1 or 3; None for those of the first image.
-    heldout_every: must be 0, for split strings can hold out any part.
+    wanted: of its images; heldout_every must be 0, for split strings can hold
+      out any part.
 
   Returns:
     a Source, or None for 'test' where the set has no such split.
@@ -54,36 +45,25 @@ def create(
   # tfds takes most of a second to import, and only this source needs it.
   import tensorflow_datasets as tfds
 
-  images.check_channels(channels)
-  if heldout_every:
+  images.check_channels(wanted.channels)
+  if wanted.heldout_every:
     raise UserError(
-      f'data.heldout_every is {heldout_every}, but data.name {name!r} holds '
-      "images out by its splits, such as 'train[:90%]': set it to 0"
+      f'data.heldout_every is {wanted.heldout_every}, but data.name {name!r} '
+      "holds images out by its splits, such as 'train[:90%]': set it to 0"
     )
   data_dir = os.path.expanduser(path) or None
   where = data_dir or str(tfds.core.constants.DATA_DIR)
-  what = f'split {split!r} of {name} in {where}'
+  what = f'split {wanted.split!r} of {name} in {where}'
   with quiet(), _one_line_errors(what):
     builder = _find(name, data_dir, where)
     _check_format(builder, name, where)
-    features = dict(builder.info.features.items())
-    image, label = features.get('image'), features.get('label')
-    if not isinstance(image, tfds.features.Image) or image.np_dtype.kind != 'u':
-      raise UserError(
-        f"{name} has the features {', '.join(features)}: needs 'image', an "
-        'image of whole numbers'
-      )
-    if split == 'test' and split not in builder.info.splits:
+    needed = _needed(builder, name)
+    if wanted.split == 'test' and 'test' not in builder.info.splits:
       return None
-    # Only what is needed is parsed, and the image is decoded by our own rules.
-    needed = {'image': image}
-    num_classes = 0
-    if isinstance(label, tfds.features.ClassLabel):
-      needed['label'] = label
-      num_classes = label.num_classes or 0
     parser = tfds.features.FeaturesDict(needed)
     records = builder.as_data_source(
-      split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+      split=wanted.split,
+      deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
     )
     num_images = len(records)
   if not num_images:
@@ -96,7 +76,9 @@ def create(
       )
 
   first = io.BytesIO(record_of(0)['image'])  # tfds opens the files no earlier
-  rule = images.rule_of(first, f'0 of {what}', image_size, channels)
+  rule = images.rule_of(
+    first, f'0 of {what}', wanted.image_size, wanted.channels
+  )
 
   def read(index):
     record = record_of(index)
@@ -105,16 +87,25 @@ def create(
     return image, record.get('label', -1)
 
   read(0)
-  shape = rule.shape
-  source = sources.Source(
-    num_images=num_images,
-    read_fn=read,
-    num_classes=num_classes,
-    description=sources.describe(
-      f'tfds:{builder.info.full_name}', split, num_images, shape, num_classes
-    ),
-  )
-  return sources.keep_in_memory(source, shape)
+  num_classes = (needed['label'].num_classes or 0) if 'label' in needed else 0
+  full_name = f'tfds:{builder.info.full_name}, {wanted.split}'
+  source = sources.create(full_name, num_images, rule.shape, num_classes, read)
+  return sources.keep_in_memory(source, rule.shape)
+
+
+def _needed(builder, name: str) -> dict:
+  """The features to parse: the image, which our own rules decode, a label."""
+  import tensorflow_datasets as tfds
+
+  features = dict(builder.info.features.items())
+  image, label = features.get('image'), features.get('label')
+  if not isinstance(image, tfds.features.Image) or image.np_dtype.kind != 'u':
+    raise UserError(
+      f"{name} has the features {', '.join(features)}: needs 'image', an "
+      'image of whole numbers'
+    )
+  is_class = isinstance(label, tfds.features.ClassLabel)
+  return {'image': image, **({'label': label} if is_class else {})}
 
 
 def _find(name: str, data_dir: str | None, where: str):
@@ -168,23 +159,14 @@ def _check_format(builder, name: str, where: str) -> None:
     )
 
 
-@contextlib.contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
+def _one_line_errors(what: str):
   """Turns what splits and damaged files raise into a UserError."""
   from google.protobuf import json_format, message
 
-  try:
-    yield
-  except UserError:  # a ValueError too, and says already what is wrong
-    raise
-  except (
-    ValueError,
-    OSError,
-    KeyError,
-    AssertionError,
-    RuntimeError,
-    json_format.Error,
-    message.Error,
-  ) as error:
-    reason = str(error).strip().split('\n')[0]
-    raise UserError(f'{what} cannot be read: {reason}') from error
+  kinds = (
+    *(ValueError, OSError, KeyError, AssertionError, RuntimeError),
+    *(json_format.Error, message.Error),
+  )
+  return errors.one_line(
+    kinds, lambda reason: f'{what} cannot be read: {reason}'
+  )

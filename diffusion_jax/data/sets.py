@@ -52,47 +52,49 @@ def open_set(
       raise UserError(f'{name} is {value}: use 1 or more')
   sources.check_local(text, repr(text))
   sources.check_local(path, repr(path))
-  source = _open(text, path, image_size, channels)
+  name, split = _parse(text)
+  wanted = sources.Wanted(split, image_size, channels)
+  source = _open(text, name, path, wanted)
   source[0]  # a set whose first image is broken is found out here
   return source
 
 
 def _open(
-  text: str, path: str, image_size: int | None, channels: int | None
+  text: str, name: str, path: str, wanted: sources.Wanted
 ) -> sources.Source:
   """As open_set, with arguments that are in range."""
-  name, split = _parse(text)
   place = os.path.expanduser(name)
   is_folder = os.path.isdir(place)
   is_array = os.path.isfile(place) and name.endswith(('.npy', '.npz'))
   is_tfds = name.startswith('tfds:') and not os.path.exists(place)
   is_digits = name == 'digits' and not os.path.exists(place)
-  if not split or not (is_folder or is_array or is_digits or is_tfds):
+  if not wanted.split or not (is_folder or is_array or is_digits or is_tfds):
     raise UserError(
       f'{text!r} names no set of images: give a folder of image files or a '
       '.npy or .npz file that exists, digits, or tfds:NAME, perhaps with a '
       'split after it, such as tfds:cifar10@test'
     )
-  if split not in ('train', 'test') and not is_tfds:
+  if wanted.split not in ('train', 'test') and not is_tfds:
     raise UserError(
-      f'split {split!r} of {name!r} is not known: use train or test'
+      f'split {wanted.split!r} of {name!r} is not known: use train or test'
     )
 
   if is_digits:
-    return digits.create(split, image_size or 8, channels or 1)
+    return digits.create(wanted)
   if is_tfds:
-    source = prepared.create(name, path, split, image_size, channels, 0)
+    source = prepared.create(name, path, wanted)
   else:
     kind = folders if is_folder else arrays
-    source = kind.create(name, split, image_size, channels, 0, what=repr(name))
+    source = kind.create(name, wanted, repr(name))
   if source is None:
     raise UserError(
       f'{text!r} has no test images: leave @test out, or give another set'
     )
-  if image_size and not is_array:
+  size = wanted.image_size
+  if size and not is_array:
     description = (
       f'{source.description}; those of another size are cropped and resized to '
-      f"{image_size}x{image_size} (Pillow's bicubic)"
+      f"{size}x{size} (Pillow's bicubic)"
     )
     source = dataclasses.replace(source, description=description)
   return source

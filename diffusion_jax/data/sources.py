@@ -4,12 +4,31 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from diffusion_jax.system.errors import UserError
 
 KEEP_BYTES = 2**30
+
+
+class Wanted(NamedTuple):
+  """What is wanted of a set of images.
+
+  Attributes:
+    split: 'train' or 'test'; of TFDS any split string.
+    image_size: height and width of the images, in pixels; None for any, of
+      image files those of the first one.
+    channels: of the images, 1 or 3 of files; None for any, of image files those
+      of the first one.
+    heldout_every: see `heldout_indices`.
+  """
+
+  split: str
+  image_size: int | None
+  channels: int | None
+  heldout_every: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +63,28 @@ class Source:
       raise IndexError(f'image {index} of {self.num_images}')
     image, label = self.read_fn(index)
     return {'image': image, 'label': np.int32(label)}
+
+
+def create(
+  name: str,
+  num_images: int,
+  shape: tuple[int, int, int],
+  num_classes: int,
+  read_fn: Callable,
+) -> Source:
+  """A Source that is described by its name and its sizes.
+
+  Args:
+    name: what was opened, and its split.
+    num_images: see `Source`.
+    shape: (image_size, image_size, channels).
+    num_classes: see `Source`.
+    read_fn: see `Source`.
+  """
+  size = 'x'.join(map(str, shape))
+  labels = f'{num_classes} classes' if num_classes else 'unlabelled'
+  description = f'{name}: {num_images} images of {size}, {labels}'
+  return Source(num_images, read_fn, num_classes, description)
 
 
 def keep_in_memory(source: Source, shape: tuple[int, int, int]) -> Source:
@@ -86,23 +127,22 @@ def check_local(path: str, what: str) -> None:
     )
 
 
-def heldout_indices(
-  num_images: int, split: str, every: int
-) -> np.ndarray | None:
-  """The indices of a split, where every `every`-th image is 'test'.
+def heldout_indices(num_images: int, wanted: Wanted) -> np.ndarray | None:
+  """The indices of a split, where every n-th image is 'test'.
 
   Args:
     num_images: size of the whole set.
-    split: 'train' or 'test'.
-    every: images every - 1, 2 every - 1, ... are 'test'; 0 holds out none.
+    wanted: its heldout_every is n: images n - 1, 2 n - 1, ... are 'test'; 0
+      holds out none.
 
   Returns:
-    int64 indices in ascending order; None for 'test' with every = 0.
+    int64 indices in ascending order; None for 'test' with n = 0.
 
   Raises:
     UserError: if the set is too small to hold out a single image.
   """
   indices = np.arange(num_images)
+  split, every = wanted.split, wanted.heldout_every
   if not every:
     return indices if split == 'train' else None
   if num_images < every:
@@ -112,24 +152,3 @@ def heldout_indices(
     )
   is_test = indices % every == every - 1
   return indices[is_test if split == 'test' else ~is_test]
-
-
-def describe(
-  name: str,
-  split: str,
-  num_images: int,
-  shape: tuple[int, int, int],
-  num_classes: int,
-) -> str:
-  """One line for the log: what was opened, with sizes.
-
-  Args:
-    name: of the set.
-    split: of the set.
-    num_images: in the split.
-    shape: (H, W, C) of an image.
-    num_classes: 0 if unlabelled.
-  """
-  size = 'x'.join(str(n) for n in shape)
-  labels = f'{num_classes} classes' if num_classes else 'unlabelled'
-  return f'{name}, {split}: {num_images} images of {size}, {labels}'

@@ -86,6 +86,11 @@ def names(params) -> list[str]:
   ]
 
 
+def named(params) -> dict:
+  """Name -> parameter, in the order of `jax.tree.leaves`."""
+  return dict(zip(names(params), jax.tree.leaves(params), strict=True))
+
+
 def count(params) -> int:
   """How many numbers the parameters hold.
 

@@ -183,8 +183,8 @@ def _until(taps, steps) -> dict[str, jax.Array]:
   return found
 
 
-def _walk(weights: Callable, x: jax.Array) -> Iterator[tuple[str, jax.Array]]:
-  """Each tap and its value; `weights` is (name, shape of w) -> {'w', 'b'}."""
+def _parts_of(weights: Callable) -> tuple[Callable, Callable, Callable]:
+  """A convolution, a chain of them, and a fork; see `_walk`."""
 
   def conv(name, x, channels, kernel=(1, 1), stride=1, padding='SAME'):
     p = weights(name, (*kernel, x.shape[-1], channels))
@@ -203,6 +203,12 @@ def _walk(weights: Callable, x: jax.Array) -> Iterator[tuple[str, jax.Array]]:
     parts = [((1, 3), f'{name}_mixed_conv'), ((3, 1), f'{name}_mixed_conv_1')]
     return _join(*(conv(part, x, 384, kernel) for kernel, part in parts))
 
+  return conv, chain, fork
+
+
+def _walk(weights: Callable, x: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+  """Each tap and its value; `weights` is (name, shape of w) -> {'w', 'b'}."""
+  conv, chain, fork = _parts_of(weights)
   half = 2, 'VALID'  # a stride and its padding
 
   x = conv('conv', x, 32, (3, 3), *half)  # 149

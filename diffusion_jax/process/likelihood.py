@@ -201,7 +201,20 @@ def term(
 
 
 def scan(denoiser, steps: Steps, x0, keys, which, labels, discrete) -> Scored:
-  """Of steps which[j] ([k] or [k, B]), with noise by (keys[b], labels[j])."""
+  """The terms of some steps, one after the other.
+
+  Args:
+    denoiser: (xt, t) -> (x0, eps).
+    steps: of the whole grid, see `prepare`.
+    x0: [B, ...] data.
+    keys: [B] random keys.
+    which: [k] or [k, B] integers, the steps.
+    labels: [k] integers: the noise of row j depends on keys[b] and labels[j].
+    discrete: see `term`.
+
+  Returns:
+    Scored of [k, B].
+  """
 
   def one(inputs):
     i, label = inputs

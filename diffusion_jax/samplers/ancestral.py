@@ -36,7 +36,15 @@ def ancestral(
 
 
 def step(denoiser, row, x, memory, noise_fn):
-  """xs = c0 x0 + ct xt + noise of standard deviation std."""
+  """xs = c0 x0 + ct xt + noise of standard deviation std, see `Sampler`.
+
+  Args:
+    denoiser: (xt, t) -> (x0, eps).
+    row: t, c0, ct and std.
+    x: [B, ...] xt.
+    memory: handed on as it is.
+    noise_fn: () -> standard normal noise of x's shape.
+  """
   x0 = denoiser(x, row['t']).x0
   mean = row['c0'] * x0 + row['ct'] * x
   return mean + row['std'] * noise_fn(), memory

@@ -46,7 +46,17 @@ def memory_of(x, size: int) -> tuple:
 
 
 def advance(seen, row, x, memory) -> tuple:
-  """(x', memory) of one row; `seen` is m."""
+  """One row.
+
+  Args:
+    seen: [B, ...], m.
+    row: cx, w, and begins where not every row begins a step.
+    x: [B, ...].
+    memory: see `memory_of`.
+
+  Returns:
+    (x', memory).
+  """
   start, past = memory
   newer = (seen, *past[:-1]) if past else ()
   if 'begins' in row:

@@ -1,7 +1,7 @@
 """A user's mistake, told once: the exception, and quiet for all others."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from absl import logging
 
@@ -23,3 +23,23 @@ def quiet() -> Iterator[None]:
     yield
   finally:
     logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def one_line(kinds, message: Callable[[str], str]) -> Iterator[None]:
+  """Turns errors of damaged files into a UserError.
+
+  Args:
+    kinds: classes of errors.
+    message: the reason, in one line -> the UserError's message.
+
+  Raises:
+    UserError: one of those errors was raised.
+  """
+  try:
+    yield
+  except UserError:  # a ValueError too, and in one line already
+    raise
+  except kinds as e:
+    reason = ' '.join(str(e).split())[:200] or type(e).__name__
+    raise UserError(message(reason)) from e

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from absl import logging as absl
 from orbax.checkpoint import v1 as ocp
 
+from diffusion_jax import models
 from diffusion_jax.models import NET
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
@@ -28,7 +29,6 @@ from diffusion_jax.training.stored import (
   SUMS,
   Stored,
   hush_tasks,
-  named,
   steps,
 )
 
@@ -256,7 +256,7 @@ def load_common(
     if stored.is_before_parts({part: abstract}):
       prefix, abstract = f'{NET}/', abstract[NET]
     there, here = (
-      {name: tuple(leaf.shape) for name, leaf in named(tree).items()}
+      {name: tuple(leaf.shape) for name, leaf in models.named(tree).items()}
       for tree in (stored.tree.get(part, {}), abstract)
     )
     left = [
@@ -266,7 +266,7 @@ def load_common(
     ]
     wanted = {
       name: leaf
-      for name, leaf in named(abstract).items()
+      for name, leaf in models.named(abstract).items()
       if there.get(name) == here[name]
     }
     if not wanted:
@@ -277,7 +277,7 @@ def load_common(
     chosen = jax.tree.structure(stored.tree[part]).unflatten(
       wanted.get(name, ...) for name in there
     )
-    loaded = named(stored.read({part: chosen})[part])
+    loaded = models.named(stored.read({part: chosen})[part])
   for row in left:
     row['name'] = prefix + row['name']
   return {prefix + name: loaded[name] for name in wanted}, left

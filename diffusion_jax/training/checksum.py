@@ -23,12 +23,7 @@ def of(tree) -> dict[str, int]:
   """
   # One after the other: small programs that all reduce over the devices can
   # block each other for ever on a CPU, where they would run at once.
-  return {
-    name: int(_checksum(leaf))
-    for name, leaf in zip(
-      models.names(tree), jax.tree.leaves(tree), strict=True
-    )
-  }
+  return {n: int(_checksum(leaf)) for n, leaf in models.named(tree).items()}
 
 
 @jax.jit

@@ -43,17 +43,10 @@ def truncate(path, step: int) -> None:
 class Mute:
   """Stands in for the writer in all processes but the first."""
 
-  def write(self, step: int, values: dict) -> None:
+  def _nothing(self, *_) -> None:
     pass
 
-  def picture(self, step: int, name: str, image: np.ndarray) -> None:
-    pass
-
-  def flush(self) -> None:
-    pass
-
-  def close(self) -> None:
-    pass
+  write = picture = flush = close = _nothing
 
 
 class Writer:

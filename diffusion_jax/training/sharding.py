@@ -143,11 +143,9 @@ def shardings(tree, mesh: Mesh, rules=RULES):
   Optimiser moments and the EMA follow the parameters, because the rules look at
   the end of the name and the shape.
   """
-  leaves, structure = jax.tree.flatten(tree)
-  named = zip(models.names(tree), leaves, strict=True)
-  return structure.unflatten(
+  return jax.tree.structure(tree).unflatten(
     NamedSharding(mesh, spec_of(name, leaf.shape, mesh, rules))
-    for name, leaf in named
+    for name, leaf in models.named(tree).items()
   )
 
 

@@ -99,6 +99,7 @@ class Stored:
     """The parts of `abstract`, which must be as they are there."""
     if self.is_before_parts(abstract):
       loaded = self.load(_without_parts(abstract))
+      loaded = {name: loaded[name] for name in abstract}
       return jax.tree.structure(abstract).unflatten(jax.tree.leaves(loaded))
     self.has(abstract)
     stored = {name: self.tree.get(name, {}) for name in abstract}
@@ -112,7 +113,8 @@ class Stored:
     skipped = jax.tree.map(lambda _: ..., self.tree)
     with self._reading():
       loaded = self._checkpointer.load(self._step, {**skipped, **chosen})
-      read = {k: leaf for k, leaf in named(loaded).items() if leaf is not ...}
+      named = models.named(loaded)
+      read = {name: leaf for name, leaf in named.items() if leaf is not ...}
       for name, found in checksum.of(read).items():
         if found != self._sums.get(name):
           raise ValueError(f'{name} is not what was saved')
@@ -146,16 +148,11 @@ def _without_parts(tree):
   )
 
 
-def named(tree) -> dict:
-  """Name -> leaf."""
-  return dict(zip(models.names(tree), jax.tree.leaves(tree), strict=True))
-
-
 def _first_difference(stored: dict, wanted: dict) -> str:
   there, here = (
     {
       name: f'{tuple(leaf.shape)} {jnp.dtype(leaf.dtype)}'
-      for name, leaf in named(tree).items()
+      for name, leaf in models.named(tree).items()
     }
     for tree in (stored, wanted)
   )

@@ -14,14 +14,14 @@ the google/ddpm-* ones, and others of any width, depth and size.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
 
-from diffusion_jax.system import files
+from diffusion_jax import models
+from diffusion_jax.system import errors, files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import named, pytorch, settings
 
@@ -48,13 +48,14 @@ _RENAMED = (
   (r'/(kernel|scale)$', r'/weight'),
   (r'/', r'.'),
 )
-# How attention was called before diffusers 0.14, as in published folders.
-_OLD = {
-  'query': 'to_q',
-  'key': 'to_k',
-  'value': 'to_v',
-  'proj_attn': 'to_out.0',
-}
+# Names of attention before diffusers 0.14, as in published folders.
+_OLD = tuple(
+  (rf'(\.attentions\.\d+)\.{old}\.(weight|bias)$', rf'\1.{new}.\2')
+  for old, new in (
+    *(('query', 'to_q'), ('key', 'to_k'), ('value', 'to_v')),
+    ('proj_attn', 'to_out.0'),
+  )
+)
 
 
 class Folder(NamedTuple):
@@ -131,10 +132,11 @@ def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
   Raises:
     UserError: some are missing, left over, or of another shape; they are named.
   """
-  for name in tensors:
-    if _today(name) != name and _today(name) in tensors:
+  today = {name: named.renamed(name, _OLD) for name in tensors}
+  for name, new in today.items():
+    if new != name and new in tensors:
       raise UserError(f'{what}: {name} is there by its name of today too')
-  tensors = {_today(name): array for name, array in tensors.items()}
+  tensors = {today[name]: array for name, array in tensors.items()}
   return named.place(tensors, abstract, name_of, _to_ours, what)
 
 
@@ -146,7 +148,7 @@ def to_tensors(params) -> dict[str, np.ndarray]:
   """
   return {
     name_of(name): np.ascontiguousarray(_to_theirs(name, np.asarray(leaf)))
-    for name, leaf in named.items(params)
+    for name, leaf in models.named(params).items()
   }
 
 
@@ -186,17 +188,7 @@ def write(path, config: Mapping, params) -> None:
 
 def name_of(name: str) -> str:
   """Our name of a parameter -> diffusers' of today."""
-  for pattern, replacement in _RENAMED:
-    name = re.sub(pattern, replacement, name)
-  return name
-
-
-def _today(name: str) -> str:
-  """A tensor's name of old or of today -> of today."""
-  found = re.fullmatch(r'(.*\.attentions\.\d+)\.(\w+)\.(weight|bias)', name)
-  if found and found[2] in _OLD:
-    return f'{found[1]}.{_OLD[found[2]]}.{found[3]}'
-  return name
+  return named.renamed(name, _RENAMED)
 
 
 def _to_theirs(name: str, array: np.ndarray) -> np.ndarray:
@@ -228,17 +220,18 @@ def _tensors(unet) -> tuple[dict[str, np.ndarray], str]:
   digest = hashlib.sha256(content).hexdigest()
   if path.name == PICKLED:
     return pytorch.read(path), digest
-  try:
-    return safetensors.numpy.load(content), digest
-  except KeyError as e:  # NumPy has no such numbers
-    raise UserError(
-      f'{path} holds numbers of {e.args[0]}: save it in float32, or float16'
-    ) from e
-  except Exception as e:  # of the file's own, and of NumPy's
-    reason = ' '.join(str(e).split())[:150] or type(e).__name__
-    raise UserError(
+  with errors.one_line(
+    Exception,  # of the file's own, and of NumPy's
+    lambda reason: (
       f'{path} is no whole file of safetensors ({reason}): download it anew'
-    ) from e
+    ),
+  ):
+    try:
+      return safetensors.numpy.load(content), digest
+    except KeyError as e:  # NumPy has no such numbers
+      raise UserError(
+        f'{path} holds numbers of {e.args[0]}: save it in float32, or float16'
+      ) from e
 
 
 def _json(path) -> dict:

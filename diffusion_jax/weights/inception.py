@@ -6,20 +6,17 @@ a .npz of `NAME/w` (HWIO) and `NAME/b`, float32, with the names and in the order
 of `models.inception.shapes`, and the batch norms folded.
 """
 
-import hashlib
-import http.client
+import functools
 import re
-import tokenize
-import urllib.request
 import zipfile
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from diffusion_jax.models import inception
-from diffusion_jax.system import files
+from diffusion_jax.system import errors, files, npz
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.weights import pytorch
+from diffusion_jax.weights import download, pytorch
 
 URL = (
   'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
@@ -30,42 +27,18 @@ BYTES = 95_628_359
 NAME = 'inception-2015-12-05.npz'  # of ours, where it was obtained
 
 EPSILON = 1e-3  # of the batch norms
-PIECE = 2**20  # bytes
-PATIENCE = 60  # seconds that a server may take to answer
-HEADER = 2**10  # bytes, more than what precedes an array in a .npz
 
-# What a .npz file that is something else, or damaged, raises.
-DAMAGED = (
-  *(OSError, ValueError, LookupError, EOFError, RuntimeError, SyntaxError),
-  *(tokenize.TokenError, zipfile.BadZipFile),
-)
-
-# Blocks of the network, as the two of PyTorch call them: ours, theirs, and the
-# names of its branch without a tower, of tower and of tower_1.
-_A = 'branch1x1', 'branch5x5', 'branch3x3dbl'
-_B = 'branch3x3', 'branch3x3dbl', ''
-_C = 'branch1x1', 'branch7x7', 'branch7x7dbl'
-_D = '', 'branch3x3', 'branch7x7x3'
-_E = 'branch1x1', 'branch3x3', 'branch3x3dbl'
-_BLOCKS = {
-  'mixed': ('Mixed_5b', _A),
-  'mixed_1': ('Mixed_5c', _A),
-  'mixed_2': ('Mixed_5d', _A),
-  'mixed_3': ('Mixed_6a', _B),
-  'mixed_4': ('Mixed_6b', _C),
-  'mixed_5': ('Mixed_6c', _C),
-  'mixed_6': ('Mixed_6d', _C),
-  'mixed_7': ('Mixed_6e', _C),
-  'mixed_8': ('Mixed_7a', _D),
-  'mixed_9': ('Mixed_7b', _E),
-  'mixed_10': ('Mixed_7c', _E),
-}
-_STEM = {
-  'conv': 'Conv2d_1a_3x3',
-  'conv_1': 'Conv2d_2a_3x3',
-  'conv_2': 'Conv2d_2b_3x3',
-  'conv_3': 'Conv2d_3b_1x1',
-  'conv_4': 'Conv2d_4a_3x3',
+# The modules of the two of PyTorch, in order: conv, conv_1, ...; mixed, ...
+_STEM = ('1a_3x3', '2a_3x3', '2b_3x3', '3b_1x1', '4a_3x3')
+_MIXED = ('5b', '5c', '5d', '6a', '6b', '6c', '6d', '6e', '7a', '7b', '7c')
+# By what a module's name begins with, the names of its branches: of that
+# without a tower, of tower, and of tower_1.
+_BRANCHES = {
+  '5': ('1x1', '5x5', '3x3dbl'),
+  '6a': ('3x3', '3x3dbl', ''),
+  '6': ('1x1', '7x7', '7x7dbl'),
+  '7a': ('', '3x3', '7x7x3'),
+  '7': ('1x1', '3x3', '3x3dbl'),
 }
 _TORCH_PARTS = {
   'w': 'conv.weight',
@@ -83,7 +56,7 @@ _GRAPH_PARTS = {
 }
 
 
-def fetch(
+def obtain(
   directory,
   *,
   url: str = URL,
@@ -91,54 +64,14 @@ def fetch(
   largest: int = BYTES,
   on_bytes: Callable[[int], None] = lambda count: None,
 ):
-  """Downloads the published weights, unless they are there.
-
-  Args:
-    directory: where to, by the name that the URL ends with.
-    url: from where.
-    sha256: of the file, 64 hexadecimal digits.
-    largest: bytes; a longer answer is given up.
-    on_bytes: called with the number of bytes of each piece that has come.
-
-  Returns:
-    the path of the file, which appears whole and verified or not at all.
-
-  Raises:
-    UserError: the server does not give it, or gives something else.
-  """
-  path = files.at(directory) / url.rpartition('/')[2]
-  if path.exists() and _sha256(path) == sha256:
-    return path
-  advice = f'download {url} by other means, and give the file'
-  digest, count = hashlib.sha256(), 0
-  try:
-    with (
-      urllib.request.urlopen(url, timeout=PATIENCE) as answer,
-      files.replacing(files.make(directory) / path.name) as file,
-    ):
-      while piece := answer.read(PIECE):
-        digest.update(piece)
-        count += len(piece)
-        if count > largest:
-          raise UserError(f'{url} is more than {largest} bytes: {advice}')
-        file.write(piece)
-        on_bytes(len(piece))
-      if digest.hexdigest() != sha256:
-        raise UserError(
-          f'{url} gave {count} bytes with the SHA-256 '
-          f'{digest.hexdigest()[:8]}, not {sha256[:8]}: {advice}'
-        )
-  except (OSError, http.client.HTTPException) as e:
-    raise UserError(f'{url} cannot be had ({e}): {advice}') from e
-  return path
-
-
-def obtain(directory, **how):
   """The published weights as a file of ours; fetched, unless it is there.
 
   Args:
     directory: where to.
-    **how: as of `fetch`.
+    url: see `download.fetch`, as are the others.
+    sha256: of the published file.
+    largest: bytes that it may have.
+    on_bytes: called with the number of bytes of each piece that has come.
 
   Returns:
     the path of the file.
@@ -148,7 +81,12 @@ def obtain(directory, **how):
   """
   path = files.at(directory) / NAME
   if not path.exists():
-    convert(fetch(directory, **how), path)
+    convert(
+      download.fetch(
+        directory, url=url, sha256=sha256, largest=largest, on_bytes=on_bytes
+      ),
+      path,
+    )
   return path
 
 
@@ -272,58 +210,49 @@ def read(path, taps: Sequence[str] = ('logits',)) -> dict:
   """
   known = _flat(inception.shapes())
   wanted = _flat(inception.shapes(taps))
-  try:
-    with (
-      files.at(path).open('rb') as file,
-      zipfile.ZipFile(file) as archive,
-    ):
-      found = [name.removesuffix('.npy') for name in archive.namelist()]
-      if extra := [name for name in found if name not in known]:
-        raise ValueError(f'{_some(extra)} is not of this network')
-      if missing := [name for name in wanted if name not in found]:
-        raise ValueError(
-          f'it lacks {_some(missing)}, which {", ".join(taps)} needs'
-        )
-      arrays = {
-        name: _array(archive, name, shape) for name, shape in wanted.items()
-      }
-  except FileNotFoundError as e:
+  if not files.at(path).exists():
     raise UserError(
       f'{path}: there is no such file; give Inception weights, as '
       'weights.inception.convert writes them'
-    ) from e
-  except DAMAGED as e:
-    reason = ' '.join(str(e).split())[:200]
-    raise UserError(
-      f'{path} is not a file of Inception weights ({reason}): give one that '
-      'weights.inception.convert wrote'
-    ) from e
+    )
+  with (
+    errors.one_line(
+      npz.DAMAGED,
+      lambda reason: (
+        f'{path} is not a file of Inception weights ({reason}): give one that '
+        'weights.inception.convert wrote'
+      ),
+    ),
+    files.at(path).open('rb') as file,
+    zipfile.ZipFile(file) as archive,
+  ):
+    found = [name.removesuffix('.npy') for name in archive.namelist()]
+    if extra := [name for name in found if name not in known]:
+      raise ValueError(f'{_some(extra)} is not of this network')
+    if missing := [name for name in wanted if name not in found]:
+      raise ValueError(
+        f'it lacks {_some(missing)}, which {", ".join(taps)} needs'
+      )
+
+    def check(name, header, where):
+      shape = wanted[name]
+      if header[:3] != (shape, np.dtype('<f4'), 'C'):
+        order = ' in the order of Fortran' if header.order == 'F' else ''
+        raise ValueError(
+          f'{name} is {header.dtype} {header.shape}{order}, and not float32 '
+          f'{shape}'
+        )
+
+    arrays = {
+      name: npz.read_member(
+        archive, name, f'{name} in {path}', functools.partial(check, name)
+      )
+      for name in wanted
+    }
   return {
     name: {part: arrays[f'{name}/{part}'] for part in 'wb'}
     for name in inception.shapes(taps)
   }
-
-
-def _array(archive, name, shape):
-  """An array of a .npz file; it is read once its header is seen to be right."""
-  info = archive.getinfo(f'{name}.npy')
-  size = 4 * int(np.prod(shape))
-  if info.compress_type != zipfile.ZIP_STORED:
-    raise ValueError(f'{name} is compressed')
-  with archive.open(info) as file:
-    version = np.lib.format.read_magic(file)
-    if version != (1, 0):
-      raise ValueError(f'{name} has the version {version}')
-    header = np.lib.format.read_array_header_1_0(file, max_header_size=HEADER)
-    if header != (shape, False, np.dtype('<f4')):
-      order = ' in the order of Fortran' if header[1] else ''
-      raise ValueError(
-        f'{name} is {header[2]} {header[0]}{order}, and not float32 {shape}'
-      )
-    data = file.read(size)
-    if len(data) != size or file.read(1):
-      raise ValueError(f'{name} is cut off')
-  return np.frombuffer(data, '<f4').reshape(shape)
 
 
 def _flat(shapes: dict) -> dict[str, tuple]:
@@ -340,14 +269,6 @@ def _some(names: Sequence[str]) -> str:
   return f'{names[0][:100]}{rest}'
 
 
-def _sha256(path) -> str:
-  with files.at(path).open('rb') as file:
-    digest = hashlib.sha256()
-    while piece := file.read(PIECE):
-      digest.update(piece)
-  return digest.hexdigest()
-
-
 def checked(path) -> str:
   """The SHA-256 of a file, which a published name tells: -6726825d.pth.
 
@@ -356,7 +277,7 @@ def checked(path) -> str:
   """
   match = re.search(r'inception-2015-12-05-([0-9a-f]{8})\.pth$', str(path))
   try:
-    found = _sha256(path)
+    found = download.sha256_of(path)
   except OSError as e:
     raise UserError(
       f'{path} cannot be read ({e.strerror or e}): give published weights of '
@@ -372,20 +293,22 @@ def checked(path) -> str:
 
 def _torch_name(name: str) -> str:
   """mixed_9_tower_1_mixed_conv_1 -> Mixed_7b.branch3x3dbl_3b."""
-  if name in _STEM:
-    return _STEM[name]
+  if stem := re.fullmatch(r'conv_?(\d*)', name):
+    return f'Conv2d_{_STEM[int(stem[1] or 0)]}'
   block, tower, forked, number = re.fullmatch(
-    r'(mixed(?:_\d+)?)(?:_tower(?:_(\d))?)?(_mixed)?_conv(?:_(\d))?', name
+    r'mixed(?:_(\d+))?(_tower(?:_\d)?)?(_mixed)?_conv(?:_(\d))?', name
   ).groups()
-  module, (alone, first, second) = _BLOCKS[block]
-  if '_tower' not in name:
-    return f'{module}.{alone}'
-  if tower == '2':
-    return f'{module}.branch_pool'
-  branch = second if tower == '1' else first
-  if forked:
-    return f'{module}.{branch}_{3 if tower else 2}{"b" if number else "a"}'
-  return f'{module}.{branch}_{1 + int(number or 0)}'
+  module = _MIXED[int(block or 0)]
+  branches = next(b for k, b in _BRANCHES.items() if module.startswith(k))
+  if tower == '_tower_2':
+    branch = 'branch_pool'
+  else:
+    branch = f'branch{branches[(None, "_tower", "_tower_1").index(tower)]}'
+    if forked:
+      branch += f'_{3 if tower == "_tower_1" else 2}{"b" if number else "a"}'
+    elif tower:
+      branch += f'_{1 + int(number or 0)}'
+  return f'Mixed_{module}.{branch}'
 
 
 def _parts(prefix: Callable, parts: dict) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Foreign tensors, by their names, in the places of our parameters."""
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -11,9 +12,11 @@ from diffusion_jax.system.errors import UserError
 SHOWN = 3  # names in a message
 
 
-def items(params) -> Iterator[tuple[str, object]]:
-  """(name, leaf) of each parameter."""
-  return zip(models.names(params), jax.tree.leaves(params), strict=True)
+def renamed(name: str, rules) -> str:
+  """A name after each of the rules, (regular expression, replacement)."""
+  for pattern, replacement in rules:
+    name = re.sub(pattern, replacement, name)
+  return name
 
 
 def place(
@@ -39,7 +42,7 @@ def place(
     UserError: some are missing, left over, no numbers, or of another shape;
       they are named.
   """
-  wanted = {name: name_of(name) for name, _ in items(abstract)}
+  wanted = {name: name_of(name) for name in models.names(abstract)}
   missing = [theirs for theirs in wanted.values() if theirs not in tensors]
   extra = sorted(tensors.keys() - set(wanted.values()))
   if missing or extra:
@@ -53,7 +56,7 @@ def place(
       'settings tell'
     )
   leaves = []
-  for name, leaf in items(abstract):
+  for name, leaf in models.named(abstract).items():
     theirs = tensors[wanted[name]]
     array = to_ours(name, theirs)
     if array.shape != leaf.shape:

@@ -17,17 +17,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax.system import files
+from diffusion_jax import models
+from diffusion_jax.system import errors, files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import named
 
 SCOPE = 'model/'
 AVERAGE = '/ExponentialMovingAverage'
 
+# Our names -> theirs, each rule applied to the result of those above it.
 _RENAMED = (
-  (r'^down/(\d+)/blocks/', r'down_\1/block_'),
-  (r'^down/(\d+)/attentions/', r'down_\1/attn_'),
-  (r'^down/(\d+)/resample', r'down_\1/downsample'),
+  (r'^(down|up)/(\d+)/blocks/', r'\1_\2/block_'),
+  (r'^(down|up)/(\d+)/attentions/', r'\1_\2/attn_'),
+  (r'^(down|up)/(\d+)/resample', r'\1_\2/\1sample'),
   (r'^middle_attention', r'mid/attn_1'),
   (r'^middle([12])', r'mid/block_\1'),
   (r'^time([12])', lambda m: f'temb/dense{int(m[1]) - 1}'),
@@ -82,14 +84,17 @@ def read(path) -> Checkpoint:
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   import tensorflow
 
-  try:
+  # TensorFlow's errors have no class in common.
+  with errors.one_line(
+    Exception, lambda reason: f'{path} is damaged ({reason}): download it anew'
+  ):
     reader = tensorflow.train.load_checkpoint(str(path))
     names = set(reader.get_variable_to_shape_map())
-    ours = [
+    ours = {
       name.removesuffix(AVERAGE)
       for name in names
       if name.startswith(SCOPE) and name.endswith(AVERAGE)
-    ]
+    }
     average, raw = (
       {
         name.removeprefix(SCOPE): reader.get_tensor(name + suffix)
@@ -98,9 +103,6 @@ def read(path) -> Checkpoint:
       }
       for suffix in (AVERAGE, '')
     )
-  except Exception as e:  # TensorFlow's errors have no class in common
-    reason = ' '.join(str(e).split())[:150]
-    raise UserError(f'{path} is damaged ({reason}): download it anew') from e
   if not average:
     raise UserError(
       f"{path} holds no {SCOPE}...{AVERAGE}: it is not a checkpoint of DDPM's"
@@ -122,7 +124,7 @@ def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
   """
   depth = 1 + max(
     int(name.split('/')[1])
-    for name, _ in named.items(abstract)
+    for name in models.names(abstract)
     if name.startswith('up/')
   )
 
@@ -143,12 +145,6 @@ def name_of(name: str, depth: int) -> str:
   """
 
   def level(match):
-    return f'up_{depth - 1 - int(match[1])}/'
+    return f'up/{depth - 1 - int(match[1])}/'
 
-  name = re.sub(r'^up/(\d+)/', level, name)
-  name = re.sub(r'^(up_\d+)/blocks/', r'\1/block_', name)
-  name = re.sub(r'^(up_\d+)/attentions/', r'\1/attn_', name)
-  name = re.sub(r'^(up_\d+)/resample', r'\1/upsample', name)
-  for pattern, replacement in _RENAMED:
-    name = re.sub(pattern, replacement, name)
-  return name
+  return named.renamed(name, ((r'^up/(\d+)/', level), *_RENAMED))

@@ -14,20 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax.system import files
+from diffusion_jax.system import errors, files
 from diffusion_jax.system.errors import UserError
 
-STORAGES = {
-  'DoubleStorage': '<f8',
-  'FloatStorage': '<f4',
-  'HalfStorage': '<f2',
-  'LongStorage': '<i8',
-  'IntStorage': '<i4',
-  'ShortStorage': '<i2',
-  'CharStorage': 'i1',
-  'ByteStorage': 'u1',
-  'BoolStorage': '?',
+_KINDS = {
+  **{'Double': '<f8', 'Float': '<f4', 'Half': '<f2', 'Long': '<i8'},
+  **{'Int': '<i4', 'Short': '<i2', 'Char': 'i1', 'Byte': 'u1', 'Bool': '?'},
 }
+STORAGES = {f'{kind}Storage': dtype for kind, dtype in _KINDS.items()}
 
 # Of the older layout: what begins it, and its only version.
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -56,7 +50,13 @@ def read(path) -> dict[str, np.ndarray]:
       f'{path} cannot be read ({e.strerror or e}): give a file of PyTorch '
       'weights'
     ) from e
-  try:
+  with errors.one_line(
+    Exception,  # a damaged pickle may raise anything
+    lambda reason: (
+      f'{path} is not a state dict of PyTorch ({reason}); nothing in it was '
+      'run: give weights as they were published'
+    ),
+  ):
     state, storages = (_zipped if data[:4] == b'PK\3\4' else _stream)(data)
     tensors = {
       name: _array(value, storages)
@@ -65,12 +65,6 @@ def read(path) -> dict[str, np.ndarray]:
     }
     if not tensors:
       raise ValueError('it holds no tensors by name')
-  except Exception as e:  # a damaged pickle may raise anything
-    reason = ' '.join(str(e).split())[:200] or type(e).__name__
-    raise UserError(
-      f'{path} is not a state dict of PyTorch ({reason}); nothing in it was '
-      'run: give weights as they were published'
-    ) from e
   return tensors
 
 

@@ -31,8 +31,14 @@ DDPM = {
   'time_embedding_type': ('positional', 'positional'),
   'upsample_type': ('conv', 'conv'),
 }
+# What diffusers takes for the others where a folder does not say.
+DEFAULTS = {
+  **{'in_channels': 3, 'out_channels': 3, 'layers_per_block': 2},
+  **{'norm_num_groups': 32, 'attention_head_dim': 8, 'dropout': 0.0},
+}
+LISTS = ('block_out_channels', 'down_block_types', 'up_block_types')
 
-# The same of a scheduler.
+# As DDPM, of a scheduler.
 PROCESS = {
   'beta_schedule': ('linear', 'linear'),
   'clip_sample_range': (1.0, 1.0),
@@ -40,6 +46,7 @@ PROCESS = {
   'thresholding': (False, False),
   'trained_betas': (None, None),
 }
+NUMBERS = {'num_train_timesteps': 1000, 'beta_start': 1e-4, 'beta_end': 0.02}
 PREDICTIONS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
 # Those with DDPM's betas; how they step is a matter of sampling.
 SCHEDULERS = (
@@ -87,12 +94,8 @@ def unet_of(config: Mapping) -> dict:
     'out_channels': config['data']['channels'],
     'block_out_channels': widths,
     'layers_per_block': model['num_blocks'],
-    'down_block_types': [
-      'AttnDownBlock2D' if attend else 'DownBlock2D' for attend in attends
-    ],
-    'up_block_types': [
-      'AttnUpBlock2D' if attend else 'UpBlock2D' for attend in attends[::-1]
-    ],
+    'down_block_types': _kinds('Down', attends),
+    'up_block_types': _kinds('Up', attends[::-1]),
     'attention_head_dim': None if model['num_heads'] == 1 else heads.pop(),
     'norm_num_groups': model['num_groups'],
     'dropout': model['dropout'],
@@ -142,59 +145,21 @@ def network_of(settings: dict, path) -> dict:
     UserError: ours cannot be such a network; the setting is named.
   """
   _must_be(settings, DDPM, path)
-
-  def get(name, *default):
-    if name not in settings and not default:
+  for name in ('sample_size', *LISTS):
+    if name not in settings:
       raise UserError(f'{path} has no {name}: it is no UNet2DModel')
-    return settings.get(name, *default)
-
-  def whole(name, value):
-    if type(value) is not int or not 0 < value < LARGEST:
-      raise UserError(f'{path}: {name} is {_shown(value)}: a whole number')
-    return value
-
-  size = get('sample_size')
+  theirs = {**DEFAULTS, **settings}
+  size = theirs['sample_size']
   if isinstance(size, list) and size and size.count(size[0]) == len(size):
-    size = size[0]  # [32, 32]
-  size = whole('sample_size', size)
-  channels = whole('in_channels', get('in_channels', 3))
-  agree(path, 'out_channels', get('out_channels', 3), [channels])
-  blocks = whole('layers_per_block', get('layers_per_block', 2))
-  groups = whole('norm_num_groups', get('norm_num_groups', 32))
-  lists = {
-    name: get(name)
-    for name in ('block_out_channels', 'down_block_types', 'up_block_types')
-  }
-  for name, value in lists.items():
-    if not isinstance(value, list) or not 0 < len(value) < LEVELS:
-      raise UserError(f'{path}: {name} is {_shown(value)}: a list, by level')
-  widths, down, up = lists.values()
-  widths = [whole('block_out_channels', width) for width in widths]
-  for width in widths:
-    if width % widths[0]:
-      raise UserError(
-        f'{path}: block_out_channels is {_shown(widths)}, and the U-Net here '
-        'has multiples of the first: it is another network'
-      )
-  kinds = ['DownBlock2D', 'AttnDownBlock2D']
-  for kind in down:
-    agree(path, 'down_block_types', kind, kinds)
-  attends = [kind == kinds[1] for kind in down]
-  agree(path, 'block_out_channels', len(widths), [len(attends)])
-  mirror = ['AttnUpBlock2D' if attend else 'UpBlock2D' for attend in attends]
-  agree(path, 'up_block_types', up, [mirror[::-1]])
-  head = get('attention_head_dim', 8)
-  heads = 1
-  if head is not None:
-    head = whole('attention_head_dim', head)
-    found = {width / head for width in _attending(widths, attends)}
-    heads = found.pop()
-    if found or not heads.is_integer():
-      raise UserError(
-        f'{path}: attention_head_dim is {head}, and the U-Net here has one '
-        'number of heads at all levels (null: 1): it is another network'
-      )
-  dropout = get('dropout', 0.0)
+    theirs['sample_size'] = size[0]  # [32, 32]
+
+  def whole(name):
+    return _whole(name, theirs[name], path)
+
+  size, channels = whole('sample_size'), whole('in_channels')
+  agree(path, 'out_channels', theirs['out_channels'], [channels])
+  widths, attends = _levels_of(theirs, path)
+  dropout = theirs['dropout']
   if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
     raise UserError(f'{path}: dropout is {_shown(dropout)}: in [0, 1)')
   return {
@@ -203,15 +168,61 @@ def network_of(settings: dict, path) -> dict:
       'name': 'unet',
       'channels': widths[0],
       'multipliers': [width // widths[0] for width in widths],
-      'num_blocks': blocks,
+      'num_blocks': whole('layers_per_block'),
       'attention_resolutions': [
         size // 2**level for level, attend in enumerate(attends) if attend
       ],
-      'num_heads': int(heads),
-      'num_groups': groups,
+      'num_heads': _heads_of(theirs, widths, attends, path),
+      'num_groups': whole('norm_num_groups'),
       'dropout': float(dropout),
     },
   }
+
+
+def _levels_of(theirs: dict, path) -> tuple[list[int], list[bool]]:
+  """Of each level its width, and whether there is attention."""
+  for name in LISTS:
+    value = theirs[name]
+    if not isinstance(value, list) or not 0 < len(value) < LEVELS:
+      raise UserError(f'{path}: {name} is {_shown(value)}: a list, by level')
+  widths, down, up = (theirs[name] for name in LISTS)
+  for width in widths:
+    if _whole('block_out_channels', width, path) % widths[0]:
+      raise UserError(
+        f'{path}: block_out_channels is {_shown(widths)}, and the U-Net here '
+        'has multiples of the first: it is another network'
+      )
+  for kind in down:
+    agree(path, 'down_block_types', kind, _kinds('Down', [False, True]))
+  attends = [kind.startswith('Attn') for kind in down]
+  agree(path, 'block_out_channels', len(widths), [len(attends)])
+  agree(path, 'up_block_types', up, [_kinds('Up', attends[::-1])])
+  return widths, attends
+
+
+def _heads_of(theirs: dict, widths, attends, path) -> int:
+  """The number of attention's heads, which must be one at all levels."""
+  if theirs['attention_head_dim'] is None:
+    return 1
+  head = _whole('attention_head_dim', theirs['attention_head_dim'], path)
+  found = {width / head for width in _attending(widths, attends)}
+  heads = found.pop()
+  if found or not heads.is_integer():
+    raise UserError(
+      f'{path}: attention_head_dim is {head}, and the U-Net here has one '
+      'number of heads at all levels (null: 1): it is another network'
+    )
+  return int(heads)
+
+
+def _kinds(way: str, attends) -> list[str]:
+  return [f'{"Attn" * attend}{way}Block2D' for attend in attends]
+
+
+def _whole(name: str, value, path) -> int:
+  if type(value) is not int or not 0 < value < LARGEST:
+    raise UserError(f'{path}: {name} is {_shown(value)}: a whole number')
+  return value
 
 
 def process_of(settings: dict, path) -> dict:
@@ -227,19 +238,16 @@ def process_of(settings: dict, path) -> dict:
   Raises:
     UserError: it is of another process; the setting is named.
   """
-  agree(path, '_class_name', settings.get('_class_name', 'DDPMScheduler'),
-         SCHEDULERS)  # fmt: skip
+  kind = settings.get('_class_name', 'DDPMScheduler')
+  agree(path, '_class_name', kind, SCHEDULERS)
   _must_be(settings, PROCESS, path)
   prediction = settings.get('prediction_type', 'epsilon')
   variance = settings.get('variance_type', 'fixed_small')
   agree(path, 'prediction_type', prediction, PREDICTIONS)
   agree(path, 'variance_type', variance, VARIANCES)
   numbers = {
-    name: settings.get(name, default)
-    for name, default in (
-      ('num_train_timesteps', 1000), ('beta_start', 1e-4), ('beta_end', 0.02),
-    )
-  }  # fmt: skip
+    name: settings.get(name, default) for name, default in NUMBERS.items()
+  }
   for name, value in numbers.items():
     kinds = int if name == 'num_train_timesteps' else int | float
     if not isinstance(value, kinds) or not 0 < value < LARGEST:

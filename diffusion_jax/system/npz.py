@@ -1,0 +1,126 @@
+"""Arrays in .npy and .npz files that may come from anywhere.
+
+Nothing is unpickled, and what a header claims is checked against the size of
+the file before any memory is taken.
+"""
+
+import io
+import math
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from diffusion_jax.system.errors import UserError
+
+# Longer headers than this belong to no array of numbers.
+_MAX_HEADER_BYTES = 16384
+# Deflate's limit, 1032, and room for a few bytes of block headers.
+_MAX_COMPRESSION = 1040
+# What NumPy and zipfile raise for damaged files.
+DAMAGED = (
+  *(OSError, EOFError, ValueError, LookupError, RuntimeError, SyntaxError),
+  *(TypeError, OverflowError, MemoryError),
+  *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
+
+
+class Header(NamedTuple):
+  """What the head of a .npy stream says."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  order: str  # 'C' or 'F'
+  offset: int  # bytes before the data
+
+  @property
+  def num_bytes(self) -> int:
+    return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_member(
+  archive: zipfile.ZipFile,
+  name: str,
+  where: str,
+  check_fn: Callable[[Header, str], None],
+) -> np.ndarray:
+  """Reads one array of a .npz, once its header has passed the checks.
+
+  Args:
+    archive: the file.
+    name: of the array.
+    where: what to call it in an error.
+    check_fn: (header, where), raises what it has against the array.
+
+  Raises:
+    UserError: it is damaged, or compressed in another way than NumPy's.
+  """
+  info = archive.getinfo(f'{name}.npy')
+  with archive.open(info) as stream:
+    header = read_header(stream, where)
+  check_fn(header, where)
+  check_bytes(header, info.file_size, where)
+  # np.savez knows these two, and both bound what a small file can hold.
+  if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    raise UserError(
+      f'{where} is compressed in a way that NumPy does not use: write it with '
+      'np.savez or np.savez_compressed'
+    )
+  if info.file_size > _MAX_COMPRESSION * info.compress_size + 1024:
+    raise UserError(
+      f'{where} claims {info.file_size} bytes in {info.compress_size} '
+      'compressed ones: the file is damaged'
+    )
+
+  data = np.empty(header.num_bytes - header.offset, np.uint8)
+  with archive.open(info) as stream:
+    stream.read(header.offset)
+    view = memoryview(data)
+    while view:
+      count = stream.readinto(view[: 2**24])
+      if not count:
+        raise EOFError('it ends too early')
+      view = view[count:]
+  return data.view(header.dtype).reshape(header.shape, order=header.order)
+
+
+def read_header(stream: BinaryIO, where: str) -> Header:
+  """Parses the head of a .npy stream, reading a bounded number of bytes.
+
+  Args:
+    stream: at its beginning.
+    where: what to call it in an error.
+
+  Raises:
+    UserError: it holds Python objects.
+    ValueError: it is damaged, as are other errors of DAMAGED.
+  """
+  head = io.BytesIO(stream.read(_MAX_HEADER_BYTES))
+  version = np.lib.format.read_magic(head)
+  if version == (1, 0):
+    fields = np.lib.format.read_array_header_1_0(head)
+  elif version == (2, 0):
+    fields = np.lib.format.read_array_header_2_0(head)
+  else:  # 3.0 is for names in Unicode, which pixels do not have
+    raise ValueError(f'npy version {version}, need (1, 0) or (2, 0)')
+  shape, is_fortran, dtype = fields
+  if dtype.hasobject:
+    raise UserError(
+      f'{where} holds pickled Python objects, which are never loaded: write a '
+      'plain array of numbers'
+    )
+  if min(shape, default=0) < 0:
+    raise ValueError(f'shape {shape}')
+  return Header(shape, dtype, 'F' if is_fortran else 'C', head.tell())
+
+
+def check_bytes(header: Header, num_bytes: int, where: str) -> None:
+  """Raises UserError unless the array fills its file exactly."""
+  if header.num_bytes != num_bytes:
+    raise UserError(
+      f'{where} is damaged: {header.dtype} {list(header.shape)} takes '
+      f'{header.num_bytes} bytes, but it has {num_bytes}'
+    )

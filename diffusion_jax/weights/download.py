@@ -1,0 +1,68 @@
+"""A file from the network: whole and verified, or not there."""
+
+import hashlib
+import http.client
+import urllib.request
+from collections.abc import Callable
+
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
+
+PIECE = 2**20  # bytes
+PATIENCE = 60  # seconds that a server may take to answer
+
+
+def fetch(
+  directory,
+  *,
+  url: str,
+  sha256: str,
+  largest: int,
+  on_bytes: Callable[[int], None] = lambda count: None,
+):
+  """Downloads a file, unless it is there.
+
+  Args:
+    directory: where to, by the name that the URL ends with.
+    url: from where.
+    sha256: of the file, 64 hexadecimal digits.
+    largest: bytes; a longer answer is given up.
+    on_bytes: called with the number of bytes of each piece that has come.
+
+  Returns:
+    the path of the file, which appears whole and verified or not at all.
+
+  Raises:
+    UserError: the server does not give it, or gives something else.
+  """
+  path = files.at(directory) / url.rpartition('/')[2]
+  if path.exists() and sha256_of(path) == sha256:
+    return path
+  advice = f'download {url} by other means, and give the file'
+  digest, count = hashlib.sha256(), 0
+  try:
+    with (
+      urllib.request.urlopen(url, timeout=PATIENCE) as answer,
+      files.replacing(files.make(directory) / path.name) as file,
+    ):
+      while piece := answer.read(PIECE):
+        digest.update(piece)
+        count += len(piece)
+        if count > largest:
+          raise UserError(f'{url} is more than {largest} bytes: {advice}')
+        file.write(piece)
+        on_bytes(len(piece))
+      if digest.hexdigest() != sha256:
+        raise UserError(
+          f'{url} gave {count} bytes with the SHA-256 '
+          f'{digest.hexdigest()[:8]}, not {sha256[:8]}: {advice}'
+        )
+  except (OSError, http.client.HTTPException) as e:
+    raise UserError(f'{url} cannot be had ({e}): {advice}') from e
+  return path
+
+
+def sha256_of(path) -> str:
+  """The SHA-256 of a file, in hexadecimal digits."""
+  with files.at(path).open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
