@@ -127,9 +127,7 @@ def _carry_out(pieces, whole) -> None:
   left = ['measuring', 'import' if asked.origin else 'training']
   judgements = _judgements(asked)
   pieces.begin()
-  signal.signal(signal.SIGTERM, work.cut)
-  # A shell ignores it for what runs in the background, stages included.
-  signal.signal(signal.SIGINT, signal.default_int_handler)
+  work.catch_signals()
   try:
     pieces.measure()
     left.pop(0)

@@ -497,25 +497,31 @@ def test_where_looking_at_it_fails_it_is_told_to_stop(tmp_path):
   assert (tmp_path / 'x').read_text() == 'SIGTERM'
 
 
+@pytest.fixture
+def caught():
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  before = [signal.getsignal(number) for number in numbers]
+  work.catch_signals()
+  yield
+  for number, handler in zip(numbers, before, strict=True):
+    signal.signal(number, handler)
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_signals_reach_the_stage(tmp_path, number):
+def test_signals_reach_the_stage(tmp_path, caught, number):
   def send():
     once(tmp_path / 'x.up')
     os.kill(os.getpid(), number)
 
-  before = signal.signal(signal.SIGTERM, work.cut)
   thread = threading.Thread(target=send)
   thread.start()
-  try:
-    with pytest.raises((KeyboardInterrupt, work.Cut)):
-      child(tmp_path / 'x', 'waits', stop=signal.SIGTERM)
-  finally:
-    signal.signal(signal.SIGTERM, before)
+  with pytest.raises((KeyboardInterrupt, work.Cut)):
+    child(tmp_path / 'x', 'waits', stop=signal.SIGTERM)
   thread.join()
   assert (tmp_path / 'x').read_text() == 'SIGTERM'
 
 
-def test_a_second_signal_kills_it(tmp_path):
+def test_a_second_signal_kills_it(tmp_path, caught):
   def send():
     once(tmp_path / 'x.up')
     for _ in range(2):

@@ -32,9 +32,15 @@ class Cut(Exception):
   """This call's time is up, or SIGTERM came; all is kept."""
 
 
-def cut(*_) -> None:
-  """Raises Cut; a handler of signals."""
-  raise Cut
+def catch_signals() -> None:
+  """Makes SIGTERM raise Cut, and SIGINT KeyboardInterrupt."""
+
+  def cut(*_):
+    raise Cut
+
+  signal.signal(signal.SIGTERM, cut)
+  # A shell ignores it for what runs in the background, stages included.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Pieces:
