@@ -359,11 +359,17 @@ def _judge(task, path, trained, plan, output) -> tuple[dict, int]:
     return features.whole(images[0])
 
   samples = Images(count, stream, f'samples in {output}')
-  measured = judging.carry_out(
-    task, samples, min(FLAGS.batch_size, JUDGED), trained.mesh, output
+  card = judging.carry_out(
+    task,
+    samples,
+    _subject(trained, plan, output),
+    path,
+    shown,
+    batch_size=min(FLAGS.batch_size, JUDGED),
+    mesh=trained.mesh,
+    sample_cache=output,
   )
-  subject = _subject(trained, plan, output)
-  return judging.card_of(task, subject, measured, path, shown), drawn
+  return card, drawn
 
 
 if __name__ == '__main__':

@@ -68,17 +68,21 @@ def main():
   task = judging.task(
     judge, samples, reference, source, about=about, usual=['fid']
   )
-  measured = judging.carry_out(
-    task, samples, FLAGS.batch_size, sharding.make_mesh(), judges.cache()
-  )
   is_images = isinstance(samples, Images)
   subject = {
     'samples': samples.description if is_images else FLAGS.samples,
     'samples_sha256': statistics.sha256_of(samples),
   }
   path = files.at(FLAGS.card).expanduser() if FLAGS.card else None
-  card = judging.card_of(
-    task, subject, measured, path, lambda i: shown[i]['image']
+  card = judging.carry_out(
+    task,
+    samples,
+    subject,
+    path,
+    lambda i: shown[i]['image'],
+    batch_size=FLAGS.batch_size,
+    mesh=sharding.make_mesh(),
+    sample_cache=judges.cache(),
   )
   told = f'\n\ncard: {path}' if path else ''
   terminal.report(card, f'{tables.text(card)}{told}', FLAGS.json)
