@@ -48,7 +48,6 @@ from diffusion_jax.evaluation import (
   sweep,
   tables,
 )
-from diffusion_jax.evaluation.features import Images
 from diffusion_jax.reporting import page, plots
 from diffusion_jax.runs import store
 from diffusion_jax.samplers import plan as plans
@@ -311,7 +310,7 @@ def _task(workdir, trained) -> judging.Task:
       'heldout_split': config['heldout_split'] if heldout else '',
     }
   count = FLAGS.num_samples
-  samples = Images(count, None, f'--num_samples={count}')
+  samples = features.Images(count, None, f'--num_samples={count}')
   judge = judges.judge_of(source, heldout, shape, workdir / 'evaluations')
   reference = judging.set_of('reference', source, judge, shape)
   # Of sorted held-out images the first ones would be all of a kind.
@@ -358,7 +357,7 @@ def _judge(task, path, trained, plan, output) -> tuple[dict, int]:
     (images,) = store.stream(output, i, i + 1, 1)
     return features.whole(images[0])
 
-  samples = Images(count, stream, f'samples in {output}')
+  samples = features.Images(count, stream, f'samples in {output}')
   card = judging.carry_out(
     task,
     samples,

@@ -15,8 +15,7 @@ from absl import flags
 
 from diffusion_jax import runs
 from diffusion_jax.cli import command, declare, judges, judging
-from diffusion_jax.evaluation import statistics, tables
-from diffusion_jax.evaluation.features import Images
+from diffusion_jax.evaluation import features, statistics, tables
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -68,7 +67,7 @@ def main():
   task = judging.task(
     judge, samples, reference, source, about=about, usual=['fid']
   )
-  is_images = isinstance(samples, Images)
+  is_images = isinstance(samples, features.Images)
   subject = {
     'samples': samples.description if is_images else FLAGS.samples,
     'samples_sha256': statistics.sha256_of(samples),
