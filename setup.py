@@ -60,6 +60,7 @@ setup(
       'lmdb>=1.6',  # LSUN
     ],
     'test': [
+      'import-linter>=2.17',
       'pytest>=8.4',
       'pytest-xdist>=3.8',
       'ruff>=0.17',

@@ -21,6 +21,7 @@ report; weights and samples stay in the workdir. For one process: on several
 hosts run the stages by hand.
 """
 
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -37,7 +38,6 @@ from diffusion_jax.evaluation import inception
 from diffusion_jax.process import schedules
 from diffusion_jax.reproduction import (
   cost,
-  health,
   published,
   results,
   stages,
@@ -102,6 +102,7 @@ flags.DEFINE_bool('plan', False, 'Tell the cost and the stages, and end.')
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 OTHERS = ('pixels', 'classifier')  # that judge, and are not Inception
+JUDGING = ('features', 'taps', 'cache', 'data_path', 'download')  # passed on
 
 
 def main():
@@ -122,8 +123,6 @@ def main():
       left = _carry_out(pieces, whole)
     except stages.Failed as e:
       pieces.keep(done=False)
-      if health.ended(e.told):  # the suspects were told after its own line
-        raise UserError(e.told) from e
       if e.told:  # its own last line says what is wrong
         sys.exit(2)
       raise
@@ -134,18 +133,18 @@ def main():
 
 def _carry_out(pieces, whole) -> list[str]:
   """Works until all is done, or this call is over; returns what is left."""
-  asked, judged, scored = pieces.task, {}, []
+  asked, judged, scored, step = pieces.task, {}, [], None
+  left = ['measuring', 'import' if asked.origin else 'training',
+          'samples and their distance']  # fmt: skip
+  left += ['bits per dimension'] * asked.bits
+  left += ['earlier checkpoints'] * bool(asked.curve)
 
   def evaluate(step):
     name = f'evaluate step {step}'
     (judged[step],) = pieces.judged(name, task.evaluate(asked, step))
 
   pieces.begin()
-  left = ['measuring', 'import' if asked.origin else 'training',
-          'samples and their distance']  # fmt: skip
-  left += ['bits per dimension'] * asked.bits
-  left += ['earlier checkpoints'] * bool(asked.curve)
-  try:
+  with contextlib.suppress(work.Cut):
     pieces.measure()
     left.pop(0)
     _say_measured(pieces, whole)
@@ -164,37 +163,36 @@ def _carry_out(pieces, whole) -> list[str]:
       for earlier in task.earlier([s for s in there if s <= step], asked.curve):
         evaluate(earlier)
       left.pop(0)
-  except work.Cut:
-    pass
-  shares = cost.shares(asked.recipe)
+  pieces.keep(**_facts(pieces, whole, left, step, judged, scored))
+  return left
+
+
+def _facts(pieces, whole, left, step, judged, scored) -> dict:
+  """What the record tells of what was done, and of what came of it."""
+  asked, shares = pieces.task, cost.shares(pieces.task.recipe)
   facts = {
     'done': not left,
     'left': left,
     'config': asked.name,
     'differences': asked.differences,
-    'hardware': pieces.hardware()
-    or [card['environment'] for card in judged.values()],
+    'hardware': [card['environment'] for card in judged.values()],
     'rates': pieces.rates(),
     'cost': {
       **whole._asdict(),
       'hours_estimated': {
-        place.name: cost.estimate(
-          whole, place, shares, asked.most_training
-        )._asdict()
-        for place in cost.PLACES
+        name: cost.estimate(whole, peak, shares, asked.most_training)._asdict()
+        for name, peak in cost.PLACES.items()
       },
     },
   }
   if judged:
     rows = metrics.read(asked.workdir / metrics.ROWS)
-    bits = scored[0] if scored else None
-    found = results.judge(asked, step, judged, bits, rows)
+    found = results.judge(asked, step, judged, next(iter(scored), None), rows)
     facts['files'], facts['left_out'] = results.collect(
-      asked, step, judged, bits, found, pieces.record['files']
+      asked, step, [*judged.values(), *scored], found, pieces.record['files']
     )
     facts |= found
-  pieces.keep(**facts)
-  return left
+  return facts
 
 
 # --- what is asked for --------------------------------------------------------
@@ -233,7 +231,9 @@ def _task() -> Task:
   held = config['data']['heldout_split'] or config['data']['heldout_every']
   if FLAGS.bits and not held:
     raise UserError('the config holds no images out: give --nobits')
-  passed = ('features', 'taps', 'cache', 'data_path')
+  wanted, published_judge = _judge()
+  flags_of = (FLAGS[name] for name in JUDGING)
+  same = ('num_samples', 'sampler', 'bits', 'minutes', 'train_minutes', 'curve')
   return Task(
     name=name,
     config=config,
@@ -243,31 +243,14 @@ def _task() -> Task:
     directory=directory,
     origin=origin,
     by_inception=FLAGS.features not in OTHERS,
-    published_judge=_published_judge(),
-    judging=(
-      *(
-        f'--{flag}={_text(FLAGS[flag].value)}'
-        for flag in passed
-        if FLAGS[flag].value is not None
-      ),
-      *['--download'] * FLAGS.download,
-    ),
-    data_path=f'--data_path={FLAGS.data_path}' if FLAGS.data_path else '',
-    metrics=_metrics(),
-    num_samples=FLAGS.num_samples,
-    sampler=FLAGS.sampler,
+    published_judge=published_judge,
+    judging=tuple(flag.serialize() for flag in flags_of if flag.value),
+    metrics=wanted,
     sampling_steps=plan.num_steps,
     evaluations=plan.evaluations,
-    bits=FLAGS.bits,
     measure=FLAGS.measure and not origin,
-    minutes=FLAGS.minutes,
-    train_minutes=FLAGS.train_minutes,
-    curve=FLAGS.curve,
+    **{name: FLAGS[name].value for name in same},
   )
-
-
-def _text(value) -> str:
-  return ','.join(value) if isinstance(value, list) else str(value)
 
 
 def _config() -> tuple[str, dict | None, tuple[str, ...]]:
@@ -331,23 +314,15 @@ def _absolute(origin) -> files.Path:
   return files.absolute(files.at(origin).expanduser())
 
 
-def _published_judge() -> bool:
-  """Whether Inception's weights are those of 2015-12-05, by their hash.
+def _judge() -> tuple[tuple[str, ...], bool]:
+  """What is asked of the samples, and whether the judge is the published one.
 
-  What lies in the cache was looked at as it was fetched. A .npz is what its
-  maker made of it.
+  That is known by a hash: what lies in the cache was checked as it was fetched.
+  A .npz is what its maker made of it.
   """
-  path = files.at(FLAGS.features).expanduser()
-  if path.suffix == '.pth':
-    return weights.checked(path) == weights.SHA256
-  return FLAGS.features == 'inception'
-
-
-def _metrics() -> tuple[str, ...]:
-  """What is asked of the samples; raises UserError for what judges."""
   name = FLAGS.features
   if name in OTHERS:
-    return ('fid',)
+    return ('fid',), False
   for tap in FLAGS.taps:
     if tap not in inception.DISTANCES:
       raise UserError(
@@ -370,7 +345,10 @@ def _metrics() -> tuple[str, ...]:
   score = '2048' in FLAGS.taps
   if path.suffix == '.npz' and path.exists():  # does it reach as far?
     weights.read(path, (*FLAGS.taps, *[inception.LOGITS] * score))
-  return ('fid', 'is') if score else ('fid',)
+  is_published = name == 'inception' or (
+    path.suffix == '.pth' and weights.checked(path) == weights.SHA256
+  )
+  return ('fid', 'is') if score else ('fid',), is_published
 
 
 # --- what is told -------------------------------------------------------------

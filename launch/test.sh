@@ -24,5 +24,6 @@ done
 . launch/environment.sh
 install_package ".[$extra]"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-# A worker for each core; a file's tests share what they have set up.
-python -m pytest -q -n auto --dist loadfile ${arguments[@]+"${arguments[@]}"}
+# A worker for each core: each begins with its share of the files, whose tests
+# share what they have set up, and takes over what is left of another's.
+python -m pytest -q -n auto --dist worksteal ${arguments[@]+"${arguments[@]}"}

@@ -14,13 +14,23 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context('forkserver')
+# All but what defines flags, which not every binary has.
 CONTEXT.set_forkserver_preload(
-  ['diffusion_jax.cli.command', 'diffusion_jax.data']
+  [
+    'diffusion_jax.cli.command',
+    'diffusion_jax.evaluation.measure',
+    'diffusion_jax.reporting.page',
+    'diffusion_jax.training.loop',
+    'sklearn.datasets',
+  ]
 )
+# Of the compiler: JAX reads it where it is imported, which is the server.
+OPTIONS = 'JAX_DISABLE_MOST_OPTIMIZATIONS'
 
 
 class Result(NamedTuple):
@@ -73,6 +83,7 @@ class Running(NamedTuple):
 
 def start(binary: str, *arguments, devices: int = 1, **environment) -> Running:
   folder = tempfile.TemporaryDirectory()
+  environment = {OPTIONS: os.environ[OPTIONS], **environment}
   process = CONTEXT.Process(
     target=_child,
     args=(
@@ -115,6 +126,7 @@ def _child(binary, arguments, devices, folder, environment):
   os.chdir(ROOT)
   os.environ.update(environment)
   os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'
+  jax.config.update(OPTIONS.lower(), os.environ[OPTIONS] == 'True')
   for stream, name in ((1, 'out'), (2, 'err')):
     path = os.path.join(folder, name)
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)

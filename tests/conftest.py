@@ -4,21 +4,31 @@ import atexit
 import os
 import shutil
 import tempfile
+import time
 
+import compiled
 import jax
 import pytest
 
-# Many tests compile the same small programs, the binaries that they start too:
-# one cache for the session, its workers and their children.
-CACHE = os.environ.get('DIFFUSION_JAX_TEST_CACHE')
-if not CACHE:
-  CACHE = tempfile.mkdtemp(prefix='diffusion_jax_tests_')
-  atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-  os.environ['DIFFUSION_JAX_TEST_CACHE'] = CACHE
-os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
-jax.config.update('jax_compilation_cache_dir', CACHE)
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+# What the workers of a session and their children share.
+if 'DIFFUSION_JAX_TEST_SESSION' not in os.environ:
+  SESSION = tempfile.mkdtemp(prefix='diffusion_jax_tests_')
+  atexit.register(shutil.rmtree, SESSION, ignore_errors=True)
+  os.environ['DIFFUSION_JAX_TEST_SESSION'] = SESSION
+  os.environ['DIFFUSION_JAX_TEST_CACHE'] = str(compiled.folder(SESSION))
+  compiled.tidy(compiled.folder(SESSION))
+
+# In this process and in those that it starts.
+for name, value in {
+  # Many tests compile the same small programs, and so does the next session.
+  'jax_compilation_cache_dir': os.environ['DIFFUSION_JAX_TEST_CACHE'],
+  'jax_persistent_cache_min_compile_time_secs': 0.0,
+  'jax_persistent_cache_enable_xla_caches': 'none',  # else keys name the folder
+  # Most programs are small and run once.
+  'jax_disable_most_optimizations': True,
+}.items():
+  os.environ[name.upper()] = str(value)
+  jax.config.update(name, value)
 
 # Buckets are tested on a stand-in, which has no accounts.
 os.environ['FSSPEC_GCS_TOKEN'] = 'anon'
@@ -28,9 +38,28 @@ jax.config.update('jax_num_cpu_devices', 8)
 # A rank that broadcasts by accident is a wrong loss that trains.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
+# What is left after so many minutes is left out, and named by `-rs`.
+MINUTES = float(os.environ.get('DIFFUSION_JAX_TEST_MINUTES', 'inf'))
+END = time.monotonic() + 60 * MINUTES
+
+
+def pytest_runtest_setup(item):
+  if time.monotonic() > END:
+    pytest.skip(f'{item.nodeid} is left out, after {MINUTES:g} minutes')
+
 
 @pytest.fixture
 def x64():
   """float64 in JAX, for mathematics that is compared to its closed form."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(autouse=True, scope='module')
+def programs(request):
+  """Of a module: optimised if it is marked so, and dropped at its end."""
+  plain = request.node.get_closest_marker('optimized') is None
+  os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(plain)
+  jax.config.update('jax_disable_most_optimizations', plain)
+  yield
+  jax.clear_caches()

@@ -313,7 +313,7 @@ def test_where_singlestep_methods_look(x64):
   sampler = samplers.dpm_solver(3)
   _, asked = loop(sampler, denoise, times, jnp.ones((1, 1)))
   assert asked == list(times[:-1])
-  rows, _ = sampler.init(LINEAR, np.array(times, float), None)
+  rows, _ = sampler.init(LINEAR, np.array(times, float), np.ones(1))
   np.testing.assert_array_equal(rows['begins'], [1, 0, 0, 1, 0, 1])
 
 
@@ -575,7 +575,7 @@ def test_churn_stays_within_what_the_network_knows():
   sqrt(2) - 1 at the most, whatever S_churn is (EDM, algorithm 2).
   """
   times = np.array([999.0, 500, 100, -1])
-  rows, _ = samplers.euler(churn=1e6).init(LINEAR, times, None)
+  rows, _ = samplers.euler(churn=1e6).init(LINEAR, times, np.ones(1))
   alpha, sigma = alpha_sigma(times[:-1])
   asked_alpha, asked_sigma = alpha_sigma(rows['t'])
   ratio = asked_sigma / asked_alpha / (sigma / alpha)

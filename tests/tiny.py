@@ -183,8 +183,7 @@ def train(workdir, **changes):
 
 def trained(workdir) -> Path:
   """A copy of a finished run, which the session trains once."""
-  session = os.environ.get('PYTEST_XDIST_TESTRUNUID', str(os.getpid()))
-  made = Path(os.environ['DIFFUSION_JAX_TEST_CACHE'], f'run_{session}')
+  made = Path(os.environ['DIFFUSION_JAX_TEST_SESSION'], 'run')
   with made.with_suffix('.lock').open('w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)  # of the workers, the first one trains
     if not made.exists():

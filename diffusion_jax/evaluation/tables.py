@@ -196,7 +196,7 @@ def table(found: Sequence[dict]) -> Table:
   names = columns(found)
   rows = [
     [_cell(key, row.get(key)) for key in keys]
-    + [_result(card, name) for name in names]
+    + [result(card, name) for name in names]
     for row, card in zip(told, found, strict=True)
   ]
   real = cards.heldout(found[-1])
@@ -207,7 +207,7 @@ def table(found: Sequence[dict]) -> Table:
     ],
     rows,
     len(keys),
-    [_result(found[-1], name, real=True) for name in names] if real else [],
+    [result(found[-1], name, real=True) for name in names] if real else [],
     [(_label(key), _cell(key, x).text) for key, x in same.items()],
   )
 
@@ -228,7 +228,7 @@ def _cell(key, x) -> Cell:
   return Cell(f'{x:.1%}' if key in SHARES else number(x), str(x))
 
 
-def _result(card, name, real=False) -> Cell:
+def result(card, name, real=False) -> Cell:
   """A result and its spread; or the held-out images' of the same kind."""
   results, tail = card['results'], '_heldout' if real else ''
   x = results.get(cards.heldout_name(name) if real else name)
@@ -273,8 +273,8 @@ def text(card: dict) -> str:
     if key in details:
       told.append(f'{key}: {details[key]}')
   rows = [
-    [RESULTS.get(name, ('', name))[1], _result(card, name).text,
-     _result(card, name, real=True).text]
+    [RESULTS.get(name, ('', name))[1], result(card, name).text,
+     result(card, name, real=True).text]
     for name in columns([card])
   ]  # fmt: skip
   rows += [[_label(k), _cell(k, x).text, ''] for k, x in _details(card).items()]

@@ -1,4 +1,4 @@
-"""What a reproduction takes: images, evaluations, FLOPs, and hours.
+"""What a reproduction costs: images, evaluations, FLOPs, and hours.
 
 Hours are measured where a rate was measured, and estimated elsewhere, at the
 share of a chip's peak that the paper's own run had. The two are never mixed.
@@ -21,29 +21,15 @@ from diffusion_jax.training import sharding
 # Of Inception at 299x299 up to its last features, counted likewise.
 INCEPTION_FLOPS = 10.95e9
 
-
-class Place(NamedTuple):
-  """Chips to rent.
-
-  Attributes:
-    name: as they are asked for.
-    count: of chips.
-    peak: FLOPs a second of one.
-  """
-
-  name: str
-  count: int
-  peak: float
-
-
-# TPU v4 counts two cores a chip, the later ones chips.
-PLACES = (
-  *(Place(f'1 {name}', 1, flops) for name, flops in chips.GPUS.items()),
-  Place('8 H100', 8, chips.GPUS['H100']),
-  Place('TPU v4-8', 4, chips.CHIPS['v4'].flops),
-  Place('TPU v5e-8', 8, chips.CHIPS['v5e'].flops),
-  Place('TPU v6e-8', 8, chips.CHIPS['v6e'].flops),
-)
+# Chips to rent -> FLOPs a second of all of them at the peak. TPU v4 counts two
+# cores a chip, the later ones chips.
+PLACES = {
+  **{f'1 {name}': peak for name, peak in chips.GPUS.items()},
+  '8 H100': 8 * chips.GPUS['H100'],
+  'TPU v4-8': 4 * chips.CHIPS['v4'].flops,
+  'TPU v5e-8': 8 * chips.CHIPS['v5e'].flops,
+  'TPU v6e-8': 8 * chips.CHIPS['v6e'].flops,
+}
 
 
 class Work(NamedTuple):
@@ -67,15 +53,11 @@ class Work(NamedTuple):
 
 
 class Hours(NamedTuple):
-  """By part. Judging is no part: it is little, and at no rate on record."""
+  """By part. Judging is not one: it is short, and no rate is on record."""
 
   training: float
   drawing: float
   bits: float
-
-  @property
-  def total(self) -> float:
-    return sum(self)
 
 
 def flops_of(config: Mapping) -> tuple[float, float]:
@@ -120,63 +102,48 @@ def shares(recipe: Recipe) -> tuple[float, float]:
   )
 
 
-def estimate(
-  work: Work,
-  place: Place,
-  shares: tuple[float, float],
-  most: float = math.inf,
-) -> Hours:
-  """Hours at shares of the peak; see what half and double of them mean.
-
-  Args:
-    work: all of it.
-    place: the chips.
-    shares: of their peak, in training and in drawing.
-    most: hours that training may take.
-  """
-  train, sample = (share * place.count * place.peak for share in shares)
-
-  def hours(count, each, rate):
-    return count * each / rate / 3600
-
-  return Hours(
-    min(hours(work.images, work.train_flops, train), most),
-    hours(work.drawn, work.evaluation_flops, sample),
-    hours(work.scored, work.evaluation_flops, sample),
-  )
-
-
-def measured(
+def hours(
   work: Work,
   images_per_sec: float | None,
   evaluations_per_sec: float | None,
   most: float = math.inf,
 ) -> Hours | None:
-  """At rates that were measured on the machine in question.
+  """Hours at known rates.
 
   Args:
-    work: what is left of it.
-    images_per_sec: of training, all devices together; None = not measured.
+    work: what is to be done.
+    images_per_sec: of training, all devices together; None = not known.
     evaluations_per_sec: of the network while sampling, likewise.
     most: hours that training may take.
 
   Returns:
-    None where a rate that is needed was not measured.
+    None where a rate that is needed is not known.
   """
-  needed = (
+  parts = (
     (work.images, images_per_sec),
-    (work.drawn + work.scored, evaluations_per_sec),
+    (work.drawn, evaluations_per_sec),
+    (work.scored, evaluations_per_sec),
   )
-  if any(count and not rate for count, rate in needed):
+  if any(count and not rate for count, rate in parts):
     return None
+  training, *others = (count / (rate or 1) / 3600 for count, rate in parts)
+  return Hours(min(training, most), *others)
 
-  def hours(count, rate):
-    return count / rate / 3600 if count else 0.0
 
-  return Hours(
-    min(hours(work.images, images_per_sec), most),
-    hours(work.drawn, evaluations_per_sec),
-    hours(work.scored, evaluations_per_sec),
+def estimate(
+  work: Work, peak: float, shares: tuple[float, float], most: float = math.inf
+) -> Hours:
+  """Hours at shares of the peak; see what half and double of them mean.
+
+  Args:
+    work: all of it.
+    peak: FLOPs a second of all chips.
+    shares: of it, in training and in drawing.
+    most: hours that training may take.
+  """
+  train, draw = (share * peak for share in shares)
+  return hours(
+    work, train / work.train_flops, draw / work.evaluation_flops, most
   )
 
 
@@ -193,13 +160,12 @@ def table(
   heads = ['hours, estimated', 'training', 'drawing', 'bits', 'all',
            'at half the share', 'at double']  # fmt: skip
   rows = []
-  for place in PLACES:
-    found, half, double = (
-      estimate(work, place, (shares[0] * f, shares[1] * f), most)
-      for f in (1, 0.5, 2)
+  for name, peak in PLACES.items():
+    found, *others = (
+      estimate(work, factor * peak, shares, most) for factor in (1, 0.5, 2)
     )
-    totals = (found.total, half.total, double.total)
-    rows.append([place.name, *map(_short, (*found, *totals))])
+    totals = [sum(one) for one in (found, *others)]
+    rows.append([name, *map(_short, (*found, *totals))])
   return heads, rows
 
 
@@ -217,17 +183,17 @@ def lines(work: Work, steps: int) -> list[str]:
     steps: of training.
   """
   parts = (
-    (f'{steps:,} training steps, {work.images:,} images', work.images,
+    (work.images, f'{steps:,} training steps, {work.images:,} images',
      work.train_flops),
-    (f'{work.drawn:,} evaluations for the samples', work.drawn,
+    (work.drawn, f'{work.drawn:,} evaluations for the samples',
      work.evaluation_flops),
-    (f'{work.scored:,} evaluations for the bits per dimension', work.scored,
+    (work.scored, f'{work.scored:,} evaluations for the bits per dimension',
      work.evaluation_flops),
-    (f'{work.judged:,} images judged by Inception', work.judged,
+    (work.judged, f'{work.judged:,} images judged by Inception',
      INCEPTION_FLOPS),
   )  # fmt: skip
   return [
     f'{told}: {count * each / 1e18:.4g} EFLOP'
-    for told, count, each in parts
+    for count, told, each in parts
     if count
   ]

@@ -75,15 +75,11 @@ class Finding(NamedTuple):
   Attributes:
     state: 'unknown', 'healthy', or a key of SUSPECTS.
     step: of the number.
-    value: of the run; NaN where it is not known.
-    healthy: the known one at this step; NaN where it is not known.
     told: in a line.
   """
 
   state: str
   step: int
-  value: float
-  healthy: float
   told: str
 
   @property
@@ -93,10 +89,7 @@ class Finding(NamedTuple):
 
   def record(self) -> dict:
     """As JSON can hold it."""
-    return {
-      'state': self.state, 'step': self.step, 'told': self.told,
-      'suspects': list(self.suspects),
-    }  # fmt: skip
+    return {**self._asdict(), 'suspects': list(self.suspects)}
 
 
 def at(curve: Sequence[tuple[int, float]], step: float) -> float:
@@ -127,28 +120,26 @@ def loss(rows: Sequence[dict], curve: Sequence[tuple[int, float]]) -> Finding:
     rows: of metrics.jsonl, by step.
     curve: (step, loss), by step; () = none to compare with.
   """
-  rows = [row for row in rows if 'loss' in row]
-  if not rows:
-    return Finding('unknown', 0, math.nan, math.nan, 'no loss so far')
-  newest = rows[-NUM_ROWS:]
+  newest = [row for row in rows if 'loss' in row][-NUM_ROWS:]
+  if not newest:
+    return Finding('unknown', 0, 'no loss so far')
   last = newest[-1]['step']
-  values = np.array([row['loss'] for row in newest], float)
-  middle = round(float(np.mean([row['step'] for row in newest])))
-  mean = float(values.mean())
+  losses = np.array([row['loss'] for row in newest])
+  middle = round(np.mean([row['step'] for row in newest]))
+  mean = losses.mean()
   told = f'step {last:,}: loss {mean:.4f}, mean of {len(newest)} rows'
   healthy = at(curve, middle)
   if math.isnan(healthy):
-    told += _before(curve)
-    return Finding('unknown', last, mean, healthy, told)
+    return Finding('unknown', last, told + _before(curve))
   told += f' around step {middle:,}; healthy {healthy:.4f}'
-  error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 1
+  error = losses.std(ddof=1) / math.sqrt(len(losses)) if len(losses) > 1 else 1
   if error > QUIET * BAND * healthy:
     told += f' (too noisy to tell: ± {error:.2g})'
-    return Finding('unknown', last, mean, healthy, told)
+    return Finding('unknown', last, told)
   state = _state(mean, healthy, BAND * healthy, 'loss')
   if state != 'healthy':
     told += f', {abs(mean / healthy - 1):.0%} too {state.split()[-1]}'
-  return Finding(state, last, mean, healthy, told)
+  return Finding(state, last, told)
 
 
 def ended(message: str) -> Finding | None:
@@ -163,10 +154,7 @@ def ended(message: str) -> Finding | None:
     None where it ended by something else.
   """
   match = re.search(r'stopped: \w+ is (-?inf|nan) at step (\d+)', message)
-  if not match:
-    return None
-  step = int(match[2])
-  return Finding('not finite', step, math.nan, math.nan, match[0])
+  return match and Finding('not finite', int(match[2]), match[0])
 
 
 def distance(
@@ -181,13 +169,10 @@ def distance(
   """
   told, healthy = f'step {step:,}: FID {fid:.2f}', at(curve, step)
   if math.isnan(healthy):
-    told += _before(curve)
-    return Finding('unknown', step, fid, healthy, told)
+    return Finding('unknown', step, told + _before(curve))
   width = FID_BAND * healthy + published.TWO_DRAWS
   told += f', healthy {healthy:.2f} ± {width:.2f}'
-  return Finding(
-    _state(fid, healthy, width, 'distance'), step, fid, healthy, told
-  )
+  return Finding(_state(fid, healthy, width, 'distance'), step, told)
 
 
 def _before(curve) -> str:
@@ -195,8 +180,6 @@ def _before(curve) -> str:
 
 
 def _state(value, healthy, width, what) -> str:
-  if not math.isfinite(value):
-    return 'not finite'
   if abs(value - healthy) <= width:
     return 'healthy'
   return f'{what} {"high" if value > healthy else "low"}'
@@ -211,9 +194,8 @@ def told(findings: Sequence[Finding]) -> list[str]:
   Args:
     findings: of `loss` and `distance`.
   """
-  lines, unwell = [], [one for one in findings if one.suspects]
-  for one in findings:
-    lines.append(one.told)
+  lines = [one.told for one in findings]
+  unwell = [one for one in findings if one.suspects]
   losses = [one for one in unwell if not one.state.startswith('distance')]
   for one in losses or unwell:
     lines.append(f'{one.state}; the usual suspects:')

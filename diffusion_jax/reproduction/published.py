@@ -1,7 +1,7 @@
-"""What is published of the recipes that are shipped. Figures only, no code.
+"""What is published of the shipped recipes. Figures only, no code.
 
-Where a figure was read in a table that somebody else reprinted, `second_hand`
-says so: check it before quoting it.
+A figure that was read in a reprint is marked as second-hand in its source:
+check it before quoting it.
 """
 
 import types
@@ -13,36 +13,29 @@ DDPM = 'arXiv 2006.11239'
 
 
 class Row(NamedTuple):
-  """A line of the table, not ours.
+  """A line of the table.
 
   Attributes:
     system: what was trained, and by whom.
-    fid: one or more, against the training images; several are of several
-      runs, unless they are the ends of a range.
-    inception_score: mean, and its spread where one is told.
-    bits: per dimension of the test images, at most.
     sampler: 'ancestral' or 'ddim'.
     evaluations: of the network, for a sample.
     source: where it was read.
-    second_hand: read in a reprint.
-    is_range: whether `fid` are the ends of a range.
+    results: name on metric cards -> text. FIDs are against the training images;
+      several are of several runs, or the ends of a range. Bits are an upper
+      bound for the test images.
   """
 
   system: str
-  fid: tuple[float, ...]
   sampler: str
   evaluations: int
   source: str
-  inception_score: tuple[float, ...] = ()
-  bits: float | None = None
-  second_hand: bool = False
-  is_range: bool = False
+  results: Mapping[str, str]
 
 
 class Band(NamedTuple):
-  """Where a number has to lie, the ends included; None = no end."""
+  """Where a number has to lie, the ends included; nothing is below 0."""
 
-  low: float | None
+  low: float
   high: float
 
 
@@ -99,31 +92,34 @@ RECIPES = {
   'cifar10': Recipe(
     rows=(
       Row(
-        'the paper, DDPM with L_simple', (3.17,), 'ancestral', 1000,
-        f'{DDPM}, table 1', (9.46, 0.11), 3.75,
+        'the paper, DDPM with L_simple', 'ancestral', 1000,
+        f'{DDPM}, table 1',
+        {'fid': '3.17', 'inception_score': '9.46 ± 0.11', 'bpd': '≤ 3.75'},
       ),
       Row(
-        'public retrains of the recipe', (3.188, 3.24, 3.249), 'ancestral',
-        1000, 'public re-implementations', (9.475,),
+        'public retrains of the recipe', 'ancestral', 1000,
+        'public re-implementations',
+        {'fid': '3.188, 3.24, 3.249', 'inception_score': '9.475'},
       ),
       Row(
-        'official weights in other hands', (3.21, 3.25), 'ancestral', 1000,
-        'public re-implementations', is_range=True,
+        'official weights in other hands', 'ancestral', 1000,
+        'public re-implementations', {'fid': '3.21 to 3.25'},
       ),
       *(
         Row(
-          'official weights, DDIM', (fid,), 'ddim', steps,
-          'arXiv 2010.02502, table 1', second_hand=True,
+          'official weights, DDIM', 'ddim', steps,
+          'arXiv 2010.02502, table 1 (second-hand)', {'fid': fid},
         )
         for steps, fid in (
-          (10, 13.36), (20, 6.84), (50, 4.67), (100, 4.16), (1000, 4.04),
+          (10, '13.36'), (20, '6.84'), (50, '4.67'), (100, '4.16'),
+          (1000, '4.04'),
         )
       ),
     ),
     own={'fid': Band(3.10, 3.35)},
     # The paper has at most 3.75 bits; 0.02 are for the noise that the bound is
     # estimated with. Fewer bits than published are no failure.
-    imported={'fid': Band(3.1, 3.3), 'bpd': Band(None, 3.77)},
+    imported={'fid': Band(3.1, 3.3), 'bpd': Band(0, 3.77)},
     loss=(
       (46_800, 0.0295), (93_600, 0.0293), (187_000, 0.0291),
       (421_000, 0.0284), (796_000, 0.0277),

@@ -1,9 +1,12 @@
 """What a reproduction leaves: a small folder that can be sent to people."""
 
+import io
+import json
 from collections.abc import Mapping, Sequence
 
 from matplotlib import ticker
 from matplotlib.figure import Figure
+from PIL import Image
 
 from diffusion_jax import runs
 from diffusion_jax.evaluation import cards, features
@@ -17,13 +20,20 @@ from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import metrics
 
-MOST_BYTES = 30_000_000
+MOST_BYTES = 29_000_000  # and as much as the record, which is written last
 TABLE = 'table.md'
 GRID = 10  # samples along each side
 COPIED = (
   *('config.json', runs.CONVERTED, metrics.ROWS, 'starts.jsonl'),
   'report.html',
 )
+STYLES = {
+  'line': {'lw': 1.4},
+  'faint': {'lw': 0.6, 'alpha': 0.35},
+  'dashed': {'lw': 1, 'ls': '--'},
+  'points': {'lw': 1.4, 'marker': 'o', 'ms': 4},
+  'marks': {'lw': 0, 'marker': 'o', 'ms': 5, 'mfc': 'none'},
+}
 
 
 def judge(
@@ -46,233 +56,185 @@ def judge(
     'table', 'verdict', 'reasons', 'checks', 'health' and 'text'.
   """
   card, recipe = judged[step], task.recipe
-  results = dict(card['results'])
+  results = {**card['results'], **(scored['results'] if scored else {})}
   shipped = task.shipped or task.config
+  bands = recipe.imported if task.origin else recipe.own
   reasons = list(task.differences)
-  if (task.workdir / 'init_from.json').exists() and not task.origin:
+  if (task.workdir / runs.INIT).exists() and not task.origin:
     reasons.append('it began with the parameters of another run')
   if not task.origin and step != task.config['num_steps']:
     reasons.append(f'step {step:,} of {task.config["num_steps"]:,}')
 
   def unlike(card):
-    return table.not_as_published(card, recipe, shipped, task.published_judge)
+    return table.samples_unlike(card, recipe, shipped, task.published_judge)
 
   reasons += unlike(card)
-  if scored and (recipe.imported if task.origin else recipe.own).get('bpd'):
-    reasons += table.bits_not_as_published(scored, recipe, shipped)
-  if scored:
-    results['bpd'] = scored['results']['bpd']
-  verdict = table.judge(
-    recipe, results, imported=bool(task.origin), reasons=reasons
-  )
-  lines = table.rows(recipe, [_ours(task, card, scored)])
+  if scored and 'bpd' in bands:
+    reasons += table.bits_unlike(scored, recipe, shipped)
+  verdict = table.judge(bands, results, reasons)
+  lines = table.rows(recipe, table.row_of(card, scored, bool(task.origin)))
 
-  findings = []
-  if not task.origin and not task.incomparable:
+  findings, incomparable = [], task.incomparable
+  if not (task.origin or incomparable):
     findings.append(health.loss(rows, recipe.loss))
-  if recipe.fid and not task.incomparable:
+  if recipe.fid and not incomparable:
     findings += [
       health.distance(at, one['results']['fid'], recipe.fid)
       for at, one in sorted(judged.items())
       if not unlike(one)
     ]
   told = health.told(findings)
-  if task.incomparable and not task.origin:
-    told.append('the loss is compared to none: ' + '; '.join(task.incomparable))
+  if incomparable and not task.origin:
+    told.append(f'the loss is compared to none: {"; ".join(incomparable)}')
   return {
-    'table': lines,
-    'verdict': verdict.word,
-    'reasons': list(verdict.reasons),
-    'checks': [
-      {'result': one.result, 'value': one.value, 'band': list(one.band),
-       'well': one.well}
-      for one in verdict.checks
-    ],
+    'table': [line._asdict() for line in lines],
+    **verdict,
     'health': [one.record() for one in findings],
     'text': [*table.text(lines, verdict, recipe), '', *told],
-  }  # fmt: skip
-
-
-def _ours(task: Task, card: dict, scored: dict | None) -> dict:
-  results, subject = card['results'], card['subject']
-  name = next(n for n in cards.DISTANCES if n in results)
-  score = [
-    results[key]
-    for key in ('inception_score', 'inception_score_std')
-    if key in results
-  ]
-  what = 'imported' if task.origin else 'ours'
-  return {
-    'system': f'{what}, step {subject["step"]:,}',
-    'distance': name,
-    'fid': [results[name]],
-    'inception_score': score,
-    'bits': scored and scored['results']['bpd'],
-    'sampler': subject['sampler'],
-    'evaluations': subject['evaluations'],
-    'source': f'{card["protocol"]["num_samples"]:,} samples',
   }
 
 
 def collect(
   task: Task,
   step: int,
-  judged: Mapping[int, dict],
-  scored: dict | None,
+  made: Sequence[dict],
   found: Mapping,
   before: Sequence[str] = (),
 ) -> tuple[list[str], list[str]]:
-  """Fills the folder; of what it holds already, only `before` is touched.
+  """Fills the folder; of the files there, it touches none but `before`.
 
   Args:
     task: what was asked for.
     step: the last one.
-    judged: step -> the card of its samples.
-    scored: the card of bits per dimension, or None.
+    made: the cards.
     found: of `judge`.
-    before: names of files that it put there earlier.
+    before: names of files that it wrote earlier.
 
   Returns:
-    (names of the files, what was left out, being too large).
+    (names of the files, what was left out because it is too large).
   """
   folder = files.make(task.directory)
-  names = []
-
-  def path_of(name):
-    names.append(name)
-    return folder / name
-
-  for card in [*judged.values(), *([scored] if scored else [])]:
-    what = 'bits' if 'bits' in card['protocol'] else 'samples'
-    name = f'step{card["subject"]["step"]}_{what}.json'
-    cards.write(path_of(name), card)
-  page = table.markdown(found['text'], f'{task.name}: ours beside the others')
-  _put(path_of(TABLE), page.encode())
+  judged = {card['subject']['step']: card for card in made if not _bits(card)}
   rows = metrics.read(task.workdir / metrics.ROWS)
-  draw_curves(path_of('curves.png'), rows, task.recipe, judged)
-  draw_samples(path_of('samples.png'), task, step)
-  left, room = [], MOST_BYTES - size(folder, names)
-  for name in COPIED:
-    source = task.workdir / name
-    if not source.exists():
-      continue
-    data = source.read_bytes()
-    # The record itself is written last, and small.
-    if len(data) > room - 1_000_000:
-      left.append(f'{source}, {len(data) / 1e6:.0f} MB')
-      continue
-    _put(path_of(name), data)
-    room -= len(data)
+  page = [f'# {task.name}: ours beside the others', '', '```', *found['text'],
+          '```', '']  # fmt: skip
+  copied = {name: task.workdir / name for name in COPIED}
+  contents = {
+    **{_name(card): json.dumps(card, indent=2).encode() for card in made},
+    TABLE: '\n'.join(page).encode(),
+    'curves.png': _drawn(curves(rows, task.recipe, judged)),
+    'samples.png': _grid(task, step),
+    **{k: path.read_bytes() for k, path in copied.items() if path.exists()},
+  }
+  names, left, room = [], [], MOST_BYTES
+  for name, content in contents.items():
+    if not content:  # samples may be gone, and their picture still there
+      names += [name] * (folder / name).exists()
+    elif len(content) > room:
+      left.append(f'{task.workdir / name}, {len(content) / 1e6:.0f} MB')
+    else:
+      with files.replacing(folder / name) as file:
+        file.write(content)
+      names.append(name)
+      room -= len(content)
   for name in set(before) - set(names):  # of an earlier protocol
     (folder / name).unlink(missing_ok=True)
-  # Samples may be gone, and their picture still there.
-  return [name for name in names if (folder / name).exists()], left
+  return names, left
 
 
-def size(folder, names: Sequence[str]) -> int:
-  """Bytes of those files in a folder that are there."""
-  paths = [files.at(folder) / name for name in names]
-  return sum(
-    path.stat().st_size if not files.in_bucket(path) else path.stat().length
-    for path in paths
-    if path.exists()
-  )
+def _bits(card) -> bool:
+  return 'bits' in card['protocol']
 
 
-def _put(path, data: bytes) -> None:
-  with files.replacing(path) as file:
-    file.write(data)
+def _name(card) -> str:
+  what = 'bits' if _bits(card) else 'samples'
+  return f'step{card["subject"]["step"]}_{what}.json'
 
 
 # --- pictures ---------------------------------------------------------------
 
 
-def draw_samples(path, task: Task, step: int) -> None:
-  """A grid of the first samples that were judged; none where they are gone."""
-  count = min(GRID * GRID, task.num_samples)
+def _grid(task, step) -> bytes:
+  """A PNG of the first samples that were judged; b'' where they are gone."""
   try:
+    count = min(GRID * GRID, task.num_samples)
     images = store.load(tasks.store(task, step), count)
   except UserError:
-    return
-  pictures.save(path, pictures.grid(features.whole(images), GRID))
+    return b''
+  picture = pictures.grid(features.whole(images), GRID)
+  file = io.BytesIO()
+  Image.fromarray(picture).save(file, 'png')
+  return file.getvalue()
 
 
-def draw_curves(
-  path, rows: Sequence[dict], recipe: Recipe, judged: Mapping[int, dict]
-) -> None:
-  """The loss over steps, and the distances beside it, as a .png.
+def curves(
+  rows: Sequence[dict], recipe: Recipe, judged: Mapping[int, dict]
+) -> dict[str, list[tuple]]:
+  """What is drawn over steps; distances if there are several.
 
   Args:
-    path: of the file.
     rows: of metrics.jsonl.
     recipe: whose healthy run is drawn too.
-    judged: step -> the card of its samples; distances take two of them.
+    judged: step -> the card of its samples.
+
+  Returns:
+    title -> (label, its (step, value), a key of plots.COLORS, one of STYLES).
   """
-  names = [
-    name
-    for name in cards.DISTANCES
-    if all(name in card['results'] for card in judged.values())
-  ]
-  distances = bool(names) and len(judged) > 1
-  if not rows and not distances:
-    return
-  figure = Figure(figsize=(4.8 * (bool(rows) + distances), 3.6),
-                  layout='constrained')  # fmt: skip
-  panels = list(figure.subplots(1, bool(rows) + distances, squeeze=False)[0])
-  healthy = recipe.curve
-  if rows:
-    axes = panels.pop(0)
-    steps, loss = _series(rows, 'loss')
-    axes.plot(*plots.thin(steps, loss), color=plots.COLORS['blue'], lw=0.6,
-              alpha=0.35)  # fmt: skip
-    _line(axes, steps, plots.smooth(loss), 'blue', 'training, smoothed')
-    if any('heldout_loss' in row for row in rows):
-      _line(axes, *_series(rows, 'heldout_loss'), 'grey', 'held out')
-    if recipe.loss:
-      _marks(axes, recipe.loss, healthy)
-    _finish(axes, 'loss')
-  if distances:
-    axes = panels.pop(0)
-    steps = sorted(judged)
-    values = [judged[step]['results'][names[0]] for step in steps]
-    title = cards.DISTANCES[names[0]]
-    _line(axes, steps, values, 'blue', 'samples', marker='o')
-    floor = cards.heldout(judged[steps[0]]).get(f'{names[0]}_heldout_count')
-    if floor:
-      axes.axhline(floor, color=plots.COLORS['grey'], lw=1, ls='--',
-                   label='held-out images')  # fmt: skip
-    if recipe.fid and names[0] == 'fid':
-      _marks(axes, recipe.fid, healthy)
-    count = judged[steps[0]]['protocol']['num_samples']
-    _finish(axes, f'{title} of {count:,} samples')
-  with files.replacing(path) as file:
-    figure.savefig(file, format='png', dpi=150)
+  shown = {}
+
+  def series(name):
+    return [(row['step'], row[name]) for row in rows if name in row]
+
+  if loss := series('loss'):
+    steps, values = zip(*loss, strict=True)
+    smooth = list(zip(steps, plots.smooth(values), strict=True))
+    shown['loss'] = [
+      (None, loss, 'blue', 'faint'),
+      ('training, smoothed', smooth, 'blue', 'line'),
+      ('held out', series('heldout_loss'), 'grey', 'line'),
+      (recipe.curve, recipe.loss, 'orange', 'marks'),
+    ]
+  found = [judged[step] for step in sorted(judged)]
+  for name in cards.DISTANCES:
+    of = [(one['subject']['step'], one['results'].get(name)) for one in found]
+    if len(found) < 2 or None in dict(of).values():
+      continue
+    real = cards.heldout(found[0]).get(f'{name}_heldout_count')
+    count = found[0]['protocol']['num_samples']
+    shown[f'{table.title(name)} of {count:,} samples'] = [
+      ('samples', of, 'blue', 'points'),
+      (
+        'held-out images',
+        [(at, real) for at, _ in of if real],
+        'grey',
+        'dashed',
+      ),
+      (recipe.curve, recipe.fid if name == 'fid' else (), 'orange', 'marks'),
+    ]
+  return shown
 
 
-def _series(rows, name) -> tuple[list, list]:
-  there = [row for row in rows if name in row]
-  return [row['step'] for row in there], [row[name] for row in there]
-
-
-def _line(axes, x, y, color, label, marker=''):
-  axes.plot(x, y, color=plots.COLORS[color], lw=1.4, label=label, ms=4,
-            marker=marker)  # fmt: skip
-
-
-def _marks(axes, curve, label):
-  axes.plot(*zip(*curve, strict=True), 'o', color=plots.COLORS['orange'], ms=5,
-            mfc='none', label=label)  # fmt: skip
-
-
-def _finish(axes, what):
-  axes.set(xscale='log', yscale='log', xlabel='training step', ylabel=what)
-  # Less than a decade has no tick of its own.
-  for axis in (axes.xaxis, axes.yaxis):
-    low, high = axis.get_view_interval()
-    subs = (1, 2, 5) if high < 300 * low else (1,)
-    axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=12))
-    axis.set_major_formatter(ticker.FuncFormatter(plots.short))
-    axis.set_minor_locator(ticker.NullLocator())
-  axes.grid(color=plots.COLORS['rule'], lw=0.7)
-  axes.spines[['top', 'right']].set_visible(False)
-  axes.legend(frameon=False, fontsize=8)
+def _drawn(shown) -> bytes:
+  """The panels as a PNG; b'' where there are none."""
+  if not shown:
+    return b''
+  figure = Figure(figsize=(4.8 * len(shown), 3.6), layout='constrained')
+  panels = figure.subplots(1, len(shown), squeeze=False)[0]
+  for axes, (title, lines) in zip(panels, shown.items(), strict=True):
+    for label, curve, color, style in lines:
+      if curve:
+        x, y = plots.thin(*zip(*curve, strict=True))
+        axes.plot(x, y, label=label, color=plots.COLORS[color], **STYLES[style])
+    axes.set(xscale='log', yscale='log', xlabel='training step', ylabel=title)
+    for axis in (axes.xaxis, axes.yaxis):  # matplotlib's own labels overlap
+      low, high = axis.get_view_interval()
+      subs = (1, 2, 5) if high < 300 * low else (1,)
+      axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=12))
+      axis.set_major_formatter(plots.short)
+      axis.set_minor_locator(ticker.NullLocator())
+    axes.grid(color=plots.COLORS['rule'], lw=0.7)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+  file = io.BytesIO()
+  figure.savefig(file, format='png', dpi=150)
+  return file.getvalue()

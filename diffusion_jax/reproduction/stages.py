@@ -5,7 +5,9 @@ than one on them. What a stage prints on stderr passes through; its result, JSON
 on stdout, is kept. None outlives who started it.
 """
 
+import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
@@ -30,28 +31,16 @@ _TIED = (
 )
 
 
-class Outcome(NamedTuple):
-  """How a stage came to its end.
-
-  Attributes:
-    result: what it printed as JSON; None where it was cut.
-    seconds: that it ran.
-  """
-
-  result: dict | None
-  seconds: float
-
-
 class Failed(UserError):
   """A stage failed; `told` is the line in which it has said why, or ''."""
 
-  def __init__(self, message: str, seconds: float, told: str = ''):
+  def __init__(self, message: str, told: str = ''):
     super().__init__(message)
-    self.seconds, self.told = seconds, told
+    self.told = told
 
 
 class Signals:
-  """SIGINT and SIGTERM, noted while it is entered; `run` tells them to a stage.
+  """SIGINT and SIGTERM, noted while it is entered; `run` passes them on.
 
   Attributes:
     name: of the first that came; '' for none.
@@ -82,21 +71,24 @@ def run(
   signals: Signals,
   *,
   stop: int = signal.SIGINT,
-  deadline: float | None = None,
+  deadline: float = math.inf,
   watch: Callable[[], None] = lambda: None,
   every: float = 20.0,
   grace: float = GRACE,
-) -> Outcome:
+) -> dict | None:
   """Runs a stage to its end, to its deadline, or until a signal comes.
 
   Args:
     command: arguments of Python.
     signals: entered.
-    stop: the signal that it is told to stop by.
-    deadline: of time.monotonic(); None = none.
+    stop: the signal that stops it.
+    deadline: of time.monotonic().
     watch: called now and then meanwhile.
     every: seconds between these calls.
     grace: seconds from the signal to the kill.
+
+  Returns:
+    what it printed as JSON; None where it was cut.
 
   Raises:
     Failed: it ended by itself, and not well.
@@ -104,8 +96,7 @@ def run(
   whole = [sys.executable, *command]
   if sys.platform == 'linux':
     whole = [sys.executable, '-c', _TIED, str(os.getpid()), *whole]
-  start = watched = time.monotonic()
-  stopped = None  # when it was told to
+  watched, kill_at = time.monotonic(), None
   with (
     tempfile.TemporaryFile() as out,
     tempfile.NamedTemporaryFile() as error,
@@ -118,35 +109,39 @@ def run(
     try:
       while process.poll() is None:
         now = time.monotonic()
-        late = deadline is not None and now >= deadline
-        if stopped is None and (late or signals.name):
+        if kill_at is None and (now >= deadline or signals.name):
           process.send_signal(stop)
-          stopped = now
-        elif stopped is not None and (
-          now - stopped > grace or signals.count > 1
-        ):
+          kill_at = now + grace
+        elif kill_at and (now > kill_at or signals.count > 1):
           process.kill()
         if now - watched >= every:
           watch()
           watched = time.monotonic()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
           process.wait(TICK)
-        except subprocess.TimeoutExpired:
-          continue
     finally:
       if process.poll() is None:  # watch() raised
         _end(process, stop, grace)
-    seconds = time.monotonic() - start
     out.seek(0)
     printed = out.read().decode(errors='replace')
     said = error.read().decode(errors='replace')
   code = process.returncode
-  # Training that was told to stop saves, ends with 0 and prints nothing.
+  # Training that is stopped by a signal saves, ends with 0 and prints nothing.
   if code == 0 and printed.strip():
-    return Outcome(_parsed(printed, command, seconds), seconds)
-  if stopped is not None or code == 0:
-    return Outcome(None, seconds)
-  raise Failed(_ending(command, code), seconds, said if code == 2 else '')
+    try:
+      return json.loads(printed)
+    except ValueError as e:
+      raise Failed(f'{name(command)} printed no JSON') from e
+  if kill_at or code == 0:
+    return None
+  how = f'exit code {code}' if code > 0 else signal.Signals(-code).name
+  if -code == signal.SIGKILL:
+    how += ', as where memory does not suffice'
+  raise Failed(
+    f'{name(command)} ended with {how}; the same command goes on from what is '
+    'kept',
+    said if code == 2 else '',
+  )
 
 
 def _end(process, stop: int, grace: float) -> None:
@@ -157,25 +152,6 @@ def _end(process, stop: int, grace: float) -> None:
   except subprocess.TimeoutExpired:
     process.kill()
     process.wait()
-
-
-def _parsed(printed: str, command, seconds) -> dict:
-  try:
-    return json.loads(printed)
-  except ValueError as e:
-    raise Failed(f'{name(command)} printed no JSON', seconds) from e
-
-
-def _ending(command, code: int) -> str:
-  how = f'exit code {code}'
-  if code < 0:
-    how = signal.Signals(-code).name
-    if -code == signal.SIGKILL:
-      how += ', as where memory does not suffice'
-  return (
-    f'{name(command)} ended with {how}; the same command goes on from what is '
-    'kept'
-  )
 
 
 def name(command: Sequence[str]) -> str:

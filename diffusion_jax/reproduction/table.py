@@ -1,16 +1,15 @@
-"""Ours beside the published ones, bands, and a verdict or why there is none.
+"""Ours beside the published numbers, bands, and a verdict or why there is none.
 
 A verdict is given only where all that the number depends on is as published;
-else each difference is named.
+otherwise each difference is named.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
 
 from diffusion_jax import runs
-from diffusion_jax.evaluation import cards
+from diffusion_jax.evaluation import cards, tables
 from diffusion_jax.reproduction import published
-from diffusion_jax.reproduction.published import Band, Recipe
+from diffusion_jax.reproduction.published import Band, Recipe, Row
 from diffusion_jax.system import terminal
 
 # What may differ from a shipped config without another result, but for noise.
@@ -19,40 +18,13 @@ FREE = (
   *('seed', 'microbatches', 'mesh', 'keep_last', 'eval_images', 'data.path'),
   *('data.heldout_split', 'model.dtype'),
 )
-# Of weights that others trained, how they did.
+# How the authors of imported weights trained them.
 FREE_IF_IMPORTED = (
   *(*FREE, 'num_steps', 'batch_size', 'optim', 'ema', 'data.flip'),
   'model.dropout',
 )
-# And what leaves the loss of a step as it is, once the warm-up is over.
+# What leaves the loss of a step as it is, once the warm-up is over.
 FREE_FOR_LOSS = (*FREE, 'num_steps', 'data.name', 'ema', 'optim.warmup_steps')
-
-
-class Check(NamedTuple):
-  """A number and its band."""
-
-  result: str
-  value: float
-  band: Band
-
-  @property
-  def well(self) -> bool:
-    low, high = self.band
-    return (low is None or low <= self.value) and self.value <= high
-
-
-class Verdict(NamedTuple):
-  """What came of it.
-
-  Attributes:
-    word: 'reproduced', 'not reproduced' or 'no verdict'.
-    checks: the numbers that have a band.
-    reasons: why there is none, a line each.
-  """
-
-  word: str
-  checks: tuple[Check, ...]
-  reasons: tuple[str, ...]
 
 
 def differences(
@@ -77,7 +49,7 @@ def differences(
   ]
 
 
-def not_as_published(
+def samples_unlike(
   card: Mapping, recipe: Recipe, config: Mapping, known: bool
 ) -> list[str]:
   """What of a card of samples is not the paper's protocol, a line each.
@@ -89,225 +61,179 @@ def not_as_published(
     known: whether the weights of Inception are those of 2015-12-05, by the hash
       of the published file.
   """
-  told = []
-  protocol, subject = card['protocol'], card['subject']
-  if 'fid' not in card['results']:
-    names = [n for n in cards.DISTANCES if n in card['results']]
+  names = [title(n) for n in cards.DISTANCES if n in card['results']]
+  is_fid, told = 'FID' in names, []
+  if not is_fid:
     told.append(
-      f'the distance is {cards.DISTANCES[names[0]] if names else "missing"}, '
-      'not FID by the 2048 features of Inception'
+      f'the distance is {names[0] if names else "missing"}, not FID by the '
+      '2048 features of Inception'
     )
-  else:
-    told += _unlike([(protocol, {'convention': 'tf1'})])
-    if not known:
-      told.append(
-        'the weights of Inception are not known to be those of 2015-12-05: '
-        'give --features=inception, or the published .pth'
-      )
-  told += _unlike([
-    (protocol, {
-      'num_samples': published.NUM_SAMPLES,
-      'num_reference': recipe.num_train,
-      'split': config['data']['train_split'],
-      'rounding': 'float',
-    }),
-    (subject, {
-      'sampler': 'ancestral',
-      'evaluations': config['process']['num_timesteps'],
-      'clip': True,
-      'ema': True,
-    }),
-  ])  # fmt: skip
-  if subject.get('sampler') == 'ancestral':
-    told += _unlike([(subject, {'variance': config['sample']['variance']})])
-  return told
+  elif not known:
+    told.append(
+      'the weights of Inception are not known to be those of 2015-12-05: give '
+      '--features=inception, or the published .pth'
+    )
+  ancestral = card['subject'].get('sampler') == 'ancestral'
+  return told + _unlike(
+    card,
+    convention='tf1' if is_fid else None,
+    num_samples=published.NUM_SAMPLES,
+    num_reference=recipe.num_train,
+    split=config['data']['train_split'],
+    rounding='float',
+    sampler='ancestral',
+    evaluations=config['process']['num_timesteps'],
+    clip=True,
+    ema=True,
+    variance=config['sample']['variance'] if ancestral else None,
+  )
 
 
-def bits_not_as_published(
-  card: Mapping, recipe: Recipe, config: Mapping
-) -> list[str]:
-  """The same for a card of bits per dimension."""
-  protocol = card['protocol']
-  told = _unlike([
-    (protocol, {
-      'bits': 'bpd',
-      'split': config['data']['heldout_split'],
-      'num_images': recipe.num_heldout,
-      'variance': config['sample']['variance'],
-      'clip': True,
-    }),
-    (card['subject'], {'ema': True}),
-  ])  # fmt: skip
-  steps = len(protocol.get('grid', [])) - 1
+def bits_unlike(card: Mapping, recipe: Recipe, config: Mapping) -> list[str]:
+  """As `samples_unlike`, for a card of bits per dimension."""
+  told = _unlike(
+    card,
+    bits='bpd',
+    split=config['data']['heldout_split'],
+    num_images=recipe.num_heldout,
+    variance=config['sample']['variance'],
+    clip=True,
+    ema=True,
+  )
+  steps = len(card['protocol'].get('grid', [])) - 1
   if steps != config['process']['num_timesteps']:
-    told.append(f'bits per dimension of {steps} steps, not of all')
+    told.append(f'{steps} steps, not all')
   return [f'bits/dim: {line}' for line in told]
 
 
-def _unlike(wanted) -> list[str]:
+def _unlike(card, **wanted) -> list[str]:
+  there = {**card['protocol'], **card['subject']}
   return [
     f'{key}: {there.get(key)}, not {value}'
-    for there, values in wanted
-    for key, value in values.items()
+    for key, value in wanted.items()
     if value is not None and there.get(key) != value
   ]
 
 
 def judge(
-  recipe: Recipe,
+  bands: Mapping[str, Band],
   results: Mapping[str, float],
-  *,
-  imported: bool,
   reasons: Sequence[str] = (),
-) -> Verdict:
-  """The verdict.
+) -> dict:
+  """The verdict, as JSON can hold it.
 
   Args:
-    recipe: what is published.
+    bands: of results.
     results: of our cards: 'fid', 'bpd'.
-    imported: whether published weights were judged, not ours.
     reasons: what differs from the recipe and its protocol.
+
+  Returns:
+    'verdict': 'reproduced', 'not reproduced' or 'no verdict'; 'checks' of the
+    numbers that have a band: 'result', 'value', 'band', 'well'; 'reasons' for
+    there being no verdict, a line each.
   """
-  bands = recipe.imported if imported else recipe.own
-  checks = tuple(
-    Check(name, results[name], band)
-    for name, band in bands.items()
-    if name in results
-  )
   reasons = list(reasons)
   if not bands:
     reasons.insert(0, 'no score of this recipe is on record')
-  reasons += [
-    f'{cards.DISTANCES.get(name, "bits/dim")} was not measured'
-    for name in bands
-    if name not in results and name != 'fid'  # of which more was said
-  ]
-  if reasons:
-    return Verdict('no verdict', checks, tuple(reasons))
-  well = all(check.well for check in checks)
-  return Verdict('reproduced' if well else 'not reproduced', checks, ())
+  # Of a missing FID, more was said.
+  missing = (name for name in bands if name not in results and name != 'fid')
+  reasons += [f'{title(name)} was not measured' for name in missing]
+  checks = [
+    {'result': name, 'value': results[name], 'band': list(band),
+     'well': band.low <= results[name] <= band.high}
+    for name, band in bands.items()
+    if name in results
+  ]  # fmt: skip
+  well = all(check['well'] for check in checks)
+  word = 'reproduced' if well else 'not reproduced'
+  return {
+    'verdict': 'no verdict' if reasons else word,
+    'checks': checks,
+    'reasons': reasons,
+  }
 
 
-def rows(
-  recipe: Recipe, ours: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-  """The table: ours first, then what is published of the same samplers.
+def row_of(card: Mapping, bits: Mapping | None, imported: bool) -> Row:
+  """Our line of the table.
 
   Args:
-    recipe: what is published.
-    ours: 'system', 'sampler', 'evaluations', and of the results 'distance' (its
-      name), its value, 'inception_score', 'bits'.
-
-  Returns:
-    dicts of one shape, as JSON can hold them.
+    card: of samples.
+    bits: the card of bits per dimension; None = not measured.
+    imported: whether the weights are published ones.
   """
-  used = {(row['sampler'], row['evaluations']) for row in ours}
-  theirs = [
-    {
-      'system': row.system,
-      'ours': False,
-      'fid': list(row.fid),
-      'is_range': row.is_range,
-      'inception_score': list(row.inception_score),
-      'bits': row.bits,
-      'sampler': row.sampler,
-      'evaluations': row.evaluations,
-      'source': row.source + ' (second-hand)' * row.second_hand,
-    }
+  results, subject = card['results'], card['subject']
+  told = {
+    name: tables.result(card, name).text
+    for name in (*cards.DISTANCES, 'inception_score')
+    if name in results
+  }
+  if bits:
+    told['bpd'] = f'≤ {tables.result(bits, "bpd").text}'
+  return Row(
+    f'{"imported" if imported else "ours"}, step {subject["step"]:,}',
+    subject['sampler'],
+    subject['evaluations'],
+    f'{card["protocol"]["num_samples"]:,} samples',
+    told,
+  )
+
+
+def rows(recipe: Recipe, ours: Row) -> list[Row]:
+  """The table: ours first, then what is published of the same sampler."""
+  used = (ours.sampler, ours.evaluations)
+  return [ours] + [
+    row
     for row in recipe.rows
-    if row.sampler == 'ancestral' or (row.sampler, row.evaluations) in used
+    if row.sampler == 'ancestral' or (row.sampler, row.evaluations) == used
   ]
-  own = {'ours': True, 'is_range': False}
-  return [*({**row, **own} for row in ours), *theirs]
 
 
-def text(
-  table: Sequence[Mapping[str, Any]], verdict: Verdict, recipe: Recipe
-) -> list[str]:
-  """The table and the verdict, as lines.
+def title(name: str) -> str:
+  """What a result is called, without the arrow of cards."""
+  return tables.head(name).rstrip(' ↓↑')
+
+
+def text(table: Sequence[Row], verdict: Mapping, recipe: Recipe) -> list[str]:
+  """The table, the bands and the verdict, as lines.
 
   Args:
     table: of `rows`.
     verdict: of `judge`.
     recipe: what is published.
   """
-  # Distances by other features have columns of their own: none is a FID.
-  names = list(dict.fromkeys(
-    row['distance'] for row in table if row.get('distance', 'fid') != 'fid'
-  ))  # fmt: skip
-  heads = ['', *(cards.DISTANCES.get(n, n) for n in names), 'FID', 'IS',
-           'bits/dim', 'sampler', 'evaluations', 'source']  # fmt: skip
-  body = []
-  for row in table:
-    other = row.get('distance', 'fid')
-    body.append([
-      row['system'],
-      *(_cell(row['fid'] if other == name else []) for name in names),
-      _cell(row['fid'] if other == 'fid' else [], row['is_range']),
-      ' ± '.join(f'{x:.4g}' for x in row['inception_score']) or '-',
-      '-' if row['bits'] is None else f'≤ {row["bits"]:.2f}',
-      row['sampler'],
-      str(row['evaluations']),
-      row['source'],
-    ])  # fmt: skip
-  lines = terminal.table(heads, body)
-  bands = [
-    f'{what}: ' + ', '.join(
-      f'{cards.DISTANCES.get(name, "bits/dim")} {_span(band)}'
-      for name, band in of.items()
-    )
-    for what, of in (
-      ('band for a run of 800,000 steps', recipe.own),
-      ('band for the published weights', recipe.imported),
-    )
-    if of
-  ]  # fmt: skip
-  if bands:
-    lines += ['', *bands, *_without_band(recipe)]
-  lines += ['', *told(verdict)]
-  return lines
+  names = list(dict.fromkeys(name for row in table for name in row.results))
+  lines = terminal.table(
+    ['', *map(title, names), 'sampler', 'evaluations', 'source'],
+    [
+      [row.system, *(row.results.get(name, '-') for name in names), row.sampler,
+       str(row.evaluations), row.source]
+      for row in table
+    ],
+  )  # fmt: skip
+  lines.append('')
+  for what, bands in (
+    ('a run of 800,000 steps', recipe.own),
+    ('the published weights', recipe.imported),
+  ):
+    if bands:
+      each = (f'{title(n)} {_span(*band)}' for n, band in bands.items())
+      lines.append(f'band for {what}: {", ".join(each)}')
+  for paper in recipe.rows[:1]:
+    missing = [
+      f'{title(name)} ({value} in the paper)'
+      for name, value in paper.results.items()
+      if name not in recipe.own
+    ]
+    lines += [f'no band is on record for a run: {", ".join(missing)}', '']
+  if reasons := verdict['reasons']:
+    return [*lines, 'no verdict, since', *(f'  {line}' for line in reasons)]
+  checks = (
+    f'{title(check["result"])} {check["value"]:.3f} is '
+    f'{"in" if check["well"] else "outside"} the band, {_span(*check["band"])}'
+    for check in verdict['checks']
+  )
+  return [*lines, f'{verdict["verdict"]}: {"; ".join(checks)}']
 
 
-def _cell(values, is_range=False) -> str:
-  return (' to ' if is_range else ', ').join(f'{x:.4g}' for x in values) or '-'
-
-
-def _span(band: Band) -> str:
-  if band.low is None:
-    return f'at most {band.high:.2f}'
-  return f'{band.low:.2f} to {band.high:.2f}'
-
-
-def _without_band(recipe: Recipe) -> list[str]:
-  """What the paper has a number of, and nobody a band."""
-  missing = []
-  if not recipe.rows:
-    return missing
-  paper = recipe.rows[0]
-  if paper.inception_score:
-    score = ' ± '.join(f'{x:.4g}' for x in paper.inception_score)
-    missing.append(f'the Inception Score (in the paper {score})')
-  if paper.bits and 'bpd' not in recipe.own:
-    missing.append(
-      f'the bits/dim of a run of ours (in the paper ≤ {paper.bits:.2f})'
-    )
-  return [f'no band is on record: {"; ".join(missing)}'] if missing else []
-
-
-def told(verdict: Verdict) -> list[str]:
-  """The verdict, line by line."""
-  if verdict.word == 'no verdict':
-    return ['no verdict, since', *(f'  {line}' for line in verdict.reasons)]
-  return [
-    f'{verdict.word}: '
-    + '; '.join(
-      f'{cards.DISTANCES.get(check.result, "bits/dim")} {check.value:.3f} is '
-      f'{"in" if check.well else "outside"} the band, {_span(check.band)}'
-      for check in verdict.checks
-    )
-  ]
-
-
-def markdown(lines: Sequence[str], title: str) -> str:
-  """The text as a page, columns and all."""
-  return '\n'.join([f'# {title}', '', '```', *lines, '```', ''])
+def _span(low: float, high: float) -> str:
+  return f'{low:.2f} to {high:.2f}' if low else f'at most {high:.2f}'

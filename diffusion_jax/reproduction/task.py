@@ -25,7 +25,6 @@ class Task:
     by_inception: whether that judges.
     published_judge: whether its weights are known to be those of 2015-12-05.
     judging: flags that go to evaluation as they are.
-    data_path: '' or the flag.
     metrics: that evaluation takes of samples.
     num_samples: that are judged.
     sampler: 'ancestral' or 'ddim'.
@@ -48,7 +47,6 @@ class Task:
   by_inception: bool
   published_judge: bool
   judging: tuple[str, ...]
-  data_path: str
   metrics: tuple[str, ...]
   num_samples: int
   sampler: str
@@ -73,19 +71,21 @@ class Task:
   @property
   def differences(self) -> list[str]:
     """What of the config is not the recipe."""
-    if self.shipped is None:
-      return [f'{self.name} is no shipped recipe']
-    free = table.FREE_IF_IMPORTED if self.origin else table.FREE
-    return table.differences(self.shipped, self.config, free)
+    return self._differences(
+      table.FREE_IF_IMPORTED if self.origin else table.FREE
+    )
 
   @property
   def incomparable(self) -> list[str]:
     """Why the loss cannot be compared to the healthy run's; [] = it can."""
     if not self.recipe.loss:
       return [f'no curve of {self.name} is on record']
+    return self._differences(table.FREE_FOR_LOSS)
+
+  def _differences(self, free) -> list[str]:
     if self.shipped is None:
       return [f'{self.name} is no shipped recipe']
-    return table.differences(self.shipped, self.config, table.FREE_FOR_LOSS)
+    return table.differences(self.shipped, self.config, free)
 
 
 def _binary(name: str, *flags: str) -> list[str]:
@@ -124,7 +124,7 @@ def evaluate(task: Task, step: int | str) -> list[str]:
 
 def bits(task: Task, step: int | str) -> list[str]:
   """Bits per dimension of the held-out images, by the bound."""
-  moved = (task.data_path,) if task.data_path else ()
+  moved = [flag for flag in task.judging if flag.startswith('--data_path=')]
   return _binary(
     'evaluate', f'--workdir={task.workdir}', f'--step={step}',
     '--metrics=bpd', *moved,
@@ -138,7 +138,7 @@ def store(task: Task, step: int | str) -> files.Path:
 
 
 def earlier(steps: list[int], count: int) -> list[int]:
-  """Checkpoints to judge beside the last, evenly over training as they lie.
+  """Checkpoints to judge beside the last, spread over training.
 
   Args:
     steps: that have a checkpoint, by step.
@@ -164,17 +164,14 @@ def work(task: Task, flops: tuple[float, float]) -> Work:
     task: what is asked for.
     flops: of `cost.flops_of`.
   """
-  config, recipe = task.config, task.recipe
-  images = 0 if task.origin else config['num_steps'] * config['batch_size']
-  stores = 1 + task.curve
+  config, recipe, stores = task.config, task.recipe, 1 + task.curve
   heldout = recipe.num_heldout or 0
   # The reference and the floor are looked at once.
   seen = (recipe.num_train or 0) + min(heldout, task.num_samples)
   return Work(
-    images=images,
-    drawn=stores * task.num_samples * task.evaluations,
-    scored=task.bits * heldout * config['process']['num_timesteps'],
-    judged=stores * task.num_samples + seen if task.by_inception else 0,
-    train_flops=flops[0],
-    evaluation_flops=flops[1],
+    0 if task.origin else config['num_steps'] * config['batch_size'],
+    stores * task.num_samples * task.evaluations,
+    task.bits * heldout * config['process']['num_timesteps'],
+    stores * task.num_samples + seen if task.by_inception else 0,
+    *flops,
   )

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shlex
 import signal
 import statistics
@@ -10,7 +11,6 @@ from collections.abc import Callable
 
 from diffusion_jax import runs
 from diffusion_jax.evaluation import cards, tables
-from diffusion_jax.reporting import facts
 from diffusion_jax.reproduction import cost, health, results, stages
 from diffusion_jax.reproduction import task as tasks
 from diffusion_jax.reproduction.task import Task
@@ -19,9 +19,7 @@ from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics
 
 RECORD = 'reproduction.json'
-MEASURED = 'measured.json'
 MEASURE_SECS = 900.0  # a large network on a small machine: it goes unmeasured
-LOOK_SECS = 20.0  # at the metrics, while training
 SAY_SECS = 120.0
 # Of a call's time: what is kept for a stage to save in and for the results, at
 # most; what measuring may take; and with less left, no stage is begun.
@@ -29,11 +27,12 @@ END_SECS, END = stages.GRACE + 5, 0.25
 MEASURING = 0.25
 LEAST = 0.05
 
-# What the devices are, which the process that waits does not ask itself.
-PROBE = (
-  'import json; from diffusion_jax import environment; '
-  'print(json.dumps(environment.describe()))'
-)
+# What the devices are: the process that waits does not ask itself.
+PROBE = [
+  '-c',
+  'import json; from diffusion_jax.system import environment; '
+  'print(json.dumps(environment.describe()))',
+]
 
 
 class Cut(Exception):
@@ -46,8 +45,8 @@ class Pieces:
   Attributes:
     task: what is asked for.
     record: as it is on disk: 'stages', each with its name, command, the seconds
-      of every piece, whether it has ended, and its result; 'files', which the
-      folder has by it.
+      of every piece, whether it has ended, and its result; 'files', those that
+      the folder has by it.
     signals: that come to this process.
 
   Args:
@@ -55,16 +54,14 @@ class Pieces:
   """
 
   def __init__(self, task: Task, signals: stages.Signals, start: float):
-    self.task, self.signals = task, signals
+    self.task, self.signals, self._start = task, signals, start
     # Results may be of an earlier protocol: what holds, is found again.
-    self.record = {
-      'workdir': str(files.resolved(task.workdir)), 'stages': [], 'files': [],
-    }  # fmt: skip
     before = read(task.directory / RECORD) or {}
-    self.record |= {k: before[k] for k in ('stages', 'files') if k in before}
-    self._measured = read(task.directory / MEASURED)
-    self._start = start
-    self._watched = None  # the state of health that was told last
+    self.record = {
+      'workdir': str(files.resolved(task.workdir)),
+      'stages': before.get('stages', []),
+      'files': before.get('files', []),
+    }
 
   # --- the record -------------------------------------------------------------
 
@@ -81,39 +78,30 @@ class Pieces:
     Training wants a new folder empty.
     """
     self.record |= changes
-    task = self.task
-    inside = files.resolved(task.workdir) in files.parents(
-      files.resolved(task.directory)
-    )
-    if inside and not (task.workdir / 'config.json').exists():
+    workdir, directory = self.task.workdir, self.task.directory
+    inside = files.resolved(workdir) in files.parents(files.resolved(directory))
+    if inside and not (workdir / 'config.json').exists():
       return
-    files.make(task.directory)
-    _write(task.directory / RECORD, self.record)
-    if self._measured:
-      _write(task.directory / MEASURED, self._measured)
+    with files.replacing(files.make(directory) / RECORD) as file:
+      file.write(json.dumps(self.record, indent=2).encode() + b'\n')
 
   def entry(self, name: str, command: list[str]) -> dict:
     """The record of a stage; training goes on with another command too."""
-    key = 'name' if name == 'train' else 'command'
-    wanted = {'name': name, 'command': command}
     for one in self.record['stages']:
-      if one[key] == wanted[key]:
+      if one['command'] == command or name == one['name'] == 'train':
         one['command'] = command
         return one
-    self.record['stages'].append(
-      {**wanted, 'seconds': [], 'ended': False, 'result': None}
-    )
-    return self.record['stages'][-1]
+    new = {'name': name, 'command': command, 'seconds': [], 'ended': False,
+           'result': None}  # fmt: skip
+    self.record['stages'].append(new)
+    return new
 
   # --- stages -----------------------------------------------------------------
 
-  def left(self) -> float | None:
-    """Seconds of this call for work; None = no limit."""
-    if not self.task.minutes:
-      return None
-    whole = 60 * self.task.minutes
-    until = whole - min(END_SECS, END * whole)
-    return until - (time.monotonic() - self._start)
+  def left(self) -> float:
+    """Seconds of this call for work."""
+    whole = 60 * self.task.minutes or math.inf
+    return whole - min(END_SECS, END * whole) - (time.monotonic() - self._start)
 
   def stage(
     self,
@@ -121,7 +109,7 @@ class Pieces:
     command: list[str],
     *,
     stop: int = signal.SIGINT,
-    limit: float | None = None,
+    limit: float = math.inf,
     watch: Callable[[], None] = lambda: None,
   ) -> dict | None:
     """Runs a stage for as long as this call and its own limit let it.
@@ -133,29 +121,22 @@ class Pieces:
       Cut: the call's limit or a signal did, or it was not begun.
       Failed: it failed.
     """
-    left, whole = self.left(), 60 * self.task.minutes
-    if self.signals.name or (left is not None and left < LEAST * whole):
+    if self.signals.name or self.left() < LEAST * 60 * self.task.minutes:
       raise Cut
-    limits = [x for x in (left, limit) if x is not None]
-    entry = self.entry(name, command)
     terminal.say(f'\n$ python {shlex.join(command)}')
+    entry, result, start = self.entry(name, command), None, time.monotonic()
     try:
-      outcome = stages.run(
-        command, self.signals, stop=stop, watch=watch, every=LOOK_SECS,
-        deadline=time.monotonic() + min(limits) if limits else None,
+      result = stages.run(
+        command, self.signals, stop=stop, watch=watch,
+        deadline=start + min(self.left(), limit),
       )  # fmt: skip
-    except stages.Failed as e:
-      entry['seconds'].append(round(e.seconds, 1))
+    finally:
+      entry['seconds'].append(round(time.monotonic() - start, 1))
+      entry['ended'] = result is not None
       self.keep()
-      raise
-    entry['seconds'].append(round(outcome.seconds, 1))
-    entry['ended'] = outcome.result is not None
-    if outcome.result is None:
-      self.keep()
-      left = self.left()
-      if self.signals.name or (left is not None and left <= 0):
-        raise Cut
-    return outcome.result
+    if result is None and (self.signals.name or self.left() <= 0):
+      raise Cut
+    return result
 
   def judged(self, name: str, command: list[str]) -> list[dict]:
     """The cards of an evaluation, made now or on record."""
@@ -177,40 +158,28 @@ class Pieces:
 
   def measure(self) -> None:
     """Times this machine, unless that is on record or training has a rate."""
-    task = self.task
-    if not task.measure or self._trained_at():
+    task, known = self.task, self._measured()
+    if not task.measure or self._trained_at() or known == {}:
       return
-    if known := self._known():
-      if 'train' not in known:  # it took too long
-        return
-      here = self.stage('devices', ['-c', PROBE]) or {}
+    if known:
+      here = self.stage('devices', PROBE) or {}
       if _device(here) == _device(known['environment']):
         return
-    limit = MEASURE_SECS
-    if task.minutes:
-      limit = min(limit, MEASURING * 60 * task.minutes)
-    found = self.stage('measure', tasks.measure(task), limit=limit)
-    self._measured = {'key': self._key(), 'environment': {}}
-    if found is None:
-      terminal.say(f'not measured: it took more than {limit / 60:.2g} minutes')
+    command = tasks.measure(task)
+    limit = min(MEASURE_SECS, MEASURING * 60 * task.minutes or math.inf)
+    result = {}
+    if found := self.stage('measure', command, limit=limit):
+      result = {'environment': found['environment'], **found['measured']}
     else:
-      self._measured |= {
-        'environment': found['environment'], **found['measured']
-      }  # fmt: skip
+      terminal.say(f'not measured: it took more than {limit / 60:.2g} minutes')
+    self.entry('measure', command)['result'] = result
     self.keep()
 
-  def _known(self) -> dict:
-    """What is on record of this network; {} = nothing."""
-    known = self._measured or {}
-    return known if known.get('key') == self._key() else {}
-
-  def _key(self) -> dict:
-    """What the rates depend on, but for the devices."""
-    config = self.task.config
-    names = ('model', 'batch_size', 'microbatches', 'mesh')
-    return {name: config[name] for name in names} | {
-      'shape': [config['data'][k] for k in ('image_size', 'channels')]
-    }
+  def _measured(self) -> dict | None:
+    """What was measured; {} = it took too long, None = it was not tried."""
+    command = tasks.measure(self.task)
+    done = (x for x in self.record['stages'] if x['command'] == command)
+    return next(done, {'result': None})['result']
 
   def _trained_at(self) -> float | None:
     """Images a second of the newest rows."""
@@ -218,26 +187,20 @@ class Pieces:
     rates = [r['images_per_sec'] for r in rows[-50:] if 'images_per_sec' in r]
     return statistics.median(rates) if rates else None
 
-  def images_per_sec(self) -> float | None:
-    """Of training, as it was; before it has a rate, as it was measured."""
-    known = self._known().get('train') or {}
-    return self._trained_at() or known.get('images_per_sec')
-
   def rates(self) -> dict:
-    """What was measured; None = it was not."""
-    sample = self._known().get('sample')
+    """What was measured, training's own rate first; None = it was not."""
+    known = self._measured() or {}
+    train, sample = known.get('train', {}), known.get('sample')
     return {
-      'images_per_sec': self.images_per_sec(),
+      'images_per_sec': self._trained_at() or train.get('images_per_sec'),
       'evaluations_per_sec': sample and 1 / sample['seconds_per_evaluation'],
     }
 
-  def hardware(self) -> list[dict]:
-    """What each start of training ran on; [] where nothing was trained."""
-    with contextlib.suppress(UserError):
-      return facts.read(self.task.workdir).starts
-    return []
-
   # --- what is done -----------------------------------------------------------
+
+  def at(self) -> int:
+    """The last checkpoint's step; 0 = there is none."""
+    return (checkpoint.steps(self.task.workdir / 'checkpoints') or [0])[-1]
 
   def train(self) -> int:
     """Trains on, or imports; returns the last step.
@@ -245,80 +208,68 @@ class Pieces:
     Raises:
       Cut: there is more to train.
     """
-    task, directory = self.task, self.task.workdir / 'checkpoints'
-    command = tasks.train(task)
+    task, command = self.task, tasks.train(self.task)
     if task.origin:
-      entry = self.entry('import', command)
       # The run itself says whether it came in, not the record of it.
-      entry['ended'] = bool(runs.converted_from(task.workdir))
-      if not entry['ended']:
-        entry['result'] = self.stage('import', command)
-        self.keep()
-      return checkpoint.find_step(directory, None)
-    entry, limit = self.entry('train', command), 60 * task.train_minutes
+      if not runs.converted_from(task.workdir):
+        self.stage('import', command)
+      return checkpoint.find_step(task.workdir / 'checkpoints', None)
+    entry, last = self.entry('train', command), task.config['num_steps']
+    limit, watch = 60 * task.train_minutes or math.inf, self._watcher()
     while True:
-      at = (checkpoint.steps(directory) or [0])[-1]
-      left = limit - sum(entry['seconds'])
-      over = bool(limit) and left < 1
-      entry['ended'] = over or at >= task.config['num_steps']
-      if entry['ended']:
-        if not at:
-          raise UserError(
-            f'--train_minutes={task.train_minutes:g} were over before the '
-            'first step was: give more'
-          )
-        entry['result'] = {'step': at}
-        self.keep()
-        return at
+      at, left = self.at(), limit - sum(entry['seconds'])
+      if at >= last or left < 1:
+        break
       # In place of its result, what it has kept is looked at: it may have been
       # stopped, by its limit or by whoever can, at any step.
       try:
         self.stage(
-          'train', command, stop=signal.SIGTERM, limit=left if limit else None,
-          watch=self._watcher(),
-        )  # fmt: skip
+          'train', command, stop=signal.SIGTERM, limit=left, watch=watch
+        )
       except stages.Failed as e:
-        found = health.ended(e.told)
-        if found:
-          for line in health.told([found]):
-            terminal.say(line)
-          self.keep(health=[found.record()])
-        raise
-      after = (checkpoint.steps(directory) or [0])[-1]
-      if after < task.config['num_steps'] and not limit:
+        if not (found := health.ended(e.told)):
+          raise
+        for line in health.told([found]):
+          terminal.say(line)
+        self.keep(done=False, health=[found.record()])
+        raise UserError(e.told) from e
+      if limit == math.inf and self.at() < last:
         raise Cut
+    if not at:
+      raise UserError(
+        f'--train_minutes={task.train_minutes:g} were over before the first '
+        'step was: give more'
+      )
+    entry |= {'ended': True, 'result': {'step': at}}
+    self.keep()
+    return at
 
   def _watcher(self) -> Callable[[], None]:
     """Says now and then how training is, beside the known curve."""
-    task, said = self.task, [time.monotonic(), 0]
-    comparable = not task.incomparable
-    if not comparable:
-      terminal.say(
-        f'the loss is compared to none: {"; ".join(task.incomparable)}'
-      )
+    task, why = self.task, self.task.incomparable
+    said = {'step': 0, 'time': -math.inf, 'state': ''}
+    if why:
+      terminal.say(f'the loss is compared to none: {"; ".join(why)}')
 
     def watch():
-      rows = metrics.read(task.workdir / metrics.ROWS)
-      if not rows or rows[-1]['step'] == said[1]:
+      rows, now = metrics.read(task.workdir / metrics.ROWS), time.monotonic()
+      at = rows[-1]['step'] if rows else 0
+      if at == said['step']:
         return
-      at = rows[-1]['step']
-      found = health.loss(rows, task.recipe.loss if comparable else ())
-      news = found.suspects and found.state != self._watched
-      if not news and said[1] and time.monotonic() - said[0] < SAY_SECS:
+      found = health.loss(rows, () if why else task.recipe.loss)
+      news = found.suspects and found.state != said['state']
+      if not news and now - said['time'] < SAY_SECS:
         return
-      said[:] = time.monotonic(), at
+      said.update(step=at, time=now, state=found.state)
       told = [found.told]
-      rate = self.images_per_sec()
-      if rate:
+      if rate := self.rates()['images_per_sec']:
         images = (task.config['num_steps'] - at) * task.config['batch_size']
         told.append(f'{rate:,.4g} images/s')
         if not task.train_minutes:
           told.append(f'{images / rate / 3600:.2f} hours of training left')
       terminal.say('; '.join(told))
-      if news:
-        for line in health.told([found])[1:]:
-          terminal.say(line)
-      self._watched = found.state
+      for line in health.told([found])[1:] if news else ():
+        terminal.say(line)
 
     return watch
 
@@ -330,21 +281,20 @@ def hours_left(pieces: Pieces, work: cost.Work) -> cost.Hours | None:
     pieces: what is done.
     work: all of it.
   """
-  task, rates = pieces.task, pieces.rates()
-  at = (checkpoint.steps(task.workdir / 'checkpoints') or [0])[-1]
-  stores = 1 + task.curve
+  task, stores = pieces.task, 1 + pieces.task.curve
   ended = [one['name'] for one in pieces.record['stages'] if one['ended']]
   drawn = sum(name.startswith('evaluate') for name in ended)
   rest = work._replace(
-    images=max(work.images - at * task.config['batch_size'], 0),
+    images=max(work.images - pieces.at() * task.config['batch_size'], 0),
     drawn=work.drawn * max(stores - drawn, 0) // stores,
     scored=0 if 'bits' in ended else work.scored,
   )
   # All of training's time, less what it has had.
-  spent = [one['seconds'] for one in pieces.record['stages']
-           if one['name'] == 'train']  # fmt: skip
-  most = max(task.most_training - sum(sum(s) for s in spent) / 3600, 0)
-  return cost.measured(rest, **rates, most=most)
+  spent = sum(
+    sum(x['seconds']) for x in pieces.record['stages'] if x['name'] == 'train'
+  )
+  most = max(task.most_training - spent / 3600, 0)
+  return cost.hours(rest, **pieces.rates(), most=most)
 
 
 def _device(environment: dict) -> tuple:
@@ -358,8 +308,3 @@ def read(path) -> dict | None:
   except (OSError, ValueError):
     return None
   return value if isinstance(value, dict) else None
-
-
-def _write(path, value: dict) -> None:
-  with files.replacing(path) as file:
-    file.write(json.dumps(value, indent=2).encode() + b'\n')

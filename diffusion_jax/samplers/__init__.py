@@ -1,6 +1,7 @@
 """Samplers: (init, step) pairs, grids, the scan that runs them, the store."""
 
 import inspect
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args, get_origin
 
 from diffusion_jax.samplers.adaptive import adaptive
@@ -16,58 +17,10 @@ from diffusion_jax.samplers.dpm_solver_pp import (
 from diffusion_jax.samplers.edm import euler, heun
 from diffusion_jax.samplers.pndm import ipndm, plms
 from diffusion_jax.samplers.predictor_corrector import predictor_corrector
-from diffusion_jax.samplers.solve import Sampler, solve
+from diffusion_jax.samplers.solve import Sampler as Sampler
+from diffusion_jax.samplers.solve import solve as solve
 from diffusion_jax.samplers.unipc import unipc
 from diffusion_jax.system.errors import UserError
-
-__all__ = [
-  'ADAPTIVE',
-  'CALIBRATED',
-  'SAMPLERS',
-  'Sampler',
-  'adaptive',
-  'analytic_ddim',
-  'analytic_ddpm',
-  'ancestral',
-  'create',
-  'ddim',
-  'defaults',
-  'dpm_solver',
-  'dpmpp_2m',
-  'dpmpp_2m_sde',
-  'dpmpp_2s',
-  'dpmpp_3m',
-  'euler',
-  'heun',
-  'ipndm',
-  'options',
-  'plms',
-  'predictor_corrector',
-  'solve',
-  'table',
-  'takes',
-  'unipc',
-]
-
-SAMPLERS = {
-  'ancestral': ancestral,
-  'ddim': ddim,
-  'analytic_ddpm': analytic_ddpm,
-  'analytic_ddim': analytic_ddim,
-  'euler': euler,
-  'heun': heun,
-  'plms': plms,
-  'ipndm': ipndm,
-  'dpm_solver': dpm_solver,
-  'dpmpp_2s': dpmpp_2s,
-  'dpmpp_2m': dpmpp_2m,
-  'dpmpp_3m': dpmpp_3m,
-  'dpmpp_2m_sde': dpmpp_2m_sde,
-  'unipc': unipc,
-  'predictor_corrector': predictor_corrector,
-  'adaptive': adaptive,
-}
-
 
 # Those that take the network's calibration, see `calibration`.
 CALIBRATED = ('analytic_ddpm', 'analytic_ddim')
@@ -79,77 +32,80 @@ class About(NamedTuple):
   """A sampler in a line.
 
   Attributes:
+    create: (options) -> Sampler.
     order: of convergence in the number of steps, without noise.
-    evaluations: for a step of the grid, or of its own.
-    noise: when it adds any.
-    what: it is.
     source: arXiv id.
+    what: it is.
+    noise: when it adds any.
+    evaluations: for a step of the grid, or of its own.
   """
 
+  create: Callable
   order: str
-  evaluations: str
-  noise: str
-  what: str
   source: str
+  what: str
+  noise: str = 'no'
+  evaluations: str = '1'
 
 
-ABOUT = {
-  'ancestral': About(
-    '-', '1', 'yes', "DDPM's own steps, of any length", '2006.11239'
+_ALL = (
+  About(ancestral, '-', '2006.11239', "DDPM's own steps, of any length", 'yes'),
+  About(ddim, '1', '2010.02502', 'DDIM, deterministic', 'eta > 0'),
+  About(
+    analytic_ddpm,
+    '-',
+    '2201.06503',
+    'ancestral, of the optimal variance',
+    'yes',
   ),
-  'ddim': About('1', '1', 'eta > 0', 'DDIM, deterministic', '2010.02502'),
-  'analytic_ddpm': About(
-    '-', '1', 'yes', 'ancestral, of the optimal variance', '2201.06503'
+  About(
+    analytic_ddim, '-', '2201.06503', 'DDIM, of the optimal variance', 'yes'
   ),
-  'analytic_ddim': About(
-    '-', '1', 'yes', 'DDIM, of the optimal variance', '2201.06503'
-  ),
-  'euler': About('1', '1', 'churn > 0', "Euler's in EDM's form", '2206.00364'),
-  'heun': About('2', '2', 'churn > 0', "EDM's algorithm 2", '2206.00364'),
-  'plms': About(
-    '2', '1; 4 in the first 3', 'no', 'PNDM: four steps of memory', '2202.09778'
-  ),
-  'ipndm': About(
-    '2', '1', 'no', 'PNDM without its Runge-Kutta start', '2204.13902'
-  ),
-  'dpm_solver': About(
-    '1-3', '1', 'no', 'DPM-Solver, singlestep, on eps', '2206.00927'
-  ),
-  'dpmpp_2s': About(
-    '2', '1', 'no', 'DPM-Solver++, singlestep, on x0', '2211.01095'
-  ),
-  'dpmpp_2m': About(
-    '2', '1', 'no', 'DPM-Solver++, a step of memory', '2211.01095'
-  ),
-  'dpmpp_3m': About(
-    '3', '1', 'no', 'DPM-Solver++, two steps of memory', '2211.01095'
-  ),
-  'dpmpp_2m_sde': About(
-    '-', '1', 'yes', 'DPM-Solver++ 2M with noise', '2211.01095'
-  ),
-  'unipc': About(
-    '2-4', '1', 'no', 'predictor and corrector of one family', '2302.04867'
-  ),
-  'predictor_corrector': About(
-    '-', '2', 'yes', 'ancestral and Langevin steps in turn', '2011.13456'
-  ),
-  'adaptive': About(
+  About(euler, '1', '2206.00364', "Euler's in EDM's form", 'churn > 0'),
+  About(heun, '2', '2206.00364', "EDM's algorithm 2", 'churn > 0', '2'),
+  About(
+    plms,
     '2',
-    '2; 1 if rejected',
-    'no',
-    "steps of each sample's own length",
-    '2206.00927',
+    '2202.09778',
+    'PNDM: four steps of memory',
+    evaluations='1; 4 in the first 3',
   ),
-}
+  About(ipndm, '2', '2204.13902', 'PNDM without its Runge-Kutta start'),
+  About(dpm_solver, '1-3', '2206.00927', 'DPM-Solver, singlestep, on eps'),
+  About(dpmpp_2s, '2', '2211.01095', 'DPM-Solver++, singlestep, on x0'),
+  About(dpmpp_2m, '2', '2211.01095', 'DPM-Solver++, a step of memory'),
+  About(dpmpp_3m, '3', '2211.01095', 'DPM-Solver++, two steps of memory'),
+  About(dpmpp_2m_sde, '-', '2211.01095', 'DPM-Solver++ 2M with noise', 'yes'),
+  About(unipc, '2-4', '2302.04867', 'predictor and corrector of one family'),
+  About(
+    predictor_corrector,
+    '-',
+    '2011.13456',
+    'ancestral and Langevin steps in turn',
+    'yes',
+    '2',
+  ),
+  About(
+    adaptive,
+    '2',
+    '2206.00927',
+    "steps of each sample's own length",
+    evaluations='2; 1 if rejected',
+  ),
+)
+ABOUT = {about.create.__name__: about for about in _ALL}
+SAMPLERS = {name: about.create for name, about in ABOUT.items()}
 
 
 def table() -> list[tuple[str, ...]]:
   """A head and a row for each sampler: what --sampler=list shows."""
-  rows = [('sampler', *About._fields[:3], 'what', 'arXiv', 'options')]
+  columns = ('order', 'evaluations', 'noise', 'what', 'source')
+  rows = [('sampler', *columns[:-1], 'arXiv', 'options')]
   for name, about in ABOUT.items():
     taken = takes(name).values()
     shown = [_shown(option) for option in taken if not _is_needed(option)]
-    rows.append((name, *about, ' '.join(shown)))
+    told = (getattr(about, column) for column in columns)
+    rows.append((name, *told, ' '.join(shown)))
   return rows
 
 

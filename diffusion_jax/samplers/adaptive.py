@@ -139,41 +139,7 @@ def solve(
   _check(rtol, atol, budget)
   last = schedule.num_timesteps - 1
   start, end = levels.of(schedule, [last, 0]).lam
-  count, axes = len(x), tuple(range(1, x.ndim))
-
-  def evaluate(state: _State) -> _State:
-    x, lam, aim, begins, x0, took = state
-    h = aim - lam
-
-    def moved(estimate, to):
-      scale, weight = _step(lam, to)
-      return per_example(scale, x) * x + per_example(weight, x) * estimate
-
-    look = jnp.where(begins, lam, lam + h / 2)
-    t = jnp.clip(schedule.t_of_logsnr(2 * look, x.dtype), 0, last)
-    seen = denoiser(moved(x0, look), t).x0
-    # These say something where `seen` is of the middle.
-    first, second = moved(x0, aim), moved(seen, aim)
-    size = jnp.maximum(jnp.abs(x), jnp.abs(first))
-    off = (second - first) / jnp.maximum(atol, rtol * size)
-    E = jnp.sqrt(jnp.mean(jnp.square(off), axes))
-    accepted = ~begins & (E <= 1)
-    rejected = ~begins & ~accepted
-    lam = jnp.where(accepted, aim, lam)
-    longer = lam + h * jnp.minimum(SAFETY / jnp.sqrt(E), GROWTH)
-    return _State(
-      jnp.where(per_example(accepted, x), second, x),
-      lam,
-      jnp.where(begins, aim, jnp.minimum(longer, end)),
-      accepted,
-      jnp.where(per_example(begins, x), seen, x0),
-      Took(
-        took.evaluations + 1,
-        took.accepted + accepted,
-        took.rejected + rejected,
-        begins & (lam >= end),
-      ),
-    )
+  end = jnp.asarray(end, x.dtype)
 
   def body(carry):
     turn, state = carry
@@ -182,21 +148,60 @@ def solve(
     def masked(new, old):
       return jnp.where(per_example(going, old), new, old)
 
-    return turn + 1, jax.tree.map(masked, evaluate(state), state)
+    tried = _tried(denoiser, schedule, state, end, rtol, atol)
+    return turn + 1, jax.tree.map(masked, tried, state)
 
   def goes_on(carry):
     turn, state = carry
     return (turn < budget) & ~jnp.all(state.took.finished)
 
+  count = len(x)
   none = jnp.zeros(count, jnp.int32)
   lam = jnp.full(count, start, x.dtype)
-  end = lam.dtype.type(end)
   state = _State(
     x, lam, jnp.minimum(lam + FIRST, end), jnp.ones(count, bool),
     jnp.zeros_like(x), Took(none, none, none, jnp.zeros(count, bool)),
   )  # fmt: skip
   _, state = jax.lax.while_loop(goes_on, body, (0, state))
   return state.x0, state.took
+
+
+def _tried(denoiser, schedule, state: _State, end, rtol, atol) -> _State:
+  """After one evaluation for each sample, at a step's start or middle."""
+  x, lam, aim, begins, x0, took = state
+  h = aim - lam
+
+  def moved(estimate, to):
+    scale, weight = _step(lam, to)
+    return per_example(scale, x) * x + per_example(weight, x) * estimate
+
+  look = jnp.where(begins, lam, lam + h / 2)
+  t = schedule.t_of_logsnr(2 * look, x.dtype)
+  seen = denoiser(
+    moved(x0, look), jnp.clip(t, 0, schedule.num_timesteps - 1)
+  ).x0
+  # These say something where `seen` is of the middle.
+  first, second = moved(x0, aim), moved(seen, aim)
+  size = jnp.maximum(jnp.abs(x), jnp.abs(first))
+  off = (second - first) / jnp.maximum(atol, rtol * size)
+  E = jnp.sqrt(jnp.mean(jnp.square(off), tuple(range(1, x.ndim))))
+  accepted = ~begins & (E <= 1)
+  rejected = ~begins & ~accepted
+  lam = jnp.where(accepted, aim, lam)
+  longer = lam + h * jnp.minimum(SAFETY / jnp.sqrt(E), GROWTH)
+  return _State(
+    jnp.where(per_example(accepted, x), second, x),
+    lam,
+    jnp.where(begins, aim, jnp.minimum(longer, end)),
+    accepted,
+    jnp.where(per_example(begins, x), seen, x0),
+    Took(
+      took.evaluations + 1,
+      took.accepted + accepted,
+      took.rejected + rejected,
+      begins & (lam >= end),
+    ),
+  )
 
 
 def _step(lam, to):

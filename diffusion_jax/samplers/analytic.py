@@ -6,6 +6,7 @@ import numpy as np
 
 from diffusion_jax.process import gaussian
 from diffusion_jax.samplers import levels
+from diffusion_jax.samplers.ancestral import step
 from diffusion_jax.samplers.solve import Sampler
 from diffusion_jax.system.errors import UserError
 
@@ -82,10 +83,5 @@ def _analytic(x0_variance, pixel_noise, eta):
       most = pixel_noise * 2 / 255 / np.sqrt(2 / np.pi)
       std[-2:-1] = np.minimum(std[-2:-1], most)
     return {'t': t, 'c0': c0, 'ct': ct, 'std': std}, ()
-
-  def step(denoiser, row, x, memory, noise_fn):
-    x0 = denoiser(x, row['t']).x0
-    mean = row['c0'] * x0 + row['ct'] * x
-    return mean + row['std'] * noise_fn(), memory
 
   return Sampler(init, step)

@@ -5,8 +5,7 @@ from typing import Literal
 import numpy as np
 
 from diffusion_jax.process import gaussian
-from diffusion_jax.samplers.solve import Sampler
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.samplers.solve import Sampler, choose
 
 
 def ancestral(
@@ -24,10 +23,7 @@ def ancestral(
   Raises:
     UserError: another variance.
   """
-  if variance not in gaussian.VARIANCES:
-    raise UserError(
-      f'variance={variance}: one of {", ".join(gaussian.VARIANCES)}'
-    )
+  choose('variance', variance, *gaussian.VARIANCES)
 
   def init(schedule, grid, x):
     del x
@@ -36,9 +32,11 @@ def ancestral(
     std = np.sqrt(gaussian.step_variance(schedule, t, s, variance))
     return {'t': t, 'c0': c0, 'ct': ct, 'std': np.where(s < 0, 0, std)}, ()
 
-  def step(denoiser, row, x, memory, noise_fn):
-    x0 = denoiser(x, row['t']).x0
-    mean = row['c0'] * x0 + row['ct'] * x
-    return mean + row['std'] * noise_fn(), memory
-
   return Sampler(init, step)
+
+
+def step(denoiser, row, x, memory, noise_fn):
+  """xs = c0 x0 + ct xt + noise of standard deviation std."""
+  x0 = denoiser(x, row['t']).x0
+  mean = row['c0'] * x0 + row['ct'] * x
+  return mean + row['std'] * noise_fn(), memory

@@ -13,12 +13,11 @@ length is infinite in lambda, are of lower order.
 from collections.abc import Iterator
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.solve import Sampler
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.samplers.linear import linear
+from diffusion_jax.samplers.solve import Sampler, choose
 
 
 def groups(grid, order: int) -> list[int]:
@@ -53,62 +52,52 @@ def dpm_solver(
   Raises:
     UserError: another order or variant.
   """
-  levels.check_order(order, 3)
-  if variant not in ('paper', 'diffusers'):
-    raise UserError(f'variant={variant}: paper or diffusers')
+  choose('order', order, 3, 2, 1)
+  choose('variant', variant, 'paper', 'diffusers')
 
-  def init(schedule, grid, x):
-    alpha, sigma, lam = levels.of(schedule, grid)
-    rows = []
-    for size, first, now in stages(grid, order):
-      to = now + 1
-      # sigma' (e^h - 1), written so that it is finite at clean data.
-      grown = alpha[to] * sigma[first] / alpha[first] - sigma[to]
-      c1 = 0.0
-      if now > first:
-        h = lam[to] - lam[first]
-        r = (lam[now] - lam[first]) / h
-        c1 = (grown / h - sigma[to]) / r
-        if size == 2 or (now == first + 1 and variant == 'diffusers'):
-          c1 = grown / (2 * r)
-      row = {'t': grid[now], 'begins': now == first}
-      rows.append(
-        {**row, 'cx': alpha[to] / alpha[first], 'c0': grown, 'c1': c1}
-      )
-    return levels.stacked(rows), (x, x)
+  def weights(alpha, sigma, lam, size, first, now):
+    to, h = now + 1, lam[now + 1] - lam[first]
+    # sigma' (e^h - 1), written so that it is finite at clean data.
+    grown = alpha[to] * sigma[first] / alpha[first] - sigma[to]
+    slope = 0.0
+    if now > first:
+      r = (lam[now] - lam[first]) / h
+      midpoint = size == 2 or (now == first + 1 and variant == 'diffusers')
+      slope = grown / (2 * r) if midpoint else (grown / h - sigma[to]) / r
+    return alpha[to] / alpha[first], -grown, -slope
 
-  def step(denoiser, row, x, memory, noise_fn):
-    eps = denoiser(x, row['t']).eps
-    begins = row['begins'] > 0
-    start = jnp.where(begins, x, memory[0])
-    eps0 = jnp.where(begins, eps, memory[1])
-    x = row['cx'] * start - row['c0'] * eps0 - row['c1'] * (eps - eps0)
-    return x, (start, eps0)
-
-  return Sampler(init, step)
+  return _singlestep(order, 'eps', weights)
 
 
 def dpmpp_2s() -> Sampler:
   """DPM-Solver++ (2S), algorithm 1 of arXiv 2211.01095, for any r."""
 
-  def init(schedule, grid, x):
-    alpha, sigma, lam = levels.of(schedule, grid)
+  def weights(alpha, sigma, lam, size, first, now):
+    to, h = now + 1, lam[now + 1] - lam[first]
+    whole = -alpha[to] * np.expm1(-h)
+    slope = whole * h / (2 * (lam[now] - lam[first])) if now > first else 0.0
+    return sigma[to] / sigma[first], whole, slope
+
+  return _singlestep(2, 'x0', weights)
+
+
+def _singlestep(order, kind, weights):
+  """x' = cx start + whole m1 + slope (m - m1), m1 being m where it begins.
+
+  Args:
+    order: of the method.
+    kind: of m, 'x0' or 'eps'.
+    weights: (*levels, size, first, now), see `stages` -> (cx, whole, slope).
+  """
+
+  def rows_of(schedule, grid):
+    found = levels.of(schedule, grid)
     rows = []
-    for _, first, now in stages(grid, 2):
-      to = now + 1
-      h = lam[to] - lam[first]
-      r = (lam[now] - lam[first]) / h if now > first else np.inf
-      row = {'t': grid[now], 'begins': now == first, 'w': 1 / (2 * r)}
-      c0 = -alpha[to] * np.expm1(-h)
-      rows.append({**row, 'cx': sigma[to] / sigma[first], 'c0': c0})
-    return levels.stacked(rows), (x, x)
+    for size, first, now in stages(grid, order):
+      cx, whole, slope = weights(*found, size, first, now)
+      begins = now == first
+      w = [whole, 0.0] if begins else [slope, whole - slope]
+      rows.append({'t': grid[now], 'begins': begins, 'cx': cx, 'w': w})
+    return levels.stacked(rows)
 
-  def step(denoiser, row, x, memory, noise_fn):
-    x0 = denoiser(x, row['t']).x0
-    begins = row['begins'] > 0
-    start = jnp.where(begins, x, memory[0])
-    first = jnp.where(begins, x0, memory[1])
-    D = (1 - row['w']) * first + row['w'] * x0
-    return row['cx'] * start + row['c0'] * D, (start, first)
-
-  return Sampler(init, step)
+  return linear(rows_of, kind)

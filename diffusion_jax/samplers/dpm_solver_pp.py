@@ -13,12 +13,11 @@ the one before it is of the second at the most, as in the authors' code.
 
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.solve import Sampler
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.samplers.linear import linear
+from diffusion_jax.samplers.solve import Sampler, choose
 
 
 def dpmpp_2m() -> Sampler:
@@ -41,8 +40,7 @@ def dpmpp_3m(variant: Literal['exact', 'published'] = 'exact') -> Sampler:
   Raises:
     UserError: another variant.
   """
-  if variant not in ('exact', 'published'):
-    raise UserError(f'variant={variant}: exact or published')
+  choose('variant', variant, 'exact', 'published')
   return _multistep(order=3, bend=2.0 if variant == 'exact' else 1.0)
 
 
@@ -71,31 +69,20 @@ def _weights(order, h, drop, before, bend):
 
 
 def _multistep(order, stochastic=False, bend=2.0):
-  def init(schedule, grid, x):
+  def rows_of(schedule, grid):
     alpha, sigma, lam = levels.of(schedule, grid)
     h = np.diff(lam)
     # The SDE forgets x twice as fast, and makes it up with noise.
     drop = -np.expm1(-2 * h if stochastic else -h)
     weights = [
-      alpha[i + 1] * _weights(p, h[i], drop[i], h[:i][::-1], bend)
+      alpha[i + 1] * _weights(p, h[i], drop[i], h[:i][::-1], bend)[:order]
       for i, p in enumerate(levels.orders(grid, order, few=15))
     ]
-    rows = {
+    return {
       't': grid[:-1],
       'cx': sigma[1:] / sigma[:-1] * (np.exp(-h) if stochastic else 1),
-      **dict(zip(('w0', 'w1', 'w2'), np.transpose(weights), strict=True)),
+      'w': np.array(weights),
+      **({'std': sigma[1:] * np.sqrt(drop)} if stochastic else {}),
     }
-    if stochastic:
-      rows['std'] = sigma[1:] * np.sqrt(drop)
-    return rows, (jnp.zeros_like(x),) * (order - 1)
 
-  def step(denoiser, row, x, memory, noise_fn):
-    x0 = denoiser(x, row['t']).x0
-    x = row['cx'] * x + row['w0'] * x0
-    for name, past in zip(('w1', 'w2'), memory, strict=False):
-      x = x + row[name] * past
-    if stochastic:
-      x = x + row['std'] * noise_fn()
-    return x, (x0, *memory[:-1])
-
-  return Sampler(init, step)
+  return linear(rows_of, 'x0')

@@ -6,10 +6,10 @@ model, which knows noise levels by their times, is asked at the fractional t of
 the level.
 """
 
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.samplers import levels
+from diffusion_jax.samplers.linear import advance, memory_of
 from diffusion_jax.samplers.solve import Sampler
 from diffusion_jax.system.errors import UserError
 
@@ -84,30 +84,26 @@ def _edm(churn, churn_min, churn_max, churn_noise, second):
     scale = np.where(moved, 1 / np.sqrt(1 + raised**2), alpha)  # alpha at t
     rows = []
     for i in range(len(grid) - 1):
+      ceps = alpha[i + 1] * (level[i + 1] - raised[i])
       row = {
         't': t[i],
-        'corrects': 0,
+        'begins': 1,
         'ends': 1,
         'up': scale[i] / alpha[i],
         'std': scale[i] * np.sqrt(raised[i] ** 2 - level[i] ** 2) * churn_noise,
         'cx': alpha[i + 1] / scale[i],
-        'ceps': alpha[i + 1] * (level[i + 1] - raised[i]),
+        'w': [ceps, 0],
       }
       rows.append(row)
       if second and grid[i + 1] >= 0:
         row['ends'] = 0
-        at_end = {'t': grid[i + 1], 'corrects': 1, 'up': 1, 'std': 0, 'ends': 1}
-        rows.append({**row, **at_end})
-    return levels.stacked(rows), (x, x)
+        again = {'t': grid[i + 1], 'begins': 0, 'up': 1, 'std': 0, 'ends': 1}
+        rows.append({**row, **again, 'w': [ceps / 2, ceps / 2]})
+    return levels.stacked(rows), memory_of(x, 1)
 
   def step(denoiser, row, x, memory, noise_fn):
-    start, before = memory
     if churn:
       x = row['up'] * x + row['std'] * noise_fn()
-    eps = denoiser(x, row['t']).eps
-    corrects = row['corrects'] > 0
-    start = jnp.where(corrects, start, x)
-    slope = jnp.where(corrects, (before + eps) / 2, eps)
-    return row['cx'] * start + row['ceps'] * slope, (start, eps)
+    return advance(denoiser(x, row['t']).eps, row, x, memory)
 
   return Sampler(init, step, evaluations)

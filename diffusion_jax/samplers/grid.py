@@ -151,14 +151,11 @@ def optimal(schedule: Schedule, num_steps: int, mse) -> list[int]:
 
 
 GRIDS = {
-  'uniform': uniform,
-  'leading': leading,
-  'trailing': trailing,
-  'quadratic': quadratic,
-  'logsnr': logsnr,
-  'karras': karras,
-  'ddim_uniform': ddim_uniform,
-  'ddim_quadratic': ddim_quadratic,
+  grid.__name__: grid
+  for grid in (
+    *(uniform, leading, trailing, quadratic, logsnr, karras),
+    *(ddim_uniform, ddim_quadratic),
+  )
 }
 NAMES = (*GRIDS, 'optimal')
 

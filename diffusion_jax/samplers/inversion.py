@@ -6,6 +6,7 @@ import numpy as np
 
 from diffusion_jax.process import gaussian
 from diffusion_jax.samplers import levels
+from diffusion_jax.samplers.linear import linear
 from diffusion_jax.samplers.solve import Sampler
 from diffusion_jax.system.errors import UserError
 
@@ -47,29 +48,21 @@ def ddim_inversion(iterations: int = 1) -> Sampler:
   def evaluations(grid):
     return iterations * (len(grid) - 1)
 
-  def init(schedule, grid, x):
+  def rows_of(schedule, grid):
     alpha, sigma, _ = levels.of(schedule, grid)
-    level = sigma / alpha
-    begins = np.zeros((len(grid) - 1, iterations))
-    ends = begins.copy()
-    begins[:, 0], ends[:, -1] = 1, 1
     a_step = {
       't': grid[1:],
       'cx': alpha[1:] / alpha[:-1],
-      'ceps': alpha[1:] * np.diff(level),
+      'w': (alpha[1:] * np.diff(sigma / alpha))[:, None],
     }
     rows = {
-      name: np.repeat(value, iterations) for name, value in a_step.items()
+      name: np.repeat(value, iterations, axis=0)
+      for name, value in a_step.items()
     }
-    return {**rows, 'begins': begins.ravel(), 'ends': ends.ravel()}, x
+    place = np.arange(len(rows['t'])) % iterations
+    return {**rows, 'begins': place == 0, 'ends': place == iterations - 1}
 
-  def step(denoiser, row, x, memory, noise_fn):
-    del noise_fn
-    start = jnp.where(row['begins'] > 0, x, memory)
-    eps = denoiser(x, row['t']).eps
-    return row['cx'] * start + row['ceps'] * eps, start
-
-  return Sampler(init, step, evaluations)
+  return linear(rows_of, 'eps', evaluations)
 
 
 def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:

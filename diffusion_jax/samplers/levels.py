@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax.process.schedules import Schedule
-from diffusion_jax.system.errors import UserError
 
 
 class Levels(NamedTuple):
@@ -53,12 +52,6 @@ def orders(grid, order: int, few: float = np.inf) -> list[int]:
     if num_steps < few:
       found = [min(p, num_steps - i) for i, p in enumerate(found)]
   return found
-
-
-def check_order(order: int, most: int) -> None:
-  """Raises UserError unless the order is a whole number in 1 .. most."""
-  if order not in range(1, most + 1):
-    raise UserError(f'order={order}: a whole number from 1 to {most}')
 
 
 def stacked(rows: list[dict]) -> dict:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.solve import Sampler
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.samplers.linear import advance, memory_of
+from diffusion_jax.samplers.solve import Sampler, choose
 
 # Adams-Bashforth of orders 1 to 4: eps now, before, before that, ...
 ADAMS = [
@@ -42,8 +42,7 @@ def plms(
   Raises:
     UserError: another variant.
   """
-  if variant not in ('runge_kutta', 'improved_euler'):
-    raise UserError(f'variant={variant}: runge_kutta or improved_euler')
+  choose('variant', variant, 'runge_kutta', 'improved_euler')
   return _multistep(variant)
 
 
@@ -75,44 +74,32 @@ def _multistep(start):
     rows = []
     for i, stages in enumerate(steps_of(grid)):
       alpha, sigma, _ = levels.of(schedule, grid[i])
+      several = len(stages) > 1
       for k, (t, to, share) in enumerate(stages):
-        last = k == len(stages) - 1
         new_alpha, new_sigma, _ = levels.of(schedule, to)
-        if len(stages) == 1:
-          now, *past = ADAMS[min(i, 3)]
-        else:  # eps itself, and at the end the mean of the stages' instead
-          now, *past = ADAMS[0] * (not last)
+        ends = k == len(stages) - 1
+        # phi: x' = alpha' (x - sigma e) / alpha + sigma' e
+        ce = new_sigma - new_alpha * sigma / alpha
         rows.append(
           {
             't': t,
             'begins': k == 0,
-            'ends': last,
+            'ends': ends,
             'share': share,
-            # phi: x' = alpha' (x - sigma e) / alpha + sigma' e
+            'averages': ends and several,
             'cx': new_alpha / alpha,
-            'ce': new_sigma - new_alpha * sigma / alpha,
-            'mean': last and len(stages) > 1,
-            'now': now,
-            **{f'past{j}': w for j, w in enumerate(past)},
+            'w': ce * ADAMS[0 if several else min(i, 3)],
           }
         )
-    zero = jnp.zeros_like(x)
-    return levels.stacked(rows), (x, zero, (zero,) * 3)
+    return levels.stacked(rows), (jnp.zeros_like(x), memory_of(x, 3))
 
   def step(denoiser, row, x, memory, noise_fn):
-    start, mean, past = memory
+    mean, memory = memory
     eps = denoiser(x, row['t']).eps
-    begins = row['begins'] > 0
-    start = jnp.where(begins, x, start)
-    mean = row['share'] * eps + jnp.where(begins, 0, mean)
-    e = row['now'] * eps + row['mean'] * mean
-    for j, before in enumerate(past):
-      e = e + row[f'past{j}'] * before
-    # Of a step's evaluations the first is remembered.
-    past = tuple(
-      jnp.where(begins, newer, older)
-      for newer, older in zip((eps, *past), past, strict=False)
-    )
-    return row['cx'] * start + row['ce'] * e, (start, mean, past)
+    mean = row['share'] * eps + jnp.where(row['begins'] > 0, 0, mean)
+    # Where several evaluations end a step, their mean counts, not the last.
+    e = jnp.where(row['averages'] > 0, mean, eps)
+    x, memory = advance(e, row, x, memory)
+    return x, (mean, memory)
 
   return Sampler(init, step, evaluations)

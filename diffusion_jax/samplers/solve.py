@@ -7,8 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.process import noise
 from diffusion_jax.process.gaussian import Denoiser
 from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.system.errors import UserError
+
+
+def choose(option: str, value, *allowed) -> None:
+  """Raises UserError unless the value of an option is one of those allowed."""
+  if value not in allowed:
+    raise UserError(f'{option}={value}: {" or ".join(map(str, allowed))}')
 
 
 def once_a_step(grid) -> int:
@@ -94,14 +102,10 @@ def solve(
     x, memory, kept = carry
     row, i, slot = inputs
 
-    def noise():
-      def draw(key):
-        key = jax.random.fold_in(key, i)
-        return jax.random.normal(key, x.shape[1:], x.dtype)
+    def noise_fn():
+      return noise.draw(keys, i, x.shape[1:], x.dtype)
 
-      return jax.vmap(draw)(keys)
-
-    x, memory = sampler.step(denoiser, row, x, memory, noise)
+    x, memory = sampler.step(denoiser, row, x, memory, noise_fn)
     if frames:
       kept = kept.at[slot].set(x, mode='drop')
     return (x, memory, kept), None

@@ -2,12 +2,11 @@
 
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.solve import Sampler
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.samplers.linear import advance, memory_of
+from diffusion_jax.samplers.solve import Sampler, choose
 
 
 def unipc(
@@ -29,9 +28,8 @@ def unipc(
   Raises:
     UserError: another order or variant.
   """
-  levels.check_order(order, 3)
-  if variant not in ('bh1', 'bh2'):
-    raise UserError(f'variant={variant}: bh1 or bh2')
+  choose('order', order, 3, 2, 1)
+  choose('variant', variant, 'bh2', 'bh1')
 
   def init(schedule, grid, x):
     alpha, sigma, lam = levels.of(schedule, grid)
@@ -50,19 +48,19 @@ def unipc(
     return {
       't': grid[:-1],
       'kept': ratio[:-1],
+      'corrected': correct[:-1],
       'cx': ratio[1:],
-      **{f'c{k}': correct[:-1, k] for k in range(order + 1)},
-      **{f'p{k}': predict[:, k] for k in range(order)},
-    }, (x, (jnp.zeros_like(x),) * order)
+      'w': predict,
+    }, memory_of(x, order)
 
   def step(denoiser, row, x, memory, noise_fn):
     start, past = memory
-    seen = (denoiser(x, row['t']).x0, *past)
+    seen = denoiser(x, row['t']).x0
     # UniC: x once more from the step's start, now that its end is known too.
-    x = row['kept'] * start + sum(row[f'c{k}'] * m for k, m in enumerate(seen))
-    seen = seen[:-1]
-    predicted = sum(row[f'p{k}'] * m for k, m in enumerate(seen))
-    return row['cx'] * x + predicted, (x, seen)
+    x = row['kept'] * start
+    for weight, m in zip(row['corrected'], (seen, *past), strict=True):
+      x = x + weight * m
+    return advance(seen, row, x, memory)
 
   return Sampler(init, step)
 

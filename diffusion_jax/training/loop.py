@@ -166,19 +166,22 @@ def train(
   except Diverged as e:
     writer.flush()
     checkpoints.wait()
-    kept = checkpoint.steps(checkpoints.directory)
-    good = [step for step in kept if step <= e.good]
-    told = f'checkpoint {good[-1]} is good' if good else 'no checkpoint is good'
-    suspect = ''.join(
-      f', move {checkpoints.directory}/{step} away'
-      for step in kept
-      if step > e.good
-    )
-    raise UserError(
-      f'training stopped: {e}; {told}{suspect}; train with a lower optim.lr or '
-      'optim.clip_norm in a new workdir, or look at the data'
-    ) from e
+    raise UserError(_diverged(e, checkpoints.directory)) from e
   return state
+
+
+def _diverged(error: Diverged, directory) -> str:
+  """Which checkpoint to go on from, and what to change."""
+  kept = checkpoint.steps(directory)
+  good = [step for step in kept if step <= error.good]
+  newest = f'checkpoint {good[-1]} is good' if good else 'no checkpoint is good'
+  suspect = ''.join(
+    f', move {directory}/{step} away' for step in kept if step > error.good
+  )
+  return (
+    f'training stopped: {error}; {newest}{suspect}; train with a lower '
+    'optim.lr or optim.clip_norm in a new workdir, or look at the data'
+  )
 
 
 def _reason(error: OSError | UserError, checkpoints) -> str:
