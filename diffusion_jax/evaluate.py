@@ -98,8 +98,7 @@ def main():
     judges.download()
     if not FLAGS.workdir:
       return
-  if not FLAGS.workdir:
-    raise UserError('--workdir is missing; see --help')
+  command.need('workdir')
   drawing.check_flags(num_samples=2, poll_secs=0.1)
   if FLAGS['sweep'].present or FLAGS['sweep_evaluations'].present:
     _check_sweep()

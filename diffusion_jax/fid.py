@@ -38,9 +38,7 @@ def main():
     judges.download()
     if not FLAGS.samples:
       return
-  for name in ('samples', 'reference'):
-    if not FLAGS[name].value:
-      raise UserError(f'--{name} is missing; see --help')
+  command.need('samples', 'reference')
   judging.check_flags()
   command.at_least(batch_size=1, image_size=1)
   if FLAGS.card:
