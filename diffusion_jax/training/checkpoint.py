@@ -156,9 +156,7 @@ def newest(directory) -> str:
   there = steps(directory)
   if not there:
     return 'there is no checkpoint yet'
-  return (
-    f'checkpoint {there[-1]} is complete; the same command resumes from it'
-  )
+  return f'checkpoint {there[-1]} is complete; the same command resumes from it'
 
 
 def find_step(directory, step: int | None, flag: str = 'step') -> int:

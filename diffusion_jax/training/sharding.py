@@ -46,7 +46,7 @@ def mesh_shape(num_devices: int, data=-1, fsdp=1, tensor=1) -> tuple:
   free = [name for name, size in sizes.items() if size == -1]
   if len(free) > 1 or any(v < 1 and v != -1 for v in sizes.values()):
     raise ValueError(
-      f'mesh {given}: sizes must be positive; one may be -1 (all the rest)'
+      f'mesh {given}: sizes must be positive, and at most one -1 (the rest)'
     )
   known = math.prod(v for v in sizes.values() if v != -1)
   if free:
