@@ -108,7 +108,7 @@ def both(config, folder: Path) -> tuple:
   shape = runs.image_shape(config.data)
   params = random_params(models.create(image_shape=shape, **config.model))
   folders.write(theirs, runs.to_plain(config), params)
-  checkpoint.save_params(run / 'checkpoints', 0, params)
+  checkpoint.save_params(run / 'checkpoints', 0, {models.NET: params})
   runs.write_config(run, config)
   pipeline = diffusers.DDIMPipeline.from_pretrained(theirs)
   pipeline.set_progress_bar_config(disable=True)
@@ -196,7 +196,7 @@ def measured(trained, pipeline, how, size: int) -> dict:
 
 def network_alone(trained, how, size: int) -> dict:
   """Calls with the same number of bare network evaluations as a draw."""
-  params, apply = trained.params, trained.model.apply
+  params, apply = trained.params[models.NET], trained.model.apply
   x = jax.random.normal(jax.random.key(0), (size, *trained.image_shape))
   times = [jnp.full(size, t, jnp.float32) for t in how.grid[:-1]]
   once = jax.jit(apply)

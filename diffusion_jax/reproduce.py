@@ -127,11 +127,11 @@ def _carry_out(pieces, whole) -> None:
   left = ['measuring', 'import' if asked.origin else 'training']
   judgements = _judgements(asked)
   pieces.begin()
-  signal.signal(signal.SIGTERM, work.cut)
+  work.catch_signals()
   try:
     pieces.measure()
     left.pop(0)
-    _say_measured(pieces, whole)
+    work.say_measured(pieces, whole)
     step = pieces.train()
     left.pop(0)
     if asked.origin:  # what the weights are, is found out by importing them
@@ -343,20 +343,9 @@ def _judge() -> tuple[tuple[str, ...], bool]:
 def _cost(asked, whole) -> list[str]:
   """The arithmetic, and hours on chips to rent."""
   steps = 0 if asked.origin else asked.config['num_steps']
-  shares = cost.shares(asked.recipe)
-  note = (
-    f'at {shares[0]:.0%} of the published peak in training and {shares[1]:.0%} '
-    "in drawing, the shares of the paper's run on a TPU v3-8: an estimate, "
-    'nothing of this was measured. Fewer images on a chip, and faster chips, '
-    'mean smaller shares; judging and compiling are not counted'
-  )
-  lines = [
-    f'{asked.name} in {asked.workdir}',
-    *cost.lines(whole, steps),
-    '',
-    *terminal.table(*cost.table(whole, shares, asked.most_training)),
-    note,
-  ]
+  shares, most = cost.shares(asked.recipe), asked.most_training
+  lines = [f'{asked.name} in {asked.workdir}']
+  lines += cost.lines(whole, steps, shares, most)
   if asked.train_minutes:
     lines.append(
       f'training ends after {asked.train_minutes:g} minutes, wherever it is: '
@@ -367,31 +356,13 @@ def _cost(asked, whole) -> list[str]:
   return lines
 
 
-def _say_measured(pieces, whole) -> None:
-  """What is left to do, at the rates of this machine."""
-  rates, left = pieces.rates(), work.hours_left(pieces, whole)
-  told = [
-    f'{value:,.4g} {name.replace("_per_sec", "/s")}'
-    for name, value in rates.items()
-    if value
-  ]
-  if told:
-    terminal.say(f'measured here: {", ".join(told)}')
-  if left:
-    terminal.say(
-      f'left at these rates: {left.training:.2f} h of training, '
-      f'{left.drawing:.2f} h of drawing, {left.bits:.2f} h of bits; judging '
-      'and compiling not counted'
-    )
-
-
 def _plan(pieces, whole, told) -> None:
   """The stages as they would be run."""
   asked = pieces.task
   commands = [task.measure(asked)] * asked.measure + [task.train(asked)]
   commands += [command for *_, command in _judgements(asked)]
   lines = [f'python {shlex.join(command)}' for command in commands]
-  _say_measured(pieces, whole)
+  work.say_measured(pieces, whole)
   terminal.report(
     {'cost': whole._asdict(), 'stages': commands, 'differences':
      asked.differences},

@@ -9,7 +9,9 @@ KINDS = (
   'all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
   'collective-permute',
 )  # fmt: skip
-HEAD = re.compile(r'^(?:ENTRY )?%?([\w.-]+) \(.*\{$')
+COMPUTATION = re.compile(
+  r'^(ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}', re.M | re.S
+)
 CALL = re.compile(
   r'(?:calls|body|condition|called_computations|branch_computations)='
   r'(?:\{([^}]*)\}|%?([\w.-]+))'
@@ -77,19 +79,9 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
 
 def _computations(text):
   """Name -> lines, and the name of the one that begins."""
-  bodies, entry, name = {}, '', None
-  for line in text.splitlines():
-    if name is None:
-      if match := HEAD.match(line):
-        name = match[1]
-        bodies[name] = []
-        if line.startswith('ENTRY'):
-          entry = name
-    elif line == '}':
-      name = None
-    else:
-      bodies[name].append(line)
-  return bodies, entry
+  found = COMPUTATION.findall(text)
+  bodies = {name: body.splitlines() for _, name, body in found}
+  return bodies, next(name for entry, name, _ in found if entry)
 
 
 def _times(bodies, entry) -> Counter:

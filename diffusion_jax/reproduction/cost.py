@@ -16,6 +16,7 @@ from diffusion_jax.planning import chips, flops
 from diffusion_jax.reproduction import published
 from diffusion_jax.reproduction.published import Recipe
 from diffusion_jax.runs import programs
+from diffusion_jax.system import terminal
 from diffusion_jax.training import sharding
 
 # Of Inception at 299x299 up to its last features, counted likewise.
@@ -175,12 +176,16 @@ def _short(hours: float) -> str:
   return f'{hours:.1f}' if hours >= 10 else f'{hours:.2g}'
 
 
-def lines(work: Work, steps: int) -> list[str]:
-  """What is to be computed, line by line.
+def lines(
+  work: Work, steps: int, shares: tuple[float, float], most: float = math.inf
+) -> list[str]:
+  """What is to be computed, and the hours that it takes, line by line.
 
   Args:
     work: all of it.
     steps: of training.
+    shares: of `shares`.
+    most: hours that training may take.
   """
   parts = (
     (work.images, f'{steps:,} training steps, {work.images:,} images',
@@ -193,7 +198,15 @@ def lines(work: Work, steps: int) -> list[str]:
      INCEPTION_FLOPS),
   )  # fmt: skip
   return [
-    f'{told}: {count * each / 1e18:.4g} EFLOP'
-    for count, told, each in parts
-    if count
+    *(
+      f'{told}: {count * each / 1e18:.4g} EFLOP'
+      for count, told, each in parts
+      if count
+    ),
+    '',
+    *terminal.table(*table(work, shares, most)),
+    f'at {shares[0]:.0%} of the published peak in training and {shares[1]:.0%} '
+    "in drawing, the shares of the paper's run on a TPU v3-8: an estimate, "
+    'nothing of this was measured. Fewer images on a chip, and faster chips, '
+    'mean smaller shares; judging and compiling are not counted',
   ]

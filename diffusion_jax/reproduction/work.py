@@ -32,9 +32,15 @@ class Cut(Exception):
   """This call's time is up, or SIGTERM came; all is kept."""
 
 
-def cut(*_) -> None:
-  """Raises Cut; a handler of signals."""
-  raise Cut
+def catch_signals() -> None:
+  """Makes SIGTERM raise Cut, and SIGINT KeyboardInterrupt."""
+
+  def cut(*_):
+    raise Cut
+
+  signal.signal(signal.SIGTERM, cut)
+  # A shell ignores it for what runs in the background, stages included.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Pieces:
@@ -288,6 +294,24 @@ def hours_left(pieces: Pieces, work: cost.Work) -> cost.Hours | None:
   )
   most = max(task.most_training - spent / 3600, 0)
   return cost.hours(rest, **pieces.rates(), most=most)
+
+
+def say_measured(pieces: Pieces, work: cost.Work) -> None:
+  """What is left to do, at the rates of this machine."""
+  rates, left = pieces.rates(), hours_left(pieces, work)
+  told = [
+    f'{value:,.4g} {name.replace("_per_sec", "/s")}'
+    for name, value in rates.items()
+    if value
+  ]
+  if told:
+    terminal.say(f'measured here: {", ".join(told)}')
+  if left:
+    terminal.say(
+      f'left at these rates: {left.training:.2f} h of training, '
+      f'{left.drawing:.2f} h of drawing, {left.bits:.2f} h of bits; judging '
+      'and compiling not counted'
+    )
 
 
 def read(path) -> dict | None:
