@@ -312,15 +312,15 @@ def spoil(folder, how):
 @pytest.mark.parametrize(
   ('how', 'must'),
   [
-    ('cut', 'no whole file of safetensors'),
-    ('header', 'no whole file of safetensors'),
-    ('shape', 'no whole file of safetensors'),
+    ('cut', 'not a complete safetensors file'),
+    ('header', 'not a complete safetensors file'),
+    ('shape', 'not a complete safetensors file'),
     ('missing', '1 tensors missing (conv_in.weight)'),
-    ('extra', 'more than it has (class_embedding.weight)'),
-    ('other', 'conv_in.weight is of shape [6, 1, 3, 3]'),
+    ('extra', 'unexpected (class_embedding.weight)'),
+    ('other', 'conv_in.weight has the shape [6, 1, 3, 3]'),
     ('integers', 'conv_in.weight is of int64'),
-    ('bfloat16', 'holds numbers of BF16'),
-    ('both', 'attentions.0.query.bias is there by its name of today'),
+    ('bfloat16', 'has the dtype BF16'),
+    ('both', 'attentions.0.query.bias also exists under its current name'),
   ],
 )
 def test_damaged_weights_are_named(tmp_path, how, must):
@@ -336,7 +336,7 @@ def test_damaged_weights_are_named(tmp_path, how, must):
 @pytest.mark.parametrize(
   ('changes', 'must'),
   [
-    ({'norm_eps': 1e-5}, 'norm_eps is 1e-05, and here it must be 1e-06'),
+    ({'norm_eps': 1e-5}, 'norm_eps is 1e-05, but must be 1e-06'),
     ({'downsample_padding': 1}, 'downsample_padding is 1'),
     ({'flip_sin_to_cos': True}, 'flip_sin_to_cos is true'),
     ({'num_class_embeds': 10}, 'num_class_embeds is 10'),

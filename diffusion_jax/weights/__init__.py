@@ -1,1 +1,1 @@
-"""Weights that others trained: their formats, read without their code."""
+"""Reading and writing of third-party weight formats, without their code."""

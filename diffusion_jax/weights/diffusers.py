@@ -1,4 +1,4 @@
-"""Folders of diffusers' unconditional pipelines, read and written without it.
+"""Reads and writes folders of diffusers' unconditional pipelines.
 
 A folder holds a `UNet2DModel` and the settings of a scheduler:
 
@@ -6,10 +6,11 @@ A folder holds a `UNet2DModel` and the settings of a scheduler:
   unet/config.json  unet/diffusion_pytorch_model.safetensors
   scheduler/scheduler_config.json
 
-Old ones have all of it at the top, others are a `UNet2DModel` alone. What is
-read is a part of a run's config, with the parameters by our names; the way back
-gives the same numbers, bit by bit. `settings` says which networks can be read:
-the google/ddpm-* ones, and others of any width, depth and size.
+Older folders have all files at the top level; others hold only a `UNet2DModel`.
+A folder is read as parts of a run's config, and parameters that are renamed to
+ours; writing them again gives bitwise the same numbers. `settings` defines
+which networks can be read: the google/ddpm-* ones, and others of the same
+architecture with any width, depth and size. diffusers is not needed.
 """
 
 import hashlib
@@ -27,11 +28,12 @@ from diffusion_jax.weights import named, pytorch, settings
 
 INDEX = 'model_index.json'
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
-# Beside WEIGHTS, or in place of it; read by our own reader, which runs nothing.
+# Next to WEIGHTS, or in place of it; read by weights.pytorch, which executes
+# nothing.
 PICKLED = 'diffusion_pytorch_model.bin'
 PIPELINES = ('DDPMPipeline', 'DDIMPipeline', 'PNDMPipeline')
 
-# Our names -> theirs, each applied to the result of those above it.
+# Our names -> theirs; each rule is applied to the result of those above it.
 _RENAMED = (
   (r'^(down|up)/(\d+)/blocks', r'\1_blocks/\2/resnets'),
   (r'^(down|up)/(\d+)/attentions', r'\1_blocks/\2/attentions'),
@@ -48,7 +50,7 @@ _RENAMED = (
   (r'/(kernel|scale)$', r'/weight'),
   (r'/', r'.'),
 )
-# Names of attention before diffusers 0.14, as in published folders.
+# Attention's names before diffusers 0.14, as in published folders.
 _OLD = {
   **{'query': 'to_q', 'key': 'to_k', 'value': 'to_v'},
   'proj_attn': 'to_out.0',
@@ -60,13 +62,13 @@ _TODAY = [
 
 
 class Folder(NamedTuple):
-  """What a folder holds.
+  """The content of a folder.
 
   Attributes:
     config: parts of a run's config: 'data' (image_size and channels only),
       'model', 'process', 'loss', and 'sample' (variance and clip only).
-    tensors: by diffusers' names of today.
-    sha256: of the file of weights.
+    tensors: name in the file -> array.
+    sha256: the hash of the weights file.
   """
 
   config: dict
@@ -75,7 +77,7 @@ class Folder(NamedTuple):
 
 
 def is_folder(path) -> bool:
-  """Whether it is meant to be one: it has a model's files in it."""
+  """Whether a folder has the files of a diffusers model."""
   path = files.at(path)
   return (
     (path / INDEX).is_file()
@@ -91,12 +93,12 @@ def read(path) -> Folder:
   """Reads a folder.
 
   Args:
-    path: of a pipeline, or of a `UNet2DModel` alone; then the scheduler is
-      diffusers' default, which is DDPM's but for the small variance.
+    path: the folder of a pipeline, or of a `UNet2DModel` only. In that case the
+      scheduler is diffusers' default: DDPM's, but with the small variance.
 
   Raises:
-    UserError: it is something else, damaged, or a network that ours cannot be;
-      the setting is named.
+    UserError: the folder is something else, damaged, or holds an unsupported
+      network; the message names the setting.
   """
   path = files.at(path)
   unet = path / 'unet' if (path / 'unet').is_dir() else path
@@ -116,33 +118,34 @@ def read(path) -> Folder:
   blocks = config['model']['num_blocks'] * len(config['model']['multipliers'])
   if blocks > len(tensors):
     raise UserError(
-      f'{unet}: its settings tell of {blocks} blocks, its file holds '
+      f'{unet}: the settings are for {blocks} blocks, but the file holds '
       f'{len(tensors)} tensors: they do not belong together'
     )
   return Folder(config, tensors, digest)
 
 
 def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
-  """Diffusers' tensors as our parameters.
+  """Converts diffusers' tensors to our parameters.
 
   Args:
-    tensors: by their names, of today or of old.
+    tensors: name -> array, with diffusers' current or old names.
     abstract: our parameters' shapes.
-    what: where they come from, for the message.
+    what: where the tensors come from, for the message.
 
   Raises:
-    UserError: some are missing, left over, or of another shape; they are named.
+    UserError: tensors are missing, left over, or of another shape; the message
+      names them.
   """
   today = {name: named.renamed(name, _TODAY) for name in tensors}
   for name, new in today.items():
     if new != name and new in tensors:
-      raise UserError(f'{what}: {name} is there by its name of today too')
+      raise UserError(f'{what}: {name} also exists under its current name')
   tensors = {today[name]: array for name, array in tensors.items()}
   return named.place(tensors, abstract, name_of, _to_ours, what)
 
 
 def to_tensors(params) -> dict[str, np.ndarray]:
-  """Our parameters as the state dict of a UNet2DModel, float32.
+  """Converts our parameters to the state dict of a UNet2DModel, float32.
 
   Args:
     params: a nested dict of arrays.
@@ -157,13 +160,13 @@ def write(path, config: Mapping, params) -> None:
   """Writes a pipeline that `DDPMPipeline.from_pretrained` loads.
 
   Args:
-    path: of the folder; model_index.json comes last, so that a folder without
-      one is no pipeline.
-    config: of the run.
-    params: its parameters, on the host.
+    path: the folder; model_index.json is written last, so that an incomplete
+      folder is not a pipeline.
+    config: the run's config.
+    params: the run's parameters, on the host.
 
   Raises:
-    UserError: diffusers has no such network.
+    UserError: diffusers does not support such a network.
   """
   unet, process = settings.unet_of(config), settings.scheduler_of(config)
   path = files.at(path)
@@ -188,7 +191,7 @@ def write(path, config: Mapping, params) -> None:
 
 
 def name_of(name: str) -> str:
-  """Our name of a parameter -> diffusers' of today."""
+  """Our name of a parameter -> diffusers' current name."""
   return named.renamed(name, _RENAMED)
 
 
@@ -196,7 +199,7 @@ def _to_theirs(name: str, array: np.ndarray) -> np.ndarray:
   if array.ndim == 4:
     return array.transpose(3, 2, 0, 1)  # HWIO -> OIHW
   if name.endswith('shortcut/kernel'):
-    return array.T[:, :, None, None]  # a 1x1 convolution there
+    return array.T[:, :, None, None]  # a 1x1 convolution in diffusers
   return array.T
 
 
@@ -222,16 +225,16 @@ def _tensors(unet) -> tuple[dict[str, np.ndarray], str]:
   if path.name == PICKLED:
     return pytorch.read(path), digest
   with errors.one_line(
-    Exception,  # of the file's own, and of NumPy's
+    Exception,  # from safetensors and from NumPy
     lambda reason: (
-      f'{path} is no whole file of safetensors ({reason}): download it anew'
+      f'{path} is not a complete safetensors file ({reason}): download it again'
     ),
   ):
     try:
       return safetensors.numpy.load(content), digest
-    except KeyError as e:  # NumPy has no such numbers
+    except KeyError as e:  # a dtype that NumPy does not have
       raise UserError(
-        f'{path} holds numbers of {e.args[0]}: save it in float32, or float16'
+        f'{path} has the dtype {e.args[0]}: save it in float32 or float16'
       ) from e
 
 

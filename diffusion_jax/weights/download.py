@@ -1,4 +1,4 @@
-"""A file from the network: whole and verified, or not there."""
+"""Downloads a file, verified by its hash."""
 
 import hashlib
 import http.client
@@ -20,20 +20,21 @@ def fetch(
   largest: int,
   on_bytes: Callable[[int], None] = lambda count: None,
 ):
-  """Downloads a file, unless it is there.
+  """Downloads a file, unless it exists.
 
   Args:
-    directory: where to, by the name that the URL ends with.
-    url: from where.
-    sha256: of the file, 64 hexadecimal digits.
-    largest: bytes; a longer answer is given up.
-    on_bytes: called with the number of bytes of each piece that has come.
+    directory: the folder to download to; the file gets the last part of the URL
+      as its name.
+    url: the URL of the file.
+    sha256: the file's hash, 64 hexadecimal digits.
+    largest: the largest number of bytes to accept.
+    on_bytes: called with the number of bytes of each piece received.
 
   Returns:
-    the path of the file, which appears whole and verified or not at all.
+    The path of the file, which is created only once complete and verified.
 
   Raises:
-    UserError: the server does not give it, or gives something else.
+    UserError: the download fails, or gives another file.
   """
   path = files.at(directory) / url.rpartition('/')[2]
   if path.exists() and sha256_of(path) == sha256:
@@ -58,7 +59,7 @@ def fetch(
           f'{digest.hexdigest()[:8]}, not {sha256[:8]}: {advice}'
         )
   except (OSError, http.client.HTTPException) as e:
-    raise UserError(f'{url} cannot be had ({e}): {advice}') from e
+    raise UserError(f'{url} cannot be downloaded ({e}): {advice}') from e
   return path
 
 

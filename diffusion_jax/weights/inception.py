@@ -1,9 +1,9 @@
-"""The weights of FID's Inception: published files, and ours, which has no code.
+"""The weights of FID's Inception: converts published files to a safe .npz.
 
-Three files hold the same network: TensorFlow's frozen graph, and those that
-pytorch-fid and torch-fidelity publish, which are one by their SHA-256. Ours is
-a .npz of `NAME/w` (HWIO) and `NAME/b`, float32, with the names and in the order
-of `models.inception.shapes`, and the batch norms folded.
+Three files hold the same network: TensorFlow's frozen graph, and the files of
+pytorch-fid and torch-fidelity, which have the same SHA-256. Our format is a
+.npz of `NAME/w` (HWIO) and `NAME/b`, float32, with the names and order of
+`models.inception.shapes` and the batch norms folded. It contains no code.
 """
 
 import functools
@@ -24,15 +24,15 @@ URL = (
 )
 SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 BYTES = 95_628_359
-NAME = 'inception-2015-12-05.npz'  # of ours, where it was obtained
+NAME = 'inception-2015-12-05.npz'  # of our file, in the cache
 
 EPSILON = 1e-3  # of the batch norms
 
-# The modules of the two of PyTorch, in order: conv, conv_1, ...; mixed, ...
+# The modules of the PyTorch files, in order: conv, conv_1, ...; mixed, ...
 _STEM = ('1a_3x3', '2a_3x3', '2b_3x3', '3b_1x1', '4a_3x3')
 _MIXED = ('5b', '5c', '5d', '6a', '6b', '6c', '6d', '6e', '7a', '7b', '7c')
-# By what a module's name begins with, the names of its branches: of that
-# without a tower, of tower, and of tower_1.
+# Prefix of a module's name -> the names of its branches: without a tower, of
+# tower, and of tower_1.
 _BRANCHES = {
   '5': ('1x1', '5x5', '3x3dbl'),
   '6a': ('3x3', '3x3dbl', ''),
@@ -40,7 +40,7 @@ _BRANCHES = {
   '7a': ('', '3x3', '7x7x3'),
   '7': ('1x1', '3x3', '3x3dbl'),
 }
-# What folds into a convolution: ours, and the names in the two kinds of file.
+# The arrays folded into a convolution: our name -> (PyTorch, TensorFlow).
 _PARTS = {
   'w': ('conv.weight', 'conv2d_params'),
   'gamma': ('bn.weight', 'batchnorm_gamma'),
@@ -51,18 +51,18 @@ _PARTS = {
 
 
 def obtain(directory, **how):
-  """The published weights as a file of ours; fetched, unless it is there.
+  """Downloads and converts the published weights, unless our file exists.
 
   Args:
-    directory: where to.
-    **how: as of `download.fetch`; url, sha256 and largest are those of the
-      published file by default.
+    directory: the folder of the file.
+    **how: arguments of `download.fetch`; url, sha256 and largest default to
+      those of the published file.
 
   Returns:
-    the path of the file.
+    The path of the file.
 
   Raises:
-    UserError: the server does not give them, or gives something else.
+    UserError: the download fails, or gives another file.
   """
   path = files.at(directory) / NAME
   if not path.exists():
@@ -72,17 +72,17 @@ def obtain(directory, **how):
 
 
 def convert(source, target) -> None:
-  """A published file as one of ours.
+  """Converts a published file to our format.
 
   Args:
     source: pt_inception-2015-12-05-6726825d.pth of pytorch-fid,
       weights-inception-2015-12-05-6726825d.pth of torch-fidelity, or
-      classify_image_graph_def.pb, which takes TensorFlow (the extra `prepare`).
-      Where the name has a hash in it, the file must have it too.
-    target: of the .npz file, which appears whole or not at all.
+      classify_image_graph_def.pb, which needs TensorFlow (the extra `prepare`).
+      If the name contains a hash, the file must have that hash.
+    target: the .npz file, written atomically.
 
   Raises:
-    UserError: the source is no such file, or is not whole.
+    UserError: the source is not such a file, or is incomplete.
   """
   checked(source)
   is_graph = files.at(source).suffix == '.pb'
@@ -98,13 +98,13 @@ def convert(source, target) -> None:
 
 
 def from_torch(state: dict[str, np.ndarray]) -> dict:
-  """The parameters, of the state dict of pytorch-fid or torch-fidelity.
+  """Converts the state dict of pytorch-fid or torch-fidelity.
 
   Args:
-    state: {name: array}, as of `pytorch.read`.
+    state: {name: array}, from `pytorch.read`.
 
   Returns:
-    {name: {'w', 'b'}}, float32, as `models.inception.apply` takes them.
+    {name: {'w', 'b'}}, float32, for `models.inception.apply`.
 
   Raises:
     ValueError: the state dict is of another network.
@@ -119,14 +119,14 @@ def from_torch(state: dict[str, np.ndarray]) -> dict:
 
 
 def from_graph(constants: dict[str, np.ndarray]) -> dict:
-  """The parameters, of the constants of TensorFlow's graph.
+  """Converts the constants of TensorFlow's graph.
 
   Args:
-    constants: {name, with _ for /: array}; others than those of convolutions,
-      norms and softmax are left out.
+    constants: {name, with _ for /: array}; only those of convolutions, norms
+      and softmax are used.
 
   Returns:
-    {name: {'w', 'b'}}, float32, as `models.inception.apply` takes them.
+    {name: {'w', 'b'}}, float32, for `models.inception.apply`.
 
   Raises:
     ValueError: the graph is of another network.
@@ -137,9 +137,9 @@ def from_graph(constants: dict[str, np.ndarray]) -> dict:
 
 
 def torch_names() -> dict[str, str]:
-  """{name in a state dict: ours}; ours end in w, gamma, beta, mean, variance.
+  """{name in a state dict: our name}.
 
-  Of softmax, there are w and b.
+  Our names end in w, gamma, beta, mean or variance; softmax has w and b.
   """
   return {
     f'{_torch_name(name)}.{theirs}': f'{name}/{part}'
@@ -149,7 +149,7 @@ def torch_names() -> dict[str, str]:
 
 
 def graph_names() -> dict[str, str]:
-  """{name of a constant of the graph, with _ for /: ours}."""
+  """{name of a constant of the graph, with _ for /: our name}."""
   return {
     f'{name}_{theirs}': f'{name}/{part}'
     for name in _convolutions()
@@ -162,10 +162,10 @@ def _convolutions() -> list[str]:
 
 
 def write(path, params: dict) -> None:
-  """Writes parameters as a file of ours, which appears whole or not at all.
+  """Writes parameters in our format, atomically.
 
   Args:
-    path: of the .npz file.
+    path: the .npz file.
     params: {name: {'w', 'b'}}.
   """
   arrays = {
@@ -179,12 +179,12 @@ def write(path, params: dict) -> None:
 
 
 def read(path, taps: Sequence[str] = ('logits',)) -> dict:
-  """The parameters that taps need, of a file of ours.
+  """Reads the parameters that taps need from a file in our format.
 
-  Nothing is read before its name, type and shape are seen to be the network's.
+  An array is only read after checking its name, dtype and shape.
 
   Args:
-    path: of the .npz file, which may end where the taps do.
+    path: the .npz file, which may lack parameters that the taps do not need.
     taps: keys of `models.inception.TAPS`.
 
   Returns:
@@ -192,14 +192,14 @@ def read(path, taps: Sequence[str] = ('logits',)) -> dict:
 
   Raises:
     UserError: there is no such file, it is something else or damaged, or it
-      lacks what the taps need.
+      lacks parameters that the taps need.
   """
   known = _flat(inception.shapes())
   wanted = _flat(inception.shapes(taps))
   if not files.at(path).exists():
     raise UserError(
-      f'{path}: there is no such file; give Inception weights, as '
-      'weights.inception.convert writes them'
+      f'{path}: there is no such file; give Inception weights written by '
+      'weights.inception.convert'
     )
   with (
     errors.one_line(
@@ -223,10 +223,9 @@ def read(path, taps: Sequence[str] = ('logits',)) -> dict:
     def check(name, header, where):
       shape = wanted[name]
       if header[:3] != (shape, np.dtype('<f4'), 'C'):
-        order = ' in the order of Fortran' if header.order == 'F' else ''
+        order = ' in Fortran order' if header.order == 'F' else ''
         raise ValueError(
-          f'{name} is {header.dtype} {header.shape}{order}, and not float32 '
-          f'{shape}'
+          f'{name} is {header.dtype} {header.shape}{order}, not float32 {shape}'
         )
 
     arrays = {
@@ -250,29 +249,29 @@ def _flat(shapes: dict) -> dict[str, tuple]:
 
 
 def _some(names: Sequence[str]) -> str:
-  """The first of many names, which may be anything."""
+  """The first of the names, shortened, and the number of others."""
   rest = f' and {len(names) - 1} more' if names[1:] else ''
   return f'{names[0][:100]}{rest}'
 
 
 def checked(path) -> str:
-  """The SHA-256 of a file, which a published name tells: -6726825d.pth.
+  """The SHA-256 of a file, checked against a published name: -6726825d.pth.
 
   Raises:
-    UserError: it cannot be read, or has another.
+    UserError: the file cannot be read, or has another hash than its name.
   """
   match = re.search(r'inception-2015-12-05-([0-9a-f]{8})\.pth$', str(path))
   try:
     found = download.sha256_of(path)
   except OSError as e:
     raise UserError(
-      f'{path} cannot be read ({e.strerror or e}): give published weights of '
-      'Inception'
+      f'{path} cannot be read ({e.strerror or e}): give published Inception '
+      'weights'
     ) from e
   if match and not found.startswith(match[1]):
     raise UserError(
       f'{path} has the SHA-256 {found[: len(match[1])]}, not {match[1]} as its '
-      'name says: it is damaged or another; download it again'
+      'name says: it is damaged or another file; download it again'
     )
   return found
 
@@ -298,7 +297,7 @@ def _torch_name(name: str) -> str:
 
 
 def _pick(given: dict, names: dict[str, str]) -> dict[str, np.ndarray]:
-  """Their arrays by our names, all of which must be there and nothing else."""
+  """Renames arrays to ours; raises ValueError unless the names all match."""
   if missing := [name for name in names if name not in given]:
     raise ValueError(f'it lacks {_some(missing)}')
   if extra := [name for name in given if name not in names]:
@@ -309,7 +308,7 @@ def _pick(given: dict, names: dict[str, str]) -> dict[str, np.ndarray]:
     shape = shapes[ours if part == 'w' else f'{name}/b']
     if given[theirs].shape != shape:
       raise ValueError(
-        f'{theirs} is {given[theirs].shape} as HWIO, and not {shape}'
+        f'{theirs} is {given[theirs].shape} as HWIO, not {shape}'
       )
     if not np.isfinite(given[theirs]).all():
       raise ValueError(f'{theirs} holds numbers that are not finite')
@@ -319,7 +318,7 @@ def _pick(given: dict, names: dict[str, str]) -> dict[str, np.ndarray]:
 
 
 def _fold(arrays: dict[str, np.ndarray]) -> dict:
-  """Batch norms into convolutions, in float64."""
+  """Folds batch norms into convolutions, in float64."""
   params = {}
   for name in _convolutions():
     w, gamma, beta, mean, variance = (
@@ -341,7 +340,7 @@ def _graph(path) -> dict[str, np.ndarray]:
     from google.protobuf.message import DecodeError
   except ImportError as e:
     raise UserError(
-      f"{path} takes TensorFlow: pip install '.[prepare]', or give "
+      f"{path} needs TensorFlow: pip install '.[prepare]', or give "
       f'{URL.rpartition("/")[2]}, which does not'
     ) from e
   graph = tf.compat.v1.GraphDef()
@@ -354,7 +353,7 @@ def _graph(path) -> dict[str, np.ndarray]:
     }
   except (DecodeError, TypeError, ValueError) as e:
     raise UserError(
-      f'{path} is not a graph of TensorFlow ({type(e).__name__}): give '
+      f'{path} is not a TensorFlow graph ({type(e).__name__}): give '
       'classify_image_graph_def.pb'
     ) from e
   for node in graph.node:

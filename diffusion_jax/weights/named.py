@@ -1,4 +1,4 @@
-"""Foreign tensors, by their names, in the places of our parameters."""
+"""Maps third-party tensors to our parameters by name."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ SHOWN = 3  # names in a message
 
 
 def renamed(name: str, rules) -> str:
-  """A name after each of the rules, (regular expression, replacement)."""
+  """Applies rules, (regular expression, replacement), to a name in order."""
   for pattern, replacement in rules:
     name = re.sub(pattern, replacement, name)
   return name
@@ -26,21 +26,21 @@ def place(
   to_ours: Callable[[str, np.ndarray], np.ndarray],
   what: str,
 ) -> dict:
-  """Our parameters, of tensors that somebody else named and laid out.
+  """Converts tensors with other names and layouts to our parameters.
 
   Args:
-    tensors: by their names.
+    tensors: their name -> array.
     abstract: our parameters' shapes.
-    name_of: our name of a parameter -> theirs.
-    to_ours: (our name, their array) -> the array as we lay it out.
+    name_of: our name of a parameter -> their name.
+    to_ours: (our name, their array) -> the array in our layout.
     what: where the tensors come from, for the message.
 
   Returns:
-    a nested dict of float32 NumPy arrays.
+    A nested dict of float32 NumPy arrays.
 
   Raises:
-    UserError: some are missing, left over, no numbers, or of another shape;
-      they are named.
+    UserError: tensors are missing, left over, not floats, or of another shape;
+      the message names them.
   """
   wanted = {name: name_of(name) for name in models.names(abstract)}
   missing = [theirs for theirs in wanted.values() if theirs not in tensors]
@@ -48,12 +48,12 @@ def place(
   if missing or extra:
     told = [
       f'{len(names)} tensors {how} ({_shortened(names)})'
-      for names, how in ((missing, 'missing'), (extra, 'more than it has'))
+      for names, how in ((missing, 'missing'), (extra, 'unexpected'))
       if names
     ]
     raise UserError(
-      f'{what}: {" and ".join(told)}: it is not of the network that its '
-      'settings tell'
+      f'{what}: {" and ".join(told)}: it does not match the network of its '
+      'settings'
     )
   leaves = []
   for name, leaf in models.named(abstract).items():
@@ -61,12 +61,12 @@ def place(
     array = to_ours(name, theirs)
     if array.shape != leaf.shape:
       raise UserError(
-        f'{what}: {wanted[name]} is of shape {list(theirs.shape)}, which here '
-        f'is {list(array.shape)}, and its settings ask for {list(leaf.shape)}'
+        f'{what}: {wanted[name]} has the shape {list(theirs.shape)}, '
+        f'{list(array.shape)} here, but its settings need {list(leaf.shape)}'
       )
     if array.dtype.kind != 'f':
       raise UserError(
-        f'{what}: {wanted[name]} is of {array.dtype}: weights are of floats'
+        f'{what}: {wanted[name]} is {array.dtype}: weights must be floats'
       )
     leaves.append(np.ascontiguousarray(array, np.float32))
   return jax.tree.structure(abstract).unflatten(leaves)

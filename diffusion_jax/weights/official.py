@@ -1,13 +1,14 @@
-"""DDPM's own checkpoints, of TensorFlow 1, as its authors published them.
+"""DDPM's original TensorFlow 1 checkpoints, as published by its authors.
 
-A checkpoint is three files, model.ckpt-790000.{index,data-00000-of-00001,meta},
-and is named by what they have in common. Beside each variable of the network,
-model/..., there is its average, model/.../ExponentialMovingAverage, which the
-paper samples from, and Adam's moments. A checkpoint tells neither the image
-size nor the numbers of groups and heads: those are of a config.
+A checkpoint consists of three files,
+model.ckpt-790000.{index,data-00000-of-00001,meta}, and is named by their common
+prefix. For each variable of the network, model/..., it also holds its average,
+model/.../ExponentialMovingAverage, which the paper samples from, and Adam's
+moments. It holds neither the image size nor the numbers of groups and heads;
+those come from a config.
 
-TensorFlow reads them, the one place that needs it beside the preparation of
-data sets: pip install 'diffusion_jax[prepare]'.
+Reading them needs TensorFlow: pip install 'diffusion_jax[prepare]'. Only this
+and the preparation of data sets need it.
 """
 
 import importlib.util
@@ -25,7 +26,7 @@ from diffusion_jax.weights import named
 SCOPE = 'model/'
 AVERAGE = '/ExponentialMovingAverage'
 
-# Our names -> theirs, each rule applied to the result of those above it.
+# Our names -> theirs; each rule is applied to the result of those above it.
 _RENAMED = (
   (r'^(down|up)/(\d+)/blocks/', r'\1_\2/block_'),
   (r'^(down|up)/(\d+)/attentions/', r'\1_\2/attn_'),
@@ -45,12 +46,12 @@ _RENAMED = (
 
 
 class Checkpoint(NamedTuple):
-  """What a checkpoint holds of the network.
+  """The network's parameters in a checkpoint.
 
   Attributes:
-    average: name -> array, without scope and suffix.
-    raw: the same, not averaged.
-    step: the training step, or None where it is not told.
+    average: name, without scope and suffix -> averaged parameter.
+    raw: the same for the raw parameters.
+    step: the training step, or None if the file name does not have it.
   """
 
   average: dict[str, np.ndarray]
@@ -59,7 +60,7 @@ class Checkpoint(NamedTuple):
 
 
 def is_checkpoint(path) -> bool:
-  """Whether there are files of this name."""
+  """Whether a checkpoint with this prefix exists."""
   path = files.at(path)
   return path.with_name(path.name + '.index').is_file()
 
@@ -68,15 +69,15 @@ def read(path) -> Checkpoint:
   """Reads a checkpoint.
 
   Args:
-    path: what its files have in common, .../model.ckpt-790000.
+    path: the common prefix of its files, .../model.ckpt-790000.
 
   Raises:
-    UserError: TensorFlow is not installed, the files are damaged, or they hold
-      no network of DDPM's.
+    UserError: TensorFlow is not installed, the files are damaged, or they do
+      not hold a DDPM network.
   """
   if not importlib.util.find_spec('tensorflow'):
     raise UserError(
-      f"{path} is TensorFlow's, which reads it: pip install "
+      f'{path} needs TensorFlow to be read: pip install '
       "'diffusion_jax[prepare]', here or on another machine"
     )
   import os
@@ -84,9 +85,9 @@ def read(path) -> Checkpoint:
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   import tensorflow
 
-  # TensorFlow's errors have no class in common.
+  # TensorFlow's errors have no common class.
   with errors.one_line(
-    Exception, lambda reason: f'{path} is damaged ({reason}): download it anew'
+    Exception, lambda reason: f'{path} is damaged ({reason}): download it again'
   ):
     reader = tensorflow.train.load_checkpoint(str(path))
     names = set(reader.get_variable_to_shape_map())
@@ -105,22 +106,23 @@ def read(path) -> Checkpoint:
     )
   if not average:
     raise UserError(
-      f"{path} holds no {SCOPE}...{AVERAGE}: it is not a checkpoint of DDPM's"
+      f'{path} holds no {SCOPE}...{AVERAGE}: it is not a DDPM checkpoint'
     )
   step = re.search(r'-(\d+)$', str(path))
   return Checkpoint(average, raw, int(step[1]) if step else None)
 
 
 def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
-  """The tensors of a checkpoint as our parameters.
+  """Converts the tensors of a checkpoint to our parameters.
 
   Args:
-    tensors: of `Checkpoint`.
+    tensors: the average or raw parameters of a `Checkpoint`.
     abstract: our parameters' shapes.
-    what: where they come from, for the message.
+    what: where the tensors come from, for the message.
 
   Raises:
-    UserError: some are missing, left over, or of another shape; they are named.
+    UserError: tensors are missing, left over, or of another shape; the message
+      names them.
   """
   depth = 1 + max(
     int(name.split('/')[1])
@@ -131,7 +133,7 @@ def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
   def name_in(name):
     return name_of(name, depth)
 
-  # Kernels lie as ours do: HWIO, and [inputs, outputs].
+  # Kernels have our layout: HWIO, and [inputs, outputs].
   return named.place(tensors, abstract, name_in, lambda _, x: x, what)
 
 
@@ -139,9 +141,9 @@ def name_of(name: str, depth: int) -> str:
   """Our name of a parameter -> theirs, without scope.
 
   Args:
-    name: such as up/0/blocks/1/conv1/kernel.
-    depth: how many levels the network has; theirs count from the images on the
-      way up too.
+    name: our name, such as up/0/blocks/1/conv1/kernel.
+    depth: the number of levels; theirs are numbered from full resolution on the
+      way up, too.
   """
 
   def level(match):

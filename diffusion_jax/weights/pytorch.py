@@ -1,9 +1,9 @@
-"""PyTorch's weight files, read without PyTorch, and with nothing executed.
+"""Reads PyTorch weight files without PyTorch, and without executing anything.
 
-Such a file is a pickle, a program that may call anything. Here it can name a
-handful of things, each of which is replaced by something inert; whatever else
-it names is refused. There are two layouts: a zip file, and what torch.save
-wrote before version 1.6, a stream of pickles and the bytes of the tensors.
+Such a file is a pickle, a program that can call any function. Here only a few
+names are allowed, each replaced by something inert; any other name is refused.
+There are two layouts: a zip file, and the layout of torch.save before version
+1.6, a stream of pickles followed by the bytes of the tensors.
 """
 
 import io
@@ -23,24 +23,24 @@ _KINDS = {
 }
 STORAGES = {f'{kind}Storage': dtype for kind, dtype in _KINDS.items()}
 
-# Of the older layout: what begins it, and its only version.
+# The magic number of the older layout, and its only version.
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 
 
 def read(path) -> dict[str, np.ndarray]:
-  """The tensors of a state dict that torch.save wrote.
+  """Reads the tensors of a state dict written by torch.save.
 
   Args:
-    path: of the file, in either layout.
+    path: the file, in either layout.
 
   Returns:
     {name: array}, in the file's order; the arrays are read-only. Entries that
-    are no tensors are left out.
+    are not tensors are left out.
 
   Raises:
     UserError: there is no such file, it is something else or damaged, or it
-      names what weights do not need.
+      refers to names that weights do not need.
   """
   path = files.at(path)
   try:
@@ -53,8 +53,8 @@ def read(path) -> dict[str, np.ndarray]:
   with errors.one_line(
     Exception,  # a damaged pickle may raise anything
     lambda reason: (
-      f'{path} is not a state dict of PyTorch ({reason}); nothing in it was '
-      'run: give weights as they were published'
+      f'{path} is not a PyTorch state dict ({reason}); nothing in it was '
+      'executed: give the weights as published'
     ),
   ):
     state, storages = (_zipped if data[:4] == b'PK\3\4' else _stream)(data)
@@ -64,7 +64,7 @@ def read(path) -> dict[str, np.ndarray]:
       if isinstance(name, str) and isinstance(value, _Tensor)
     }
     if not tensors:
-      raise ValueError('it holds no tensors by name')
+      raise ValueError('it holds no named tensors')
   return tensors
 
 
@@ -82,22 +82,22 @@ class _Tensor(NamedTuple):
 
 
 class _State(dict):
-  """An OrderedDict; the attributes that a state dict brings are left out."""
+  """An OrderedDict without the attributes of a state dict."""
 
   def __setstate__(self, state):
     pass
 
 
-# The one in Python: C's allots as much memory as a memo's index asks for.
+# The Python version: the C version allocates memory for any memo index.
 class _Unpickler(pickle._Unpickler):
-  """Knows nothing but what a state dict is made of."""
+  """Only supports the elements of a state dict."""
 
   def __init__(self, file):
     super().__init__(file, encoding='utf-8')
     self.storages = {}
 
   def find_class(self, module, name):
-    # Made anew each time: a pickle can change what it is given.
+    # New objects each time, because a pickle can modify them.
     if (module, name) == ('collections', 'OrderedDict'):
       return lambda *args: _State(*args)
     if (module, name) == ('torch._utils', '_rebuild_tensor_v2'):
@@ -119,15 +119,15 @@ class _Unpickler(pickle._Unpickler):
       or not isinstance(count, int)
       or any(view is not None for view in views)
     ):
-      raise ValueError('it refers to what is no plain storage')
+      raise ValueError('it refers to something other than a plain storage')
     self.storages[key] = _Storage(key, np.dtype(dtype), count)
     return self.storages[key]
 
 
 def _zipped(data: bytes):
-  """(what was saved, {key: bytes}) of the layout of today."""
+  """(saved object, {key: bytes}) of the current layout."""
   with zipfile.ZipFile(io.BytesIO(data)) as archive:
-    # As torch.save writes: entries are not compressed, nor do they overlap.
+    # torch.save writes entries that are not compressed and do not overlap.
     infos = archive.infolist()
     for info in infos:
       if info.compress_type != zipfile.ZIP_STORED:
@@ -150,9 +150,9 @@ def _zipped(data: bytes):
 
 
 def _stream(data: bytes):
-  """(what was saved, {key: bytes}) of the layout before PyTorch 1.6."""
+  """(saved object, {key: bytes}) of the layout before PyTorch 1.6."""
   if not data.startswith(pickle.dumps(MAGIC, 2)):
-    raise ValueError('it begins as no layout of torch.save does')
+    raise ValueError('it starts like no layout of torch.save')
   file = io.BytesIO(data)
   _, protocol, system = (_Unpickler(file).load() for _ in range(3))
   if protocol != PROTOCOL or not system['little_endian']:
@@ -169,19 +169,19 @@ def _stream(data: bytes):
 
 
 def _array(tensor: _Tensor, storages: dict[str, bytes]) -> np.ndarray:
-  """A tensor as a view of its storage, once it is sure to lie within."""
+  """A tensor as a view of its storage, after checking its bounds."""
   storage, offset, shape, strides = tensor
   flat = np.frombuffer(storages.get(storage.key, b''), storage.dtype)
   if len(flat) != storage.count:
     raise ValueError(f'storage {storage.key[:100]} is missing or cut off')
   if len(shape) != len(strides) or min(offset, *shape, *strides, 0) < 0:
-    raise ValueError('the shape of a tensor makes no sense')
+    raise ValueError('a tensor has an invalid shape')
   if 0 in shape:
     return flat[:0].reshape(shape)
   end = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-  # A stride of 0 would make much of little.
+  # The second check rejects strides of 0, which would expand the storage.
   if end >= len(flat) or math.prod(shape) > len(flat):
-    raise ValueError('a tensor does not lie within its storage')
+    raise ValueError('a tensor is not within its storage')
   return np.lib.stride_tricks.as_strided(
     flat[offset:], shape, [s * flat.itemsize for s in strides], writeable=False
   )

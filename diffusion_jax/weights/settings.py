@@ -1,8 +1,8 @@
-"""Settings of diffusers' networks and schedulers as a run's config, and back.
+"""Converts settings of diffusers' networks and schedulers to configs and back.
 
-A `UNet2DModel` can be many networks. Ours is DDPM's, of any width, depth and
-size; the settings in which it is are tables here, and what is another network
-is named by its setting.
+A `UNet2DModel` can be many networks; only DDPM's is supported, of any width,
+depth and size. The tables below list the settings that it needs. Errors name
+the setting that makes a network another one.
 """
 
 import json
@@ -10,8 +10,7 @@ from collections.abc import Mapping
 
 from diffusion_jax.system.errors import UserError
 
-# Settings in which a network is DDPM's: what diffusers takes where a folder
-# does not say, and what it must be.
+# Settings of DDPM's network: (diffusers' default, required value).
 DDPM = {
   'act_fn': ('silu', 'silu'),
   'add_attention': (True, True),
@@ -31,14 +30,14 @@ DDPM = {
   'time_embedding_type': ('positional', 'positional'),
   'upsample_type': ('conv', 'conv'),
 }
-# What diffusers takes for the others where a folder does not say.
+# diffusers' defaults of other settings.
 DEFAULTS = {
   **{'in_channels': 3, 'out_channels': 3, 'layers_per_block': 2},
   **{'norm_num_groups': 32, 'attention_head_dim': 8, 'dropout': 0.0},
 }
 LISTS = ('block_out_channels', 'down_block_types', 'up_block_types')
 
-# As DDPM, of a scheduler.
+# The same for a scheduler: (diffusers' default, required value).
 PROCESS = {
   'beta_schedule': ('linear', 'linear'),
   'clip_sample_range': (1.0, 1.0),
@@ -48,7 +47,7 @@ PROCESS = {
 }
 NUMBERS = {'num_train_timesteps': 1000, 'beta_start': 1e-4, 'beta_end': 0.02}
 PREDICTIONS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
-# Those with DDPM's betas; how they step is a matter of sampling.
+# Schedulers with DDPM's betas; their sampling method does not matter here.
 SCHEDULERS = (
   *('DDPMScheduler', 'DDIMScheduler', 'PNDMScheduler'),
   *('DPMSolverMultistepScheduler', 'DPMSolverSinglestepScheduler'),
@@ -56,23 +55,23 @@ SCHEDULERS = (
 )
 VARIANCES = {'fixed_small': 'fixedsmall', 'fixed_large': 'fixedlarge'}
 
-LARGEST = 10**6  # of any number in a folder
+LARGEST = 10**6  # bound on any number in a folder
 LEVELS = 20
 
 
 def unet_of(config: Mapping) -> dict:
-  """A run's network as the config.json of a UNet2DModel.
+  """Converts a run's network to the config.json of a UNet2DModel.
 
   Args:
-    config: the run's.
+    config: the run's config.
 
   Raises:
-    UserError: diffusers has no such network.
+    UserError: diffusers does not support such a network.
   """
   model, size = config['model'], config['data']['image_size']
   if not isinstance(size, int):
     raise UserError(
-      f'data.image_size={list(size)}: DDPMPipeline draws squares only'
+      f'data.image_size={list(size)}: DDPMPipeline only supports squares'
     )
   widths = [model['channels'] * m for m in model['multipliers']]
   attends = [
@@ -81,14 +80,14 @@ def unet_of(config: Mapping) -> dict:
   ]
   if widths[0] != model['channels']:
     raise UserError(
-      f'model.multipliers={list(model["multipliers"])}: diffusers has 1 for '
+      f'model.multipliers={list(model["multipliers"])}: diffusers needs 1 for '
       'the first level: such a network cannot be written'
     )
   heads = {width // model['num_heads'] for width in _attending(widths, attends)}
   if model['num_heads'] > 1 and len(heads) > 1:
     raise UserError(
       f'model.num_heads={model["num_heads"]}: heads of {sorted(heads)} '
-      'channels at different levels, and diffusers has one width for all: '
+      'channels at different levels, but diffusers has one width for all: '
       'such a network cannot be written'
     )
   return {
@@ -108,13 +107,13 @@ def unet_of(config: Mapping) -> dict:
 
 
 def scheduler_of(config: Mapping) -> dict:
-  """A run's process and variance as the settings of a DDPMScheduler.
+  """Converts a run's process and variance to DDPMScheduler settings.
 
   Args:
-    config: the run's.
+    config: the run's config.
 
   Raises:
-    UserError: its betas are not linear.
+    UserError: the run's betas are not linear.
   """
   process, sample = config['process'], config['sample']
   if process['schedule'] != 'linear':
@@ -136,17 +135,17 @@ def scheduler_of(config: Mapping) -> dict:
 
 
 def network_of(settings: dict, path) -> dict:
-  """The settings of a UNet2DModel as parts of a run's config.
+  """Converts UNet2DModel settings to parts of a run's config.
 
   Args:
-    settings: of its config.json.
-    path: of that file, for the message.
+    settings: the content of its config.json.
+    path: the path of that file, for messages.
 
   Returns:
     'data' (image_size and channels only) and 'model'.
 
   Raises:
-    UserError: ours cannot be such a network; the setting is named.
+    UserError: the network is not supported; the message names the setting.
   """
   _must_be(settings, DDPM, path)
   for name in ('sample_size', *LISTS):
@@ -184,17 +183,19 @@ def network_of(settings: dict, path) -> dict:
 
 
 def _levels_of(theirs: dict, path) -> tuple[list[int], list[bool]]:
-  """Of each level its width, and whether there is attention."""
+  """The width of each level, and whether it has attention."""
   for name in LISTS:
     value = theirs[name]
     if not isinstance(value, list) or not 0 < len(value) < LEVELS:
-      raise UserError(f'{path}: {name} is {_shown(value)}: a list, by level')
+      raise UserError(
+        f'{path}: {name} is {_shown(value)}: must be a list, one per level'
+      )
   widths, down, up = (theirs[name] for name in LISTS)
   for width in widths:
     if _whole('block_out_channels', width, path) % widths[0]:
       raise UserError(
-        f'{path}: block_out_channels is {_shown(widths)}, and the U-Net here '
-        'has multiples of the first: it is another network'
+        f'{path}: block_out_channels is {_shown(widths)}, but the U-Net here '
+        'needs multiples of the first: it is another network'
       )
   for kind in down:
     agree(path, 'down_block_types', kind, _kinds('Down', [False, True]))
@@ -205,7 +206,7 @@ def _levels_of(theirs: dict, path) -> tuple[list[int], list[bool]]:
 
 
 def _heads_of(theirs: dict, widths, attends, path) -> int:
-  """The number of attention's heads, which must be one at all levels."""
+  """The number of attention heads, which must be the same at all levels."""
   if theirs['attention_head_dim'] is None:
     return 1
   head = _whole('attention_head_dim', theirs['attention_head_dim'], path)
@@ -213,8 +214,8 @@ def _heads_of(theirs: dict, widths, attends, path) -> int:
   heads = found.pop()
   if found or not heads.is_integer():
     raise UserError(
-      f'{path}: attention_head_dim is {head}, and the U-Net here has one '
-      'number of heads at all levels (null: 1): it is another network'
+      f'{path}: attention_head_dim is {head}, but the U-Net here needs the '
+      'same number of heads at all levels (null: 1): it is another network'
     )
   return int(heads)
 
@@ -230,17 +231,18 @@ def _whole(name: str, value, path) -> int:
 
 
 def process_of(settings: dict, path) -> dict:
-  """The settings of a scheduler as parts of a run's config.
+  """Converts scheduler settings to parts of a run's config.
 
   Args:
-    settings: of its scheduler_config.json; what it lacks is diffusers' default.
-    path: of that file, for the message.
+    settings: the content of its scheduler_config.json; missing settings have
+      diffusers' defaults.
+    path: the path of that file, for messages.
 
   Returns:
     'process', 'loss', and 'sample' (variance and clip only).
 
   Raises:
-    UserError: it is of another process; the setting is named.
+    UserError: the process is not supported; the message names the setting.
   """
   kind = settings.get('_class_name', 'DDPMScheduler')
   agree(path, '_class_name', kind, SCHEDULERS)
@@ -273,7 +275,7 @@ def process_of(settings: dict, path) -> dict:
 
 
 def _attending(widths, attends) -> set[int]:
-  """The widths at which there is attention; in the middle there always is."""
+  """The widths of levels with attention; the middle always has attention."""
   there = {w for w, attend in zip(widths, attends, strict=True) if attend}
   return there | {widths[-1]}
 
@@ -284,18 +286,18 @@ def _must_be(settings, rules, path) -> None:
 
 
 def agree(path, name, value, allowed) -> None:
-  """Raises UserError unless the value is one of those that are allowed.
+  """Raises UserError unless a setting has one of the allowed values.
 
   Args:
-    path: of the file, for the message.
-    name: of the setting.
-    value: what the file has.
-    allowed: values, of any type.
+    path: the path of the file, for the message.
+    name: the name of the setting.
+    value: the value in the file.
+    allowed: allowed values, of any type.
   """
-  allowed = list(allowed)  # of which any value can be asked, lists too
+  allowed = list(allowed)  # supports `in` for values of any type, even lists
   if value not in allowed:
     raise UserError(
-      f'{path}: {name} is {_shown(value)}, and here it must be '
+      f'{path}: {name} is {_shown(value)}, but must be '
       f'{" or ".join(map(_shown, allowed))}: it is another network or process'
     )
 
