@@ -2,13 +2,13 @@ r"""DDPM on CelebA-HQ at 256x256, unconditional.
 
 Reproduces: arXiv 2006.11239, section 4 and appendix B: the recipe for
             CelebA-HQ. 113,673,219 parameters. Not yet run.
-Data:       a folder of the 30,000 images, named by --config.data.path=DIR, such
-            as CelebA-HQ-img of github.com/switchablenorms/CelebAMask-HQ. They
-            are resized each time they are read: quickest at 256x256 already.
-            TFDS has no download for it.
-Hardware:   the paper used a TPU v3-8; any number of devices that divides the
-            batch.
-Time:       500,000 steps, 2.2 a second on the paper's TPU v3-8, so 63 hours;
+Data:       a folder of the 30,000 images, given by --config.data.path=DIR, such
+            as CelebA-HQ-img of github.com/switchablenorms/CelebAMask-HQ. Images
+            are resized each time they are read; for speed, resize them to
+            256x256 beforehand. TFDS cannot download this set.
+Hardware:   any number of devices that divides the batch; the paper used a TPU
+            v3-8.
+Time:       63 hours on the paper's TPU v3-8: 500,000 steps at 2.2 per second;
             128 samples in 300 s.
 Command:    python -m diffusion_jax.train --config=configs/celebahq256.py \
               --workdir=runs/celebahq256 --config.data.path=CelebA-HQ-img
@@ -25,7 +25,7 @@ def get_config():
   config.batch_size = 64
 
   config.data.name = 'folder'
-  config.data.path = ''  # give yours
+  config.data.path = ''  # set by a flag
   config.data.image_size = 256
   config.data.flip = True
 

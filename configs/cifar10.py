@@ -6,9 +6,9 @@ Reproduces: arXiv 2006.11239, table 1, L_simple: FID 3.17 (against the training
 Data:       TFDS, prepared once by
               bash launch/prepare_data.sh cifar10
             or any .npz: --config.data.name=arrays --config.data.path=FILE.
-Hardware:   the paper used a TPU v3-8; any number of devices that divides the
-            batch.
-Time:       800,000 steps, 10.6 hours on the paper's TPU v3-8.
+Hardware:   any number of devices that divides the batch; the paper used a TPU
+            v3-8.
+Time:       10.6 hours on the paper's TPU v3-8: 800,000 steps.
 Command:    python -m diffusion_jax.train --config=configs/cifar10.py \
               --workdir=runs/cifar10
             python -m diffusion_jax.sample --workdir=runs/cifar10 \

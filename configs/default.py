@@ -1,4 +1,6 @@
-"""Every key of a config, with its default: where other configs start from.
+"""The default config: all keys, with their meaning and default values.
+
+Other configs start from it and change what differs:
 
   from diffusion_jax.configs import default
 
@@ -7,9 +9,9 @@
     config.optim.lr = 2e-5
     return config
 
-That line works in a file of your own, too, wherever it lies; in place of
-`default` it may name any other config. `train --config=FILE --print_config`
-shows what comes of it. A config that lacks a key has the default of this file.
+The import also works in your own config files, in any folder, and can name any
+other config in place of `default`. `train --config=FILE --print_config` prints
+the resolved config. Keys missing from a config have the defaults of this file.
 """
 
 from ml_collections import ConfigDict
@@ -17,59 +19,67 @@ from ml_collections import ConfigDict
 
 def get_config():
   config = ConfigDict()
-  config.seed = 0  # of the initial values, the batches' order and all noise
-  config.num_steps = 500_000
-  config.batch_size = 128  # over all devices
-  # Pieces of a batch, one after the other: less memory, the same numbers.
+  config.seed = 0  # for initial parameters, data order and all noise
+  config.num_steps = 500_000  # training steps
+  config.batch_size = 128  # images per step, over all devices
+  # Number of pieces that a batch is processed in, one after the other. More
+  # pieces need less memory; results differ only by rounding.
   config.microbatches = 1
 
-  # In steps; 0 = never.
-  config.log_every = 100
+  # Intervals in steps; 0 = never.
+  config.log_every = 100  # metrics
   config.eval_every = 5_000  # held-out loss
-  config.eval_images = 0  # held-out images that it is the mean of; 0 = all
+  config.eval_images = 0  # number of held-out images to use; 0 = all
   config.sample_every = 10_000  # a grid of samples
   config.checkpoint_every = 5_000
-  config.keep_last = 2  # so many of the newest checkpoints
-  config.keep_every = 100_000  # checkpoints at these steps are never deleted
+  config.keep_last = 2  # number of newest checkpoints to keep
+  config.keep_every = 100_000  # keep checkpoints at multiples of this forever
 
-  # Devices along each axis; -1 = all that are left. 'data' copies the
-  # parameters, 'fsdp' splits them, 'tensor' splits the channels.
+  # Number of devices along each mesh axis; -1 = all remaining devices.
   config.mesh = ConfigDict()
-  config.mesh.data = -1
-  config.mesh.fsdp = 1
-  config.mesh.tensor = 1
+  config.mesh.data = -1  # replicates the parameters, splits the batch
+  config.mesh.fsdp = 1  # splits the parameters and the batch
+  config.mesh.tensor = 1  # splits the channels
 
   config.data = ConfigDict()
   config.data.name = 'folder'  # 'folder', 'arrays', 'digits' or 'tfds:NAME'
-  config.data.path = ''  # its folder or file; '' = TFDS's own data_dir
+  config.data.path = ''  # the folder or file; for TFDS data_dir, '' = default
   config.data.train_split = 'train'
   config.data.heldout_split = 'test'  # '' = none
-  # Of sets without one: 10 holds out every tenth image, 0 none.
+  # For 'folder' and 'arrays' without test images: hold out every n-th image,
+  # 0 = none.
   config.data.heldout_every = 0
-  config.data.image_size = 32  # images become squares of this many pixels
+  # Pixels per side; files and TFDS sets are cropped to squares and resized.
+  config.data.image_size = 32
   config.data.channels = 3  # 1 = grey, 3 = RGB
-  config.data.flip = True  # half of the training images are mirrored
+  config.data.flip = True  # mirror training images with probability 1/2
 
-  # What is diffused; 'pixels' = the images, from -1 to 1.
+  # Maps data to x0, the variable that is diffused.
   config.codec = ConfigDict()
-  config.codec.name = 'pixels'
+  config.codec.name = 'pixels'  # 'pixels': images scaled to [-1, 1]
 
-  # What else the network is given; 'none' = noised data and time alone.
+  # Network inputs other than the noised data and the time.
   config.conditioning = ConfigDict()
   config.conditioning.name = 'none'
 
   config.model = ConfigDict()
   config.model.name = 'unet'
   config.model.channels = 128  # at full resolution
-  config.model.multipliers = (1, 2, 2, 2)  # of the channels, one a level
-  config.model.num_blocks = 2  # residual blocks a level
-  config.model.attention_resolutions = (16,)  # sizes of maps that attend
-  config.model.num_heads = 1  # of attention
-  config.model.num_groups = 32  # of group normalisation
-  config.model.dropout = 0.0  # share of the values that are dropped
-  config.model.dtype = 'float32'  # 'bfloat16' computes faster on TPUs and GPUs
+  config.model.multipliers = (
+    1,
+    2,
+    2,
+    2,
+  )  # channels per level, relative to that
+  config.model.num_blocks = 2  # residual blocks per level
+  config.model.attention_resolutions = (16,)  # map sizes with attention
+  config.model.num_heads = 1  # attention heads
+  config.model.num_groups = 32  # groups of group normalisation
+  config.model.dropout = 0.0  # dropout rate of residual blocks
+  config.model.dtype = 'float32'  # or 'bfloat16', faster on TPUs and GPUs
 
-  # The variances beta of the noise that each step adds (arXiv 2006.11239).
+  # The forward process: step t adds noise of variance beta(t), which rises
+  # linearly from beta_start to beta_end (arXiv 2006.11239).
   config.process = ConfigDict()
   config.process.schedule = 'linear'
   config.process.num_timesteps = 1000
@@ -77,40 +87,41 @@ def get_config():
   config.process.beta_end = 0.02
 
   config.loss = ConfigDict()
-  config.loss.name = 'denoising'  # the mean squared error of the prediction
-  config.loss.prediction = (
-    'eps'  # what the network predicts: 'eps', 'x0' or 'v'
-  )
+  config.loss.name = 'denoising'  # mean squared error of the prediction
+  # What the network predicts: 'eps', 'x0' or 'v'.
+  config.loss.prediction = 'eps'
 
   config.optim = ConfigDict()
   config.optim.name = 'adam'  # 'adam' or 'adamw'
-  config.optim.lr = 2e-4  # after warm-up
-  config.optim.warmup_steps = 5_000  # of a linear rise from 0; 0 = none
-  # Of the learning rate after warm-up: 'constant', 'cosine' or 'linear', down
-  # to end_lr at step decay_steps. Not at num_steps: a run may be prolonged.
+  config.optim.lr = 2e-4  # learning rate after warm-up
+  config.optim.warmup_steps = 5_000  # steps of a linear rise from 0; 0 = none
+  # Decay after warm-up: 'constant', 'cosine' or 'linear'. The rate reaches
+  # end_lr at step decay_steps, independent of num_steps, so that a run can be
+  # extended.
   config.optim.decay = 'constant'
   config.optim.decay_steps = 0
   config.optim.end_lr = 0.0
-  config.optim.clip_norm = 1.0  # of the whole gradient; 0 = no clipping
-  config.optim.b1 = 0.9
-  config.optim.b2 = 0.999
-  config.optim.eps = 1e-8
-  # Of 'adamw', times the learning rate; not of biases and scales.
+  config.optim.clip_norm = 1.0  # bound on the global gradient norm; 0 = none
+  config.optim.b1 = 0.9  # decay of the first moment
+  config.optim.b2 = 0.999  # decay of the second moment
+  config.optim.eps = 1e-8  # added to the root of the second moment
+  # For 'adamw': multiplied by the learning rate; not for biases and scales.
   config.optim.weight_decay = 0.0
-  # Learning rates of parts of the network in place of lr: {'codec': 1e-5}.
+  # Learning rates for single parts of the network: {'codec': 1e-5}.
   config.optim.part_lr = ConfigDict()
 
-  # The moving average of the parameters, of which samples are drawn.
+  # Exponential moving average of the parameters, used for sampling.
   config.ema = ConfigDict()
   config.ema.decay = 0.9999
 
-  # Grids on the way, see docs/samplers.md.
+  # Grids of samples drawn during training, see docs/samplers.md.
   config.sample = ConfigDict()
   config.sample.sampler = 'ddim'
-  config.sample.grid = 'uniform'
+  config.sample.grid = 'uniform'  # the grid of times
   config.sample.num_steps = 50
   config.sample.num_images = 64
-  # Of ancestral sampling: 'fixedlarge' = beta, 'fixedsmall' = the posterior's.
+  # For ancestral sampling: 'fixedlarge' = beta, 'fixedsmall' = the posterior
+  # variance.
   config.sample.variance = 'fixedlarge'
-  config.sample.clip = True  # x0 to [-1, 1], in every step
+  config.sample.clip = True  # clip x0 to [-1, 1] in every step
   return config

@@ -1,8 +1,8 @@
-r"""DDPM on scikit-learn's handwritten digits: the whole road, on a laptop.
+r"""DDPM on scikit-learn's handwritten digits: a complete run on a laptop.
 
 Reproduces: nothing published; it shows that everything works, on real data.
             701,345 parameters. Held-out loss 0.081 at the end.
-Data:       1,797 grey 8x8 images that scikit-learn carries, every fifth held
+Data:       1,797 grey 8x8 images included in scikit-learn, every fifth held
             out. No download.
 Hardware:   2 CPU cores.
 Time:       4 to 5 minutes.
@@ -27,7 +27,7 @@ def get_config():
   config.data.name = 'digits'
   config.data.image_size = 8
   config.data.channels = 1
-  config.data.flip = False  # a mirrored 2 is no digit
+  config.data.flip = False  # a mirrored 2 is not a digit
 
   config.model.channels = 32
   config.model.multipliers = (1, 2)

@@ -7,10 +7,10 @@ Data:       TFDS, prepared once by one of
               bash launch/prepare_data.sh lsun/bedroom
               bash launch/prepare_data.sh lsun/cat
             Downloads of 2.4, 46 and 45 GB. The cats have no held-out images.
-Hardware:   the paper used a TPU v3-8; any number of devices that divides the
-            batch.
-Time:       2.2 steps a second on the paper's TPU v3-8, so 6.3 days for
-            church, 12.6 for bedroom and 9.5 for cat; 128 samples in 300 s.
+Hardware:   any number of devices that divides the batch; the paper used a TPU
+            v3-8.
+Time:       6.3 days for church, 12.6 for bedroom and 9.5 for cat on the paper's
+            TPU v3-8, at 2.2 steps per second; 128 samples in 300 s.
 Command:    python -m diffusion_jax.train --config=configs/lsun.py:church \
               --workdir=runs/church
             python -m diffusion_jax.sample --workdir=runs/church \
@@ -20,7 +20,7 @@ Command:    python -m diffusion_jax.train --config=configs/lsun.py:church \
 from diffusion_jax.configs import default
 from diffusion_jax.system.errors import UserError
 
-# TFDS's name, held-out split ('' = none), steps, flips.
+# Category -> (TFDS's name, held-out split ('' = none), steps, flip).
 CATEGORIES = {
   'church': ('church_outdoor', 'validation', 1_200_000, True),
   'bedroom': ('bedroom', 'validation', 2_400_000, False),
@@ -31,7 +31,7 @@ CATEGORIES = {
 def get_config(category='church'):
   if category not in CATEGORIES:
     raise UserError(
-      f'--config=lsun:{category}: what follows the colon is one of '
+      f'--config=lsun:{category}: after the colon give one of '
       f'{", ".join(CATEGORIES)}'
     )
   name, heldout_split, num_steps, flip = CATEGORIES[category]
