@@ -271,7 +271,7 @@ def test_a_part_that_lies_about_its_size(bucket, shape):
     header = {'descr': '|u1', 'fortran_order': False, 'shape': shape}
     np.lib.format.write_array_header_1_0(file, header)
     file.write(pixels)
-  with pytest.raises(UserError, match='is damaged: delete it and draw again'):
+  with pytest.raises(UserError, match='is damaged: delete it and sample again'):
     store.load(bucket, 3)
 
 
