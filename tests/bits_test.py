@@ -219,10 +219,10 @@ def test_the_binary_leaves_cards_a_plot_and_a_page(run):
     (['--metrics=bpd,bpd_fast', '--num_steps=10'], 'ask for bpd'),
     (['--metrics=bpd', '--num_samples=10'], '--num_samples has no part'),
     (['--metrics=bpd_fst'], 'bpd_fast, bpd_ode'),
-    (['--metrics=bpd_ode', '--num_steps=50'], '--num_steps has no part in'),
-    (['--metrics=bpd,bpd_fast', '--dtype=float64'], '--dtype has no part in'),
-    (['--metrics=bpd', '--sampler=ddim'], '--sampler has no part in bpd'),
-    (['--metrics=fid', '--split=train'], '--split has no part in distances'),
+    (['--metrics=bpd_ode', '--num_steps=50'], '--num_steps does not apply to'),
+    (['--metrics=bpd,bpd_fast', '--dtype=float64'], '--dtype does not apply to'),
+    (['--metrics=bpd', '--sampler=ddim'], '--sampler does not apply to bpd'),
+    (['--metrics=fid', '--split=train'], '--split does not apply to distances'),
   ],
 )
 def test_a_mistake_is_told_in_one_line(run, arguments, must):

@@ -396,8 +396,8 @@ def test_what_cannot_be_converted_is_told(tmp_path):
   (tmp_path / 'model.ckpt-3.index').write_bytes(b'')
   target = f'--to={tmp_path}/new'
   for arguments, must in (
-    ([f'--from={tmp_path}/nothing', target], 'no workdir of a run, no diffus'),
-    ([f'--from={tmp_path}/empty', target], 'no workdir of a run, no diffus'),
+    ([f'--from={tmp_path}/nothing', target], 'neither the workdir of a run'),
+    ([f'--from={tmp_path}/empty', target], 'neither the workdir of a run'),
     ([f'--from={other}', target], '_class_name is "UNet2DConditionModel"'),
     ([f'--from={flow}', target], '_class_name is "FlowMatch'),
     ([f'--from={latent}', target], '_class_name is "LDMPipeline"'),
