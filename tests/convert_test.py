@@ -248,7 +248,7 @@ def test_what_came_in_is_sampled_judged_and_begun_with(tmp_path):
   assert drawn.code == 0, drawn.err
   for arguments, must in (
     (['evaluate', *few, '--features=pixels'], 'give --reference'),
-    (['evaluate', '--metrics=bpd'], 'convert them with --config'),
+    (['evaluate', '--metrics=bpd'], 'convert the weights again with --config'),
     (['sample', *few, '--noema'], 'averaged parameters only'),
   ):
     result = binaries.run(*arguments, f'--workdir={unknown}')

@@ -15,9 +15,9 @@ declare.table(
   features=(
     str,
     'Network that judges the images: classifier (trained on the data; the '
-    'default for labelled data), pixels (no network), inception (its weights '
-    'in the cache), or a file: Inception weights (.npz, .pth, .pb) or '
-    'RUN/evaluations/classifier_*.npz.',
+    'default for labelled data), pixels (no network; the default otherwise), '
+    'inception (its weights in the cache), or a file: Inception weights (.npz, '
+    '.pth, .pb) or RUN/evaluations/classifier_*.npz.',
   ),
   taps=(
     ['2048'],

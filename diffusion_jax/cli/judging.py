@@ -37,8 +37,8 @@ declare.table(
   reference=(
     str,
     'The images to compare with: a folder of images, a .npz or .npy of them, '
-    'tfds:NAME@SPLIT, digits, or a .npz of statistics (mu, sigma). By default '
-    "the run's training images.",
+    'tfds:NAME@SPLIT, digits, or a .npz of statistics (mu, sigma). For a run, '
+    'by default its training images.',
   ),
   write_statistics=(
     str,
