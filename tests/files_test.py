@@ -349,7 +349,7 @@ def test_a_classifier_is_read_from_a_bucket(bucket, monkeypatch):
   classifier.train(path, source)
   assert classifier.load(path, (8, 8, 1)).protocol['num_classes'] == 10
   path.write_bytes(b'PK something else')
-  with pytest.raises(UserError, match='is not a classifier of ours'):
+  with pytest.raises(UserError, match='is not a classifier of this package'):
     classifier.load(path, (8, 8, 1))
 
 
