@@ -48,7 +48,6 @@ from diffusion_jax.evaluation import (
   sweep,
   tables,
 )
-from diffusion_jax.evaluation.features import Images
 from diffusion_jax.reporting import page, plots
 from diffusion_jax.runs import store
 from diffusion_jax.samplers import plan as plans
@@ -99,8 +98,7 @@ def main():
     judges.download()
     if not FLAGS.workdir:
       return
-  if not FLAGS.workdir:
-    raise UserError('--workdir is missing; see --help')
+  command.need('workdir')
   drawing.check_flags(num_samples=2, poll_secs=0.1)
   if FLAGS['sweep'].present or FLAGS['sweep_evaluations'].present:
     _check_sweep()
@@ -301,7 +299,7 @@ def _task(workdir, trained) -> judging.Task:
   config, shape = trained.config['data'], trained.image_shape
   heldout = None
   if FLAGS.reference:
-    source = judging.open_set('reference', shape[0], shape[2])
+    source = judging.open_set('reference', shape[:2], shape[2])
     about = {'data': 'images' if source else 'statistics'}
   else:
     source, heldout = run_data.splits(trained.config)
@@ -311,7 +309,7 @@ def _task(workdir, trained) -> judging.Task:
       'heldout_split': config['heldout_split'] if heldout else '',
     }
   count = FLAGS.num_samples
-  samples = Images(count, None, f'--num_samples={count}')
+  samples = features.Images(count, None, f'--num_samples={count}')
   judge = judges.judge_of(source, heldout, shape, workdir / 'evaluations')
   reference = judging.set_of('reference', source, judge, shape)
   # Of sorted held-out images the first ones would be all of a kind.
@@ -358,12 +356,18 @@ def _judge(task, path, trained, plan, output) -> tuple[dict, int]:
     (images,) = store.stream(output, i, i + 1, 1)
     return features.whole(images[0])
 
-  samples = Images(count, stream, f'samples in {output}')
-  measured = judging.carry_out(
-    task, samples, min(FLAGS.batch_size, JUDGED), trained.mesh, output
+  samples = features.Images(count, stream, f'samples in {output}')
+  card = judging.carry_out(
+    task,
+    samples,
+    _subject(trained, plan, output),
+    path,
+    shown,
+    batch_size=min(FLAGS.batch_size, JUDGED),
+    mesh=trained.mesh,
+    sample_cache=output,
   )
-  subject = _subject(trained, plan, output)
-  return judging.card_of(task, subject, measured, path, shown), drawn
+  return card, drawn
 
 
 if __name__ == '__main__':

@@ -15,8 +15,7 @@ from absl import flags
 
 from diffusion_jax import runs
 from diffusion_jax.cli import command, declare, judges, judging
-from diffusion_jax.evaluation import statistics, tables
-from diffusion_jax.evaluation.features import Images
+from diffusion_jax.evaluation import features, statistics, tables
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -39,9 +38,7 @@ def main():
     judges.download()
     if not FLAGS.samples:
       return
-  for name in ('samples', 'reference'):
-    if not FLAGS[name].value:
-      raise UserError(f'--{name} is missing; see --help')
+  command.need('samples', 'reference')
   judging.check_flags()
   command.at_least(batch_size=1, image_size=1)
   if FLAGS.card:
@@ -68,17 +65,21 @@ def main():
   task = judging.task(
     judge, samples, reference, source, about=about, usual=['fid']
   )
-  measured = judging.carry_out(
-    task, samples, FLAGS.batch_size, sharding.make_mesh(), judges.cache()
-  )
-  is_images = isinstance(samples, Images)
+  is_images = isinstance(samples, features.Images)
   subject = {
     'samples': samples.description if is_images else FLAGS.samples,
     'samples_sha256': statistics.sha256_of(samples),
   }
   path = files.at(FLAGS.card).expanduser() if FLAGS.card else None
-  card = judging.card_of(
-    task, subject, measured, path, lambda i: shown[i]['image']
+  card = judging.carry_out(
+    task,
+    samples,
+    subject,
+    path,
+    lambda i: shown[i]['image'],
+    batch_size=FLAGS.batch_size,
+    mesh=sharding.make_mesh(),
+    sample_cache=judges.cache(),
   )
   told = f'\n\ncard: {path}' if path else ''
   terminal.report(card, f'{tables.text(card)}{told}', FLAGS.json)

@@ -35,8 +35,9 @@ from diffusion_jax.training import checkpoint
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(run_data)
-declare.shared('workdir', 'step', 'ema', 'split', 'json')
+declare.shared('workdir', 'step', 'ema', 'json')
 declare.table(
+  split=(('heldout', 'train'), 'Which images of the run.'),
   output=(str, 'Folder of the results; by default in WORKDIR/inversions.'),
   num_images=(8, 'How many, at even distances.'),
   batch_size=(64, 'Images inverted at once.'),

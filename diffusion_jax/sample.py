@@ -43,8 +43,7 @@ PAIRS = 8  # on interpolation.png, at most
 def main():
   if drawing.listed():
     return
-  if not FLAGS.workdir:
-    raise UserError('--workdir is missing; see --help')
+  command.need('workdir')
   distributed.initialize()
   drawing.check_flags(
     num_samples=1, grid_images=1, trajectory=0, progressive=0, interpolate=0

@@ -23,6 +23,7 @@ from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 T = 1000
+FEW = 20  # of the run
 LINEAR = schedules.linear(T)
 SHORT = schedules.linear(12, 0.02, 0.4)
 
@@ -234,7 +235,10 @@ def test_what_is_kept_is_of_the_network_that_errs(x64):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  return tiny.trained(tmp_path_factory.mktemp('runs') / 'digits')
+  return tiny.trained(
+    tmp_path_factory.mktemp('runs') / 'digits',
+    **{'process.num_timesteps': FEW},
+  )
 
 
 def test_a_pass_is_the_same_in_any_batches_and_goes_on(
@@ -245,7 +249,7 @@ def test_a_pass_is_the_same_in_any_batches_and_goes_on(
   one = load(run, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
   done = []
   whole = passes.measure(one, images, 5, tmp_path / 'a', 4, done.append)
-  assert sum(done) == 11 * T
+  assert sum(done) == 11 * FEW
   # All of it is on disk, so nothing is computed again.
   with monkeypatch.context() as patch:
     patch.setattr(passes, 'scored', None)
@@ -259,9 +263,9 @@ def test_a_pass_is_the_same_in_any_batches_and_goes_on(
   x0 = jnp.asarray(x / np.float32(127.5) - 1)
   root = jax.random.fold_in(jax.random.key(5), 3)
   keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(11))
-  found = passes.scored(one.denoise, one.schedule, x0, keys, np.array([0, 500]))
+  found = passes.scored(one.denoise, one.schedule, x0, keys, np.array([0, 10]))
   np.testing.assert_allclose(
-    np.mean(found['mse'], axis=1), [whole.mse[0], whole.mse[500]], rtol=1e-4
+    np.mean(found['mse'], axis=1), [whole.mse[0], whole.mse[10]], rtol=1e-4
   )
 
 
@@ -397,7 +401,7 @@ def test_samples_of_a_run_that_is_calibrated(run):
   (kept,) = (run / 'calibration').iterdir()
   assert str(kept) == told['path']
   found = json.loads(kept.read_text())
-  assert len(found['mse']) == T
+  assert len(found['mse']) == FEW
   again = binaries.run('calibrate', f'--workdir={run}', '--num_images=3')
   assert again.code == 0, again.err
   assert 'calibrating' not in again.err  # it is there

@@ -15,6 +15,7 @@ from imagesets import (
 )
 from PIL import Image
 
+from diffusion_jax import data
 from diffusion_jax.data import pipeline, sources
 from diffusion_jax.system.errors import UserError
 
@@ -246,3 +247,25 @@ def test_a_large_set_is_not_kept(monkeypatch):
   monkeypatch.setattr(sources, 'KEEP_BYTES', 10)
   source = numbered(3)
   assert sources.keep_in_memory(source, (4, 4, 1)) is source
+
+
+def test_pictures_of_other_proportions(tmp_path):
+  """(height, width): the largest centred rectangle, resized."""
+  pixels = np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)
+  Image.fromarray(pixels).save(tmp_path / 'a.png')
+
+  def read(size):
+    source = data.create(
+      name='folder', path=str(tmp_path), split='train', image_size=size,
+      channels=3,
+    )  # fmt: skip
+    return source[0]['image']
+
+  np.testing.assert_array_equal(read((20, 30)), pixels)
+  assert read((10, 20)).shape == (10, 20, 3)
+  # Of 30x20 twice as wide as high: 30x15, two rows off above, three below.
+  cut = Image.fromarray(pixels[2:17])
+  expected = cut.resize((10, 5), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(read((5, 10)), expected)
+  with pytest.raises(UserError, match=r'data\.image_size is'):
+    read((5, 0))

@@ -175,7 +175,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from diffusion_jax import data
 from diffusion_jax.data import pipeline
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 
 source = data.create('digits', image_size=8, channels=1)
 kwargs = dict(batch_size=16, seed=0, flip=True)

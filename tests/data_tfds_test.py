@@ -192,7 +192,7 @@ def test_an_unprepared_set_makes_no_folder_and_loads_no_tensorflow(tmp_path):
   script = """
 import sys
 from diffusion_jax import data
-from diffusion_jax.errors import UserError
+from diffusion_jax.system.errors import UserError
 try:
   data.create('tfds:cifar10', path=sys.argv[1], image_size=32, channels=3)
 except UserError as error:

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from absl import flags
-from diffusion_jax.errors import UserError
 
 from diffusion_jax import cli, distributed
+from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('how', None, 'mistake, crash, loop or end.')

@@ -77,7 +77,7 @@ def test_it_equals_numpy_and_scipy(devices):
   # By distance: two grey levels may be equally near.
   np.testing.assert_array_equal(got.searched, np.arange(90))
   np.testing.assert_allclose(
-    got.nearest.distances, np.sort(distances, 1)[:, :3], atol=1e-6
+    got.nearest.distances, np.sort(distances, 1)[:, :4], atol=1e-6
   )
   np.testing.assert_allclose(
     np.take_along_axis(distances, got.nearest.indices, 1),

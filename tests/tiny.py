@@ -1,6 +1,7 @@
 """A tiny run for the tests: seconds to compile, every part of the real one."""
 
 import fcntl
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import binaries
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from diffusion_jax import models, runs
 from diffusion_jax.codecs import pixels
@@ -181,8 +183,13 @@ def train(workdir, **changes):
   return result
 
 
-def trained(workdir) -> Path:
-  """A copy of a finished run, which the session trains once."""
+def trained(workdir, **changes) -> Path:
+  """A copy of a finished run, which the session trains once.
+
+  Args:
+    workdir: the copy's.
+    **changes: of its config, to what the same weights go with.
+  """
   made = Path(os.environ['DIFFUSION_JAX_TEST_SESSION'], 'run')
   with made.with_suffix('.lock').open('w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)  # of the workers, the first one trains
@@ -190,6 +197,11 @@ def trained(workdir) -> Path:
       train(made.with_suffix('.unfinished'))
       made.with_suffix('.unfinished').rename(made)
   shutil.copytree(made, workdir)
+  if changes:
+    place = Path(workdir, 'config.json')
+    config = ConfigDict(json.loads(place.read_text()))
+    config.update_from_flattened_dict(changes)
+    place.write_text(config.to_json())
   return Path(workdir)
 
 

@@ -82,9 +82,7 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
         )
       if 'print_config' in flags.FLAGS and flags.FLAGS.print_config:
         _print_config()
-      for name in required:
-        if not flags.FLAGS[name].value:
-          raise UserError(f'--{name} is missing; see --help')
+      need(*required)
     except UserError as e:
       terminal.fail(str(e))
     except FLAG_ERRORS as e:
@@ -193,6 +191,13 @@ def _resolve_config(argv: list[str]) -> list[str]:
       word = f'--config={config_files.through(found)}{colon}{argument}'
     resolved.append(word)
   return resolved
+
+
+def need(*names: str) -> None:
+  """Raises UserError for flags that are not given."""
+  for name in names:
+    if not flags.FLAGS[name].value:
+      raise UserError(f'--{name} is missing; see --help')
 
 
 def at_least(**least: float) -> None:

@@ -21,7 +21,6 @@ SHARED = {
   'step': (int, 'Checkpoint; the newest by default.'),
   'ema': (True, 'Averaged weights, or the raw ones.'),
   'json': (False, 'Print the result as JSON.'),
-  'split': (('heldout', 'train'), 'Which images of the run.'),
   'data_path': (str, "Where the data lie, if not the config's; TFDS's folder."),
 }
 

@@ -5,7 +5,6 @@ from absl import flags
 from diffusion_jax.cli import declare
 from diffusion_jax.data import Source
 from diffusion_jax.evaluation import classifier, features, inception, kept
-from diffusion_jax.evaluation.features import Judge
 from diffusion_jax.models.inception import CONVENTIONS
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -58,7 +57,7 @@ def download() -> None:
 
 def judge_of(
   source: Source | None, heldout: Source | None, image_shape, folder=None
-) -> Judge:
+) -> features.Judge:
   """The network that --features asks for, trained if need be.
 
   Args:
@@ -75,7 +74,7 @@ def judge_of(
   name = FLAGS.features or ('classifier' if labelled else 'pixels')
   if image_shape is None:
     protocol = {'features': 'of the files'}
-    return Judge(None, {}, {'statistics': 'frechet'}, '', protocol, {})
+    return features.Judge(None, {}, {'statistics': 'frechet'}, '', protocol, {})
   if name == 'pixels':
     return features.pixels(image_shape)
   if _is_inception(name):
@@ -102,7 +101,7 @@ def _is_inception(name) -> bool:
   return bool(there) and classifier.FACTS not in there
 
 
-def _inception(name) -> Judge:
+def _inception(name) -> features.Judge:
   path = files.at(name).expanduser()
   if name == 'inception':
     path = cache() / weights.NAME

@@ -4,6 +4,7 @@ Shared by the binaries that judge. `flags.adopt_module_key_flags(judging)` makes
 these flags a binary's own.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -52,8 +53,6 @@ for option, what in {
 }.items():
   default = getattr(measure.DEFAULTS, option)
   declare.table(**{option: (int if default is None else default, what)})
-
-NUM_NEAR = 4  # training images beside each sample
 
 
 class Task(NamedTuple):
@@ -108,7 +107,9 @@ def check_flags() -> None:
 
 
 def open_set(
-  flag: str, image_size: int | None = None, channels: int | None = None
+  flag: str,
+  image_size: int | tuple[int, int] | None = None,
+  channels: int | None = None,
 ) -> Source | None:
   """The images that a flag names; None where it is a file of statistics.
 
@@ -192,19 +193,26 @@ def task(
 
 
 def carry_out(
-  task: Task, samples: Images | Statistics, batch_size: int, mesh, sample_cache
-) -> measure.Measured:
+  task: Task,
+  samples: Images | Statistics,
+  subject: dict,
+  path,
+  sample_fn: Callable[[int], np.ndarray],
+  **how,
+) -> dict:
   """Measures, with progress; the reference's statistics go into the cache.
 
   Args:
     task: what is to be done.
     samples: what is judged.
-    batch_size: images that the network takes at once.
-    mesh: the devices.
-    sample_cache: folder for the features of samples.
+    subject: of the card.
+    path: of the card, and of a picture of the neighbours beside it; None
+      writes nothing.
+    sample_fn: number of a sample -> uint8 [H, W, C].
+    **how: batch_size, mesh and sample_cache, see `measure.measure`.
 
   Returns:
-    what was measured; its details tell the reference too.
+    the metric card; its details tell the reference too.
   """
   asked, there, known = task.measured, {}, None
   if isinstance(asked.reference, Images):
@@ -218,64 +226,31 @@ def carry_out(
   sets = (samples, asked.reference, asked.heldout or {})
   total = sum(map(statistics.count_of, sets))
   with terminal.Progress('judging', total, unit='images') as progress:
-    measured = measure.measure(
-      asked,
-      samples,
-      batch_size=batch_size,
-      mesh=mesh,
-      cache=judges.cache(),
-      sample_cache=sample_cache,
-      num_near=NUM_NEAR,
-      num_reference=task.protocol['num_reference'],
-      on_images=progress.update,
-    )
+    how |= {'cache': judges.cache(), 'on_images': progress.update}
+    count = task.protocol['num_reference']
+    found = measure.measure(asked, samples, num_reference=count, **how)
+  details = {'reference': task.reference, **found.details}
+  card = cards.create(subject, task.protocol, found.results, details)
 
   def keep():
     if known is None:
-      for tap, path in there.items():
-        statistics.write_gaussian(path, measured.statistics[tap])
+      for tap, place in there.items():
+        statistics.write_gaussian(place, found.statistics[tap])
     if FLAGS.write_statistics:
-      statistics.write(FLAGS.write_statistics, measured.statistics)
+      statistics.write(FLAGS.write_statistics, found.statistics)
+    if path and FLAGS.neighbours and found.nearest:
+      picture = path.with_name(f'{path.stem}_neighbours.png')
+      _draw_neighbours(picture, found, sample_fn, task.source)
+    if path:
+      cards.write(path, card)
 
   distributed.on_first(keep)
-  details = {'reference': task.reference, **measured.details}
-  return measured._replace(details=details)
+  return card
 
 
 def _takes_images(metrics) -> bool:
   """Whether they take the reference's images; statistics are not enough."""
   return bool(set(metrics) - {*measure.OF_STATISTICS, 'is'})
-
-
-def card_of(
-  task: Task, subject: dict, measured: measure.Measured, path, sample_fn
-) -> dict:
-  """The metric card, written with a picture of the neighbours beside it.
-
-  Args:
-    task: what was done.
-    subject: what was judged.
-    measured: of `carry_out`.
-    path: the card's file; None writes nothing.
-    sample_fn: number of a sample -> uint8 [H, W, C].
-  """
-  card = cards.create(
-    subject, task.protocol, measured.results, measured.details
-  )
-
-  def keep():
-    if FLAGS.neighbours and measured.nearest:
-      _draw_neighbours(
-        path.with_name(f'{path.stem}_neighbours.png'),
-        measured,
-        sample_fn,
-        task.source,
-      )
-    cards.write(path, card)
-
-  if path:
-    distributed.on_first(keep)
-  return card
 
 
 def _draw_neighbours(path, measured, sample_fn, source):

@@ -15,8 +15,8 @@ from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(judging)
-declare.shared('split')
 declare.table(
+  split=(('heldout', 'train'), 'Bits per dimension: of which images.'),
   num_images=(int, 'Bits per dimension: of so many images; all by default.'),
   dequantisation=(bits.DEQUANTISATIONS, 'bpd_ode: from 8 bits.'),
   divergence=(

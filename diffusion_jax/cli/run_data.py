@@ -6,7 +6,6 @@ from diffusion_jax import data
 from diffusion_jax.cli import declare
 from diffusion_jax.data import Source
 from diffusion_jax.evaluation import features
-from diffusion_jax.evaluation.features import Images
 from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -37,7 +36,7 @@ def splits(config: dict) -> tuple[Source, Source | None]:
 
 def images(
   config: dict, split: str, count: int | None, *, at_most: bool = True
-) -> Images:
+) -> features.Images:
   """Images of a run at even distances.
 
   Args:

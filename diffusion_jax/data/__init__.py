@@ -13,7 +13,14 @@ needs it.
 import difflib
 from collections.abc import Mapping
 
-from diffusion_jax.data import arrays, digits, folders, pipeline, prepared
+from diffusion_jax.data import (
+  arrays,
+  digits,
+  folders,
+  pipeline,
+  prepared,
+  sources,
+)
 from diffusion_jax.data.sets import open_set
 from diffusion_jax.data.sources import Source, Wanted, check_local
 from diffusion_jax.system.errors import UserError
@@ -29,7 +36,7 @@ def create(
   *,
   path: str = '',
   split: str = 'train',
-  image_size: int,
+  image_size: int | tuple[int, int],
   channels: int,
   heldout_every: int = 0,
 ) -> Source | None:
@@ -44,7 +51,8 @@ def create(
                    'tfds:lsun/church_outdoor', see prepared.py.
     path: the file or folder; for TFDS its data_dir, '' being TFDS's default.
     split: 'train' or 'test'; for TFDS any of its split strings.
-    image_size: height and width of the images, in pixels.
+    image_size: of the images, in pixels: one number for squares, or (height,
+      width).
     channels: 1 (grey) or 3 (RGB); 'arrays' takes any number.
     heldout_every: how 'arrays' and 'folder' hold images out: every n-th image
       is 'test' and the others are 'train'; 0 holds out none. A set that has a
@@ -57,8 +65,7 @@ def create(
     UserError: for an unknown name or split, a size that the set does not
       have, and files that are missing, damaged or of the wrong kind.
   """
-  if image_size < 1:
-    raise UserError(f'data.image_size is {image_size}: use 1 or more')
+  image_size = sources.sides('data.image_size', image_size)
   if channels < 1:
     raise UserError(f'data.channels is {channels}: use 1 (grey) or 3 (RGB)')
   if heldout_every < 0 or heldout_every == 1:

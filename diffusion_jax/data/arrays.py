@@ -37,7 +37,7 @@ def create(path: str, wanted: Wanted, what: str) -> sources.Source | None:
 
   Raises:
     UserError: if the file is missing, damaged or of the wrong kind, has no
-      images, or images that are not uint8 [image_size, image_size, channels].
+      images, or images that are not uint8 [height, width, channels].
   """
   file = Path(path).expanduser()
   if file.suffix not in ('.npy', '.npz'):
@@ -170,14 +170,14 @@ def _shape_of_images(
   if len(given) == 3 and channels in (None, 1):
     given = (*given, 1)
   shape = given[1:]
-  is_image = len(given) == 4 and shape[0] == shape[1] and 0 not in shape
+  is_image = len(given) == 4 and 0 not in shape
   if (
     header.dtype != np.uint8
     or not is_image
-    or image_size not in (None, shape[0])
+    or shape[:2] != (image_size or (shape[0], shape[0]))
     or channels not in (None, shape[2])
   ):
-    size = image_size or 'S'
+    height, width = image_size or ('S', 'S')
     hint = (
       'set image_size and channels to theirs, or convert the images'
       if image_size or channels
@@ -185,7 +185,7 @@ def _shape_of_images(
     )
     raise UserError(
       f'{where} has {header.dtype} {list(header.shape)}, need uint8 '
-      f'[N, {size}, {size}, {channels or "C"}]: {hint}'
+      f'[N, {height}, {width}, {channels or "C"}]: {hint}'
     )
   if not given[0]:
     raise UserError(f'{where} has no images: {list(given)}')

@@ -17,10 +17,10 @@ def create(wanted: sources.Wanted) -> sources.Source:
   Raises:
     UserError: unless 8 pixels and 1 channel are wanted, or any.
   """
-  size, channels = wanted.image_size or 8, wanted.channels or 1
-  if (size, channels) != (8, 1):
+  shape = (*(wanted.image_size or (8, 8)), wanted.channels or 1)
+  if shape != (8, 8, 1):
     raise UserError(
-      f'the digits are 8x8x1, not {size}x{size}x{channels}: set '
+      f'the digits are 8x8x1, not {"x".join(map(str, shape))}: set '
       'image_size=8 and channels=1'
     )
   # scikit-learn takes a second to import, and only this source needs it.

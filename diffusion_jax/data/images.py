@@ -1,14 +1,15 @@
-"""From an image file to a square uint8 array: one rule for every source.
+"""From an image file to a uint8 array: one rule for every source.
 
 1. Orientation. The EXIF orientation is applied. Only the first frame of an
    animation is read. Colour profiles are ignored.
 2. Colour. Transparency is composited over white. Palettes, CMYK and the like
    become RGB. Samples of 16 bits keep their high byte. Then 3 channels are
    RGB, and 1 channel is Pillow's 'L' (ITU-R 601 luma).
-3. Shape. The largest centred square is cut out (an odd pixel is left over on
-   the right or below) and resized to image_size by Pillow's BICUBIC, which is
-   antialiased. A smaller image is enlarged by the same rule. An image that
-   has the size already is not touched.
+3. Shape. The largest centred square is cut out, or the largest rectangle of the
+   wanted proportions (an odd pixel is left over on the right or below), and
+   resized to image_size by Pillow's BICUBIC, which is antialiased. A smaller
+   image is enlarged by the same rule. An image that has the size already is
+   not touched.
 
 What is judged must not be changed in silence. So a `Rule` may refuse images
 that would have to be resized, or that would lose their colours.
@@ -44,20 +45,20 @@ class Rule:
   """What the images of a set become, and which of them are refused.
 
   Attributes:
-    image_size: height and width, in pixels.
+    image_size: (height, width), in pixels.
     channels: 1 (grey) or 3 (RGB).
     is_size_exact: an image of another size is refused, not cropped and resized.
     is_grey_exact: with 1 channel, an image in colour is refused, not made grey.
   """
 
-  image_size: int
+  image_size: tuple[int, int]
   channels: int
   is_size_exact: bool = False
   is_grey_exact: bool = False
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    return self.image_size, self.image_size, self.channels
+    return *self.image_size, self.channels
 
 
 def check_channels(channels: int | None) -> None:
@@ -69,7 +70,7 @@ def check_channels(channels: int | None) -> None:
 def rule_of(
   first: str | BinaryIO,
   name: str,
-  image_size: int | None,
+  image_size: tuple[int, int] | None,
   channels: int | None,
 ) -> Rule:
   """The rule of a set; what is None is taken from its first image.
@@ -78,7 +79,7 @@ def rule_of(
     first: the first image: a path, or a file open for reading bytes. It is read
       only where something is None.
     name: what to call that image in an error.
-    image_size: height and width, in pixels; None if all images must be squares
+    image_size: (height, width), in pixels; None if all images must be squares
       of the first one's size.
     channels: 1 or 3; None for 1 if the first image is grey, and all must be.
 
@@ -95,7 +96,7 @@ def rule_of(
         f'image {name} is {_size(image)} and must be square: {_RESIZING}'
       )
   return Rule(
-    image_size or image.width,
+    image_size or (image.height, image.width),
     channels or (1 if _is_grey(image) else 3),
     is_size_exact=image_size is None,
     is_grey_exact=channels is None,
@@ -111,18 +112,18 @@ def read(file: str | BinaryIO, name: str, rule: Rule) -> np.ndarray:
     rule: what it becomes.
 
   Returns:
-    uint8 [image_size, image_size, channels].
+    uint8 [height, width, channels].
 
   Raises:
     UserError: that names an image that cannot be read, is too large, or is
       refused by the rule.
   """
-  side = rule.image_size
+  height, width = rule.image_size
   with _one_line_errors(name):
     image = _decode(file)
-    if rule.is_size_exact and image.size != (side, side):
+    if rule.is_size_exact and image.size != (width, height):
       raise UserError(
-        f'image {name} is {_size(image)} and the first one {side}x{side}: '
+        f'image {name} is {_size(image)} and the first one {width}x{height}: '
         f'{_RESIZING}'
       )
     if rule.is_grey_exact and rule.channels == 1 and not _is_grey(image):
@@ -130,22 +131,32 @@ def read(file: str | BinaryIO, name: str, rule: Rule) -> np.ndarray:
         f'image {name} is in colour and the first one grey: channels=3 takes '
         'all as RGB, channels=1 makes all grey'
       )
-    return fit(image, side, rule.channels)
+    return fit(image, rule.image_size, rule.channels)
 
 
-def fit(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
-  """Rules 2 and 3: uint8 [image_size, image_size, channels]."""
+def fit(
+  image: Image.Image, image_size: tuple[int, int], channels: int
+) -> np.ndarray:
+  """Rules 2 and 3: uint8 [height, width, channels]."""
   image = _to_rgb(image)
   if channels == 1:
     image = image.convert('L')
-  width, height = image.size
-  side = min(width, height)
-  left, top = (width - side) // 2, (height - side) // 2
-  # Cropped first: resize(box=...) would let pixels outside of the square in.
-  image = image.crop((left, top, left + side, top + side))
-  if side != image_size:
-    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-  return np.asarray(image).reshape(image_size, image_size, channels)
+  wanted = image_size[::-1]  # (width, height), as Pillow has it
+  # Exact for squares: of each side, what the other one leaves.
+  cut = [
+    max(1, min(side, other * here // there))
+    for side, other, here, there in zip(
+      image.size, image.size[::-1], wanted, image_size, strict=True
+    )
+  ]
+  left, top = (
+    (side - kept) // 2 for side, kept in zip(image.size, cut, strict=True)
+  )
+  # Cropped first: resize(box=...) would let pixels outside of the cut in.
+  image = image.crop((left, top, left + cut[0], top + cut[1]))
+  if image.size != wanted:
+    image = image.resize(wanted, Image.Resampling.BICUBIC)
+  return np.asarray(image).reshape(*image_size, channels)
 
 
 def _decode(file: str | BinaryIO) -> Image.Image:

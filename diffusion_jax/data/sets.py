@@ -15,7 +15,7 @@ def open_set(
   text: str,
   *,
   path: str = '',
-  image_size: int | None = None,
+  image_size: int | tuple[int, int] | None = None,
   channels: int | None = None,
 ) -> sources.Source:
   """Opens a set of images for evaluation.
@@ -47,9 +47,9 @@ def open_set(
     UserError: the text names no set, or one without images, without this
       split, or with images that are damaged or refused.
   """
-  for name, value in (('image_size', image_size), ('channels', channels)):
-    if value is not None and value < 1:
-      raise UserError(f'{name} is {value}: use 1 or more')
+  image_size = sources.sides('image_size', image_size)
+  if channels is not None and channels < 1:
+    raise UserError(f'channels is {channels}: use 1 or more')
   sources.check_local(text, repr(text))
   sources.check_local(path, repr(path))
   name, split = _parse(text)
@@ -94,7 +94,7 @@ def _open(
   if size and not is_array:
     description = (
       f'{source.description}; those of another size are cropped and resized to '
-      f"{size}x{size} (Pillow's bicubic)"
+      f"{size[0]}x{size[1]} (Pillow's bicubic)"
     )
     source = dataclasses.replace(source, description=description)
   return source

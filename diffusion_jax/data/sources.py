@@ -18,17 +18,37 @@ class Wanted(NamedTuple):
 
   Attributes:
     split: 'train' or 'test'; of TFDS any split string.
-    image_size: height and width of the images, in pixels; None for any, of
-      image files those of the first one.
+    image_size: (height, width) of the images, in pixels; None for any square,
+      of image files that of the first one.
     channels: of the images, 1 or 3 of files; None for any, of image files those
       of the first one.
     heldout_every: see `heldout_indices`.
   """
 
   split: str
-  image_size: int | None
+  image_size: tuple[int, int] | None
   channels: int | None
   heldout_every: int = 0
+
+
+def sides(name: str, image_size) -> tuple[int, int] | None:
+  """An image size as (height, width).
+
+  Args:
+    name: of the setting, for the message.
+    image_size: one number for squares, a pair, or None, which stays None.
+
+  Raises:
+    UserError: it is something else.
+  """
+  if image_size is None:
+    return None
+  pair = (image_size,) * 2 if isinstance(image_size, int) else image_size
+  if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+    raise UserError(
+      f'{name} is {image_size}: use 1 or more, or (height, width)'
+    )
+  return tuple(pair)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +57,7 @@ class Source:
 
   `len(source)` is the number of images and `source[i]` is
 
-    {'image': uint8 [image_size, image_size, channels], 'label': np.int32}
+    {'image': uint8 [height, width, channels], 'label': np.int32}
 
   with label -1 where the set has none, so `grain.MapDataset.source` takes it.
   The image may be a read-only view: copy it before writing to it.
@@ -77,7 +97,7 @@ def create(
   Args:
     name: what was opened, and its split.
     num_images: see `Source`.
-    shape: (image_size, image_size, channels).
+    shape: (height, width, channels).
     num_classes: see `Source`.
     read_fn: see `Source`.
   """
@@ -96,7 +116,7 @@ def keep_in_memory(source: Source, shape: tuple[int, int, int]) -> Source:
 
   Args:
     source: what decodes images of the given shape.
-    shape: (image_size, image_size, channels).
+    shape: (height, width, channels).
 
   Returns:
     a Source with equal images.

@@ -195,39 +195,46 @@ def _denoiser(trained, params, clip):
   return clipping.clip_x0(denoise, trained.schedule) if clip else denoise
 
 
+def _program(trained, how, fn):
+  """fn(denoiser, x0, keys, *rest), of (images, numbers, *rest); compiled."""
+
+  @jax.jit
+  def run(params, images, numbers, *rest):
+    x0, keys = _given(trained, params, how, images, numbers)
+    clip = how.clip and how.kind != 'bpd_ode'
+    return fn(_denoiser(trained, params, clip), x0, keys, *rest)
+
+  def call(*given):
+    return jax.tree.map(sharding.to_host, run(trained.params, *given))
+
+  return call
+
+
 def _bound(trained, batches, how) -> Found:
   steps = likelihood.prepare(trained.schedule, how.grid, how.variance)
   count = len(steps.t)
 
-  @jax.jit
-  def some(params, images, numbers, which):
-    x0, keys = _given(trained, params, how, images, numbers)
-    denoiser = _denoiser(trained, params, how.clip)
+  def terms(denoiser, x0, keys, which):
     return likelihood.terms(denoiser, steps, x0, keys, which)
 
-  @jax.jit
-  def prior(params, images, numbers):
-    x0, _ = _given(trained, params, how, images, numbers)
+  def prior(denoiser, x0, keys):
     return likelihood.prior(trained.schedule, x0, how.grid[0])
+
+  some, first = (_program(trained, how, fn) for fn in (terms, prior))
 
   def compute(images, numbers, tell):
     found = []
     for which in chunks(count):
-      terms = some(trained.params, images, numbers, which)
-      found.append([sharding.to_host(value) for value in terms])
+      found.append(some(images, numbers, which))
       tell(len(which))
-    bits, mse = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return {
-      'prior': sharding.to_host(prior(trained.params, images, numbers)),
-      'bits': bits,
-      'mse': mse,
-    }
+    bits, mse = map(np.concatenate, zip(*found, strict=True))
+    return {'prior': first(images, numbers), 'bits': bits, 'mse': mse}
 
   table = likelihood.Table(**batches.each('bound', compute, count))
   total = np.asarray(table.total, np.float64)
   # A rate is linear in the bits, so that of the mean image is the mean rate.
-  mean = likelihood.Table(
-    *(np.mean(part, axis=-1, keepdims=True, dtype=np.float64) for part in table)
+  mean = jax.tree.map(
+    lambda x: np.mean(x, axis=-1, keepdims=True, dtype=np.float64), table
   )
   rate, rmse = jax.device_get(likelihood.rate_distortion(mean))
   return Found(
@@ -252,36 +259,28 @@ def _error(values):
 def _fast(trained, batches, how) -> Found:
   steps = likelihood.prepare(trained.schedule, how.grid, how.variance)
 
-  @jax.jit
-  def pilot(params, images, numbers):
-    x0, keys = _given(trained, params, how, images, numbers)
-    denoiser = _denoiser(trained, params, how.clip)
+  def pilot(denoiser, x0, keys):
     return fast_bound.pilot(denoiser, steps, x0, keys)
 
-  @jax.jit
-  def sampled(params, images, numbers, probabilities):
-    x0, keys = _given(trained, params, how, images, numbers)
-    denoiser = _denoiser(trained, params, how.clip)
-    return fast_bound.sampled(
-      denoiser, trained.schedule, steps, x0, keys, probabilities,
-      EVALUATIONS - 2,
-    )  # fmt: skip
+  def sampled(denoiser, *given):
+    given = (*given, EVALUATIONS - 2)
+    return fast_bound.sampled(denoiser, trained.schedule, steps, *given)
+
+  try_fn, sample_fn = (_program(trained, how, fn) for fn in (pilot, sampled))
 
   def first(images, numbers, tell):
-    which, bits = pilot(trained.params, images, numbers)
+    which, bits = try_fn(images, numbers)
     tell(1)
-    return {
-      'which': sharding.to_host(which), 'bits': sharding.to_host(bits)
-    }  # fmt: skip
+    return {'which': which, 'bits': bits}
 
   tried = batches.each('pilot', first, 1)
   probabilities = fast_bound.proposal(**tried, num_steps=len(steps.t))
   digest = hashlib.sha256(probabilities.tobytes()).hexdigest()[:8]
 
   def second(images, numbers, tell):
-    found = sampled(trained.params, images, numbers, probabilities)
+    found = sample_fn(images, numbers, probabilities)
     tell(EVALUATIONS - 1)
-    return {'bits': sharding.to_host(found)}
+    return {'bits': found}
 
   values = batches.each(f'sampled_{digest}', second, EVALUATIONS - 1)['bits']
   mean, low, high = fast_bound.interval(values)
@@ -293,20 +292,20 @@ def _fast(trained, batches, how) -> Found:
 
 def _flow(trained, batches, how) -> Found:
   bits_of = {'uniform': flow.dequantised, 'variational': flow.variational}
+  solver = {'divergence': how.divergence}
+  solver |= {'rtol': how.tolerance, 'atol': how.tolerance}
 
-  @jax.jit
-  def solve(params, images, numbers):
-    x0, keys = _given(trained, params, how, images, numbers)
-    return bits_of[how.dequantisation](
-      _denoiser(trained, params, clip=False), trained.schedule, x0, keys,
-      divergence=how.divergence, rtol=how.tolerance, atol=how.tolerance,
-    )  # fmt: skip
+  def likelihoods(denoiser, x0, keys):
+    solve = bits_of[how.dequantisation]
+    return solve(denoiser, trained.schedule, x0, keys, **solver)._asdict()
+
+  solve = _program(trained, how, likelihoods)
 
   def compute(images, numbers, tell):
     with jax.enable_x64(how.dtype == 'float64'):
-      found = solve(trained.params, images, numbers)
-      tell(1)
-      return jax.tree.map(sharding.to_host, found._asdict())
+      found = solve(images, numbers)
+    tell(1)
+    return found
 
   found = batches.each('flow', compute, 1)
   bits = np.asarray(found['bits'], np.float64)

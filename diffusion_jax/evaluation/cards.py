@@ -218,12 +218,14 @@ def compare(places: Sequence[str]) -> list[list[dict]]:
     if next(iter(groups)) != key
   )
   unlike = differences([first, next(iter(groups.values()))[0]])
+  is_judge = 'features_sha256' in unlike
+  remedy = ': judge both by one network, --features=FILE' if is_judge else ''
   told = '; '.join(
     f'{field}: {_short(a)} and {_short(b)}' for field, (a, b) in unlike.items()
   )
   raise UserError(
     f'{places[0]} and {place} were measured in different ways and are not '
-    f'compared ({told})' + _remedy(unlike)
+    f'compared ({told})' + remedy
   )
 
 
@@ -254,12 +256,6 @@ def curve(cards: Sequence[dict], result: str) -> dict:
 
 def _key(card):
   return json.dumps(card['protocol'], sort_keys=True)
-
-
-def _remedy(unlike):
-  if 'features_sha256' in unlike:
-    return ': judge both by one network, --features=FILE'
-  return ''
 
 
 def number(x) -> str:

@@ -159,15 +159,15 @@ def blocks(
   batches: Iterable[np.ndarray], size: int = BLOCK
 ) -> Iterator[np.ndarray]:
   """The same images in blocks of one size, but for the last one."""
-  kept = []
+  left = []
   for images in batches:
-    kept.append(images)
-    while sum(map(len, kept)) >= size:
-      joined = np.concatenate(kept)
+    left.append(images)
+    while sum(map(len, left)) >= size:
+      joined = np.concatenate(left)
       yield joined[:size]
-      kept = [joined[size:]]
-  if sum(map(len, kept)):
-    yield np.concatenate(kept)
+      left = [joined[size:]]
+  if sum(map(len, left)):
+    yield np.concatenate(left)
 
 
 def _wrong(images) -> str:

@@ -30,17 +30,17 @@ def names(path) -> list[str]:
 
 
 def read(
-  path, wanted: Iterable[str] | None = None, most_bytes: int = 2**30
+  path, wanted: Iterable[str] | None = None, most_bytes: int = 2**28
 ) -> dict[str, np.ndarray]:
   """Arrays of a .npz; nothing is unpickled.
 
   Args:
     path: of the file, which may come from anywhere.
     wanted: their names; None for all.
-    most_bytes: of an array.
+    most_bytes: of all of them together.
 
   Raises:
-    DAMAGED: it is none, or an array is not there or larger.
+    DAMAGED: it is none, an array is not there, or they are larger.
   """
   with files.at(path).open('rb') as file:
     with zipfile.ZipFile(file) as archive:
@@ -49,13 +49,11 @@ def read(
         for info in archive.infolist()
       }
     file.seek(0)
+    wanted = list(sizes if wanted is None else wanted)
+    if (total := sum(sizes.get(name, 0) for name in wanted)) > most_bytes:
+      raise ValueError(f'it takes {total} bytes')
     with np.load(file, allow_pickle=False) as archive:
-      found = {}
-      for name in sizes if wanted is None else wanted:
-        if sizes.get(name, 0) > most_bytes:
-          raise ValueError(f'{name} takes {sizes[name]} bytes')
-        found[name] = archive[name]
-  return found
+      return {name: archive[name] for name in wanted}
 
 
 def write(path, arrays: dict[str, np.ndarray], save=np.savez) -> None:

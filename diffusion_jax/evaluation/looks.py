@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.evaluation import features
-from diffusion_jax.evaluation.features import Images, Judge
 from diffusion_jax.evaluation.metrics import frechet, inception_score
 from diffusion_jax.evaluation.metrics.frechet import Gaussian, Moments
 
@@ -45,7 +44,7 @@ class Seen(NamedTuple):
 
 
 def look(
-  judge: Judge,
+  judge: features.Judge,
   metrics: Sequence[str],
   options,
   images,
@@ -72,7 +71,7 @@ def look(
     on_features: called with the number of the first image of a block, and its
       main features.
   """
-  if not isinstance(images, Images):
+  if not isinstance(images, features.Images):
     return Seen(images)
   count, at = images.count, 0
   asked = _chosen(metrics, count)

@@ -184,7 +184,7 @@ def measure(
   mesh: Mesh,
   cache=None,
   sample_cache=None,
-  num_near: int = 3,
+  num_near: int = 4,
   num_reference: int = 0,
   on_images: Callable[[int], None] = lambda count: None,
 ) -> Measured:

@@ -151,7 +151,7 @@ def read_gaussian(
   """
   wanted = ' and '.join(keys)
   try:
-    arrays = kept.read(path, keys, 8 * MOST**2 + 4096).values()
+    arrays = kept.read(path, keys, 8 * MOST * (MOST + 1) + 4096).values()
     for array in arrays:
       if array.dtype.kind != 'f' or array.ndim == 0 or len(array) > MOST:
         raise ValueError(f'{array.dtype} {list(array.shape)}')

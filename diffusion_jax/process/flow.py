@@ -82,6 +82,15 @@ def _log_normal(x):
   return -0.5 * (square + math.log(2 * math.pi))
 
 
+def _with_divergence(network, x, probe):
+  """(network(x), its divergence per dimension), exactly where probe is None."""
+  if probe is None:
+    jacobian = jax.jacfwd(network)(x).reshape(x.size, x.size)
+    return network(x), jnp.trace(jacobian) / x.size
+  eps, pushed = jax.jvp(network, (x,), (probe,))
+  return eps, jnp.mean(probe * pushed)
+
+
 def density(
   denoiser: Denoiser,
   schedule: Schedule,
@@ -132,12 +141,8 @@ def density(
       def network(x):
         return denoiser(x[None], t[None]).eps[0]
 
-      if divergence == 'exact':
-        eps, jacobian = network(x), jax.jacfwd(network)(x)
-        spread = jnp.trace(jacobian.reshape(x.size, x.size)) / x.size
-      else:
-        eps, pushed = jax.jvp(network, (x,), (probe,))
-        spread = jnp.mean(probe * pushed)
+      probed = None if divergence == 'exact' else probe
+      eps, spread = _with_divergence(network, x, probed)
       return sigma * (eps - sigma * x), sigma * (spread - sigma)
 
     solution = diffrax.diffeqsolve(

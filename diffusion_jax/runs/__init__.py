@@ -54,7 +54,9 @@ def to_plain(config: config_dict.ConfigDict) -> dict:
 
 def image_shape(data) -> tuple[int, int, int]:
   """(H, W, C) of a config's data."""
-  return data['image_size'], data['image_size'], data['channels']
+  size = data['image_size']
+  height, width = (size, size) if isinstance(size, int) else size
+  return height, width, data['channels']
 
 
 def may_change(key: str) -> bool:

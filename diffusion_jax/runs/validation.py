@@ -82,7 +82,7 @@ def _mesh(config, num_devices):
 
 
 def _model(model, data):
-  size, levels = data.image_size, len(model.multipliers)
+  size, levels = runs.image_shape(data)[:2], len(model.multipliers)
   halved = 2 ** (levels - 1)
   yield (
     model.name in models.MODELS,
@@ -94,7 +94,7 @@ def _model(model, data):
   if not whole:
     return
   yield (
-    size > 0 and size % halved == 0,
+    all(side > 0 and side % halved == 0 for side in size),
     f'data.image_size={size}: {levels} model.multipliers halve it '
     f'{levels - 1} times, so it must be a multiple of {halved}',
   )
@@ -115,7 +115,7 @@ def _model(model, data):
         f'(model.channels={model.channels} x {multiplier})',
       )
   yield model.num_blocks >= 1, f'model.num_blocks={model.num_blocks}: >= 1'
-  maps = [size // 2**level for level in range(levels)]
+  maps = [min(size) // 2**level for level in range(levels)]
   for resolution in model.attention_resolutions:
     yield (
       resolution in maps,

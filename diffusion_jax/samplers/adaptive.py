@@ -29,6 +29,7 @@ and, by order 1, at its end; and none is tried that is more than 5 times as long
 as that before, as the two methods agree by accident where x0 is clipped.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -93,10 +94,7 @@ def adaptive(
     UserError: an option is out of range.
   """
   _check(rtol, atol, budget)
-
-  def run(denoiser, schedule, x):
-    return solve(denoiser, schedule, x, rtol=rtol, atol=atol, budget=budget)
-
+  run = functools.partial(solve, rtol=rtol, atol=atol, budget=budget)
   return Sampler(None, None, lambda grid: budget, run)
 
 

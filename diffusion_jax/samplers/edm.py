@@ -58,10 +58,8 @@ def heun(
 
 def _edm(churn, churn_min, churn_max, churn_noise, second):
   churn_max = np.inf if churn_max is None else churn_max
-  for name, value in (
-    ('churn', churn), ('churn_min', churn_min), ('churn_max', churn_max),
-    ('churn_noise', churn_noise),
-  ):  # fmt: skip
+  options = {'churn': churn, 'churn_min': churn_min, 'churn_max': churn_max}
+  for name, value in {**options, 'churn_noise': churn_noise}.items():
     if not value >= 0:
       raise UserError(f'{name}={value}: at least 0')
 
@@ -82,23 +80,17 @@ def _edm(churn, churn_min, churn_max, churn_noise, second):
     moved = raised > level
     t[moved] = schedule.host_t_of_logsnr(-2 * np.log(raised[moved]))
     scale = np.where(moved, 1 / np.sqrt(1 + raised**2), alpha)  # alpha at t
+    std = scale * np.sqrt(raised**2 - level**2) * churn_noise
+    cx, ceps = alpha[1:] / scale[:-1], alpha[1:] * (level[1:] - raised[:-1])
     rows = []
-    for i in range(len(grid) - 1):
-      ceps = alpha[i + 1] * (level[i + 1] - raised[i])
-      row = {
-        't': t[i],
-        'begins': 1,
-        'ends': 1,
-        'up': scale[i] / alpha[i],
-        'std': scale[i] * np.sqrt(raised[i] ** 2 - level[i] ** 2) * churn_noise,
-        'cx': alpha[i + 1] / scale[i],
-        'w': [ceps, 0],
-      }
+    for i, to in enumerate(grid[1:]):
+      again = second and to >= 0
+      row = {'t': t[i], 'begins': 1, 'ends': not again, 'cx': cx[i]}
+      row |= {'up': scale[i] / alpha[i], 'std': std[i], 'w': [ceps[i], 0]}
       rows.append(row)
-      if second and grid[i + 1] >= 0:
-        row['ends'] = 0
-        again = {'t': grid[i + 1], 'begins': 0, 'up': 1, 'std': 0, 'ends': 1}
-        rows.append({**row, **again, 'w': [ceps / 2, ceps / 2]})
+      if again:
+        end = {'t': to, 'begins': 0, 'ends': 1, 'up': 1, 'std': 0}
+        rows.append({**row, **end, 'w': [ceps[i] / 2, ceps[i] / 2]})
     return levels.stacked(rows), memory_of(x, 1)
 
   def step(denoiser, row, x, memory, noise_fn):

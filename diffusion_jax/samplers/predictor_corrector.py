@@ -41,25 +41,18 @@ def predictor_corrector(snr: float = 0.16, corrector_steps: int = 1) -> Sampler:
     t, s = grid[:-1], grid[1:]
     c0, ct, _ = gaussian.posterior_coefficients(schedule, t, s)
     std = np.sqrt(gaussian.step_variance(schedule, t, s, 'fixedlarge'))
+    before = np.maximum(s - 1, -1)
+    a = 1 - gaussian.step_variance(schedule, s, before, 'fixedlarge')
+    sigma = levels.of(schedule, s).sigma
     rows = []
     for i, to in enumerate(s):
-      corrections = corrector_steps if to >= 0 else 0
-      row = {
-        't': t[i], 'c0': c0[i], 'ct': ct[i], 'std': std[i] if to >= 0 else 0,
-        'corrects': 0, 'a': 0, 'sigma': 1, 'ends': corrections == 0,
-      }  # fmt: skip
+      row = {'t': t[i], 'c0': c0[i], 'ct': ct[i], 'std': std[i] * (to >= 0)}
+      steps = corrector_steps if to >= 0 else 0
+      row |= {'corrects': 0, 'a': 0, 'sigma': 1, 'ends': steps == 0}
       rows.append(row)
-      for k in range(corrections):
-        step_alpha = 1 - gaussian.step_variance(
-          schedule, to, max(to - 1, -1), 'fixedlarge'
-        )
-        rows.append(
-          {
-            **row, 't': to, 'corrects': 1, 'a': step_alpha,
-            'sigma': levels.of(schedule, to).sigma,
-            'ends': k == corrections - 1,
-          }
-        )  # fmt: skip
+      for k in range(steps):
+        corrects = {'t': to, 'corrects': 1, 'a': a[i], 'sigma': sigma[i]}
+        rows.append({**row, **corrects, 'ends': k == steps - 1})
     return levels.stacked(rows), ()
 
   def step(denoiser, row, x, memory, noise_fn):

@@ -42,7 +42,7 @@ def mesh_shape(num_devices: int, data=-1, fsdp=1, tensor=1) -> tuple:
     ValueError: the sizes do not use the devices exactly; one line.
   """
   sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
-  given = ' x '.join(f'{k}={v}' for k, v in sizes.items())
+  given = _sizes(sizes.values())
   free = [name for name, size in sizes.items() if size == -1]
   if len(free) > 1 or any(v < 1 and v != -1 for v in sizes.values()):
     raise ValueError(
@@ -57,6 +57,10 @@ def mesh_shape(num_devices: int, data=-1, fsdp=1, tensor=1) -> tuple:
       f'but there are {num_devices}'
     )
   return tuple(sizes.values())
+
+
+def _sizes(shape) -> str:
+  return ' x '.join(f'{k}={v}' for k, v in zip(AXES, shape, strict=True))
 
 
 def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
@@ -88,10 +92,9 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
     devices.sort(key=_island)  # the last axes are then of neighbours
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
   if shape[0] % len(islands):
-    given = ' x '.join(f'{k}={v}' for k, v in zip(AXES, shape, strict=True))
     raise UserError(
-      f'mesh {given} on {len(islands)} TPU slices: fsdp x tensor may not span '
-      f'slices, so data must be a multiple of {len(islands)}'
+      f'mesh {_sizes(shape)} on {len(islands)} TPU slices: fsdp x tensor may '
+      f'not span slices, so data must be a multiple of {len(islands)}'
     )
   return Mesh(
     mesh_utils.create_hybrid_device_mesh(

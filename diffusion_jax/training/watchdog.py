@@ -146,12 +146,8 @@ class Watchdog:
       file.write(json.dumps(beat).encode())
     if self._index:
       return []
-    beats = []
-    for index in range(self._count):
-      path = self._folder / f'{index}.json'
-      if path.exists():
-        beats.append(Beat(*json.loads(path.read_text())))
-    return beats
+    paths = (self._folder / f'{i}.json' for i in range(self._count))
+    return [Beat(*json.loads(p.read_text())) for p in paths if p.exists()]
 
   def _look(self, beats: list[Beat]) -> None:
     now = time.monotonic()
@@ -201,18 +197,14 @@ def judge(
   if still and not missing:
     least = min(beat.steps for beat in beats)
     behind = [beat for beat in beats if beat.steps == least]
-    if len(behind) < len(beats) or len(beats) == 1:
-      for beat in behind:
-        others = ', and the others wait for it' * (len(beats) > 1)
-        found[beat.process, 'still'] = _told(
-          beat, f'stands still for {beat.still:.0f} s{others};'
-        )
-    else:
-      found[behind[0].process, 'still'] = _told(
-        behind[0],
-        f'and all {len(beats)} stand still for {behind[0].still:.0f} s: '
-        'devices, or the network between them;',
-      )
+    others = ', and the others wait for it;' if len(beats) > 1 else ';'
+    how = 'stands still for {:.0f} s' + others
+    if len(behind) == len(beats) > 1:
+      behind = behind[:1]
+      how = f'and all {len(beats)} stand still for {{:.0f}} s: devices, or the '
+      how += 'network between them;'
+    for beat in behind:
+      found[beat.process, 'still'] = _told(beat, how.format(beat.still))
   for beat in beats:
     others = [other.waited for other in beats if other is not beat]
     usual = statistics.median(others) if others else 0.0
@@ -226,10 +218,6 @@ def judge(
 
 
 def _told(beat: Beat, how: str) -> str:
-  return '\n'.join(
-    [
-      f'watchdog: process {beat.process} ({beat.host}) {how} after '
-      f'{beat.steps} steps since its start, in',
-      *beat.stack,
-    ]
-  )
+  head = f'watchdog: process {beat.process} ({beat.host}) {how}'
+  steps = f'after {beat.steps} steps since its start, in'
+  return '\n'.join([f'{head} {steps}', *beat.stack])

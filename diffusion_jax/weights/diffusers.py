@@ -49,13 +49,14 @@ _RENAMED = (
   (r'/', r'.'),
 )
 # Names of attention before diffusers 0.14, as in published folders.
-_OLD = tuple(
+_OLD = {
+  **{'query': 'to_q', 'key': 'to_k', 'value': 'to_v'},
+  'proj_attn': 'to_out.0',
+}
+_TODAY = [
   (rf'(\.attentions\.\d+)\.{old}\.(weight|bias)$', rf'\1.{new}.\2')
-  for old, new in (
-    *(('query', 'to_q'), ('key', 'to_k'), ('value', 'to_v')),
-    ('proj_attn', 'to_out.0'),
-  )
-)
+  for old, new in _OLD.items()
+]
 
 
 class Folder(NamedTuple):
@@ -132,7 +133,7 @@ def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
   Raises:
     UserError: some are missing, left over, or of another shape; they are named.
   """
-  today = {name: named.renamed(name, _OLD) for name in tensors}
+  today = {name: named.renamed(name, _TODAY) for name in tensors}
   for name, new in today.items():
     if new != name and new in tensors:
       raise UserError(f'{what}: {name} is there by its name of today too')

@@ -9,7 +9,7 @@ of `models.inception.shapes`, and the batch norms folded.
 import functools
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -40,38 +40,23 @@ _BRANCHES = {
   '7a': ('', '3x3', '7x7x3'),
   '7': ('1x1', '3x3', '3x3dbl'),
 }
-_TORCH_PARTS = {
-  'w': 'conv.weight',
-  'gamma': 'bn.weight',
-  'beta': 'bn.bias',
-  'mean': 'bn.running_mean',
-  'variance': 'bn.running_var',
-}
-_GRAPH_PARTS = {
-  'w': 'conv2d_params',
-  'gamma': 'batchnorm_gamma',
-  'beta': 'batchnorm_beta',
-  'mean': 'batchnorm_moving_mean',
-  'variance': 'batchnorm_moving_variance',
+# What folds into a convolution: ours, and the names in the two kinds of file.
+_PARTS = {
+  'w': ('conv.weight', 'conv2d_params'),
+  'gamma': ('bn.weight', 'batchnorm_gamma'),
+  'beta': ('bn.bias', 'batchnorm_beta'),
+  'mean': ('bn.running_mean', 'batchnorm_moving_mean'),
+  'variance': ('bn.running_var', 'batchnorm_moving_variance'),
 }
 
 
-def obtain(
-  directory,
-  *,
-  url: str = URL,
-  sha256: str = SHA256,
-  largest: int = BYTES,
-  on_bytes: Callable[[int], None] = lambda count: None,
-):
+def obtain(directory, **how):
   """The published weights as a file of ours; fetched, unless it is there.
 
   Args:
     directory: where to.
-    url: see `download.fetch`, as are the others.
-    sha256: of the published file.
-    largest: bytes that it may have.
-    on_bytes: called with the number of bytes of each piece that has come.
+    **how: as of `download.fetch`; url, sha256 and largest are those of the
+      published file by default.
 
   Returns:
     the path of the file.
@@ -81,12 +66,8 @@ def obtain(
   """
   path = files.at(directory) / NAME
   if not path.exists():
-    convert(
-      download.fetch(
-        directory, url=url, sha256=sha256, largest=largest, on_bytes=on_bytes
-      ),
-      path,
-    )
+    published = {'url': URL, 'sha256': SHA256, 'largest': BYTES}
+    convert(download.fetch(directory, **{**published, **how}), path)
   return path
 
 
@@ -128,13 +109,12 @@ def from_torch(state: dict[str, np.ndarray]) -> dict:
   Raises:
     ValueError: the state dict is of another network.
   """
-  given = {
-    name: array
+  axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}  # OIHW -> HWIO
+  turned = {
+    name: np.transpose(array, axes.get(array.ndim))
     for name, array in state.items()
     if not name.endswith('num_batches_tracked')
   }
-  axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}  # OIHW -> HWIO
-  turned = {k: np.transpose(v, axes.get(v.ndim)) for k, v in given.items()}
   return _fold(_pick(turned, torch_names()))
 
 
@@ -161,18 +141,24 @@ def torch_names() -> dict[str, str]:
 
   Of softmax, there are w and b.
   """
-  return _parts(lambda name: f'{_torch_name(name)}.', _TORCH_PARTS) | {
-    'fc.weight': 'softmax/w',
-    'fc.bias': 'softmax/b',
-  }
+  return {
+    f'{_torch_name(name)}.{theirs}': f'{name}/{part}'
+    for name in _convolutions()
+    for part, (theirs, _) in _PARTS.items()
+  } | {'fc.weight': 'softmax/w', 'fc.bias': 'softmax/b'}
 
 
 def graph_names() -> dict[str, str]:
   """{name of a constant of the graph, with _ for /: ours}."""
-  return _parts(lambda name: f'{name}_', _GRAPH_PARTS) | {
-    'softmax_weights': 'softmax/w',
-    'softmax_biases': 'softmax/b',
-  }
+  return {
+    f'{name}_{theirs}': f'{name}/{part}'
+    for name in _convolutions()
+    for part, (_, theirs) in _PARTS.items()
+  } | {'softmax_weights': 'softmax/w', 'softmax_biases': 'softmax/b'}
+
+
+def _convolutions() -> list[str]:
+  return [name for name in inception.shapes() if name != 'softmax']
 
 
 def write(path, params: dict) -> None:
@@ -311,16 +297,6 @@ def _torch_name(name: str) -> str:
   return f'Mixed_{module}.{branch}'
 
 
-def _parts(prefix: Callable, parts: dict) -> dict[str, str]:
-  """Their names of what folds into a convolution, and ours."""
-  return {
-    f'{prefix(name)}{theirs}': f'{name}/{part}'
-    for name in inception.shapes()
-    if name != 'softmax'
-    for part, theirs in parts.items()
-  }
-
-
 def _pick(given: dict, names: dict[str, str]) -> dict[str, np.ndarray]:
   """Their arrays by our names, all of which must be there and nothing else."""
   if missing := [name for name in names if name not in given]:
@@ -345,17 +321,17 @@ def _pick(given: dict, names: dict[str, str]) -> dict[str, np.ndarray]:
 def _fold(arrays: dict[str, np.ndarray]) -> dict:
   """Batch norms into convolutions, in float64."""
   params = {}
-  for name in inception.shapes():
-    if name == 'softmax':
-      w, b = arrays['softmax/w'], arrays['softmax/b']
-    else:
-      w, gamma, beta, mean, variance = (
-        arrays[f'{name}/{part}'].astype('f8') for part in _TORCH_PARTS
-      )
-      scale = gamma / np.sqrt(variance + EPSILON)
-      w, b = w * scale, beta - mean * scale
-    params[name] = {'w': w.astype('f4'), 'b': b.astype('f4')}
-  return params
+  for name in _convolutions():
+    w, gamma, beta, mean, variance = (
+      arrays[f'{name}/{part}'].astype('f8') for part in _PARTS
+    )
+    scale = gamma / np.sqrt(variance + EPSILON)
+    params[name] = {'w': w * scale, 'b': beta - mean * scale}
+  params['softmax'] = {part: arrays[f'softmax/{part}'] for part in 'wb'}
+  return {
+    name: {part: array.astype('f4') for part, array in layer.items()}
+    for name, layer in params.items()
+  }
 
 
 def _graph(path) -> dict[str, np.ndarray]:

@@ -70,6 +70,10 @@ def unet_of(config: Mapping) -> dict:
     UserError: diffusers has no such network.
   """
   model, size = config['model'], config['data']['image_size']
+  if not isinstance(size, int):
+    raise UserError(
+      f'data.image_size={list(size)}: DDPMPipeline draws squares only'
+    )
   widths = [model['channels'] * m for m in model['multipliers']]
   attends = [
     size // 2**level in model['attention_resolutions']

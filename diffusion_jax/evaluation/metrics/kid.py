@@ -115,8 +115,6 @@ def caveats(count: int, subset_size: int = SUBSET_SIZE) -> list[str]:
     count: the smaller number of images.
     subset_size: that was asked for.
   """
-  if count < 2:
-    return [f'KID: {count} images, and it takes at least 2 of both sets']
   if count <= subset_size:
     return [
       f'KID: {count} images in subsets of {subset_size}, so that each takes '
