@@ -107,15 +107,13 @@ def create(config: Mapping) -> Recipe:
   """
   codec = codecs.create(
     image_shape=runs.image_shape(config['data']),
-    **config.get('codec', {'name': 'pixels'}),
+    **config['codec'],
   )
   network = models.create(image_shape=codec.shape, **config['model'])
-  conditioner = conditioning.create(
-    **config.get('conditioning', {'name': 'none'})
-  )
+  conditioner = conditioning.create(**config['conditioning'])
   check_doors(network, conditioner, config['model']['name'])
   schedule = schedules.create(**config['process'])
-  loss = {'name': 'denoising', **config['loss']}
+  loss = dict(config['loss'])
   objective = objectives.create(
     loss.pop('name'), network_fn(network), codec, conditioner, schedule, **loss
   )
