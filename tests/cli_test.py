@@ -119,7 +119,7 @@ def test_a_config_without_a_key_is_told_which():
     (('--config=configs/none.py',), ['none.py', 'digits']),
     (('--config=lsun:chuch',), ['lsun:chuch', 'church, bedroom, cat']),
     (('--config=lsun:',), ['lsun:', 'church, bedroom, cat']),
-    (('--config=digits:big',), ['digits.py:big', 'nothing after a colon']),
+    (('--config=digits:big',), ['digits.py:big', 'takes no argument']),
     (('--config=lsun:bedroom', '--config.data.path={empty}'),
      ['lsun/bedroom', 'prepare_data.sh']),
     (('--config=configs/lsun.py:cat', '--config.data.path={empty}'),

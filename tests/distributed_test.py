@@ -364,7 +364,7 @@ def test_ctrl_c_ends_all_with_one_code(tmp_path):
   """One of them may be in a collective by then, which never comes to an end."""
   results = end_all('--how=loop', send=(0, 1), began=tmp_path / 'began')
   assert [r.code for r in results] == [130, 130], results
-  assert 'goes on from what is kept' in results[0].err
+  assert 'run the same command again to resume' in results[0].err
 
 
 @pytest.mark.slow

@@ -275,7 +275,7 @@ def test_it_happens_once(source, tuned, tmp_path):
   # Killed later: the source is not even looked at.
   shutil.rmtree(other)
   result = train(workdir, f'--init_from={other}', num_steps=6)
-  assert 'going on from step 3: --init_from was applied' in result.err
+  assert 'resuming from step 3: --init_from was applied' in result.err
   assert rows(workdir) == rows(tuned)
 
 
