@@ -220,7 +220,10 @@ def test_the_binary_leaves_cards_a_plot_and_a_page(run):
     (['--metrics=bpd', '--num_samples=10'], '--num_samples does not apply'),
     (['--metrics=bpd_fst'], 'bpd_fast, bpd_ode'),
     (['--metrics=bpd_ode', '--num_steps=50'], '--num_steps does not apply to'),
-    (['--metrics=bpd,bpd_fast', '--dtype=float64'], '--dtype does not apply to'),
+    (
+      ['--metrics=bpd,bpd_fast', '--dtype=float64'],
+      '--dtype does not apply to',
+    ),
     (['--metrics=bpd', '--sampler=ddim'], '--sampler does not apply to bpd'),
     (['--metrics=fid', '--split=train'], '--split does not apply to distances'),
   ],

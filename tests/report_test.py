@@ -238,7 +238,7 @@ def test_numbers_are_those_of_the_files(full):
   assert 'classifier accuracy 98.5%' in read.text
   assert '0.07654' in read.text  # held-out loss
   assert '0.05000' in read.text  # loss of the last row
-  assert 'averaged parameters of runs/old, step 5: 7 arrays taken, 1 not' in (
+  assert 'averaged parameters of runs/old, step 5: 7 arrays copied, 1 not' in (
     read.text
   )
   # Of the second start, the versions are told as the same.
