@@ -92,7 +92,7 @@ def _lies(leaf) -> dict:
 def _shown(mesh, rows, totals):
   count = mesh.size
   yield from terminal.table(
-    ['parameter', 'shape', 'split over', 'bytes per device'],
+    ['parameter', 'shape', 'split over', 'bytes each'],
     [
       (
         row['name'],

@@ -262,7 +262,7 @@ def test_what_came_in_is_sampled_judged_and_begun_with(tmp_path):
     f'--init_from={unknown}',
   )  # fmt: skip
   assert result.code == 0, result.err
-  assert 'beginning with the averaged parameters' in result.err
+  assert 'starting from the averaged parameters' in result.err
 
 
 # --- mistakes ----------------------------------------------------------------

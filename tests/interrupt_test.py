@@ -222,7 +222,7 @@ def unwritable(folder):
 def names_the_whole_one(line, workdir):
   assert line.startswith('error: training stopped at step ')
   newest = kept(workdir)[-1]
-  end = f'; checkpoint {newest} is whole, and the same command goes on from it'
+  end = f'; checkpoint {newest} is complete; the same command resumes from it'
   assert line.endswith(end)
 
 

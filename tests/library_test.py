@@ -113,7 +113,7 @@ def test_the_denoiser_is_the_networks_prediction(trained):
   xt = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
   for t in (400, jnp.array([999, 0, 300])):
     got = trained.denoise(xt, t)
-    eps = trained.model.apply(
+    eps = jax.jit(trained.model.apply)(
       trained.params['net'], xt, jnp.broadcast_to(jnp.asarray(t), (3,))
     )
     np.testing.assert_allclose(got.eps, eps, atol=1e-5)
