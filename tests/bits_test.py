@@ -159,7 +159,7 @@ def test_what_cannot_be(run, images, tmp_path):
     bits.measure(
       trained, images._replace(count=1), how('bpd'), tmp_path / 'a', 5
     )
-  with pytest.raises(UserError, match='the grid has 6 steps: use bpd'):
+  with pytest.raises(UserError, match='the grid has only 6 steps: use bpd'):
     bits.measure(trained, images, how('bpd_fast'), tmp_path / 'a', 5)
   with pytest.raises(UserError, match='dequantisation=none'):
     bits.measure(
