@@ -6,9 +6,10 @@ from pathlib import Path
 
 
 def _add_configs():
-  """Makes configs/ of a checkout importable as `diffusion_jax.configs`.
+  """Makes a checkout's configs/ importable as `diffusion_jax.configs`.
 
-  People look for it at the top of a checkout; a wheel has it in the package.
+  In a checkout it is at the top level, where people look for it; in a wheel it
+  is inside the package.
   """
   here = Path(__file__).parent
   if not (here / 'configs').exists():

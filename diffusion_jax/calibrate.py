@@ -1,11 +1,11 @@
-r"""Finds out how far a network errs at each time, once for a checkpoint.
+r"""Measures a network's error at each time, once per checkpoint.
 
   python -m diffusion_jax.calibrate --workdir=runs/digits
 
-One pass over training images, each at all times of the schedule. What comes out
-lies in WORKDIR/calibration, beside the checkpoints. It is what the samplers
-analytic_ddpm and analytic_ddim add noise by, and what --grid=optimal is chosen
-by. What was interrupted goes on.
+Makes one pass over training images, each at all times of the schedule, and
+writes the mean squared errors to WORKDIR/calibration. The samplers
+analytic_ddpm and analytic_ddim compute their variances from them, and
+--grid=optimal its times. An interrupted pass resumes.
 """
 
 import json
@@ -26,9 +26,12 @@ flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(run_data)
 declare.shared('workdir', 'step', 'ema', 'json')
 declare.table(
-  num_images=(256, 'Training images, at even distances; all, if fewer.'),
-  batch_size=(256, 'Images at once.'),
-  seed=(0, 'Of the noise.'),
+  num_images=(
+    256,
+    'Number of training images, evenly spaced in the set; all if it has fewer.',
+  ),
+  batch_size=(256, 'Images per batch, over all devices.'),
+  seed=(0, 'Seed of the noise.'),
 )
 
 SHOWN = 10  # rows of the table
@@ -62,16 +65,16 @@ def main():
   terminal.report(
     {**about, 'step': trained.step, 'path': str(place)},
     '\n'.join([
-      f'{images.count} images of step {trained.step}: {images.description}',
+      f'step {trained.step}, {images.count} images: {images.description}',
       '', *terminal.table(['t', 'squared error of x0', 'clipped'], rows),
-      '', f'kept in {place}',
+      '', f'saved in {place}',
     ]),
     FLAGS.json,
   )  # fmt: skip
 
 
 def _kept(place, about, trained):
-  """What an earlier pass has found of the same; None where there is none."""
+  """The result of an earlier pass with the same settings, or None."""
 
   def read():
     try:
@@ -80,7 +83,7 @@ def _kept(place, about, trained):
         trained.schedule.num_timesteps,
       )  # fmt: skip
     except UserError:
-      return None  # it is not there, or damaged
+      return None  # missing or damaged
     told = json.loads(place.read_text())
     same = all(told.get(name) == value for name, value in about.items())
     return found if same else None
@@ -92,7 +95,7 @@ def _kept(place, about, trained):
 
 
 def _pass(trained, images, about, place):
-  """Finds it and keeps it."""
+  """Measures the errors and saves them."""
   parts = '_'.join([
     place.stem, trained.weights_sha256[:8], about['images_sha256'][:8],
     f'seed{FLAGS.seed}',

@@ -1,22 +1,22 @@
-r"""Weights in and out: what others trained as a run of ours, and the way back.
+r"""Imports published weights as a run, and exports a run's weights.
 
   python -m diffusion_jax.convert --from=ddpm-cifar10-32 --to=runs/published
   python -m diffusion_jax.convert --from=runs/cifar10 --to=my-ddpm
 
 --from is one of
-  a folder of diffusers, a pipeline or a UNet2DModel (safetensors, or the older
-    .bin, of which nothing is run). The network, the noise schedule, the
-    variance and the clipping are the folder's;
-  a checkpoint of DDPM's authors, .../model.ckpt-790000, with --config=cifar10
-    (celebahq256, lsun:church, ...), whose network it is. TensorFlow reads it:
-    pip install 'diffusion_jax[prepare]';
-  the workdir of a run, whose averaged weights become a folder that
+  a diffusers folder, of a pipeline or a UNet2DModel, as safetensors or the
+    older .bin (no code in it is executed). It sets the network, the noise
+    schedule, the variance and the clipping;
+  a checkpoint of DDPM's authors, such as .../model.ckpt-790000. Give the config
+    of its network: --config=cifar10, celebahq256, lsun:church, ... It is read
+    with TensorFlow: pip install 'diffusion_jax[prepare]';
+  the workdir of a run. Its averaged weights are written as a folder that
     diffusers.DDPMPipeline.from_pretrained loads.
 
-What comes in is a workdir that sample and evaluate take, and train
---init_from; converted.json in it tells where it comes from. With --config it
-has the config's data, to be judged against; without, evaluate takes
---reference.
+An import writes a workdir for sample, evaluate and train --init_from; its
+converted.json says where the weights come from. With --config the workdir has
+the config's data, and evaluate compares samples with them; without it,
+evaluate needs --reference.
 """
 
 import json
@@ -37,19 +37,21 @@ from diffusion_jax.training import checkpoint, sharding
 from diffusion_jax.weights import diffusers, official
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('from', None, 'What is converted: a folder, a checkpoint.')
-flags.DEFINE_string('to', None, 'Folder of the result, new or empty.')
+flags.DEFINE_string('from', None, 'Folder or checkpoint to convert.')
+flags.DEFINE_string('to', None, 'Output folder, new or empty.')
 command.define_config(
-  "What comes in is a run of this config: its data, and of DDPM's own "
-  'checkpoints its network.'
+  "Import: the config whose data the run gets and, for DDPM's own "
+  'checkpoints, whose network they hold.'
 )
 flags.DEFINE_integer(
   'step', None,
-  'Of a run: its checkpoint, the newest by default. Of what comes in: the '
-  "training step it had; of DDPM's own it stands in the name.",
+  'Export: the checkpoint; by default the newest. Import: the training step '
+  "of the weights; by default 0, or the one in the name of DDPM's own.",
   lower_bound=0,
 )  # fmt: skip
-flags.DEFINE_bool('ema', True, 'Of a run: its averaged weights, or the raw.')
+flags.DEFINE_bool(
+  'ema', True, 'Export: the averaged weights; --noema: the raw ones.'
+)
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 
@@ -66,9 +68,10 @@ def main():
     result, told = _import_official(source, target)
   else:
     raise UserError(
-      f'--from={source} is no workdir of a run, no diffusers folder (with '
-      f'{diffusers.INDEX} or a config.json) and no checkpoint of TensorFlow '
-      '(with a .index): nothing is downloaded, so give what is here'
+      f'--from={source} is neither the workdir of a run, nor a diffusers '
+      f'folder (with {diffusers.INDEX} or a config.json), nor a TensorFlow '
+      'checkpoint (with a .index): give one that is on this machine, as '
+      'nothing is downloaded'
     )
   terminal.report(result, f'{told}: {target}', FLAGS.json)
 
@@ -76,7 +79,7 @@ def main():
 def _check_target(source, target) -> None:
   runs.usable_folder('to', target)
   there = files.entries(target) if target.exists() else set()
-  # What a cut has left of an import: it is written anew.
+  # The remains of an interrupted import are overwritten.
   unfinished = {runs.CONVERTED} <= there <= {runs.CONVERTED, 'checkpoints'}
   if there and not unfinished:
     raise UserError(f'--to={target} is not empty: give a new folder')
@@ -86,7 +89,9 @@ def _check_target(source, target) -> None:
 
 def _export(source, target) -> tuple[dict, str]:
   if FLAGS.config is not None:
-    raise UserError('--config is of what comes in; a run has its own')
+    raise UserError(
+      '--config is for imports; a run has its own: leave --config out'
+    )
   trained = load(source, FLAGS.step, FLAGS.ema, mesh=sharding.make_mesh())
   params = jax.tree.map(sharding.to_host, trained.params)
   diffusers.write(target, trained.config, params[NET])
@@ -117,7 +122,7 @@ def _import_folder(source, target) -> tuple[dict, str]:
 def _import_official(source, target) -> tuple[dict, str]:
   if FLAGS.config is None:
     raise UserError(
-      f'--from={source} does not tell its network: give --config=cifar10, '
+      f'--from={source} does not describe its network: give --config=cifar10, '
       'celebahq256 or lsun:church (:bedroom, :cat)'
     )
   config = FLAGS.config.copy_and_resolve_references()
@@ -132,7 +137,7 @@ def _import_official(source, target) -> tuple[dict, str]:
 
 
 def _config_with(parts) -> ConfigDict:
-  """The config of --config, or a default one, with what a folder tells."""
+  """--config, or a default config, updated with the folder's settings."""
   shape = runs.image_shape(parts['data'])
   if FLAGS.config is not None:
     config = FLAGS.config.copy_and_resolve_references()
@@ -152,7 +157,7 @@ def _config_with(parts) -> ConfigDict:
   if FLAGS.config is not None:
     differ = runs.differences(before, runs.to_plain(config))
     for line in differ.values():
-      terminal.say(f'as in {FLAGS["from"].value}, not as in --config: {line}')
+      terminal.say(f'{FLAGS["from"].value} overrides --config: {line}')
   _check(config)
   return config
 
@@ -173,7 +178,7 @@ def _abstract(config):
 
 
 def _write(target, config, params, raw, step, facts) -> tuple[dict, str]:
-  """The workdir; config.json comes last, so that a cut leaves no run."""
+  """Writes the workdir; config.json comes last and makes it a run."""
   facts = {
     'from': str(files.absolute(files.at(FLAGS['from'].value).expanduser())),
     **facts,
@@ -181,7 +186,7 @@ def _write(target, config, params, raw, step, facts) -> tuple[dict, str]:
     'raw': raw is not None,
     'environment': environment.describe(),
   }
-  config.num_steps = max(step, 1)  # for those who follow it, it has ended
+  config.num_steps = max(step, 1)  # marks training as finished
   files.make(target)
   with files.replacing(target / runs.CONVERTED) as file:
     file.write(json.dumps(facts, indent=2).encode() + b'\n')

@@ -1,4 +1,4 @@
-r"""Judges samples of a trained run against its data.
+r"""Measures how close a run's samples are to its data.
 
   python -m diffusion_jax.evaluate --workdir=runs/digits --num_samples=2000 \
     --sampler=ddim --num_steps=50
@@ -6,23 +6,24 @@ r"""Judges samples of a trained run against its data.
     --features=inception --metrics=fid,is --download
   python -m diffusion_jax.evaluate --compare=runs/a,runs/b
 
-Draws what the sample store lacks, as the sampling binary does, and compares the
-samples to all training images: the Frechet distance, beside that of held-out
-images (the floor), and the nearest training images, beside the held-out images'
-(has it copied? Then far more samples than held-out images are near to one).
-Labelled data also get the classes of the samples, by a classifier that is
-trained once. Leaves a metric card and a picture of the neighbours in
-WORKDIR/evaluations, and WORKDIR/report.html.
+Draws the samples that are still missing from the sample store, and compares
+them with all training images. It reports the Frechet distance, next to that of
+the held-out images (the floor), and the distances to the nearest training
+images: if far more samples than held-out images are very close to one, the
+network copies. For labelled data it trains a classifier once and also reports
+the classes of the samples. Writes a metric card and a picture of the nearest
+neighbours to WORKDIR/evaluations, and WORKDIR/report.html.
 
+The default sampler is DDPM's own with 1000 ancestral steps, which is slow. With
+--features=inception the distance is the FID. Features are cached (--cache), so
+an interrupted evaluation resumes.
+
+--follow judges each new checkpoint during training and keeps the best one.
+--sweep compares samplers at equal numbers of network evaluations.
 --metrics=bpd, bpd_fast or bpd_ode measures bits per dimension of the held-out
-images in place of all this; it draws nothing.
+images instead, and draws no samples.
 
-With --features=inception the distance is the FID; the features of images are
-kept (--cache), so that what was interrupted goes on. With --follow each new
-checkpoint is judged while training goes on, and the best is kept. Two sets of
-images without a run: python -m diffusion_jax.fid.
-
-Without --sampler: DDPM's own, 1000 ancestral steps, which takes its time.
+To compare two sets of images without a run, use python -m diffusion_jax.fid.
 """
 
 import contextlib
@@ -59,30 +60,37 @@ flags.adopt_module_key_flags(drawing)
 flags.adopt_module_key_flags(judging)
 flags.adopt_module_key_flags(likelihoods)
 declare.table(
-  num_samples=(1000, 'How many samples are judged.'),
+  num_samples=(1000, 'Number of samples to judge.'),
   rounding=(
     ('float', 'round', 'truncate'),
-    'Of samples before they are judged: none, as in DDPM, or to 8 bits.',
+    'Rounding of the samples before they are judged: float does not round, as '
+    'in DDPM; the others convert to 8 bits.',
   ),
-  follow=(
+  follow=(False, 'Judge each new checkpoint until training ends.'),
+  poll_secs=(30.0, '--follow: seconds between checks for a new checkpoint.'),
+  keep_samples=(
     False,
-    'Judge each checkpoint as it comes, until training has ended.',
+    '--follow, --sweep: keep the samples after judging them.',
   ),
-  poll_secs=(30.0, '--follow: between looks for a new one.'),
-  keep_samples=(False, '--follow, --sweep: keep samples that are judged.'),
   sweep=(
     [],
-    'Judge samplers at equal numbers of evaluations, a table and a plot: '
-    'names, options after colons: ddim,ddim:eta=1,unipc:order=2:grid=logsnr.',
+    'Compare samplers at equal numbers of network evaluations, in a table and '
+    'a plot: names with options after colons, such as '
+    'ddim,ddim:eta=1,unipc:order=2:grid=logsnr.',
   ),
-  sweep_evaluations=(['10', '20', '50'], '--sweep: evaluations for a sample.'),
+  sweep_evaluations=(
+    ['10', '20', '50'],
+    '--sweep: network evaluations per sample.',
+  ),
   compare=(
     [],
-    'Prints metric cards of one protocol in a table and ends: files or runs.',
+    'Print the metric cards of these files or runs, one table per protocol, '
+    'and exit.',
   ),
 )
 
-JUDGED = 64  # images at once: a judge's maps may be larger than the images
+# Images per batch; a judge's feature maps may be larger than the images.
+JUDGED = 64
 
 
 def main():
@@ -135,7 +143,7 @@ def _once(workdir):
 def _follow(workdir):
   for flag in ('step', 'output'):
     if FLAGS[flag].value is not None:
-      raise UserError(f'--follow judges all checkpoints: leave out --{flag}')
+      raise UserError(f'--follow judges all checkpoints: leave --{flag} out')
   _check_distance('--follow', 'the best checkpoint')
   if plans.is_calibrated(FLAGS.sampler, FLAGS.grid):
     raise UserError(
@@ -162,7 +170,7 @@ def _follow(workdir):
     _clean([output])
     return card
 
-  # A kill may have come between a card and the end of its samples.
+  # A killed process may have written a card but not removed its samples.
   judged = follow.curve_of(workdir, path_of, task.result)['points']
   _clean([output_of(point['step']) for point in judged])
   curve = follow.follow(
@@ -177,7 +185,7 @@ def _follow(workdir):
 
 
 def _clean(outputs):
-  """Removes samples that are judged, unless they are to be kept."""
+  """Removes judged samples, unless --keep_samples is set."""
   if not FLAGS.keep_samples:
     distributed.on_first(lambda: [files.remove(path) for path in outputs])
 
@@ -185,21 +193,21 @@ def _clean(outputs):
 def _check_distance(flag, best):
   if FLAGS.metrics and not {'fid', 'sfid'} & set(FLAGS.metrics):
     raise UserError(
-      f'--metrics={",".join(FLAGS.metrics)}: {flag} takes fid too, as {best} '
-      'is that of the least distance'
+      f'--metrics={",".join(FLAGS.metrics)}: {flag} needs fid too, because '
+      f'{best} is the one with the smallest distance'
     )
 
 
 def _check_sweep():
   if not FLAGS.sweep:
     raise UserError(
-      '--sweep is empty: give samplers with commas between them, such as '
+      '--sweep is empty: give samplers separated by commas, such as '
       '--sweep=ddim,unipc'
     )
   idle = ('sampler', 'num_steps', 'grid', 'clip', 'output', 'follow')
   command.refuse(
     (*idle, *drawing.OPTIONS),
-    '--sweep, of which each sampler has its own options after colons',
+    '--sweep, where each sampler has its own options after colons',
   )
   _check_distance('--sweep', 'the best sampler')
 
@@ -218,7 +226,7 @@ def _sweep(workdir):
         timesteps,
       )
     except UserError as e:
-      told = f'--sweep={text} of {budget} evaluations: {e}'
+      told = f'--sweep={text} at {budget} evaluations: {e}'
       raise UserError(told) from e
 
   planned = [
@@ -269,7 +277,7 @@ def _sweep(workdir):
 
 
 def _judged(task, path, trained, plan, asked) -> dict:
-  """The card of a cell of a sweep, drawn and judged unless it is there."""
+  """The card of one cell of a sweep, measured unless it exists."""
 
   def known():
     with contextlib.suppress(UserError):
@@ -285,17 +293,17 @@ def _judged(task, path, trained, plan, asked) -> dict:
   output = trained.workdir / 'samples' / f'swept_{name}'
   if card is None:
     card, _ = _judge(task, path, trained, plan, output)
-  _clean([output])  # a kill may have left them beside a card
+  _clean([output])  # a killed process may have left them
   return card
 
 
 def _dtype() -> str:
-  """Of the samples on disk."""
+  """The dtype of the samples on disk."""
   return 'uint8' if FLAGS.rounding == 'round' else 'float32'
 
 
 def _task(workdir, trained) -> judging.Task:
-  """What samples of any step are judged by: checked before any is drawn."""
+  """How samples of any step are judged, checked before any is drawn."""
   config, shape = trained.config['data'], trained.image_shape
   heldout = None
   if FLAGS.reference:
@@ -312,10 +320,10 @@ def _task(workdir, trained) -> judging.Task:
   samples = features.Images(count, None, f'--num_samples={count}')
   judge = judges.judge_of(source, heldout, shape, workdir / 'evaluations')
   reference = judging.set_of('reference', source, judge, shape)
-  # Of sorted held-out images the first ones would be all of a kind.
+  # Spread over the set: in a sorted one the first images are of one class.
   held = heldout and features.images_of(heldout, min(count, len(heldout)))
   usual = ['fid']
-  if not FLAGS.sweep:  # whose reference is statistics after the first
+  if not FLAGS.sweep:  # a sweep caches the reference's statistics
     usual += ['copies'] * bool(source)
     usual += ['classes'] * ('num_classes' in judge.protocol)
   about |= {'rounding': FLAGS.rounding}
@@ -343,13 +351,13 @@ def _subject(trained, plan, output=None) -> dict:
 
 
 def _judge(task, path, trained, plan, output) -> tuple[dict, int]:
-  """Draws what is missing, and judges: (the card, how many were drawn)."""
+  """Draws missing samples and judges: (the card, the number drawn)."""
   count = FLAGS.num_samples
   drawn = drawing.fill(trained, plan, output, count, _dtype())
 
   def stream():
     for images in store.stream(output, 0, count, features.BLOCK):
-      # None is below 0, so this cuts off what is behind the point.
+      # No value is negative, so this rounds down.
       yield images.astype(np.uint8) if FLAGS.rounding == 'truncate' else images
 
   def shown(i):

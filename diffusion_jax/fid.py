@@ -1,14 +1,15 @@
-r"""FID, and other distances, between any two sets of images.
+r"""Computes FID and other metrics between two sets of images.
 
   python -m diffusion_jax.fid --samples=DIR --reference=OTHER_DIR --download
   python -m diffusion_jax.fid --samples=samples.npz --reference=tfds:cifar10 \
     --metrics=fid,kid,is,pr --card=card.json
 
-No model of ours is needed. A set is a folder of images, a .npz or .npy of them,
+No trained run is needed. A set is a folder of images, a .npz or .npy of images,
 a prepared data set, or a .npz of statistics. Images are judged by Inception,
-whose published weights --download fetches once, or by --features.
+whose published weights --download fetches once, or by another network
+(--features). Prints the results, and writes a metric card to --card.
 
-Features are kept (--cache), so that what was interrupted goes on.
+Features are cached (--cache), so an interrupted call resumes.
 """
 
 from absl import flags
@@ -25,10 +26,13 @@ flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(judging)
 FLAGS.set_default('features', 'inception')
 declare.table(
-  samples=(str, 'What is judged: a set of images, given like --reference.'),
-  image_size=(int, 'Crop all images to squares and resize to so many pixels.'),
-  card=(str, 'A file for the metric card.'),
-  batch_size=(64, 'Images that the network takes at once.'),
+  samples=(str, 'The images to judge, given like --reference.'),
+  image_size=(
+    int,
+    'Crop all images to squares and resize them to this many pixels.',
+  ),
+  card=(str, 'File to write the metric card to.'),
+  batch_size=(64, 'Images per batch, over all devices.'),
 )
 
 
@@ -50,8 +54,9 @@ def main():
   shapes = [one[0]['image'].shape for one in (shown, source) if one]
   if len(set(shapes)) > 1:
     raise UserError(
-      f'{shown.description}, and {source.description}: images of one shape are '
-      'compared; --image_size=N crops and resizes all, and tells so on the card'
+      f'{shown.description}, and {source.description}: both sets must have '
+      'images of one shape; --image_size=N crops and resizes all of them, and '
+      'the card records it'
     )
   shape = shapes[0] if shapes else None
   judge = judges.judge_of(source, None, shape)

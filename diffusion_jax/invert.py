@@ -1,16 +1,16 @@
-r"""Inverts images of a run into noise, and draws them again from it.
+r"""Inverts images of a run into noise, and draws them again from that noise.
 
   python -m diffusion_jax.invert --workdir=runs/digits --num_images=8 \
     --num_steps=100 --iterations=3 --interpolate=7
 
-Images at even distances of the run's held-out ones go up a grid by DDIM
-inverted, and down the same grid by DDIM. What they then differ by is told of
-each image. Writes inversion.json, noises.npy (float32, what each image is drawn
-from), inversion.png, and with --interpolate interpolation.png: between images 0
-and 1, 2 and 3 and so on, by their noises.
+Takes evenly spaced held-out images of the run, carries them up a grid of times
+by inverted DDIM and down the same grid by DDIM, and reports the error of each
+image. Writes inversion.json, noises.npy (float32, the noise of each image),
+inversion.png, and with --interpolate interpolation.png, which interpolates
+between the noises of images 0 and 1, 2 and 3, and so on.
 
-x0 is not clipped, as samples' is: a step that clips takes many x to one, and
-cannot be undone. --clip clips on both ways.
+Unlike in sampling, x0 is not clipped: a step that clips maps many x to one and
+cannot be inverted. --clip clips in both directions.
 """
 
 import hashlib
@@ -37,24 +37,31 @@ flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(run_data)
 declare.shared('workdir', 'step', 'ema', 'json')
 declare.table(
-  split=(('heldout', 'train'), 'Which images of the run.'),
-  output=(str, 'Folder of the results; by default in WORKDIR/inversions.'),
-  num_images=(8, 'How many, at even distances.'),
-  batch_size=(64, 'Images inverted at once.'),
-  num_steps=(int, 'Steps each way; all of the schedule by default.'),
+  split=(('heldout', 'train'), 'Images of the run to invert.'),
+  output=(str, 'Output folder; by default a new one in WORKDIR/inversions.'),
+  num_images=(8, 'Number of images, evenly spaced in the set.'),
+  batch_size=(64, 'Images per batch, over all devices.'),
+  num_steps=(
+    int,
+    'Steps in each direction; by default all of the schedule.',
+  ),
   grid=(
     'uniform',
     f'Times: {", ".join(grids.GRIDS)}, or a literal list such as 999,500,100.',
   ),
   iterations=(
     3,
-    'Evaluations in a step of the inversion: 1 is usual, more are more exact.',
+    'Network evaluations per step of the inversion: 1 is usual, more are more '
+    'exact.',
   ),
-  interpolate=(0, 'Also draw so many images between two neighbours.'),
-  clip=(False, 'Clip x0 to [-1, 1] in every step, both ways.'),
+  interpolate=(
+    0,
+    'Number of images to interpolate between two neighbouring images.',
+  ),
+  clip=(False, 'Clip x0 to [-1, 1] in every step, in both directions.'),
 )
 
-MOST_SEEN = 100  # times that the picture of differences is brightened
+MOST_SEEN = 100  # the largest factor that brightens the error picture
 
 
 def main():
@@ -64,7 +71,7 @@ def main():
     raise UserError('--output is empty: give a folder, or leave the flag out')
   if FLAGS.interpolate and FLAGS.num_images < 2:
     raise UserError(
-      f'--interpolate={FLAGS.interpolate} is between two images: give '
+      f'--interpolate={FLAGS.interpolate} needs two images: give '
       f'--num_images=2 or more, not {FLAGS.num_images}'
     )
   workdir = declare.workdir()
@@ -83,9 +90,9 @@ def main():
 
 
 def _name(step, plan) -> str:
-  """What an inversion of these flags is called."""
+  """The folder name of an inversion with these flags."""
   grid = FLAGS.grid
-  if grid not in grids.GRIDS:  # it may be long
+  if grid not in grids.GRIDS:  # a literal list may be long
     grid = hashlib.sha256(str(plan.grid).encode()).hexdigest()[:12]
   parts = [f'step{step}', f'ddim{plan.num_steps}']
   parts += [grid] * (grid != 'uniform')
@@ -95,7 +102,7 @@ def _name(step, plan) -> str:
 
 
 def _invert(trained, plan, images, output):
-  """There and back; writes and tells."""
+  """Inverts, draws again, writes the results and reports them."""
   pixels = np.concatenate(list(images.stream()))
   x0 = trajectories.to_x0(trained, pixels)
   how = {'clip': plan.clip, 'batch_size': FLAGS.batch_size}
@@ -109,9 +116,7 @@ def _invert(trained, plan, images, output):
   draw_fn = trajectories.carrier(trained, plan.create(), plan.grid, **how)
   again = draw_fn(noises)
   if not np.isfinite(again).all():
-    raise UserError(
-      'the network gives no finite numbers: was training healthy?'
-    )
+    raise UserError("the network's output is not finite: was training healthy?")
   result = {
     **cards.subject_of(trained),
     'split': FLAGS.split,
@@ -151,10 +156,9 @@ def _invert(trained, plan, images, output):
 
 
 def _measured(x0, noises, again) -> dict:
-  """Errors of the round trip, in units of [-1, 1] and of 255.
+  """Errors of the round trip, in units of [-1, 1] and of 255 levels.
 
-  And the root of the mean square of each noise, which of one that was drawn is
-  near 1.
+  Also the root mean square of each noise, which is near 1 for Gaussian noise.
   """
 
   def rms(values):
@@ -178,9 +182,9 @@ def _measured(x0, noises, again) -> dict:
 
 
 def _picture(pixels, noises, again, error) -> np.ndarray:
-  """A row an image: itself, its noise, drawn again, and the difference."""
+  """One row per image: the image, its noise, the redrawn image, the error."""
   off = np.abs(error) * 127.5
-  # Brightened by a power of 10 so far as none is cut off.
+  # Brightened by the largest power of 10 that clips no value.
   factor = 10 ** math.floor(math.log10(255 / max(off.max(), 1e-9)))
   factor = min(max(factor, 1), MOST_SEEN)
   seen = np.clip(np.round(off * factor), 0, 255).astype(np.uint8)
@@ -191,7 +195,7 @@ def _picture(pixels, noises, again, error) -> np.ndarray:
 
 
 def _text(result, images) -> str:
-  """As people read it."""
+  """The result as a table for people."""
 
   def row(name, errors, noise):
     keys = ('rms', 'max', 'rms_255', 'max_255')
@@ -205,7 +209,7 @@ def _text(result, images) -> str:
   heads = ['image', 'rms', 'max', 'rms of 255', 'max of 255', 'rms of noise']
   return '\n'.join([
     f'{len(each)} images of {images.description}',
-    f'inverted by step {result["step"]} in {steps} steps of {count} '
+    f'inverted with step {result["step"]} in {steps} steps of {count} '
     f'evaluation{"s" * (count > 1)}, and drawn again by DDIM in {steps}',
     '', *terminal.table(heads, rows),
   ])  # fmt: skip

@@ -1,9 +1,10 @@
-r"""Shows how a config's mesh splits the parameters, and what a device holds.
+r"""Shows how a config's mesh shards the parameters, and the bytes per device.
 
   python -m diffusion_jax.layout --config=cifar10 --config.mesh.fsdp=8
 
-The devices need not be there: nothing is allocated and nothing is compiled.
-Bytes are of the state between two steps; activations come on top.
+Prints a table of the parameters and one of the bytes of the training state
+between two steps; activations are not included. It needs no devices, allocates
+nothing and compiles nothing.
 """
 
 import math
@@ -26,8 +27,8 @@ command.define_config()
 flags.DEFINE_integer(
   'num_devices',
   None,
-  "Devices of the mesh; by default this machine's where the mesh takes them, "
-  'otherwise as many as its sizes ask for.',
+  "Number of devices in the mesh; by default this machine's if the mesh can "
+  'use them all, otherwise the product of its sizes.',
   lower_bound=1,
 )
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
@@ -77,7 +78,7 @@ def _asked_for(mesh) -> int:
 
 
 def _lies(leaf) -> dict:
-  """An array's shape, what splits each of its axes, its bytes on a device."""
+  """An array's shape, the mesh axis of each of its axes, bytes per device."""
   where = leaf.sharding
   spec = [*where.spec, *[None] * (leaf.ndim - len(where.spec))]
   split = [axis if where.mesh.shape.get(axis, 1) > 1 else None for axis in spec]
@@ -91,7 +92,7 @@ def _lies(leaf) -> dict:
 def _shown(mesh, rows, totals):
   count = mesh.size
   yield from terminal.table(
-    ['parameter', 'shape', 'split over', 'bytes a device'],
+    ['parameter', 'shape', 'split over', 'bytes each'],
     [
       (
         row['name'],
@@ -105,7 +106,7 @@ def _shown(mesh, rows, totals):
   yield ''
   yield f'{page.mesh(mesh.shape)} = {count} device{"s" * (count > 1)}'
   yield from terminal.table(
-    ['bytes', 'total', f'total / {count}', 'a device', 'ratio'],
+    ['bytes', 'total', f'total / {count}', 'per device', 'ratio'],
     [
       (
         name,

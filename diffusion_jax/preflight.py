@@ -1,19 +1,20 @@
-r"""Tells, before chips are rented, whether a run fits and what it takes.
+r"""Checks that a run fits, and predicts its cost, before you rent chips.
 
   python -m diffusion_jax.preflight --config=cifar10 --topology=v5e:4x4
 
-Compiles the real training step, and the sampling program, for the chips of a
-TPU slice that need not be there (v4, v5e, v5p and v6e, by the compiler that pip
-install 'diffusion_jax[tpu]' brings), or without --topology for this machine's
-devices. Prints bytes a chip against its memory, FLOPs, what chips exchange, and
-the time that a step takes at the chips' published rates.
+Compiles the real training step and the sampling program, either for a TPU slice
+that you need not have (v4, v5e, v5p or v6e; the compiler comes with pip install
+'diffusion_jax[tpu]') or, without --topology, for this machine's devices. Prints
+the bytes per chip against its memory, the FLOPs, the communication between
+chips, and the time per step at the chips' published rates. Nothing is trained
+or saved.
 
-Before it compiles, it looks at what fails most often on pods: the batch's
-arithmetic, the data, the workdir, versions, TensorFlow. Started on all hosts as
-training is, it compares them. Nothing is trained, and nothing is kept.
+First it checks what fails most often on pods: the batch size, the data, the
+workdir, versions, TensorFlow. To compare all hosts, start it on every host, as
+training is.
 
---measure runs both programs on this machine's devices for some seconds, with
-random images and new parameters, and tells what a step takes.
+--measure also runs both programs on this machine's devices for some seconds,
+with random images and new parameters, and reports the time per step.
 """
 
 import math
@@ -48,40 +49,41 @@ command.define_config()
 flags.adopt_module_key_flags(distributed)
 flags.DEFINE_string(
   'topology', None,
-  f'Chips that are not here: {", ".join(chips.CHIPS)}, and a slice of them, '
-  "such as v5e:4x4 or v4:2x2x2. This machine's devices by default.",
+  f'TPU slice to compile for, as CHIP:SIZES with {", ".join(chips.CHIPS)}, '
+  "such as v5e:4x4 or v4:2x2x2; by default this machine's devices.",
 )  # fmt: skip
-flags.DEFINE_string('workdir', None, 'Folder of the run to come, to be tried.')
+flags.DEFINE_string('workdir', None, 'Folder of the planned run, to check.')
 flags.DEFINE_bool(
   'fast', False,
   'TPUs: compile at low effort, several times faster. Memory is then an '
-  'estimate, seen to be 8% to 22% too low.',
+  'estimate; those we compared were 8% to 22% too low.',
 )  # fmt: skip
-flags.DEFINE_bool('sampling', True, 'The sampling program too.')
+flags.DEFINE_bool('sampling', True, 'Also compile the sampling program.')
 flags.DEFINE_integer(
-  'sample_batch_size', 256, 'Images drawn at once, over all devices.',
+  'sample_batch_size', 256, 'Images per sampling batch, over all devices.',
   lower_bound=1,
 )  # fmt: skip
 flags.DEFINE_bool(
-  'largest_batch', False, 'Find the largest batch_size that fits; compiles '
-  'the training step about six times.',
+  'largest_batch', False, 'Find the largest batch_size that fits. This '
+  'compiles the training step about six times.',
 )  # fmt: skip
 flags.DEFINE_bool(
-  'measure', False, 'Also run both, and time them; only on this machine.'
-)
+  'measure', False,
+  'Also run and time both programs; only without --topology.',
+)  # fmt: skip
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 
 class Place(NamedTuple):
-  """A config on the devices that it is looked at for.
+  """A config and the devices it is compiled for.
 
   Attributes:
-    config: the run's.
-    mesh: of the devices.
-    program: what is compiled.
-    limit: bytes that a device has for it.
-    where: the slice; None = this machine.
-    fast: whether it is compiled at low effort.
+    config: the run's config.
+    mesh: the devices.
+    program: the functions to compile.
+    limit: memory of a device, in bytes.
+    where: the TPU slice; None for this machine.
+    fast: whether to compile at low effort.
   """
 
   config: config_dict.ConfigDict
@@ -93,22 +95,22 @@ class Place(NamedTuple):
 
   @property
   def device(self) -> str:
-    """What kind they are."""
+    """The kind of the devices."""
     return self.mesh.devices.flat[0].device_kind
 
   @property
   def name(self) -> str:
-    """Of the devices, for people."""
+    """The devices in words."""
     return self.where.name if self.where else f'{self.mesh.size} {self.device}'
 
   @property
   def rows(self) -> int:
-    """How many devices a batch is split over."""
+    """Number of devices that a batch is split over."""
     return self.mesh.shape['data'] * self.mesh.shape['fsdp']
 
   @property
   def sampled(self) -> int:
-    """Images drawn at once: what was asked for, rounded up to the mesh."""
+    """Images per sampling batch: the flag, rounded up to the mesh."""
     return -(-FLAGS.sample_batch_size // self.rows) * self.rows
 
 
@@ -120,7 +122,7 @@ def main():
     raise UserError('--topology is for one process: leave --coordinator out')
   if FLAGS.measure and (where or FLAGS.largest_batch):
     other = 'topology' if where else 'largest_batch'
-    raise UserError(f'--measure runs what fits here: leave --{other} out')
+    raise UserError(f'--measure is for this machine: leave --{other} out')
   devices = chips.devices(where) if where else jax.devices()
   wrong = validation.check(FLAGS.config, devices)
   if wrong:
@@ -139,10 +141,10 @@ def main():
     more = gib(sample.total - sample.limit)
     raise UserError(
       f'--sample_batch_size={place.sampled} does not fit {place.name}: '
-      f'{gib(sample.total)} a chip, {more} more than its {gib(sample.limit)}; '
-      'draw fewer'
+      f'{gib(sample.total)} per chip, {more} more than its '
+      f'{gib(sample.limit)}; draw fewer'
     )
-  distributed.gather(None)  # who is through first waits for the others
+  distributed.gather(None)  # wait for the other processes
   result = _result(place, train, sample)
   if FLAGS.measure:
     result['measured'] = timing.measure(
@@ -162,7 +164,7 @@ def _place(config, where, devices) -> Place:
 
 
 def _memory() -> int:
-  """Bytes that a device may use, of all that there are the least."""
+  """Bytes that a device may use; the minimum over all processes."""
   stats = jax.local_devices()[0].memory_stats() or {}
   whole = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   limit = stats.get('bytes_limit', whole // jax.local_device_count())
@@ -170,7 +172,7 @@ def _memory() -> int:
 
 
 def _look(place) -> list[checks.Check]:
-  """Raises UserError for what is wrong, where the run is to be."""
+  """Runs the checks; raises UserError if any fails on the run's machine."""
   workdir = FLAGS.workdir and os.path.expanduser(FLAGS.workdir)
   batch = checks.Check('batch', True, _batch(place))
   looked_at = [batch, *checks.run(place.config, workdir)]
@@ -179,7 +181,7 @@ def _look(place) -> list[checks.Check]:
     if check.well:
       terminal.say(f'ok        {check.name}: {check.told}')
     elif place.where and check.name == 'data':
-      # That they are not here is no mistake where the chips are not either.
+      # Data may be missing here if the chips are elsewhere too.
       terminal.say(f'not here  {check.name}: {check.told}')
     else:
       failed.append(f'{check.name}: {check.told}')
@@ -194,7 +196,7 @@ def _batch(place) -> str:
   pieces = f', {microbatches} microbatches' * (microbatches > 1)
   return (
     f'{config.batch_size} images on mesh {page.mesh(place.mesh.shape)}{pieces}'
-    f': {each} at once a device'
+    f': {each} at once per device'
   )
 
 
@@ -202,10 +204,10 @@ def _batch(place) -> str:
 
 
 def _compile_both(place) -> tuple:
-  """The training step, and the sampling program if it is wanted.
+  """Compiles the training step and, unless --nosampling, the sampling program.
 
-  At once: XLA compiles a program on one core, for the most part. A step that
-  does not fit waits for nothing.
+  In parallel, because XLA compiles a program mostly on one core. If the
+  training step does not fit, the result of the other is not awaited.
   """
   what = f'the training step, {place.config.batch_size} images'
   if FLAGS.sampling:
@@ -249,7 +251,7 @@ def _compile(place, fn, *args) -> Compiled:
 
 
 def _largest(place) -> None:
-  """Prints the largest batch that fits, and the next that does not."""
+  """Prints the largest batch that fits and the next one, which does not."""
   unit = place.rows * place.config.microbatches
 
   def used(count):
@@ -257,8 +259,8 @@ def _largest(place) -> None:
     with terminal.waiting(f'compiling {what}{_effort(place)}'):
       found = _compile_step(place, count * unit)
     terminal.say(
-      f'batch_size={count * unit}: {gib(found.total)} of {gib(found.limit)} a '
-      'chip'
+      f'batch_size={count * unit}: {gib(found.total)} of {gib(found.limit)} '
+      'per chip'
     )
     return found.total, found.limit
 
@@ -276,23 +278,23 @@ def _largest(place) -> None:
       'memory': does_not.limit,
       'fast': place.fast,
     },
-    f'{place.name}: batch_size={fits.count * unit} fits ({gib(fits.used)} a '
+    f'{place.name}: batch_size={fits.count * unit} fits ({gib(fits.used)} per '
     f'chip), {does_not.count * unit} does not ({gib(does_not.used)} of '
     f'{gib(does_not.limit)})' + page.ESTIMATE * place.fast,
     FLAGS.json,
   )
 
 
-# --- words and numbers ------------------------------------------------------
+# --- results ----------------------------------------------------------------
 
 
 def _too_large(place, batch_size, used, limit) -> str:
-  """What does not fit, by how much, and what may."""
+  """The error for a batch that does not fit, with possible remedies."""
   config, parts = place.config, place.rows
   each, pieces = batch_size // parts, config.microbatches
   state = device_bytes(place.program.abstract)
   remedies = []
-  # Activations, which are the rest, follow the images at once.
+  # The rest is activations, proportional to the images in a microbatch.
   share = (0.9 * limit - state) / max(used - state, 1)
   at_once = int(each / pieces * share)
   if at_once >= 1:
@@ -306,8 +308,8 @@ def _too_large(place, batch_size, used, limit) -> str:
     remedies.append('--config.model.dtype=bfloat16')
   remedies.append('more or larger chips')
   return (
-    f'batch_size={batch_size} does not fit {place.name}: {gib(used)} a chip, '
-    f'{gib(used - limit)} more than its {gib(limit)}; what may make it fit: '
+    f'batch_size={batch_size} does not fit {place.name}: {gib(used)} per chip, '
+    f'{gib(used - limit)} more than its {gib(limit)}; to make it fit, try '
     f'{", or ".join(remedies)}'
   )
 
@@ -332,7 +334,7 @@ def _result(place, train, sample) -> dict:
     'microbatches': config.microbatches,
     'fast': place.fast,
     'memory': place.limit,
-    'fits': True,  # what does not is refused
+    'fits': True,  # otherwise an error was raised
     'train': compiled.describe(
       train, {**parts, 'batch': config.batch_size // place.rows * image},
       config.batch_size, place.mesh.size,

@@ -1,9 +1,9 @@
-"""Writes report.html of a run: samples, results, curves, cost, config.
+"""Writes the report of a run: samples, results, curves, cost, config.
 
   python -m diffusion_jax.report --workdir=runs/digits
 
-One file with everything in it, to look at and to send; it replaces the one
-before. It can be written at any time, while the run trains too.
+Writes WORKDIR/report.html, one self-contained file to view or send. It replaces
+an earlier report, and can be written at any time, even during training.
 """
 
 from absl import flags

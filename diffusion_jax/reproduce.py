@@ -7,18 +7,19 @@ r"""Reproduces a paper's numbers: trains or imports, evaluates, compares.
   python -m diffusion_jax.reproduce --config=cifar10 --workdir=runs/imported \
     --from=PUBLISHED --download
 
-Says first what it will cost: at the share of a chip's peak that the paper's own
-run had, and at rates measured here. Then each stage is one of our binaries in a
-process of its own, whose command line is printed. While it trains, the loss is
-told beside a healthy run's, and outside its band the usual suspects. It ends
-with a table, ours beside the paper and public retrains, and a verdict; or with
-what is not as published, and so has none.
+First prints the cost: estimated from the share of a chip's peak that the
+paper's own run reached, and from rates measured here. Then runs each stage as
+one of the project's binaries, in its own process, and prints its command line.
+During training it prints the loss next to that of a healthy run and, when the
+loss leaves the healthy band, the likely causes. At the end it prints a table of
+our numbers, the paper's and those of public retrains, with a verdict; if
+anything differs from the published setup, it lists the differences instead.
 
-The same command goes on where it was: --minutes limits a call, Ctrl-C and
-SIGTERM end it, and what is done is not done again. WORKDIR/reproduction gets
-reproduction.json, table.md, curves.png, samples.png, the metric cards and the
-report; weights and samples stay in the workdir. For one process: on several
-hosts run the stages by hand.
+Writes reproduction.json, table.md, curves.png, samples.png, the metric cards
+and the report to WORKDIR/reproduction; weights and samples stay in the workdir.
+
+The same command resumes after --minutes, Ctrl-C or SIGTERM and repeats no
+finished stage. It runs on one host; on several, run the stages by hand.
 """
 
 import dataclasses
@@ -55,52 +56,68 @@ from diffusion_jax.weights import official
 
 FLAGS = flags.FLAGS
 command.define_config()
-flags.DEFINE_string('workdir', None, 'Folder of the run; made if needed.')
 flags.DEFINE_string(
-  'output', None, 'Folder of the results; WORKDIR/reproduction by default.'
+  'workdir', None, 'Folder of the run; created if it does not exist.'
+)
+flags.DEFINE_string(
+  'output', None, 'Folder of the results; by default WORKDIR/reproduction.'
 )
 ORIGIN = flags.DEFINE_string(
-  'from', None, 'Published weights, imported in place of training.'
+  'from', None, 'Published weights to import instead of training.'
 )
 flags.DEFINE_string(
   'features', 'inception',
-  'What judges: inception (of the cache), a file of its weights, pixels or '
-  'classifier.',
+  'Network that judges the samples: inception (its weights in the cache), a '
+  'file of Inception weights, pixels or classifier.',
 )  # fmt: skip
 flags.DEFINE_list(
-  'taps', ['2048'], f'Where in Inception: {", ".join(inception.DISTANCES)}.'
-)
+  'taps', ['2048'],
+  f'Feature layers of Inception: {", ".join(inception.DISTANCES)}.',
+)  # fmt: skip
 flags.DEFINE_bool(
-  'download', False, 'Fetch the published weights of Inception first.'
-)
-flags.DEFINE_string('cache', None, 'Folder for features and weights.')
-flags.DEFINE_string('data_path', None, 'Where the data lie for evaluation.')
-flags.DEFINE_integer(
-  'num_samples', published.NUM_SAMPLES, 'How many samples are judged.'
+  'download', False, 'First fetch the published Inception weights.'
 )
 flags.DEFINE_string(
-  'sampler', 'ancestral', 'Of the samples; sample --sampler=list shows all.'
+  'cache', None,
+  'Folder for features and weights; by default ~/.cache/diffusion_jax.',
+)  # fmt: skip
+flags.DEFINE_string(
+  'data_path', None,
+  "Folder of the data for evaluation; by default the config's.",
+)  # fmt: skip
+flags.DEFINE_integer(
+  'num_samples', published.NUM_SAMPLES, 'Number of samples to judge.'
+)
+flags.DEFINE_string(
+  'sampler', 'ancestral', 'Sampler; sample --sampler=list lists all of them.'
 )
 flags.DEFINE_integer(
-  'num_steps', None, 'Sampling steps; all of the schedule by default.'
+  'num_steps', None, 'Sampling steps; by default all of the schedule.'
 )
-flags.DEFINE_bool('bits', True, 'Bits per dimension of the held-out images.')
-flags.DEFINE_integer('curve', 0, 'Earlier checkpoints that are judged too.')
-flags.DEFINE_bool('measure', True, 'First measure the time of a step here.')
-flags.DEFINE_float('minutes', 0, 'Limit of this call; 0: none.')
+flags.DEFINE_bool(
+  'bits', True, 'Also measure bits per dimension of the held-out images.'
+)
+flags.DEFINE_integer(
+  'curve', 0, 'Number of earlier checkpoints to judge as well.'
+)
+flags.DEFINE_bool(
+  'measure', True, 'First measure the time per training step on this machine.'
+)
+flags.DEFINE_float('minutes', 0, 'Time limit of this call; 0 for none.')
 flags.DEFINE_float(
-  'train_minutes', 0, 'Limit of training, all calls together; 0: none.'
+  'train_minutes', 0, 'Time limit of training over all calls; 0 for none.'
 )
-flags.DEFINE_bool('plan', False, 'Print the cost and the stages, and end.')
+flags.DEFINE_bool('plan', False, 'Print the cost and the stages, and exit.')
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
-OTHERS = ('pixels', 'classifier')  # that judge, and are not Inception
-JUDGING = ('features', 'taps', 'cache', 'data_path', 'download')  # passed on
+OTHERS = ('pixels', 'classifier')  # judges other than Inception
+# Flags passed on to evaluate.
+JUDGING = ('features', 'taps', 'cache', 'data_path', 'download')
 
 
 def main():
   start = time.monotonic()
-  # The devices are the stages': one process at a time may have them.
+  # Leave the devices to the stages: one process at a time can use them.
   jax.config.update('jax_platforms', 'cpu')
   asked = _task()
   whole = task.work(asked, cost.flops_of(asked.config))
@@ -115,14 +132,14 @@ def main():
     _carry_out(pieces, whole)
   except stages.Failed as e:
     pieces.keep(done=False)
-    if e.told:  # its own last line says what is wrong
+    if e.told:  # the stage has printed the error
       sys.exit(2)
     raise
   _report(pieces)
 
 
 def _carry_out(pieces, whole) -> None:
-  """Works until all is done, or this call is over; keeps what came of it."""
+  """Runs stages until all are done or this call ends, and saves the results."""
   asked, made, step, stopped = pieces.task, [], None, None
   left = ['measuring', 'import' if asked.origin else 'training']
   judgements = _judgements(asked)
@@ -134,7 +151,7 @@ def _carry_out(pieces, whole) -> None:
     work.say_measured(pieces, whole)
     step = pieces.train()
     left.pop(0)
-    if asked.origin:  # what the weights are, is found out by importing them
+    if asked.origin:  # the import determines the config of the weights
       config = runs.read_config(asked.workdir)
       asked = pieces.task = dataclasses.replace(asked, config=config)
     there = checkpoint.steps(asked.workdir / 'checkpoints')
@@ -146,7 +163,7 @@ def _carry_out(pieces, whole) -> None:
       judgements.pop(0)
   except (work.Cut, KeyboardInterrupt) as e:
     stopped = e
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)  # soon it is over anyway
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process ends soon anyway
   left += dict.fromkeys(what for _, what, _ in judgements)
   pieces.keep(**_facts(pieces, whole, left, step, made))
   if isinstance(stopped, KeyboardInterrupt):
@@ -154,12 +171,12 @@ def _carry_out(pieces, whole) -> None:
 
 
 def _judgements(asked) -> list[tuple]:
-  """Of checkpoints that are not known yet."""
+  """The evaluations to run, before the checkpoints are known."""
   return task.judgements(asked, 'LAST', ['EARLIER'] * bool(asked.curve))
 
 
 def _facts(pieces, whole, left, step, made) -> dict:
-  """What the record tells of what was done, and of what came of it."""
+  """The facts for the record: what was done, and the results."""
   asked, shares = pieces.task, cost.shares(pieces.task.recipe)
   facts = {
     'done': not left,
@@ -185,11 +202,11 @@ def _facts(pieces, whole, left, step, made) -> dict:
   return facts
 
 
-# --- what is asked for --------------------------------------------------------
+# --- the task -----------------------------------------------------------------
 
 
 def _task() -> Task:
-  """Of the flags; all that can be known to be wrong is told here."""
+  """The task that the flags describe; raises UserError for any mistake."""
   command.at_least(
     num_samples=2, num_steps=1, curve=0, minutes=0, train_minutes=0
   )
@@ -206,7 +223,7 @@ def _task() -> Task:
   config = runs.to_plain(FLAGS.config)
   if FLAGS.sampler in (*samplers.ADAPTIVE, *samplers.CALIBRATED):
     raise UserError(
-      f'--sampler={FLAGS.sampler}: what it does is not known beforehand; use '
+      f'--sampler={FLAGS.sampler}: its cost is not known in advance; use '
       'another, such as ddim'
     )
   plan = plans.create(
@@ -220,7 +237,7 @@ def _task() -> Task:
   _check_run(workdir, source)
   held = config['data']['heldout_split'] or config['data']['heldout_every']
   if FLAGS.bits and not held:
-    raise UserError('the config holds no images out: give --nobits')
+    raise UserError('the config has no held-out images: give --nobits')
   wanted, published_judge = _judge()
   flags_of = (FLAGS[name] for name in JUDGING)
   same = ('num_samples', 'sampler', 'bits', 'minutes', 'train_minutes', 'curve')
@@ -282,7 +299,7 @@ def _check_output(workdir, directory) -> None:
 
 
 def _check_run(workdir, source) -> None:
-  """Raises UserError unless the workdir is new, or of this very task."""
+  """Raises UserError unless the workdir is new or belongs to this task."""
   runs.usable_folder('workdir', workdir)
   came_from = runs.converted_from(workdir)
   begun = (workdir / 'config.json').exists()
@@ -301,10 +318,10 @@ def _check_run(workdir, source) -> None:
 
 
 def _judge() -> tuple[tuple[str, ...], bool]:
-  """What is asked of the samples, and whether the judge is the published one.
+  """The metrics, and whether the judge is the published Inception.
 
-  That is known by a hash: what lies in the cache was checked as it was fetched.
-  A .npz is what its maker made of it.
+  A hash tells: weights in the cache were checked when they were fetched. A .npz
+  from elsewhere cannot be checked.
   """
   name = FLAGS.features
   if name in OTHERS:
@@ -327,9 +344,9 @@ def _judge() -> tuple[tuple[str, ...], bool]:
       f'--features={name}: there is no such file; give inception, a file of '
       'its weights, pixels or classifier'
     )
-  # The Inception Score takes the network to its very end.
+  # The Inception Score needs the logits too.
   score = '2048' in FLAGS.taps
-  if path.suffix == '.npz' and path.exists():  # does it reach as far?
+  if path.suffix == '.npz' and path.exists():  # does it hold these layers?
     weights.read(path, (*FLAGS.taps, *[inception.LOGITS] * score))
   is_published = name == 'inception' or (
     path.suffix == '.pth' and weights.checked(path) == weights.SHA256
@@ -337,27 +354,27 @@ def _judge() -> tuple[tuple[str, ...], bool]:
   return ('fid', 'is') if score else ('fid',), is_published
 
 
-# --- what is told -------------------------------------------------------------
+# --- the output ---------------------------------------------------------------
 
 
 def _cost(asked, whole) -> list[str]:
-  """The arithmetic, and hours on chips to rent."""
+  """The cost in FLOPs, and in hours on chips for rent."""
   steps = 0 if asked.origin else asked.config['num_steps']
   shares, most = cost.shares(asked.recipe), asked.most_training
   lines = [f'{asked.name} in {asked.workdir}']
   lines += cost.lines(whole, steps, shares, most)
   if asked.train_minutes:
     lines.append(
-      f'training ends after {asked.train_minutes:g} minutes, wherever it is: '
-      'the hours are with that, the steps are those of the config'
+      f'training stops after {asked.train_minutes:g} minutes at any step: the '
+      "hours include this limit, the steps are the config's"
     )
   if asked.origin:
-    lines.append('nothing is measured before an import')
+    lines.append('imported weights: the time per step is not measured')
   return lines
 
 
 def _plan(pieces, whole, told) -> None:
-  """The stages as they would be run."""
+  """Prints the cost and the commands of the stages."""
   asked = pieces.task
   commands = [task.measure(asked)] * asked.measure + [task.train(asked)]
   commands += [command for *_, command in _judgements(asked)]
@@ -375,9 +392,9 @@ def _report(pieces) -> None:
   record, directory = pieces.record, pieces.task.directory
   lines = [*record.get('text', []), '', 'all is done']
   if left := record['left']:
-    lines = [f'left: {", ".join(left)}; the same command goes on']
+    lines = [f'left: {", ".join(left)}; the same command resumes']
   for line in record.get('left_out', []):
-    terminal.say(f'too large to be copied: {line}')
+    terminal.say(f'too large to copy: {line}')
   terminal.report(
     {**record, 'directory': str(directory)},
     '\n'.join([*lines, f'results: {directory}']),

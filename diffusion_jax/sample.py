@@ -3,11 +3,12 @@ r"""Draws images from a trained run.
   python -m diffusion_jax.sample --workdir=runs/digits --num_samples=64 \
     --sampler=ddim --num_steps=50
 
-Without --sampler: DDPM's own, 1000 ancestral steps. Images go to a sample store
-(by default a folder in WORKDIR/samples named after what was asked); a job that
-was interrupted goes on, one that asks for more draws the rest. The folder gets
-samples.npz (`arr_0`, uint8), grid.png, and what else is asked for; of
---sampler=adaptive also evaluations.npy, of the network for each image.
+The default sampler is DDPM's own with 1000 ancestral steps. Images are written
+to a sample store, by default a folder in WORKDIR/samples named after the
+settings. An interrupted job resumes, and a larger --num_samples draws only the
+missing images. The folder also gets samples.npz (`arr_0`, uint8), grid.png, the
+pictures that flags ask for, and with --sampler=adaptive evaluations.npy, the
+number of network evaluations for each image.
 """
 
 import numpy as np
@@ -24,20 +25,32 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(drawing)
 declare.shared('json')
 declare.table(
-  num_samples=(64, 'How many images are to be there.'),
-  grid_images=(100, 'At most so many on grid.png.'),
+  num_samples=(
+    64,
+    'Number of images in the store, including those already drawn.',
+  ),
+  grid_images=(100, 'Maximum number of images on grid.png.'),
   png=(False, 'Also write every image as png/INDEX.png.'),
-  trajectory=(0, 'Also write trajectory.png: so many images, from the noise.'),
-  progressive=(0, 'Also write progressive.png: the estimates of x0 meanwhile.'),
+  trajectory=(
+    0,
+    'Also write trajectory.png: this many samples at several times from noise '
+    'to image.',
+  ),
+  progressive=(
+    0,
+    'Also write progressive.png: the estimates of x0 of this many samples at '
+    'the same times.',
+  ),
   interpolate=(
     0,
-    'Also write interpolation.png: so many images between samples 0 and 1, 2 '
-    'and 3 and so on, by their noises; for samplers that add none.',
+    'Also write interpolation.png: this many images between samples 0 and 1, 2 '
+    'and 3, and so on, by interpolating their initial noises. For samplers '
+    'that add no noise.',
   ),
 )
 
-FRAMES = 10  # on pictures of a way, at most
-PAIRS = 8  # on interpolation.png, at most
+FRAMES = 10  # most times on trajectory.png and progressive.png
+PAIRS = 8  # most pairs on interpolation.png
 
 
 def main():
@@ -56,7 +69,7 @@ def main():
       )
   if FLAGS.interpolate and FLAGS.num_samples < 2:
     raise UserError(
-      f'--interpolate={FLAGS.interpolate} is between two samples: give '
+      f'--interpolate={FLAGS.interpolate} needs two samples: give '
       f'--num_samples=2 or more, not {FLAGS.num_samples}'
     )
   trained, plan, output = drawing.chosen(check=_check_plan)
@@ -74,14 +87,14 @@ def main():
       'output': str(output), 'num_samples': FLAGS.num_samples,
       'step': trained.step, 'drawn': drawn, **cost,
     },
-    f'{FLAGS.num_samples} images of step {trained.step}, {drawn} of them drawn '
-    f'now ({told}); the picture is {output / "grid.png"}',
+    f'{FLAGS.num_samples} images from step {trained.step}, {drawn} of them '
+    f'drawn now ({told}); picture: {output / "grid.png"}',
     FLAGS.json,
   )  # fmt: skip
 
 
 def _check_plan(plan):
-  """What pictures it cannot give."""
+  """Raises UserError for pictures that the sampler cannot draw."""
   names = ('trajectory', 'progressive', 'interpolate')
   ways = [name for name in names if FLAGS[name].value]
   if ways and plan.adaptive:
@@ -91,14 +104,14 @@ def _check_plan(plan):
     )
   if FLAGS.interpolate and plan.adds_noise:
     raise UserError(
-      f'--interpolate={FLAGS.interpolate}: with --sampler={plan.sampler} and '
-      'its options an image depends on more noise than it begins as; give one '
-      'that adds none, such as --sampler=ddim'
+      f'--interpolate={FLAGS.interpolate}: --sampler={plan.sampler} with these '
+      'options adds noise on the way; give a sampler that adds none, such as '
+      '--sampler=ddim'
     )
 
 
 def _cost(plan, output):
-  """What an image takes, as JSON and for people."""
+  """Network evaluations per image, as JSON and in words."""
   if not plan.adaptive:
     each = f'{plan.evaluations} network evaluations each'
     return {'grid': plan.grid, 'evaluations': plan.evaluations}, each
@@ -118,7 +131,7 @@ def _cost(plan, output):
 
 
 def _write(output, plan):
-  """All that is made of the images in the store."""
+  """Writes the files made from the images in the store."""
   images = store.load(output, FLAGS.num_samples)
   store.write_npz(output, images)
   if plan.adaptive:
@@ -133,7 +146,7 @@ def _write(output, plan):
 
 
 def _draw_way(trained, plan, path, count):
-  """The first samples, or estimates of x0, at times from noise to image."""
+  """Draws the first samples, or their x0, at times from noise to image."""
   estimates = path.stem == 'progressive'
   frames = np.linspace(0, plan.num_steps, FRAMES).astype(int)
   frames = tuple(dict.fromkeys(frames.tolist()))
@@ -146,7 +159,7 @@ def _draw_way(trained, plan, path, count):
 
 
 def _draw_interpolation(trained, plan, path):
-  """Between the first samples, pair by pair."""
+  """Interpolates between the first samples, pair by pair."""
   pairs = min(FLAGS.num_samples // 2, PAIRS)
   how = {'clip': plan.clip, 'batch_size': FLAGS.batch_size}
   carry = trajectories.carrier(trained, plan.create(), plan.grid, **how)

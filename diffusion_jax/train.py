@@ -2,17 +2,19 @@ r"""Trains a diffusion model.
 
   python -m diffusion_jax.train --config=configs/digits.py --workdir=runs/digits
 
-Any value of the config can be changed: --config.optim.lr=1e-4. The same command
-again goes on from the newest checkpoint; only num_steps, *_every, microbatches,
-mesh.* and data.path may differ then. The workdir gets config.json,
-checkpoints/, metrics.jsonl, TensorBoard's events, and sample grids in samples/.
+Any value of the config can be overridden: --config.optim.lr=1e-4. Writes
+config.json, checkpoints/, metrics.jsonl, TensorBoard events, and sample grids
+(samples/) to the workdir.
 
-Fine-tuning: --init_from=runs/other begins with the parameters of another run
-that this config's network has too, by name and shape; the optimiser and the
-step begin afresh. init_from.json in the workdir says what was taken.
+To resume from the newest checkpoint, run the same command again; only
+num_steps, *_every, microbatches, mesh.* and data.path may differ.
 
-SIGTERM and SIGUSR1 end the run after the step it is in, which is saved. After
-SIGUSR1 in a Slurm job the job is put back into the queue.
+To fine-tune, give --init_from=runs/other. It copies the other run's parameters
+that match this config's network in name and shape, and starts at step 0 with a
+new optimiser state. init_from.json in the workdir lists what was copied.
+
+SIGTERM and SIGUSR1 stop the run after the current step and save it. After
+SIGUSR1, a Slurm job is also requeued.
 """
 
 import contextlib
@@ -40,17 +42,23 @@ from diffusion_jax.training import (
 FLAGS = flags.FLAGS
 command.define_config()
 flags.adopt_module_key_flags(distributed)
-flags.DEFINE_string('workdir', None, 'Folder of the run; made if needed.')
 flags.DEFINE_string(
-  'init_from', None, 'Folder of a run whose parameters this one begins with.'
+  'workdir', None, 'Folder of the run; created if it does not exist.'
+)
+flags.DEFINE_string(
+  'init_from', None, 'Folder of a run whose parameters to start from.'
 )
 flags.DEFINE_integer(
-  'init_step', None, 'Its checkpoint; the newest by default.'
+  'init_step', None, '--init_from: the checkpoint; by default the newest.'
 )
-flags.DEFINE_bool('init_ema', True, 'Its averaged weights, or the raw ones.')
+flags.DEFINE_bool(
+  'init_ema', True,
+  '--init_from: the averaged weights; --noinit_ema: the raw ones.',
+)  # fmt: skip
 flags.DEFINE_float(
   'still_secs', 300,
-  'A step that takes longer is told of, with where its process stands.',
+  'Report a step that takes longer than this many seconds, with the stack of '
+  'its process.',
   lower_bound=0.1,
 )  # fmt: skip
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
@@ -71,7 +79,7 @@ def main():
   program = programs.create(config, mesh)
   begun = finetune.load(origin, program.abstract.params)
 
-  # Nothing was written so far: every answer to a mistake comes before.
+  # Nothing has been written yet: all checks come before this point.
   with contextlib.ExitStack() as stack:
     kept = distributed.on_first(
       lambda: _begin(stack, workdir, config, origin, begun)
@@ -95,7 +103,7 @@ def main():
       _finish(workdir, start, {})
       return
     _say_start(workdir, config, start, splits, origin, begun, bool(kept))
-    begun.taken.clear()  # they are copied
+    begun.taken.clear()  # the state has copies
     train_state = _train(
       stack, config, workdir, mesh, program, splits, train_state, checkpoints,
       signals,
@@ -109,7 +117,7 @@ def main():
 
 
 def _begin(stack, workdir, config, origin, begun) -> list[int]:
-  """Takes the folder; the steps that have a checkpoint."""
+  """Locks the workdir; returns the steps that have a checkpoint."""
   stack.enter_context(runs.lock(workdir))
   if origin:
     finetune.record(workdir, origin, begun)
@@ -119,10 +127,10 @@ def _begin(stack, workdir, config, origin, begun) -> list[int]:
 
 
 def _say_start(workdir, config, start, splits, origin, begun, goes_on) -> None:
-  """Notes the start in the workdir, and says what it begins with."""
+  """Records the start in the workdir, and prints what training starts from."""
 
   def note():
-    runs.write_config(workdir, config)  # with what has changed
+    runs.write_config(workdir, config)  # some values may have changed
     runs.note_start(workdir, {'step': start, **environment.describe()})
 
   distributed.on_first(note)
@@ -132,14 +140,15 @@ def _say_start(workdir, config, start, splits, origin, begun, goes_on) -> None:
       terminal.say(line)
   elif FLAGS.init_from:
     terminal.say(
-      f'going on from step {start}: --init_from was applied when this run began'
+      f'resuming from step {start}: --init_from was applied when this run '
+      'started'
     )
   terminal.say(f'training on {source.description}')
   terminal.say(
     f'held out: {heldout.description}'
     if heldout
-    else 'no images are held out (data.heldout_every=10 would hold out every '
-    'tenth): there is no held-out loss'
+    else 'no images are held out, so there is no held-out loss '
+    '(data.heldout_every=10 would hold out every tenth image)'
   )
 
 
@@ -147,7 +156,7 @@ def _train(
   stack, config, workdir, mesh, program, splits, train_state, checkpoints,
   signals,
 ):  # fmt: skip
-  """The training loop, with what happens on the way."""
+  """The training loop with metrics, samples, checkpoints and the watchdog."""
   source, heldout = splits
   start = int(train_state.step)
   batches = pipeline.batches(
@@ -220,7 +229,7 @@ def _heldout_loss(program, train_state, source, config, mesh) -> dict:
 
 
 def _draw_grid(program, train_state, at, count, mesh, workdir, writer) -> None:
-  """Samples on the way, as a picture in the workdir and in TensorBoard."""
+  """Draws samples as a picture in the workdir and in TensorBoard."""
   params = {**program.frozen, **train_state.ema_params}
   indices = sharding.padded_indices(count, mesh)
   images = sharding.to_host(program.draw_fn(params, indices))
@@ -235,12 +244,12 @@ def _stopped(name, at):
   line = f'stopped by {name} at step {at}, which is saved; '
   job = os.environ.get('SLURM_JOB_ID')
   if name != 'SIGUSR1' or not job:
-    return line + 'the same command goes on'
+    return line + 'the same command resumes'
   failed = preemption.requeue(job)
   if not failed:
     return line + f'Slurm job {job} is requeued'
   return line + (
-    f'Slurm job {job} cannot be requeued ({failed}): the same command goes on'
+    f'Slurm job {job} cannot be requeued ({failed}): the same command resumes'
   )
 
 
@@ -254,7 +263,7 @@ def _finish(workdir, at, row):
     {'workdir': str(workdir), 'step': at, **row},
     f'trained to step {at}'
     + (f' ({", ".join(losses)})' if losses else '')
-    + f'; the run lies in {workdir}',
+    + f'; the run is in {workdir}',
     FLAGS.json,
   )
 

@@ -303,7 +303,7 @@ def test_what_is_not_a_number_is_not_finished():
     ({'atol': 0.0}, 'atol=0.0: above 0'),
     ({'atol': -1.0}, 'atol=-1.0'),
     ({'rtol': 0.0, 'atol': 0.0}, 'atol=0.0'),
-    ({'rtol': 1e-9, 'atol': 1e-8}, 'one of them at least 1e-06'),
+    ({'rtol': 1e-9, 'atol': 1e-8}, 'one of them must be at least 1e-06'),
     ({'budget': 2}, 'budget=2: a whole number of evaluations, at least 3'),
     ({'budget': 9.5}, 'budget=9.5'),
   ],

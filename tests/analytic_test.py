@@ -363,7 +363,7 @@ def test_what_is_kept_reads_back_or_is_told_of(tmp_path):
   found = calibration.read(tmp_path, 30, False, T)
   assert found == kept()
   calibration.check(found, 'sha', tmp_path, 30, False)
-  with pytest.raises(UserError, match=r'of other weights.*--ema=false'):
+  with pytest.raises(UserError, match=r'are not for the weights.*--ema=false'):
     calibration.check(found, 'another', tmp_path, 30, False)
   with pytest.raises(UserError, match='damaged'):
     calibration.read(tmp_path, 30, False, T - 1)

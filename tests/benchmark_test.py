@@ -52,7 +52,7 @@ def test_without_torch_it_is_one_line():
   ('mistake', 'said'),
   [
     ('--batch_sizes=1,x', '--batch_sizes=1,x: whole numbers from 1 on'),
-    ('--num_steps=3', 'takes a number of steps that divides 1000'),
+    ('--num_steps=3', 'needs a number of steps that divides 1000'),
     ('--rounds=0', '--rounds=0: at least 1'),
     ('--config.model.dtype=bfloat16', 'dtype=bfloat16: float32'),
     ('--config.model.num_groups=3', 'num_groups'),

@@ -119,7 +119,7 @@ def test_another_run_begins_with_its_parameters(served, run):
   workdir = run.parent / 'tuned'
   flags = tiny.flags(workdir, num_steps=1, checkpoint_every=0)
   result = do(served, 'train', *flags, f'--init_from={run}')
-  assert f'beginning with the averaged parameters of {run}' in result.err
+  assert f'starting from the averaged parameters of {run}' in result.err
   origin = json.loads((workdir / 'init_from.json').read_text())
   assert (origin['workdir'], origin['step']) == (str(run), 20)
 

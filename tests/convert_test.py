@@ -248,7 +248,7 @@ def test_what_came_in_is_sampled_judged_and_begun_with(tmp_path):
   assert drawn.code == 0, drawn.err
   for arguments, must in (
     (['evaluate', *few, '--features=pixels'], 'give --reference'),
-    (['evaluate', '--metrics=bpd'], 'convert them with --config'),
+    (['evaluate', '--metrics=bpd'], 'convert the weights again with --config'),
     (['sample', *few, '--noema'], 'averaged parameters only'),
   ):
     result = binaries.run(*arguments, f'--workdir={unknown}')
@@ -262,7 +262,7 @@ def test_what_came_in_is_sampled_judged_and_begun_with(tmp_path):
     f'--init_from={unknown}',
   )  # fmt: skip
   assert result.code == 0, result.err
-  assert 'beginning with the averaged parameters' in result.err
+  assert 'starting from the averaged parameters' in result.err
 
 
 # --- mistakes ----------------------------------------------------------------
@@ -396,8 +396,8 @@ def test_what_cannot_be_converted_is_told(tmp_path):
   (tmp_path / 'model.ckpt-3.index').write_bytes(b'')
   target = f'--to={tmp_path}/new'
   for arguments, must in (
-    ([f'--from={tmp_path}/nothing', target], 'no workdir of a run, no diffus'),
-    ([f'--from={tmp_path}/empty', target], 'no workdir of a run, no diffus'),
+    ([f'--from={tmp_path}/nothing', target], 'neither the workdir of a run'),
+    ([f'--from={tmp_path}/empty', target], 'neither the workdir of a run'),
     ([f'--from={other}', target], '_class_name is "UNet2DConditionModel"'),
     ([f'--from={flow}', target], '_class_name is "FlowMatch'),
     ([f'--from={latent}', target], '_class_name is "LDMPipeline"'),

@@ -359,7 +359,7 @@ def test_a_network_without_the_door_is_refused_in_one_line():
   with pytest.raises(UserError) as error:
     recipe.check_doors(tiny.model(), labels(), 'unet')
   told = str(error.value)
-  assert 'gives label, and model.name=unet takes no condition' in told
+  assert 'has label, but model.name=unet takes no condition' in told
   assert '\n' not in told
   recipe.check_doors(network(), labels(), 'mlp')
 

@@ -313,7 +313,7 @@ def test_a_file_that_is_no_classifier_is_answered_in_one_line(
   cases = {
     'No such file': lambda: None,
     'is not a classifier': lambda: other.write_bytes(b'PK nothing'),
-    'not a classifier of ours': lambda: np.savez(other, a=np.zeros(3)),
+    'not a classifier of this package': lambda: np.savez(other, a=np.zeros(3)),
     'of another network': lambda: np.savez(
       other, facts=json.dumps({'image_shape': [8, 8, 1], 'num_classes': 10})
     ),

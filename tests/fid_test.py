@@ -292,7 +292,7 @@ def test_people_read_it(there):
     (['--samples={there}/a', '--workdir=x'], 'workdir'),
     (
       ['--samples={there}/a', '--reference={there}/b', '--metrics=bpd'],
-      '--metrics=bpd is of a trained network: use evaluate',
+      '--metrics=bpd needs a trained network: use evaluate',
     ),
     (
       ['--samples={there}/a', '--reference={there}/b', *PIXELS,

@@ -271,7 +271,7 @@ def test_a_part_that_lies_about_its_size(bucket, shape):
     header = {'descr': '|u1', 'fortran_order': False, 'shape': shape}
     np.lib.format.write_array_header_1_0(file, header)
     file.write(pixels)
-  with pytest.raises(UserError, match='is damaged: delete it and draw again'):
+  with pytest.raises(UserError, match='is damaged: delete it and sample again'):
     store.load(bucket, 3)
 
 
@@ -305,7 +305,7 @@ def test_fine_tuning_names_the_other_run_as_it_is_written(bucket):
   other = bucket.parent / 'b'
   origin = finetune.find(other, str(bucket), None, True)
   assert origin == finetune.Origin('gs://ours/runs/a', 4, True)
-  finetune.record(other, origin, {}, [])
+  finetune.record(other, origin, finetune.Begun({}, []))
   assert finetune.recorded(other) == origin
   with pytest.raises(UserError, match='is the --workdir itself'):
     finetune.find(other, str(other), None, True)
@@ -349,7 +349,7 @@ def test_a_classifier_is_read_from_a_bucket(bucket, monkeypatch):
   classifier.train(path, source)
   assert classifier.load(path, (8, 8, 1)).protocol['num_classes'] == 10
   path.write_bytes(b'PK something else')
-  with pytest.raises(UserError, match='is not a classifier of ours'):
+  with pytest.raises(UserError, match='is not a classifier of this package'):
     classifier.load(path, (8, 8, 1))
 
 

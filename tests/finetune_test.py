@@ -149,7 +149,7 @@ def test_what_is_said(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(config))
   origin = finetune.Origin(str(tmp_path), 7, True)
   assert finetune.told(origin, {'a': 0, 'b': 0}, [], config) == [
-    f'beginning with the averaged parameters of {tmp_path}, step 7: 2 of 2 '
+    f'starting from the averaged parameters of {tmp_path}, step 7: 2 of 2 '
     'arrays'
   ]
   left = [
@@ -164,8 +164,8 @@ def test_what_is_said(tmp_path):
   lines = finetune.told(origin, {'a': 0}, left, config)
   assert lines[0].endswith('step 7: 1 of 11 arrays')
   assert lines[1:4] == [
-    '  1 of another shape, begun at random: c',
-    '  9 new, begun at random: n0, n1, n2, n3 and 5 more, see init_from.json',
+    '  1 of another shape, random: c',
+    '  9 new, random: n0, n1, n2, n3 and 5 more, see init_from.json',
     '  1 unused: u',
   ]
   assert lines[4].startswith('  warning: loss.prediction: eps there, v now; ')
@@ -275,7 +275,7 @@ def test_it_happens_once(source, tuned, tmp_path):
   # Killed later: the source is not even looked at.
   shutil.rmtree(other)
   result = train(workdir, f'--init_from={other}', num_steps=6)
-  assert 'going on from step 3: --init_from was applied' in result.err
+  assert 'resuming from step 3: --init_from was applied' in result.err
   assert rows(workdir) == rows(tuned)
 
 
@@ -312,8 +312,8 @@ def narrow():
     (['--init_from={source}', '--init_step=3'], {}, '--init_step=3: there is'),
     (['--init_from={empty}'], {}, 'holds no checkpoint'),
     (['--init_from={new}/../new'], {}, 'is the --workdir itself'),
-    (['--init_step=3'], {}, '--init_step=3 says what to take of --init_from'),
-    (['--noinit_ema'], {}, '--noinit_ema says what to take of --init_from'),
+    (['--init_step=3'], {}, '--init_step=3 needs --init_from'),
+    (['--noinit_ema'], {}, '--noinit_ema needs --init_from'),
     (['--init_from={damaged}'], {}, 'another by --init_step (20)'),
     (['--init_from={source}'],
      {'model.channels': 12, 'data.channels': 3, 'data.name': 'arrays',
@@ -355,7 +355,7 @@ def test_a_run_cannot_have_begun_otherwise(source, tuned):
   ):
     with pytest.raises(UserError) as error:
       finetune.find(workdir, str(init_from), step, ema)
-    assert f'the run in {workdir} began with' in str(error.value)
+    assert f'the run in {workdir} started from' in str(error.value)
     assert began in str(error.value)
     assert '\n' not in str(error.value)
   assert finetune.find(tuned, str(source), 30, True) is None

@@ -180,7 +180,7 @@ def test_what_comes_while_one_is_judged_is_held(tmp_path, monkeypatch):
     (['--step=10'], 'leave out --step'),
     (['--output=x'], 'leave out --output'),
     (['--poll_secs=0'], '--poll_secs=0'),
-    (['--metrics=kid'], '--follow takes fid too'),
+    (['--metrics=kid'], '--follow needs fid too'),
     (['--metrics=fidd'], '--metrics=fidd is not known'),
     (['--features=nope'], '--features=nope: there is no such file'),
     (['--sampler=magic'], 'magic'),

@@ -126,7 +126,7 @@ def test_sigterm_saves_and_ends_well(run, tmp_path):
   last, step = stopped(process, 0), at(workdir)
   assert last == (
     f'stopped by SIGTERM at step {step}, which is saved; the same command '
-    'goes on'
+    'resumes'
   )
   assert kept(workdir) == [step]
   assert 4 <= step < 30
@@ -163,7 +163,7 @@ def test_slurm_gets_its_job_back(tmp_path):
   last, step = stopped(process, 0), at(workdir)
   assert last == (
     f'stopped by SIGUSR1 at step {step}, which is saved; Slurm job 4711 cannot '
-    'be requeued (no such job at all): the same command goes on'
+    'be requeued (no such job at all): the same command resumes'
   )
 
 
@@ -222,7 +222,7 @@ def unwritable(folder):
 def names_the_whole_one(line, workdir):
   assert line.startswith('error: training stopped at step ')
   newest = kept(workdir)[-1]
-  end = f'; checkpoint {newest} is whole, and the same command goes on from it'
+  end = f'; checkpoint {newest} is complete; the same command resumes from it'
   assert line.endswith(end)
 
 
@@ -339,4 +339,4 @@ def test_ctrl_c_while_images_are_drawn_is_one_line(run, tmp_path):
   ended = drawing.end()
   assert ended.code == 130, ended
   assert 'Fatal' not in ended.err
-  assert ended.err.strip().endswith('goes on from what is kept')
+  assert ended.err.strip().endswith('run the same command again to resume')

@@ -301,11 +301,14 @@ def test_estimates_are_the_denoisers_of_the_frames(name, clip):
 
 
 def test_estimates_need_no_frame_with_noise():
+  recipe = tiny.recipe(models.Model(None, apply), SHAPE, LINEAR)
   draw_fn = draw.drawer(
-    apply, LINEAR, 'x0', samplers.ddim(), TIMES, SHAPE, seed=3,
-    frames=(4,), dtype='float32', estimates=True,
+    recipe, tiny.one_device(), samplers.ddim(), TIMES, seed=3, frames=(4,),
+    dtype='float32', estimates=True,
   )  # fmt: skip
-  images, kept = draw_fn(jnp.float32(1), jnp.arange(2, dtype=jnp.uint32))
+  images, kept = draw_fn(
+    {'net': jnp.float32(1)}, jnp.arange(2, dtype=jnp.uint32)
+  )
   np.testing.assert_array_equal(kept[0], images)
   assert np.isfinite(kept).all()
 

@@ -185,7 +185,7 @@ def test_the_plan_starts_nothing(tmp_path):
     (['--features=inception', '--taps=12'], '--taps=12: use some of 2048'),
     (['--from=.', '--train_minutes=3'], 'leave --train_minutes out'),
     (['--num_samples=1'], '--num_samples=1: at least 2'),
-    (['--sampler=adaptive'], 'not known beforehand'),
+    (['--sampler=adaptive'], 'not known in advance'),
     (['--bits', '--config.data.heldout_split='], 'give --nobits'),
     (['--output=setup.py'], 'setup.py is a file'),
   ],

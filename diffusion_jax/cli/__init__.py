@@ -1,1 +1,1 @@
-"""What the binaries share: groups of flags and what they ask for."""
+"""Code shared by the binaries: groups of flags and how they are read."""

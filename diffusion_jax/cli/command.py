@@ -1,7 +1,7 @@
-"""What the binaries share: answers to mistakes, progress, tables.
+"""How every binary starts: flags, --help, --config, and error messages.
 
-A mistake of the user gets one line on stderr and exit code 2, whatever raised
-it: absl's flags, ml_collections, a check, a file. A bug keeps its traceback.
+A user's mistake gives one line on stderr and exit code 2, whatever raised it:
+absl's flags, ml_collections, a check, a file. A bug keeps its traceback.
 """
 
 import errno
@@ -19,9 +19,9 @@ from diffusion_jax.cli import config_files
 from diffusion_jax.system import distributed, numerics, terminal
 from diffusion_jax.system.errors import UserError
 
-flags.disclaim_key_flags()  # --config is the binary's
+flags.disclaim_key_flags()  # --config belongs to the binary
 
-# What absl and ml_collections raise for a mistake on the command line.
+# Raised by absl and ml_collections for a mistake on the command line.
 FLAG_ERRORS = (
   flags.Error,
   AttributeError,
@@ -30,7 +30,7 @@ FLAG_ERRORS = (
   ValueError,
 )
 
-# Not bugs, wherever they are raised.
+# Errors of the file system, which are never bugs.
 DISK = (
   *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
   *(errno.EACCES, errno.EPERM),
@@ -38,30 +38,30 @@ DISK = (
 
 
 def define_config(
-  help: str = 'The run: a file, or the name of a shipped config.',
+  help: str = 'Config of the run: a file, or the name of a shipped config.',
   default: str | None = None,
 ) -> None:
-  """Defines --config, and --print_config which shows what comes of it.
+  """Defines --config, and --print_config, which prints the resulting config.
 
   Args:
-    help: what the binary wants it for.
-    default: a shipped config.
+    help: what the binary uses it for.
+    default: the name of a shipped config, or None.
   """
   config_flags.DEFINE_config_file('config', default, help)
   flags.DEFINE_bool(
     'print_config', False,
-    'Print the whole config, with what other flags change in it, as a file '
-    'that --config takes; do nothing else.',
+    'Print the whole config, including changes by other flags, as a file for '
+    '--config, and exit.',
   )  # fmt: skip
 
 
 def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
-  """Runs a binary's main; the last line of its file.
+  """Runs a binary's main. This is the last line of the binary's file.
 
   Args:
-    main: called without arguments once the flags are parsed and well.
-    doc: the binary's docstring, shown by --help.
-    required: flags that must be given.
+    main: called without arguments after the flags are parsed and checked.
+    doc: the binary's docstring, which --help prints.
+    required: names of flags that must be given.
   """
   sys.modules['__main__'].__doc__ = doc
   numerics.fix()
@@ -97,11 +97,11 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
       _call(main)
     except KeyboardInterrupt:
       print(
-        '\ninterrupted; the same command goes on from what is kept',
+        '\ninterrupted; run the same command again to resume',
         file=sys.stderr,
       )
-      # Python's own end takes apart what XLA may still compute with. What was
-      # to be saved is: contexts have ended.
+      # A normal exit would destroy objects that XLA may still use. Nothing is
+      # left to save: all contexts have exited.
       for child in multiprocessing.active_children():
         child.terminate()
       distributed.leave(130, alone=True)
@@ -110,7 +110,7 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
 
 
 def _call(main: Callable[[], None]) -> None:
-  """Calls a binary's main, and answers to what it raises."""
+  """Calls a binary's main and handles its exceptions."""
   try:
     main()
     distributed.finish()
@@ -141,7 +141,7 @@ def _help(doc: str, full: bool) -> None:
       subsequent_indent=' ' * 19,
     )
     lines.append(text)
-  lines.append("\nIn brackets: defaults. absl's own flags: --helpfull.")
+  lines.append("\nDefaults are in brackets. --helpfull lists absl's flags too.")
   if full:
     lines.append(flags.FLAGS.get_help())
   terminal.write('\n'.join(lines))
@@ -149,7 +149,7 @@ def _help(doc: str, full: bool) -> None:
 
 
 def _print_config() -> None:
-  """Prints the config with what was changed by flags; exits with 0."""
+  """Prints the config, including changes by flags; exits with 0."""
   if flags.FLAGS.config is None:
     raise UserError('--config is missing; see --help')
   terminal.write(config_files.source(flags.FLAGS.config))
@@ -157,9 +157,9 @@ def _print_config() -> None:
 
 
 def _one_line(error: Exception, argv: Sequence[str]) -> str:
-  """A library's message, without its quotes and line breaks."""
+  """A library's error message without its quotes and line breaks."""
   if isinstance(error, KeyError | AttributeError) and error.args:
-    # ml_collections quotes its two lines, 'KEY\nDid you mean ...', twice over.
+    # ml_collections quotes its two lines, 'KEY\nDid you mean ...', twice.
     text = str(error.args[0]).replace('\\n', ' ')
     key = re.search(r'\w+', text)[0]
     hint = re.search(r'Did you mean \W*(\w+)', text)
@@ -174,7 +174,7 @@ def _one_line(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _resolve_config(argv: list[str]) -> list[str]:
-  """Turns --config=NAME into a file: as given, or one that is shipped."""
+  """Replaces --config=NAME by a file: the one given, or a shipped one."""
   resolved, words = [], iter(argv)
   for word in words:
     if word in ('--config', '-config'):
@@ -194,14 +194,14 @@ def _resolve_config(argv: list[str]) -> list[str]:
 
 
 def need(*names: str) -> None:
-  """Raises UserError for flags that are not given."""
+  """Raises UserError if one of these flags is missing."""
   for name in names:
     if not flags.FLAGS[name].value:
       raise UserError(f'--{name} is missing; see --help')
 
 
 def at_least(**least: float) -> None:
-  """Raises UserError for flags out of range: name = the least allowed."""
+  """Raises UserError for flags out of range: name = the minimum."""
   for name, value in least.items():
     given = flags.FLAGS[name].value
     if given is not None and given < value:
@@ -209,19 +209,19 @@ def at_least(**least: float) -> None:
 
 
 def refuse(names: Sequence[str], what: str) -> None:
-  """Raises UserError for flags that are given and not heeded.
+  """Raises UserError for flags that are given but would be ignored.
 
   Args:
-    names: of the flags.
-    what: what they have no part in.
+    names: the names of the flags.
+    what: the operation that ignores them.
   """
   for name in names:
     if flags.FLAGS[name].present:
-      raise UserError(f'--{name} has no part in {what}: leave it out')
+      raise UserError(f'--{name} does not apply to {what}: leave it out')
 
 
 def seeds(*names: str) -> None:
-  """Raises UserError for flags that are no seeds."""
+  """Raises UserError for flags that are not valid seeds."""
   at_least(**dict.fromkeys(names, 0))
   for name in names:
     if (flags.FLAGS[name].value or 0) >= 2**32:

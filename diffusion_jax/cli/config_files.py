@@ -1,8 +1,8 @@
-"""--config=NAME: the files of configs, the user's and the shipped ones.
+"""Config files for --config: the user's own and the shipped ones.
 
-Every binary reads its config through this file: `command` has ml_collections
-load it, and its `get_config` loads the one that the user gave, gives it the
-keys that it lacks, and refuses those that no config has.
+Every binary reads its config through this module: `command` makes
+ml_collections load it, and its `get_config` loads the user's file, adds missing
+keys with their defaults, and rejects unknown keys.
 """
 
 import inspect
@@ -36,13 +36,13 @@ def shipped_configs() -> list[str]:
 
 
 def shipped_config(name: str) -> str | None:
-  """The file of a shipped config, whatever lies in this folder."""
+  """The path of a shipped config, ignoring the working directory."""
   candidates = [os.path.join(f, f'{name}.py') for f in configs.__path__]
   return next((path for path in candidates if os.path.isfile(path)), None)
 
 
 def find_config(name: str) -> str | None:
-  """The file of a config: a path, or the name of a shipped one."""
+  """The path of a config, given as a path or as the name of a shipped one."""
   base = name.removeprefix('configs/').removesuffix('.py')
   candidates = [name] * name.endswith(('.py', '.json')) + [f'{name}.py']
   there = (path for path in candidates if os.path.isfile(path))
@@ -50,14 +50,14 @@ def find_config(name: str) -> str | None:
 
 
 def load(given: str) -> ConfigDict:
-  """The config of a file, with all keys.
+  """Loads a config and completes it with the default of every missing key.
 
   Args:
-    given: the path of a Python file with get_config(), or of a run's
-      config.json; of a Python file perhaps with :ARGUMENT.
+    given: the path of a Python file with get_config(), optionally followed by
+      :ARGUMENT, or of a run's config.json.
 
   Raises:
-    UserError: the file does not give a config.
+    UserError: the file does not define a valid config.
   """
   path, colon, argument = given.partition(':')
   config = (_read if path.endswith('.json') else _call)(
@@ -81,7 +81,8 @@ def _call(path, *arguments):
     raise UserError(f'--config={path} has no function get_config()')
   if arguments and not inspect.signature(get_config).parameters:
     raise UserError(
-      f'--config={path}:{arguments[0]}: this config takes nothing after a colon'
+      f'--config={path}:{arguments[0]}: this config takes no argument: give '
+      f'--config={path}'
     )
   return get_config(*arguments)
 
@@ -103,31 +104,31 @@ def _tuples(value):
 
 
 def get_config(given: str) -> ConfigDict:
-  """As `load`, for ml_collections, which would wrap up what is raised."""
+  """Like `load`, but exits on errors, because ml_collections wraps them."""
   try:
     return load(given)
   except UserError as e:
     terminal.fail(str(e))
   except Exception:
-    traceback.print_exc()  # a bug in the user's file, or in ours
+    traceback.print_exc()  # a bug in the user's file or in this package
     sys.exit(1)
 
 
 def through(found: str) -> str:
-  """The value of --config that has ml_collections call `get_config`."""
+  """The value of --config that makes ml_collections call `get_config`."""
   return f'{__file__}:{found}'
 
 
 def given(value: str) -> str:
-  """The other way round: PATH or PATH:ARGUMENT of such a value."""
+  """The inverse of `through`: PATH or PATH:ARGUMENT from such a value."""
   return value.removeprefix(f'{__file__}:')
 
 
 def source(config: ConfigDict) -> str:
-  """A config as a Python file, which --config takes, with default's comments.
+  """A config as a Python file for --config, with default.py's comments.
 
   Args:
-    config: all keys and values.
+    config: the complete config.
   """
   lines = Path(default.__file__).read_text().splitlines()
   comments = dict(_comments(lines))
@@ -157,7 +158,7 @@ def source(config: ConfigDict) -> str:
 
 
 def _comments(lines) -> Iterator[tuple[str, tuple[list[str], str]]]:
-  """(config.KEY, (the lines above it, the comment behind it)) in order."""
+  """Yields (config.KEY, (lines above it, comment after it)) in order."""
   above = []
   for line in lines:
     key = KEY.fullmatch(line)

@@ -1,4 +1,4 @@
-"""Flags as tables, and those that several binaries have."""
+"""Declares flags from tables, including those that several binaries share."""
 
 from absl import flags
 
@@ -18,10 +18,13 @@ KINDS = {
 
 SHARED = {
   'workdir': (str, 'Folder of the run.'),
-  'step': (int, 'Checkpoint; the newest by default.'),
-  'ema': (True, 'Averaged weights, or the raw ones.'),
+  'step': (int, 'Checkpoint; by default the newest.'),
+  'ema': (True, 'Use the averaged weights; --noema: the raw ones.'),
   'json': (False, 'Print the result as JSON.'),
-  'data_path': (str, "Where the data lie, if not the config's; TFDS's folder."),
+  'data_path': (
+    str,
+    "Folder of the data, such as TFDS's data_dir; by default the config's.",
+  ),
 }
 
 
@@ -29,9 +32,9 @@ def table(**declared: tuple) -> None:
   """Declares flags.
 
   Args:
-    **declared: name = (default, help). A type in place of the default is that
-      of a flag without one; a tuple holds the words that the flag may be, the
-      first by default.
+    **declared: name = (default, help). For a flag without a default, give its
+      type instead. A tuple declares an enum: the allowed values, the first one
+      being the default.
   """
   for name, (default, what) in declared.items():
     if isinstance(default, type):

@@ -1,7 +1,7 @@
-"""Samples of a run on disk: the flags that say which, the store they fill.
+"""Draws a run's samples to disk: the sampling flags and the sample store.
 
-Shared by the binaries that draw. `flags.adopt_module_key_flags(sampling)` makes
-these flags a binary's own.
+Shared by the binaries that draw samples.
+`flags.adopt_module_key_flags(drawing)` makes these flags a binary's own.
 """
 
 import functools
@@ -28,37 +28,41 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
 declare.shared('workdir', 'step', 'ema')
 declare.table(
-  output=(str, 'Folder of the samples.'),
-  batch_size=(256, 'Images drawn at once.'),
+  output=(
+    str,
+    'Folder of the samples; by default one in WORKDIR/samples, named after the '
+    'settings.',
+  ),
+  batch_size=(256, 'Images per batch, over all devices.'),
   sampler=(
     'ancestral',
-    f'One of {", ".join(samplers.SAMPLERS)}; list: a table of them.',
+    f'One of {", ".join(samplers.SAMPLERS)}; list prints a table of them.',
   ),
-  num_steps=(int, 'Sampling steps; all of the schedule by default.'),
+  num_steps=(int, 'Sampling steps; by default all of the schedule.'),
   grid=(
     'uniform',
     f'Times: {", ".join(grid.NAMES)}, or a literal list such as 999,500,100.',
   ),
   clip=(bool, "Clip x0 to [-1, 1] in every step; by default the config's."),
-  seed=(0, 'Of the samples.'),
+  seed=(0, 'Seed of the samples.'),
 )
 
-# Of samplers; each takes some of them.
+# Options of samplers; each sampler takes some of them.
 OPTIONS = {
-  'eta': 'noise, from 0 (none) to 1',
+  'eta': 'amount of noise, from 0 (none) to 1',
   'variance': "fixedlarge or fixedsmall; by default the config's",
-  'order': '1 to 3',
-  'variant': 'see --sampler=list',
+  'order': 'order of the solver, 1 to 3',
+  'variant': 'variant of the solver, see --sampler=list',
   'churn': "EDM's S_churn",
-  'churn_min': 'its least sigma / alpha, S_tmin',
-  'churn_max': 'its greatest sigma / alpha, S_tmax',
-  'churn_noise': 'its noise, S_noise',
-  'snr': 'of a Langevin step',
-  'corrector_steps': 'Langevin steps after each other',
-  'pixel_noise': 'what the last noise may move a pixel by, of 255',
-  'rtol': 'relative tolerance of a step',
-  'atol': 'absolute tolerance of a step',
-  'budget': 'evaluations for a sample, at most',
+  'churn_min': "EDM's S_tmin, the smallest sigma / alpha with churn",
+  'churn_max': "EDM's S_tmax, the largest sigma / alpha with churn",
+  'churn_noise': "EDM's S_noise",
+  'snr': 'signal-to-noise ratio of a Langevin step',
+  'corrector_steps': 'Langevin steps per sampling step',
+  'pixel_noise': 'limit of the last noise, in 8-bit levels on average',
+  'rtol': 'relative tolerance per step',
+  'atol': 'absolute tolerance per step',
+  'budget': 'maximum number of network evaluations per sample',
 }
 for option, what in OPTIONS.items():
   taken = [name for name in samplers.SAMPLERS if option in samplers.takes(name)]
@@ -69,12 +73,12 @@ for option, what in OPTIONS.items():
 
 
 def listed() -> bool:
-  """Whether --sampler=list was given, which is answered."""
+  """Prints the table of samplers if --sampler=list; returns whether it did."""
   if FLAGS.sampler != 'list':
     return False
   head, *rows = samplers.table()
   result = [dict(zip(head, row, strict=True)) for row in rows]
-  # The first column is flush left, and here all are words.
+  # All columns are words, so all are left-aligned.
   widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
   lines = [
     '  '.join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)
@@ -84,13 +88,13 @@ def listed() -> bool:
 
 
 def asked() -> dict:
-  """What the flags say of a plan, see `plans.for_run`; None is not given."""
+  """The flags of a plan, see `plans.for_run`; None for those not given."""
   names = ('sampler', 'num_steps', 'grid', 'clip', *OPTIONS)
   return {name: FLAGS[name].value for name in names}
 
 
 def check_flags(**least) -> None:
-  """Raises UserError for numbers out of range: name = the least allowed."""
+  """Raises UserError for flags out of range: name = the minimum."""
   command.at_least(batch_size=1, **least)
   if FLAGS.num_samples > 10**9:
     raise UserError(f'--num_samples={FLAGS.num_samples}: at most 10**9')
@@ -99,13 +103,14 @@ def check_flags(**least) -> None:
 
 
 def prepared() -> tuple[int, Callable[[dict], Plan], Callable[[], Trained]]:
-  """The step that the flags ask for; `asked` -> plan; what loads the network.
+  """Returns (checkpoint step, fn from `asked` to a plan, fn to load the net).
 
-  Plans come before the weights are read, so that a mistake is answered at once.
+  Plans are made before the weights are read, so that mistakes are reported at
+  once.
 
   Raises:
-    UserError: there is no run or no such checkpoint; so do the functions, where
-      what is asked for cannot be had.
+    UserError: there is no run or no such checkpoint. The two functions raise it
+      if the plan or the calibration is not possible.
   """
   workdir = declare.workdir()
   config = runs.read_config(workdir)
@@ -138,14 +143,15 @@ def prepared() -> tuple[int, Callable[[dict], Plan], Callable[[], Trained]]:
 def chosen(
   dtype: str = 'uint8', check: Callable[[Plan], None] = lambda plan: None
 ) -> tuple[Trained, Plan, files.Path]:
-  """The network, the plan and the folder that the flags ask for.
+  """Returns the network, the plan and the output folder that the flags select.
 
   Args:
-    dtype: of the samples, see `draw.drawer`; only the folder depends on it.
+    dtype: dtype of the samples, see `draw.drawer`; only the name of the folder
+      depends on it.
     check: called with the plan before the weights are read.
 
   Raises:
-    UserError: they ask for what there is not; nothing was written.
+    UserError: the flags are not valid; nothing has been written.
   """
   step, plan_of, network = prepared()
   plan = plan_of(asked())
@@ -164,16 +170,16 @@ def fill(
   num_samples: int,
   dtype: str = 'uint8',
 ) -> int:
-  """Draws what the store lacks of its first samples; returns their number.
+  """Draws the samples that the store lacks; returns how many were drawn.
 
-  When it returns, all processes have kept what they drew.
+  When it returns, all processes have saved their samples.
 
   Args:
     trained: the network.
-    plan: how it draws.
+    plan: the sampling plan.
     output: the store's folder.
-    num_samples: how many are to be there.
-    dtype: of the samples, see `draw.drawer`.
+    num_samples: number of samples that the store must hold.
+    dtype: dtype of the samples, see `draw.drawer`.
 
   Raises:
     UserError: the folder holds something else.
@@ -194,7 +200,7 @@ def fill(
     return 0
   batch_size = min(FLAGS.batch_size, len(absent))
   terminal.say(
-    f'drawing {len(absent)} images of {plan.cost()} each, '
+    f'drawing {len(absent)} images with {plan.cost()} each, '
     f'{batch_size} at once, into {output}'
   )
   if FLAGS.num_steps not in (None, plan.num_steps):
@@ -225,13 +231,13 @@ def fill(
 
 
 def took(output: files.Path, num_samples: int) -> Took:
-  """What the first samples of an adaptive plan's store took, in NumPy."""
+  """The cost of each of the first samples of an adaptive plan's store."""
   counts = store.load(output / store.TOOK, num_samples).T
   return Took(*counts[:3], counts[3].astype(bool))
 
 
 def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
-  """All that the images depend on; what is as ever, it says nothing of."""
+  """Everything the images depend on; default settings are omitted."""
   facts = {
     'step': trained.step,
     'ema': trained.ema,
@@ -250,13 +256,13 @@ def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
 def name(
   step: int, plan: Plan, dtype: str = 'uint8', how: dict | None = None
 ) -> str:
-  """What samples and cards are called.
+  """The name of samples and cards.
 
   Args:
-    step: of the checkpoint.
-    plan: made of what was asked.
-    dtype: of the samples, see `draw.drawer`.
-    how: of `asked`; the flags by default.
+    step: step of the checkpoint.
+    plan: the plan made from `how`.
+    dtype: dtype of the samples, see `draw.drawer`.
+    how: a result of `asked`; by default the flags.
   """
   how = how or asked()
   given = {k: x for k, x in how.items() if k in OPTIONS and x is not None}
@@ -265,7 +271,8 @@ def name(
   parts += [f'{k}{x}' for k, x in given.items()]
   parts += [how['grid']] * (how['grid'] != 'uniform') + [f'seed{plan.seed}']
   parts += ['raw'] * (not FLAGS.ema) + ['noclip'] * (not plan.clip)
-  if plans.is_calibrated(plan.sampler, how['grid']):  # another time by others
+  # The plan depends on the calibration, which may differ another time.
+  if plans.is_calibrated(plan.sampler, how['grid']):
     made = json.dumps([plan.grid, plan.options])
     parts += [f'by{_digest(made)[:8]}']
   whole = '_'.join(parts).replace(',', '-')

@@ -1,4 +1,4 @@
-"""What judges images: the network that --features asks for."""
+"""Judges, the networks that --features selects."""
 
 from absl import flags
 
@@ -14,24 +14,29 @@ FLAGS = flags.FLAGS
 declare.table(
   features=(
     str,
-    'What judges: classifier (trained on the data, the default where they have '
-    'labels), pixels, inception (of the cache), or a file: Inception weights '
-    '(.npz, .pth, .pb) or RUN/evaluations/classifier_*.npz.',
+    'Network that judges the images: classifier (trained on the data; the '
+    'default for labelled data), pixels (no network; the default otherwise), '
+    'inception (its weights in the cache), or a file: Inception weights (.npz, '
+    '.pth, .pb) or RUN/evaluations/classifier_*.npz.',
   ),
   taps=(
     ['2048'],
-    f'Where in Inception: {", ".join(inception.DISTANCES)}. The first one '
-    'serves the metrics that are no Frechet distances.',
+    f'Feature layers of Inception: {", ".join(inception.DISTANCES)}. Metrics '
+    'other than Frechet distances use the first one.',
   ),
-  convention=(CONVENTIONS, 'Input of Inception: as the graph or pytorch-fid.'),
+  convention=(
+    CONVENTIONS,
+    'How Inception resizes and scales its input: like the original TensorFlow '
+    'graph (tf1) or like pytorch-fid.',
+  ),
   cache=(
     str,
-    'Folder for features and weights; ~/.cache/diffusion_jax by default. It '
+    'Folder for features and weights; by default ~/.cache/diffusion_jax. It '
     'may be emptied at any time.',
   ),
   download=(
     False,
-    'First fetch the published weights of Inception into the cache '
+    'First fetch the published Inception weights into the cache '
     f'({weights.BYTES / 1e6:.0f} MB from github.com; their hash is checked).',
   ),
 )
@@ -43,7 +48,7 @@ def cache() -> files.Path:
 
 
 def download() -> None:
-  """Fetches the published weights into the cache, unless they are there."""
+  """Fetches the published weights into the cache if they are missing."""
 
   def obtain():
     with terminal.Progress(
@@ -51,24 +56,24 @@ def download() -> None:
     ) as progress:
       return weights.obtain(cache(), on_bytes=progress.update)
 
-  # Each host has a cache of its own.
-  terminal.say(f'weights of Inception: {distributed.everywhere(obtain)}')
+  # Each host has its own cache.
+  terminal.say(f'Inception weights: {distributed.everywhere(obtain)}')
 
 
 def judge_of(
   source: Source | None, heldout: Source | None, image_shape, folder=None
 ) -> features.Judge:
-  """The network that --features asks for, trained if need be.
+  """The network that --features selects; trains a classifier if needed.
 
   Args:
     source: the training images, or None.
-    heldout: on which a classifier is tried, or None.
-    image_shape: (H, W, C) of what it is to judge; None where there are only
+    heldout: images to measure a classifier's accuracy on, or None.
+    image_shape: (H, W, C) of the images to judge; None if there are only
       statistics, which need no network.
-    folder: where classifiers of these data are kept; None where there is none.
+    folder: folder of the classifiers of these data, or None.
 
   Raises:
-    UserError: there is no such network, or it is not for such images.
+    UserError: there is no such network, or it does not take such images.
   """
   labelled = source and source.num_classes and folder
   name = FLAGS.features or ('classifier' if labelled else 'pixels')
@@ -86,8 +91,8 @@ def judge_of(
   num_classes = source.num_classes if source else 0
   if num_classes not in (0, judge.protocol['num_classes']):
     raise UserError(
-      f'--features={name} judges {judge.protocol["num_classes"]} classes, and '
-      f'the data have {num_classes}: give another'
+      f'--features={name} knows {judge.protocol["num_classes"]} classes, but '
+      f'the data have {num_classes}: give another classifier'
     )
   right = classifier.accuracy(judge, heldout) if heldout else None
   return judge._replace(details={**judge.details, 'classifier_accuracy': right})
@@ -125,7 +130,7 @@ def _inception(name) -> features.Judge:
 
 
 def _converted(path) -> files.Path:
-  """A published file as one of ours, in the cache."""
+  """Converts a published file to a .npz in the cache."""
   target = cache() / f'inception_{weights.checked(path)[:16]}.npz'
   if not target.exists():
     weights.convert(path, target)
@@ -133,10 +138,11 @@ def _converted(path) -> files.Path:
 
 
 def _train_classifier(folder, source, image_shape):
-  """The file of the classifier of these data, trained unless it is there."""
+  """The file of the classifier of these data, trained if it is missing."""
   if folder is None:
     raise UserError(
-      '--features=classifier is for a run: give the file of one, or another'
+      '--features=classifier is for evaluating a run: give the file of a '
+      'classifier, or another judge'
     )
   if not (source and source.num_classes):
     what = source.description if source else 'there are only statistics'

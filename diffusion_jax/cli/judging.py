@@ -1,7 +1,7 @@
-"""Judging sets of images: the flags that say how, and what they ask for.
+"""Judges sets of images: the flags for it, and the steps they select.
 
-Shared by the binaries that judge. `flags.adopt_module_key_flags(judging)` makes
-these flags a binary's own.
+Shared by the binaries that judge images.
+`flags.adopt_module_key_flags(judging)` makes these flags a binary's own.
 """
 
 from collections.abc import Callable
@@ -27,41 +27,48 @@ declare.shared('json')
 declare.table(
   metrics=(
     [],
-    'With commas: '
+    'Metrics, separated by commas: '
     + '; '.join(f'{name}, {what}' for name, what in measure.METRICS.items())
-    + '. By default fid, of a run copies, by a classifier classes. Of a run, '
-    'by themselves: '
+    + '. By default fid; for a run also copies; with a classifier also '
+    'classes. For a run, not together with the others: '
     + '; '.join(f'{name}, {what}' for name, what in bits.KINDS.items())
     + '.',
   ),
   reference=(
     str,
-    'What is compared with: a folder of images, a .npz or .npy of them, '
-    'tfds:NAME@SPLIT, digits, or a .npz of statistics (mu, sigma). By default '
-    "a run's training images.",
+    'The images to compare with: a folder of images, a .npz or .npy of them, '
+    'tfds:NAME@SPLIT, digits, or a .npz of statistics (mu, sigma). For a run, '
+    'by default its training images.',
   ),
-  write_statistics=(str, 'A .npz for mu and sigma of the reference.'),
-  neighbours=(20, 'On the picture: so many samples, the nearest ones first.'),
+  write_statistics=(
+    str,
+    "A .npz file to write the reference's mu and sigma to.",
+  ),
+  neighbours=(
+    20,
+    'Number of samples on the picture of nearest neighbours, nearest first.',
+  ),
 )
 for option, what in {
-  'kid_subsets': 'KID: how many.',
-  'kid_subset_size': 'KID: images of each set in a subset.',
-  'kid_seed': 'KID: of the subsets.',
-  'is_splits': 'Inception Score: parts of the samples.',
-  'is_seed': 'Inception Score: shuffle first, for sets that stand in order.',
-  'pr_k': 'Precision and recall: whose distance is the radius.',
+  'kid_subsets': 'KID: number of subsets.',
+  'kid_subset_size': 'KID: images per subset, from each set.',
+  'kid_seed': 'KID: seed of the subsets.',
+  'is_splits': 'Inception Score: number of splits of the samples.',
+  'is_seed': 'Inception Score: seed to shuffle samples that are in some order '
+  'before the split; by default they are not shuffled.',
+  'pr_k': 'Precision and recall: which nearest neighbour sets the radius.',
 }.items():
   default = getattr(measure.DEFAULTS, option)
   declare.table(**{option: (int if default is None else default, what)})
 
 
 class Task(NamedTuple):
-  """What samples are judged by, and against what.
+  """How samples are judged, and against what.
 
   Attributes:
-    measured: of the metrics.
-    source: the reference's images by number; None where there are statistics.
-    protocol: of the card.
+    measured: the task of the metrics.
+    source: the reference's images by index; None for statistics.
+    protocol: the protocol for the card.
   """
 
   measured: measure.Task
@@ -70,17 +77,17 @@ class Task(NamedTuple):
 
   @property
   def result(self) -> str:
-    """What the main distance is called."""
+    """The name of the main distance."""
     return next(iter(self.measured.judge.taps.values()))
 
   @property
   def reference(self) -> str:
-    """What samples are compared to, in a line."""
+    """One line about what samples are compared with."""
     return self.source.description if self.source else FLAGS.reference
 
 
 def check_flags() -> None:
-  """Raises UserError for what is wrong whatever the images are."""
+  """Raises UserError for mistakes that do not depend on the images."""
   command.at_least(
     neighbours=0, kid_subsets=2, kid_subset_size=2, is_splits=1, pr_k=1
   )
@@ -88,7 +95,7 @@ def check_flags() -> None:
   for metric in FLAGS.metrics:
     if metric in bits.KINDS:
       raise UserError(
-        f'--metrics={metric} is of a trained network: use evaluate, with '
+        f'--metrics={metric} needs a trained network: use evaluate with '
         '--workdir'
       )
     if metric not in measure.METRICS:
@@ -102,7 +109,7 @@ def check_flags() -> None:
   if is_file and not files.at(name).expanduser().is_file():
     raise UserError(
       f'--features={name}: there is no such file; give classifier, pixels, '
-      'inception, or the file of a judge'
+      "inception, or the file of a judge's weights"
     )
 
 
@@ -111,12 +118,12 @@ def open_set(
   image_size: int | tuple[int, int] | None = None,
   channels: int | None = None,
 ) -> Source | None:
-  """The images that a flag names; None where it is a file of statistics.
+  """The images that a flag names; None if it names a file of statistics.
 
   Args:
     flag: the name of the flag.
-    image_size: what all images are cropped and resized to; None for none.
-    channels: 1 or 3; None for those of the first image.
+    image_size: size to crop and resize all images to; None to leave them.
+    channels: 1 or 3; None for the number of the first image.
 
   Raises:
     UserError: there is no such set.
@@ -132,16 +139,16 @@ def open_set(
 def set_of(
   flag: str, source: Source | None, judge: Judge, image_shape
 ) -> Images | Statistics:
-  """What is compared, of `open_set`.
+  """The images of `open_set`, or the statistics that the flag names.
 
   Args:
     flag: the name of the flag.
-    source: of `open_set`.
-    judge: whose features statistics must be of.
-    image_shape: (H, W, C); None where there are no images at all.
+    source: the result of `open_set`.
+    judge: the network; statistics must be of its features.
+    image_shape: (H, W, C); None if there are no images at all.
 
   Raises:
-    UserError: statistics are damaged, or of other features.
+    UserError: statistics are damaged or of other features.
   """
   if source:
     return features.images_of(source)
@@ -158,23 +165,23 @@ def task(
   about: dict,
   usual: list[str],
 ) -> Task:
-  """A task, checked; all images but the samples are read once for their hash.
+  """Makes and checks a task; reads all images but the samples for their hash.
 
   Args:
     judge: the network.
-    samples: what is to be judged; only its count matters here.
-    reference: what samples are compared to.
-    source: the reference's images by number.
+    samples: the set to judge; only its count matters here.
+    reference: the set to compare with.
+    source: the reference's images by index.
     heldout: held-out images.
-    about: what else the numbers depend on.
-    usual: the metrics, where none are asked for.
+    about: other facts that the numbers depend on, for the protocol.
+    usual: the default metrics.
 
   Raises:
-    UserError: the metrics asked for cannot be had.
+    UserError: a metric is not possible.
   """
   metrics = FLAGS.metrics or usual
   if 'sfid' in metrics and 'spatial' not in judge.taps:
-    raise UserError('the metric sfid takes --features=inception')
+    raise UserError('the metric sfid needs --features=inception')
   options = {name: FLAGS[name].value for name in measure.Options._fields}
   asked = measure.Task(
     judge, reference, metrics, measure.Options(**options), heldout
@@ -200,26 +207,26 @@ def carry_out(
   sample_fn: Callable[[int], np.ndarray],
   **how,
 ) -> dict:
-  """Measures, with progress; the reference's statistics go into the cache.
+  """Measures with a progress bar, and caches the reference's statistics.
 
   Args:
-    task: what is to be done.
-    samples: what is judged.
-    subject: of the card.
-    path: of the card, and of a picture of the neighbours beside it; None
-      writes nothing.
-    sample_fn: number of a sample -> uint8 [H, W, C].
+    task: the task.
+    samples: the set to judge.
+    subject: the subject for the card.
+    path: file of the card; a picture of the nearest neighbours is written next
+      to it. None writes nothing.
+    sample_fn: index of a sample -> uint8 [H, W, C].
     **how: batch_size, mesh and sample_cache, see `measure.measure`.
 
   Returns:
-    the metric card; its details tell the reference too.
+    the metric card, with the reference in its details.
   """
   asked, there, known = task.measured, {}, None
   if isinstance(asked.reference, Images):
     digest = task.protocol['reference_sha256']
     there = statistics.paths(judges.cache(), asked.judge, digest)
     known = statistics.cached(there)
-    # A folder that only some hosts see would part their ways.
+    # All hosts must take the same branch, even if only some see the folder.
     is_known = all(distributed.gather(known is not None))
     if is_known and not _takes_images(asked.metrics):
       asked = asked._replace(reference=known)
@@ -249,12 +256,12 @@ def carry_out(
 
 
 def _takes_images(metrics) -> bool:
-  """Whether they take the reference's images; statistics are not enough."""
+  """Whether a metric needs the reference's images, not only statistics."""
   return bool(set(metrics) - {*measure.OF_STATISTICS, 'is'})
 
 
 def _draw_neighbours(path, measured, sample_fn, source):
-  """The samples nearest to training images, these first."""
+  """Draws samples next to their nearest training images, nearest first."""
   nearest = measured.nearest
   order = np.argsort(nearest.distances[:, 0], kind='stable')
   rows, labels = [], []
@@ -262,9 +269,9 @@ def _draw_neighbours(path, measured, sample_fn, source):
     number = int(measured.searched[i])
     real = [source[int(j)]['image'] for j in nearest.indices[i]]
     rows.append(np.stack([sample_fn(number), *real]))
-    label = f'number {number}, at {nearest.distances[i, 0]:.3g}'
+    label = f'sample {number}, distance {nearest.distances[i, 0]:.3g}'
     if measured.nearer is not None:
-      label += f'; {measured.nearer[i]:.0%} of the held-out are nearer'
+      label += f'; {measured.nearer[i]:.0%} of held-out images are nearer'
     labels.append(label)
   files.make(path.parent)
   pictures.save(path, pictures.neighbours(np.stack(rows), labels))

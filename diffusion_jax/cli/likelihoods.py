@@ -1,4 +1,4 @@
-"""Likelihoods of a run: the flags that say how, and their metric cards.
+"""Likelihoods of a run: their flags and their metric cards.
 
 `flags.adopt_module_key_flags(likelihoods)` makes these flags a binary's own.
 """
@@ -16,19 +16,22 @@ from diffusion_jax.system.errors import UserError
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(judging)
 declare.table(
-  split=(('heldout', 'train'), 'Bits per dimension: of which images.'),
-  num_images=(int, 'Bits per dimension: of so many images; all by default.'),
-  dequantisation=(bits.DEQUANTISATIONS, 'bpd_ode: from 8 bits.'),
+  split=(('heldout', 'train'), 'Bits per dimension: which images of the run.'),
+  num_images=(
+    int,
+    'Bits per dimension: number of images, evenly spaced; by default all.',
+  ),
+  dequantisation=(bits.DEQUANTISATIONS, 'bpd_ode: how 8 bits are dequantised.'),
   divergence=(
     flow.DIVERGENCES,
-    "bpd_ode: probes of Hutchinson's estimator; exact is for few dimensions.",
+    "bpd_ode: probes of Hutchinson's estimator, or exact, for few dimensions.",
   ),
-  tolerance=(1e-5, 'bpd_ode: of the solver, relative and absolute.'),
-  dtype=(('float32', 'float64'), "bpd_ode: the solver's numbers."),
+  tolerance=(1e-5, "bpd_ode: the solver's relative and absolute tolerance."),
+  dtype=(('float32', 'float64'), 'bpd_ode: precision of the solver.'),
 )
 
 
-# Of which kind a flag is; the others are no part of likelihoods.
+# Which likelihoods a flag applies to; OF_SAMPLES apply to none.
 OF_BOUNDS = ('num_steps', 'grid', 'variance', 'clip')
 OF_FLOW = ('dequantisation', 'divergence', 'tolerance', 'dtype')
 OF_SAMPLES = (
@@ -39,19 +42,19 @@ OF_SAMPLES = (
 
 
 def check_absent() -> None:
-  """Raises UserError for flags that only likelihoods heed."""
+  """Raises UserError for flags that apply only to likelihoods."""
   names = ('split', 'num_images', *OF_FLOW)
   command.refuse(names, 'distances between samples')
 
 
 def _kinds() -> list[str]:
-  """Those asked for, once the flags are found to be well."""
+  """The requested kinds, after checking the flags."""
   kinds, asked = list(dict.fromkeys(FLAGS.metrics)), ','.join(FLAGS.metrics)
   if not set(kinds) <= set(bits.KINDS) or FLAGS.follow:
     known = ','.join(name for name in kinds if name in bits.KINDS)
     raise UserError(
-      f'--metrics={asked}: likelihoods are measured by themselves; ask for '
-      f'{known} alone, without --follow'
+      f'--metrics={asked}: likelihoods are not measured together with other '
+      f'metrics or with --follow; give --metrics={known}'
     )
   idle = OF_SAMPLES
   idle += OF_BOUNDS if kinds == ['bpd_ode'] else ()
@@ -64,10 +67,10 @@ def _kinds() -> list[str]:
 
 
 def carry_out() -> None:
-  """Measures, writes a card for each protocol, and tells.
+  """Measures likelihoods, writes a card for each protocol, and reports them.
 
   Raises:
-    UserError: flags do not fit, there is no run, or there are no such images.
+    UserError: the flags conflict, or there is no such run or image set.
   """
   kinds = _kinds()
   trained, plan, _ = drawing.chosen()
@@ -91,7 +94,7 @@ def carry_out() -> None:
 
 
 def _card(trained, images, how, about) -> dict:
-  """What is measured in one way; written."""
+  """Measures one kind of likelihood; writes and returns its card."""
   protocol = {**about, **how.protocol()}
   name = cards.name(
     f'step{trained.step}' + '_raw' * (not trained.ema),
@@ -130,7 +133,7 @@ def _card(trained, images, how, about) -> dict:
 
 
 def _how(kind, trained, plan) -> bits.How:
-  """As the flags say."""
+  """The protocol that the flags describe."""
   variance = FLAGS.variance or trained.config['sample'].get('variance')
   names = OF_FLOW if kind == 'bpd_ode' else ()
   return bits.How(

@@ -1,4 +1,4 @@
-"""The images of a run, as the flags say."""
+"""The training and held-out images of a run, from its config and the flags."""
 
 from absl import flags
 
@@ -13,47 +13,48 @@ declare.shared('data_path')
 
 
 def splits(config: dict) -> tuple[Source, Source | None]:
-  """A run's training and held-out images, where --data_path has them.
+  """A run's training and held-out images; --data_path overrides their folder.
 
   Args:
-    config: the run's.
+    config: the run's config.
 
   Raises:
     UserError: they cannot be read.
   """
   if not config['data']['name']:
     raise UserError(
-      'what these weights were trained on is not known: give --reference, or '
-      'convert them with --config'
+      'the training data of these weights are not known: give --reference, or '
+      'convert the weights again with --config'
     )
   moved = {} if FLAGS.data_path is None else {'path': FLAGS.data_path}
   try:
     return data.splits({**config['data'], **moved})
   except UserError as e:
-    told = ' (--data_path says where the data lie now)'
+    told = ' (--data_path sets the folder of the data)'
     raise UserError(f'{e}{told}') from e
 
 
 def images(
   config: dict, split: str, count: int | None, *, at_most: bool = True
 ) -> features.Images:
-  """Images of a run at even distances.
+  """Images of a run, evenly spaced in the set.
 
   Args:
-    config: the run's.
+    config: the run's config.
     split: 'train' or 'heldout'.
-    count: how many; None for all.
-    at_most: whether fewer will do where there are no more.
+    count: number of images; None for all.
+    at_most: whether to accept fewer if the set is smaller.
 
   Raises:
-    UserError: there are none, or not so many.
+    UserError: there are no images, or too few.
   """
   train, heldout = splits(config)
   source = train if split == 'train' else heldout
   if source is None:
-    raise UserError('the run holds no images out: give --split=train')
+    raise UserError('the run has no held-out images: give --split=train')
   if not at_most and count > len(source):
     raise UserError(
-      f'--num_images={count}: there are {len(source)} ({source.description})'
+      f'--num_images={count}: at most {len(source)}, the number of images in '
+      f'{source.description}'
     )
   return features.images_of(source, min(count or len(source), len(source)))

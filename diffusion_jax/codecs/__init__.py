@@ -1,4 +1,4 @@
-"""Codecs: data <-> what is diffused."""
+"""Codecs: data <-> x0, the variable that is diffused."""
 
 from diffusion_jax.codecs import pixels
 from diffusion_jax.codecs.codec import Codec
@@ -14,7 +14,7 @@ def create(name: str, image_shape: tuple[int, int, int], **options) -> Codec:
   Args:
     name: a key of CODECS.
     image_shape: (H, W, C) of the data.
-    **options: the codec's own.
+    **options: the codec's options.
 
   Raises:
     UserError: the name is not known.

@@ -1,4 +1,4 @@
-"""Pixels: 8-bit images, diffused as they are, in [-1, 1]."""
+"""The pixel codec: 8-bit images, diffused directly in [-1, 1]."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from diffusion_jax.codecs.codec import Codec
 
 
 def to_float(images: jax.Array) -> jax.Array:
-  """[0, 255] -> [-1, 1], x / 127.5 - 1; float32 where images are integers."""
+  """[0, 255] -> [-1, 1], x / 127.5 - 1; float32 for integer images."""
   if not jnp.issubdtype(images.dtype, jnp.floating):
     images = images.astype(jnp.float32)
   return images / 127.5 - 1.0

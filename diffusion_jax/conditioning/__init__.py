@@ -1,11 +1,11 @@
-"""Conditioning: labels, text, pictures -> what the network is told."""
+"""Conditioning: labels, text or images -> the network's conditioning input."""
 
 from diffusion_jax.conditioning.conditioner import Conditioner
 from diffusion_jax.system.errors import UserError
 
 
 def none() -> Conditioner:
-  """No condition: the network is told xt and t alone."""
+  """No condition: the network's only inputs are xt and t."""
   return Conditioner(lambda params, rows, keys: {})
 
 
@@ -18,7 +18,7 @@ def create(name: str, **options) -> Conditioner:
 
   Args:
     name: a key of CONDITIONERS.
-    **options: the conditioner's own.
+    **options: the conditioner's options.
 
   Raises:
     UserError: the name is not known.

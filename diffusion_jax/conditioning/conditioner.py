@@ -1,22 +1,22 @@
-"""What a conditioner is: the way from rows of data to a condition."""
+"""The conditioner interface: maps rows of data to a condition."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 
 class Conditioner(NamedTuple):
-  """What a network is told beside xt and t.
+  """Computes the network's inputs other than xt and t.
 
-  A condition is a dict of doors, named by how the network takes them in and not
-  by what they mean: 'label' int [B], 'vector' [B, d], 'tokens' [B, n, d] with
-  'mask' [B, n], 'channels' [B, H, W, C].
+  A condition is a dict of doors: inputs named by how the network takes them,
+  not by their meaning: 'label' int [B], 'vector' [B, d], 'tokens' [B, n, d]
+  with 'mask' [B, n], 'channels' [B, H, W, C].
 
   Attributes:
     condition: (params, rows, keys) -> {door: array}. `params` holds all parts
-      of the run. With `keys` [B], each example drops its condition by its own
-      key, as in training; with None, nothing is dropped. Where rows lack what a
-      door needs, the door gets its null.
-    doors: the names of the doors that it fills.
+      of the run. With `keys` [B], the condition of each example is dropped at
+      random by its own key, as in training; with None, nothing is dropped. If
+      rows lack the data for a door, the door gets its null value.
+    doors: the names of the doors that it provides.
   """
 
   condition: Callable

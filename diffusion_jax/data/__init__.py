@@ -1,8 +1,8 @@
 """Data: sources of images, and the pipeline from a source to the devices.
 
   create(name, ...)      opens a data set as a `Source` with random access
-  splits(config)         a run's two: to train on, and held out
-  open_set(text)         one to judge, as it is, without a config
+  splits(config)         opens a run's training and held-out images
+  open_set(text)         opens a set to evaluate, without a config
   pipeline.batches(...)  training batches as global arrays, from any step on
   pipeline.heldout(...)  one ordered pass for evaluation, as NumPy batches
 
@@ -43,27 +43,27 @@ def create(
   """Opens a data set.
 
   Args:
-    name: which kind of set:
+    name: the kind of set:
       'digits'     scikit-learn's 8x8 digits, embedded: nothing to download;
       'arrays'     one .npy or .npz file, see arrays.py;
       'folder'     a folder of image files, see folders.py;
       'tfds:NAME'  a prepared TensorFlow data set such as 'tfds:cifar10' or
                    'tfds:lsun/church_outdoor', see prepared.py.
-    path: the file or folder; for TFDS its data_dir, '' being TFDS's default.
+    path: the file or folder; for TFDS the data_dir, '' for TFDS's default.
     split: 'train' or 'test'; for TFDS any of its split strings.
-    image_size: of the images, in pixels: one number for squares, or (height,
+    image_size: the images' size in pixels: one number for squares, or (height,
       width).
-    channels: 1 (grey) or 3 (RGB); 'arrays' takes any number.
-    heldout_every: how 'arrays' and 'folder' hold images out: every n-th image
-      is 'test' and the others are 'train'; 0 holds out none. A set that has a
-      test set of its own keeps to that one.
+    channels: 1 (grey) or 3 (RGB); 'arrays' accepts any number.
+    heldout_every: for 'arrays' and 'folder': every n-th image is 'test' and the
+      others are 'train'; 0 holds out none. Ignored if the set has its own test
+      images.
 
   Returns:
-    a `Source`, or None for split 'test' where no images are held out.
+    A `Source`, or None for split 'test' if no images are held out.
 
   Raises:
-    UserError: for an unknown name or split, a size that the set does not
-      have, and files that are missing, damaged or of the wrong kind.
+    UserError: an unknown name or split, a size that the set does not have, or
+      files that are missing, damaged or of the wrong kind.
   """
   image_size = sources.sides('data.image_size', image_size)
   if channels < 1:
@@ -101,15 +101,15 @@ def create(
 
 
 def splits(config: Mapping) -> tuple[Source, Source | None]:
-  """The images to train on and the held-out ones, or None.
+  """Opens the training images and the held-out ones; None if none are held out.
 
   Args:
     config: a run's `data`: name, path, train_split, heldout_split ('' for
       none), heldout_every, image_size, channels.
 
   Raises:
-    UserError: as `create`; there is nothing to train on, or the first image is
-      broken.
+    UserError: as for `create`, or if there are no training images or the first
+      image is damaged.
   """
   taken = ('path', 'image_size', 'channels', 'heldout_every')
   train, heldout = (
@@ -123,5 +123,5 @@ def splits(config: Mapping) -> tuple[Source, Source | None]:
       f'data.train_split={config["train_split"]!r} of {config["name"]} holds '
       'no images: name the split to train on'
     )
-  train[0]  # a set whose first image is broken is found out here
+  train[0]  # fails early if the first image is damaged
   return train, heldout

@@ -1,14 +1,14 @@
 """Images in one NumPy file, .npy or .npz.
 
   .npy  uint8 [N, H, W, C], or [N, H, W] for one channel; memory-mapped.
-  .npz  `train_images` and, if there are any, `train_labels`, `test_images`,
-        `test_labels`; or `images` (or `arr_0`) and `labels`. Images as above,
-        labels are integers [N] or [N, 1], 0 or more. The images of the split
-        that is asked for are read into memory.
+  .npz  `train_images` and optionally `train_labels`, `test_images`,
+        `test_labels`; or `images` (or `arr_0`) and optionally `labels`. Images
+        as above; labels are integers [N] or [N, 1], 0 or more. The images of
+        the requested split are read into memory.
 
-Where there are no `test_images`, 'test' is every `heldout_every`-th image.
+Without `test_images`, 'test' is every `heldout_every`-th image.
 
-A file may come from anywhere, see system/npz.py.
+Files may be untrusted, see system/npz.py.
 """
 
 import os
@@ -28,16 +28,16 @@ def create(path: str, wanted: Wanted, what: str) -> sources.Source | None:
 
   Args:
     path: the file.
-    wanted: of its images.
-    what: what to call the file in an error.
+    wanted: the requested split, size and channels.
+    what: what to call the file in errors.
 
   Returns:
-    a Source, or None for 'test' where there are neither test images nor
+    A Source, or None for 'test' if there are neither test images nor
     heldout_every.
 
   Raises:
-    UserError: if the file is missing, damaged or of the wrong kind, has no
-      images, or images that are not uint8 [height, width, channels].
+    UserError: the file is missing, damaged or of the wrong kind, has no images,
+      or has images that are not uint8 [height, width, channels].
   """
   file = Path(path).expanduser()
   if file.suffix not in ('.npy', '.npz'):
@@ -71,7 +71,7 @@ def create(path: str, wanted: Wanted, what: str) -> sources.Source | None:
   size = file.stat().st_size
 
   def read(index):
-    # A memory map ends the process where its file does, without a word.
+    # Reading a memory map past the end of its file would kill the process.
     if opened and os.fstat(opened.fileno()).st_size < size:
       raise UserError(
         f'{what} has become shorter since it was opened: write it again'
@@ -102,11 +102,11 @@ def _read_npz(
 ) -> tuple[np.ndarray, np.ndarray | None, int, bool]:
   """The arrays of a split: images, labels, num_classes, has_test.
 
-  Without test images (has_test is False) they are those of the whole set.
+  Without test images (has_test is False), the arrays of the whole set.
   """
   packed = sum(info.compress_size for info in archive.infolist())
   if packed > Path(archive.filename).stat().st_size:
-    raise ValueError(f'it claims {packed} bytes of data, and is smaller')
+    raise ValueError(f'it claims {packed} bytes of data, but is smaller')
   there = [i.filename.removesuffix('.npy') for i in archive.infolist()]
   found = [k for k in ('train_images', 'images', 'arr_0') if k in there]
   if not found:
@@ -127,7 +127,7 @@ def _read_npz(
   images = read(images_key, lambda *of: _shape_of_images(*of, wanted))
   if images.ndim == 3:
     images = images[..., None]
-  # Both splits' labels, so that both have the same number of classes.
+  # The labels of both splits, so that both have the same number of classes.
   labels = {
     key: _as_labels(read(key, _check_labels), f'array {key!r} in {what}')
     for key in (train_labels, 'test_labels')
@@ -137,7 +137,7 @@ def _read_npz(
   if labels_key in labels and len(labels[labels_key]) != len(images):
     raise UserError(
       f'{what} has {len(images)} {images_key}, but '
-      f'{len(labels[labels_key])} {labels_key}: need one label an image'
+      f'{len(labels[labels_key])} {labels_key}: need one label per image'
     )
   return images, labels.get(labels_key), num_classes, has_test
 
@@ -147,7 +147,7 @@ def _check_labels(header: npz.Header, where: str) -> None:
   if header.dtype.kind not in 'iu' or not is_vector or not header.shape[0]:
     raise UserError(
       f'{where} has {header.dtype} {list(header.shape)}: labels must be '
-      'integers [N], one an image'
+      'integers [N], one per image'
     )
 
 
@@ -164,7 +164,7 @@ def _as_labels(array: np.ndarray, where: str) -> np.ndarray:
 def _shape_of_images(
   header: npz.Header, where: str, wanted: Wanted
 ) -> tuple[int, int, int]:
-  """[H, W, C] of uint8 [N, H, W, C], N > 0; None is what the header says."""
+  """Checks for uint8 [N, H, W, C], N > 0, of the wanted size: [H, W, C]."""
   image_size, channels = wanted.image_size, wanted.channels
   given = header.shape
   if len(given) == 3 and channels in (None, 1):

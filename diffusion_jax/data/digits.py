@@ -1,6 +1,6 @@
 """Embedded digits: 1797 grey images of 8x8 pixels, ten classes.
 
-They come with scikit-learn, so that a first run needs no download.
+They are part of scikit-learn, so that a first run needs no download.
 """
 
 import numpy as np
@@ -10,12 +10,13 @@ from diffusion_jax.system.errors import UserError
 
 
 def create(wanted: sources.Wanted) -> sources.Source:
-  """Every fifth image (index 4, 9, ...) is 'test', the others are 'train'.
+  """Opens the digits.
 
-  The values 0..16 become round(value * 255 / 16).
+  Every fifth image (index 4, 9, ...) is 'test', the others are 'train'. The
+  values 0..16 become round(value * 255 / 16).
 
   Raises:
-    UserError: unless 8 pixels and 1 channel are wanted, or any.
+    UserError: another size than 8 pixels and 1 channel is wanted.
   """
   shape = (*(wanted.image_size or (8, 8)), wanted.channels or 1)
   if shape != (8, 8, 1):
@@ -23,7 +24,7 @@ def create(wanted: sources.Wanted) -> sources.Source:
       f'the digits are 8x8x1, not {"x".join(map(str, shape))}: set '
       'image_size=8 and channels=1'
     )
-  # scikit-learn takes a second to import, and only this source needs it.
+  # scikit-learn takes a second to import, and only the digits need it.
   from sklearn.datasets import load_digits
 
   digits = load_digits()

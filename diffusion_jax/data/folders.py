@@ -15,30 +15,29 @@ def create(
 ) -> sources.Source | None:
   """Opens a folder of png, jpg, jpeg, webp and bmp files.
 
-  Files are taken in the order of their path within the folder, as a string.
-  With images directly inside, the set is unlabelled. Otherwise every
-  sub-folder that holds images, at any depth, is a class, labelled in the
-  order of its name. Names that start with a dot are passed over, as are files
-  with other suffixes.
+  Files are in the order of their relative path, as a string. With images
+  directly inside the folder, the set is unlabelled. Otherwise every sub-folder
+  that holds images, at any depth, is a class, labelled in the order of its
+  name. Names that start with a dot and files with other suffixes are skipped.
 
-  A symbolic link that leads out of the folder is refused; a linked sub-folder
-  within it is passed over, for its images are there already.
+  A symbolic link that leads out of the folder is refused. A linked sub-folder
+  inside it is skipped, because its images are already in the set.
 
   An image is decoded when it is first read, by the rules of images.py, and
-  kept if the whole set is of moderate size (sources.keep_in_memory). A damaged
-  one raises UserError at that moment and is named.
+  kept if the set is not too large (sources.keep_in_memory). Reading a damaged
+  image raises a UserError that names it.
 
   Args:
     path: the folder.
-    wanted: of its images.
-    what: what to call the folder in an error.
+    wanted: the requested split, size and channels.
+    what: what to call the folder in errors.
 
   Returns:
-    a Source, or None for 'test' with heldout_every = 0.
+    A Source, or None for 'test' with heldout_every = 0.
 
   Raises:
-    UserError: if the folder is missing, has no images, has images both
-      directly inside and in sub-folders, or has links that lead out of it.
+    UserError: the folder is missing, has no images, has images both directly
+      inside and in sub-folders, or has links that lead out of it.
   """
   images.check_channels(wanted.channels)
   root = Path(path).expanduser()
@@ -67,7 +66,7 @@ def create(
 
 
 def _names_and_classes(root: Path, what: str) -> tuple[list[str], list[str]]:
-  """The images' paths in the folder, and its sub-folders; both in order."""
+  """The images' relative paths, and the class names; both in order."""
   try:
     names = sorted(_image_names(root.resolve(), ''))
   except OSError as error:
@@ -80,7 +79,7 @@ def _names_and_classes(root: Path, what: str) -> tuple[list[str], list[str]]:
   if classes and any('/' not in name for name in names):
     raise UserError(
       f'{what} has images both directly inside and in sub-folders '
-      f'({classes[0]!r}): put all in sub-folders, one a class, or none'
+      f'({classes[0]!r}): put all in sub-folders, one per class, or none'
     )
   return names, classes
 
@@ -94,14 +93,14 @@ def _image_names(root: Path, folder: str) -> Iterator[str]:
       if entry.name.startswith('.'):
         continue
       if entry.is_symlink():
-        # os.path's functions, for the others raise where links form a ring.
+        # os.path's functions: the others raise if links form a cycle.
         is_folder = os.path.isdir(entry.path)
         if not (is_image or is_folder):
           continue
         if not Path(os.path.realpath(entry.path)).is_relative_to(root):
           raise UserError(
             f'{name!r} in {str(root)!r} is a link that leads out of the '
-            'folder: copy the images into it, or give their own place'
+            'folder: copy the images into it, or give their folder instead'
           )
         if not is_folder:
           yield name

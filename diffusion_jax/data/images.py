@@ -1,18 +1,18 @@
-"""From an image file to a uint8 array: one rule for every source.
+"""Decodes image files to uint8 arrays, with the same rules for every source.
 
 1. Orientation. The EXIF orientation is applied. Only the first frame of an
    animation is read. Colour profiles are ignored.
 2. Colour. Transparency is composited over white. Palettes, CMYK and the like
-   become RGB. Samples of 16 bits keep their high byte. Then 3 channels are
-   RGB, and 1 channel is Pillow's 'L' (ITU-R 601 luma).
-3. Shape. The largest centred square is cut out, or the largest rectangle of the
-   wanted proportions (an odd pixel is left over on the right or below), and
-   resized to image_size by Pillow's BICUBIC, which is antialiased. A smaller
-   image is enlarged by the same rule. An image that has the size already is
-   not touched.
+   become RGB. 16-bit samples keep their high byte. Then 3 channels are RGB,
+   and 1 channel is Pillow's 'L' (ITU-R 601 luma).
+3. Shape. The image is cropped to the largest centred square, or the largest
+   centred rectangle of the wanted proportions (an odd pixel is cut off on the
+   right or at the bottom), and resized to image_size with Pillow's BICUBIC,
+   which is antialiased. Smaller images are enlarged in the same way. An image
+   that has the size already is not changed.
 
-What is judged must not be changed in silence. So a `Rule` may refuse images
-that would have to be resized, or that would lose their colours.
+Images for evaluation must not be changed silently. A `Rule` can therefore
+refuse images that would have to be resized, or would lose their colours.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ from PIL import Image, ImageOps
 from diffusion_jax.system import errors
 from diffusion_jax.system.errors import UserError
 
-# By content, whatever the name of the file says. Few formats are few decoders
-# for a stranger's file to meet.
+# Detected from the content, not the file name. Only these, to limit the
+# decoders that an untrusted file can reach.
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
 
 _RESIZING = (
   "--image_size=N crops the centre square and resizes all (Pillow's bicubic)"
 )
 
-# What Pillow raises for damaged files. It has no common base class.
+# The exceptions that Pillow raises for damaged files, with no common class.
 _DAMAGED = (
   *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError),
   *(struct.error, Image.DecompressionBombError),
@@ -42,13 +42,14 @@ _DAMAGED = (
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """What the images of a set become, and which of them are refused.
+  """How the images of a set are converted, and which are refused.
 
   Attributes:
     image_size: (height, width), in pixels.
     channels: 1 (grey) or 3 (RGB).
-    is_size_exact: an image of another size is refused, not cropped and resized.
-    is_grey_exact: with 1 channel, an image in colour is refused, not made grey.
+    is_size_exact: refuse images of another size in place of resizing them.
+    is_grey_exact: with 1 channel, refuse images in colour in place of
+      converting them.
   """
 
   image_size: tuple[int, int]
@@ -73,19 +74,20 @@ def rule_of(
   image_size: tuple[int, int] | None,
   channels: int | None,
 ) -> Rule:
-  """The rule of a set; what is None is taken from its first image.
+  """The rule of a set, with defaults from its first image.
 
   Args:
     first: the first image: a path, or a file open for reading bytes. It is read
-      only where something is None.
-    name: what to call that image in an error.
+      only if image_size or channels is None.
+    name: what to call that image in errors.
     image_size: (height, width), in pixels; None if all images must be squares
       of the first one's size.
-    channels: 1 or 3; None for 1 if the first image is grey, and all must be.
+    channels: 1 or 3; None for those of the first image. If that is grey, all
+      images must be.
 
   Raises:
-    UserError: the first image cannot be read, or is no square though
-      image_size is None.
+    UserError: the first image cannot be read, or is not square and image_size
+      is None.
   """
   if image_size is not None and channels is not None:
     return Rule(image_size, channels)
@@ -104,19 +106,19 @@ def rule_of(
 
 
 def read(file: str | BinaryIO, name: str, rule: Rule) -> np.ndarray:
-  """Reads one image by the rules at the top of this file.
+  """Reads an image by the rules in the module docstring.
 
   Args:
     file: a path, or a file open for reading bytes.
-    name: what to call the image in an error.
-    rule: what it becomes.
+    name: what to call the image in errors.
+    rule: the size and channels to convert to.
 
   Returns:
     uint8 [height, width, channels].
 
   Raises:
-    UserError: that names an image that cannot be read, is too large, or is
-      refused by the rule.
+    UserError: the image cannot be read, is too large, or is refused by the
+      rule.
   """
   height, width = rule.image_size
   with _one_line_errors(name):
@@ -128,8 +130,8 @@ def read(file: str | BinaryIO, name: str, rule: Rule) -> np.ndarray:
       )
     if rule.is_grey_exact and rule.channels == 1 and not _is_grey(image):
       raise UserError(
-        f'image {name} is in colour and the first one grey: channels=3 takes '
-        'all as RGB, channels=1 makes all grey'
+        f'image {name} is in colour and the first one grey: channels=3 reads '
+        'all as RGB, channels=1 converts all to grey'
       )
     return fit(image, rule.image_size, rule.channels)
 
@@ -137,12 +139,12 @@ def read(file: str | BinaryIO, name: str, rule: Rule) -> np.ndarray:
 def fit(
   image: Image.Image, image_size: tuple[int, int], channels: int
 ) -> np.ndarray:
-  """Rules 2 and 3: uint8 [height, width, channels]."""
+  """Applies rules 2 and 3: uint8 [height, width, channels]."""
   image = _to_rgb(image)
   if channels == 1:
     image = image.convert('L')
-  wanted = image_size[::-1]  # (width, height), as Pillow has it
-  # Exact for squares: of each side, what the other one leaves.
+  wanted = image_size[::-1]  # (width, height), as in Pillow
+  # Each side, limited by what the other side and the proportions allow.
   cut = [
     max(1, min(side, other * here // there))
     for side, other, here, there in zip(
@@ -152,7 +154,7 @@ def fit(
   left, top = (
     (side - kept) // 2 for side, kept in zip(image.size, cut, strict=True)
   )
-  # Cropped first: resize(box=...) would let pixels outside of the cut in.
+  # Cropped first: resize(box=...) would use pixels outside the crop.
   image = image.crop((left, top, left + cut[0], top + cut[1]))
   if image.size != wanted:
     image = image.resize(wanted, Image.Resampling.BICUBIC)
@@ -160,13 +162,13 @@ def fit(
 
 
 def _decode(file: str | BinaryIO) -> Image.Image:
-  """Rule 1."""
+  """Applies rule 1."""
   with Image.open(file, formats=FORMATS) as image:
     return ImageOps.exif_transpose(image)
 
 
 def _is_grey(image: Image.Image) -> bool:
-  """By its mode: one bit, 8 or 16 bits of grey, perhaps with transparency."""
+  """Whether the mode is grey: 1, 8 or 16 bits, with or without transparency."""
   return Image.getmodebase(image.mode) == 'L'
 
 

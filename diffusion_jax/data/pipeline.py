@@ -1,15 +1,15 @@
-"""From a source to batches on the devices, at any step and on any mesh.
+"""The input pipeline: from a source to batches on the devices.
 
 The training stream is a pure function: the image at global position p, and
-whether it is flipped, depend on the seed and on p alone. Position p is row
-p % batch_size of batch p // batch_size. So the stream is the same on one host
-or on many, with any number of threads, and after a restart at any step; the
-step number is all the state there is.
+whether it is flipped, depend only on the seed and p. Position p is row
+p % batch_size of batch p // batch_size. The stream is therefore the same on one
+host or many, with any number of threads, and after a restart at any step; the
+step number is its only state.
 
-Grain reads ahead in threads; one of its elements is one batch. Its own shuffle,
+Grain prefetches in threads; each of its elements is a batch. Grain's shuffle,
 repeat and random_map work record by record, which takes 2.6 ms for 64 digits
-against 0.3 ms here, and its shuffle walks through 2**16 indices: with twenty
-images that is a millisecond a record.
+compared to 0.3 ms here, and its shuffle iterates over 2**16 indices: with
+twenty images that takes a millisecond per record.
 """
 
 import functools
@@ -39,26 +39,26 @@ def batches(
   start_step: int = 0,
   num_threads: int | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
-  """Endless shuffled training batches as global arrays.
+  """Infinite shuffled training batches as global arrays.
 
   Args:
-    source: what data.create returns.
+    source: the source, from data.create.
     batch_size: rows of the global batch, over all processes.
-    seed: 0 or more; chooses the order of the images and the flips.
-    flip: whether to mirror every image left to right with probability 1/2.
-    sharding: over the batch axis, e.g. P(('data', 'fsdp')). Each process
-      reads the rows that its own devices hold, wherever they lie.
+    seed: 0 or more; determines the order of the images and the flips.
+    flip: whether to mirror each image left to right with probability 1/2.
+    sharding: sharding over the batch axis, e.g. P(('data', 'fsdp')). Each
+      process reads the rows that its own devices hold.
     start_step: number of the first batch.
-    num_threads: batches that are read at the same time; None chooses by the
+    num_threads: number of batches to read concurrently; None chooses by the
       number of CPU cores, 0 reads in the caller's thread.
 
   Returns:
-    an iterator, which `close()` stops early, of
-    {'image': uint8 [B, H, W, C], 'label': int32 [B]}.
+    An iterator of {'image': uint8 [B, H, W, C], 'label': int32 [B]}; `close()`
+    stops it early.
 
   Raises:
-    UserError: if batch_size, seed or start_step is out of range, or
-      batch_size cannot be divided over the mesh.
+    UserError: batch_size, seed or start_step is out of range, or batch_size
+      cannot be divided over the mesh.
   """
   rows = local_rows(sharding, batch_size)
   dataset = stream(
@@ -82,19 +82,19 @@ def heldout(
   """One pass over the first images, in order, in batches of equal size.
 
   Args:
-    source: what data.create returns.
+    source: the source, from data.create.
     batch_size: rows of the global batch.
-    num_examples: at most so many images; 0 for all.
-    rows: which rows of each batch to read; see `local_rows`.
+    num_examples: the largest number of images; 0 for all.
+    rows: the rows of each batch to read; see `local_rows`.
     num_threads: as for `batches`.
 
   Returns:
-    an iterator of (batch, weight): the batch in NumPy, as `batches` has it,
-    and float32 [B], 1 for a row that counts. The last batch is filled up by
+    An iterator of (batch, weight): a batch like those of `batches`, in NumPy,
+    and float32 [B] weights of its rows, 1 or 0. The last batch is padded by
     repeating the last image with weight 0.
 
   Raises:
-    UserError: if batch_size or num_examples is out of range.
+    UserError: batch_size or num_examples is out of range.
   """
   _check_batch_size(batch_size)
   if num_examples < 0:
@@ -121,27 +121,27 @@ def stream(
   flip: bool,
   rows: np.ndarray | slice = slice(None),
 ) -> grain.MapDataset:
-  """The training stream: element k is (the chosen rows of) batch k.
+  """The training stream: element k is batch k, or the chosen rows of it.
 
   Args:
-    source: what data.create returns.
+    source: the source, from data.create.
     batch_size: rows of the global batch.
     seed: 0 or more.
     flip: whether to mirror images with probability 1/2.
-    rows: which rows of every batch to read, e.g. `slice(8, 16)`.
+    rows: the rows of each batch to read, e.g. `slice(8, 16)`.
 
   Returns:
-    a dataset without end of NumPy batches: 'image' uint8 [R, H, W, C] and
-    'label' int32 [R], R being the number of rows.
+    An infinite dataset of NumPy batches: 'image' uint8 [R, H, W, C] and
+    'label' int32 [R], where R is the number of rows.
 
   Raises:
-    UserError: if batch_size or seed is out of range.
+    UserError: batch_size or seed is out of range.
   """
   _check_batch_size(batch_size)
   if seed < 0:
     raise UserError(f'seed is {seed}: use 0 or more')
   rows = np.arange(batch_size)[rows]
-  # A batch touches two epochs at most, unless the set is very small.
+  # A batch spans at most two epochs, unless the set is very small.
   order = functools.lru_cache(maxsize=2)(
     functools.partial(_epoch_order, seed, len(source))
   )
@@ -170,18 +170,18 @@ def local_rows(
 ) -> np.ndarray:
   """The rows of a global batch that this process's devices hold.
 
-  They need not be one run: on a TPU slice the devices of a host may lie
+  The rows need not be contiguous: on a TPU slice the devices of a host may be
   anywhere in the mesh.
 
   Args:
-    sharding: over the batch axis.
+    sharding: sharding over the batch axis.
     batch_size: rows of the global batch.
 
   Returns:
     int64 [R], ascending.
 
   Raises:
-    UserError: if batch_size cannot be divided over the mesh.
+    UserError: batch_size cannot be divided over the mesh.
   """
   _check_batch_size(batch_size)
   axes = sharding.spec[0] if len(sharding.spec) else None
@@ -197,7 +197,7 @@ def local_rows(
 
 
 def _read(source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
-  """Images by index, stacked to a batch."""
+  """Reads images by index and stacks them to a batch."""
   records = [source[i] for i in indices]
   return {
     'image': np.stack([record['image'] for record in records]),
@@ -208,10 +208,10 @@ def _read(source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
 def _read_ahead(
   dataset: grain.MapDataset, num_threads: int | None
 ) -> grain.DatasetIterator:
-  """Iterates over batches that threads have read before they are needed."""
+  """Iterates over batches, prefetched by threads."""
   if num_threads is None:
     num_threads = min(16, os.cpu_count() or 1)
-  # Few spare batches: they take memory, and delay the end of the program.
+  # A small buffer: batches take memory and delay the end of the program.
   options = grain.ReadOptions(
     num_threads=num_threads,
     prefetch_buffer_size=num_threads + 1 if num_threads else 0,
@@ -238,7 +238,7 @@ def _place(
 
 
 def _epoch_order(seed: int, num_images: int, epoch: int) -> np.ndarray:
-  """A permutation of the images: uint32 [num_images], 4 bytes an image."""
+  """A permutation of the images: uint32 [num_images], 4 bytes per image."""
   seed_sequence = np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))
   indices = np.arange(num_images, dtype=np.uint32)
   return np.random.default_rng(seed_sequence).permutation(indices)
@@ -247,8 +247,8 @@ def _epoch_order(seed: int, num_images: int, epoch: int) -> np.ndarray:
 def _coins(key: np.ndarray, positions: np.ndarray) -> np.ndarray:
   """One fair coin for each position: bool, same shape as positions.
 
-  SplitMix64 (Steele, Lea and Flood 2014): the hash of a counter. A generator
-  of random numbers would have to be set up anew for each position.
+  SplitMix64 (Steele, Lea and Flood 2014) hashes a counter. A random number
+  generator would have to be constructed for each position.
   """
   z = key + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
   z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,7 +1,7 @@
 """Prepared TensorFlow data sets (TFDS), read without TensorFlow.
 
 launch/prepare_data.sh downloads and prepares a set once, with TensorFlow, as
-ArrayRecord files. Those are read here; nothing is ever downloaded.
+ArrayRecord files. This module reads those files and never downloads anything.
 """
 
 import difflib
@@ -14,33 +14,33 @@ from diffusion_jax.data import images, sources
 from diffusion_jax.system import errors
 from diffusion_jax.system.errors import UserError, quiet
 
-# name, name/config, and either with a version: no namespace, which would ask
-# the network, and no keyword arguments.
+# name or name/config, optionally with a version. No namespace, which would
+# access the network, and no keyword arguments.
 _NAME = re.compile(r'(\w+)(/[\w.-]+)?(:\d+\.\d+\.\d+)?', re.ASCII)
 
 
 def create(
   name: str, path: str, wanted: sources.Wanted
 ) -> sources.Source | None:
-  """Opens a prepared set with an 'image' and perhaps a class 'label'.
+  """Opens a prepared set with an 'image' and optionally a class 'label'.
 
-  Without a version in its name, the latest prepared one is opened. Images are
-  decoded, cropped and resized by the rules of images.py when they are first
-  read, and kept if the whole set is of moderate size (sources.keep_in_memory).
-  A 'label' that is not a class, and every other feature, is passed over.
+  Without a version in the name, the latest prepared version is opened. Images
+  are decoded, cropped and resized by the rules of images.py when they are first
+  read, and kept if the set is not too large (sources.keep_in_memory). A 'label'
+  that is not a class is ignored, and so is every other feature.
 
   Args:
-    name: 'tfds:NAME', 'tfds:NAME/CONFIG', either perhaps with ':1.2.3'.
+    name: 'tfds:NAME' or 'tfds:NAME/CONFIG', optionally with ':1.2.3'.
     path: TFDS's data_dir; '' for its default.
-    wanted: of its images; heldout_every must be 0, for split strings can hold
-      out any part.
+    wanted: the requested split, size and channels; heldout_every must be 0,
+      because split strings can hold out any part.
 
   Returns:
-    a Source, or None for 'test' where the set has no such split.
+    A Source, or None for 'test' if the set has no such split.
 
   Raises:
-    UserError: if the set is unknown, is not prepared as array_record, has no
-      images, or the split is not one of its splits.
+    UserError: the set is unknown, is not prepared as array_record or has no
+      images, or the split is unknown.
   """
   # tfds takes most of a second to import, and only this source needs it.
   import tensorflow_datasets as tfds
@@ -75,7 +75,7 @@ def create(
         records[index], decoders={'image': tfds.decode.SkipDecoding()}
       )
 
-  first = io.BytesIO(record_of(0)['image'])  # tfds opens the files no earlier
+  first = io.BytesIO(record_of(0)['image'])  # tfds opens the files only now
   rule = images.rule_of(
     first, f'0 of {what}', wanted.image_size, wanted.channels
   )
@@ -94,7 +94,7 @@ def create(
 
 
 def _needed(builder, name: str) -> dict:
-  """The features to parse: the image, which our own rules decode, a label."""
+  """The features to parse: the image, still encoded, and a class label."""
   import tensorflow_datasets as tfds
 
   features = dict(builder.info.features.items())
@@ -102,17 +102,17 @@ def _needed(builder, name: str) -> dict:
   if not isinstance(image, tfds.features.Image) or image.np_dtype.kind != 'u':
     raise UserError(
       f"{name} has the features {', '.join(features)}: needs 'image', an "
-      'image of whole numbers'
+      'image of unsigned integers'
     )
   is_class = isinstance(label, tfds.features.ClassLabel)
   return {'image': image, **({'label': label} if is_class else {})}
 
 
 def _find(name: str, data_dir: str | None, where: str):
-  """The builder of a prepared set; UserError where there is none.
+  """The builder of a prepared set; raises UserError if there is none.
 
-  Found by its files. `tfds.builder` would ask the code that prepares the set,
-  which often wants TensorFlow, and knows one version only.
+  The set is found by its files. `tfds.builder` would load the code that
+  prepares the set, which often needs TensorFlow and knows only one version.
   """
   import tensorflow_datasets as tfds
 
@@ -148,19 +148,18 @@ def _find(name: str, data_dir: str | None, where: str):
 
 
 def _check_format(builder, name: str, where: str) -> None:
-  """Raises UserError unless the set can be read at random."""
+  """Raises UserError unless the set allows random access."""
   formats = {f.value for f in builder.info.available_file_formats()}
   if 'array_record' not in formats:
     raise UserError(
       f'{name} in {where} is prepared as {", ".join(formats)}, need '
       'array_record: run bash launch/prepare_data.sh '
-      f'{name.removeprefix("tfds:")} with another DATA_DIR, and read that '
-      'one'
+      f'{name.removeprefix("tfds:")} with another DATA_DIR, and read that one'
     )
 
 
 def _one_line_errors(what: str):
-  """Turns what splits and damaged files raise into a UserError."""
+  """Turns the errors of bad splits and damaged files into a UserError."""
   from google.protobuf import json_format, message
 
   kinds = (

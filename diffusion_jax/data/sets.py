@@ -1,7 +1,7 @@
-"""A set of images to judge, opened from what a user types.
+"""Opens a set of images for evaluation, by the name a user types.
 
-Nobody has to know its size: that is read from the images. And none is resized
-in silence, for how images are resized changes their FID (arXiv 2104.11222).
+The image size is read from the images. They are never resized silently, because
+the method of resizing changes the FID (arXiv 2104.11222).
 """
 
 import dataclasses
@@ -21,31 +21,29 @@ def open_set(
   """Opens a set of images for evaluation.
 
   Args:
-    text: which set, perhaps with a split after it, as in 'tfds:cifar10@test':
-      'train', which is meant without it and is all of a folder, 'test', or for
-      TFDS any of its split strings. A folder or file of the exact name goes
-      before the other names:
+    text: the set, optionally followed by a split, as in 'tfds:cifar10@test':
+      'train' (the default; all images of a folder), 'test', or for TFDS any of
+      its split strings. A folder or file of the exact name takes precedence:
         DIR             a folder of image files, see folders.py;
         FILE.npy, .npz  uint8 images, see arrays.py;
         digits          scikit-learn's 8x8 digits;
         tfds:NAME       a prepared TensorFlow data set, see prepared.py.
-    path: TFDS's data_dir, '' being TFDS's default; the others have no use for
-      it.
+    path: TFDS's data_dir, '' for TFDS's default; unused for other sets.
     image_size: height and width of the images, in pixels. None reads them as
-      they are: all must be squares of one size. With a number, files and TFDS
-      sets are cropped to the centre square and resized (Pillow's bicubic);
+      they are: all must be squares of the same size. With a number, files and
+      TFDS sets are cropped to the centre square and resized (Pillow's bicubic);
       arrays and the digits must have that size.
-    channels: 1 (grey) or 3 (RGB), to which files and TFDS sets are converted;
-      of an array any number, which it must have. None takes those of the first
-      image; if that is grey, an image in colour is refused.
+    channels: 1 (grey) or 3 (RGB). Files and TFDS sets are converted; arrays
+      must have that number, which can be any. None uses the first image's; if
+      that is grey, images in colour are refused.
 
   Returns:
-    a `Source`, with labels where the set has them. Its first image has been
-    read; another one that is damaged or refused raises UserError when it is.
+    A `Source`, with labels if the set has them. Its first image has been read;
+    reading another one that is damaged or refused raises UserError.
 
   Raises:
-    UserError: the text names no set, or one without images, without this
-      split, or with images that are damaged or refused.
+    UserError: the text names no set, or the set has no images, no such split,
+      or images that are damaged or refused.
   """
   image_size = sources.sides('image_size', image_size)
   if channels is not None and channels < 1:
@@ -55,14 +53,14 @@ def open_set(
   name, split = _parse(text)
   wanted = sources.Wanted(split, image_size, channels)
   source = _open(text, name, path, wanted)
-  source[0]  # a set whose first image is broken is found out here
+  source[0]  # fails early if the first image is damaged
   return source
 
 
 def _open(
   text: str, name: str, path: str, wanted: sources.Wanted
 ) -> sources.Source:
-  """As open_set, with arguments that are in range."""
+  """Like open_set, for arguments in range."""
   place = os.path.expanduser(name)
   is_folder = os.path.isdir(place)
   is_array = os.path.isfile(place) and name.endswith(('.npy', '.npz'))
@@ -71,8 +69,8 @@ def _open(
   if not wanted.split or not (is_folder or is_array or is_digits or is_tfds):
     raise UserError(
       f'{text!r} names no set of images: give a folder of image files or a '
-      '.npy or .npz file that exists, digits, or tfds:NAME, perhaps with a '
-      'split after it, such as tfds:cifar10@test'
+      '.npy or .npz file that exists, digits, or tfds:NAME, optionally with a '
+      'split, such as tfds:cifar10@test'
     )
   if wanted.split not in ('train', 'test') and not is_tfds:
     raise UserError(
@@ -101,7 +99,7 @@ def _open(
 
 
 def _parse(text: str) -> tuple[str, str]:
-  """'NAME@SPLIT' -> NAME, SPLIT, unless it is the name of a file."""
+  """'NAME@SPLIT' -> (NAME, SPLIT), unless a file has this name."""
   name, at, split = text.rpartition('@')
   if not at or os.path.exists(os.path.expanduser(text)):
     return text, 'train'

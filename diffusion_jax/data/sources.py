@@ -1,4 +1,4 @@
-"""What a source of images is, and how images are held out."""
+"""The interface of image sources, and the rule for held-out images."""
 
 import dataclasses
 import math
@@ -14,14 +14,14 @@ KEEP_BYTES = 2**30
 
 
 class Wanted(NamedTuple):
-  """What is wanted of a set of images.
+  """The requested split, size and channels of a set of images.
 
   Attributes:
-    split: 'train' or 'test'; of TFDS any split string.
+    split: 'train' or 'test'; for TFDS any split string.
     image_size: (height, width) of the images, in pixels; None for any square,
-      of image files that of the first one.
-    channels: of the images, 1 or 3 of files; None for any, of image files those
-      of the first one.
+      for image files the first one's size.
+    channels: number of channels, 1 or 3 for files; None for any, for image
+      files those of the first one.
     heldout_every: see `heldout_indices`.
   """
 
@@ -35,11 +35,11 @@ def sides(name: str, image_size) -> tuple[int, int] | None:
   """An image size as (height, width).
 
   Args:
-    name: of the setting, for the message.
-    image_size: one number for squares, a pair, or None, which stays None.
+    name: the name of the setting, for the message.
+    image_size: one number for squares, a pair, or None, which is returned.
 
   Raises:
-    UserError: it is something else.
+    UserError: image_size is something else.
   """
   if image_size is None:
     return None
@@ -59,11 +59,11 @@ class Source:
 
     {'image': uint8 [height, width, channels], 'label': np.int32}
 
-  with label -1 where the set has none, so `grain.MapDataset.source` takes it.
-  The image may be a read-only view: copy it before writing to it.
+  with label -1 if the set has no labels, so `grain.MapDataset.source` accepts
+  it. The image may be a read-only view: copy it before writing to it.
 
   Attributes:
-    num_images: how many images there are.
+    num_images: the number of images.
     read_fn: index in [0, num_images) -> (image, label).
     num_classes: labels are in [0, num_classes); 0 for an unlabelled set.
     description: one line for the log.
@@ -92,10 +92,10 @@ def create(
   num_classes: int,
   read_fn: Callable,
 ) -> Source:
-  """A Source that is described by its name and its sizes.
+  """Makes a Source with a description from its name and sizes.
 
   Args:
-    name: what was opened, and its split.
+    name: the name of the set and its split.
     num_images: see `Source`.
     shape: (height, width, channels).
     num_classes: see `Source`.
@@ -108,18 +108,18 @@ def create(
 
 
 def keep_in_memory(source: Source, shape: tuple[int, int, int]) -> Source:
-  """The same source, where a set of moderate size is decoded only once.
+  """Caches decoded images in memory, unless the set exceeds KEEP_BYTES.
 
   Decoding a CIFAR-10 image takes a hundred times as long as copying it, and
-  the whole set is 154 MB. Images are kept as they are first read; sets above
-  KEEP_BYTES are read anew each time.
+  the whole set is 154 MB. Images are cached when they are first read; images of
+  larger sets are decoded each time.
 
   Args:
-    source: what decodes images of the given shape.
+    source: a source of images of the given shape.
     shape: (height, width, channels).
 
   Returns:
-    a Source with equal images.
+    A Source of the same images.
   """
   if len(source) * math.prod(shape) > KEEP_BYTES:
     return source
@@ -132,34 +132,34 @@ def keep_in_memory(source: Source, shape: tuple[int, int, int]) -> Source:
   def read(index):
     if not is_kept[index]:
       images[index], labels[index] = source.read_fn(index)
-      is_kept[index] = True  # last, for other threads look at it first
+      is_kept[index] = True  # last, because other threads check it first
     return views[index], labels[index]
 
   return dataclasses.replace(source, read_fn=read)
 
 
 def check_local(path: str, what: str) -> None:
-  """Raises UserError, which begins with `what`, where the path is a URL."""
+  """Raises UserError, with a message starting with `what`, if path is a URL."""
   if '://' in path:
     raise UserError(
-      f'{what}: data are read from local disks, in any order; copy them to '
-      'one, or mount the bucket as a folder (gcsfuse)'
+      f'{what}: data need random access on a local disk; copy them to one, or '
+      'mount the bucket as a folder (gcsfuse)'
     )
 
 
 def heldout_indices(num_images: int, wanted: Wanted) -> np.ndarray | None:
-  """The indices of a split, where every n-th image is 'test'.
+  """The indices of a split in which every n-th image is 'test'.
 
   Args:
     num_images: size of the whole set.
-    wanted: its heldout_every is n: images n - 1, 2 n - 1, ... are 'test'; 0
-      holds out none.
+    wanted: the split and n = heldout_every: images n - 1, 2 n - 1, ... are
+      'test'; 0 holds out none.
 
   Returns:
     int64 indices in ascending order; None for 'test' with n = 0.
 
   Raises:
-    UserError: if the set is too small to hold out a single image.
+    UserError: the set is too small to hold out a single image.
   """
   indices = np.arange(num_images)
   split, every = wanted.split, wanted.heldout_every

@@ -1,1 +1,1 @@
-"""What samples are worth: networks that judge, statistics, metric cards."""
+"""Evaluation of samples: judging networks, statistics, metric cards."""

@@ -1,6 +1,6 @@
-"""What is found of a set of images, batch by batch, kept on disk.
+"""Results for a set of images, computed and saved batch by batch.
 
-So that what was interrupted goes on, with batches of the same size.
+An interrupted pass resumes, provided that the batch size is the same.
 """
 
 import functools
@@ -16,7 +16,7 @@ from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
-VERSION = 'v1'  # of what is kept; another where numbers change
+VERSION = 'v1'  # of the files; to be changed when the numbers change
 CHUNK = 50  # steps of a grid between two reports of progress
 
 
@@ -26,16 +26,15 @@ def chunks(count: int) -> list[np.ndarray]:
 
 
 class Batches(NamedTuple):
-  """Images in batches, and what was found of each on disk.
+  """Images in batches, with the results of each batch on disk.
 
   Attributes:
-    mesh: the devices that divide a batch.
-    images: uint8.
-    folder: where what is found is kept.
-    batch_size: images at once, over all devices.
-    on_work: called with how much of the work is done.
-    infinite: what images have of which something is not finite, and the
-      remedy.
+    mesh: the devices that a batch is split over.
+    images: uint8 images.
+    folder: folder of the results.
+    batch_size: images per batch, over all devices.
+    on_work: called with the amount of work just done.
+    infinite: what is not finite, and the remedy, for the error message.
   """
 
   mesh: Mesh
@@ -48,17 +47,17 @@ class Batches(NamedTuple):
   def each(
     self, name: str, compute: Callable, work: int
   ) -> dict[str, np.ndarray]:
-    """Runs a function on each batch, unless the folder has what it gives.
+    """Runs a function on each batch whose result is not yet in the folder.
 
     Args:
-      name: of what it gives, in the folder.
-      compute: (images, numbers, tell) -> {key: [..., B]}; the first two are
-        global arrays that the mesh divides, filled up with repeats, and
-        tell(done) says how much of the work on an image is done.
-      work: on an image.
+      name: name of the results in the folder.
+      compute: (images, numbers, tell) -> {key: [..., B]}. The first two are
+        global arrays sharded over the mesh, padded with repeats; tell(done)
+        reports how much work per image has just been done.
+      work: work per image.
 
     Returns:
-      what it gives, without the repeats, joined along the last axis.
+      the results without the repeats, joined along the last axis.
 
     Raises:
       UserError: a number is not finite.

@@ -1,10 +1,11 @@
 """Bits per dimension of images under a trained network.
 
-Three protocols: 'bpd', the variational bound, which asks the network at every
-step of a grid; 'bpd_fast', an estimate of it from ten evaluations an image;
-'bpd_ode', the likelihood by the probability flow. See `process.likelihood` and
-`process.flow`. What is found of a batch of images is kept on disk, so that what
-was interrupted goes on; an image's noise depends on the seed and its number.
+There are three protocols: 'bpd', the variational bound, which evaluates the
+network at every step of a grid; 'bpd_fast', an estimate of the bound from ten
+evaluations per image; 'bpd_ode', the likelihood by the probability flow ODE.
+See `process.likelihood` and `process.flow`. The results of each batch are saved
+to disk, so an interrupted measurement resumes. An image's noise depends only on
+the seed and the image's index.
 """
 
 import hashlib
@@ -28,27 +29,27 @@ from diffusion_jax.training import sharding
 
 KINDS = {
   'bpd': 'the variational bound in bits per dimension',
-  'bpd_fast': 'an estimate of it from a hundredth of the evaluations',
+  'bpd_fast': 'an estimate of the bound from a hundredth of the evaluations',
   'bpd_ode': 'the likelihood by the probability flow',
 }
 DEQUANTISATIONS = ('uniform', 'variational')
-EVALUATIONS = 10  # of an image, for bpd_fast
+EVALUATIONS = 10  # per image, for bpd_fast
 MOST_EXACT = 1024  # dimensions
 
 
 class How(NamedTuple):
-  """What the numbers depend on, beside the weights and the images.
+  """The settings that the numbers depend on, in addition to weights and images.
 
   Attributes:
     kind: a key of KINDS.
-    seed: of the noise.
-    grid: falling times, the last one -1; of the two bounds.
-    variance: of p(xs | xt); of the two bounds.
-    clip: whether the estimate of x0 is clipped to [-1, 1]; of the two bounds.
-    dequantisation: one of DEQUANTISATIONS; of the flow.
-    divergence: one of `flow.DIVERGENCES`; of the flow.
-    tolerance: relative and absolute, of the flow's solver.
-    dtype: of the flow, 'float32' or 'float64'.
+    seed: seed of the noise.
+    grid: falling times, the last one -1; for the two bounds.
+    variance: variance of p(xs | xt); for the two bounds.
+    clip: whether to clip the estimate of x0 to [-1, 1]; for the two bounds.
+    dequantisation: one of DEQUANTISATIONS; for the flow.
+    divergence: one of `flow.DIVERGENCES`; for the flow.
+    tolerance: relative and absolute tolerance of the flow's solver.
+    dtype: 'float32' or 'float64'; for the flow.
   """
 
   kind: str
@@ -62,7 +63,7 @@ class How(NamedTuple):
   dtype: str = 'float32'
 
   def protocol(self) -> dict:
-    """As it stands on metric cards."""
+    """The settings as written to metric cards."""
     told = {'bits': self.kind, 'seed': self.seed}
     if self.kind == 'bpd_ode':
       names = ('dequantisation', 'divergence', 'tolerance', 'dtype')
@@ -77,11 +78,11 @@ class How(NamedTuple):
 
 
 class Found(NamedTuple):
-  """What goes on a card.
+  """The results for a card.
 
   Attributes:
     results: name -> number.
-    details: name -> what is no single number.
+    details: name -> anything that is not a single number.
   """
 
   results: dict
@@ -89,22 +90,22 @@ class Found(NamedTuple):
 
 
 def check(how: How, schedule: Schedule, image_shape) -> None:
-  """Finds out beforehand what cannot be measured.
+  """Checks the settings before anything is measured.
 
   Args:
     how: the protocol.
-    schedule: of the run.
+    schedule: the run's noise schedule.
     image_shape: (H, W, C).
 
   Raises:
-    UserError: an option or a grid that this protocol cannot have.
+    UserError: the protocol does not allow an option or the grid.
   """
   if how.kind != 'bpd_ode':
     steps = len(likelihood.prepare(schedule, how.grid, how.variance).t)
     if how.kind == 'bpd_fast' and steps <= EVALUATIONS:
       raise UserError(
-        f'bpd_fast takes {EVALUATIONS} evaluations an image and the grid has '
-        f'{steps} steps: ask for bpd'
+        f'bpd_fast takes {EVALUATIONS} evaluations per image, but the grid has '
+        f'only {steps} steps: use bpd'
       )
   elif how.dequantisation not in DEQUANTISATIONS:
     raise UserError(
@@ -119,13 +120,13 @@ def check(how: How, schedule: Schedule, image_shape) -> None:
 
 
 def work(how: How) -> int:
-  """What an image takes, for a measure of progress.
+  """The work per image, for the progress bar.
 
   Args:
     how: the protocol.
 
   Returns:
-    evaluations of the network; 1 for the flow, whose solver has its own way.
+    the number of network evaluations; 1 for the flow, whose solver is adaptive.
   """
   return {'bpd': len(how.grid) - 1, 'bpd_fast': EVALUATIONS, 'bpd_ode': 1}[
     how.kind
@@ -140,29 +141,30 @@ def measure(
   batch_size: int,
   on_work: Callable[[int], None] = lambda count: None,
 ) -> Found:
-  """Bits per dimension of a set of 8-bit images, with its error.
+  """Measures bits per dimension of a set of 8-bit images, with its error.
 
   Args:
     trained: the network.
-    images: at least 2, uint8.
+    images: at least 2 images, uint8.
     how: the protocol.
-    folder: where what is found is kept, batch by batch.
-    batch_size: images at once, over all devices.
-    on_work: called with how much of `work` is done.
+    folder: folder for the results of each batch.
+    batch_size: images per batch, over all devices.
+    on_work: called with the amount of `work` just done.
 
   Raises:
     UserError: see `fast_bound.estimate` and `flow.density`.
   """
   if images.count < 2:
-    raise UserError(f'{images.description}: an error takes two images or more')
+    raise UserError(
+      f'{images.description}: the standard error needs at least 2 images'
+    )
   if trained.codec.levels != 256:
     raise UserError(
-      f'{trained.workdir} diffuses something other than pixels of 8 bits, '
-      'which has no bits per dimension of images: use other metrics, such as '
-      'fid'
+      f'{trained.workdir} does not diffuse 8-bit pixels, so bits per dimension '
+      'are not defined: use other metrics, such as fid'
     )
   check(how, trained.schedule, trained.image_shape)
-  remedy = 'was the training healthy? --clip may help'
+  remedy = 'was training healthy? --clip may help'
   if how.kind == 'bpd_ode':
     remedy = 'give the solver a larger --tolerance'
   batches = Batches(
@@ -175,8 +177,8 @@ def measure(
 
 
 def _given(trained, params, how: How, images, numbers):
-  """x0, and a key for each image."""
-  # Training has 0, samples have 1: see `runs.draw`.
+  """Returns x0, and a key for each image."""
+  # Training uses 0, sampling 1: see `runs.draw`.
   root = jax.random.fold_in(jax.random.key(how.seed), 2)
   keys = jax.vmap(lambda number: jax.random.fold_in(root, number))(numbers)
   rows = {'image': images.astype(how.dtype)}
@@ -184,7 +186,7 @@ def _given(trained, params, how: How, images, numbers):
 
 
 def _denoiser(trained, params, clip):
-  """The network; its own arithmetic is float32 whatever xt is."""
+  """The network, which computes in float32 whatever the dtype of xt."""
 
   def denoise(xt, t):
     x0, eps = trained.compiled.denoise(
@@ -196,7 +198,7 @@ def _denoiser(trained, params, clip):
 
 
 def _program(trained, how, fn):
-  """fn(denoiser, x0, keys, *rest), of (images, numbers, *rest); compiled."""
+  """Compiles fn(denoiser, x0, keys, *rest) to take (images, numbers, *rest)."""
 
   @jax.jit
   def run(params, images, numbers, *rest):
@@ -232,7 +234,7 @@ def _bound(trained, batches, how) -> Found:
 
   table = likelihood.Table(**batches.each('bound', compute, count))
   total = np.asarray(table.total, np.float64)
-  # A rate is linear in the bits, so that of the mean image is the mean rate.
+  # The rate is linear in the bits, so the mean bits give the mean rate.
   mean = jax.tree.map(
     lambda x: np.mean(x, axis=-1, keepdims=True, dtype=np.float64), table
   )

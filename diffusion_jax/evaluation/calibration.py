@@ -1,8 +1,9 @@
-"""How far a network errs at each time: one pass over data, on all devices.
+"""A network's error at each time, from one pass over data on all devices.
 
-For the optimal variances (`samplers.analytic`) and the optimal grids
-(`samplers.grid.optimal`). An image's noise depends on the seed and its number;
-what is found of a batch is kept on disk, so that what was interrupted goes on.
+It determines the optimal variances (`samplers.analytic`) and the optimal grids
+(`samplers.grid.optimal`). An image's noise depends only on the seed and the
+image's index. The results of each batch are saved to disk, so an interrupted
+pass resumes.
 """
 
 from collections.abc import Callable
@@ -24,14 +25,14 @@ from diffusion_jax.training import sharding
 def scored(
   denoiser: Denoiser, schedule: Schedule, x0, keys, which
 ) -> dict[str, jax.Array]:
-  """What `Calibration` is the mean of.
+  """Squared errors of each image; `Calibration` is their mean over images.
 
   Args:
     denoiser: (xt, t) -> (x0, eps), not clipped.
     schedule: the noise schedule.
     x0: [B, ...] data in [-1, 1].
     keys: [B] random keys.
-    which: [k] times, whole.
+    which: [k] integer times.
 
   Returns:
     'mse' and 'clipped_mse', [k, B], means over dimensions.
@@ -61,25 +62,25 @@ def measure(
   batch_size: int,
   on_work: Callable[[int], None] = lambda count: None,
 ) -> Calibration:
-  """Means over a set of 8-bit images, each at all times of the schedule.
+  """Mean errors over a set of 8-bit images, each at all times of the schedule.
 
   Args:
     trained: the network.
-    images: uint8.
-    seed: of the noise, in [0, 2**32).
-    folder: where what is found is kept, batch by batch.
-    batch_size: images at once, over all devices.
-    on_work: called with how many evaluations are done.
+    images: uint8 images.
+    seed: seed of the noise, in [0, 2**32).
+    folder: folder for the results of each batch.
+    batch_size: images per batch, over all devices.
+    on_work: called with the number of evaluations just done.
 
   Raises:
-    UserError: the network's answers are not finite.
+    UserError: the network's output is not finite.
   """
   schedule = trained.schedule
   num_timesteps = schedule.num_timesteps
 
   @jax.jit
   def some(params, images, numbers, which):
-    # Training has 0, samples have 1, likelihoods 2: see `samplers.draw`.
+    # Training uses 0, sampling 1, likelihoods 2: see `samplers.draw`.
     root = jax.random.fold_in(jax.random.key(seed), 3)
     keys = jax.vmap(lambda number: jax.random.fold_in(root, number))(numbers)
 
@@ -101,7 +102,7 @@ def measure(
 
   batches = Batches(
     trained.mesh, images, folder, batch_size, on_work,
-    'answers of the network that are not finite: was the training healthy?',
+    'network outputs that are not finite: was training healthy?',
   )  # fmt: skip
   found = {
     name: values.mean(axis=-1, dtype=np.float64).tolist()

@@ -1,12 +1,12 @@
-"""Metric cards: a number with all that it depends on, as JSON.
+"""Metric cards: results with everything they depend on, as JSON.
 
   subject      what was judged: run, step, weights, sampler, grid, seed
   protocol     how: data, counts, the judging network, resize, rounding
   results      name -> number
-  details      what is no single number
+  details      anything that is not a single number
   environment  versions, revision, devices
 
-Cards stand in one table only where their protocols are equal.
+Only cards with equal protocols are put into one table.
 """
 
 import datetime
@@ -21,7 +21,7 @@ from diffusion_jax.system.errors import UserError
 
 VERSION = 1
 
-# What Frechet distances are called; FID is that of Inception's last features.
+# Names of Frechet distances; FID is the one of Inception's last features.
 DISTANCES = {
   'frechet': 'Fréchet',
   'fid': 'FID',
@@ -33,19 +33,19 @@ DISTANCES = {
 
 
 def distance(name: str) -> str:
-  """What a Frechet distance is called in a title."""
+  """The name of a Frechet distance in a title."""
   return DISTANCES[name] + ' distance' * (name == 'frechet')
 
 
 def heldout_name(name: str) -> str:
-  """What the held-out images' number of a result's kind is called."""
+  """The name of the result for held-out images that corresponds to `name`."""
   if name.endswith('_heldout_count'):
     return name.replace('_heldout_count', '_floor')
   return f'{name}_expected' if name == 'nearest_share' else f'{name}_heldout'
 
 
 def heldout(card: dict) -> dict:
-  """Result -> the held-out images' number of the same kind."""
+  """Result -> the corresponding number of the held-out images."""
   results = card['results']
   return {
     name: results[heldout_name(name)]
@@ -55,7 +55,7 @@ def heldout(card: dict) -> dict:
 
 
 def subject_of(trained: Trained) -> dict:
-  """What a card's subject says of a network."""
+  """The part of a card's subject that describes the network."""
   return {
     'workdir': str(trained.workdir),
     'step': trained.step,
@@ -65,13 +65,16 @@ def subject_of(trained: Trained) -> dict:
 
 
 def create(subject: dict, protocol: dict, results: dict, details: dict) -> dict:
-  """A card of now, as it reads back from JSON.
+  """Makes a card with the current time and environment.
 
   Args:
     subject: what was judged.
-    protocol: how.
+    protocol: how it was judged.
     results: name -> number.
-    details: what is no single number.
+    details: anything that is not a single number.
+
+  Returns:
+    the card, as it reads back from JSON.
   """
   card = {
     'card': VERSION,
@@ -86,32 +89,32 @@ def create(subject: dict, protocol: dict, results: dict, details: dict) -> dict:
 
 
 def write(path, card: dict) -> None:
-  """Writes a card, or another JSON, whole or not at all."""
+  """Writes a card or other JSON atomically."""
   files.make(files.at(path).parent)
   with files.replacing(path) as file:
     file.write(json.dumps(card, indent=2).encode() + b'\n')
 
 
 def read(path) -> dict:
-  """A card.
+  """Reads a card.
 
   Args:
-    path: of its file.
+    path: the file.
 
   Raises:
-    UserError: there is none, or the file is something else.
+    UserError: the file does not exist or is not a card.
   """
   try:
     card = json.loads(files.at(path).read_text())
   except (OSError, ValueError, RecursionError) as e:
     raise UserError(f'{path} is not a metric card ({e})') from e
   if not is_card(card):
-    raise UserError(f'{path} is not a metric card, or is a damaged one')
+    raise UserError(f'{path} is not a metric card, or is damaged')
   return card
 
 
 def is_number(value) -> bool:
-  """Whether it can be printed, added up and plotted."""
+  """Whether a value can be printed, added up and plotted."""
   return (
     isinstance(value, int | float)
     and not isinstance(value, bool)
@@ -148,19 +151,19 @@ def is_card(value) -> bool:
 
 
 def name(subject_name: str, what: str, protocol: dict) -> str:
-  """The name of a card, without .json; cards of one protocol end alike."""
+  """The name of a card, without .json; it ends with a hash of the protocol."""
   digest = hashlib.sha256(_key({'protocol': protocol}).encode())
   return f'{subject_name}_{what}_{digest.hexdigest()[:8]}'
 
 
 def find(place) -> list[files.Path]:
-  """The files of cards: the one given, or all of a run or of a folder.
+  """The files of cards: the given file, or all cards of a run or a folder.
 
   Args:
     place: a file, a run's folder, or a folder of cards.
 
   Raises:
-    UserError: there are none.
+    UserError: there are no cards.
   """
   place = files.at(place).expanduser()
   if not place.is_dir():
@@ -173,10 +176,10 @@ def find(place) -> list[files.Path]:
 
 
 def differences(cards: Sequence[dict]) -> dict:
-  """The fields of the protocol that are not the same on all cards.
+  """The fields of the protocol that differ between cards.
 
   Returns:
-    {field: values}, nested ones with dots, a value for each card.
+    {field: values}, nested fields joined by dots, one value per card.
   """
   flat = [runs.flatten(card['protocol']) for card in cards]
   fields = sorted(set().union(*flat))
@@ -185,7 +188,7 @@ def differences(cards: Sequence[dict]) -> dict:
 
 
 def grouped(cards: Sequence[dict]) -> dict[str, list[dict]]:
-  """Cards of equal protocols together, in the order of their first ones."""
+  """Groups cards by protocol, in the order of their first cards."""
   groups = {}
   for card in cards:
     groups.setdefault(_key(card), []).append(card)
@@ -193,17 +196,16 @@ def grouped(cards: Sequence[dict]) -> dict[str, list[dict]]:
 
 
 def compare(places: Sequence[str]) -> list[list[dict]]:
-  """Cards in groups of one protocol, which stand in one table each.
+  """Groups cards by protocol, one group per table.
 
-  Of a run's folder, those cards are taken of whose protocol all the other
-  places have some.
+  Only protocols that occur in all places are kept.
 
   Args:
     places: files of cards, or folders, see `find`.
 
   Raises:
-    UserError: the places have no protocol in common; every field that differs
-      is named.
+    UserError: the places have no protocol in common; the message names every
+      field that differs.
   """
   found = [grouped([read(path) for path in find(place)]) for place in places]
   common = [key for key in found[0] if all(key in groups for groups in found)]
@@ -219,26 +221,26 @@ def compare(places: Sequence[str]) -> list[list[dict]]:
   )
   unlike = differences([first, next(iter(groups.values()))[0]])
   is_judge = 'features_sha256' in unlike
-  remedy = ': judge both by one network, --features=FILE' if is_judge else ''
+  remedy = ': judge both with one network, --features=FILE' if is_judge else ''
   told = '; '.join(
     f'{field}: {_short(a)} and {_short(b)}' for field, (a, b) in unlike.items()
   )
   raise UserError(
-    f'{places[0]} and {place} were measured in different ways and are not '
+    f'{places[0]} and {place} were measured in different ways and cannot be '
     f'compared ({told})' + remedy
   )
 
 
 def curve(cards: Sequence[dict], result: str) -> dict:
-  """A result step by step.
+  """A result as a function of the training step.
 
   Args:
-    cards: each with its 'name', the file's without .json.
-    result: of their results.
+    cards: the cards, each with its 'name', which is the file's without .json.
+    result: the name of the result.
 
   Returns:
-    {'result', 'points': [{'step', 'value', 'card'}] by step, 'best': the point
-    of the least value, the first of equals; None where there is none}.
+    {'result', 'points': [{'step', 'value', 'card'}] by step, 'best': the first
+    point with the smallest value, or None}.
   """
   points = [
     {
@@ -259,7 +261,7 @@ def _key(card):
 
 
 def number(x) -> str:
-  """Four significant digits; whole numbers whole; '–' for None."""
+  """A number with four significant digits; integers in full; '–' for None."""
   if not is_number(x):
     return '–' if x is None else str(x)
   if isinstance(x, int):

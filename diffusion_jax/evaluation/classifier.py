@@ -1,7 +1,7 @@
-"""The judge of small labelled images: a classifier of the run's own data.
+"""The judge for small labelled images: a classifier of the run's own data.
 
-It is trained once and kept in the run's folder. Its features are those of its
-hidden layer. How often it is right is counted on held-out images.
+It is trained once and saved in the run's folder. Its features are those of its
+hidden layer. Its accuracy is measured on held-out images.
 """
 
 import hashlib
@@ -24,18 +24,18 @@ from diffusion_jax.system.errors import UserError
 NUM_STEPS = 1500
 BATCH = 128
 LEARNING_RATE = 2e-3
-LARGEST = 64  # pixels: what this small network can judge
+LARGEST = 64  # pixels: the largest images for this small network
 
 MOST_CLASSES = 1000
 
-FACTS = 'facts'  # the entry of a file that holds no parameter
+FACTS = 'facts'  # the entry of a file that is not a parameter
 
 
 def network(*shape) -> models.Model:
   """apply(params, x [B, H, W, C], keys=None) -> (features, logits).
 
   Args:
-    *shape: (H, W, C), and the number of classes.
+    *shape: (H, W, C) and the number of classes.
   """
   return models.fence(lambda keys: Classifier(*shape, rngs=keys))
 
@@ -55,15 +55,16 @@ def fit(
 ) -> dict:
   """Trains a classifier.
 
-  Adam with a falling rate; images are shifted by up to a sixteenth of their
-  size, at least by a pixel. One device does it, so that the same data give the
-  same parameters on any mesh of one kind of machine.
+  It uses Adam with a cosine learning rate. Images are shifted by up to a
+  sixteenth of their size, or one pixel if that is larger. It runs on one
+  device, so the same data give the same parameters on any mesh of one kind of
+  machine.
 
   Args:
     images: uint8 [N, H, W, C].
     labels: int [N], in [0, num_classes).
     num_classes: K.
-    num_steps: of 128 images.
+    num_steps: number of steps, of 128 images each.
     on_step: called after each step.
 
   Returns:
@@ -81,7 +82,7 @@ def fit(
     padded = jnp.pad(image, ((shift, shift), (shift, shift), (0, 0)), 'edge')
     return jax.lax.dynamic_slice(padded, (by[0], by[1], 0), image.shape)
 
-  # Not a scan: XLA's convolutions are slow inside of one on a CPU.
+  # Not a scan: on a CPU, XLA's convolutions are slow inside a scan.
   @jax.jit
   def step(params, state, number):
     keys = jax.random.split(jax.random.fold_in(root, number), 3)
@@ -111,12 +112,12 @@ def train(
   num_steps: int = NUM_STEPS,
   on_step: Callable[[], None] = lambda: None,
 ) -> None:
-  """Trains a classifier of a labelled source, and keeps it in `path` (.npz).
+  """Trains a classifier on a labelled source and saves it in `path` (.npz).
 
   Args:
-    path: of the file, which appears whole or not at all.
-    source: what to train on.
-    num_steps: of 128 images.
+    path: the file, written atomically.
+    source: the images to train on.
+    num_steps: number of steps, of 128 images each.
     on_step: called after each step.
   """
   images, labels = _arrays(source)
@@ -132,10 +133,10 @@ def train(
 
 
 def fingerprint(source: Source) -> str:
-  """A hash of all images and labels, to tell what a classifier is for.
+  """A hash of all images and labels, to identify a classifier's data.
 
   Args:
-    source: of moderate size, all of which is read.
+    source: a set of moderate size; all of it is read.
   """
   digest = hashlib.sha256(str(source.num_classes).encode())
   for i in range(len(source)):
@@ -146,10 +147,10 @@ def fingerprint(source: Source) -> str:
 
 
 def accuracy(judge: Judge, source: Source) -> float | None:
-  """How often a judge is right; None where not all images have labels.
+  """A judge's accuracy; None unless all images have labels.
 
   Args:
-    judge: as of `load`.
+    judge: a judge from `load`.
     source: images that it was not trained on.
   """
   images, labels = _arrays(source)
@@ -164,15 +165,15 @@ def accuracy(judge: Judge, source: Source) -> float | None:
 
 
 def load(path, image_shape: tuple[int, int, int]) -> Judge:
-  """A judge from a file that `train` wrote.
+  """Loads a judge from a file that `train` wrote.
 
   Args:
-    path: of the file.
-    image_shape: (H, W, C) of what it is to judge.
+    path: the file.
+    image_shape: (H, W, C) of the images to judge.
 
   Raises:
-    UserError: there is no such file, it is something else, or it judges images
-      of another shape.
+    UserError: there is no such file, it is not a classifier, or it judges
+      images of another shape.
   """
   try:
     flat = kept.read(path)
@@ -187,8 +188,8 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
       raise ValueError('its parameters are of another network')
   except kept.DAMAGED as e:
     raise UserError(
-      f'{path} is not a classifier of ours ({e}): delete it, or give another '
-      '--features'
+      f'{path} is not a classifier of this package ({e}): delete it, or give '
+      'another --features'
     ) from e
   if shape != tuple(image_shape):
     raise UserError(

@@ -1,12 +1,12 @@
-"""Networks that judge images, and the passes of images through them.
+"""Networks that judge images, and passes of images through them.
 
 A judge is interchangeable: a function from images to features and, if it
-classifies, to logits. Its name and the hash of its weights go on the card,
-since a distance means nothing without them.
+classifies, to logits. Its name and the hash of its weights are on the card,
+because a distance means nothing without them.
 
-Features of a large network are kept on disk under the hash of their images, a
-block at a time. So a pass that was interrupted goes on, and what two runs have
-in common, the training images above all, is computed once.
+Features of a large network are cached on disk, block by block, under the hash
+of their images. An interrupted pass therefore resumes, and images that two runs
+share, above all the training images, pass through the network only once.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 PIXELS = 16  # larger images are averaged down to at most this size
-BLOCK = 256  # images whose features are kept in one file
+BLOCK = 256  # images per file of the cache
 
-# Of what is kept: another one where the same network gives other numbers.
+# Of the cache: to be changed when the same network gives other numbers.
 VERSION = 'v1'
 
 
@@ -40,12 +40,12 @@ class Judge(NamedTuple):
     apply: (params, images [B, H, W, C], uint8 or float32 in [0, 255]) ->
       {output: [B, D] float32}.
     params: its weights.
-    taps: output -> what a Frechet distance between such features is called;
-      the first one is what all other metrics compare.
-    logits: the output that classifies, or ''.
-    protocol: what a number of this judge depends on, for the card.
-    details: what else is worth knowing, for the card.
-    keys: output -> the name under which its values are worth keeping.
+    taps: output -> the name of the Frechet distance between such features; all
+      other metrics compare the first output.
+    logits: the output with the logits, or ''.
+    protocol: the facts that the judge's numbers depend on, for the card.
+    details: other facts for the card.
+    keys: output -> its name in the cache; other outputs are not cached.
   """
 
   apply: Callable
@@ -58,10 +58,10 @@ class Judge(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """Images and what a judge says of them.
+  """Images and a judge's outputs for them.
 
   Attributes:
-    images: [n, H, W, C], as they were given.
+    images: [n, H, W, C], as given.
     outputs: {output: float32 [n, D]}.
   """
 
@@ -70,7 +70,7 @@ class Batch(NamedTuple):
 
 
 def pixels(image_shape: tuple[int, int, int]) -> Judge:
-  """The images themselves, in [-1, 1], averaged down to 16x16 at most.
+  """A judge whose features are the pixels in [-1, 1], averaged to <= 16x16.
 
   Args:
     image_shape: (H, W, C).
@@ -100,21 +100,21 @@ def passes(
   mesh: Mesh,
   cache=None,
 ) -> Iterator[Batch]:
-  """Runs images through a judge, divided over the mesh.
+  """Runs images through a judge, sharded over the mesh.
 
   Args:
     judge: the network.
     batches: images [n, H, W, C] each, uint8 or float32 in [0, 255].
-    batch_size: how many the network takes at once.
+    batch_size: images per call of the network.
     mesh: the devices.
-    cache: the folder in which features are kept that have a key; None for none.
+    cache: folder of the cache, for outputs that have a key; None for no cache.
 
   Returns:
-    an iterator of a Batch for each BLOCK images, the last one shorter. What is
-    in the cache is not computed again.
+    an iterator of one Batch for each BLOCK images; the last may be shorter.
+    Cached features are not computed again.
 
   Raises:
-    UserError: pixels or features are not finite numbers.
+    UserError: pixels or features are not finite.
   """
   apply = jax.jit(judge.apply)
   params = jax.device_put(judge.params, sharding.replicated(mesh))
@@ -122,7 +122,7 @@ def passes(
   size = -(-min(batch_size, BLOCK) // parts) * parts
 
   def compute(images):
-    # Filled up with repeats, so that one program serves all.
+    # Padded with repeats, so that one compiled program serves all batches.
     count = -(-len(images) // size) * size
     padded = images[np.resize(np.arange(len(images)), count)]
     found = []
@@ -130,7 +130,7 @@ def passes(
       out = apply(params, sharding.put_batch(part, mesh))
       found.append(jax.tree.map(sharding.to_host, out))
     outputs = jax.tree.map(lambda *x: np.concatenate(x)[: len(images)], *found)
-    # A distance of them would be 0, or anything.
+    # A distance computed from them would be meaningless.
     if not all(np.isfinite(x).all() for x in outputs.values()):
       raise UserError(
         f'an image has features that are not finite: {_wrong(images)}'
@@ -158,7 +158,7 @@ def whole(images: np.ndarray) -> np.ndarray:
 def blocks(
   batches: Iterable[np.ndarray], size: int = BLOCK
 ) -> Iterator[np.ndarray]:
-  """The same images in blocks of one size, but for the last one."""
+  """The same images in blocks of one size; the last may be shorter."""
   left = []
   for images in batches:
     left.append(images)
@@ -172,12 +172,12 @@ def blocks(
 
 def _wrong(images) -> str:
   if np.isfinite(images).all():
-    return 'the network cannot judge it'
-  return 'it has pixels that are not finite; was the training healthy?'
+    return 'the network fails on it'
+  return 'it has pixels that are not finite; was training healthy?'
 
 
 def _paths(judge, images, cache) -> dict[str, files.Path]:
-  """Where the outputs of these images are kept."""
+  """The cache files of these images' outputs."""
   digest = hashlib.sha256(f'{images.dtype} {images.shape} '.encode())
   digest.update(np.ascontiguousarray(images))
   name = f'{digest.hexdigest()[:32]}.npy'
@@ -203,10 +203,10 @@ def _write(paths, outputs):
 
 
 class Images(NamedTuple):
-  """A set of images, to be looked at in order.
+  """A set of images in order.
 
   Attributes:
-    count: how many.
+    count: number of images.
     stream: () -> batches [n, H, W, C], uint8 or float32 in [0, 255].
     description: one line.
   """
@@ -217,11 +217,11 @@ class Images(NamedTuple):
 
 
 def images_of(source: Source, count: int | None = None) -> Images:
-  """All images of a source in order, or some of them at even distances.
+  """All images of a source in order, or some of them, evenly spaced.
 
   Args:
     source: the images.
-    count: how many, at most all of them; None for all.
+    count: number of images, at most all; None for all.
   """
   count = len(source) if count is None else count
   chosen = np.arange(count) * len(source) // count
@@ -240,7 +240,7 @@ def sha256_of(images: Images) -> str:
   """The hash of all images in order, 64 hexadecimal digits.
 
   Args:
-    images: which are read once.
+    images: the set, which is read once.
   """
   digest, shape = hashlib.sha256(), None
   for batch in images.stream():

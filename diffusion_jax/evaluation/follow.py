@@ -1,8 +1,8 @@
-"""Judging a run's checkpoints as they come, and keeping the best.
+"""Judges a run's checkpoints as they appear, and keeps the best.
 
-What was judged is told by the cards, so a follower that was killed goes on. The
-best checkpoint so far is held, and all that have come and are not judged yet:
-the trainer does not delete them, however old they become.
+The cards record what has been judged, so a killed follower resumes. It holds
+the best checkpoint so far and all that are not judged yet: the trainer does not
+delete these, however old they become.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from diffusion_jax.training import checkpoint, held
 
 
 def wait_for_first(workdir, poll_secs: float) -> None:
-  """Returns once a run has a checkpoint; it need not have begun."""
+  """Waits until a run has a checkpoint; it need not have started."""
 
   def is_there():
     return distributed.on_first(
@@ -30,7 +30,7 @@ def wait_for_first(workdir, poll_secs: float) -> None:
     )
 
   if not is_there():
-    with terminal.waiting(f'waiting for a first checkpoint in {workdir}'):
+    with terminal.waiting(f'waiting for the first checkpoint in {workdir}'):
       while not is_there():
         time.sleep(poll_secs)
 
@@ -44,23 +44,23 @@ def follow(
   result: str,
   poll_secs: float,
 ) -> dict:
-  """Judges each checkpoint, oldest first, until the run has ended.
+  """Judges each checkpoint, oldest first, until the run ends.
 
-  It has ended when a checkpoint of its config's num_steps is judged.
+  The run has ended when the checkpoint of its config's num_steps is judged.
 
   Args:
     workdir: the run's folder.
-    read: step -> the checkpoint, or UserError where it is gone.
-    judge: checkpoint -> its card, which it has written to `card_path`.
+    read: step -> the checkpoint; raises UserError if it is gone.
+    judge: checkpoint -> its card, after writing it to `card_path`.
     card_path: step -> the file of its card.
-    result: of the cards' results, the one whose least makes the best.
-    poll_secs: between looks.
+    result: the result of the cards whose smallest value is the best.
+    poll_secs: seconds between checks for new checkpoints.
 
   Returns:
-    the curve, see `curve_of`, which is kept in evaluations/curves too.
+    the curve, see `curve_of`, which is also written to evaluations/curves.
 
   Raises:
-    UserError: a checkpoint that is there cannot be read.
+    UserError: an existing checkpoint cannot be read.
   """
   directory = workdir / 'checkpoints'
   name = card_path(0).stem.removeprefix('step0_')
@@ -68,7 +68,7 @@ def follow(
   known, missed, lock, written = set(), set(), threading.Lock(), [None]
 
   def look() -> dict:
-    """What there is to do; holds it, and keeps the curve."""
+    """Finds and holds new checkpoints, and writes the curve."""
     with lock:
       curve = curve_of(workdir, card_path, result)
       judged = {point['step'] for point in curve['points']}
@@ -107,18 +107,18 @@ def follow(
     except UserError:
       if step in distributed.on_first(lambda: checkpoint.steps(directory)):
         raise
-      continue  # deleted in between, which the next look tells
+      continue  # deleted in between, which the next look reports
     with _repeating(look, poll_secs):
       value = judge(found)['results'][result]
     best, told = curve['best'], 'the best so far'
     if best and best['value'] <= value:
-      told = f'the best is {cards.number(best["value"])} of step {best["step"]}'
+      told = f'the best is {cards.number(best["value"])} at step {best["step"]}'
     terminal.say(f'step {step}: {result} {cards.number(value)}, {told}')
 
 
 @contextlib.contextmanager
 def _repeating(look: Callable[[], dict], seconds: float) -> Iterator[None]:
-  """Looks now and then meanwhile, for what comes is to be held."""
+  """Calls `look` repeatedly in a thread, so that new checkpoints are held."""
   done = threading.Event()
 
   def repeat():
@@ -140,19 +140,19 @@ def _repeating(look: Callable[[], dict], seconds: float) -> Iterator[None]:
 
 
 def curve_of(workdir, card_path, result: str) -> dict:
-  """What the cards of a run tell, step by step.
+  """A result of a run's cards as a function of the step.
 
   Args:
     workdir: the run's folder.
     card_path: step -> the file of its card.
-    result: of the cards' results.
+    result: the name of the result.
 
   Returns:
-    as of `cards.curve`.
+    see `cards.curve`.
   """
   found = []
   for path in sorted((workdir / 'evaluations').glob('*.json')):
-    with contextlib.suppress(UserError):  # the report tells of a damaged one
+    with contextlib.suppress(UserError):  # the report names damaged cards
       found.append({**cards.read(path), 'name': path.stem})
   return cards.curve(
     [
@@ -166,10 +166,10 @@ def curve_of(workdir, card_path, result: str) -> dict:
 
 
 def text(curve: dict) -> str:
-  """The curve as a table, with the best marked.
+  """The curve as a table, with the best point marked.
 
   Args:
-    curve: of `curve_of`.
+    curve: a result of `curve_of`.
   """
   rows = [
     [str(point['step']), cards.number(point['value'])
@@ -179,5 +179,5 @@ def text(curve: dict) -> str:
   lines = terminal.table(['step', f'{curve["result"]}  '], rows)
   best = curve['best']
   if best:
-    lines += ['', f'* the least, at step {best["step"]}: --step={best["step"]}']
+    lines += ['', f'* the best, at step {best["step"]}: --step={best["step"]}']
   return '\n'.join(lines)

@@ -1,8 +1,8 @@
-"""The judge of FID: Inception's features, by weights that users bring.
+"""The judge for FID: Inception's features, with weights that users provide.
 
-A distance by these features depends on the network's weights, on where in it
-they are taken, and on how images are enlarged to what it takes. All three are
-in the judge's protocol.
+A distance between these features depends on the weights, on the layer, and on
+how images are resized to the network's input. All three are in the judge's
+protocol.
 """
 
 import hashlib
@@ -13,13 +13,13 @@ from diffusion_jax.models import inception
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import inception as weights
 
-# What a Frechet distance at a tap is called; '2048' is where papers take it.
+# Tap -> the name of its Frechet distance; papers use '2048'.
 DISTANCES = {
   '2048': 'fid',
   **{tap: f'fid_{tap}' for tap in ('64', '192', '768')},
   'spatial': 'sfid',
 }
-LOGITS = 'logits_unbiased'  # the Inception Score's: without softmax/b
+LOGITS = 'logits_unbiased'  # for the Inception Score: without softmax/b
 
 
 def load(
@@ -29,21 +29,21 @@ def load(
   logits: bool = False,
   convention: str = 'tf1',
 ) -> Judge:
-  """A judge from a file of Inception weights.
+  """Loads a judge from a file of Inception weights.
 
   Args:
-    path: of the .npz file, as `weights.inception.convert` writes it; for the
-      taps up to '768' one that ends at mixed_7 will do.
-    taps: what its features are, keys of DISTANCES. They are [B, D], D being
-      that of `models.inception.TAPS`.
-    logits: of the 1008 classes too, those of the Inception Score (arXiv
-      1606.03498).
-    convention: how images are enlarged and scaled, see
+    path: the .npz file, as `weights.inception.convert` writes it. For the taps
+      up to '768' it may end at mixed_7.
+    taps: the layers of its features, keys of DISTANCES. The features are
+      [B, D], with D from `models.inception.TAPS`.
+    logits: whether to also compute the logits of the 1008 classes, for the
+      Inception Score (arXiv 1606.03498).
+    convention: how images are resized and scaled, see
       `models.inception.preprocess`.
 
   Raises:
-    UserError: there is no such file, it lacks what the taps need, or a tap or
-      the convention is not known.
+    UserError: there is no such file, it lacks weights that the taps need, or a
+      tap or the convention is not known.
   """
   if convention not in inception.CONVENTIONS:
     raise UserError(
@@ -83,7 +83,7 @@ def load(
 
 
 def _sha256(params, outputs) -> str:
-  """Of what these outputs need of the network, wherever the file ends."""
+  """The hash of the weights that these outputs need, wherever the file ends."""
   digest = hashlib.sha256()
   for name in inception.shapes(outputs):
     for part in 'wb':

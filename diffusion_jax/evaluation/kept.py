@@ -1,4 +1,4 @@
-"""Arrays on disk: what files of any origin hold, and what is computed once."""
+"""Arrays on disk: safe reading of .npz files, and results computed once."""
 
 import tokenize
 import zipfile
@@ -9,7 +9,7 @@ import numpy as np
 
 from diffusion_jax.system import distributed, files
 
-# What a file that is something else, damaged or not there raises.
+# Raised by a file that is missing, damaged or of another kind.
 DAMAGED = (
   *(OSError, ValueError, TypeError, LookupError, AttributeError, EOFError),
   *(ArithmeticError, RuntimeError, MemoryError, SyntaxError),
@@ -18,7 +18,7 @@ DAMAGED = (
 
 
 def names(path) -> list[str]:
-  """What a .npz holds; nothing where it is none."""
+  """The names of the arrays in a .npz; [] if the file is not a .npz."""
   try:
     with (
       files.at(path).expanduser().open('rb') as file,
@@ -32,15 +32,15 @@ def names(path) -> list[str]:
 def read(
   path, wanted: Iterable[str] | None = None, most_bytes: int = 2**28
 ) -> dict[str, np.ndarray]:
-  """Arrays of a .npz; nothing is unpickled.
+  """Reads arrays of a .npz without unpickling anything.
 
   Args:
-    path: of the file, which may come from anywhere.
-    wanted: their names; None for all.
-    most_bytes: of all of them together.
+    path: the file, which may come from anywhere.
+    wanted: names of the arrays; None for all.
+    most_bytes: maximum total size of the arrays.
 
   Raises:
-    DAMAGED: it is none, an array is not there, or they are larger.
+    DAMAGED: the file is not a .npz, lacks an array, or is too large.
   """
   with files.at(path).open('rb') as file:
     with zipfile.ZipFile(file) as archive:
@@ -57,7 +57,7 @@ def read(
 
 
 def write(path, arrays: dict[str, np.ndarray], save=np.savez) -> None:
-  """Writes a .npz, whole or not at all."""
+  """Writes a .npz atomically."""
   files.make(files.at(path).parent)
   with files.replacing(path) as file:
     save(file, **arrays)
@@ -68,21 +68,21 @@ def once(
   write_fn: Callable[[dict], None],
   compute_fn: Callable[[], dict],
 ) -> tuple[dict, bool]:
-  """What is kept; else it is computed, and kept by process 0.
+  """Reads arrays, or computes them and has process 0 write them.
 
   Args:
-    read_fn: () -> arrays; raises where they are not there, or damaged.
-    write_fn: keeps arrays.
+    read_fn: () -> arrays; raises DAMAGED if they are missing or damaged.
+    write_fn: writes the arrays.
     compute_fn: () -> arrays.
 
   Returns:
-    (the arrays, whether they were kept).
+    (the arrays, whether they were read).
   """
   try:
     found = read_fn()
   except DAMAGED:
     found = None
-  # A folder that only some hosts see is of no use to the others.
+  # If only some hosts see the folder, all compute.
   if all(distributed.gather(found is not None)):
     return found, True
   found = compute_fn()

@@ -1,7 +1,7 @@
-"""One pass over a set of images: all that the metrics need of it.
+"""One pass over a set of images, which collects all that the metrics need.
 
-Sums are kept, and features of as many images as some metrics compare one by
-one; so the size of a set is no matter.
+It keeps sums, and the features of a limited number of images for metrics that
+compare images one by one, so its memory does not grow with the set.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,23 +14,23 @@ from diffusion_jax.evaluation import features
 from diffusion_jax.evaluation.metrics import frechet, inception_score
 from diffusion_jax.evaluation.metrics.frechet import Gaussian, Moments
 
-QUERIES = 10_000  # of at most so many images the nearest ones are found
-COMPARED = 50_000  # at most so many of a set go into KID, precision and recall
+QUERIES = 10_000  # most images whose nearest neighbours are searched
+COMPARED = 50_000  # most images of a set for KID, precision and recall
 CONFIDENT = 0.8
 
 
 class Seen(NamedTuple):
-  """What one pass over a set of images has left.
+  """The result of one pass over a set of images.
 
   Attributes:
-    moments: tap -> of all images, or the statistics that were given.
-    first_moments: tap -> of the first images only, as many as asked for.
+    moments: tap -> moments of all images, or the given statistics.
+    first_moments: tap -> moments of the first images only, if requested.
     chosen: name -> [n, D], the main features of chosen images.
-    searched: [n], the numbers of the images chosen as 'queries'.
-    hashes: of each image.
-    classes: int64 [K], how many images are taken for each class.
-    confident: how many of them with a probability above 0.8.
-    sums: of the Inception Score, or None.
+    searched: [n], the indices of the images chosen as 'queries'.
+    hashes: a hash of each image.
+    classes: int64 [K], number of images classified as each class.
+    confident: number of images classified with probability above 0.8.
+    sums: sums for the Inception Score, or None.
   """
 
   moments: dict[str, Moments | Gaussian]
@@ -60,16 +60,16 @@ def look(
 
   Args:
     judge: the network.
-    metrics: what is wanted of the images, keys of `measure.METRICS`.
-    options: of the metrics, see `measure.Options`.
-    images: the set; statistics are left as they are.
-    batch_size: of the pass.
-    mesh: over which it is divided.
+    metrics: the metrics to collect for, keys of `measure.METRICS`.
+    options: options of the metrics, see `measure.Options`.
+    images: the set; statistics are returned unchanged.
+    batch_size: images per call of the network.
+    mesh: the devices to shard over.
     cache: folder of features, see `features.passes`.
-    first: so many images have moments of their own.
+    first: number of first images to compute separate moments of.
     on_images: called with the number of images after each block.
-    on_features: called with the number of the first image of a block, and its
-      main features.
+    on_features: called with the index of the first image of a block, and the
+      block's main features.
   """
   if not isinstance(images, features.Images):
     return Seen(images)
@@ -107,7 +107,7 @@ def look(
     on_features(at, main)
     on_images(len(batch.images))
     at = end
-  assert at == count, f'{at} images in place of {count}'
+  assert at == count, f'{at} images instead of {count}'
   return Seen(
     moments,
     first_moments,
@@ -121,7 +121,7 @@ def look(
 
 
 def _chosen(metrics, count) -> dict[str, np.ndarray]:
-  """Whose features are kept: at even distances, as sets may be sorted."""
+  """Indices of images to keep features of; evenly spaced, for sorted sets."""
   most = {'compared': COMPARED} if {'kid', 'pr'} & set(metrics) else {}
   if 'copies' in metrics:
     most['queries'] = QUERIES
@@ -137,6 +137,6 @@ def _add(moments, tap, x):
 
 
 def _probability(logits):
-  """Of the likeliest class."""
+  """The probability of the most likely class."""
   z = np.asarray(logits, np.float64)
   return 1 / np.exp(z - z.max(1, keepdims=True)).sum(1)

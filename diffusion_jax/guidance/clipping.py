@@ -1,4 +1,4 @@
-"""Closures round a denoiser: guidance.*(denoiser, ...) -> denoiser."""
+"""Wrappers of a denoiser: guidance.*(denoiser, ...) -> denoiser."""
 
 import jax.numpy as jnp
 
@@ -7,11 +7,11 @@ from diffusion_jax.process.schedules import Schedule
 
 
 def clip_x0(denoiser: Denoiser, schedule: Schedule, bound=1.0) -> Denoiser:
-  """Clips x0 to [-bound, bound] and makes eps agree with it.
+  """Clips x0 to [-bound, bound] and recomputes eps to match.
 
-  DDPM clips inside every ancestral step (arXiv 2006.11239, its published
-  sampler). Because eps is recomputed, xt = alpha x0 + sigma eps still holds,
-  and a sampler may use either of the two.
+  DDPM clips in every ancestral step (arXiv 2006.11239, published sampler).
+  Because eps is recomputed, xt = alpha x0 + sigma eps still holds, and a
+  sampler may use either x0 or eps.
 
   Args:
     denoiser: (xt, t) -> (x0, eps).

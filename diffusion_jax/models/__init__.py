@@ -1,8 +1,8 @@
-"""Networks, behind a fence: outside there are only `params` and `apply`.
+"""Networks as pure functions `init` and `apply` of `params`.
 
-Flax NNX builds the networks; everything else sees a nested dict of arrays and
-two pure functions. Parameter names are the dict's paths joined by '/', such as
-`down/0/blocks/1/conv1/kernel`.
+Networks are built with Flax NNX. The rest of the code only sees a nested dict
+of arrays and two pure functions. Parameter names are the dict's paths joined by
+'/', such as `down/0/blocks/1/conv1/kernel`.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from diffusion_jax.models.unet import UNet
 from diffusion_jax.system.errors import UserError
 
 MODELS = {'unet': UNet}
-NET = 'net'  # the name of the part of a run that denoises
+NET = 'net'  # name of the run's part that is the denoising network
 
 
 class Model(NamedTuple):
@@ -23,11 +23,11 @@ class Model(NamedTuple):
 
   Attributes:
     init: key -> params, a nested dict of float32 arrays.
-    apply: (params, *what the network takes). A denoising network takes
-      (xt [B, ...], t [B], keys=None, cond=None) and gives its prediction
-      [B, ...] float32; `keys` ([B] random keys) switch dropout on, and `cond`
-      is a dict of doors, see `conditioning.Conditioner`.
-    doors: the conditions that a denoising network takes.
+    apply: (params, *inputs) -> outputs. A denoising network takes
+      (xt [B, ...], t [B], keys=None, cond=None) and returns its prediction
+      [B, ...] float32; `keys` ([B] random keys) enable dropout, and `cond` is a
+      dict of doors, see `conditioning.Conditioner`.
+    doors: the conditions that a denoising network accepts.
   """
 
   init: Callable
@@ -40,8 +40,8 @@ def create(name: str, image_shape: tuple[int, ...], **kwargs) -> Model:
 
   Args:
     name: a key of MODELS.
-    image_shape: (H, W, C) of what is diffused.
-    **kwargs: the network's own arguments, see `unet.UNet`.
+    image_shape: (H, W, C) of x0.
+    **kwargs: the network's arguments, see `unet.UNet`.
 
   Raises:
     UserError: the name is not known.
@@ -57,10 +57,10 @@ def create(name: str, image_shape: tuple[int, ...], **kwargs) -> Model:
 
 
 def fence(build: Callable) -> Model:
-  """An NNX module as two pure functions.
+  """Converts an NNX module to two pure functions.
 
   Args:
-    build: takes what stands for nnx.Rngs, and returns the module.
+    build: rngs -> module; `rngs` is a replacement for nnx.Rngs.
   """
 
   def module(key):
@@ -92,7 +92,7 @@ def named(params) -> dict:
 
 
 def count(params) -> int:
-  """How many numbers the parameters hold.
+  """The number of scalar parameters.
 
   Args:
     params: a nested dict of arrays or of their shapes.
@@ -101,9 +101,10 @@ def count(params) -> int:
 
 
 class _Keys:
-  """The keys of the initial values, as layers ask for them.
+  """The random keys of initial values, in the order that layers request them.
 
-  Stands in for nnx.Rngs, whose traced counters take seconds to build a network.
+  Replaces nnx.Rngs, which makes building a network take seconds because it
+  traces its counters.
   """
 
   def __init__(self, key):

@@ -1,4 +1,4 @@
-"""A small convolutional classifier, which judges samples of small images."""
+"""A small convolutional classifier, to evaluate samples of small images."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,15 @@ from diffusion_jax.models import layers
 
 
 class Classifier(nnx.Module):
-  """Two convolutions a level until the map is 4x4, a hidden layer, classes.
+  """Levels of two convolutions down to a 4x4 map, a hidden layer, and logits.
 
   Args:
     image_shape: (H, W, C).
     num_classes: K.
-    rngs: of the initial values.
-    width: channels of the first level; they double with each.
-    num_features: D, of the hidden layer.
-    dropout: of the hidden layer, while it trains.
+    rngs: random keys of the initial values.
+    width: channels of the first level; they double with each level.
+    num_features: D, the size of the hidden layer.
+    dropout: dropout rate of the hidden layer in training.
   """
 
   def __init__(

@@ -1,11 +1,11 @@
 """The network of FID, Inception v3 of 2015-12-05 (arXiv 1512.00567).
 
-It is TensorFlow's graph `classify_image_graph_def.pb`, by which FID was defined
-(arXiv 1706.08500), and differs from other networks of this name: its average
-pools do not count the padding, its last block has a maximum pool in place of an
-average, and it has 1008 classes. It is never trained here, so it is a pure
-function. Its batch norms are folded: a convolution is relu(conv(x, w) + b), and
-its name is that of the graph with _ for /, such as `mixed_4_tower_1_conv_3`.
+It is TensorFlow's graph `classify_image_graph_def.pb`, which defines FID (arXiv
+1706.08500), and differs from other networks of this name: its average pools do
+not count the padding, its last block has a maximum pool in place of an average
+pool, and it has 1008 classes. It is never trained here, so it is a pure
+function. Its batch norms are folded: a convolution is relu(conv(x, w) + b).
+Names are those of the graph with _ for /, such as `mixed_4_tower_1_conv_3`.
 """
 
 import functools
@@ -22,32 +22,32 @@ from diffusion_jax.system.errors import UserError
 SIZE = 299
 NUM_CLASSES = 1008
 
-# What can be asked for, in the order in which the network comes by it.
+# The available outputs, in the order of the network, with their sizes.
 TAPS = {
   '64': 64,  # after the first maximum pool, averaged over positions
   '192': 192,  # after the second
-  'spatial': 17 * 17 * 7,  # of sFID: mixed_6/conv, its first 7 channels
+  'spatial': 17 * 17 * 7,  # for sFID: the first 7 channels of mixed_6/conv
   '768': 768,  # mixed_7, averaged
   '2048': 2048,  # mixed_10, averaged: the usual features of FID
-  'logits_unbiased': NUM_CLASSES,  # without softmax/b: those of IS
+  'logits_unbiased': NUM_CLASSES,  # without softmax/b, for IS
   'logits': NUM_CLASSES,
 }
 CONVENTIONS = ('tf1', 'pytorch-fid')
 
-# The product of two float32 numbers, where it is not the default.
+# Exact float32 products, on devices where they are not the default.
 EXACT = lax.Precision.HIGHEST
 
 
 def apply(
   params: dict, images: jax.Array, taps: Sequence[str], convention: str = 'tf1'
 ) -> dict[str, jax.Array]:
-  """What the network says of images.
+  """Computes outputs of the network for images.
 
   Args:
     params: {name: {'w', 'b'}}, at least those of `shapes(taps)`.
     images: uint8, or float in [0, 255], [B, H, W, C]; C is 1 or 3.
     taps: keys of TAPS.
-    convention: of CONVENTIONS, see `preprocess`.
+    convention: one of CONVENTIONS, see `preprocess`.
 
   Returns:
     {tap: [B, TAPS[tap]] float32}.
@@ -60,23 +60,23 @@ def apply(
 
 
 def preprocess(images: jax.Array, convention: str) -> jax.Array:
-  """Images as the network takes them; two conventions are in use.
+  """Resizes and scales images for the network, with one of two conventions.
 
-  'tf1', that of the graph itself and of torch-fidelity: bilinear as in
-  TensorFlow 1, where pixel i is taken at i H / 299, then (x - 128) / 128.
+  'tf1', used by the graph itself and by torch-fidelity: bilinear as in
+  TensorFlow 1, where pixel i is sampled at i H / 299, then (x - 128) / 128.
   'pytorch-fid': bilinear at (i + 1/2) H / 299 - 1/2, then (x - 127.5) /
-  127.5. Neither averages where images become smaller.
+  127.5. Neither is antialiased.
 
   Args:
     images: uint8, or float in [0, 255], [B, H, W, C]; C is 1, which is
       repeated, or 3.
-    convention: of CONVENTIONS.
+    convention: one of CONVENTIONS.
 
   Returns:
     [B, 299, 299, 3] float32.
 
   Raises:
-    UserError: the convention is not known, or C is neither.
+    UserError: the convention is not known, or C is neither 1 nor 3.
   """
   if convention not in CONVENTIONS:
     raise UserError(
@@ -86,8 +86,8 @@ def preprocess(images: jax.Array, convention: str) -> jax.Array:
   _, height, width, channels = images.shape
   if channels not in (1, 3):
     raise UserError(
-      f'images of {channels} channels: Inception judges grey ones, of 1, and '
-      'RGB, of 3; give other features'
+      f'images of {channels} channels: Inception takes grey (1) or RGB (3) '
+      'images; use other features'
     )
   x = jnp.einsum(
     'bhwc,yh,xw->byxc',
@@ -102,14 +102,14 @@ def preprocess(images: jax.Array, convention: str) -> jax.Array:
 
 
 def resize_matrix(size: int, convention: str) -> np.ndarray:
-  """The weights of a bilinear resize along one axis, from float64.
+  """The weights of a bilinear resize along one axis, computed in float64.
 
   Args:
-    size: of the axis before.
-    convention: of CONVENTIONS, see `preprocess`.
+    size: the original size of the axis.
+    convention: one of CONVENTIONS, see `preprocess`.
 
   Returns:
-    [299, size] float32; a row has two weights at the most.
+    [299, size] float32; a row has at most two nonzero weights.
   """
   at = np.arange(SIZE) * size / SIZE
   if convention != 'tf1':
@@ -121,11 +121,11 @@ def resize_matrix(size: int, convention: str) -> np.ndarray:
 def features(
   params: dict, x: jax.Array, taps: Sequence[str]
 ) -> dict[str, jax.Array]:
-  """The network without what comes before it, up to the last tap wanted.
+  """The network without preprocessing, up to the last requested tap.
 
   Args:
-    params: as of `apply`.
-    x: [B, 299, 299, 3] float32, as of `preprocess`.
+    params: see `apply`.
+    x: [B, 299, 299, 3] float32, from `preprocess`.
     taps: keys of TAPS.
 
   Returns:
@@ -139,14 +139,14 @@ def features(
 
 
 def shapes(taps: Sequence[str] = ('logits',)) -> dict[str, tuple[int, ...]]:
-  """The parameters that taps need, in the order of the network.
+  """The shapes of the parameters that taps need, in the order of the network.
 
   Args:
-    taps: keys of TAPS; the last of them needs all.
+    taps: keys of TAPS; the last one needs all parameters.
 
   Returns:
-    {name: shape of w}, HWIO, but for the last, softmax, [2048, 1008]. A b has
-    the last axis of its w.
+    {name: shape of w}, HWIO, except for the last, softmax, [2048, 1008]. The
+    size of b is the last axis of w.
 
   Raises:
     UserError: a tap is not known.
@@ -168,7 +168,7 @@ def _shapes(taps: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
 
 
 def _until(taps, steps) -> dict[str, jax.Array]:
-  """Those wanted of the network's steps; none is taken after the last."""
+  """Collects the requested taps from the steps, and stops after the last."""
   for tap in taps:
     if tap not in TAPS:
       raise UserError(
@@ -184,7 +184,7 @@ def _until(taps, steps) -> dict[str, jax.Array]:
 
 
 def _parts_of(weights: Callable) -> tuple[Callable, Callable, Callable]:
-  """A convolution, a chain of them, and a fork; see `_walk`."""
+  """Building blocks: a convolution, a chain and a fork; see `_walk`."""
 
   def conv(name, x, channels, kernel=(1, 1), stride=1, padding='SAME'):
     p = weights(name, (*kernel, x.shape[-1], channels))
@@ -199,7 +199,7 @@ def _parts_of(weights: Callable) -> tuple[Callable, Callable, Callable]:
       x = conv(f'{name}_conv_{i}' if i else f'{name}_conv', x, *layer)
     return x
 
-  def fork(name, x):  # 1x3 beside 3x1
+  def fork(name, x):  # 1x3 and 3x1 in parallel
     parts = [((1, 3), f'{name}_mixed_conv'), ((3, 1), f'{name}_mixed_conv_1')]
     return _join(*(conv(part, x, 384, kernel) for kernel, part in parts))
 
@@ -207,7 +207,7 @@ def _parts_of(weights: Callable) -> tuple[Callable, Callable, Callable]:
 
 
 def _walk(weights: Callable, x: jax.Array) -> Iterator[tuple[str, jax.Array]]:
-  """Each tap and its value; `weights` is (name, shape of w) -> {'w', 'b'}."""
+  """Yields (tap, value); `weights` is (name, shape of w) -> {'w', 'b'}."""
   conv, chain, fork = _parts_of(weights)
   half = 2, 'VALID'  # a stride and its padding
 

@@ -1,8 +1,8 @@
-"""The pieces of the networks, NHWC, as DDPM has them (arXiv 2006.11239).
+"""Layers of the networks, NHWC, as in DDPM (arXiv 2006.11239).
 
-Initialisation is the original's: kernels by variance scaling (fan average,
-uniform), biases 0, and a scale of 1e-10 where a layer is to begin as nothing.
-Parameters are float32; `dtype` is what the layers compute in.
+Initialisation follows the original: variance scaling (fan average, uniform) for
+kernels, 0 for biases, and a scale of 1e-10 for layers with an output of almost
+zero. Parameters are float32; `dtype` is the dtype of the computation.
 """
 
 import jax
@@ -18,13 +18,13 @@ ALMOST_ZERO = 1e-10
 
 
 def conv(inputs, outputs, *, scale=1.0, **kwargs) -> nnx.Conv:
-  """A 3x3 convolution, padded so that the size stays.
+  """A 3x3 convolution, padded to keep the size.
 
   Args:
-    inputs: channels.
-    outputs: channels.
-    scale: of the initial kernel, see `kernel_init`.
-    **kwargs: of nnx.Conv.
+    inputs: input channels.
+    outputs: output channels.
+    scale: scale of the initial kernel, see `kernel_init`.
+    **kwargs: arguments of nnx.Conv.
   """
   return nnx.Conv(
     inputs, outputs, (3, 3), kernel_init=kernel_init(scale), **kwargs
@@ -35,16 +35,16 @@ def linear(inputs, outputs, *, scale=1.0, **kwargs) -> nnx.Linear:
   """A dense layer over the last axis, which is also a 1x1 convolution.
 
   Args:
-    inputs: channels.
-    outputs: channels.
-    scale: of the initial kernel, see `kernel_init`.
-    **kwargs: of nnx.Linear.
+    inputs: input channels.
+    outputs: output channels.
+    scale: scale of the initial kernel, see `kernel_init`.
+    **kwargs: arguments of nnx.Linear.
   """
   return nnx.Linear(inputs, outputs, kernel_init=kernel_init(scale), **kwargs)
 
 
 def norm(channels, num_groups, **kwargs) -> nnx.GroupNorm:
-  # Statistics are float32 whatever dtype says; two passes for accuracy.
+  # Statistics are float32 for any dtype; two passes for accuracy.
   return nnx.GroupNorm(
     channels, num_groups, epsilon=1e-6, use_fast_variance=False, **kwargs
   )
@@ -62,13 +62,13 @@ def sinusoid(t: jax.Array, dim: int) -> jax.Array:
 
 
 def dropout(x: jax.Array, rate: float, keys, layer: int) -> jax.Array:
-  """Drops with one key per example, so that no batch or mesh changes a mask.
+  """Dropout with a key per example: masks do not depend on batch or mesh.
 
   Args:
     x: [B, H, W, C].
     rate: the probability of dropping, in [0, 1).
     keys: [B] random keys, or None to drop nothing.
-    layer: a number that tells this layer's masks from the others'.
+    layer: a number that is unique to this layer, so that masks differ.
   """
   if keys is None or rate == 0.0:
     return x
@@ -132,7 +132,7 @@ class Downsample(nnx.Module):
   """Halves the map by a strided 3x3 convolution."""
 
   def __init__(self, channels, **kwargs):
-    # TensorFlow's SAME on even sizes pads after, not before: one pixel's shift.
+    # As TensorFlow's SAME, which pads even sizes only at the end.
     self.conv = conv(
       channels, channels, strides=2, padding=((0, 1), (0, 1)), **kwargs
     )

@@ -1,4 +1,4 @@
-"""The U-Net of DDPM (arXiv 2006.11239, appendix B), widths as arguments.
+"""The U-Net of DDPM (arXiv 2006.11239, appendix B), with configurable widths.
 
 Down: at each level `num_blocks` residual blocks, then halve. Middle: block,
 attention, block. Up: at each level `num_blocks + 1` blocks, then double.
@@ -29,20 +29,20 @@ class Stage(nnx.Module):
 
 
 class UNet(nnx.Module):
-  """See the module's text.
+  """The U-Net, see the module docstring.
 
   Args:
-    image_shape: (H, W, C) of what is diffused.
-    channels: of the first level.
-    multipliers: channels of each level over those of the first.
-    num_blocks: residual blocks in each level down (one more on the way up).
+    image_shape: (H, W, C) of x0.
+    channels: channels of the first level.
+    multipliers: channels of each level, relative to the first.
+    num_blocks: residual blocks per level down (one more per level up).
     attention_resolutions: sizes of a map's shorter side, in pixels, at which
-      attention follows.
-    num_heads: of the attention.
-    num_groups: of the group norms; divides the channels of all levels.
-    dropout: rate inside the residual blocks.
-    dtype: what the layers compute in; parameters are float32.
-    rngs: initial values.
+      blocks are followed by attention.
+    num_heads: number of attention heads.
+    num_groups: groups of the group norms; divides the channels of all levels.
+    dropout: dropout rate in the residual blocks.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: random keys of the initial values.
   """
 
   DOORS = ()
@@ -123,13 +123,13 @@ class UNet(nnx.Module):
     )
 
   def __call__(self, xt, t, keys=None, cond=None):
-    """Predicts from noised images.
+    """Computes the prediction for noised images.
 
     Args:
       xt: [B, H, W, C] float.
       t: [B] times, raw steps.
-      keys: [B] random keys of the dropout; None switches it off.
-      cond: what fills the doors, of which it has none.
+      keys: [B] random keys for dropout; None disables it.
+      cond: unused; this network has no doors.
 
     Returns:
       [B, H, W, C] float32.

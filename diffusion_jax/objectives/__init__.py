@@ -1,4 +1,4 @@
-"""Objectives: what training minimises, one value for each example."""
+"""Training objectives, with one value per example."""
 
 from diffusion_jax.objectives import denoising
 from diffusion_jax.objectives.objective import Objective
@@ -15,7 +15,7 @@ def create(name: str, *parts, **options) -> Objective:
     name: a key of OBJECTIVES.
     *parts: network_fn, codec, conditioner and schedule, see
       `denoising.create`.
-    **options: the objective's own.
+    **options: the objective's options.
 
   Raises:
     UserError: the name is not known.

@@ -1,4 +1,4 @@
-"""Denoising: L_simple of DDPM (arXiv 2006.11239, eq. 14), any prediction."""
+"""Denoising: DDPM's L_simple (arXiv 2006.11239, eq. 14), for any prediction."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from diffusion_jax.objectives.objective import Aux, Objective, branch
 from diffusion_jax.process import gaussian
 from diffusion_jax.process.schedules import Schedule
 
-GOLDEN = 2654435769  # 2**32 over the golden ratio
+GOLDEN = 2654435769  # 2**32 divided by the golden ratio
 
 
 def create(
@@ -28,7 +28,7 @@ def create(
     network_fn: (params, input, label, cond, dropout keys or None) ->
       prediction.
     codec: rows -> x0.
-    conditioner: rows -> what the network is told.
+    conditioner: rows -> the network's conditioning input.
     schedule: the noise schedule.
     prediction: a key of `gaussian.PARAMETRISATIONS`.
 
@@ -58,9 +58,9 @@ def create(
 
   def heldout(params, extras, rows, keys, index):
     del extras
-    # Times are spread evenly over the set (golden-ratio steps), so that values
-    # of different checkpoints compare without the variance of a draw. In
-    # integers: a float32 has no digits left for the fraction of a large index.
+    # Times are spread evenly over the set (golden-ratio steps), which compares
+    # checkpoints without the variance of random times. In integers, because
+    # float32 has no digits left for the fraction of a large index.
     spread = (index.astype(jnp.uint32) * np.uint32(GOLDEN)) >> 8
     t = (spread * (num_timesteps / 2**24)).astype(jnp.int32)
     return values_at(params, rows, keys, t, None, None)
@@ -91,7 +91,7 @@ def squared_error(network_fn, schedule, kind: str, x0, t, eps) -> jax.Array:
     network_fn: (input [B, ...], label [B]) -> prediction [B, ...].
     schedule: the noise schedule.
     kind: a key of `gaussian.PARAMETRISATIONS`.
-    x0: [B, ...] what is diffused.
+    x0: [B, ...] clean data, see `Codec`.
     t: [B] integer times.
     eps: [B, ...] standard normal noise.
 

@@ -1,27 +1,27 @@
-"""What an objective is: what training minimises, one value for each example."""
+"""The objective interface: the training loss, with one value per example."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
-# Each use of an example's key has a branch of its own. The order is part of a
-# run's numbers: add new ones at the end.
+# Each use of an example's key has its own branch. The order determines the
+# noise of a run: add new ones at the end.
 BRANCHES = ('t', 'eps', 'dropout', 'codec', 'condition')
 
 
 def branch(keys: jax.Array, name: str) -> jax.Array:
-  """[B] keys of examples -> [B] keys of one use of them, see BRANCHES."""
+  """[B] keys of examples -> [B] keys for one use, see BRANCHES."""
   number = BRANCHES.index(name)
   return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 class Aux(NamedTuple):
-  """What a loss leaves beside its values.
+  """Auxiliary outputs of a loss.
 
   Attributes:
     by_row: name -> [B, ...], concatenated over microbatches.
-    sums: name -> array, a sum over the rows, added over microbatches.
+    sums: name -> array, summed over rows and microbatches.
   """
 
   by_row: dict[str, Any]
@@ -29,21 +29,20 @@ class Aux(NamedTuple):
 
 
 class Objective(NamedTuple):
-  """What is minimised: the mean of its values over the global batch.
+  """An objective; training minimises the mean of its values over the batch.
 
-  `params` holds all parts of the run by name, trained and frozen ones, and
-  `keys` [B] are the examples' random keys, see `branch`.
+  `params` holds all parts of the run by name, trained and frozen, and `keys`
+  [B] are the examples' random keys, see `branch`.
 
   Attributes:
-    loss: (params, extras, rows, keys) -> (values [B], Aux). The values of an
-      example depend on its row and key alone.
+    loss: (params, extras, rows, keys) -> (values [B], Aux). The value of an
+      example depends only on its row and key.
     heldout: (params, extras, rows, keys, index [B]) -> values [B]: the loss of
-      examples of the held-out set by their number in it, always at the same
-      noise, so that checkpoints compare.
-    metrics: (values, by_row, sums) -> {name: scalar}, to be reported.
-    extras: what the objective carries from step to step at step 0, a dict of
-      arrays.
-    update: (extras, sums) -> extras, after each step.
+      held-out examples, given with their indices, always with the same noise,
+      so that checkpoints are comparable.
+    metrics: (values, by_row, sums) -> {name: scalar}, metrics to report.
+    extras: the initial state of the objective, a dict of arrays.
+    update: (extras, sums) -> extras, updates that state after each step.
   """
 
   loss: Callable

@@ -10,18 +10,18 @@ from diffusion_jax.system.errors import UserError
 
 
 def check_discrete(x0) -> None:
-  """Refuses, for the decoder in 256 bins, what are not 8-bit images.
+  """Checks that data are 8-bit images, as the 256-bin decoder requires.
 
   Args:
-    x0: concrete array; for 8-bit images every value is k / 127.5 - 1 with a
-      whole k in 0 .. 255, to 0.001 of a level.
+    x0: a concrete array; every value must be k / 127.5 - 1 for an integer k in
+      0 .. 255, to 0.001 of a level.
 
   Raises:
-    UserError: a value is not.
+    UserError: a value is not of this form.
   """
   level = (np.asarray(x0, np.float64).ravel() + 1) * 127.5
   near = np.clip(np.rint(level), 0, 255)
-  wrong = ~(np.abs(level - near) <= 1e-3)  # NaN is wrong too
+  wrong = ~(np.abs(level - near) <= 1e-3)  # also true for NaN
   if wrong.any():
     raise UserError(
       f'x0 has the value {level[wrong][0] / 127.5 - 1:.6g}: the discrete '
@@ -33,21 +33,22 @@ def check_discrete(x0) -> None:
 def discretised_log_likelihood(x, mean, log_scale) -> jax.Array:
   """Log-probability of 8-bit values under a Gaussian in 256 bins.
 
-  Equation 13 of arXiv 2006.11239, with what its code puts for the normal
+  Equation 13 of arXiv 2006.11239, with its code's approximation of the normal
   distribution function, (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2, and
-  with no probability below 1e-12. As (1 + tanh y) / 2 = sigmoid(2 y), a bin has
+  with probabilities of at least 1e-12. As (1 + tanh y) / 2 = sigmoid(2 y), the
+  probability of a bin is
 
     sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)),
 
-  which is exact to rounding far out in the tails, where a difference is not.
+  where the right-hand side is accurate to rounding even far out in the tails.
 
   Args:
     x: images in [-1, 1]: k / 127.5 - 1, see `check_discrete`.
-    mean: of the Gaussian, shape of x.
+    mean: the mean of the Gaussian, of x's shape.
     log_scale: log of its standard deviation, a scalar or of x's shape.
 
   Returns:
-    nats, shape of x. The bins of 0 and 255 are open to the outside.
+    nats, of x's shape. The bins of 0 and 255 extend to infinity.
   """
   scale = jnp.exp(-jnp.asarray(log_scale, jnp.result_type(x)))
   centre, half = (x - mean) * scale, scale / 255

@@ -1,13 +1,14 @@
-"""The variational bound from one evaluation of the network in a hundred.
+"""Estimates the variational bound from a hundredth of the evaluations.
 
-Prior and decoder are computed for every image; the terms between are sampled:
-E over t ~ p of term(t) / p(t) is their sum for any p > 0. The error is least
-where p is proportional to the root mean square of the term, which a pilot finds
-(arXiv 2102.09672, section 3.3, samples the times of training so).
+Prior and decoder are computed for every image, and the terms in between are
+sampled: E over t ~ p of term(t) / p(t) is their sum for any p > 0. The variance
+is lowest if p is proportional to the root mean square of the term, which a
+pilot run estimates (arXiv 2102.09672, section 3.3, samples training times in
+this way).
 
 Numbers folded into an image's key: 0 .. K-1 are the steps of
-`likelihood.terms`; from K on they belong in turn to `sampled` and to `pilot`,
-the offset first.
+`likelihood.terms`; from K on they alternate between `sampled` and `pilot`,
+first for the offsets, then for the draws.
 """
 
 from typing import NamedTuple
@@ -28,10 +29,10 @@ class Estimated(NamedTuple):
   """An estimate of the mean bound, in bits per dimension.
 
   Attributes:
-    mean: over the images.
+    mean: the mean over the images.
     low: lower end of the 95% interval.
-    high: its upper end.
-    evaluations: rows that were given to the denoiser.
+    high: upper end of the 95% interval.
+    evaluations: number of evaluations of the denoiser.
   """
 
   mean: float
@@ -49,14 +50,14 @@ def _strata(keys, count, label):
 def pilot(
   denoiser: Denoiser, steps: Steps, x0, keys, count: int = 1
 ) -> tuple[jax.Array, jax.Array]:
-  """Terms at some steps, spread evenly in the log of their place from the end.
+  """Terms at steps spread evenly in the log of their distance from the end.
 
   Args:
     denoiser: (xt, t) -> (x0, eps).
-    steps: of the grid, K of at least 2.
+    steps: the K steps of the grid, at least 2.
     x0: [B, ...] data.
-    keys: [B] random keys, those of `sampled`: the noise is another.
-    count: evaluations for each image.
+    keys: [B] random keys, the same as for `sampled`; the noise differs.
+    count: evaluations per image.
 
   Returns:
     (steps [count, B], bits [count, B]), for `proposal`.
@@ -66,7 +67,7 @@ def pilot(
   place = jnp.clip(place.astype(jnp.int32), 1, num_steps - 1)
   which = num_steps - 1 - place
   labels = num_steps + 3 + 2 * jnp.arange(count)
-  # No step is the last, so how that one is decoded does not matter.
+  # None of them is the last step, so `discrete` has no effect.
   bits = likelihood.scan(denoiser, steps, x0, keys, which, labels, False).bits
   return which, bits
 
@@ -74,21 +75,23 @@ def pilot(
 def proposal(
   which, bits, num_steps: int, uniform: float = 0.1, width: float = 0.25
 ) -> np.ndarray:
-  """Probabilities of the steps, from a pilot; on the host.
+  """Sampling probabilities of the steps, from a pilot; on the host.
 
   Proportional to the root mean square of the terms, smoothed over the log of
-  the steps' place from the end by a Gaussian of standard deviation `width`. A
-  part is uniform, so that no weight 1 / p is above (K - 1) / uniform.
+  the steps' distance from the end by a Gaussian of standard deviation `width`.
+  A uniform part is mixed in, so that no weight 1 / p exceeds
+  (K - 1) / uniform.
 
   Args:
-    which: any shape, steps that were tried, all below K - 1.
-    bits: of the same shape, their terms.
+    which: any shape, the steps of the pilot, all below K - 1.
+    bits: the same shape, their terms.
     num_steps: K.
     uniform: the share of the uniform part.
-    width: of the smoothing: 0.25 averages over a factor of about 1.3 in t.
+    width: width of the smoothing: 0.25 averages over a factor of about 1.3 in
+      t.
 
   Returns:
-    [K-1] float64, of every step but the last; the sum is 1.
+    [K-1] float64, for every step but the last; they sum to 1.
   """
   which, bits = np.ravel(which), np.ravel(np.asarray(bits, np.float64))
   place = np.log(np.arange(num_steps - 1, 0, -1))
@@ -112,21 +115,23 @@ def sampled(
 ) -> jax.Array:
   """An unbiased estimate of each image's bound, from draws + 1 evaluations.
 
-  prior + decoder + the mean over draws of term / probability. The draws of an
-  image lie one in each of `draws` strata of equal probability, at one random
-  offset. Unbiased: each offset is uniform, so the mean over draws is one over
-  p. It stays so where p comes from a pilot on the same images, whose noise and
-  steps are independent of these: for every p the expectation is the image's
-  bound. The decoder's noise is that of `likelihood.terms`.
+  The estimate is prior + decoder + the mean over draws of term / probability.
+  The draws of an image are stratified: one in each of `draws` strata of equal
+  probability, at a shared random offset. The offset is uniform, so the mean
+  over draws is an unbiased mean under p. It remains unbiased if p comes from a
+  pilot on the same images, because the noise and steps of the pilot are
+  independent: for every p the expectation is the image's bound. The decoder's
+  noise is that of `likelihood.terms`.
 
   Args:
     denoiser: (xt, t) -> (x0, eps).
     schedule: the noise schedule.
-    steps: of the grid; concrete, not an argument of a jitted function.
+    steps: the steps of the grid; concrete, not an argument of a jitted
+      function.
     x0: [B, ...] data.
-    keys: [B] random keys; an image's numbers depend on its own alone.
+    keys: [B] random keys; an image's estimate depends only on its own key.
     probabilities: [K-1], see `proposal`.
-    draws: how many steps are tried.
+    draws: number of steps to sample.
     discrete: see `likelihood.term`.
 
   Returns:
@@ -135,7 +140,7 @@ def sampled(
   num_steps = len(steps.t)
   edges = jnp.cumsum(jnp.asarray(probabilities, x0.dtype))
   edges = edges / edges[-1]
-  # As they are drawn in this dtype, so that the weights are those of the draws.
+  # Recomputed in this dtype, so that the weights match the draws exactly.
   drawn = jnp.diff(edges, prepend=0)
   place = _strata(keys, draws, num_steps).astype(x0.dtype)
   tried = jnp.searchsorted(edges, place, side='right')
@@ -155,23 +160,23 @@ def sampled(
 def _at_least_two(images):
   if images < 2:
     raise UserError(
-      f'{images} images: an interval takes at least 2, score more'
+      f'{images} images: an interval needs at least 2, score more'
     )
 
 
 def interval(values) -> tuple[float, float, float]:
   """(mean, low, high): the 95% interval by Student's t; on the host.
 
-  Images are the independent units. Their spread holds both how images differ
-  and what their sampled times and noise add, so no second term is needed. It is
-  for the mean over the distribution that the images come from, and so on the
-  wide side for the mean over these images alone.
+  Images are the independent units. Their spread includes both the differences
+  between images and the sampling of times and noise, so no second term is
+  needed. The interval is for the mean over the distribution of the images, and
+  therefore conservative for the mean over these images only.
 
   Args:
     values: [N], from `sampled`.
 
   Raises:
-    UserError: there are fewer than 2.
+    UserError: there are fewer than 2 values.
   """
   values = np.asarray(values, np.float64)
   _at_least_two(len(values))
@@ -190,33 +195,33 @@ def estimate(
   discrete: bool = True,
   evaluations: int = 10,
 ) -> Estimated:
-  """The mean bound of images from a few evaluations of each.
+  """Estimates the mean bound of images from a few evaluations of each.
 
-  With T = 1000 the default is one in a hundred of the evaluations of
+  With T = 1000 the default is a hundredth of the evaluations of
   `likelihood.bound`: for each image one for the decoder, one for the pilot and
-  eight for the sampled steps. It is `pilot`, `proposal`, `sampled` and
-  `interval`, which a caller with more images than fit at once calls batch by
+  eight for the sampled steps. It combines `pilot`, `proposal`, `sampled` and
+  `interval`; callers with more images than fit at once call these batch by
   batch.
 
   Args:
     denoiser: (xt, t) -> (x0, eps).
     schedule: the noise schedule.
     grid: K + 1 falling times, the last one -1; concrete.
-    x0: [B, ...] data, at least 2.
+    x0: [B, ...] data, at least 2 images.
     keys: [B] random keys.
     variance: see `likelihood.variances`.
     discrete: see `likelihood.term`.
-    evaluations: for each image, 3 to K - 1.
+    evaluations: evaluations per image, 3 to K - 1.
 
   Raises:
-    UserError: evaluations or images out of range, or see
+    UserError: evaluations or images out of range; see also
       `likelihood.variances`.
   """
   steps = likelihood.prepare(schedule, grid, variance)
   num_steps = len(steps.t)
   if not 3 <= evaluations < num_steps:
     raise UserError(
-      f'evaluations={evaluations}: 3 to {num_steps - 1} for each image on a '
+      f'evaluations={evaluations}: use 3 to {num_steps - 1} per image on a '
       f'grid of {num_steps} steps; the full bound takes {num_steps}'
     )
   _at_least_two(len(x0))

@@ -1,29 +1,30 @@
 r"""Likelihoods by the probability-flow ODE (arXiv 2011.13456, eq. 39).
 
-Of the process with log alpha_bar interpolated linearly between its steps, eq.
-13 of the paper reads
+For the process with log alpha_bar interpolated linearly between its steps, eq.
+13 of the paper is
 
   dx/dt = (d log alpha_bar / dt) (x - eps(x, t) / sigma(t)) / 2.
 
-That drift jumps at every whole t, and is steep near t = 0. Here the ODE runs in
-l = log(sigma / alpha), minus half the log-SNR, in which it is the same flow:
-with alpha^2 = 1 / (1 + e^2l), d log alpha / dl = -sigma^2 and the drift becomes
+This drift jumps at every whole t and is steep near t = 0. The ODE is therefore
+solved in l = log(sigma / alpha), minus half the log-SNR, in which the flow is
+the same: with alpha^2 = 1 / (1 + e^2l), d log alpha / dl = -sigma^2 and the
+drift becomes
 
-  dx/dl = sigma (eps(x, t(l)) - sigma x),
+  dx/dl = sigma (eps(x, t(l)) - sigma x).
 
-bounded, with sigma smooth in l; t(l) is continuous, and its kinks are seen by
-the network alone. l grows from -4.6 to 5.1 for the linear schedule.
+It is bounded, and sigma is smooth in l; t(l) is continuous, and its kinks only
+affect the network. l grows from -4.6 to 5.1 for the linear schedule.
 
-It starts at t = 0, the first noised step, and ends at T-1, where p is N(0, I).
-At t = -1 sigma is 0 and l infinite, no network was trained there, and 8-bit
-images have no density. What is found is thus the density of x at t = 0. Two
-ways lead from it to the code length of 8-bit images, `dequantised` and
-`variational`. The change of variables (eq. 39),
+The solution starts at t = 0, the first noised step, and ends at T-1, where p is
+N(0, I). At t = -1 sigma is 0 and l infinite, the network was not trained there,
+and 8-bit images have no density. The result is thus the density of x at t = 0.
+`dequantised` and `variational` convert it to a code length of 8-bit images in
+two different ways. The change of variables (eq. 39),
 
   log p(x) = log N(x(T-1); 0, I) + integral of div(dx/dl) dl,
 
 has div(dx/dl) = sigma (div eps - sigma D), and div eps = E[v' (d eps / dx) v]
-for probes v of unit covariance (Hutchinson), one a solution.
+for probes v of unit covariance (Hutchinson), with one probe per solution.
 """
 
 import math
@@ -43,12 +44,12 @@ DIVERGENCES = ('rademacher', 'gaussian', 'exact')
 
 
 class Flow(NamedTuple):
-  """What the ODE found of each example.
+  """The result of the ODE for each example.
 
   Attributes:
-    bits: [B], minus log2 of the likelihood, per dimension; NaN where the solver
+    bits: [B], minus log2 of the likelihood, per dimension; NaN if the solver
       reached max_steps.
-    evaluations: [B] int32, of the network.
+    evaluations: [B] int32, network evaluations.
   """
 
   bits: jax.Array
@@ -56,23 +57,23 @@ class Flow(NamedTuple):
 
 
 def _norm(error):
-  """The larger of the two scaled errors, of x and of the log-density.
+  """The larger of the scaled errors of x and of the log-density.
 
-  A root mean square over all numbers would drown the density among thousands
-  of pixels.
+  In a root mean square over all elements, thousands of pixels would hide the
+  error of the density.
   """
   x, log_density = error
   return jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(x))), jnp.abs(log_density))
 
 
 def _draw(keys, label, like, sample=jax.random.normal):
-  """Drawn in float32, so that float64 has the same noise."""
+  """Draws in float32, so that the noise is the same in float64."""
   drawn = noise.draw(keys, label, like.shape[1:], jnp.float32, sample)
   return drawn.astype(like.dtype)
 
 
 def _signs(key, shape, dtype):
-  # jax.random.rademacher takes other bits where float64 is switched on.
+  # jax.random.rademacher gives other values if float64 is enabled.
   return jnp.sign(jax.random.uniform(key, shape, dtype, -1.0, 1.0) + 1e-9)
 
 
@@ -83,7 +84,7 @@ def _log_normal(x):
 
 
 def _with_divergence(network, x, probe):
-  """(network(x), its divergence per dimension), exactly where probe is None."""
+  """(network(x), its divergence per dimension); exact if probe is None."""
   if probe is None:
     jacobian = jax.jacfwd(network)(x).reshape(x.size, x.size)
     return network(x), jnp.trace(jacobian) / x.size
@@ -104,21 +105,21 @@ def density(
 ) -> Flow:
   """Minus log2 of the model's density at t = 0, per dimension.
 
-  Tsit5 with steps chosen for each example by its own errors: its result depends
-  neither on the batch nor on who else is in it. A batch takes as long as its
-  slowest.
+  Solved by Tsit5 with step sizes adapted to each example, so that the result
+  does not depend on the batch. A batch takes as long as its slowest example.
 
   Args:
-    denoiser: (xt, t) -> (x0, eps); its eps is used, and differentiated: give it
-      unclipped. It is called on one example at a time under `jax.vmap`.
+    denoiser: (xt, t) -> (x0, eps); its eps is used and differentiated, so it
+      must not be clipped. It is called on one example at a time under
+      `jax.vmap`.
     schedule: the noise schedule.
     x: [B, ...] at t = 0, float32 or float64.
-    keys: [B] random keys, of the probes.
+    keys: [B] random keys of the probes.
     divergence: 'rademacher' or 'gaussian' probes; 'exact' takes one derivative
-      a dimension, and is for few of them.
+      per dimension, and is for data of few dimensions.
     rtol: relative tolerance of x and of the log-density per dimension.
     atol: absolute tolerance of the same.
-    max_steps: at which the solver gives up on an example.
+    max_steps: number of steps after which the solver gives up on an example.
 
   Raises:
     UserError: an unknown divergence.
@@ -159,7 +160,7 @@ def density(
     x, log_density = (y[0] for y in solution.ys)
     done = solution.result == diffrax.RESULTS.successful
     log_density = jnp.where(done, log_density, jnp.nan)
-    # Tsit5 asks 6 times a step, taken or not, and once before the first.
+    # Tsit5 has 6 evaluations per step, accepted or not, and one at the start.
     return x, log_density, 6 * solution.stats['num_steps'] + 1
 
   x, log_density, evaluations = jax.vmap(solve_one)(x, probes)
@@ -172,17 +173,17 @@ def dequantised(
 ) -> Flow:
   """Code length of 8-bit images by uniform dequantisation: an upper bound.
 
-  Level k becomes y = k + u, u uniform in [0, 1), and by Jensen's inequality
+  Level k becomes y = k + u with u uniform in [0, 1), and by Jensen's inequality
   log P(k) = log of the mean of p_y(k + u) >= the mean of log p_y(k + u). The
-  ODE is given x = y / 128 - 1; p_y(y) = p_x(x) / 128 in each dimension, which
-  adds log2 128 = 7 bits.
+  ODE is solved for x = y / 128 - 1; p_y(y) = p_x(x) / 128 in each dimension,
+  which adds log2 128 = 7 bits.
 
   Args:
-    denoiser: as of `density`.
+    denoiser: see `density`.
     schedule: the noise schedule.
     x0: [B, ...] images k / 127.5 - 1, see `decoder.check_discrete`.
-    keys: [B] random keys, of u and the probes.
-    **options: as of `density`.
+    keys: [B] random keys of u and the probes.
+    **options: see `density`.
 
   Raises:
     UserError: see `density`.
@@ -202,25 +203,25 @@ def variational(
   decoder_variance: float | None = None,
   **options,
 ) -> Flow:
-  """Code length of 8-bit images through DDPM's decoder: an upper bound.
+  """Code length of 8-bit images with DDPM's decoder: an upper bound.
 
   The first noised step is a latent, x' ~ q(x_{t=0} | x0) = N(alpha x0, sigma^2
-  I), and the ODE its prior (variational dequantisation, with q as it is):
+  I), and the ODE is its prior (variational dequantisation with a fixed q):
 
     log p(x0) >= E[log p_ode(x') + log decoder(x0 | x') - log q(x' | x0)].
 
   Args:
-    denoiser: as of `density`; its estimate of x0 at t = 0 is the decoder's
-      mean, see `decoder.discretised_log_likelihood`.
+    denoiser: see `density`; its estimate of x0 at t = 0 is the decoder's mean,
+      see `decoder.discretised_log_likelihood`.
     schedule: the noise schedule.
     x0: [B, ...] images k / 127.5 - 1, see `decoder.check_discrete`.
-    keys: [B] random keys, of x' and the probes.
-    decoder_variance: of the decoder; by default the first entry of
+    keys: [B] random keys of x' and the probes.
+    decoder_variance: the decoder's variance; by default the first entry of
       `gaussian.log_variance_table`.
-    **options: as of `density`.
+    **options: see `density`.
 
   Returns:
-    Flow; the decoder's evaluation is counted.
+    Flow, with the decoder's evaluation counted.
 
   Raises:
     UserError: see `density`.

@@ -19,7 +19,7 @@ VARIANCES = ('fixedsmall', 'fixedlarge')
 
 
 class Denoised(NamedTuple):
-  """What a denoiser says of xt; xt = alpha x0 + sigma eps always holds.
+  """A denoiser's estimates from xt; xt = alpha x0 + sigma eps always holds.
 
   Attributes:
     x0: [B, ...], the estimate of the clean data.
@@ -39,7 +39,7 @@ def per_example(values: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _alpha_sigma(schedule, t, like):
-  dtype = jnp.result_type(like)  # of JAX, which has no float64 by default
+  dtype = jnp.result_type(like)  # JAX's dtype: no float64 by default
   alpha, sigma = schedule.alpha(t, dtype), schedule.sigma(t, dtype)
   return per_example(alpha, like), per_example(sigma, like)
 
@@ -84,8 +84,8 @@ def posterior_coefficients(schedule: Schedule, t, s) -> tuple:
 def step_variance(schedule: Schedule, t, s, variance: str) -> np.ndarray:
   """The fixed variance of p(xs | xt), float64, for any steps t -> s.
 
-  'fixedsmall' is the posterior's (eq. 7 of arXiv 2006.11239), 'fixedlarge' the
-  variance that was added between s and t (beta_t where s = t - 1).
+  'fixedsmall' is the posterior variance (eq. 7 of arXiv 2006.11239),
+  'fixedlarge' the variance added between s and t (beta_t if s = t - 1).
 
   Args:
     schedule: the noise schedule.
@@ -94,7 +94,7 @@ def step_variance(schedule: Schedule, t, s, variance: str) -> np.ndarray:
     variance: one of VARIANCES.
 
   Raises:
-    UserError: another variance was asked for.
+    UserError: the variance is not known.
   """
   if variance not in VARIANCES:
     raise UserError(
@@ -106,11 +106,11 @@ def step_variance(schedule: Schedule, t, s, variance: str) -> np.ndarray:
 
 
 def log_variance_table(schedule: Schedule, variance: str) -> np.ndarray:
-  """[T] float64: log of the fixed variance of every step, as a decoder needs.
+  """[T] float64: log of the fixed variance of every step, for likelihoods.
 
-  The first entry (t = 0, of which no noise is drawn) is the posterior variance
-  of t = 1 for both choices, as in the paper's likelihoods; it would be log 0
-  for 'fixedsmall'.
+  The first entry (t = 0, where no noise is drawn) is the posterior variance of
+  t = 1 for both choices, as in the paper's likelihoods; for 'fixedsmall' it
+  would otherwise be log 0.
 
   Args:
     schedule: the noise schedule.
@@ -123,15 +123,14 @@ def log_variance_table(schedule: Schedule, variance: str) -> np.ndarray:
 
 
 class Parametrisation(NamedTuple):
-  """What the output F of a network means, in closed form.
+  """The meaning of a network's output F, in closed form.
 
   Attributes:
     denoised: (F, xt, alpha, sigma) -> Denoised.
-    target: (x0, eps, alpha, sigma) -> the F that a perfect network gives.
-    scale: (alpha, sigma) -> the factor of xt before the network sees it; None
-      for 1.
-    label: (schedule, t) -> [B], the noise level as the network is given it;
-      None for t itself.
+    target: (x0, eps, alpha, sigma) -> the F of a perfect network.
+    scale: (alpha, sigma) -> the factor applied to xt as network input; None for
+      1.
+    label: (schedule, t) -> [B], the noise level as network input; None for t.
   """
 
   denoised: Callable
@@ -242,7 +241,7 @@ def denoiser(network_fn, schedule: Schedule, kind: str) -> Denoiser:
 
   def denoise(xt, t):
     t = jnp.broadcast_to(t, xt.shape[:1])
-    # The network is not trained on clean data: it sees t = -1 as 0.
+    # The network is not trained on clean data: t = -1 is evaluated as 0.
     prediction = predict(network_fn, schedule, xt, jnp.maximum(t, 0), kind)
     return from_prediction(schedule, prediction, xt, t, kind)
 

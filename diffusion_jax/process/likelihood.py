@@ -1,24 +1,25 @@
 r"""The variational bound of DDPM, in bits per dimension.
 
-A model that goes down a grid of times t -> s, the last s being -1, bounds the
+A model that follows a grid of times t -> s, with the last s = -1, bounds the
 code length of an image x0 by (arXiv 2006.11239, eq. 5)
 
     KL(q(x_T-1 | x0) || N(0, I))                    the prior
   + sum of KL(q(xs | xt, x0) || p(xs | xt))         the terms of steps t -> s
   - log p(x0 | xt)                                  the last step's: the decoder
 
-with xt ~ q(xt | x0). p(xs | xt) is Gaussian; its mean is that of q(xs | xt, x0)
-at the denoiser's estimate of x0, so the two means differ by c0 (x0 - estimate),
-and a term is an affine function of the estimate's squared error:
+with xt ~ q(xt | x0). p(xs | xt) is Gaussian with the mean of q(xs | xt, x0) at
+the denoiser's estimate of x0. The two means therefore differ by
+c0 (x0 - estimate), and a term is an affine function of the squared error of the
+estimate:
 
   log(v / vq) / 2 + (vq / v - 1) / 2 + c0^2 / (2 v) |x0 - estimate|^2
 
-in nats per dimension, vq the variance of q and v that of p. The numbers are
-made once in float64 (`prepare`), and nothing cancels in float32. The decoder is
-a Gaussian in 256 bins for images, and a density for continuous data.
+in nats per dimension, with vq the variance of q and v that of p. `prepare`
+computes the coefficients once in float64, and nothing cancels in float32. The
+decoder is a Gaussian in 256 bins for images, and a density for continuous data.
 
-What is given the denoiser decides: to score what a sampler with clipping draws
-from, wrap it in `guidance.clip_x0`.
+To score the distribution of a sampler with clipping, wrap the denoiser in
+`guidance.clip_x0`.
 """
 
 import math
@@ -36,14 +37,14 @@ from diffusion_jax.system.errors import UserError
 
 
 class Steps(NamedTuple):
-  """The steps of a grid as numbers; float64 arrays [K], see `prepare`.
+  """The coefficients of a grid's steps; float64 arrays [K], see `prepare`.
 
   Attributes:
-    t: the times at which the network is asked.
+    t: the times at which the network is evaluated.
     alpha: alpha(t).
     sigma: sigma(t).
-    constant: what a term is, in nats per dimension, where the estimate is x0.
-    weight: of the squared error in it.
+    constant: the term for a perfect estimate, in nats per dimension.
+    weight: the factor of the squared error in the term.
     log_scale: log of the standard deviation of p(xs | xt).
   """
 
@@ -56,11 +57,11 @@ class Steps(NamedTuple):
 
 
 class Scored(NamedTuple):
-  """What some steps cost, and what was known of the images before them.
+  """The terms of some steps, and the errors of the estimates in them.
 
   Attributes:
-    bits: [k, B] (of one step [B]), bits per dimension.
-    mse: the same shape, the squared error of the estimate of x0, a mean over
+    bits: [k, B] (or [B] for one step), bits per dimension.
+    mse: the same shape, the squared error of the estimate of x0, averaged over
       dimensions, in units of x0.
   """
 
@@ -69,7 +70,7 @@ class Scored(NamedTuple):
 
 
 class Table(NamedTuple):
-  """The bound, part by part, in the order of the grid.
+  """The parts of the bound, in the order of the grid.
 
   Attributes:
     prior: [B] bits per dimension.
@@ -92,20 +93,21 @@ def _mean(values):
 
 
 def variances(schedule: Schedule, grid, variance) -> np.ndarray:
-  """[K] float64: the variance of p(xs | xt) of every step of a grid.
+  """[K] float64: the variance of p(xs | xt) for every step of a grid.
 
-  The last step's, the decoder's, is the posterior variance of the step before
-  for both names: of 1 -> 0 on the full grid, as in `log_variance_table`.
+  For both names, the variance of the last step, the decoder, is the posterior
+  variance of the step before it: 1 -> 0 on the full grid, as in
+  `log_variance_table`.
 
   Args:
     schedule: the noise schedule.
-    grid: K + 1 falling times, the last one -1; concrete.
+    grid: K + 1 decreasing times, the last one -1; concrete.
     variance: one of `gaussian.VARIANCES`, see `gaussian.step_variance`; or [K]
-      numbers, the decoder's the last.
+      numbers, with the decoder's last.
 
   Raises:
-    UserError: an unknown name, numbers that are not one a step and above 0, or
-      a name for a grid of one step, which has no step before.
+    UserError: an unknown name, numbers that are not one per step and above 0,
+      or a name for a grid of one step, which has no step before the last.
   """
   times = np.asarray(grid, np.float64)
   if not isinstance(variance, str):
@@ -113,14 +115,14 @@ def variances(schedule: Schedule, grid, variance) -> np.ndarray:
     good = np.isfinite(values) & (values > 0)
     if values.shape != (len(times) - 1,) or not good.all():
       raise UserError(
-        f'variance has shape {values.shape}: it takes {len(times) - 1} numbers '
-        'above 0, one a step of the grid'
+        f'variance has shape {values.shape}: it needs {len(times) - 1} numbers '
+        'above 0, one per step of the grid'
       )
     return values
   values = gaussian.step_variance(schedule, times[:-1], times[1:], variance)
   if len(values) < 2:
     raise UserError(
-      f'variance={variance} says nothing of the decoder of a grid of one step: '
+      f'variance={variance} does not define the decoder of a grid of one step: '
       'give the variance as a number, or use two steps'
     )
   decoder = gaussian.step_variance(schedule, times[-3], times[-2], 'fixedsmall')
@@ -128,11 +130,12 @@ def variances(schedule: Schedule, grid, variance) -> np.ndarray:
 
 
 def prepare(schedule: Schedule, grid, variance='fixedlarge') -> Steps:
-  """All that the bound needs of a schedule and a grid, in float64.
+  """Computes the coefficients of the bound for a grid, in float64.
 
   Args:
     schedule: the noise schedule.
-    grid: K + 1 falling times, the last one -1, see `samplers.grid`; concrete.
+    grid: K + 1 decreasing times, the last one -1, see `samplers.grid`;
+      concrete.
     variance: see `variances`.
 
   Raises:
@@ -142,7 +145,7 @@ def prepare(schedule: Schedule, grid, variance='fixedlarge') -> Steps:
   t, s = times[:-1], times[1:]
   v = variances(schedule, grid, variance)
   c0, _, vq = gaussian.posterior_coefficients(schedule, t, s)
-  constant = 0.5 * np.log(2 * np.pi * v)  # of the density at the end
+  constant = 0.5 * np.log(2 * np.pi * v)  # for the density of the last step
   ratio = vq[:-1] / v[:-1]
   constant[:-1] = 0.5 * (ratio - 1 - np.log(ratio))
   log_alpha_bar, sigma2 = schedule.host(t)
@@ -153,7 +156,7 @@ def prepare(schedule: Schedule, grid, variance='fixedlarge') -> Steps:
 
 
 def prior(schedule: Schedule, x0, t=None) -> jax.Array:
-  """KL(q(xt | x0) || N(0, I)), what is left of an image at the last time.
+  """KL(q(xt | x0) || N(0, I)) at the first time of a grid.
 
   Args:
     schedule: the noise schedule.
@@ -177,15 +180,15 @@ def term(
 
   Args:
     denoiser: (xt, t) -> (x0, eps); its x0 is scored.
-    steps: of the grid, see `prepare`.
-    i: [B] or a scalar, which of the K steps.
+    steps: the steps of the grid, see `prepare`.
+    i: [B] or a scalar, the index of the step, below K.
     x0: [B, ...] data.
-    eps: [B, ...] standard normal noise, of which xt is made.
+    eps: [B, ...] standard normal noise, which xt is computed with.
     discrete: whether the last step codes 8-bit values (see
       `decoder.discretised_log_likelihood`), or is minus the log of a density.
 
   Returns:
-    Scored of [B]; an expectation over eps is a step's term in the bound.
+    Scored of [B]; its expectation over eps is the step's term in the bound.
   """
   i = jnp.broadcast_to(i, x0.shape[:1])
   row = jax.tree.map(lambda column: jnp.asarray(column, x0.dtype)[i], steps)
@@ -201,14 +204,14 @@ def term(
 
 
 def scan(denoiser, steps: Steps, x0, keys, which, labels, discrete) -> Scored:
-  """The terms of some steps, one after the other.
+  """The terms of some steps, computed sequentially.
 
   Args:
     denoiser: (xt, t) -> (x0, eps).
-    steps: of the whole grid, see `prepare`.
+    steps: the steps of the whole grid, see `prepare`.
     x0: [B, ...] data.
     keys: [B] random keys.
-    which: [k] or [k, B] integers, the steps.
+    which: [k] or [k, B] integers, the indices of the steps.
     labels: [k] integers: the noise of row j depends on keys[b] and labels[j].
     discrete: see `term`.
 
@@ -232,17 +235,18 @@ def terms(
   which=None,
   discrete: bool = True,
 ) -> Scored:
-  """The terms of some steps, or of all: the bound in chunks.
+  """The terms of some or all steps, to compute the bound in chunks.
 
-  The noise of image b in step i depends on keys[b] and i alone, so neither the
-  batch nor the chunks matter. One number of steps compiles once.
+  The noise of image b in step i depends only on keys[b] and i, so the result
+  does not depend on the batch or the chunks. It compiles once per number of
+  steps.
 
   Args:
     denoiser: (xt, t) -> (x0, eps).
-    steps: of the whole grid, see `prepare`.
+    steps: the steps of the whole grid, see `prepare`.
     x0: [B, ...] data.
     keys: [B] random keys.
-    which: [k] integers, the steps asked for; by default 0 .. K-1.
+    which: [k] integers, the indices of the steps; by default 0 .. K-1.
     discrete: see `term`.
 
   Returns:
@@ -266,11 +270,12 @@ def bound(
   Args:
     denoiser: (xt, t) -> (x0, eps).
     schedule: the noise schedule.
-    grid: K + 1 falling times, the last one -1, see `samplers.grid`; concrete.
+    grid: K + 1 decreasing times, the last one -1, see `samplers.grid`;
+      concrete.
     x0: [B, ...] data.
     keys: [B] random keys, see `terms`.
     variance: see `variances`.
-    discrete: see `term`; `decoder.check_discrete` says whether x0 may be.
+    discrete: see `term`; `decoder.check_discrete` checks x0 for it.
 
   Raises:
     UserError: see `variances`.
@@ -281,17 +286,17 @@ def bound(
 
 
 def rate_distortion(table: Table) -> tuple[jax.Array, jax.Array]:
-  """How good an image is after how many bits (arXiv 2006.11239, table 4).
+  """The rate-distortion curve (arXiv 2006.11239, table 4).
 
-  Entry k is of who has received x_t, t the k-th time of the grid: the prior and
-  the terms of all steps before. The decoder's own bits are never among them.
+  Entry k is for a receiver of x_t at the k-th time of the grid: the rate is the
+  prior and the terms of all earlier steps. The decoder's bits are not included.
 
   Args:
-    table: of any images.
+    table: the bound of any images.
 
   Returns:
     (rate [K] in bits per dimension, RMSE [K] of the estimate of x0 on the scale
-    0 .. 255), of the mean rate and the mean squared error over images.
+    0 .. 255), from the mean rate and the mean squared error over images.
   """
   before = jnp.cumsum(table.bits, axis=0) - table.bits
   rate = jnp.mean(table.prior[None] + before, axis=1)

@@ -1,20 +1,20 @@
-"""Random numbers by a key and a label for each example, whatever its batch."""
+"""Random numbers from a key per example and a label, independent of batches."""
 
 import jax
 
 
 def draw(keys, label, shape=(), dtype=float, sample=jax.random.normal):
-  """What `sample` gives for each key, of which the label makes another.
+  """Calls `sample` with each key, after folding the label into it.
 
   Args:
     keys: [B] random keys.
-    label: a whole number, which may be traced.
-    shape: of one example.
-    dtype: of the numbers.
+    label: an integer, which may be traced.
+    shape: the shape of one example.
+    dtype: the dtype of the numbers.
     sample: (key, shape, dtype) -> array.
 
   Returns:
-    [B, *shape]; row b depends on keys[b] and the label alone.
+    [B, *shape]; row b depends only on keys[b] and the label.
   """
 
   def one(key):

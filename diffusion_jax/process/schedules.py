@@ -1,22 +1,22 @@
-r"""Noise schedules: how much of the signal is left at time t.
+r"""Noise schedules: the scales of signal and noise at time t.
 
 The forward process is Gaussian (DDPM, arXiv 2006.11239, eq. 4),
 
   q(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I),   alpha(t)^2 + sigma(t)^2 = 1,
 
-and a schedule is a table of log alpha_bar = log alpha(t)^2 from which all else
-follows. Mind the names: `alpha(t)` here is sqrt(alpha_bar_t), as in the later
-literature, not DDPM's alpha_t = 1 - beta_t.
+and a schedule is a table of log alpha_bar = log alpha(t)^2, from which all
+other quantities follow. Note that `alpha(t)` is sqrt(alpha_bar_t), as in later
+papers, not DDPM's alpha_t = 1 - beta_t.
 
-Time, said once. t = 0 is the first noised step and T - 1 the last, as the
-networks see it (the papers count from 1). Integer t is looked up; fractional t
-interpolates log alpha_bar linearly, so that solvers with continuous steps use
-the same model. t = -1 is clean data, log alpha_bar = 0, and belongs to the
-interpolation.
+Convention for time: t = 0 is the first noised step and T - 1 the last, as in
+the networks' input (the papers count from 1). Integer t is looked up;
+fractional t interpolates log alpha_bar linearly, so that solvers with
+continuous steps use the same model. t = -1 is clean data, log alpha_bar = 0,
+and is part of the interpolation.
 
-Tables are float64 NumPy arrays, made once on the host, and cast to the dtype of
-their use: sigma(0) from a float32 alpha_bar would be off by 8e-5, from a
-float32 *log* alpha_bar it is exact to rounding.
+Tables are float64 NumPy arrays, computed once on the host and cast to the dtype
+in use: sigma(0) from a float32 alpha_bar would be off by 8e-5; from a float32
+*log* alpha_bar it is exact to rounding.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Schedule:
 
     Args:
       t: integer or floating array of times; integers are looked up.
-      dtype: of the result, and of the interpolation.
+      dtype: dtype of the result and of the interpolation.
 
     Returns:
       An array of t's shape; 0 at t = -1.
@@ -88,14 +88,14 @@ class Schedule:
     return jnp.interp(falling, table, times)
 
   def host(self, t) -> tuple[np.ndarray, np.ndarray]:
-    """(log alpha_bar, sigma^2) at t in float64, for coefficients of a grid."""
+    """(log alpha_bar, sigma^2) at t in float64, for a grid's coefficients."""
     times = np.arange(-1, self.num_timesteps)
     table = np.concatenate([[0.0], self.log_alpha_bar])
     log_alpha_bar = np.interp(np.asarray(t, np.float64), times, table)
     return log_alpha_bar, -np.expm1(log_alpha_bar)
 
   def host_t_of_logsnr(self, logsnr) -> np.ndarray:
-    """`t_of_logsnr` in float64, for the times of a grid; no time above T-1."""
+    """`t_of_logsnr` in float64, for the times of a grid; at most T-1."""
     falling = np.logaddexp(0.0, -np.asarray(logsnr, np.float64))
     table = np.concatenate([[0.0], -self.log_alpha_bar])
     return np.interp(falling, table, np.arange(-1.0, self.num_timesteps))
@@ -108,7 +108,7 @@ def from_betas(betas) -> Schedule:
     betas: [T], each between 0 and 1.
 
   Raises:
-    UserError: they are not.
+    UserError: the betas are not numbers between 0 and 1.
   """
   betas = np.asarray(betas, np.float64)
   if betas.ndim != 1 or not np.all((betas > 0) & (betas < 1)):

@@ -1,18 +1,18 @@
-"""A run's folder: config.json and what may be written where.
+"""The layout of a run's folder, config.json, and checks of output folders.
 
 config.json            the resolved config
-init_from.json         whose parameters it began with, see finetune.py
-converted.json         that others trained it, and where it comes from
-checkpoints/           one folder a step
-held.json              those that are not to be deleted, see training.held
-starts.jsonl           one object a start: time, step, versions, devices
-heartbeats/            of several processes, see training/watchdog.py
-metrics.jsonl          one object a line; TensorBoard's events beside it
-samples/               grids on the way (train_*.png) and sample stores
-inversions/            images as noises, and drawn again from them
-calibration/           how a checkpoint errs, see samplers/calibration.py
-evaluations/           metric cards, and the networks that judged
-report.html            all of it to look at
+init_from.json         the run that the parameters came from, see finetune.py
+converted.json         the source of converted weights
+checkpoints/           one folder per step
+held.json              checkpoints not to be deleted, see training/held.py
+starts.jsonl           one object per start: time, step, versions, devices
+heartbeats/            of multi-process runs, see training/watchdog.py
+metrics.jsonl          one object per line; TensorBoard event files next to it
+samples/               grids of training (train_*.png) and sample stores
+inversions/            images inverted to noise, and reconstructed from it
+calibration/           errors of a checkpoint's denoiser, see calibration.py
+evaluations/           metric cards, and the networks they were computed with
+report.html            a report of all of the above
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from diffusion_jax.runs import completion
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 
-# What may differ from config.json when a run goes on, and every *_every.
+# Keys that may differ from config.json when a run resumes, besides *_every.
 MAY_CHANGE = ('num_steps', 'microbatches', 'mesh', 'data.path')
 
 LOCK = '.lock'
@@ -48,7 +48,7 @@ def flatten(config: dict, prefix: str = '') -> dict:
 
 
 def to_plain(config: config_dict.ConfigDict) -> dict:
-  """As it reads back from JSON: tuples are lists."""
+  """The config as read back from JSON: tuples become lists."""
   return json.loads(json.dumps(config.to_dict()))
 
 
@@ -60,14 +60,14 @@ def image_shape(data) -> tuple[int, int, int]:
 
 
 def may_change(key: str) -> bool:
-  """Whether a run may go on with another value of this (dotted) key."""
+  """Whether a run may resume with another value of this (dotted) key."""
   if '.' not in key and key.endswith('_every'):
     return True
   return any(key == name or key.startswith(f'{name}.') for name in MAY_CHANGE)
 
 
 def differences(old: dict, new: dict) -> dict[str, str]:
-  """(Dotted) key -> 'key: VALUE there, VALUE now', of two plain configs."""
+  """Dotted key -> 'key: VALUE there, VALUE now', for two plain configs."""
   old, new = flatten(old), flatten(new)
   return {
     key: f'{key}: {old.get(key)} there, {new.get(key)} now'
@@ -77,17 +77,17 @@ def differences(old: dict, new: dict) -> dict[str, str]:
 
 
 def check(workdir, config: config_dict.ConfigDict) -> None:
-  """Raises UserError unless a run of this config may begin or go on here.
+  """Raises UserError unless a run of this config may start or resume here.
 
-  The folder is new, empty, or holds a run whose config differs only in what may
-  change; keys that differ are named. Nothing is written.
+  The folder must be new, empty, or hold a run with a config that differs only
+  in keys that may change; the message names the others. Nothing is written.
   """
   usable_folder('workdir', workdir)
   path = files.at(workdir)
   if (path / CONVERTED).exists():
     raise UserError(
-      f'--workdir={workdir} holds weights that were converted, without an '
-      f'optimiser: --init_from={workdir} begins with them in another folder'
+      f'--workdir={workdir} holds converted weights, without an optimiser '
+      f'state: fine-tune with --init_from={workdir} in another folder'
     )
   if (path / 'config.json').exists():
     differ = differences(read_config(workdir), to_plain(config))
@@ -95,28 +95,28 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
     if other:
       raise UserError(
         f'--workdir={workdir} holds a run of another config ('
-        f'{"; ".join(other)}): give it its own values or another folder'
+        f'{"; ".join(other)}): use the same values or another folder'
       )
   elif path.exists() and files.entries(path) - {LOCK, INIT}:
     raise UserError(
-      f'--workdir={workdir} is not empty and has no config.json: give a new '
+      f'--workdir={workdir} is not empty and has no config.json: use a new '
       'folder'
     )
 
 
 def write_config(workdir, config: config_dict.ConfigDict) -> None:
-  """Writes config.json, whole or not at all."""
+  """Writes config.json atomically."""
   with files.replacing(files.at(workdir) / 'config.json') as file:
     file.write(json.dumps(to_plain(config), indent=2).encode() + b'\n')
 
 
 def converted_from(workdir) -> str | None:
-  """Where converted weights come from, absolute; None = they were trained here.
+  """The absolute source path of converted weights; None for a trained run.
 
-  It is None for an unfinished import too: there is no run yet.
+  None also for an unfinished import, which is not a run yet.
 
   Raises:
-    UserError: the record of it is unreadable.
+    UserError: converted.json is unreadable.
   """
   path = files.at(workdir) / CONVERTED
   if not path.exists() or not (files.at(workdir) / 'config.json').exists():
@@ -124,11 +124,11 @@ def converted_from(workdir) -> str | None:
   try:
     return str(json.loads(path.read_text())['from'])
   except (OSError, ValueError, KeyError, TypeError) as e:
-    raise UserError(f'{path} is unreadable ({e}): convert them anew') from e
+    raise UserError(f'{path} is unreadable ({e}): convert again') from e
 
 
 def note_start(workdir, facts: dict) -> None:
-  """Appends a line to starts.jsonl: what goes on from where, and when."""
+  """Appends a line to starts.jsonl with the time and facts of a start."""
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
   folder, put = files.growing(workdir, 'starts.jsonl')
   with (folder / 'starts.jsonl').open('a') as file:
@@ -138,10 +138,10 @@ def note_start(workdir, facts: dict) -> None:
 
 @contextlib.contextmanager
 def lock(workdir) -> Iterator[None]:
-  """Makes the folder and holds it against a second trainer.
+  """Creates the folder and locks it against a second training process.
 
-  A kill lets go of it. A bucket has no locks: that no two trainers write to one
-  folder of it is left to the user.
+  A kill releases the lock. Buckets have no locks: users must make sure that no
+  two processes train in the same folder of a bucket.
 
   Raises:
     UserError: another process trains there, or the folder cannot be written.
@@ -149,7 +149,9 @@ def lock(workdir) -> Iterator[None]:
   try:
     folder = files.make(workdir)
   except OSError as e:
-    raise UserError(f'--workdir={workdir} cannot be made ({e.strerror})') from e
+    raise UserError(
+      f'--workdir={workdir} cannot be created ({e.strerror})'
+    ) from e
   if files.in_bucket(folder):
     yield
     return
@@ -159,20 +161,20 @@ def lock(workdir) -> Iterator[None]:
     except BlockingIOError as e:
       raise UserError(
         f'--workdir={workdir}: another process trains there; wait for it, or '
-        'give another folder'
+        'use another folder'
       ) from e
     yield
 
 
 def read_config(workdir, flag: str = 'workdir') -> dict:
-  """The config of the run in a workdir.
+  """Reads the config of the run in a workdir.
 
   Args:
     workdir: the run's folder.
-    flag: what the user gave it by, for the message.
+    flag: the flag that gave the folder, for the message.
 
   Raises:
-    UserError: there is no run.
+    UserError: the folder holds no run.
   """
   path = files.at(workdir) / 'config.json'
   if not path.is_file():
@@ -186,13 +188,13 @@ def read_config(workdir, flag: str = 'workdir') -> dict:
   parts = ('data', 'model', 'process', 'loss', 'sample')
   missing = [part for part in parts if part not in config]
   if missing:
-    raise UserError(f'{path} is not a run of ours: it has no {missing[0]!r}')
-  completion.complete(config)  # keys that are younger than the run
+    raise UserError(f'{path} is not a run config: it has no {missing[0]!r}')
+  completion.complete(config)  # keys that are newer than the run
   return config
 
 
 def usable_folder(flag: str, directory) -> None:
-  """Raises UserError unless the folder exists or can be made; makes nothing."""
+  """Raises UserError unless the folder exists or can be created."""
   path = files.absolute(directory)
   if files.in_bucket(path):
     if path.is_file():
@@ -200,7 +202,7 @@ def usable_folder(flag: str, directory) -> None:
     return
   existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
   if not existing.exists():
-    raise UserError(f'--{flag}={directory}: {existing} is a link to nothing')
+    raise UserError(f'--{flag}={directory}: {existing} is a broken link')
   if not existing.is_dir():
     raise UserError(f'--{flag}={directory}: {existing} is a file')
   if not os.access(existing, os.W_OK):
@@ -216,12 +218,14 @@ def usable_file(flag: str, path) -> None:
 
 
 def usable_output(directory, name: str = 'samples', run=None) -> None:
-  """Raises UserError unless a folder is usable, and no part of something else.
+  """Raises UserError unless a folder is usable for output.
+
+  Inside a run, only the folder `name` is allowed; inside a sample store, none.
 
   Args:
-    directory: of samples, or of results.
-    name: the folder of a run that is for them.
-    run: the only run in which they may lie, made or not; None = any.
+    directory: the output folder.
+    name: the subfolder of a run for this kind of output.
+    run: the only run that may contain the folder, existing or not; None = any.
   """
   usable_folder('output', directory)
   path, own = files.resolved(directory), run and files.resolved(run)

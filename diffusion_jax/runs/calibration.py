@@ -1,8 +1,8 @@
-"""What a network's errors are at each time: kept beside its checkpoint.
+"""Calibration: the errors of a network at each time, saved with its run.
 
-Samplers with the optimal variance and the optimal grids are made from it.
-WORKDIR/calibration/step3000.json belongs to the averaged weights of step 3000,
-step3000_raw.json to the raw ones.
+Samplers with the optimal variance and the optimal grids are computed from it.
+WORKDIR/calibration/step3000.json is for the averaged weights of step 3000,
+step3000_raw.json for the raw ones.
 """
 
 import json
@@ -15,15 +15,15 @@ from diffusion_jax.system.errors import UserError
 
 
 class Calibration(NamedTuple):
-  """The squared error of the estimate of x0 at the times 0 .. T-1.
+  """The mean squared error of the estimate of x0 at the times 0 .. T-1.
 
-  Means over data and noise, per dimension; of the best denoiser that is
+  Averaged over data, noise and dimensions. For the optimal denoiser it is
   E Var(x0 | xt).
 
   Attributes:
-    mse: [T], of the estimate as it is.
-    clipped_mse: [T], of the estimate clipped to [-1, 1].
-    weights_sha256: of the parameters, see `Trained`.
+    mse: [T], the error of the unclipped estimate.
+    clipped_mse: [T], the error of the estimate clipped to [-1, 1].
+    weights_sha256: the hash of the parameters, see `Trained`.
   """
 
   mse: list[float]
@@ -31,23 +31,23 @@ class Calibration(NamedTuple):
   weights_sha256: str
 
   def of(self, clip: bool) -> list[float]:
-    """The table of samples whose x0 is clipped, or not."""
+    """The table to use for sampling with or without clipping of x0."""
     return self.clipped_mse if clip else self.mse
 
 
 def path(workdir, step: int, ema: bool) -> files.Path:
-  """Its file in a run's folder."""
+  """The calibration file in a run's folder."""
   name = f'step{step}' + '_raw' * (not ema)
   return files.at(workdir) / 'calibration' / f'{name}.json'
 
 
 def write(place, calibration: Calibration, about: dict) -> None:
-  """Writes it, whole or not at all.
+  """Writes a calibration atomically.
 
   Args:
-    place: of the file, see `path`.
-    calibration: what was found.
-    about: of what images, with what seed.
+    place: the path of the file, see `path`.
+    calibration: the calibration.
+    about: facts to save with it, such as the images and the seed.
   """
   told = {**about, **calibration._asdict()}
   files.make(files.at(place).parent)
@@ -56,16 +56,16 @@ def write(place, calibration: Calibration, about: dict) -> None:
 
 
 def read(workdir, step: int, ema: bool, num_timesteps: int) -> Calibration:
-  """What is kept of a run's checkpoint.
+  """Reads the calibration of a run's checkpoint.
 
   Args:
     workdir: the run's folder.
-    step: of the checkpoint.
-    ema: of the averaged weights, or of the raw ones.
+    step: the step of the checkpoint.
+    ema: whether for the averaged or the raw weights.
     num_timesteps: T.
 
   Raises:
-    UserError: there is none, or it is damaged.
+    UserError: there is no calibration, or it is damaged.
   """
   place = path(workdir, step, ema)
   if not place.exists():
@@ -95,17 +95,17 @@ def _command(workdir, step, ema) -> str:
 def check(
   calibration: Calibration, weights_sha256: str, workdir, step: int, ema: bool
 ) -> None:
-  """Raises UserError unless the calibration is of these weights.
+  """Raises UserError unless the calibration is for these weights.
 
   Args:
-    calibration: as read.
-    weights_sha256: of the checkpoint.
-    workdir: of the run, for the message, as are the next two.
-    step: of the checkpoint.
-    ema: whether the averaged weights are meant.
+    calibration: the calibration.
+    weights_sha256: the hash of the checkpoint's weights.
+    workdir: the run's folder, for the message, as are the next two.
+    step: the step of the checkpoint.
+    ema: whether these are the averaged weights.
   """
   if calibration.weights_sha256 != weights_sha256:
     raise UserError(
-      f'the statistics of step {step} are of other weights than those of the '
+      f'the statistics of step {step} are not for the weights of the '
       f'checkpoint: run {_command(workdir, step, ema)}'
     )

@@ -1,7 +1,7 @@
-"""Keys that a config lacks, or has too many.
+"""Completes configs with missing keys, and finds unknown ones.
 
-`configs/default.py` has every key. Configs that are older than a key, of runs
-and of users, have its default.
+`configs/default.py` has every key. Runs' and users' configs that are older than
+a key get its default.
 """
 
 import copy
@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.configs import default
 
-# Groups with options of their own: the key that chooses them. The defaults are
-# the options of the default choice; another has its own.
+# Groups whose options depend on a choice: the key that makes the choice. The
+# default config has the options of the default choice; others may differ.
 CHOICES = {
   'codec': 'name',
   'conditioning': 'name',
@@ -25,10 +25,10 @@ CHOICES = {
 
 
 def complete(config: MutableMapping) -> None:
-  """Gives a config the keys it lacks, in place.
+  """Adds missing keys to a config, in place.
 
   Args:
-    config: a ConfigDict, or plain as read from JSON, where tuples are lists.
+    config: a ConfigDict, or a dict as read from JSON, with lists for tuples.
   """
   for path, value in _lacking(config, default.get_config()):
     group = config
@@ -47,7 +47,7 @@ def lacking(config: Mapping) -> list[str]:
 
 
 def unknown(config: Mapping) -> list[str]:
-  """What is wrong with a config's keys, a line each; [] is well."""
+  """The problems with a config's keys, a line each; [] if valid."""
   return list(_unknown(config, default.get_config()))
 
 
@@ -72,13 +72,13 @@ def _unknown(config, known, path=()) -> Iterator[str]:
       kinds = ('one value', 'a group of keys')
       found, wanted = _is_group(value), _is_group(known[key])
       yield f'the config key {name!r} is {kinds[found]}, not {kinds[wanted]}'
-    # An empty group takes any key, such as the name of a part.
+    # An empty group accepts any key, such as the name of a part.
     elif known[key] and _is_group(value) and _alike(key, value, known[key]):
       yield from _unknown(value, known[key], (*path, key))
 
 
 def _alike(name, group, known) -> bool:
-  """Whether the keys of a group are those of the default config."""
+  """Whether a group has the same keys as in the default config."""
   choice = CHOICES.get(name)
   return _is_group(group) and (
     choice is None or group.get(choice, known[choice]) == known[choice]
@@ -86,7 +86,7 @@ def _alike(name, group, known) -> bool:
 
 
 def _items(config):
-  # A value that is still to be given by a flag cannot be read.
+  # A placeholder, to be set by a flag later, cannot be read.
   if isinstance(config, ConfigDict):
     return config.items(preserve_field_references=True)
   return config.items()
@@ -97,7 +97,7 @@ def _is_group(value) -> bool:
 
 
 def _plain(value):
-  """As it reads back from JSON."""
+  """The value as read back from JSON."""
   if isinstance(value, ConfigDict):
     return {key: _plain(inner) for key, inner in value.items()}
   return list(value) if isinstance(value, tuple) else value

@@ -1,7 +1,8 @@
-"""From (seed, index) to a sample.
+"""Draws samples by seed and index.
 
-A sample is addressed by (run, seed, index): its keys come from seed and index
-alone, so its noise is bitwise the same in any batch, on any mesh, in any order.
+A sample is identified by (run, seed, index). Its random keys depend only on
+seed and index, so its noise is bitwise the same in any batch, on any mesh and
+in any order.
 """
 
 from collections.abc import Callable
@@ -17,19 +18,19 @@ from diffusion_jax.system.errors import UserError
 
 
 def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The random keys of samples: of the noise they begin as, of the sampler's.
+  """The random keys of samples: for the initial noise and for the sampler.
+
+  Training keys are derived from fold_in(seed, 0), sample keys from
+  fold_in(seed, 1): split and fold_in of the same key can give the same
+  children, so sharing a root would share noise.
 
   Args:
-    seed: of the samples.
-    indices: [B] uint32, of the samples.
+    seed: the seed of the samples.
+    indices: [B] uint32, the indices of the samples.
 
   Returns:
-    (first [B], later [B]): a sample begins as jax.random.normal(first[b],
-    image_shape), and `later` goes into `solve`.
-
-  Training has its keys under fold_in(seed, 0), samples have theirs under
-  fold_in(seed, 1): split and fold_in of one key give the same children, so two
-  users of one root would share noise.
+    (first [B], later [B]). The initial noise of a sample is
+    jax.random.normal(first[b], image_shape); `later` is passed to `solve`.
   """
   root = jax.random.fold_in(jax.random.key(seed), 1)
 
@@ -40,7 +41,7 @@ def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
   return pairs[:, 0], pairs[:, 1]
 
 
-# Data as people save them, and as they are decoded.
+# The output dtypes: rounded to 8 bits, or as decoded.
 ROUNDED = {
   'uint8': lambda data: jnp.round(data).astype(jnp.uint8),
   'float32': lambda data: data,
@@ -60,30 +61,31 @@ def drawer(
   took: bool = False,
   estimates: bool = False,
 ) -> Callable:
-  """A function that draws samples, to be jitted.
+  """Returns a function that draws samples, to be jitted.
 
   Args:
-    recipe: of the run.
+    recipe: the run's recipe.
     mesh: the devices.
-    sampler: which.
-    grid: falling times, see `grid`.
-    seed: of the samples.
-    clip: whether x0 is clipped to the codec's bound in every step, if it has
-      one.
-    frames: steps at which x is kept, see `solve`.
-    dtype: of the data: 'uint8', rounded, or 'float32' as they are decoded; by
-      default 'uint8' for images of 8 bits and 'float32' for other data.
-    took: whether it says what each sample took; the sampler chooses its steps.
-    estimates: whether frames are not x but the estimates of x0 from it, by one
-      more evaluation each (arXiv 2006.11239, section 4.3); of clean data, x.
+    sampler: the sampler.
+    grid: decreasing times, see `grid`.
+    seed: the seed of the samples.
+    clip: whether to clip x0 to the codec's bound, if any, in every step.
+    frames: steps at which to keep x, see `solve`.
+    dtype: dtype of the data: 'uint8', rounded, or 'float32', as decoded; by
+      default 'uint8' for 8-bit images and 'float32' for other data.
+    took: whether to also return the cost of each sample, for samplers that
+      choose their own steps.
+    estimates: whether frames are estimates of x0 in place of x, at one more
+      evaluation each (arXiv 2006.11239, section 4.3); x for clean data.
 
   Returns:
-    draw(params, indices [B], rows={}) -> data [B, ...]; `params` holds all
-    parts, and `rows` what a condition is made of. With frames, a pair of that
-    and [F, B, ...]; with took, a pair of that and `adaptive.Took`.
+    draw(params, indices [B], rows={}) -> data [B, ...]. `params` holds all
+    parts, and `rows` the data that a condition is computed from. With `frames`,
+    a pair of the data and [F, B, ...]; with `took`, a pair of the data and
+    `adaptive.Took`.
 
   Raises:
-    UserError: an unknown dtype, or one that the data cannot have.
+    UserError: an unknown dtype, or one that does not fit the data.
   """
   codec, schedule = recipe.codec, recipe.schedule
   known = ROUNDED if codec.levels == 256 else {'float32': ROUNDED['float32']}
@@ -97,7 +99,7 @@ def drawer(
     if clip and codec.bound is not None:
       denoiser = clipping.clip_x0(denoiser, schedule, codec.bound)
     first, later = sample_keys(seed, indices)
-    # The last number that `solve` could ever fold in.
+    # A number that `solve` never folds in.
     decoding = jax.vmap(lambda key: jax.random.fold_in(key, 2**32 - 1))(later)
 
     def decode(x0):
@@ -114,7 +116,7 @@ def drawer(
       return decode(out)
     x, kept = out
     if estimates:
-      # No denoiser knows the noise of clean data, which can only be the last.
+      # Clean data, which can only be the last frame, needs no estimate.
       times = jnp.array([grid[k] for k in frames if grid[k] >= 0], x.dtype)
       noised, clean = jnp.split(kept, [len(times)])
       guesses = jax.lax.map(lambda frame: denoiser(*frame).x0, (noised, times))

@@ -1,13 +1,13 @@
-"""Fine-tuning: a run that begins with the parameters of another run.
+"""Fine-tuning: a run that starts from the parameters of another run.
 
-Which is a fact of the run, in its init_from.json:
+The run records their origin in its init_from.json:
 
   {"workdir": ..., "step": ..., "ema": ..., "taken": number of arrays,
    "left": [{"name": ..., "there": shape or null, "here": shape or null}]}
 
-A start that is killed before its first checkpoint begins from the same step
-again, whatever the other run has saved since; one that has a checkpoint goes on
-from that, and asks the other run for nothing.
+A run killed before its first checkpoint restarts from the same step of the
+other run, even if that has saved more since. A run with a checkpoint resumes
+from it and no longer needs the other run.
 """
 
 import json
@@ -19,19 +19,19 @@ from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint
 
-# The same parameters mean another network where one of these differs.
+# If one of these differs, the same parameters mean a different network.
 MEANING = ('process.', 'loss.', 'model.num_heads', 'model.num_groups')
 
-SHOWN = 4  # names in a line, before it says how many more there are
+SHOWN = 4  # names to show in a line before 'and N more'
 
 
 class Origin(NamedTuple):
-  """Whose parameters a run begins with.
+  """The origin of a run's initial parameters.
 
   Attributes:
-    workdir: the other run's, absolute.
-    step: of its checkpoint.
-    ema: whether they are the averaged ones.
+    workdir: the other run's folder, absolute.
+    step: the step of its checkpoint.
+    ema: whether they are the averaged parameters.
   """
 
   workdir: str
@@ -40,12 +40,12 @@ class Origin(NamedTuple):
 
 
 class Begun(NamedTuple):
-  """What a run begins with.
+  """The initial parameters taken from another run.
 
   Attributes:
     taken: name -> array, the other run's parameters.
-    left: for every other parameter of the two {'name', 'there', 'here'}, its
-      shape in each, None where it has none.
+    left: {'name', 'there', 'here'} for every other parameter of the two runs:
+      its shape in each, None if missing.
   """
 
   taken: dict
@@ -53,7 +53,7 @@ class Begun(NamedTuple):
 
 
 def recorded(workdir) -> Origin | None:
-  """What init_from.json says; None where there is none.
+  """Reads init_from.json; None if there is no such file.
 
   Raises:
     UserError: the file is damaged.
@@ -74,21 +74,22 @@ def recorded(workdir) -> Origin | None:
 def find(
   workdir, init_from: str | None, step: int | None, ema: bool
 ) -> Origin | None:
-  """Where a start of a run takes its first parameters from.
+  """Finds the origin of the initial parameters when a run is started.
 
   Args:
-    workdir: the run's own folder, new or not.
-    init_from: the other run's folder as the user gave it; None = not given.
-    step: of the checkpoint; None = the newest, or that of an earlier start.
-    ema: the averaged parameters, or the raw ones.
+    workdir: the run's own folder, new or existing.
+    init_from: the other run's folder as given by the user; None = not given.
+    step: the step of the checkpoint; None = the newest, or the one of an
+      earlier start.
+    ema: whether to use the averaged or the raw parameters.
 
   Returns:
-    The origin; None where the run begins with random parameters, or has a
-    checkpoint of its own to go on from.
+    The origin; None if the run starts from random parameters or resumes from
+    its own checkpoint.
 
   Raises:
-    UserError: the other run or its checkpoint does not exist, or is not what
-      the run in `workdir` began with.
+    UserError: the other run or its checkpoint does not exist, or differs from
+      the one that the run in `workdir` started from.
   """
   begun = checkpoint.steps(_checkpoints(workdir))
   if begun and not init_from and step is None and ema:
@@ -98,24 +99,23 @@ def find(
     there = files.resolved(files.at(init_from).expanduser())
     if there == files.resolved(workdir):
       raise UserError(
-        f'--init_from={init_from} is the --workdir itself: leave it out to go '
-        'on, or begin in a new folder'
+        f'--init_from={init_from} is the --workdir itself: leave it out to '
+        'resume, or start in a new folder'
       )
     if step is None and before and before[::2] == (str(there), ema):
       step = before.step
     if begun and before != (str(there), step, ema):
       raise UserError(
-        f'--init_from={init_from}: the run in {workdir} began with '
-        f'{describe(before)}: leave --init_from out to go on, or give a new '
+        f'--init_from={init_from}: the run in {workdir} started from '
+        f'{describe(before)}: leave --init_from out to resume, or give a new '
         '--workdir'
       )
   elif step is not None or not ema:
     given = '--noinit_ema' if step is None else f'--init_step={step}'
     raise UserError(
-      f'{given} says what to take of --init_from, which is missing: name the '
-      'run to begin from'
+      f'{given} needs --init_from, which is missing: give the run to start from'
     )
-  elif before:  # a start that was killed early had the flag
+  elif before:  # an earlier start, killed before a checkpoint, had the flag
     there, step, ema = before
   if begun or not (init_from or before):
     return None
@@ -125,7 +125,7 @@ def find(
 
 
 def load(origin: Origin | None, abstract) -> Begun:
-  """`checkpoint.load_common` of an origin; nothing is written."""
+  """Loads the parameters of an origin, see `checkpoint.load_common`."""
   if origin is None:
     return Begun({}, [])
   return Begun(
@@ -139,9 +139,9 @@ def record(workdir, origin: Origin, begun: Begun) -> None:
   """Writes init_from.json.
 
   Args:
-    workdir: of the new run.
-    origin: where its parameters come from.
-    begun: as of `load`.
+    workdir: the new run's folder.
+    origin: the origin of its parameters.
+    begun: the result of `load`.
   """
   facts = {**origin._asdict(), 'taken': len(begun.taken), 'left': begun.left}
   with files.replacing(files.at(workdir) / runs.INIT) as file:
@@ -156,20 +156,23 @@ def describe(origin: Origin | None) -> str:
 
 
 def told(origin: Origin, begun: Begun, config: dict) -> list[str]:
-  """What was taken, what was not, and what may surprise: a line each.
+  """Describes which parameters were taken and which not, with warnings.
 
   Args:
-    origin: whose parameters.
-    begun: as of `load`.
-    config: the new run's.
+    origin: the origin of the parameters.
+    begun: the result of `load`.
+    config: the new run's config.
+
+  Returns:
+    Lines to print.
   """
   taken, left = begun
   here = len(taken) + sum(row['here'] is not None for row in left)
-  lines = [f'beginning with {describe(origin)}: {len(taken)} of {here} arrays']
+  lines = [f'starting from {describe(origin)}: {len(taken)} of {here} arrays']
   for what, names in (
-    ('of another shape, begun at random',
+    ('of another shape, random',
      [r['name'] for r in left if r['there'] and r['here']]),
-    ('new, begun at random', [r['name'] for r in left if r['there'] is None]),
+    ('new, random', [r['name'] for r in left if r['there'] is None]),
     ('unused', [r['name'] for r in left if r['here'] is None]),
   ):  # fmt: skip
     if names:
@@ -178,7 +181,7 @@ def told(origin: Origin, begun: Begun, config: dict) -> list[str]:
   differ = [line for key, line in differ.items() if key.startswith(MEANING)]
   if differ:
     lines.append(
-      f'  warning: {"; ".join(differ)}: the network meant something else there'
+      f'  warning: {"; ".join(differ)}: the parameters mean something else here'
     )
   return lines
 

@@ -1,6 +1,6 @@
-"""What a run compiles: from its config to its jitted programs.
+"""The jitted programs of a run, made from its config.
 
-Training runs them; preflight compiles them for devices that are not there.
+Training runs them; preflight compiles them for devices that are not present.
 """
 
 import functools
@@ -22,19 +22,19 @@ from diffusion_jax.training.state import TrainState
 
 
 class Programs(NamedTuple):
-  """A config on a mesh.
+  """The programs of a config on a mesh.
 
   Attributes:
-    recipe: what the run is made of.
+    recipe: the run's recipe.
     optimizer: gradient -> update.
-    init_key: of the initial parameters.
+    init_key: the random key of the initial parameters.
     abstract: shapes, dtypes and shardings of the state.
     frozen: name -> parameters of the parts that are not trained.
     step_fn: (state, frozen, batch) -> (state, metrics), see `step.train_step`;
       the state is donated.
     loss_fn: (params, extras, batch, weight, first) -> the weighted sum of the
       held-out loss, see `step.heldout_loss`.
-    draw_fn: (params, indices) -> samples, as the config's `sample` says.
+    draw_fn: (params, indices) -> samples, with the config's `sample` settings.
   """
 
   recipe: Recipe
@@ -55,32 +55,32 @@ class Programs(NamedTuple):
 
 
 def create(config: Mapping, mesh: Mesh) -> Programs:
-  """The programs of a run; nothing is compiled or allocated.
+  """Makes the programs of a run; nothing is compiled or allocated.
 
   Args:
-    config: of the run, checked.
-    mesh: the devices, which need not be there.
+    config: the run's config, validated.
+    mesh: the devices, which need not be present.
 
   Raises:
-    UserError: the config asks for something that there is not.
+    UserError: the config asks for something that does not exist.
   """
   return assemble(recipe.create(config), config, mesh)
 
 
 def assemble(made: Recipe, config: Mapping, mesh: Mesh) -> Programs:
-  """As `create`, of a recipe that is made already.
+  """Like `create`, for an existing recipe.
 
   Args:
-    made: what the run is made of.
-    config: its seed, optim, ema, microbatches and sample.
-    mesh: the devices, which need not be there.
+    made: the recipe.
+    config: the seed, optim, ema, microbatches and sample settings.
+    mesh: the devices, which need not be present.
 
   Raises:
-    UserError: the config asks for a sampler or a grid that there is not.
+    UserError: the config asks for a sampler or a grid that does not exist.
   """
   sampler, times = _sampling(config['sample'], made.schedule)
   optimizer = optim.create(**config['optim'])
-  # Samples have the other child of the seed, see `draw.sample_keys`.
+  # Samples use fold_in(seed, 1), see `draw.sample_keys`.
   root = jax.random.fold_in(jax.random.key(config['seed']), 0)
   init_key, step_key, heldout_key = jax.random.split(root, 3)
   objective = made.objective
@@ -119,18 +119,18 @@ def assemble(made: Recipe, config: Mapping, mesh: Mesh) -> Programs:
 
 
 def _sampling(sample: Mapping, schedule: Schedule) -> tuple:
-  """The sampler and the times of the grids on the way."""
+  """The sampler and the time grid of samples drawn during training."""
   name = sample['sampler']
   if name in samplers.CALIBRATED or sample['grid'] == 'optimal':
     raise UserError(
       f'sample.sampler={name} with sample.grid={sample["grid"]} needs a '
-      'calibrated network, and none is calibrated during training: use '
-      'another, such as ddim'
+      'calibrated network, which training does not have: use another, such as '
+      'ddim'
     )
   sampler = samplers.create(name)
   if sampler.run:
     raise UserError(
-      f'sample.sampler={name} chooses its own steps, and training draws with a '
-      'fixed number of them: use another, such as ddim'
+      f'sample.sampler={name} chooses its own steps, but training samples with '
+      'a fixed number of steps: use another, such as ddim'
     )
   return sampler, grid.create(sample['grid'], schedule, sample['num_steps'])

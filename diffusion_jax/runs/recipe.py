@@ -1,10 +1,10 @@
-"""A config as functions: the parts of a run and how they work together.
+"""The recipe of a run: its config as functions.
 
   rows --codec--> x0 --process--> xt --network(xt, t, cond)--> prediction
   rows --conditioner--> cond             prediction --objective--> values
 
-Training, sampling, likelihoods and calibration all go through a recipe, and
-none of them knows what the data are.
+Training, sampling, likelihoods and calibration all use a recipe and do not
+depend on the kind of data.
 """
 
 import zlib
@@ -27,21 +27,21 @@ from diffusion_jax.training import sharding
 
 
 class Recipe(NamedTuple):
-  """What a run is made of.
+  """The components of a run.
 
   Parameters are a dict of named parts, {'net': ...} for DDPM. Functions that
-  take `params` take all parts, trained and frozen ones.
+  take `params` take all parts, both trained and frozen.
 
   Attributes:
-    parts: name -> network, of the trained parts.
-    frozen: name -> parameters, of the parts that are not trained.
-    origins: name -> where a frozen part comes from, for people.
+    parts: name -> network of each trained part.
+    frozen: name -> parameters of each part that is not trained.
+    origins: name -> where a frozen part comes from, for messages.
     codec: data <-> x0.
-    conditioner: rows -> what the network is told.
+    conditioner: rows -> the network's conditioning input.
     schedule: the noise schedule.
     prediction: what the network predicts, a key of
       `gaussian.PARAMETRISATIONS`.
-    objective: what is minimised.
+    objective: the training objective.
   """
 
   parts: dict[str, Model]
@@ -54,11 +54,11 @@ class Recipe(NamedTuple):
   objective: Objective
 
   def init(self, key) -> dict:
-    """The trained parts at random.
+    """Initializes the trained parts at random.
 
     Args:
-      key: of the initial values. The network takes it as it is, so that other
-        parts leave its values alone.
+      key: the random key. The network uses it unchanged, so that adding other
+        parts does not change its initial values.
     """
     return {
       name: part.init(
@@ -74,13 +74,13 @@ class Recipe(NamedTuple):
 
     Args:
       params: all parts.
-      cond: what fills its doors, see `Conditioner`.
-      mesh: the devices that the parameters lie on.
+      cond: the conditioning inputs, see `Conditioner`.
+      mesh: the devices that hold the parameters.
     """
     apply = network_fn(self.parts[NET])
 
     def network(xt, label):
-      # Here, so that a long loop does not hold all that is gathered.
+      # Gathered here, so that a long loop does not keep the gathered copy.
       gathered = {NET: sharding.gather_fsdp(params[NET], mesh)}
       return apply(gathered, xt, label, cond, None)
 
@@ -97,13 +97,13 @@ def network_fn(network: Model):
 
 
 def create(config: Mapping) -> Recipe:
-  """The recipe of a config; nothing is compiled or allocated.
+  """Makes the recipe of a config; nothing is compiled or allocated.
 
   Args:
-    config: of a run, checked.
+    config: a run's config, validated.
 
   Raises:
-    UserError: a name is not known, or the network cannot take the condition.
+    UserError: an unknown name, or a condition that the network does not accept.
   """
   codec = codecs.create(
     image_shape=runs.image_shape(config['data']),
@@ -124,11 +124,11 @@ def create(config: Mapping) -> Recipe:
 
 
 def check_doors(network: Model, conditioner: Conditioner, name: str) -> None:
-  """Raises UserError unless the network takes what the conditioner gives."""
+  """Raises UserError unless the network accepts the conditioner's outputs."""
   lacking = [door for door in conditioner.doors if door not in network.doors]
   if lacking:
     raise UserError(
-      f'the condition gives {" and ".join(lacking)}, and model.name={name} '
+      f'the condition has {" and ".join(lacking)}, but model.name={name} '
       f'takes {" and ".join(network.doors) or "no condition"}: choose another '
       'network, or conditioning.name=none'
     )

@@ -1,17 +1,17 @@
-"""The sample store: drawn images on disk, each drawn once.
+"""The sample store: a folder of samples on disk, each drawn only once.
 
-A sample is addressed by (run, seed, index), see `draw`, so it does not matter
-in which batch, on which mesh or in which order it is drawn. A store is one
-folder that holds samples of one protocol:
+A sample is identified by (run, seed, index), see `draw`, so the batch, the mesh
+and the order it is drawn in do not matter. A store is a folder that holds the
+samples of one protocol:
 
   store.json                      what the images depend on, and their dtype
   parts/000000000-000000063.npy   [n, H, W, C], indices as in the name
-  took/                           a store of its own, where steps are adaptive
+  took/                           a nested store, for adaptive samplers
 
-Images are uint8, or where 'dtype' says so float32: in [0, 255], not rounded.
-What they took is int32 [n, 4], in the order of `adaptive.Took`. Parts appear
-whole. A job that was interrupted draws what is missing, in batches of any size;
-one that asks for more draws the rest.
+Images are uint8 or, if 'dtype' is float32, in [0, 255] and not rounded. Entries
+of took/ are int32 [n, 4], the fields of `adaptive.Took` in order. Parts are
+written atomically. An interrupted job draws only the missing samples when it is
+run again, with any batch size, and so does a job that asks for more samples.
 """
 
 import json
@@ -25,20 +25,20 @@ from diffusion_jax.system.errors import UserError
 
 PART = re.compile(r'(\d+)-(\d+)\.npy')
 TOOK = 'took'
-DEFAULTS = {'dtype': 'uint8'}  # of what a store.json leaves out
+DEFAULTS = {'dtype': 'uint8'}  # for keys missing in a store.json
 
 
 def open_store(directory, protocol: dict) -> None:
-  """Makes the store, or checks that it holds samples of the same protocol.
+  """Creates the store, or checks that it holds samples of the same protocol.
 
   Args:
-    directory: of the store; made if needed.
-    protocol: all that the images depend on, as JSON can hold it; its 'dtype'
-      is the images', 'uint8' where there is none.
+    directory: the store's folder; created if needed.
+    protocol: everything that the images depend on, JSON-serializable; 'dtype'
+      is the images' dtype, by default 'uint8'.
 
   Raises:
-    UserError: it holds others (the field that differs is named), or something
-      that is not a store.
+    UserError: the store has another protocol (the message names the field that
+      differs), or the folder is not a store.
   """
   directory = files.at(directory)
   path = directory / 'store.json'
@@ -46,14 +46,14 @@ def open_store(directory, protocol: dict) -> None:
   if path.exists():
     stored, asked = _read_protocol(path), {**DEFAULTS, **protocol}
     names = sorted(stored.keys() | asked.keys())
-    for name in sorted(names, key='sampler'.__ne__):  # which has the others
+    for name in sorted(names, key='sampler'.__ne__):  # the sampler first
       if stored.get(name) != asked.get(name):
         raise UserError(
           f'{directory} holds samples with {name}={_short(stored.get(name))}, '
           f'not {_short(asked.get(name))}: choose another --output'
         )
     return
-  # A kill may have left a folder that never came to hold a store.
+  # A kill may have left a folder without a store.
   if directory.exists() and files.entries(directory):
     raise UserError(
       f'{directory} is not empty and not a sample store: choose another '
@@ -65,7 +65,7 @@ def open_store(directory, protocol: dict) -> None:
 
 
 def _short(value) -> str:
-  """A list of a thousand numbers is no part of one line."""
+  """Shortens a long value, such as a grid, for a one-line message."""
   text = str(value)
   return text if len(text) <= 60 else f'{text[:57]}...'
 
@@ -76,12 +76,12 @@ def _read_protocol(path) -> dict:
   except (FileNotFoundError, ValueError) as e:
     raise UserError(f'{path} is damaged ({e}): choose another --output') from e
   if not isinstance(stored, dict):
-    raise UserError(f'{path} is not of a sample store: choose another --output')
+    raise UserError(f'{path} is no sample store: choose another --output')
   return {**DEFAULTS, **stored}
 
 
 def parts(directory) -> list[tuple[int, int, files.Path]]:
-  """(first, last + 1, file) of every part, in order."""
+  """(first index, last index + 1, file) of every part, in order."""
   folder = files.at(directory) / 'parts'
   if not folder.is_dir():
     return []
@@ -93,7 +93,7 @@ def parts(directory) -> list[tuple[int, int, files.Path]]:
 
 
 def missing(directory, num_samples: int) -> np.ndarray:
-  """The indices below num_samples that are not drawn yet."""
+  """The indices below num_samples of samples that are not drawn yet."""
   absent = np.ones(num_samples, bool)
   for first, end, _ in parts(directory):
     absent[first:end] = False
@@ -101,7 +101,7 @@ def missing(directory, num_samples: int) -> np.ndarray:
 
 
 def save(directory, indices, images: np.ndarray) -> None:
-  """Keeps images [n, H, W, C] as they are; one part a run of indices."""
+  """Saves images [n, H, W, C]; one part per run of consecutive indices."""
   folder = files.make(files.at(directory) / 'parts')
   indices = np.asarray(indices)
   cuts = np.flatnonzero(np.diff(indices) != 1) + 1
@@ -114,14 +114,14 @@ def save(directory, indices, images: np.ndarray) -> None:
 
 
 def load(directory, num_samples: int) -> np.ndarray:
-  """The store's dtype [num_samples, H, W, C], in the order of the index.
+  """Loads samples as [num_samples, H, W, C] of the store's dtype, by index.
 
   Args:
-    directory: of the store.
-    num_samples: how many, from index 0 on.
+    directory: the store's folder.
+    num_samples: the number of samples, from index 0.
 
   Raises:
-    UserError: some are not drawn yet, or a part is damaged.
+    UserError: some samples are not drawn yet, or a part is damaged.
   """
   images, at = None, 0
   for block in stream(directory, 0, num_samples, num_samples):
@@ -135,31 +135,31 @@ def load(directory, num_samples: int) -> np.ndarray:
 def stream(
   directory, first: int, end: int, batch_size: int
 ) -> Iterator[np.ndarray]:
-  """Samples first .. end - 1, with one part of the store in memory at a time.
+  """Streams samples first .. end - 1, with one part in memory at a time.
 
   Args:
-    directory: of the store.
-    first: the index of the first.
-    end: one more than that of the last.
-    batch_size: at most so many at once.
+    directory: the store's folder.
+    first: the first index.
+    end: the last index plus 1.
+    batch_size: the largest number of samples per array.
 
   Returns:
-    an iterator of [n, H, W, C] of the store's dtype, n <= batch_size, in the
-    order of the index.
+    An iterator of [n, H, W, C] of the store's dtype, n <= batch_size, in index
+    order.
 
   Raises:
-    UserError: some are not drawn yet, or a part is damaged.
+    UserError: some samples are not drawn yet, or a part is damaged.
   """
   absent = missing(directory, end)
   if len(absent):
     raise UserError(
-      f'{directory} lacks {len(absent)} of {end} samples, first number '
+      f'{directory} lacks {len(absent)} of {end} samples, the first is number '
       f'{absent[0]}: draw them first'
     )
   there, at, shape = parts(directory), first, None
   dtype = np.dtype(_read_protocol(files.at(directory) / 'store.json')['dtype'])
   while at < end:
-    # Parts may overlap, where jobs have drawn in batches of several sizes.
+    # Parts may overlap if jobs have used different batch sizes.
     start, stop, path = next(p for p in there if p[0] <= at < p[1])
     block = _read_part(path, stop - start, shape, dtype)
     shape = block.shape[1:]
@@ -171,7 +171,7 @@ def stream(
 
 def _read_part(path, count, shape, dtype):
   try:
-    # Mapped, so that a header that lies about the size is found out.
+    # Memory-mapped, which detects a header with a wrong size.
     block = files.mapped(path)
     if block.dtype != dtype or block.shape != (
       count,
@@ -180,33 +180,33 @@ def _read_part(path, count, shape, dtype):
       raise ValueError(f'{block.dtype} {block.shape}')
   except (ValueError, EOFError, AttributeError) as e:
     raise UserError(
-      f'{path} is damaged: delete it and draw again, which fills the gap'
+      f'{path} is damaged: delete it and sample again to fill the gap'
     ) from e
   return block
 
 
 def fill(directory, absent, batch_size: int, draw_fn, on_batch=None) -> None:
-  """Draws what is missing, batch by batch, and keeps each batch.
+  """Draws missing samples batch by batch, and saves each batch.
 
-  Of several processes each keeps what it has drawn.
+  Each process saves the samples that it has drawn.
 
   Args:
-    directory: an open store.
-    absent: the indices to draw, as of `missing`; the same in all processes.
+    directory: the folder of an open store.
+    absent: the indices to draw, see `missing`; the same in all processes.
     batch_size: images drawn at once, over all devices.
     draw_fn: indices [batch_size] -> (rows [R], images [R, H, W, C] of the
-      store's dtype), the rows of the batch that this process has drawn; and
-      where steps are adaptive a third, what they took [R, 4].
-    on_batch: called with the number of images kept after each batch.
+      store's dtype), where rows are the rows of the batch drawn by this
+      process; for adaptive samplers a third array, `adaptive.Took` as [R, 4].
+    on_batch: called after each batch with the number of images saved.
   """
   absent = np.asarray(absent)
   for start in range(0, len(absent), batch_size):
     indices = absent[start : start + batch_size]
-    # The last batch is filled up with repeats, so that one program serves all.
+    # The last batch is padded with repeats, so that only one shape compiles.
     rows, images, *took = draw_fn(np.resize(indices, batch_size))
     kept = rows < len(indices)
     if kept.any():
-      for counts in took:  # before the images, or a kill may part them
+      for counts in took:  # before the images, so that a kill loses neither
         save(files.at(directory) / TOOK, indices[rows[kept]], counts[kept])
       save(directory, indices[rows[kept]], images[kept])
     if on_batch:
@@ -214,7 +214,7 @@ def fill(directory, absent, batch_size: int, draw_fn, on_batch=None) -> None:
 
 
 def write_npz(directory, images: np.ndarray) -> files.Path:
-  """All samples as `samples.npz` (`arr_0`), as FID tools read them."""
+  """Writes all samples to `samples.npz` (`arr_0`), the format of FID tools."""
   path = files.at(directory) / 'samples.npz'
   with files.replacing(path) as file:
     np.savez(file, images)

@@ -1,4 +1,4 @@
-"""The library: a trained network, loaded from a run's folder."""
+"""The library API: a trained network, loaded from a run's folder."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from diffusion_jax.training import checkpoint, sharding
 
 
 class Compiled(NamedTuple):
-  """What is compiled of a network once, for the parameters of any checkpoint.
+  """The compiled functions of a network, for parameters of any checkpoint.
 
   Attributes:
     denoise: (params, xt, t, cond) -> Denoised.
@@ -43,7 +43,7 @@ def _compile(recipe: Recipe, mesh: Mesh) -> Compiled:
   def denoise(params, xt, t, cond):
     return recipe.denoiser(params, cond, mesh)(xt, t)
 
-  # Kept, so that a second call of `sample` compiles nothing.
+  # Cached, so that a second call of `sample` does not compile again.
   @functools.lru_cache(maxsize=8)
   def drawer(plan, frames, dtype, took, estimates):
     how = Plan(*json.loads(plan))
@@ -59,17 +59,17 @@ def _compile(recipe: Recipe, mesh: Mesh) -> Compiled:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trained:
-  """A trained network: a denoiser, its schedule, and how to sample from it.
+  """A trained network: a denoiser, its schedule, and methods to sample.
 
   Attributes:
     workdir: the run's folder.
-    config: the run's resolved config, plain dicts.
+    config: the run's resolved config, as plain dicts.
     step: the training step of the weights.
-    ema: whether they are the averaged ones.
-    recipe: what the run is made of: its network, codec and conditioner.
-    params: name -> parameters of all parts, nested dicts of arrays over `mesh`.
-    mesh: the devices that the parameters lie on.
-    compiled: its functions, shared with what `at` gives.
+    ema: whether the weights are the averaged ones.
+    recipe: the run's recipe: its network, codec and conditioner.
+    params: name -> parameters of each part, nested dicts of arrays on `mesh`.
+    mesh: the devices that hold the parameters.
+    compiled: the compiled functions, shared with the results of `at`.
   """
 
   workdir: files.Path
@@ -93,7 +93,7 @@ class Trained:
 
   @property
   def codec(self) -> Codec:
-    """Data <-> x0; images of 8 bits lie in [-1, 1]."""
+    """Data <-> x0; 8-bit images are in [-1, 1]."""
     return self.recipe.codec
 
   @property
@@ -109,12 +109,12 @@ class Trained:
   def denoise(
     self, xt: jax.Array, t: jax.Array, cond: dict | None = None
   ) -> Denoised:
-    """The denoiser, for samplers, guidance, and anything else.
+    """Estimates x0 and eps from noised data.
 
     Args:
       xt: [B, *codec.shape], alpha(t) x0 + sigma(t) eps.
-      t: [B] or a scalar, times in [-1, T-1]; -1 is clean.
-      cond: what fills the network's doors; none by default.
+      t: [B] or a scalar, times in [-1, T-1]; -1 is clean data.
+      cond: the network's conditioning inputs; none by default.
 
     Returns:
       Denoised(x0, eps), each of xt's shape; x0 is not clipped, see
@@ -124,13 +124,13 @@ class Trained:
 
   @numerics.fixed()
   def at(self, step: int | None = None) -> 'Trained':
-    """The same network at another checkpoint of its run.
+    """Returns the network at another checkpoint of the same run.
 
-    What is compiled serves both, so a run's checkpoints can be drawn from one
-    after the other without compiling anew.
+    The compiled functions are shared, so sampling from several checkpoints of a
+    run compiles only once.
 
     Args:
-      step: of the checkpoint; the newest by default.
+      step: the step of the checkpoint; by default the newest.
 
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
@@ -147,7 +147,7 @@ class Trained:
 
   @functools.cached_property
   def weights_sha256(self) -> str:
-    """Of the parameters: float32, in the order of their names."""
+    """SHA-256 of the parameters: float32, in the order of their names."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(self.params):
       digest.update(np.ascontiguousarray(sharding.to_host(leaf)).tobytes())
@@ -155,15 +155,15 @@ class Trained:
 
   @numerics.fixed()
   def plan(self, **options) -> Plan:
-    """How samples are drawn, by default as the run's paper draws them.
+    """Makes a sampling plan, by default with the settings of the run's paper.
 
     Args:
-      **options: sampler, num_steps, grid, clip, seed and the sampler's own, as
-        of `samplers.plan.create`.
+      **options: sampler, num_steps, grid, clip, seed and the sampler's options,
+        see `samplers.plan.create`.
 
     Raises:
-      UserError: an unknown name, a number out of range, or a plan that takes
-        the network's calibration, of which there is none.
+      UserError: an unknown name, a number out of range, or a plan that needs a
+        calibration of the network, if there is none.
     """
 
     def found():
@@ -186,20 +186,20 @@ class Trained:
     took: bool = False,
     estimates: bool = False,
   ) -> Callable:
-    """A compiled function that draws samples by their index.
+    """Returns a compiled function that draws samples by index.
 
     Args:
       how: the plan.
-      frames: numbers of steps at which x is kept, see `samplers.solve`.
-      dtype: of the data: 'uint8', or 'float32' in [0, 255], not rounded.
-      took: whether it says what each sample took, of an adaptive plan.
-      estimates: whether frames are the estimates of x0 in place of x.
+      frames: numbers of steps at which to keep x, see `samplers.solve`.
+      dtype: dtype of the data: 'uint8', or 'float32' in [0, 255], not rounded.
+      took: whether to return the cost of each sample, for adaptive plans.
+      estimates: whether frames are estimates of x0 in place of x.
 
     Returns:
-      indices (NumPy, [N]) -> data [M, H, W, C], a global array, of which the
-      first N count: M is N rounded up to what the mesh divides. With frames, a
-      pair of that and [F, M, H, W, C]; with took, a pair of that and
-      `samplers.adaptive.Took`, [M] each. One M compiles once.
+      indices (NumPy, [N]) -> data [M, H, W, C], a global array. Only the first
+      N rows are valid: M is N rounded up to a size that the mesh divides. With
+      `frames`, a pair of the data and [F, M, H, W, C]; with `took`, a pair of
+      the data and `samplers.adaptive.Took`, [M] each. It compiles once per M.
 
     Raises:
       UserError: an unknown dtype.
@@ -225,20 +225,20 @@ class Trained:
   ) -> np.ndarray:
     """Draws images.
 
-    An image depends on the seed and its index alone, not on the batch: index 5
-    is the same of 6 and of 50,000.
+    An image depends only on the seed and its index, not on the batch: image 5
+    of 6 is the same as image 5 of 50,000.
 
     Args:
-      num_samples: how many.
-      first: the index of the first.
-      batch_size: how many are drawn at once.
-      dtype: of the data: 'uint8', or 'float32' in [0, 255], not rounded.
-      **options: as of `samplers.plan.create`: sampler ('ancestral'),
-        num_steps (all), grid ('uniform'), seed (0), clip (the config's), and
-        sampler's own, such as eta.
+      num_samples: the number of images.
+      first: the index of the first image.
+      batch_size: the number of images drawn at once.
+      dtype: dtype of the data: 'uint8', or 'float32' in [0, 255], not rounded.
+      **options: see `samplers.plan.create`: sampler ('ancestral'), num_steps
+        (all), grid ('uniform'), seed (0), clip (the config's), and the
+        sampler's options, such as eta.
 
     Returns:
-      dtype [num_samples, H, W, C].
+      An array [num_samples, H, W, C] of the dtype.
 
     Raises:
       UserError: an unknown name, or a number out of range.
@@ -254,7 +254,7 @@ class Trained:
     indices = np.arange(first, first + num_samples)
     return np.concatenate(
       [
-        # The last batch is filled up, so that one program serves all.
+        # The last batch is padded, so that only one shape compiles.
         sharding.to_host(draw_fn(np.resize(part, size)))[: len(part)]
         for part in np.split(indices, range(size, num_samples, size))
       ]
@@ -265,14 +265,14 @@ class Trained:
 def load(
   workdir, step: int | None = None, ema: bool = True, mesh: Mesh | None = None
 ) -> Trained:
-  """Loads the network that a run has trained; the optimiser is not read.
+  """Loads the trained network of a run, without the optimiser's state.
 
   Args:
     workdir: the run's folder, local or gs://BUCKET/FOLDER.
-    step: of the checkpoint; the newest by default.
-    ema: the averaged weights, or the raw ones.
-    mesh: where the parameters are to lie; by default every device has them
-      all, and samples are divided over the devices.
+    step: the step of the checkpoint; by default the newest.
+    ema: whether to load the averaged or the raw weights.
+    mesh: the devices to load the parameters to; by default they are replicated
+      on every device, and samples are divided over the devices.
 
   Raises:
     UserError: there is no run or no such checkpoint, or it is damaged.

@@ -1,7 +1,7 @@
-"""Samples along a trajectory: from noise to images, and back.
+"""Sampling trajectories: from noise to images, and back.
 
-Where a sampler adds no noise, an image is a function of the noise that it
-begins as (arXiv 2010.02502, section 5.3).
+With a sampler that adds no noise, an image is a function of its initial noise
+(arXiv 2010.02502, section 5.3).
 """
 
 from collections.abc import Callable
@@ -18,15 +18,15 @@ from diffusion_jax.training import sharding
 
 
 def noises(trained: Trained, seed: int, count: int) -> np.ndarray:
-  """What the first samples of a seed begin as.
+  """The initial noise of the first samples of a seed.
 
   Args:
     trained: the network.
-    seed: of the samples.
-    count: how many.
+    seed: the seed of the samples.
+    count: the number of samples.
 
   Returns:
-    float32 [count, H, W, C], bitwise the noise of `Trained.sample`.
+    float32 [count, H, W, C], bitwise the noise used by `Trained.sample`.
   """
 
   @jax.jit
@@ -58,18 +58,18 @@ def to_x0(trained: Trained, images: np.ndarray) -> np.ndarray:
 def carrier(
   trained: Trained, sampler: Sampler, grid, *, clip: bool, batch_size: int
 ) -> Callable:
-  """A function that takes x along a grid, down to images or up to noise.
+  """Returns a function that moves x along a grid, to images or to noise.
 
   Args:
     trained: the network.
-    sampler: one that adds no noise.
-    grid: times, see `solve`; rising for `ddim_inversion`.
-    clip: whether x0 is clipped to [-1, 1] in every step.
-    batch_size: examples at once.
+    sampler: a sampler that adds no noise.
+    grid: times, see `solve`; increasing for `ddim_inversion`.
+    clip: whether to clip x0 to [-1, 1] in every step.
+    batch_size: examples processed at once.
 
   Returns:
     x [N, H, W, C] at the grid's first time -> float32 of the same shape at its
-    last, the same on every process. It compiles once for each size of a batch.
+    last time, the same in every process. It compiles once per batch size.
   """
   mesh = trained.mesh
   parts = mesh.shape['data'] * mesh.shape['fsdp']
@@ -81,14 +81,14 @@ def carrier(
 
     if clip:
       denoiser = clipping.clip_x0(denoiser, trained.schedule)
-    keys = jax.random.split(jax.random.key(0), len(x))  # no noise is asked for
+    keys = jax.random.split(jax.random.key(0), len(x))  # unused: no noise
     return solve(sampler, denoiser, trained.schedule, grid, x, keys)
 
   def carry(x):
     size = -(-min(batch_size, len(x)) // parts) * parts
     out = []
     for batch in np.split(x, range(size, len(x), size)):
-      # Filled up with repeats, so that one program serves all.
+      # Padded with repeats, so that only one shape compiles.
       padded = np.resize(batch, (size, *x.shape[1:])).astype(np.float32)
       ended = along(trained.params, sharding.put_batch(padded, mesh))
       out.append(sharding.to_host(ended)[: len(batch)])

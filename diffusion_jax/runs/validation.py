@@ -1,4 +1,4 @@
-"""What is wrong with a config, before anything is touched or compiled."""
+"""Validation of a config, before any file is written or program compiled."""
 
 import math
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ AT_LEAST_1 = (
 
 
 def check(config: config_dict.ConfigDict, devices: Sequence) -> list[str]:
-  """What is wrong with a config on these devices, a line each; [] is well.
+  """The problems of a config on these devices, a line each; [] if valid.
 
-  Only arithmetic: no file is touched, nothing is compiled.
+  Pure arithmetic: no file is accessed, and nothing is compiled.
   """
   return _lacking(config) or _broken(
     *_counts(config),
@@ -30,7 +30,7 @@ def check(config: config_dict.ConfigDict, devices: Sequence) -> list[str]:
 
 
 def check_network(config: config_dict.ConfigDict) -> list[str]:
-  """What is wrong with a config's network and process, as of `check`."""
+  """The problems of a config's network and process, like `check`."""
   return _lacking(config) or _broken(*_network(config))
 
 
@@ -44,7 +44,7 @@ def _broken(*rules):
 
 
 def _network(config):
-  """(holds, message) pairs, as of all the functions below."""
+  """Yields (holds, message) pairs, like all the functions below."""
   yield from _model(config.model, config.data)
   yield from _process(config)
   yield from _optim(config.optim)
@@ -77,7 +77,7 @@ def _mesh(config, num_devices):
   yield (
     batch % parts == 0,
     f'batch_size={batch} is not a multiple of {what} = {sizes} = {parts}: '
-    f'{below} and {below + parts} are',
+    f'use {below} or {below + parts}',
   )
 
 
@@ -88,7 +88,7 @@ def _model(model, data):
     model.name in models.MODELS,
     f'model.name={model.name!r}: one of {", ".join(models.MODELS)}',
   )
-  yield levels > 0, 'model.multipliers is empty: one a level'
+  yield levels > 0, 'model.multipliers is empty: give one per level'
   whole = all(isinstance(multiplier, int) for multiplier in model.multipliers)
   yield whole, f'model.multipliers={model.multipliers}: whole numbers'
   if not whole:

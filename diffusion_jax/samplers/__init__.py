@@ -1,4 +1,4 @@
-"""Samplers: (init, step) pairs, grids, the scan that runs them, the store."""
+"""Samplers: (init, step) pairs, time grids, and the scan that runs them."""
 
 import inspect
 from collections.abc import Callable
@@ -22,22 +22,22 @@ from diffusion_jax.samplers.solve import solve as solve
 from diffusion_jax.samplers.unipc import unipc
 from diffusion_jax.system.errors import UserError
 
-# Those that take the network's calibration, see `calibration`.
+# Samplers that need the network's calibration, see `runs.calibration`.
 CALIBRATED = ('analytic_ddpm', 'analytic_ddim')
-# Those that choose their own steps.
+# Samplers that choose their own steps.
 ADAPTIVE = ('adaptive',)
 
 
 class About(NamedTuple):
-  """A sampler in a line.
+  """A description of a sampler.
 
   Attributes:
     create: (options) -> Sampler.
-    order: of convergence in the number of steps, without noise.
+    order: the order of convergence in the number of steps, without noise.
     source: arXiv id.
-    what: it is.
-    noise: when it adds any.
-    evaluations: for a step of the grid, or of its own.
+    what: a one-line description.
+    noise: when it adds noise: 'yes', 'no', or a condition.
+    evaluations: network evaluations per step.
   """
 
   create: Callable
@@ -55,13 +55,13 @@ _ALL = (
     analytic_ddpm,
     '-',
     '2201.06503',
-    'ancestral, of the optimal variance',
+    'ancestral, with the optimal variance',
     'yes',
   ),
   About(
-    analytic_ddim, '-', '2201.06503', 'DDIM, of the optimal variance', 'yes'
+    analytic_ddim, '-', '2201.06503', 'DDIM, with the optimal variance', 'yes'
   ),
-  About(euler, '1', '2206.00364', "Euler's in EDM's form", 'churn > 0'),
+  About(euler, '1', '2206.00364', "Euler in EDM's form", 'churn > 0'),
   About(heun, '2', '2206.00364', "EDM's algorithm 2", 'churn > 0', '2'),
   About(
     plms,
@@ -89,7 +89,7 @@ _ALL = (
     adaptive,
     '2',
     '2206.00927',
-    "steps of each sample's own length",
+    'step sizes chosen per sample',
     evaluations='2; 1 if rejected',
   ),
 )
@@ -98,7 +98,7 @@ SAMPLERS = {name: about.create for name, about in ABOUT.items()}
 
 
 def table() -> list[tuple[str, ...]]:
-  """A head and a row for each sampler: what --sampler=list shows."""
+  """The table of --sampler=list: a header, and a row for each sampler."""
   columns = ('order', 'evaluations', 'noise', 'what', 'source')
   rows = [('sampler', *columns[:-1], 'arXiv', 'options')]
   for name, about in ABOUT.items():
@@ -114,7 +114,7 @@ def _is_needed(option) -> bool:
 
 
 def _shown(option) -> str:
-  """An option with its default, and what else it may be: order=3|2|1."""
+  """An option with its default, then its other choices: order=3|2|1."""
   choices = dict.fromkeys((option.default, *get_args(option.annotation)))
   if get_origin(option.annotation) is not Literal:
     choices = (option.default,)
@@ -138,7 +138,7 @@ def takes(name: str) -> dict[str, inspect.Parameter]:
 
 
 def defaults(name: str) -> dict:
-  """The options of a sampler that have a default, with it.
+  """The default values of a sampler's options, without required ones.
 
   Args:
     name: a key of SAMPLERS.
@@ -154,15 +154,15 @@ def defaults(name: str) -> dict:
 
 
 def options(name: str, **given) -> dict:
-  """All options of a sampler: those given, and the others' defaults.
+  """All options of a sampler: the given ones, and defaults of the others.
 
   Args:
     name: a key of SAMPLERS.
-    **given: options of any sampler; None is not given.
+    **given: options of any sampler; None means not given.
 
   Raises:
-    UserError: an unknown name, an option that is not this sampler's, or one
-      without a default that is not given.
+    UserError: an unknown name, an option that this sampler does not have, or a
+      required option that is not given.
   """
   taken = takes(name)
   for option, value in given.items():
@@ -171,7 +171,7 @@ def options(name: str, **given) -> dict:
       raise UserError(f'{option}={value}: {name} has no such option; {known}')
   for option, parameter in taken.items():
     if _is_needed(parameter) and given.get(option) is None:
-      raise UserError(f'sampler={name} takes {option}, which is not given')
+      raise UserError(f'sampler={name} needs {option}, which is not given')
   return {
     option: parameter.default if given.get(option) is None else given[option]
     for option, parameter in taken.items()
@@ -183,10 +183,10 @@ def create(name: str, **given) -> Sampler:
 
   Args:
     name: a key of SAMPLERS.
-    **given: its options; None leaves the default, see `options`.
+    **given: its options; None means the default, see `options`.
 
   Raises:
-    UserError: as `options`, or an option out of range.
+    UserError: as for `options`, or an option out of range.
   """
   chosen = options(name, **given)
   return SAMPLERS[name](**chosen)

@@ -1,32 +1,33 @@
-"""Steps of each sample's own length: DPM-Solver-12 (arXiv 2206.00927, app. C).
+"""Adaptive steps per sample: DPM-Solver-12 (arXiv 2206.00927, appendix C).
 
-The others go down a grid that is chosen beforehand, one for all. Here each
-sample has its own lambda = log(alpha / sigma) and tries a step from it by two
-methods that share what they see. Where those agree to the tolerance it takes
-the step; it tries again, shorter, where they do not; and the next is as long as
-the tolerance seems to allow. So what is easy takes few evaluations of the
-network, and a hard one takes more.
+Other samplers follow a grid chosen in advance, the same for all samples. Here
+each sample has its own lambda = log(alpha / sigma) and tries a step with two
+methods that share network evaluations. If they agree to within the tolerance,
+the step is accepted; if not, the sample retries with a shorter step. The next
+step is as long as the estimated error allows. Easy samples thus need few
+network evaluations, and hard samples more.
 
 The two methods are in terms of x0 (DPM-Solver++, arXiv 2211.01095). Over a step
 of length h to (alpha', sigma') the probability flow is exactly
 
   x' = sigma' / sigma x + alpha' (1 - e^-h) x0
 
-for an x0 that does not change. With x0 of the step's start this is DDIM, of
-order 1; with x0 of its middle, found by half a step of DDIM, it is of order 2.
-In terms of eps, as the appendix has it, x is multiplied by alpha' / alpha in
-place of sigma' / sigma: by more than 1, from end to end by 157, and with it all
-errors made before; in terms of x0 they fade. It takes more evaluations too,
-where both were tried; DPM-Solver-23, which looks three times, about as many at
-the tolerances of images.
+if x0 is constant. With x0 from the start of the step this is DDIM, of order 1;
+with x0 from its middle, reached by half a DDIM step, it is of order 2. In terms
+of eps, as in the paper's appendix, x is multiplied by alpha' / alpha in place
+of sigma' / sigma. That factor is above 1 (157 from end to end) and amplifies
+earlier errors, while in terms of x0 they decay. The eps form also needed more
+evaluations where both were tried. DPM-Solver-23, with three evaluations a step,
+needs about as many at the tolerances used for images.
 
-From the paper: the first step is 0.05 long, the tolerance of a number is the
-larger of `atol` and `rtol` |x|, E is the root mean square of what the methods
-differ by in terms of it, a step is taken if E <= 1, and the next to be tried is
-0.9 E^(-1/2) times as long. Not from it: E is of each sample, where its authors'
-code takes the largest of the batch; |x| is the larger of x at the step's start
-and, by order 1, at its end; and none is tried that is more than 5 times as long
-as that before, as the two methods agree by accident where x0 is clipped.
+From the paper: the first step has length 0.05; the tolerance of each element is
+the larger of `atol` and `rtol` |x|; E is the root mean square of the difference
+of the methods divided by the tolerance; a step is accepted if E <= 1; and the
+next step is 0.9 E^(-1/2) times as long. Different from the paper: E is computed
+per sample, where the authors' code uses the maximum over the batch; |x| is the
+larger of x at the start of the step and the order-1 result at its end; and a
+step is at most 5 times as long as the previous one, because the two methods can
+agree by accident where x0 is clipped.
 """
 
 import functools
@@ -42,20 +43,21 @@ from diffusion_jax.samplers import levels
 from diffusion_jax.samplers.solve import Sampler
 from diffusion_jax.system.errors import UserError
 
-FIRST = 0.05  # the length of the first step tried, in lambda
-SAFETY, GROWTH = 0.9, 5.0  # of the step that would do, and at the most
-FINEST = 1e-6  # of tolerances, for float32
-LEAST = 3  # evaluations: a step has two, and clean data takes one
+FIRST = 0.05  # length of the first step, in lambda
+SAFETY, GROWTH = 0.9, 5.0  # factor on the optimal step, and largest growth
+FINEST = 1e-6  # smallest tolerance, for float32
+LEAST = 3  # evaluations: two for a step, one for clean data
 
 
 class Took(NamedTuple):
-  """What each sample took.
+  """The cost of each sample.
 
   Attributes:
-    evaluations: [B] int32, of the network; the last one, to clean data, too.
-    accepted: [B] int32, steps taken.
-    rejected: [B] int32, steps tried and found too long. Each costs one
-      evaluation, as what was seen at the step's start serves again.
+    evaluations: [B] int32, network evaluations, with the last one to clean
+      data.
+    accepted: [B] int32, accepted steps.
+    rejected: [B] int32, rejected steps. Each costs one evaluation, because the
+      evaluation at the start of the step is reused.
     finished: [B] bool, whether it reached t = 0 within the budget.
   """
 
@@ -66,10 +68,10 @@ class Took(NamedTuple):
 
 
 class _State(NamedTuple):
-  """Where each sample is: x at lam; a step to `aim` is tried.
+  """The state of each sample: x at lam, trying a step to `aim`.
 
-  `begins` where the network has not seen x yet. `x0` is what it said of the
-  last x that it saw at a step's start.
+  `begins` is true if the network has not been evaluated at x yet. `x0` is its
+  estimate at the last start of a step.
   """
 
   x: jax.Array
@@ -83,12 +85,12 @@ class _State(NamedTuple):
 def adaptive(
   rtol: float = 0.05, atol: float = 0.0078, budget: int = 200
 ) -> Sampler:
-  """DPM-Solver-12, with steps of each sample's own length, see `solve`.
+  """DPM-Solver-12 with step sizes chosen per sample, see `solve`.
 
   Args:
     rtol: relative tolerance of the error of a step.
     atol: absolute tolerance; 0.0078 is one level of an 8-bit image.
-    budget: evaluations of the network for a sample, at most.
+    budget: the largest number of network evaluations per sample.
 
   Raises:
     UserError: an option is out of range.
@@ -107,26 +109,27 @@ def solve(
   atol: float = 0.0078,
   budget: int = 200,
 ) -> tuple[jax.Array, Took]:
-  """The probability flow from t = T-1 to t = 0, then x0 of what is there.
+  """Solves the probability flow from t = T-1 to t = 0, then estimates x0.
 
-  One `lax.while_loop`, each turn of which is one evaluation for each sample
-  that is not done, at the start or in the middle of a step of its own; those
-  that are done are evaluated with the others, and nothing of them changes. It
-  ends with the last of them, or with the budget. Who was not done then gets x0
-  of the lowest noise level at which it has begun a step, which is DDIM's single
-  step from there to clean data.
+  Runs a single `lax.while_loop`. Each iteration is one evaluation for each
+  unfinished sample, at the start or in the middle of its own step; finished
+  samples are evaluated with the others but do not change. The loop ends when
+  all samples are finished, or at the budget. A sample unfinished by then gets
+  x0 at the lowest noise level where it has started a step, equivalent to a
+  single DDIM step from there to clean data.
 
-  A sample does not depend on its batch, but by rounding: where that decides
+  A sample depends on its batch only through rounding: if rounding decides
   whether E <= 1, the sample changes by about the tolerance.
 
   Args:
     denoiser: the model, with its conditioning, clipping and guidance.
     schedule: the noise schedule.
     x: [B, ...] at t = T-1.
-    rtol: relative tolerance of the error of a step. The error of x at the end
-      is proportional to the tolerances, the number of steps to 1 / sqrt(them).
+    rtol: relative tolerance of the error of a step. The final error of x is
+      proportional to the tolerances, and the number of steps to their inverse
+      square root.
     atol: absolute tolerance; 0.0078 is one level of an 8-bit image.
-    budget: evaluations of the network for a sample, at most.
+    budget: the largest number of network evaluations per sample.
 
   Returns:
     (x0 [B, ...], Took).
@@ -165,7 +168,7 @@ def solve(
 
 
 def _tried(denoiser, schedule, state: _State, end, rtol, atol) -> _State:
-  """After one evaluation for each sample, at a step's start or middle."""
+  """The state after one evaluation per sample, at a step's start or middle."""
   x, lam, aim, begins, x0, took = state
   h = aim - lam
 
@@ -178,7 +181,7 @@ def _tried(denoiser, schedule, state: _State, end, rtol, atol) -> _State:
   seen = denoiser(
     moved(x0, look), jnp.clip(t, 0, schedule.num_timesteps - 1)
   ).x0
-  # These say something where `seen` is of the middle.
+  # Only meaningful where `seen` is from the middle of the step.
   first, second = moved(x0, aim), moved(seen, aim)
   size = jnp.maximum(jnp.abs(x), jnp.abs(first))
   off = (second - first) / jnp.maximum(atol, rtol * size)
@@ -203,7 +206,7 @@ def _tried(denoiser, schedule, state: _State, end, rtol, atol) -> _State:
 
 
 def _step(lam, to):
-  """(sigma' / sigma, alpha' (1 - e^-h)): what x and x0 weigh in a step."""
+  """(sigma' / sigma, alpha' (1 - e^-h)): the weights of x and x0 in a step."""
   sigma, sigma_to = (jnp.sqrt(jax.nn.sigmoid(-2 * at)) for at in (lam, to))
   alpha_to = jnp.sqrt(jax.nn.sigmoid(2 * to))
   return sigma_to / sigma, -alpha_to * jnp.expm1(lam - to)
@@ -212,15 +215,15 @@ def _step(lam, to):
 def _check(rtol, atol, budget):
   if not 0 <= rtol < math.inf:
     raise UserError(f'rtol={rtol}: at least 0')
-  if not 0 < atol < math.inf:  # some x is 0, and has no relative error
+  if not 0 < atol < math.inf:  # rtol alone fails where x is 0
     raise UserError(f'atol={atol}: above 0')
   if max(rtol, atol) < FINEST:
     raise UserError(
-      f'rtol={rtol}, atol={atol}: one of them at least {FINEST}, as the two '
-      'methods differ by their rounding below it, and no step is taken'
+      f'rtol={rtol}, atol={atol}: one of them must be at least {FINEST}; below '
+      'it rounding errors exceed the tolerance, and no step is accepted'
     )
   if not (budget >= LEAST and budget % 1 == 0):
     raise UserError(
       f'budget={budget}: a whole number of evaluations, at least {LEAST}: two '
-      'for a step and one to clean data'
+      'for a step and one for clean data'
     )

@@ -14,28 +14,29 @@ from diffusion_jax.system.errors import UserError
 def analytic_ddpm(
   x0_variance: Sequence[float], pixel_noise: float = 2.0
 ) -> Sampler:
-  """Ancestral steps with the variance that bounds the likelihood best.
+  """Ancestral steps with the variance that optimises the likelihood bound.
 
   A step draws xs = c0 x0 + ct xt + noise of variance v, which is q(xs | xt, x0)
-  with x0 estimated. What is not known of x0 adds to the noise:
+  for an estimate of x0. The error of the estimate adds to the noise:
 
-      v + c0^2 E |x0 - its estimate|^2
+      v + c0^2 E |x0 - estimate|^2
 
-  is the variance that bounds the likelihood best (arXiv 2206.07309).
-  With the best denoiser the error is E Var(x0 | xt), which is theorem 1 of
-  Analytic-DPM; its sigma^2 / alpha^2 (1 - E |eps|^2) by the size of the
-  network's eps is the same for that denoiser alone, and of one that has eps too
-  short by 0.01% at T-1 it is above 1, more than any data in [-1, 1] can have.
+  is the variance that optimises the likelihood bound (arXiv 2206.07309). For
+  the optimal denoiser the error is E Var(x0 | xt), theorem 1 of Analytic-DPM.
+  The paper computes it from the norm of the network's eps, as
+  sigma^2 / alpha^2 (1 - E |eps|^2), which is equal only for that denoiser: if
+  eps is too short by 0.01% at T-1, the result is above 1, more than the
+  variance of any data in [-1, 1].
 
   Args:
     x0_variance: the squared error of x0 per dimension, see `calibration`: a
-      number for each step of the grid, at its first time, its second and so on.
-    pixel_noise: the last noise that is added may move a pixel by so many levels
-      of 255 in the mean, as it is seen (2 or 1 in the paper); inf for no bound.
+      number for each step of the grid, in order.
+    pixel_noise: bound on the last noise that is added: the mean displacement of
+      a pixel in levels of 255 (2 or 1 in the paper); inf for no bound.
 
   Raises:
-    UserError: a number out of range; or, when it runs, another number of them
-      than steps.
+    UserError: a number out of range; or, when the sampler runs, a number of
+      values different from the number of steps.
   """
   return _analytic(x0_variance, pixel_noise, eta=1.0)
 
@@ -43,7 +44,7 @@ def analytic_ddpm(
 def analytic_ddim(
   x0_variance: Sequence[float], pixel_noise: float = 2.0
 ) -> Sampler:
-  """DDIM's step, of v = 0, with the variance that bounds the likelihood best.
+  """DDIM steps (v = 0) with the variance that optimises the likelihood bound.
 
   Args:
     x0_variance: see `analytic_ddpm`.
@@ -59,7 +60,7 @@ def _analytic(x0_variance, pixel_noise, eta):
   given = np.asarray(x0_variance, np.float64)
   if given.ndim != 1 or not (np.isfinite(given) & (given >= 0)).all():
     raise UserError(
-      f'x0_variance={x0_variance}: numbers of 0 or more, one a step'
+      f'x0_variance={x0_variance}: numbers of 0 or more, one per step'
     )
   if not pixel_noise >= 0:
     raise UserError(f'pixel_noise={pixel_noise}: at least 0')
@@ -70,7 +71,7 @@ def _analytic(x0_variance, pixel_noise, eta):
     if len(t) != len(given):
       raise UserError(
         f'x0_variance has {len(given)} numbers and the grid has {len(t)} '
-        'steps: give one a step'
+        'steps: give one per step'
       )
     alpha, sigma, _ = levels.of(schedule, grid)
     v = eta**2 * gaussian.step_variance(schedule, t, s, 'fixedsmall')

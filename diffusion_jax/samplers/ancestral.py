@@ -11,11 +11,11 @@ from diffusion_jax.samplers.solve import Sampler, choose
 def ancestral(
   variance: Literal['fixedlarge', 'fixedsmall'] = 'fixedlarge',
 ) -> Sampler:
-  """Draws xs from N(mean of q(xs | xt, x0), variance), x0 estimated.
+  """Draws xs from N(mean of q(xs | xt, x0), variance) with x0 estimated.
 
   On a grid with fewer steps than the schedule, beta and the posterior are those
-  of the longer step, as in arXiv 2102.09672, section 3.3. No noise is added by
-  the last step.
+  of the longer step, as in arXiv 2102.09672, section 3.3. The last step adds no
+  noise.
 
   Args:
     variance: 'fixedlarge' or 'fixedsmall', see `gaussian.step_variance`.
@@ -42,7 +42,7 @@ def step(denoiser, row, x, memory, noise_fn):
     denoiser: (xt, t) -> (x0, eps).
     row: t, c0, ct and std.
     x: [B, ...] xt.
-    memory: handed on as it is.
+    memory: returned unchanged.
     noise_fn: () -> standard normal noise of x's shape.
   """
   x0 = denoiser(x, row['t']).x0

@@ -11,7 +11,7 @@ def ddim(eta: float = 0.0) -> Sampler:
   """Deterministic at eta = 0; at eta = 1 ancestral with the small variance.
 
   Args:
-    eta: the noise's standard deviation over the posterior's, in [0, 1].
+    eta: the noise's standard deviation relative to the posterior's, in [0, 1].
 
   Raises:
     UserError: eta is out of range.

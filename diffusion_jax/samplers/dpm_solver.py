@@ -1,13 +1,13 @@
 """DPM-Solver, singlestep (arXiv 2206.00927), and DPM-Solver++ 2S (2211.01095).
 
-Singlestep methods look at the network several times on the way from one time to
-a later one, and forget what they saw. Here the times between are entries of the
-grid too: each group of `order` steps of the grid is one step of the method. So
-each entry but the last is one evaluation, the grid says all the times the
-network sees, and r1, r2 of the papers are what the grid makes them: 1/2 or 1/3
-and 2/3, as the papers choose them, where it is uniform in log SNR
-(grid=logsnr). What is left over at the end, and the step to clean data, whose
-length is infinite in lambda, are of lower order.
+Singlestep methods evaluate the network several times within a step and keep
+nothing for the next step. Here the intermediate times are entries of the grid,
+too: each group of `order` steps of the grid is one step of the method. Each
+entry but the last is therefore one evaluation, and the grid lists every time at
+which the network is evaluated. The papers' r1 and r2 follow from the grid: they
+are 1/2, or 1/3 and 2/3, as in the papers, if the grid is uniform in log SNR
+(grid=logsnr). Leftover steps at the end, and the step to clean data, which is
+infinitely long in lambda, are of lower order.
 """
 
 from collections.abc import Iterator
@@ -21,14 +21,14 @@ from diffusion_jax.samplers.solve import Sampler, choose
 
 
 def groups(grid, order: int) -> list[int]:
-  """How many steps of the grid each step of the method has: 3, 3, 2, 1."""
+  """The number of grid steps in each step of the method, e.g. 3, 3, 2, 1."""
   clean = int(grid[-1] < 0)
   whole, rest = divmod(len(grid) - 1 - clean, order)
   return [order] * whole + [rest] * (rest > 0) + [1] * clean
 
 
 def stages(grid, order: int) -> Iterator[tuple[int, int, int]]:
-  """(size of its group, where that begins, where it looks) of each step."""
+  """For each grid step: (size of its group, the group's first step, step)."""
   first = 0
   for size in groups(grid, order):
     yield from ((size, first, first + i) for i in range(size))
@@ -39,15 +39,14 @@ def dpm_solver(
   order: Literal[3, 2, 1] = 3,
   variant: Literal['paper', 'diffusers'] = 'paper',
 ) -> Sampler:
-  """DPM-Solver-1, -2 and -3: exact in the linear part, eps by Taylor in lambda.
+  """DPM-Solver-1, -2 and -3: the linear part exact, eps by Taylor in lambda.
 
-  Algorithms 1 and 2 of arXiv 2206.00927, but for any r1 and r2. Order 1 is
-  DDIM.
+  Algorithms 1 and 2 of arXiv 2206.00927, for any r1 and r2. Order 1 is DDIM.
 
   Args:
-    order: 1 to 3, of the method; this many evaluations a step of it.
-    variant: 'paper', or 'diffusers', whose third order has the midpoint rule in
-      its second stage. Both are of third order.
+    order: order of the method, 1 to 3, and its evaluations per step.
+    variant: 'paper', or 'diffusers', which uses the midpoint rule in the second
+      stage of order 3. Both are of third order.
 
   Raises:
     UserError: another order or variant.
@@ -57,7 +56,7 @@ def dpm_solver(
 
   def weights(alpha, sigma, lam, size, first, now):
     to, h = now + 1, lam[now + 1] - lam[first]
-    # sigma' (e^h - 1), written so that it is finite at clean data.
+    # sigma' (e^h - 1), in a form that is finite at clean data.
     grown = alpha[to] * sigma[first] / alpha[first] - sigma[to]
     slope = 0.0
     if now > first:
@@ -82,11 +81,11 @@ def dpmpp_2s() -> Sampler:
 
 
 def _singlestep(order, kind, weights):
-  """x' = cx start + whole m1 + slope (m - m1), m1 being m where it begins.
+  """x' = cx start + whole m1 + slope (m - m1), with m1 the first m of the step.
 
   Args:
-    order: of the method.
-    kind: of m, 'x0' or 'eps'.
+    order: the order of the method.
+    kind: what m is, 'x0' or 'eps'.
     weights: (*levels, size, first, now), see `stages` -> (cx, whole, slope).
   """
 

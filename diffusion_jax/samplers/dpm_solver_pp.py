@@ -1,14 +1,15 @@
 """DPM-Solver++, multistep (arXiv 2211.01095): 2M, 3M and the stochastic 2M.
 
-In terms of x0, of which some of the last steps' are kept: one evaluation a
-step. With lambda = log(alpha / sigma) and h the length of a step in it, all are
+The methods are in terms of x0 and keep its values from earlier steps, so each
+step needs one evaluation. With lambda = log(alpha / sigma) and h the length of
+a step in lambda, all have the form
 
   x' = (sigma' / sigma) x + alpha' (1 - e^-h) x0 + terms in differences of x0,
 
-the integral of e^lambda x0 over the step, x0 being extrapolated from its past.
-The first steps have less past and are of lower order, the last one, to clean
-data, is of the first: there h is infinite and x' = x0. With fewer than 15 steps
-the one before it is of the second at the most, as in the authors' code.
+the integral of e^lambda x0 over the step, with x0 extrapolated from its past.
+The first steps have less history and are of lower order. The last step, to
+clean data, is of order 1: h is infinite and x' = x0. With fewer than 15 steps
+the step before it is of order 2 at most, as in the authors' code.
 """
 
 from typing import Literal
@@ -31,11 +32,11 @@ def dpmpp_2m_sde() -> Sampler:
 
 
 def dpmpp_3m(variant: Literal['exact', 'published'] = 'exact') -> Sampler:
-  """DPM-Solver++ (3M): x0 by the parabola through three of its values.
+  """DPM-Solver++ (3M): x0 by a parabola through its last three values.
 
   Args:
-    variant: 'exact', or 'published': the authors' code, k-diffusion and
-      diffusers have half the second derivative, which is of second order.
+    variant: 'exact', or 'published' as in the authors' code, k-diffusion and
+      diffusers, which halve the second derivative and are of second order.
 
   Raises:
     UserError: another variant.
@@ -45,14 +46,14 @@ def dpmpp_3m(variant: Literal['exact', 'published'] = 'exact') -> Sampler:
 
 
 def _weights(order, h, drop, before, bend):
-  """Weights of x0 now and before, without alpha'.
+  """Weights of the current and earlier x0, without alpha'.
 
   Args:
     order: 1 to 3.
     h: length of the step.
     drop: 1 - e^-h.
-    before: lengths of the steps before, the last one first.
-    bend: 2, which makes D2 what it is called.
+    before: lengths of the earlier steps, the most recent first.
+    bend: factor on the second difference; 2 makes D2 the second derivative.
   """
   m0, m1, m2 = np.eye(3)
   if order == 1:
@@ -72,7 +73,7 @@ def _multistep(order, stochastic=False, bend=2.0):
   def rows_of(schedule, grid):
     alpha, sigma, lam = levels.of(schedule, grid)
     h = np.diff(lam)
-    # The SDE forgets x twice as fast, and makes it up with noise.
+    # In the SDE x decays twice as fast, and noise replaces it.
     drop = -np.expm1(-2 * h if stochastic else -h)
     weights = [
       alpha[i + 1] * _weights(p, h[i], drop[i], h[:i][::-1], bend)[:order]

@@ -1,9 +1,9 @@
 """Euler's and Heun's methods in EDM's form, with churn (arXiv 2206.00364).
 
-EDM follows x / alpha in the noise level sigma / alpha, where the probability
-flow is d(x / alpha) = eps d(sigma / alpha): its algorithm 2 with s(t) = 1. The
-model, which knows noise levels by their times, is asked at the fractional t of
-the level.
+EDM integrates x / alpha over the noise level sigma / alpha, in which the
+probability flow is d(x / alpha) = eps d(sigma / alpha): algorithm 2 with
+s(t) = 1. The model takes times, so it is evaluated at the fractional t of the
+noise level.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from diffusion_jax.samplers.linear import advance, memory_of
 from diffusion_jax.samplers.solve import Sampler
 from diffusion_jax.system.errors import UserError
 
-MOST = np.sqrt(2) - 1  # of noise added at once, by the paper
+MOST = np.sqrt(2) - 1  # bound on the noise added per step, from the paper
 
 
 def euler(
@@ -26,9 +26,9 @@ def euler(
 
   Args:
     churn: the paper's S_churn: noise to add, over all steps; 0 for none.
-    churn_min: S_tmin, the least sigma / alpha at which it is added.
-    churn_max: S_tmax, the greatest; None for no bound.
-    churn_noise: S_noise, the standard deviation of what is added.
+    churn_min: S_tmin, the lowest sigma / alpha at which noise is added.
+    churn_max: S_tmax, the highest; None for no bound.
+    churn_noise: S_noise, the standard deviation of the added noise.
 
   Raises:
     UserError: a number below 0.
@@ -42,13 +42,13 @@ def heun(
   churn_max: float | None = None,
   churn_noise: float = 1.0,
 ) -> Sampler:
-  """Heun's method: two evaluations a step, and one for the last, to clean data.
+  """Heun's method: two evaluations per step, one for the step to clean data.
 
   Args:
     churn: the paper's S_churn: noise to add, over all steps; 0 for none.
-    churn_min: S_tmin, the least sigma / alpha at which it is added.
-    churn_max: S_tmax, the greatest; None for no bound.
-    churn_noise: S_noise, the standard deviation of what is added.
+    churn_min: S_tmin, the lowest sigma / alpha at which noise is added.
+    churn_max: S_tmax, the highest; None for no bound.
+    churn_noise: S_noise, the standard deviation of the added noise.
 
   Raises:
     UserError: a number below 0.
@@ -72,7 +72,7 @@ def _edm(churn, churn_min, churn_max, churn_noise, second):
     level = sigma / alpha
     gamma = min(churn / (len(grid) - 1), MOST)
     churns = (level >= churn_min) & (level <= churn_max)
-    # The model knows no level above that of T-1.
+    # The model was not trained at levels above that of T-1.
     top = levels.of(schedule, schedule.num_timesteps - 1.0)
     raised = np.where(churns, level * (1 + gamma), level)
     raised = np.minimum(raised, np.maximum(level, top.sigma / top.alpha))

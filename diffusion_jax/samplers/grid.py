@@ -1,9 +1,9 @@
 """Time grids: explicit, printable lists.
 
-A grid descends from the first time a sampler looks at to -1, clean data:
-[999, 749, 499, 249, -1] is four steps and, for a sampler that asks the network
-once a step, four evaluations. Whole times are those the network was trained
-at; fractional ones lie between, see `schedules`.
+A grid decreases from the first time at which a sampler evaluates the network to
+-1, clean data: [999, 749, 499, 249, -1] is four steps and, for a sampler with
+one evaluation per step, four evaluations. The network was trained at whole
+times; fractional times are interpolated, see `schedules`.
 """
 
 import itertools
@@ -27,11 +27,11 @@ def uniform(schedule: Schedule, num_steps: int) -> list[int]:
 
 
 def leading(schedule: Schedule, num_steps: int) -> list[int]:
-  """Multiples of T / num_steps from 0 on: DDIM's own, short of T-1.
+  """Multiples of T / num_steps from 0: DDIM's grid, which ends before T-1.
 
-  Where num_steps does not divide T, the published codes disagree, and a grid of
-  equal strides from 0 would end far from the noise: that is refused. What
-  DDIM's code does there is `ddim_uniform`.
+  num_steps must divide T. Otherwise published implementations disagree, and a
+  grid of equal strides from 0 would end far from the noise. `ddim_uniform`
+  follows DDIM's code in that case.
 
   Raises:
     UserError: num_steps does not divide T.
@@ -39,7 +39,7 @@ def leading(schedule: Schedule, num_steps: int) -> list[int]:
   num_timesteps = schedule.num_timesteps
   if num_timesteps % num_steps:
     raise UserError(
-      f'grid=leading takes a number of steps that divides {num_timesteps}, '
+      f'grid=leading needs a number of steps that divides {num_timesteps}, '
       f'not {num_steps}: choose another, or grid=uniform'
     )
   stride = num_timesteps // num_steps
@@ -54,10 +54,10 @@ def trailing(schedule: Schedule, num_steps: int) -> list[int]:
 
 
 def quadratic(schedule: Schedule, num_steps: int) -> list[float]:
-  """Squares of evenly spaced numbers: dense near the data.
+  """Squares of evenly spaced numbers from T-1: dense near the data.
 
-  From T-1, in the manner of arXiv 2010.02502, appendix D.2. Times are
-  fractional, so that none repeats however dense they lie.
+  As in arXiv 2010.02502, appendix D.2, but with fractional times, so that none
+  repeats however dense they are.
   """
   roots = np.linspace(1.0, 0.0, num_steps)
   return [*((schedule.num_timesteps - 1) * np.square(roots)).tolist(), -1]
@@ -66,17 +66,17 @@ def quadratic(schedule: Schedule, num_steps: int) -> list[float]:
 def logsnr(schedule: Schedule, num_steps: int) -> list[float]:
   """Evenly spaced in log SNR from T-1 to 0, then clean data.
 
-  DPM-Solver's choice for small images (arXiv 2206.00927); times
-  are fractional.
+  DPM-Solver's choice for small images (arXiv 2206.00927); times are fractional.
   """
   lam = levels.of(schedule, [schedule.num_timesteps - 1, 0]).lam
   return _at_levels(schedule, np.exp(-np.linspace(*lam, num_steps)))
 
 
 def karras(schedule: Schedule, num_steps: int, rho: float = 7.0) -> list[float]:
-  """EDM's (arXiv 2206.00364, eq. 5): even in the rho-th root of sigma / alpha.
+  """EDM's grid (arXiv 2206.00364, eq. 5).
 
-  From the level of T-1 to that of 0, then clean data; times are fractional.
+  Evenly spaced in the rho-th root of sigma / alpha, from the level of T-1 to
+  that of 0, then clean data; times are fractional.
   """
   lam = levels.of(schedule, [schedule.num_timesteps - 1, 0]).lam
   roots = np.linspace(*np.exp(-lam / rho), num_steps)
@@ -84,17 +84,18 @@ def karras(schedule: Schedule, num_steps: int, rho: float = 7.0) -> list[float]:
 
 
 def _at_levels(schedule, level):
-  """The times of falling sigma / alpha, the first and last of them whole."""
+  """The times of decreasing sigma / alpha; the first and last are whole."""
   times = schedule.host_t_of_logsnr(-2 * np.log(level)).tolist()
   ends = [schedule.num_timesteps - 1, 0]
   return [ends[0], *times[1:-1], *ends[1 : len(times)], -1]
 
 
 def ddim_uniform(schedule: Schedule, num_steps: int) -> list[int]:
-  """The 'uniform' of DDIM's code: range(0, T, T // num_steps).
+  """The 'uniform' grid of DDIM's code: range(0, T, T // num_steps).
 
-  Short of T-1 for all num_steps < T that divide T; where it does not divide T
-  there are more entries than asked for: 16 of 15, 334 of 300, for T = 1000.
+  It ends before T-1 for all num_steps < T that divide T. If num_steps does not
+  divide T, it has more entries than requested: 16 for 15, 334 for 300, for
+  T = 1000.
   """
   num_timesteps = schedule.num_timesteps
   times = range(0, num_timesteps, num_timesteps // num_steps)
@@ -102,17 +103,17 @@ def ddim_uniform(schedule: Schedule, num_steps: int) -> list[int]:
 
 
 def ddim_quadratic(schedule: Schedule, num_steps: int) -> list[int]:
-  """The 'quad' of DDIM's code: squares up to 0.8 T, cut to whole times.
+  """The 'quad' grid of DDIM's code: squares up to 0.8 T, truncated to integers.
 
-  It starts at 0.8 T, and of T = 1000 near the data it repeats times: one entry
-  of 50, 4 of 100 and 312 of 1000 are repetitions.
+  It starts at 0.8 T and repeats times near the data: for T = 1000, one entry of
+  50, 4 of 100 and 312 of 1000 are repetitions.
   """
   roots = np.linspace(0, np.sqrt(0.8 * schedule.num_timesteps), num_steps)
   return [*np.square(roots).astype(int)[::-1].tolist(), -1]
 
 
 def optimal(schedule: Schedule, num_steps: int, mse) -> list[int]:
-  """The whole times from T-1 to 0 of the least variational bound.
+  """The whole times from T-1 to 0 that minimise the variational bound.
 
   With the optimal variance (arXiv 2201.06503) a step t -> s adds, in nats per
   dimension,
@@ -120,15 +121,16 @@ def optimal(schedule: Schedule, num_steps: int, mse) -> list[int]:
       log(1 + (SNR(s) - SNR(t)) mse(t)) / 2,   SNR = alpha^2 / sigma^2,
 
   to the bound: with v the variance of q(xs | xt, x0) and c0 its coefficient of
-  x0, the two Gaussians' KL divergence is log(1 + c0^2 mse / v) / 2 there, and
-  c0^2 / v is the difference of the SNRs. A sum over steps: the best of all
-  grids is found by dynamic programming (arXiv 2106.03802), in num_steps T^2
+  x0, the KL divergence of the two Gaussians is log(1 + c0^2 mse / v) / 2, and
+  c0^2 / v is the difference of the SNRs. As this is a sum over steps, dynamic
+  programming finds the best of all grids (arXiv 2106.03802), in num_steps T^2
   operations.
 
   Args:
     schedule: the noise schedule.
     num_steps: 1 .. T.
-    mse: [T], of the estimate of x0 per dimension, see `calibration`.
+    mse: [T], the squared error of the estimate of x0 per dimension, see
+      `calibration`.
   """
   last = schedule.num_timesteps - 1
   if num_steps == 1:
@@ -136,7 +138,7 @@ def optimal(schedule: Schedule, num_steps: int, mse) -> list[int]:
   log_alpha_bar, sigma2 = schedule.host(np.arange(last + 1))
   snr = np.exp(log_alpha_bar) / sigma2
   gain = (snr[None, :] - snr[:, None]) * np.asarray(mse)[:, None]
-  # cost[t, s] of a step t -> s; it must fall.
+  # cost[t, s] of a step t -> s; infinite unless s < t.
   falls = np.tril(np.ones((last + 1, last + 1), bool), -1)
   cost = np.where(falls, 0.5 * np.log1p(np.where(falls, gain, 0)), np.inf)
   best, before = cost[last], []
@@ -166,29 +168,29 @@ def create(
   num_steps: int,
   mse_fn: Callable | None = None,
 ) -> list:
-  """A grid by name, or the literal one: 'uniform', or '999,500,100'.
+  """A grid by name, such as 'uniform', or from literal times, '999,500,100'.
 
-  Times that a published list repeats are left out: between them nothing
-  happens, as a step of no length leaves x as it is and adds no noise.
+  Repeated times of published grids are dropped: a step of length zero leaves x
+  unchanged and adds no noise.
 
   Args:
-    grid: times, or a text of them separated by commas, the -1 at the end may
+    grid: times, or a string of them separated by commas, where the final -1 may
       be left out; or one of
       'uniform'         evenly spaced from T-1 to 0;
-      'leading'         multiples of T / num_steps, short of T-1;
+      'leading'         multiples of T / num_steps, ending before T-1;
       'trailing'        equal strides down from T-1;
       'quadratic'       dense near the data; times are fractional;
       'logsnr'          evenly spaced in log SNR; times are fractional;
-      'karras'          EDM's, between; times are fractional;
-      'ddim_uniform'    that of DDIM's code: may have more entries;
-      'ddim_quadratic'  that of DDIM's code: from 0.8 T, with repeated entries;
-      'optimal'         of the least variational bound, see `optimal`.
+      'karras'          EDM's grid; times are fractional;
+      'ddim_uniform'    as in DDIM's code: may have more entries;
+      'ddim_quadratic'  as in DDIM's code: from 0.8 T, with repeated entries;
+      'optimal'         minimises the variational bound, see `optimal`.
     schedule: the noise schedule.
-    num_steps: 1 .. T; a literal grid has its own.
-    mse_fn: () -> [T], for 'optimal'.
+    num_steps: 1 .. T; ignored for a literal grid.
+    mse_fn: () -> [T], for 'optimal', see there.
 
   Raises:
-    UserError: the name is not known, or the times do not descend in [0, T-1].
+    UserError: the name is not known, or the times do not decrease in [0, T-1].
   """
   num_timesteps = schedule.num_timesteps
   if not isinstance(grid, str):
@@ -197,14 +199,13 @@ def create(
     if not 1 <= num_steps <= num_timesteps:
       raise UserError(
         f'num_steps={num_steps}: a sampler takes 1 to {num_timesteps} steps '
-        'of this model'
+        'with this model'
       )
     if grid != 'optimal':
       return list(dict.fromkeys(GRIDS[grid](schedule, num_steps)))
     if mse_fn is None:
       raise UserError(
-        'grid=optimal is for samples of a run that is calibrated: use another '
-        'grid here'
+        'grid=optimal is for samples of a calibrated run: use another grid here'
       )
     return optimal(schedule, num_steps, mse_fn())
   try:
@@ -212,7 +213,7 @@ def create(
   except ValueError:
     raise UserError(
       f'grid={grid}: use one of {", ".join(NAMES)}, or times separated by '
-      f'commas, falling from at most {num_timesteps - 1}'
+      f'commas, decreasing from at most {num_timesteps - 1}'
     ) from None
   times = [int(time) if time.is_integer() else time for time in times]
   if times[-1] != -1:
@@ -222,11 +223,11 @@ def create(
 
 
 def check(grid, num_timesteps: int) -> None:
-  """Raises UserError unless the grid falls strictly from <= T-1 to -1."""
+  """Raises UserError unless the grid strictly decreases from <= T-1 to -1."""
   falls = all(s < t for t, s in itertools.pairwise(grid))
   inside = all(0 <= t <= num_timesteps - 1 for t in grid[:-1])
   if len(grid) < 2 or not falls or not inside or grid[-1] != -1:
     raise UserError(
-      f'grid={",".join(map(str, grid))}: times must fall strictly, between '
+      f'grid={",".join(map(str, grid))}: times must strictly decrease, between '
       f'{num_timesteps - 1} and 0, and end at -1'
     )

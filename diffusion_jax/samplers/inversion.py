@@ -1,4 +1,4 @@
-"""From data back to noise: DDIM inverted; and the way between two noises."""
+"""DDIM inversion, from data to noise, and interpolation between noises."""
 
 import jax
 import jax.numpy as jnp
@@ -12,35 +12,35 @@ from diffusion_jax.system.errors import UserError
 
 
 def ddim_inversion(iterations: int = 1) -> Sampler:
-  """DDIM's steps undone, from clean data (or any time) up to noise.
+  """Inverts DDIM's steps, from clean data (or any time) to noise.
 
-  `solve` runs it along a rising grid, that of the samples turned round:
+  `solve` runs it along an increasing grid, the reversed grid of the samples:
 
     noise = solve(ddim_inversion(3), denoiser, schedule, grid[::-1], x0, keys)
 
-  Where DDIM goes from t to s, x_s / alpha_s = x_t / alpha_t + (k_s - k_t) eps,
-  k = sigma / alpha and eps that of (x_t, t), this solves for x_t:
+  DDIM's step from t to s is x_s / alpha_s = x_t / alpha_t + (k_s - k_t) eps,
+  with k = sigma / alpha and eps = eps(x_t, t). The inversion solves for x_t:
 
     x_t = alpha_t / alpha_s x_s + alpha_t (k_t - k_s) eps(x_t, t).
 
-  The first evaluation puts x_s in place of the unknown x_t on the right, as
-  diffusers' DDIMInverseScheduler does, which errs by the length of the step
-  squared. Each further one puts in the latest x_t, a fixed-point iteration (of
-  arXiv 2309.04907 without its acceleration, of arXiv 2403.14602 without its
-  averages and corrections). That shrinks the error of a step by
+  The first evaluation uses x_s for the unknown x_t on the right, like
+  diffusers' DDIMInverseScheduler; its error is proportional to the square of
+  the step. Each further evaluation uses the latest x_t: a fixed-point iteration
+  (as in arXiv 2309.04907 without acceleration, and in arXiv 2403.14602 without
+  averaging and corrections). It multiplies the error of a step by
   |alpha_t (k_t - k_s) d eps / d x|, which for data N(m, v) is
 
-    sigma_t (sigma_t - sigma_s alpha_t / alpha_s) / (alpha_t^2 v + sigma_t^2)
+    sigma_t (sigma_t - sigma_s alpha_t / alpha_s) / (alpha_t^2 v + sigma_t^2).
 
-  which is below 1, and as small as the step is short. It is 1 in the step from
-  clean data where v = 0: DDIM's last step takes all x to m there, and so is not
-  to be undone. A denoiser is asked at the later time t, never at clean data.
+  This factor is below 1, and small for short steps. It is 1 for the step from
+  clean data if v = 0: DDIM's last step then maps all x to m and cannot be
+  inverted. The denoiser is evaluated at the later time t, never at clean data.
 
   Args:
-    iterations: evaluations in each step, at least 1.
+    iterations: evaluations per step, at least 1.
 
   Raises:
-    UserError: fewer.
+    UserError: iterations is below 1.
   """
   if iterations < 1:
     raise UserError(f'iterations={iterations}: at least 1')
@@ -66,18 +66,18 @@ def ddim_inversion(iterations: int = 1) -> Sampler:
 
 
 def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
-  """Spherical interpolation, example by example (arXiv 2010.02502, eq. 67).
+  """Spherical interpolation of each example (arXiv 2010.02502, eq. 67).
 
-  It keeps the norm, where the average of two noises is too short for a noise.
+  It preserves the norm; the linear average of two noises would be too short.
 
   Args:
-    a: [B, ...], what weight 0 gives.
-    b: [B, ...], what weight 1 gives.
+    a: [B, ...], the result for weight 0.
+    b: [B, ...], the result for weight 1.
     weight: [B].
 
   Returns:
-    [B, ...]. Vectors of one direction are joined by a straight line, and
-    opposite ones too, between which no arc is the shortest.
+    [B, ...]. Parallel and opposite vectors are interpolated linearly, because
+    they have no unique shortest arc.
   """
   axes = tuple(range(1, a.ndim))
   weight = gaussian.per_example(weight, a)
@@ -89,7 +89,7 @@ def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
     return x / jnp.where(length(x) > 0, length(x), 1)
 
   u, v = unit(a), unit(b)
-  # Of a small angle, arccos would lose half of the digits.
+  # arccos would lose half of the digits for a small angle.
   angle = 2 * jnp.arctan2(length(u - v), length(u + v))
   whole = jnp.sinc(angle / jnp.pi)  # sin(angle) / angle
   is_arc = whole > 1e-6

@@ -1,7 +1,7 @@
-"""Noise levels of a grid, as solvers write them: alpha, sigma, lambda.
+"""Noise levels of a grid in the solvers' notation: alpha, sigma, lambda.
 
-All on the host, in float64. lambda = log(alpha / sigma) is half the log SNR,
-and infinite at clean data.
+Computed on the host, in float64. lambda = log(alpha / sigma) is half the log
+SNR, and infinite at clean data.
 """
 
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from diffusion_jax.process.schedules import Schedule
 
 
 class Levels(NamedTuple):
-  """What the solvers' formulas are in.
+  """The variables of the solvers' formulas, at each time.
 
   Attributes:
-    alpha: of each time.
-    sigma: of each time, 0 at clean data.
+    alpha: scale of the signal.
+    sigma: standard deviation of the noise, 0 at clean data.
     lam: log(alpha / sigma), inf at clean data.
   """
 
@@ -36,14 +36,14 @@ def of(schedule: Schedule, t) -> Levels:
 def orders(grid, order: int, few: float = np.inf) -> list[int]:
   """The order of each step of a multistep method.
 
-  It rises from 1 as history comes in. The step to clean data has no finite
-  length in lambda and is of order 1; where steps are few, those before it are
-  long, and the order falls to it: 3, 2, 1.
+  The order rises from 1 as history accumulates. The step to clean data is
+  infinitely long in lambda and is of order 1. With few steps, those before it
+  are long, and the order decreases towards it: 3, 2, 1.
 
   Args:
-    grid: falling times.
-    order: at the most.
-    few: the number of steps below which it falls.
+    grid: decreasing times.
+    order: the highest order.
+    few: the number of steps below which the order decreases at the end.
   """
   num_steps = len(grid) - 1
   found = [min(order, i + 1) for i in range(num_steps)]
@@ -55,7 +55,7 @@ def orders(grid, order: int, few: float = np.inf) -> list[int]:
 
 
 def stacked(rows: list[dict]) -> dict:
-  """Rows as `Sampler.init` gives them: a dict of float64 arrays."""
+  """Stacks rows to a dict of float64 arrays, as `Sampler.init` returns."""
   return {
     name: np.array([row[name] for row in rows], np.float64) for name in rows[0]
   }

@@ -1,11 +1,12 @@
-"""Solvers whose steps are linear in what the network has said.
+"""Solvers with steps that are linear in the network's outputs.
 
-A row goes from where its step begins, at `start`, to
+A row computes
 
   x' = cx start + w[0] m + w[1] m1 + w[2] m2 + ...,
 
-m being the network's x0 or eps now, and m1, m2, ... those at the beginnings of
-steps, the last one first. A step of several rows begins with its first one.
+where `start` is x at the start of the step, m is the network's current x0 or
+eps, and m1, m2, ... are those at the starts of steps, the most recent first. A
+step can have several rows and starts with the first of them.
 """
 
 from collections.abc import Callable
@@ -18,12 +19,12 @@ from diffusion_jax.samplers.solve import Sampler, once_a_step
 def linear(
   rows_of: Callable, kind: str, evaluations: Callable = once_a_step
 ) -> Sampler:
-  """A sampler of rows that are linear in x0, or in eps.
+  """A sampler with rows that are linear in x0 or eps.
 
   Args:
     rows_of: (schedule, grid) -> rows, see `Sampler.init`: 't', 'cx', 'w'
-      [rows, K], and 'begins', 1 where a row begins a step, left out where all
-      do. With 'std', noise of that standard deviation is added.
+      [rows, K], and 'begins', 1 if a row starts a step, omitted if all do. With
+      'std', noise of that standard deviation is added.
     kind: 'x0' or 'eps'.
     evaluations: see `Sampler`.
   """
@@ -41,16 +42,16 @@ def linear(
 
 
 def memory_of(x, size: int) -> tuple:
-  """What `advance` remembers before the first row: start, m1 .. m_size."""
+  """The initial memory of `advance`: start, m1 .. m_size."""
   return x, (jnp.zeros_like(x),) * size
 
 
 def advance(seen, row, x, memory) -> tuple:
-  """One row.
+  """Computes one row.
 
   Args:
     seen: [B, ...], m.
-    row: cx, w, and begins where not every row begins a step.
+    row: cx, w, and begins unless every row starts a step.
     x: [B, ...].
     memory: see `memory_of`.
 

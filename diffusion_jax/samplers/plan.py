@@ -1,4 +1,4 @@
-"""How samples are drawn: all that they depend on beside the weights."""
+"""Sampling plans: everything that samples depend on apart from the weights."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,11 +17,11 @@ class Plan(NamedTuple):
 
   Attributes:
     sampler: a key of SAMPLERS.
-    options: all of the sampler's options, defaults included.
-    grid: falling times, the last one -1; of a sampler that chooses its own
-      steps their ends, T-1, 0 and -1.
+    options: all of the sampler's options, including defaults.
+    grid: decreasing times, the last one -1; for a sampler that chooses its own
+      steps T-1, 0 and -1.
     clip: whether x0 is clipped to [-1, 1] in every step.
-    seed: of the samples, see `draw.sample_keys`.
+    seed: the seed of the samples, see `draw.sample_keys`.
   """
 
   sampler: str
@@ -41,12 +41,12 @@ class Plan(NamedTuple):
 
   @property
   def evaluations(self) -> int:
-    """Of the network, for a sample; where it is adaptive, the most."""
+    """Network evaluations per sample; the largest number if adaptive."""
     return self.create().evaluations(self.grid)
 
   @property
   def adds_noise(self) -> bool:
-    """Whether a sample depends on more noise than that which it begins as."""
+    """Whether a sample depends on more than its initial noise."""
     when = samplers.ABOUT[self.sampler].noise  # 'yes', 'no', or 'eta > 0'
     return when == 'yes' or bool(self.options.get(when.split()[0]))
 
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     return samplers.create(self.sampler, **self.options)
 
   def protocol(self) -> dict:
-    """As it stands beside samples and on metric cards."""
+    """The plan as saved with samples and on metric cards."""
     return {
       'sampler': self.sampler,
       **self.options,
@@ -64,7 +64,7 @@ class Plan(NamedTuple):
     }
 
   def cost(self) -> str:
-    """Steps and evaluations, for people."""
+    """Steps and evaluations, as text."""
     steps, evaluations = self.num_steps, self.evaluations
     if self.adaptive:
       return f'at most {evaluations} evaluations'
@@ -74,7 +74,7 @@ class Plan(NamedTuple):
 
 
 def is_calibrated(sampler: str, grid: str) -> bool:
-  """Whether such a plan is made from the network's calibration."""
+  """Whether such a plan needs the network's calibration."""
   return sampler in samplers.CALIBRATED or grid == 'optimal'
 
 
@@ -89,21 +89,20 @@ def create(
   calibration: Callable | None = None,
   **options,
 ) -> Plan:
-  """A plan, checked.
+  """Makes a plan and validates it.
 
   Args:
     schedule: the noise schedule.
     sampler: a key of SAMPLERS.
-    num_steps: sampling steps; None for all T, or for a literal grid's.
+    num_steps: sampling steps; None for all T, or those of a literal grid.
     grid: a name, see `grid`, or literal times: '999,500,100', or a list.
-    clip: whether x0 is clipped to [-1, 1] in every step.
+    clip: whether to clip x0 to [-1, 1] in every step.
     seed: in [0, 2**32).
-    calibration: () -> Calibration, of the network; called where
-      `is_calibrated`.
-    **options: the sampler's own, such as `eta`; None takes its default.
+    calibration: () -> the network's Calibration; called if `is_calibrated`.
+    **options: the sampler's options, such as `eta`; None for the default.
 
   Raises:
-    UserError: an unknown name, an option that is not the sampler's, or a
+    UserError: an unknown name, an option that the sampler does not have, or a
       number out of range.
   """
   if sampler in samplers.ADAPTIVE:
@@ -121,8 +120,8 @@ def create(
     at_steps = np.interp(times[:-1], np.arange(len(table)), table)
     options['x0_variance'] = at_steps.tolist()
   chosen = samplers.options(sampler, **options)
-  samplers.create(sampler, **chosen)  # finds values out of range
-  # The grids of DDIM's code have numbers of entries of their own.
+  samplers.create(sampler, **chosen)  # raises for values out of range
+  # The grids of DDIM's code may have another number of entries.
   named = isinstance(grid, str) and grid in grids.NAMES
   if not named and num_steps not in (None, len(times) - 1):
     raise UserError(
@@ -132,8 +131,8 @@ def create(
   order = options.get('order')
   if order is not None and order > len(times) - 1:
     raise UserError(
-      f'order={order}: the grid has {len(times) - 1} steps; an order takes as '
-      'many at least'
+      f'order={order}: the grid has {len(times) - 1} steps; use at least as '
+      'many steps as the order'
     )
   if not 0 <= seed < 2**32:
     raise UserError(f'seed={seed}: at least 0 and below 2**32')
@@ -141,15 +140,15 @@ def create(
 
 
 def for_run(config: dict, *, sampler: str = 'ancestral', **given) -> Plan:
-  """A plan for a run's network; by default as the run's paper samples.
+  """Makes a plan for a run's network, by default with its paper's settings.
 
   Args:
-    config: the run's.
+    config: the run's config.
     sampler: a key of SAMPLERS.
-    **given: as of `create`; variance and clip are by default the config's.
+    **given: see `create`; variance and clip default to the config's.
 
   Raises:
-    UserError: as `create`.
+    UserError: as for `create`.
   """
   if given.get('variance') is None and 'variance' in samplers.takes(sampler):
     given['variance'] = config['sample'].get('variance')

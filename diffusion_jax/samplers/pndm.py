@@ -1,10 +1,10 @@
-"""PNDM's pseudo linear multistep (arXiv 2202.09778), by three starts.
+"""PNDM's pseudo linear multistep method (arXiv 2202.09778), with three starts.
 
-A pseudo method is a classical one with DDIM's step in place of x + h f:
-phi(x, e, t, s) takes xt to xs as if its noise were e. Here e is
-Adams-Bashforth's mean of the last four eps, with the weights of equal steps, as
-published. In sigma / alpha, in which DDIM's step is Euler's, steps are hardly
-ever equal; hence these methods are of second order, on any smooth grid.
+A pseudo method is a classical method with DDIM's step in place of x + h f:
+phi(x, e, t, s) moves xt to xs as if its noise were e. Here e is the
+Adams-Bashforth mean of the last four eps, with the weights for equal steps, as
+published. In sigma / alpha, in which DDIM's step is Euler's, steps are rarely
+equal; these methods are therefore of second order, on any smooth grid.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from diffusion_jax.samplers import levels
 from diffusion_jax.samplers.linear import advance, memory_of
 from diffusion_jax.samplers.solve import Sampler, choose
 
-# Adams-Bashforth of orders 1 to 4: eps now, before, before that, ...
+# Adams-Bashforth weights of orders 1 to 4: of the current eps, then the past.
 ADAMS = [
   np.array([1, 0, 0, 0]),
   np.array([3, -1, 0, 0]) / 2,
@@ -29,13 +29,13 @@ ADAMS = [
 def plms(
   variant: Literal['runge_kutta', 'improved_euler'] = 'runge_kutta',
 ) -> Sampler:
-  """PNDM's linear multistep, with a start that makes up for the missing past.
+  """PNDM's linear multistep method, with a start for the missing history.
 
   The last step goes to clean data with the same mean of eps, as published.
 
   Args:
-    variant: of the start. 'runge_kutta' is the paper's F-PNDM: three steps of
-      its pseudo Runge-Kutta method, four evaluations each. 'improved_euler' is
+    variant: the start. 'runge_kutta' is the paper's F-PNDM: three steps of its
+      pseudo Runge-Kutta method, four evaluations each. 'improved_euler' follows
       latent diffusion's code: two evaluations for the first step, then lower
       orders.
 
@@ -52,10 +52,10 @@ def ipndm() -> Sampler:
 
 
 def _stages(start, i, t, s):
-  """The evaluations of step i: their times, where each takes x, how."""
+  """The evaluations of step i: (time, target time, weight in the mean)."""
   if start == 'runge_kutta' and i < 3 and s >= 0:
     mid = (t + s) / 2
-    # Where it is asked, where x goes, the weight in the final mean.
+    # (time of the evaluation, time x moves to, weight in the final mean)
     return [(t, mid, 1 / 6), (mid, mid, 1 / 3), (mid, s, 1 / 3), (s, s, 1 / 6)]
   if start == 'improved_euler' and i == 0 and s >= 0:
     return [(t, s, 1 / 2), (s, s, 1 / 2)]
@@ -97,7 +97,7 @@ def _multistep(start):
     mean, memory = memory
     eps = denoiser(x, row['t']).eps
     mean = row['share'] * eps + jnp.where(row['begins'] > 0, 0, mean)
-    # Where several evaluations end a step, their mean counts, not the last.
+    # At the end of a step of several evaluations, use their mean.
     e = jnp.where(row['averages'] > 0, mean, eps)
     x, memory = advance(e, row, x, memory)
     return x, (mean, memory)

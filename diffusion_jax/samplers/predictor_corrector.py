@@ -10,17 +10,17 @@ from diffusion_jax.system.errors import UserError
 
 
 def predictor_corrector(snr: float = 0.16, corrector_steps: int = 1) -> Sampler:
-  """Ancestral steps, each followed by Langevin steps at the time it came to.
+  """Ancestral steps, each followed by Langevin steps at its new time.
 
-  Algorithms 3 and 5 of arXiv 2011.13456, with the ancestral predictor of DDPM
-  (the large variance). Clean data has no score, so nothing follows the last
-  step. The length of a Langevin step is 2 a (snr |noise| / |score|)^2 with
-  a = 1 - beta; the norms are each example's own, so that a sample does not
-  depend on its batch.
+  Algorithms 3 and 5 of arXiv 2011.13456, with DDPM's ancestral predictor (the
+  large variance). Clean data has no score, so the last step is not corrected.
+  The length of a Langevin step is 2 a (snr |noise| / |score|)^2 with
+  a = 1 - beta; the norms are per example, so that a sample does not depend on
+  its batch.
 
   Args:
     snr: the paper's r, above 0.
-    corrector_steps: Langevin steps after each other one, at least 1; one
+    corrector_steps: Langevin steps after each ancestral step, at least 1; one
       evaluation each.
 
   Raises:
@@ -30,7 +30,7 @@ def predictor_corrector(snr: float = 0.16, corrector_steps: int = 1) -> Sampler:
     raise UserError(f'snr={snr}: above 0')
   if corrector_steps < 1 or corrector_steps % 1:
     raise UserError(
-      f'corrector_steps={corrector_steps}: a whole number, at least 1; with '
+      f'corrector_steps={corrector_steps}: a whole number, at least 1; for '
       'none use --sampler=ancestral'
     )
 
@@ -68,6 +68,6 @@ def predictor_corrector(snr: float = 0.16, corrector_steps: int = 1) -> Sampler:
 
 
 def _norm(x):
-  """Of each example, [B, 1, ...]."""
+  """The norm of each example, [B, 1, ...]."""
   axes = tuple(range(1, x.ndim))
   return jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True))

@@ -1,4 +1,4 @@
-"""The one scan that runs every sampler that has a grid."""
+"""The scan that runs every sampler with a grid."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,36 +14,36 @@ from diffusion_jax.system.errors import UserError
 
 
 def choose(option: str, value, *allowed) -> None:
-  """Raises UserError unless the value of an option is one of those allowed."""
+  """Raises UserError unless an option has one of the allowed values."""
   if value not in allowed:
     raise UserError(f'{option}={value}: {" or ".join(map(str, allowed))}')
 
 
 def once_a_step(grid) -> int:
-  """The evaluations of a sampler that asks the network once in each step."""
+  """The evaluations of a sampler with one evaluation per step."""
   return len(grid) - 1
 
 
 class Sampler(NamedTuple):
-  """A sampler is a pair of functions, and what it costs.
+  """A sampler: a pair of functions and their cost.
 
-  A row is one evaluation of the network. Where a step of the grid takes
-  several, they are several rows, and the network is compiled once. A sampler
-  that chooses its steps has a loop of its own in place of the pair.
+  A row is one evaluation of the network. A step of the grid with several
+  evaluations has several rows, and the network is compiled only once. A sampler
+  that chooses its own steps has its own loop, `run`, in place of the pair.
 
   Attributes:
     init: (schedule, grid, x) -> (rows, memory). `rows` is a dict of float64
-      arrays with one entry a row: the times and all coefficients, worked out
-      once, exactly, on the host. Its `ends` is 1 where a row ends a step of
-      the grid, and is left out where every row does. `memory` is what rows
-      hand on to the next, () where none is needed.
-    step: (denoiser, row, x, memory, noise_fn) -> (x, memory): what one row
-      does, with one call of the denoiser. `noise_fn()` gives standard normal
-      noise of x's shape, the same however often it is called.
-    evaluations: grid -> the number of rows; of a loop of its own, the most that
-      a sample takes.
+      arrays with one entry per row: the times and all coefficients, computed on
+      the host. Its entry `ends` is 1 if a row ends a step of the grid, and is
+      omitted if every row does. `memory` is state passed from row to row, () if
+      none is needed.
+    step: (denoiser, row, x, memory, noise_fn) -> (x, memory): computes one row,
+      with one call of the denoiser. `noise_fn()` returns standard normal noise
+      of x's shape, the same for every call in a row.
+    evaluations: grid -> the number of rows; for `run`, the largest number of
+      evaluations per sample.
     run: (denoiser, schedule, x) -> (x0, `adaptive.Took`), from t = T-1 to clean
-      data; None where there is a pair.
+      data; None if the sampler has init and step.
   """
 
   init: Callable | None
@@ -64,17 +64,17 @@ def solve(
   """Runs a sampler along a grid, in one `lax.scan`.
 
   Args:
-    sampler: which.
+    sampler: the sampler.
     denoiser: the model, with its conditioning, clipping and guidance.
     schedule: the noise schedule.
-    grid: times, concrete. They fall where samples are drawn, which end at -1;
-      a grid may end above it, with x still noised. For `inversion` they rise. A
-      sampler with a loop of its own does not look at them.
+    grid: concrete times. Decreasing to draw samples, ending at -1, or earlier
+      to keep x noised; increasing for `inversion`. Ignored by a sampler with
+      its own loop.
     x: [B, ...], at the grid's first time.
-    keys: [B] random keys. Example b's noise in row i depends on keys[b] and i
-      alone, so a sample does not depend on its batch.
-    frames: numbers of steps of the grid (0 = before the first, ascending) at
-      which x is kept.
+    keys: [B] random keys. The noise of example b in row i depends only on
+      keys[b] and i, so a sample does not depend on its batch.
+    frames: ascending step numbers of the grid (0 = before the first step) at
+      which to keep x.
 
   Returns:
     x [B, ...] at the grid's end; with frames, (x, [len(frames), B, ...]).
@@ -87,11 +87,11 @@ def solve(
   rows = {name: jnp.asarray(row, x.dtype) for name, row in rows.items()}
   num_steps, num_rows = len(grid) - 1, len(rows['t'])
   assert list(frames) == sorted(set(frames) & set(range(num_steps + 1)))
-  # The row after which step k is done; before the first row: -1.
+  # The last row of step k; -1 for k = 0, before the first row.
   last = np.concatenate([[-1], np.flatnonzero(ends)])
   assert len(last) == num_steps + 1
   assert ends[-1]
-  # Where a row's result goes among the frames; past their end: nowhere.
+  # The frame that a row's result is kept in; past the end if in none.
   slots = np.full(num_rows + 1, len(frames))
   slots[1 + last[list(frames)]] = np.arange(len(frames))
   kept = jnp.zeros((len(frames), *x.shape), x.dtype)

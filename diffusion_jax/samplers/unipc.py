@@ -1,4 +1,4 @@
-"""UniPC (arXiv 2302.04867): a predictor, corrected at no further evaluation."""
+"""UniPC (arXiv 2302.04867): a predictor with a corrector at no extra cost."""
 
 from typing import Literal
 
@@ -15,15 +15,15 @@ def unipc(
 ) -> Sampler:
   """UniPC-p in terms of x0: UniP-p, then UniC-p with the next evaluation.
 
-  Of order p + 1. What the network says of the predicted x serves twice: it
-  corrects that x, and, not asked again, predicts the next. The last step goes
-  to clean data by UniP-1, which is x0.
+  The order is p + 1. The evaluation at the predicted x is used twice: to
+  correct that x, and to predict the next one. The last step goes to clean data
+  by UniP-1, which gives x0.
 
   Args:
     order: p, 1 to 3.
-    variant: the paper's B(h): 'bh1' is h, 'bh2' is e^h - 1. It matters where
-      one coefficient is set to 1/2, in UniP-2 and UniC-1; all others follow
-      from their conditions, whatever B(h) is.
+    variant: the paper's B(h): 'bh1' is h, 'bh2' is e^h - 1. It only matters in
+      UniP-2 and UniC-1, where a coefficient is set to 1/2; the others follow
+      from order conditions that do not depend on B(h).
 
   Raises:
     UserError: another order or variant.
@@ -35,8 +35,8 @@ def unipc(
     alpha, sigma, lam = levels.of(schedule, grid)
     num_rows = len(grid) - 1
     ratio = np.concatenate([[1.0], sigma[1:] / sigma[:-1]])
-    # Row i corrects what row i - 1 predicted, and row 0 nothing.
-    correct = np.zeros((num_rows + 1, order + 1))  # of x0 now and before
+    # Row i corrects the prediction of row i - 1; row 0 corrects nothing.
+    correct = np.zeros((num_rows + 1, order + 1))  # weights of x0, newest first
     predict = np.zeros((num_rows, order))
     for i, p in enumerate(levels.orders(grid, order)):
       h = lam[i + 1] - lam[i]
@@ -56,7 +56,7 @@ def unipc(
   def step(denoiser, row, x, memory, noise_fn):
     start, past = memory
     seen = denoiser(x, row['t']).x0
-    # UniC: x once more from the step's start, now that its end is known too.
+    # UniC: repeats the step, now that x0 at its end is known, too.
     x = row['kept'] * start
     for weight, m in zip(row['corrected'], (seen, *past), strict=True):
       x = x + weight * m
@@ -66,14 +66,14 @@ def unipc(
 
 
 def _weights(h, places, variant):
-  """Weights of x0 at the step's start and at other places, without alpha'.
+  """Weights of x0 at the step's start and at other points, without alpha'.
 
-  With u running from 0 to 1 over the step, they integrate h e^-(1-u)h times
+  With u from 0 to 1 over the step, the weights integrate h e^-(1-u)h times
   1, u, .. u^k exactly: the paper's R_k a = b_k.
 
   Args:
     h: length of the step in lambda, inf to clean data.
-    places: [k] values of u where x0 is known beside u = 0.
+    places: [k] values of u, other than 0, at which x0 is known.
     variant: 'bh1' or 'bh2'.
   """
   k = len(places)

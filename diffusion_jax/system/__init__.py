@@ -1,1 +1,1 @@
-"""What is below everything: files, processes, mistakes, the terminal."""
+"""The lowest layer: files, processes, user errors and terminal output."""

@@ -1,13 +1,14 @@
-"""Several processes, one run.
+"""Multi-process runs.
 
-Each host of a pod or a cluster runs the same command. They find each other from
-SLURM's variables, on TPU pods from the platform, and elsewhere by flags:
+Each host of a pod or a cluster runs the same command. The processes find each
+other through SLURM's variables, through the platform on TPU pods, and otherwise
+through flags:
 
   python -m diffusion_jax.train ... --coordinator=host0:8476 \
     --num_processes=2 --process_id=0    (and --process_id=1 on the other host)
 
-Before JAX takes over, the processes meet at the coordinator's port. JAX itself
-would abort with pages of C++ when one is missing; here it is named.
+Before JAX is initialized, the processes meet at the coordinator's port. If one
+is missing, JAX would abort with pages of C++ output; the meeting names it.
 """
 
 import contextlib
@@ -32,31 +33,31 @@ from diffusion_jax.system.errors import UserError
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
   'coordinator', None,
-  'Several processes: HOST:PORT of number 0. SLURM and TPU pods need no flag.',
+  'Multi-process: HOST:PORT of process 0. Not needed on SLURM and TPU pods.',
 )  # fmt: skip
-flags.DEFINE_integer('num_processes', None, 'Several processes: how many.')
-flags.DEFINE_integer('process_id', None, 'Several processes: which, from 0 on.')
+flags.DEFINE_integer('num_processes', None, 'Multi-process: their number.')
+flags.DEFINE_integer('process_id', None, 'Multi-process: index, from 0.')
 flags.DEFINE_integer(
-  'join_secs', 300, 'Several processes: how long they wait for each other.'
+  'join_secs', 300, 'Multi-process: seconds to wait for all to join.'
 )
 flags.DEFINE_integer(
   'heartbeat_secs', 60,
-  'Several processes: when one is silent for so long, the others end.',
+  'Multi-process: seconds of silence after which the others exit.',
   lower_bound=1,
 )  # fmt: skip
 
 HELLO = 'diffusion_jax'
 
-# Process 0's connections to the others, which it waits for at the end; [] in
-# the others, None in a process that has met nobody.
+# In process 0, the connections to the other processes, which it waits for at
+# the end. [] in the other processes; None if this process has met no other.
 _others: list[socket.socket] | None = None
 
 
 def initialize() -> None:
-  """Joins the other processes, if there are any; first thing in a binary.
+  """Joins the other processes, if any. Call first in a binary.
 
   Raises:
-    UserError: the flags do not fit together, or a process is missing.
+    UserError: the flags are inconsistent, or a process is missing.
   """
   found = _by_flags() or _by_slurm()
   timeouts = {
@@ -79,7 +80,7 @@ def initialize() -> None:
 
 
 def _stay_connected(connections, index):
-  """Keeps the connections of meet() for the end."""
+  """Keeps the connections that meet() returned until the end."""
   global _others
   if not connections:
     return
@@ -89,7 +90,7 @@ def _stay_connected(connections, index):
 
 
 def _meet_in_pod():
-  """Meets those whom JAX has found; if that fails, the end waits for none."""
+  """Meets the processes JAX has found; on failure, the end does not wait."""
   count, index = jax.process_count(), jax.process_index()
   address = _broadcast('' if index else farewell.own_address())
   with contextlib.suppress(UserError):
@@ -97,14 +98,14 @@ def _meet_in_pod():
 
 
 def _keep_stdout():
-  """Leaves standard output to results: collectives print who they have met."""
+  """Reserves stdout for results: collectives print their peers to fd 1."""
   sys.stdout.flush()
   sys.stdout = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)
 
 
 def is_first() -> bool:
-  """Whether this is process 0, which writes files and talks to people."""
+  """Whether this is process 0, which writes files and terminal output."""
   return not _is_several() or jax.process_index() == 0
 
 
@@ -112,10 +113,10 @@ def on_first(fn: Callable[[], Any]) -> Any:
   """Calls a function in process 0; all processes wait and get its result.
 
   Args:
-    fn: returns what JSON can hold.
+    fn: the function; its result must be JSON-serializable.
 
   Raises:
-    UserError: in all processes, where process 0 raised one.
+    UserError: in all processes, if `fn` raised one in process 0.
   """
   if not _is_several():
     return fn()
@@ -132,13 +133,13 @@ def on_first(fn: Callable[[], Any]) -> Any:
 
 
 def everywhere(fn: Callable[[], Any]) -> Any:
-  """Calls a function in all processes, each of which gets its own result.
+  """Calls a function in all processes; each gets its own result.
 
   Args:
-    fn: in which processes do not wait for each other.
+    fn: the function; it must not synchronize processes.
 
   Raises:
-    UserError: in all processes, where one of them raised it.
+    UserError: in all processes, if `fn` raised one in any of them.
   """
   result = error = None
   try:
@@ -152,10 +153,10 @@ def everywhere(fn: Callable[[], Any]) -> Any:
 
 
 def gather(value: Any) -> list:
-  """What each process gives, in their order, on all of them.
+  """Returns the values of all processes, in process order, on each of them.
 
   Args:
-    value: what JSON can hold.
+    value: this process's value, JSON-serializable.
   """
   if not _is_several():
     return [json.loads(json.dumps(value))]
@@ -171,19 +172,19 @@ def gather(value: Any) -> list:
 
 
 def index() -> int:
-  """Which process this is."""
+  """The index of this process."""
   return jax.process_index() if _is_several() else 0
 
 
 def leave(code: int, alone: bool = False) -> None:
-  """Ends this process at once where others would wait for it; else returns.
+  """Exits at once in a multi-process run; otherwise returns.
 
-  JAX's own end waits until all have come to theirs, which they never do when
-  one of them has failed. Process 0 waits a while for the others to end first.
+  JAX's shutdown waits until all processes reach it, which never happens if one
+  of them has failed. Process 0 briefly waits for the others to exit first.
 
   Args:
     code: the exit code.
-    alone: whether to end a process that is the only one, too.
+    alone: whether to exit in a single-process run, too.
   """
   if alone or _others is not None or _is_several():
     try:
@@ -192,14 +193,14 @@ def leave(code: int, alone: bool = False) -> None:
         sys.stdout.flush()
       farewell.see_off(_others or [], code)
     finally:
-      os._exit(code)  # whatever comes in between, such as another Ctrl-C
+      os._exit(code)  # even if interrupted, for example by another Ctrl-C
 
 
 def finish() -> None:
-  """Ends this process well, once all have come so far.
+  """Exits with code 0 once all processes have got here.
 
-  Returns in a process that has met no others. JAX's own end is not safe on a
-  busy machine: it may abort one that still uses process 0's service.
+  Returns if this process has met no others. JAX's shutdown is not safe on a
+  busy machine: it may abort a process that still uses process 0's service.
   """
   if _others is not None:
     gather(None)
@@ -207,7 +208,7 @@ def finish() -> None:
 
 
 def _is_several():
-  # Asking for the count starts JAX's devices, which a report has no use for.
+  # Asking for the count initializes JAX's devices, which a report never needs.
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
@@ -221,7 +222,7 @@ def _broadcast(value):
   return json.loads(data.astype(np.uint8).tobytes())
 
 
-# --- who and where -----------------------------------------------------------
+# --- discovery ---------------------------------------------------------------
 
 
 def _by_flags():
@@ -232,18 +233,18 @@ def _by_flags():
   if len(given) < 3:
     lacking = ', '.join(f'--{name}' for name in names if name not in given)
     raise UserError(
-      f'--{given[0]} is given without {lacking}: all three, or none'
+      f'--{given[0]} is given without {lacking}: give all three, or none'
     )
   num_processes, index = FLAGS.num_processes, FLAGS.process_id
   if not 0 <= index < num_processes:
     raise UserError(
-      f'--process_id={index}: from 0 to --num_processes - 1 = '
+      f'--process_id={index}: must be from 0 to --num_processes - 1 = '
       f'{num_processes - 1}'
     )
   host, _, port = FLAGS.coordinator.rpartition(':')
   if not host or not port.isdecimal() or not 0 < int(port) < 65536:
     raise UserError(
-      f'--coordinator={FLAGS.coordinator}: HOST:PORT, such as host0:8476'
+      f'--coordinator={FLAGS.coordinator}: give HOST:PORT, such as host0:8476'
     )
   return FLAGS.coordinator, num_processes, index
 
@@ -264,7 +265,7 @@ def _by_slurm():
 
 
 def _on_tpu():
-  """Whether JAX will find TPUs here, and by them the other hosts."""
+  """Whether JAX will find TPUs here, and through them the other hosts."""
   wanted = os.environ.get('JAX_PLATFORMS', 'tpu').split(',')
   chips = [*Path('/dev').glob('accel*'), *Path('/dev/vfio').glob('[0-9]*')]
   return (
@@ -278,22 +279,24 @@ def _on_tpu():
 def meet(
   address: str, num_processes: int, index: int, seconds: float
 ) -> list[socket.socket]:
-  """Returns once all processes are there.
+  """Returns once all processes have joined.
 
-  Number 0 listens, the others knock; when all have come it lets them go.
+  Process 0 listens and the others connect; when all have connected, process 0
+  tells them to proceed.
 
   Args:
-    address: HOST:PORT of number 0.
-    num_processes: how many there are.
-    index: which this one is.
+    address: HOST:PORT of process 0.
+    num_processes: the number of processes.
+    index: the index of this process.
     seconds: how long to wait.
 
   Returns:
-    In number 0 a connection to each of the others, in these one to number 0.
+    In process 0, a connection to each of the others; in the others, a
+    connection to process 0.
 
   Raises:
-    UserError: some did not come, two bear one number, or they disagree about
-      how many they are.
+    UserError: a process did not join, two have the same index, or they disagree
+      about the number of processes.
   """
   if num_processes == 1:
     return []
@@ -310,7 +313,7 @@ def _listen(port, address, num_processes, seconds, deadline):
   except OSError as e:
     raise UserError(
       f'--coordinator={address}: port {port} cannot be used ({e.strerror}): '
-      'give another'
+      'give another port'
     ) from e
   guests, greeted, problem = {}, [], None
   with server, contextlib.ExitStack() as stack:
@@ -322,13 +325,13 @@ def _listen(port, address, num_processes, seconds, deadline):
         lacking = sorted(set(range(1, num_processes)) - guests.keys())
         problem = (
           f'{_listed(lacking)} of {num_processes} did not join within '
-          f'{seconds:g} s: see whether it was started, with --num_processes='
-          f'{num_processes}, and reaches {address}'
+          f'{seconds:g} s: check that it was started with --num_processes='
+          f'{num_processes} and can reach {address}'
         )
         break
       stack.enter_context(guest)
       guest.settimeout(5)
-      # One that was killed meanwhile may come again, or must still be awaited.
+      # A process killed in the meantime may reconnect, or is still awaited.
       guests = {i: there for i, there in guests.items() if not _gone(there)}
       with contextlib.suppress(OSError, ValueError):
         name, *numbers = guest.makefile().readline().split()
@@ -350,14 +353,14 @@ def _listen(port, address, num_processes, seconds, deadline):
       with contextlib.suppress(OSError):
         guest.sendall(f'{problem or "go"}\n'.encode())
         if problem:
-          guest.recv(1)  # they hang up first, so that the port is free at once
+          guest.recv(1)  # they close first, so that the port is free at once
     if problem:
       raise UserError(problem)
-    return [guest.dup() for guest in guests.values()]  # which stay open
+    return [guest.dup() for guest in guests.values()]  # these stay open
 
 
 def _gone(guest):
-  """Whether it hung up, as one does that was killed and started again."""
+  """Whether it closed the connection, as when killed and restarted."""
   try:
     guest.setblocking(False)
     return guest.recv(1) == b''
@@ -373,7 +376,7 @@ def _knock(host, port, num_processes, index, seconds, deadline):
     try:
       with socket.create_connection((host, port), timeout=5) as server:
         server.sendall(f'{HELLO} {index} {num_processes}\n'.encode())
-        # The coordinator speaks first when the time is over.
+        # On timeout the coordinator answers first.
         server.settimeout(max(deadline - time.monotonic(), 0) + 5)
         answer = server.makefile().readline().strip()
         if answer == 'go':
@@ -382,8 +385,8 @@ def _knock(host, port, num_processes, index, seconds, deadline):
       time.sleep(0.2)
   if not answer:
     raise UserError(
-      f'process 0 was not to be found at {host}:{port} within {seconds:g} s: '
-      'see whether it was started, and whether the port is open to this host'
+      f'process 0 was not found at {host}:{port} within {seconds:g} s: check '
+      'that it was started and that the port is open to this host'
     )
   raise UserError(answer)
 

@@ -1,4 +1,4 @@
-"""What numbers are computed with: versions, revision, devices."""
+"""Describes the environment of a result: versions, revision and devices."""
 
 import importlib.metadata
 import platform
@@ -37,7 +37,7 @@ def _version(package):
 
 def _revision():
   root = Path(__file__).parents[2]
-  # An installed package may lie inside another project's checkout.
+  # An installed package may be inside another project's checkout.
   if not (root / '.git').exists():
     return None
   try:
@@ -50,5 +50,5 @@ def _revision():
       check=True,
     )
   except (OSError, subprocess.SubprocessError):
-    return None  # git is missing, or refuses a checkout of another user
+    return None  # git is missing, or refuses a checkout owned by another user
   return result.stdout.strip()

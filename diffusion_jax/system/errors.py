@@ -1,4 +1,4 @@
-"""A user's mistake, told once: the exception, and quiet for all others."""
+"""User errors: the exception, and helpers that keep the report to one line."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,14 +9,14 @@ from absl import logging
 class UserError(ValueError):
   """A mistake of the user: what was given, what is allowed, what to do.
 
-  The message is one line. The binaries print it and exit with code 2; a bug of
-  ours is any other exception, and keeps its traceback.
+  The message is one line. The binaries print it and exit with code 2. Any other
+  exception is a bug and keeps its traceback.
   """
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Hides what libraries log of a mistake that is told in one line here."""
+  """Hides what libraries log about an error that is reported in one line."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.FATAL)
   try:
@@ -27,18 +27,18 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line(kinds, message: Callable[[str], str]) -> Iterator[None]:
-  """Turns errors of damaged files into a UserError.
+  """Turns the errors that damaged files cause into a UserError.
 
   Args:
-    kinds: classes of errors.
-    message: the reason, in one line -> the UserError's message.
+    kinds: the exception class, or a tuple of them.
+    message: maps the reason, in one line, to the UserError's message.
 
   Raises:
-    UserError: one of those errors was raised.
+    UserError: one of those exceptions was raised.
   """
   try:
     yield
-  except UserError:  # a ValueError too, and in one line already
+  except UserError:  # also a ValueError, but already one line
     raise
   except kinds as e:
     reason = ' '.join(str(e).split())[:200] or type(e).__name__

@@ -1,9 +1,9 @@
-"""The end of several processes: process 0 is the last to go.
+"""Shutdown of a multi-process run: process 0 exits last.
 
-Process 0 holds JAX's coordination service, and JAX aborts each process that is
-still there when the service goes. So the others keep a connection to process 0
-for as long as they live. The kernel closes it when they end, however they end,
-and process 0 waits for that.
+Process 0 runs JAX's coordination service, and JAX aborts every process that is
+still alive when the service stops. So each of the others keeps a connection to
+process 0 open for its whole life. The kernel closes it when that process exits,
+for whatever reason, and process 0 waits for that.
 """
 
 import contextlib
@@ -16,26 +16,26 @@ from collections.abc import Callable, Sequence
 
 # Seconds that process 0 waits for the others.
 PATIENCE = 10.0
-# Seconds that another has, once process 0 wants to end, to end in its own way:
-# it may be in a collective that no longer comes to an end.
+# Seconds that the others have to exit by themselves once process 0 wants to
+# exit: they may be in a collective that never finishes.
 GRACE = 5.0
 
 
 def see_off(
   others: Sequence[socket.socket], code: int, seconds: float = PATIENCE
 ) -> None:
-  """Tells the others that process 0 ends, and waits until they have ended.
+  """Tells the other processes that process 0 exits, and waits for them to exit.
 
   Args:
     others: process 0's connections to them.
     code: the exit code of process 0.
-    seconds: how long it waits at most.
+    seconds: how long to wait at most.
   """
   deadline = time.monotonic() + seconds
   with selectors.DefaultSelector() as selector:
     for other in others:
       other.setblocking(False)
-      with contextlib.suppress(OSError):  # it has ended already
+      with contextlib.suppress(OSError):  # it has exited already
         other.send(f'{code}\n'.encode())
       selector.register(other, selectors.EVENT_READ)
     while selector.get_map() and time.monotonic() < deadline:
@@ -47,15 +47,15 @@ def see_off(
 def follow(
   first: socket.socket, end: Callable[[int], None], seconds: float = GRACE
 ) -> None:
-  """Ends this process some time after process 0 has said that it ends.
+  """Ends this process some time after process 0 announces its exit.
 
-  Returns at once; a thread waits. A process 0 that dies says nothing, and the
-  thread does nothing: JAX ends this process then.
+  Returns at once; a thread waits. If process 0 dies without announcing it, the
+  thread does nothing: JAX then ends this process.
 
   Args:
     first: the connection to process 0.
     end: ends this process; takes the exit code of process 0.
-    seconds: how long this process may still take to end by itself.
+    seconds: how long this process may still take to exit by itself.
   """
 
   def wait():
@@ -67,7 +67,7 @@ def follow(
     time.sleep(seconds)
     with contextlib.suppress(OSError):
       print(
-        f'process 0 has ended with exit code {int(told)}, and so does this one',
+        f'process 0 exited with code {int(told)}; this process exits, too',
         file=sys.stderr,
         flush=True,
       )
@@ -78,7 +78,7 @@ def follow(
 
 
 def own_address() -> str:
-  """HOST:PORT that is free here, as other hosts reach it."""
+  """A free port of this host, as the HOST:PORT other hosts reach it by."""
   with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
     try:
       probe.connect(('10.255.255.255', 9))  # chooses a route, sends nothing

@@ -1,8 +1,9 @@
-"""A run's files, on a file system or in a bucket, and all that differs there.
+"""File access on a local file system or in a Google Cloud Storage bucket.
 
-A local path is a `pathlib.Path`; one in a bucket, gs://BUCKET/..., is an
+A local path is a `pathlib.Path`; a path in a bucket, gs://BUCKET/..., is an
 `epath.Path`, which has the same methods. A bucket has no folders, links, locks
-or renames. An object cannot grow, and appears whole once it is uploaded.
+or renames. An object cannot be appended to, and appears only once it is
+uploaded completely.
 """
 
 import contextlib
@@ -23,26 +24,26 @@ import numpy as np
 
 from diffusion_jax.system.errors import UserError
 
-# Where TensorFlow is installed, epath would import all of it to read a file.
+# Otherwise epath imports all of TensorFlow, where installed, to read a file.
 os.environ.setdefault('EPATH_USE_TF', 'false')
 
 from etils import epath
 
 Path = pathlib.Path | epath.Path
 
-PACKAGES = ('gcsfs', 'google.cloud.storage')  # epath needs one, Orbax the other
+PACKAGES = ('gcsfs', 'google.cloud.storage')  # for epath and Orbax
 PATIENCE = 30  # seconds that a bucket may take to answer
 
-# For fsspec. Others write to a bucket too, so nobody's listing may be kept. The
-# search for more than Google's own credentials takes a minute in vain.
+# For fsspec. Listings are not cached, because other processes write to the
+# bucket, too. Searching beyond Google's default credentials costs a minute.
 OPTIONS = {'use_listings_cache': False, 'token': 'google_default'}
 
 
 def at(path) -> Path:
-  """A path as a user gave it: local, or in a bucket that has answered.
+  """Converts a user's path: local, or in a bucket that can be reached.
 
   Raises:
-    UserError: it is neither, or the bucket cannot be reached.
+    UserError: the path is neither, or the bucket cannot be reached.
   """
   text = os.fspath(path)
   if not re.match(r'\w+:/', text):
@@ -58,7 +59,7 @@ def at(path) -> Path:
 
 
 def cache(given: str | None = None) -> Path:
-  """The folder for features and weights: the one given, or the user's own."""
+  """The folder for cached features and weights: `given`, or the default."""
   base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   return at(given or f'{base}/diffusion_jax').expanduser()
 
@@ -72,35 +73,35 @@ def _reach(bucket: str) -> None:
   """Raises UserError unless the bucket answers."""
   if not all(map(_is_installed, PACKAGES)):
     raise UserError(
-      f'gs://{bucket}: a bucket takes two packages more, pip install gcsfs '
+      f'gs://{bucket}: buckets need two more packages: pip install gcsfs '
       'google-cloud-storage'
     )
-  given = fsspec.config.conf.get('gcs', {})  # by FSSPEC_GCS_TOKEN, say
+  given = fsspec.config.conf.get('gcs', {})  # from FSSPEC_GCS_TOKEN, say
   fsspec.config.conf['gcs'] = {**OPTIONS, **given}
-  # What it logs, it also raises.
+  # It raises everything that it logs.
   logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
   try:
     _objects().call('GET', 'b/{}', bucket, timeout=PATIENCE)
   except FileNotFoundError as e:
     raise UserError(
-      f'gs://{bucket}: there is no such bucket; make it first, or give another'
+      f'gs://{bucket}: there is no such bucket; create it, or give another'
     ) from e
-  except Exception as e:  # of four packages, without a class in common
+  except Exception as e:  # four packages raise these, with no common class
     raise UserError(
-      f'gs://{bucket} cannot be reached ({_reason(e)}): see to the network and '
-      'to credentials that may read it, gcloud auth application-default login'
+      f'gs://{bucket} cannot be reached ({_reason(e)}): check the network and '
+      'your credentials, gcloud auth application-default login'
     ) from e
 
 
 def _is_installed(package: str) -> bool:
   try:
     return importlib.util.find_spec(package) is not None
-  except ModuleNotFoundError:  # nor what it is a part of
+  except ModuleNotFoundError:  # its parent package is missing, too
     return False
 
 
 def _objects() -> fsspec.AbstractFileSystem:
-  return fsspec.filesystem('gcs', finalize_on_close=True)  # epath's own
+  return fsspec.filesystem('gcs', finalize_on_close=True)  # the one epath uses
 
 
 def _reason(error: Exception) -> str:
@@ -119,13 +120,14 @@ def _upload(file, path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path) -> Iterator[BinaryIO]:
-  """A file to write, which takes the place of `path` once it is whole.
+  """Opens a file for writing that replaces `path` once it is complete.
 
-  A kill leaves the old file, and at most a `path`.*.tmp beside it. Each writer
-  has a name of its own, so that of two at once the later one wins.
+  If the process is killed, the old file stays, possibly with a `path`.*.tmp
+  next to it. Temporary names are unique per writer: of two concurrent writers
+  the later wins.
 
   Raises:
-    UserError: a bucket does not take it.
+    UserError: writing to the bucket failed.
   """
   path = at(path)
   if in_bucket(path):
@@ -146,15 +148,16 @@ def replacing(path) -> Iterator[BinaryIO]:
 
 
 def growing(directory, *names) -> tuple[pathlib.Path, Callable[..., None]]:
-  """A local folder, in which files can grow, for one that may be in a bucket.
+  """A local folder whose files can be appended to, for any directory.
 
   Args:
-    directory: where the files belong.
-    names: those that are there already and are to grow.
+    directory: the files' destination, local or in a bucket.
+    names: existing files to append to.
 
   Returns:
-    (the folder, put): the directory itself, or a temporary one. `put()` brings
-    all of its files to a bucket, `put(NAME)` one of them; else it does nothing.
+    (folder, put). For a local directory, the directory itself and a no-op. For
+    one in a bucket, a temporary folder and a function: `put()` uploads all of
+    its files, `put(NAME)` one of them.
   """
   directory = at(directory)
   if not in_bucket(directory):
@@ -173,9 +176,9 @@ def growing(directory, *names) -> tuple[pathlib.Path, Callable[..., None]]:
 
 
 def mapped(path) -> np.ndarray:
-  """The array of a .npy file, mapped; of an object, a copy on disk is.
+  """Memory-maps a .npy file; an object in a bucket is copied to disk first.
 
-  So a header that lies about the size is found out, and costs no memory.
+  A header that claims a wrong size is thus detected at no cost in memory.
 
   Raises:
     ValueError: the file is damaged, or holds Python objects.
@@ -183,20 +186,20 @@ def mapped(path) -> np.ndarray:
   path = at(path)
   if not in_bucket(path):
     return np.load(path, mmap_mode='r', allow_pickle=False)
-  with tempfile.NamedTemporaryFile() as copy:  # lives on while it is mapped
+  with tempfile.NamedTemporaryFile() as copy:  # stays on disk while mapped
     _objects().get_file(str(path), copy.name)
     return np.load(copy.name, mmap_mode='r', allow_pickle=False)
 
 
 def entries(directory) -> set[str]:
-  """The names in a folder, but for what a killed writer left."""
+  """The names in a folder, without leftovers of killed writers."""
   return {
     path.name for path in at(directory).iterdir() if path.suffix != '.tmp'
   }
 
 
 def make(directory) -> Path:
-  """Makes a folder, and those it lies in; a bucket needs none."""
+  """Creates a folder and its parents; a bucket needs none."""
   directory = at(directory)
   if not in_bucket(directory):
     directory.mkdir(parents=True, exist_ok=True)
@@ -204,7 +207,7 @@ def make(directory) -> Path:
 
 
 def remove(directory) -> None:
-  """Removes a folder and all that is in it, if it is there."""
+  """Removes a folder and its contents, if it exists."""
   directory = at(directory)
   if in_bucket(directory):
     if directory.exists():
@@ -219,18 +222,18 @@ def absolute(path) -> Path:
 
 
 def resolved(path) -> Path:
-  """Absolute, and through links."""
+  """The absolute path, with links resolved."""
   path = at(path)
   return path if in_bucket(path) else path.resolve()
 
 
 def parents(path: Path) -> list[Path]:
-  """The folders that it lies in, the nearest first, up to the bucket."""
+  """The folders that contain `path`, nearest first, up to the bucket."""
   # An epath's parts are '/', 'gs', the bucket, and the names in it.
   outermost = 3 if in_bucket(path) else 0
   return [p for p in path.parents if len(p.parts) >= outermost]
 
 
 def modified(path: Path) -> float:
-  """When it was written, in seconds; of an object, in whole ones."""
+  """The modification time in seconds; whole seconds for objects."""
   return path.stat().mtime if in_bucket(path) else path.stat().st_mtime

@@ -1,7 +1,7 @@
-"""Arrays in .npy and .npz files that may come from anywhere.
+"""Safe reading of arrays from untrusted .npy and .npz files.
 
-Nothing is unpickled, and what a header claims is checked against the size of
-the file before any memory is taken.
+Nothing is unpickled, and the size in a header is checked against the size of
+the file before any memory is allocated.
 """
 
 import io
@@ -16,11 +16,11 @@ import numpy as np
 
 from diffusion_jax.system.errors import UserError
 
-# Longer headers than this belong to no array of numbers.
+# No array of numbers has a longer header.
 _MAX_HEADER_BYTES = 16384
-# Deflate's limit, 1032, and room for a few bytes of block headers.
+# Deflate's limit, 1032, plus room for a few bytes of block headers.
 _MAX_COMPRESSION = 1040
-# What NumPy and zipfile raise for damaged files.
+# The exceptions that NumPy and zipfile raise for damaged files.
 DAMAGED = (
   *(OSError, EOFError, ValueError, LookupError, RuntimeError, SyntaxError),
   *(TypeError, OverflowError, MemoryError),
@@ -29,7 +29,7 @@ DAMAGED = (
 
 
 class Header(NamedTuple):
-  """What the head of a .npy stream says."""
+  """The header of a .npy stream."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
@@ -47,23 +47,23 @@ def read_member(
   where: str,
   check_fn: Callable[[Header, str], None],
 ) -> np.ndarray:
-  """Reads one array of a .npz, once its header has passed the checks.
+  """Reads one array of a .npz file after checking its header.
 
   Args:
     archive: the file.
-    name: of the array.
-    where: what to call it in an error.
-    check_fn: (header, where), raises what it has against the array.
+    name: the name of the array.
+    where: what to call the array in errors.
+    check_fn: called with (header, where); raises if the array is unsuitable.
 
   Raises:
-    UserError: it is damaged, or compressed in another way than NumPy's.
+    UserError: the array is damaged, or compressed in a way NumPy does not use.
   """
   info = archive.getinfo(f'{name}.npy')
   with archive.open(info) as stream:
     header = read_header(stream, where)
   check_fn(header, where)
   check_bytes(header, info.file_size, where)
-  # np.savez knows these two, and both bound what a small file can hold.
+  # The two that NumPy writes; both bound how much a small file can expand to.
   if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
     raise UserError(
       f'{where} is compressed in a way that NumPy does not use: write it with '
@@ -88,15 +88,15 @@ def read_member(
 
 
 def read_header(stream: BinaryIO, where: str) -> Header:
-  """Parses the head of a .npy stream, reading a bounded number of bytes.
+  """Parses the header of a .npy stream, reading a bounded number of bytes.
 
   Args:
-    stream: at its beginning.
-    where: what to call it in an error.
+    stream: the stream, at its beginning.
+    where: what to call the array in errors.
 
   Raises:
-    UserError: it holds Python objects.
-    ValueError: it is damaged, as are other errors of DAMAGED.
+    UserError: the array holds Python objects.
+    ValueError: the header is damaged; others of DAMAGED mean the same.
   """
   head = io.BytesIO(stream.read(_MAX_HEADER_BYTES))
   version = np.lib.format.read_magic(head)
@@ -104,7 +104,7 @@ def read_header(stream: BinaryIO, where: str) -> Header:
     fields = np.lib.format.read_array_header_1_0(head)
   elif version == (2, 0):
     fields = np.lib.format.read_array_header_2_0(head)
-  else:  # 3.0 is for names in Unicode, which pixels do not have
+  else:  # 3.0 is for Unicode field names, which plain arrays do not have
     raise ValueError(f'npy version {version}, need (1, 0) or (2, 0)')
   shape, is_fortran, dtype = fields
   if dtype.hasobject:

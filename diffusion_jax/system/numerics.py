@@ -1,9 +1,9 @@
-"""JAX's settings that numbers depend on, whatever the shell or a program says.
+"""Fixes the JAX settings that results depend on, whatever the environment.
 
-Variables such as JAX_DEFAULT_PRNG_IMPL or JAX_ENABLE_X64 would change the noise
-of a run, or of half of it, without a word. Binaries set what the project is
-made for; the library does so while it draws, and leaves a user's program as it
-was.
+Variables such as JAX_DEFAULT_PRNG_IMPL or JAX_ENABLE_X64 would silently change
+the noise of a run, or of half of it. Binaries fix these settings for the whole
+process; the library fixes them only while it samples, and then restores those
+of the user's program.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ SETTINGS = {
 
 
 def fix() -> None:
-  """Sets them for the whole process, before anything is computed."""
+  """Applies SETTINGS to the whole process; call before any computation."""
   for name, value in SETTINGS.items():
     jax.config.update(name, value)
 
 
 @contextlib.contextmanager
 def fixed() -> Iterator[None]:
-  """Sets them for this thread while it lasts; also a decorator.
+  """Applies SETTINGS to this thread within the context; also a decorator.
 
   Raises:
-    UserError: the program adds an offset to seeds, which JAX has no context
-      for.
+    UserError: the program sets jax_random_seed_offset, which JAX cannot
+      override for a context.
   """
   offset = jax.config.jax_random_seed_offset
   if offset:

@@ -1,4 +1,4 @@
-"""What people see of a binary: its one-line mistakes, progress, tables."""
+"""Terminal output of the binaries: one-line errors, progress and tables."""
 
 import contextlib
 import json
@@ -13,16 +13,16 @@ from tqdm import tqdm
 
 from diffusion_jax.system import distributed
 
-# Who started a binary may name a file there, to read its one line again: stderr
-# is the user's, whose terminal shows bars only where nothing is in between.
+# Names a file that receives a copy of the error line. A program that starts a
+# binary cannot read it from stderr: progress bars need stderr to be a terminal.
 ERROR_FILE = 'DIFFUSION_JAX_ERROR_FILE'
 
 
 def fail(message: str) -> None:
-  """One line on stderr, exit code 2, at once.
+  """Prints one line on stderr and exits with code 2 at once.
 
-  Python's own exit waits for all threads, and those of a save that has failed
-  wait for minutes.
+  Python's normal exit waits for all threads, and the threads of a failed save
+  can take minutes.
   """
   print(f'error: {message}', file=sys.stderr, flush=True)
   if path := os.environ.get(ERROR_FILE):
@@ -32,14 +32,14 @@ def fail(message: str) -> None:
 
 
 class Progress:
-  """A bar on a terminal, a line now and then elsewhere; on stderr.
+  """Progress on stderr: a bar on a terminal, otherwise occasional lines.
 
   Args:
     title: what is counted.
-    total: how many there will be.
-    done: how many there are already.
-    unit: of the count.
-    seconds: between lines where there is no terminal.
+    total: the final count.
+    done: the initial count.
+    unit: the unit of the count.
+    seconds: the time between lines without a terminal.
   """
 
   def __init__(self, title, total, done=0, unit='steps', seconds=20.0):
@@ -63,7 +63,7 @@ class Progress:
     self._bar.close()
 
   def update(self, count: int = 1, note: str = '') -> None:
-    """Counts on; a note ('loss 0.03') stays until the next one."""
+    """Adds to the count; a note ('loss 0.03') is shown until the next one."""
     self._done += count
     self._bar.update(count)
     if note:
@@ -71,7 +71,7 @@ class Progress:
       self._bar.set_postfix_str(note, refresh=False)
     now = time.monotonic()
     if self._start is None:
-      # The first takes the compilation, and would spoil the rate.
+      # The first update includes compilation and would distort the rate.
       self._start, self._first = now, self._done
     elif (
       not self._terminal
@@ -92,11 +92,11 @@ class Progress:
 
 @contextlib.contextmanager
 def waiting(title: str, seconds: float = 20.0) -> Iterator[None]:
-  """Shows that something long is under way, whose end is not known; on stderr.
+  """Shows on stderr that a task of unknown duration is running.
 
   Args:
-    title: what is.
-    seconds: between lines where there is no terminal.
+    title: the task.
+    seconds: the time between lines without a terminal.
   """
   terminal = sys.stderr.isatty()
   start, done = time.monotonic(), threading.Event()
@@ -124,13 +124,13 @@ def waiting(title: str, seconds: float = 20.0) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-  """A line for people, on stderr: what runs, not what came of it."""
+  """Prints a status line on stderr; results go to stdout."""
   if distributed.is_first():
     print(text, file=sys.stderr, flush=True)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-  """Lines of aligned text: the first column to the left, numbers right."""
+  """Lines of aligned text: the first column left-aligned, the others right."""
   widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
 
   def line(cells):
@@ -144,17 +144,17 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def report(result: dict, text: str, as_json: bool) -> None:
-  """A binary's last word on stdout: a line for people, or JSON."""
+  """Prints a binary's result on stdout: as text, or as JSON."""
   if distributed.is_first():
     write(json.dumps(result, indent=2) if as_json else text)
 
 
 def write(text: str) -> None:
-  """A text on stdout, whoever reads along or has gone."""
+  """Prints text on stdout, even if its reader has closed the pipe."""
   try:
     print(text, flush=True)
   except BrokenPipeError:
-    # Who read along has gone; Python's own flush at the end would complain.
+    # The reader is gone; Python's flush at exit would raise again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except OSError as e:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

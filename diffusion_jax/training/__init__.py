@@ -1,1 +1,1 @@
-"""State, step, loop, and what keeps them: sharding, checkpoints, metrics."""
+"""Training: state, step and loop, with sharding, checkpoints and metrics."""

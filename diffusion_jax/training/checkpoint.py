@@ -1,9 +1,9 @@
-"""Checkpoints: the only file that knows Orbax.
+"""Saves and restores checkpoints with Orbax.
 
 A checkpoint holds the whole `TrainState`, with a checksum of each of its
-arrays, and can be restored on any mesh. What a restore would silently accept
-(another dtype, flipped bits) or answer with pages (another tree, a damaged
-file) is told in one line, and so is what keeps a save from being written.
+arrays, and can be restored on any mesh. Errors that Orbax would silently accept
+(another dtype, flipped bits) or report in pages of output (another tree, a
+damaged file) become one-line errors, and so do failed saves.
 """
 
 import contextlib
@@ -34,10 +34,11 @@ from diffusion_jax.training.stored import (
 
 
 def _hush() -> None:
-  """What Orbax prints in pages, from its threads at any time, it also raises.
+  """Silences output of Orbax's threads about errors that it also raises.
 
-  It logs at level ERROR. And where one read or write of many fails, it closes
-  its event loop, and TensorStore prints a traceback for each that ends later.
+  Orbax logs them at level ERROR. When one of several reads or writes fails, it
+  also closes its event loop, and TensorStore then prints a traceback for each
+  of the others.
   """
   printed = sys.unraisablehook
 
@@ -56,20 +57,20 @@ _hush()
 
 
 class Checkpoints:
-  """The checkpoints of a run, in `directory`, one folder a step.
+  """The checkpoints of a run, in `directory`, one folder per step.
 
-  Older ones are deleted when a new one is whole, but for those that somebody
-  holds, see `hold`.
+  Old checkpoints are deleted once a new one is complete, except held ones, see
+  `held.hold`.
 
   Args:
-    directory: where they lie; made if needed.
-    keep_last: how many of the newest are kept.
-    keep_every: those at multiples of this many steps are kept for ever; 0 =
-      none.
-    frozen: name -> parameters of the parts that are not trained. They are not
-      saved; their checksums are, and a checkpoint is only restored with the
-      same ones.
-    origins: name -> where a frozen part comes from, for people.
+    directory: the folder of the checkpoints; created if needed.
+    keep_last: how many of the newest checkpoints to keep.
+    keep_every: checkpoints at multiples of this many steps are never deleted;
+      0 = none.
+    frozen: name -> parameters of the parts that are not trained. Only their
+      checksums are saved, and a checkpoint can only be restored with the same
+      parameters.
+    origins: name -> where a frozen part comes from, for messages.
   """
 
   def __init__(
@@ -85,7 +86,7 @@ class Checkpoints:
       name: {'from': (origins or {})[name], SUMS: checksum.of(part)}
       for name, part in (frozen or {}).items()
     }
-    self._saving = None  # (step, what Orbax gives to wait for)
+    self._saving = None  # (step, Orbax's future)
     keep, save = (
       ocp.training.preservation_policies,
       ocp.training.save_decision_policies,
@@ -108,15 +109,15 @@ class Checkpoints:
       if not any(raised):
         self.wait()
     finally:
-      # What goes wrong here has been told: by wait(), or by what was raised.
+      # Errors here have been reported by wait(), or by the exception raised.
       with contextlib.suppress(Exception):
         self._checkpointer.close()
 
   def save(self, step: int, state: TrainState) -> None:
-    """Begins to save; returns once the state may be donated.
+    """Starts a save; returns once the state may be donated.
 
     Raises:
-      UserError: it, or the save before it, cannot be written.
+      UserError: this checkpoint, or the previous one, cannot be written.
     """
     self.wait()
     tree = state._asdict()
@@ -128,10 +129,10 @@ class Checkpoints:
     self._saving = step, saving
 
   def wait(self) -> None:
-    """Returns when the last save is whole on disk.
+    """Waits until the last save is complete on disk.
 
     Raises:
-      UserError: it cannot be written; once.
+      UserError: the checkpoint cannot be written; raised once.
     """
     if self._saving is not None:
       (step, saving), self._saving = self._saving, None
@@ -139,7 +140,7 @@ class Checkpoints:
         saving.result()
 
   def restore(self, step: int, abstract: TrainState) -> TrainState:
-    """The state at `step`, laid out as `abstract` says.
+    """Restores the state at `step`, with the shardings of `abstract`.
 
     Raises:
       UserError: the checkpoint is damaged, holds another model, or was trained
@@ -151,25 +152,23 @@ class Checkpoints:
 
 
 def newest(directory) -> str:
-  """For people: what a run goes on from."""
+  """Says from which checkpoint a run can resume, for messages."""
   there = steps(directory)
   if not there:
     return 'there is no checkpoint yet'
-  return (
-    f'checkpoint {there[-1]} is whole, and the same command goes on from it'
-  )
+  return f'checkpoint {there[-1]} is complete; the same command resumes from it'
 
 
 def find_step(directory, step: int | None, flag: str = 'step') -> int:
-  """`step`, or the newest.
+  """Returns `step` if it has a checkpoint; by default the newest step.
 
   Args:
-    directory: the checkpoints'.
-    step: which one; None = the newest.
-    flag: what the user gave the step by, for the message.
+    directory: the folder of the checkpoints.
+    step: the step; None = the newest.
+    flag: the flag that gave the step, for the message.
 
   Raises:
-    UserError: there is no such checkpoint; the message lists those there are.
+    UserError: there is no such checkpoint; the message lists the existing ones.
   """
   there = steps(directory)
   if not there:
@@ -188,16 +187,16 @@ def find_step(directory, step: int | None, flag: str = 'step') -> int:
 
 
 def save_params(directory, step: int, ema_params, params=None) -> None:
-  """Writes a checkpoint of parameters alone, from which no training goes on.
+  """Writes a checkpoint of parameters only; training cannot resume from it.
 
   Args:
-    directory: of the checkpoints; made if needed.
-    step: the training step that they are of.
-    ema_params: the average, a nested dict of arrays.
-    params: the raw parameters, or None where nobody has them.
+    directory: the folder of the checkpoints; created if needed.
+    step: the training step of the parameters.
+    ema_params: the averaged parameters, a nested dict of arrays.
+    params: the raw parameters, or None if they are not available.
 
   Raises:
-    UserError: it cannot be written.
+    UserError: the checkpoint cannot be written.
   """
   tree = {'ema_params': ema_params}
   if params is not None:
@@ -212,13 +211,13 @@ def save_params(directory, step: int, ema_params, params=None) -> None:
 
 
 def load_params(directory, step: int, abstract, *, ema: bool = True):
-  """The parameters alone, read without the optimiser's moments.
+  """Loads the parameters only, without the optimiser's state.
 
   Args:
-    directory: the checkpoints'.
-    step: which one.
+    directory: the folder of the checkpoints.
+    step: the step of the checkpoint.
     abstract: the parameters' shapes, dtypes and shardings.
-    ema: the average, or the raw parameters.
+    ema: whether to load the averaged or the raw parameters.
 
   Raises:
     UserError: the checkpoint is damaged or holds another model.
@@ -231,23 +230,23 @@ def load_params(directory, step: int, abstract, *, ema: bool = True):
 def load_common(
   directory, step: int, abstract, *, ema: bool = True
 ) -> tuple[dict, list[dict]]:
-  """The parameters that another model has in common with this one.
+  """Loads the parameters that a checkpoint has in common with another model.
 
-  Those are taken whose name and shape agree; no others are read.
+  Parameters with the same name and shape are loaded; the others are not read.
 
   Args:
-    directory: the other run's checkpoints.
-    step: which one.
-    abstract: this model's parameters: shapes, dtypes and shardings.
-    ema: the average, or the raw parameters.
+    directory: the folder of the checkpoints.
+    step: the step of the checkpoint.
+    abstract: the other model's parameters: shapes, dtypes and shardings.
+    ema: whether to load the averaged or the raw parameters.
 
   Returns:
-    (taken, left): name -> array, laid out as `abstract` says, and for every
-    other parameter of the two models {'name', 'there', 'here'}, its shape in
-    each, None where it has none.
+    (taken, left). `taken` maps name -> array, with the shardings of `abstract`.
+    `left` has a dict {'name', 'there', 'here'} for every other parameter of the
+    two: its shape in the checkpoint and in the model, None if missing.
 
   Raises:
-    UserError: the checkpoint is damaged, or nothing is in common.
+    UserError: the checkpoint is damaged, or there is no common parameter.
   """
   part = 'ema_params' if ema else 'params'
   with _stored(directory, step, 'init_step') as stored:
@@ -271,8 +270,8 @@ def load_common(
     }
     if not wanted:
       raise UserError(
-        f'{stored} has no parameter of this name and shape in common with the '
-        'config: begin from a run of a similar model'
+        f'{stored} has no parameter of the same name and shape as the '
+        "config's model: start from a run of a similar model"
       )
     chosen = jax.tree.structure(stored.tree[part]).unflatten(
       wanted.get(name, ...) for name in there
@@ -291,11 +290,11 @@ def _stored(directory, step, flag='step') -> Iterator[Stored]:
 
 @contextlib.contextmanager
 def _writing(step) -> Iterator[None]:
-  """Tells in one line what the system has against a save."""
+  """Reports in one line why the system refused a save."""
   try:
     yield
   except (OSError, ValueError) as e:
-    # TensorStore's errors are ValueErrors, with the system's number in them.
+    # TensorStore's errors are ValueErrors that contain the errno.
     code = re.search(r"os_error_code='(\d+)'", str(e))
     if not (code or isinstance(e, OSError) or 'gs://' in str(e)):
       raise

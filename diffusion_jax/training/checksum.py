@@ -1,4 +1,4 @@
-"""Checksums of arrays, computed where they lie, whatever their layout."""
+"""Checksums of arrays, computed on their devices, whatever their sharding."""
 
 import jax
 import jax.numpy as jnp
@@ -7,22 +7,23 @@ from diffusion_jax import models
 
 
 def of(tree) -> dict[str, int]:
-  """One number for each array of a tree: {name: 0 .. 2**32 - 1}.
+  """A checksum for each array of a tree: {name: 0 .. 2**32 - 1}.
 
-  The number is the sum mod 2**32 of m(b[i] ^ m(i)) over the elements, b[i]
-  being the bits of the element at position i of the flattened array and m the
-  bijection of `_mix`. A sum has no order, so the mesh, the layout and the
-  number of processes do not matter, and every process gets the same numbers.
+  The checksum is the sum mod 2**32 of m(b[i] ^ m(i)) over the elements, where
+  b[i] are the bits of the element at position i of the flattened array and m is
+  the bijection `_mix`. A sum does not depend on the order, so the mesh, the
+  sharding and the number of processes do not matter, and every process gets the
+  same result.
 
-  A change of any one element is seen for certain: ^ with a constant and m are
-  bijections, so that its term, alone, becomes another number below 2**32. Of
-  changes to several elements, a swap among them, one in 2**32 goes unseen.
+  A change of a single element is always detected: xor with a constant and m are
+  bijections, so its term changes mod 2**32. Changes of several elements, such
+  as a swap, go undetected with probability 2**-32.
 
   Args:
-    tree: of global arrays, of any shape; 64 bits count as two elements.
+    tree: global arrays of any shape; a 64-bit element counts as two.
   """
-  # One after the other: small programs that all reduce over the devices can
-  # block each other for ever on a CPU, where they would run at once.
+  # One at a time: small programs that reduce over the devices can deadlock on
+  # CPUs if they run concurrently.
   return {n: int(_checksum(leaf)) for n, leaf in models.named(tree).items()}
 
 
@@ -39,7 +40,7 @@ def _checksum(array: jax.Array) -> jax.Array:
 def _positions(shape: tuple[int, ...]) -> jax.Array:
   """uint32 [*shape], 0, 1, 2, ... in C order, mod 2**32.
 
-  Of each axis by itself: a reshape would gather what is split.
+  Computed axis by axis: a reshape would gather sharded arrays.
   """
   positions, stride = jnp.zeros(shape, jnp.uint32), 1
   for axis in reversed(range(len(shape))):

@@ -1,7 +1,7 @@
-"""Checkpoints that somebody holds: they are not deleted.
+"""Held checkpoints: other processes can protect checkpoints from deletion.
 
-A file beside the checkpoints' folder names them. (What is in the folder and is
-no whole checkpoint, Orbax takes for a torn save, and deletes.)
+A file next to the checkpoints' folder lists them. (It cannot be in the folder:
+Orbax would take it for an incomplete save and delete it.)
 """
 
 import functools
@@ -14,30 +14,31 @@ from absl import logging
 from diffusion_jax.system import files
 
 HELD = 'held.json'
-# What a file of JSON raises that is damaged, or holds something else.
+# The exceptions raised when the JSON is damaged or holds something else.
 DAMAGED = (ValueError, TypeError, AttributeError, RecursionError)
 
 
 def hold(directory, steps: Iterable[int], by: str = 'somebody') -> None:
-  """Keeps checkpoints from being deleted, until they are named no more.
+  """Protects checkpoints from deletion until a later call no longer lists them.
 
-  For what follows a run that goes on: it holds what it reads, and the best so
-  far. It is heeded from the next save on; the one that is under way has chosen
-  what it deletes, so see afterwards whether they are there. Of two that write
-  at one moment one may be lost: say it again now and then.
+  For programs that follow a run in progress: they hold the checkpoint they
+  read and the best one so far. A hold applies from the next save on. A save in
+  progress has already chosen what to delete, so check afterwards that the
+  checkpoints still exist. If two holders write at the same moment, one of the
+  writes may be lost: repeat the call now and then.
 
   Args:
-    directory: the checkpoints'.
-    steps: all that are to be held; others, held before, are let go.
-    by: who holds them; others' are left alone.
+    directory: the folder of the checkpoints.
+    steps: all steps to hold; steps held earlier by this holder are released.
+    by: the name of the holder; steps held by other holders stay held.
 
   Raises:
-    UserError: a bucket does not take it.
+    UserError: writing to the bucket failed.
   """
   path = _held_path(directory)
   try:
     there = _holders(path)
-  except DAMAGED:  # it is written anew, which mends it
+  except DAMAGED:  # rewriting the file repairs it
     there = {}
   now = {**there, by: sorted(set(map(operator.index, steps)))}
   if now != there:
@@ -46,25 +47,25 @@ def hold(directory, steps: Iterable[int], by: str = 'somebody') -> None:
 
 
 def steps(directory, otherwise: Iterable[int] = ()) -> set[int]:
-  """The steps that somebody holds; whether they are there is not asked.
+  """The held steps, whether or not their checkpoints exist.
 
   Args:
-    directory: the checkpoints'.
-    otherwise: what is held where that cannot be read, which is warned of; a
-      training does not stop for it.
+    directory: the folder of the checkpoints.
+    otherwise: what to return, with a warning, if the file cannot be read;
+      training does not stop for this.
   """
   path = _held_path(directory)
   try:
     return set().union(*_holders(path).values())
-  except Exception as e:  # of a file system, a bucket, JSON, or what is in it
+  except Exception as e:  # from the file system, a bucket, or damaged JSON
     otherwise = set(otherwise)
     some = ', '.join(map(str, sorted(otherwise))) or 'none'
-    _warn_once(f'{path} is unreadable ({e!r}): of checkpoints, {some} are held')
+    _warn_once(f'{path} is unreadable ({e!r}): held checkpoints: {some}')
     return otherwise
 
 
 def _holders(path) -> dict[str, list[int]]:
-  """Who holds which steps."""
+  """Holder -> the steps it holds."""
   try:
     text = path.read_text()
   except FileNotFoundError:
@@ -85,9 +86,9 @@ def _warn_once(message: str) -> None:
 
 
 class Policy:
-  """The checkpoints that somebody holds, for Orbax, which asks at each save.
+  """Orbax's preservation policy for held checkpoints, queried at each save.
 
-  In several processes each asks for itself, but only the first one deletes.
+  Every process evaluates the policy, but only the first one deletes.
   """
 
   def __init__(self, directory):
@@ -95,6 +96,6 @@ class Policy:
     self._steps = set()
 
   def should_preserve(self, checkpoints, *, context):
-    # What is gone for a moment, on a network's disk, lets go of nothing.
+    # If a network disk is briefly unavailable, the last known holds apply.
     self._steps = steps(self._directory, self._steps)
     return [it.step in self._steps for it in checkpoints]

@@ -14,7 +14,7 @@ from diffusion_jax.training.state import TrainState
 
 
 class Every(NamedTuple):
-  """How often, in steps, things happen; 0 = never."""
+  """Intervals in steps; 0 = never."""
 
   log: int = 100
   eval: int = 0
@@ -26,33 +26,34 @@ def due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-# What must be finite in every step, where it is there.
+# Metrics that must be finite in every step, if present.
 WATCHED = ('loss', 'grad_norm', 'param_norm', 'heldout_loss')
 
 
 class Diverged(Exception):
-  """A number is not finite; `good` is the newest step known to be well."""
+  """A metric is not finite; `good` is the newest step known to be good."""
 
   def __init__(self, name: str, value, step: int):
     super().__init__(f'{name} is {value} at step {step}')
-    # Step k starts from the parameters of k - 1: a broken loss accuses those.
+    # Step k starts from the parameters of step k - 1, so a bad loss or gradient
+    # means that those are bad.
     blames_before = name in ('loss', 'grad_norm')
     self.good = step - 2 if blames_before else step - 1
 
 
 class Rows:
-  """Metrics on their way to the writer, one step late.
+  """Passes metrics to the writer, one step late.
 
   The values stay on the device until the next step has been dispatched, so that
-  the host never waits for a result that it could have asked for later. Every
-  loss is looked at, whether its step is logged or not.
+  the host does not block on the current step. The loss of every step is
+  checked, whether it is logged or not.
   """
 
   def __init__(self, writer: metrics.Writer, examples_per_step: int):
     self._writer = writer
     self._examples = examples_per_step
-    self._waiting = []  # (step, what to write or None, values on the device)
-    self._then = None  # when the last logged step was seen to end
+    self._waiting = []  # (step, whether to log, values on the device)
+    self._then = None  # when the last logged step was found finished
     self._counted = 0
 
   def add(self, step: int, values: dict, log: bool) -> None:
@@ -61,11 +62,11 @@ class Rows:
   def flush(self, keep: int) -> dict:
     """Writes all but the last `keep` steps; returns the last row written.
 
-    Without a row to write, it looks only at every 100th step, so that the host
-    may run ahead.
+    Without a row to write, values are fetched only every 100 steps, so that the
+    host can run ahead.
 
     Raises:
-      Diverged: a watched number is not finite.
+      Diverged: a watched metric is not finite.
     """
     ready = self._waiting[: len(self._waiting) - keep]
     row = {}
@@ -106,29 +107,29 @@ def train(
   on_step: Callable[[dict], None] = lambda row: None,
   stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
-  """Trains from the state's step to num_steps, or to where it must stop.
+  """Trains from the state's step to num_steps, or until told to stop.
 
-  A row of metrics belongs to step k when its loss is that of the k-th update,
-  counted from 1; held-out values in it are of the parameters after the update.
+  The metrics row of step k has the loss of the k-th update, counted from 1, and
+  the held-out values of the parameters after that update.
 
   Args:
-    state: donated to the first step.
+    state: the initial state; donated to the first step.
     step_fn: the jitted training step.
     batches: global batches, from the state's step on.
-    num_steps: where to end.
-    batch_size: images in a step, over all devices.
-    every: how often things happen.
-    checkpoints: where the state is kept, whole at the end too.
-    writer: of the metrics.
+    num_steps: the step to train to.
+    batch_size: images per step, over all devices.
+    every: the intervals of logging, evaluation, sampling and checkpoints.
+    checkpoints: where the state is saved, also at the end.
+    writer: the metrics writer.
     eval_fn: state -> values for the row.
-    sample_fn: (state, step) -> None, draws a grid.
-    on_step: called after each step with the newest row, {} mostly.
-    stop: step -> whether it is the last one; asked after each.
+    sample_fn: (state, step) -> None, draws a grid of samples.
+    on_step: called after each step with the newest row, usually {}.
+    stop: step -> whether to stop after this step; called after each step.
 
   Raises:
-    UserError: the loss stopped being finite, and the newest checkpoint known to
-      be good is named and kept; or a file cannot be read or written, and the
-      newest that is whole is named.
+    UserError: the loss is not finite (the message names the newest checkpoint
+      known to be good, which is kept), or a file cannot be read or written (the
+      message names the newest complete checkpoint).
   """
   start = step = int(state.step)
   rows = Rows(writer, batch_size)
@@ -143,12 +144,12 @@ def train(
       last = stop(step) or step == num_steps
       save = due(step, every.checkpoint) or last
       draw = sample_fn is not None and due(step, every.sample)
-      # One step late, except that nothing of a broken state is kept, and that
-      # a checkpoint at step k finds the rows up to k written: the next start
-      # cuts only what comes later.
+      # One step late, except before saving or sampling: a diverged state must
+      # not be saved, and the rows up to step k must be written before
+      # checkpoint k, because a restart drops only later rows.
       row = rows.flush(keep=0 if save or draw else 1)
       on_step(row)
-      if draw:  # before the checkpoint, or a kill between loses the picture
+      if draw:  # before the checkpoint, or a kill in between loses the grid
         sample_fn(state, step)
       if save:
         writer.flush()
@@ -158,7 +159,7 @@ def train(
     checkpoints.wait()
   except (OSError, UserError) as e:
     with contextlib.suppress(UserError):
-      checkpoints.wait()  # the one that is called whole may be under way
+      checkpoints.wait()  # so that the message names a complete checkpoint
     raise UserError(
       f'training stopped at step {step}: {_reason(e, checkpoints.directory)}; '
       f'{checkpoint.newest(checkpoints.directory)}'
@@ -171,7 +172,7 @@ def train(
 
 
 def _diverged(error: Diverged, directory) -> str:
-  """Which checkpoint to go on from, and what to change."""
+  """Says which checkpoint to resume from, and what to change."""
   kept = checkpoint.steps(directory)
   good = [step for step in kept if step <= error.good]
   newest = f'checkpoint {good[-1]} is good' if good else 'no checkpoint is good'
@@ -180,12 +181,12 @@ def _diverged(error: Diverged, directory) -> str:
   )
   return (
     f'training stopped: {error}; {newest}{suspect}; train with a lower '
-    'optim.lr or optim.clip_norm in a new workdir, or look at the data'
+    'optim.lr or optim.clip_norm in a new workdir, or check the data'
   )
 
 
 def _reason(error: OSError | UserError, checkpoints) -> str:
   if isinstance(error, OSError) and error.strerror:
-    # A write, unlike an opening, does not say of what: all are in the workdir.
+    # Unlike open(), a failed write names no file; all are in the workdir.
     return f'{error.strerror}: {error.filename or checkpoints.parent}'
   return str(error)

@@ -1,4 +1,4 @@
-"""Metrics: one JSON object a line, and TensorBoard's events beside it."""
+"""Metrics: a JSON object per line, and TensorBoard event files."""
 
 import json
 import math
@@ -16,9 +16,9 @@ EVERY = 30  # seconds
 
 
 def read(path) -> list[dict]:
-  """The whole lines of a metrics file; [] where there is none.
+  """Reads the complete lines of a metrics file; [] if there is no file.
 
-  A last line that a kill tore is left out.
+  A last line cut off by a kill is skipped.
   """
   path = files.at(path)
   if not path.exists():
@@ -28,9 +28,9 @@ def read(path) -> list[dict]:
 
 
 def truncate(path, step: int) -> None:
-  """Keeps the lines up to `step`: what came later will be computed again.
+  """Drops the lines after `step`, which will be computed again.
 
-  The file is replaced whole, so that a kill leaves the old or the new.
+  The file is replaced atomically: a kill leaves either the old or the new one.
   """
   path = files.at(path)
   if not path.exists():
@@ -41,7 +41,7 @@ def truncate(path, step: int) -> None:
 
 
 class Mute:
-  """Stands in for the writer in all processes but the first."""
+  """Replaces the writer in all processes but the first."""
 
   def _nothing(self, *_) -> None:
     pass
@@ -52,12 +52,12 @@ class Mute:
 class Writer:
   """Appends rows to `metrics.jsonl` and to TensorBoard's events.
 
-  In a bucket both are written anew by `flush`, the rows by `write` too, where
-  they are older than EVERY seconds.
+  In a bucket, `flush` uploads both files again, and `write` uploads the rows
+  when the last upload is more than EVERY seconds ago.
 
   Args:
-    workdir: where both lie.
-    step: of the checkpoint that the run goes on from; later rows are dropped.
+    workdir: the folder of both files.
+    step: the checkpoint that the run resumes from; later rows are dropped.
   """
 
   def __init__(self, workdir, step: int):
@@ -66,17 +66,17 @@ class Writer:
     folder, self._put = files.growing(workdir, ROWS)
     self._file, self._then = (folder / ROWS).open('a'), time.monotonic()
     again = any(workdir.glob('events.out.tfevents.*'))
-    # Not a SummaryWriter: on a full disk its thread dies, and the rows to come
-    # wait for it without end.
+    # Not a SummaryWriter: on a full disk its thread dies, and later writes
+    # block forever.
     self._board = EventsWriter(str(folder / 'events'))
     if again:
-      # TensorBoard passes over what an earlier start wrote of these steps.
+      # Makes TensorBoard ignore what an earlier start wrote for these steps.
       start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
       self._event(step + 1, session_log=start)
 
   def write(self, step: int, values: dict) -> None:
-    """One row; NaN, the mean over nothing, is left out."""
-    values = {'loss': values['loss'], **values}  # first, for who reads along
+    """Writes a row; NaN values (means over nothing) are left out."""
+    values = {'loss': values['loss'], **values}  # loss first, for readability
     values = {k: float(v) for k, v in values.items()}
     values = {k: v for k, v in values.items() if math.isfinite(v)}
     self._file.write(json.dumps({'step': step, **values}) + '\n')
@@ -88,12 +88,12 @@ class Writer:
       self._event(step, summary=summary.scalar(name, value))
 
   def picture(self, step: int, name: str, image: np.ndarray) -> None:
-    """A uint8 [H, W, C] image, to TensorBoard."""
+    """Writes a uint8 [H, W, C] image to TensorBoard."""
     picture = summary.image(name, image, dataformats='HWC')
     self._event(step, summary=picture)
 
   def flush(self) -> None:
-    """Both are where they belong when it returns; rows on a disk always are."""
+    """Writes out all buffered events and, in a bucket, uploads both files."""
     self._board.flush()
     self._put()
 

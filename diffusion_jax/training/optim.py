@@ -1,7 +1,7 @@
-"""Optimisers as a config's `optim` says: Adam or AdamW, and a schedule.
+"""Optimisers of a config's `optim`: Adam or AdamW with a schedule.
 
-Everything is a function of the step, so a run that goes on from a checkpoint
-takes the updates that it would have taken.
+Everything is a function of the step, so a run resumed from a checkpoint makes
+the same updates as an uninterrupted one.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ def learning_rate(
   end_lr: float = 0.0,
   **others: Any,
 ) -> optax.Schedule:
-  """The learning rate of a step: warm-up, then constant or a decay.
+  """The learning rate schedule: warm-up, then constant or a decay.
 
-  It rises linearly from exactly 0 at step 0 to lr at step warmup_steps. A decay
-  takes it from there to end_lr at step decay_steps, and it stays there.
+  The rate rises linearly from exactly 0 at step 0 to lr at step warmup_steps.
+  It then decays to end_lr at step decay_steps, and stays there.
 
   Args:
     lr: the learning rate after warm-up.
@@ -38,7 +38,7 @@ def learning_rate(
     decay_steps: the step at which the decay ends, counted from the start of
       training, above warmup_steps; unused with 'constant'.
     end_lr: the learning rate from then on.
-    **others: what else `create` takes, unused here.
+    **others: the other options of `create`, unused here.
   """
   del others
   length = decay_steps - warmup_steps
@@ -83,12 +83,13 @@ def create(
     b2: decay of the second moment.
     eps: added to the root of the second moment.
     name: one of OPTIMIZERS.
-    weight_decay: of 'adamw' (arXiv 1711.05101): each update also subtracts
-      learning rate x weight_decay x parameter. See `decayed` for which.
-    part_lr: name of a part of the parameters (a key of their outermost dict) ->
-      its learning rate in place of lr. Warm-up and decay scale with it: the
+    weight_decay: for 'adamw' (arXiv 1711.05101): each update also subtracts
+      learning rate x weight_decay x parameter, for the parameters that
+      `decayed` selects.
+    part_lr: maps a part of the parameters (a key of their outermost dict) to
+      its learning rate, in place of lr. Warm-up and decay scale with it: the
       part's rate is learning_rate(step) * part_lr[part] / lr.
-    decay: of the learning rate, see `learning_rate`.
+    decay: the decay of the learning rate, see `learning_rate`.
     decay_steps: the step at which it ends.
     end_lr: the learning rate from then on.
   """
@@ -103,15 +104,15 @@ def create(
   steps += [adam]
   if part_lr:
     steps += [_by_part({part: own / lr for part, own in part_lr.items()})]
-  # One alone is not chained: the state of older checkpoints has no tuple then.
+  # A single step is not chained: older checkpoints have no tuple in that case.
   return optax.chain(*steps) if steps[1:] else adam
 
 
 def decayed(params: Any) -> Any:
-  """Which parameters weight decay is for, a bool in place of each leaf.
+  """The mask of parameters with weight decay: a tree of bools.
 
-  As is usual (GPT, MAE, timm), matrices, kernels and tables of embeddings:
-  not biases, not the scales of normalisations, nor any other vector.
+  As usual (GPT, MAE, timm), matrices, kernels and embedding tables decay;
+  biases, normalisation scales and other vectors do not.
   """
 
   def is_decayed(name, leaf):
@@ -123,7 +124,7 @@ def decayed(params: Any) -> Any:
 
 
 def _by_part(factors: Mapping[str, float]) -> optax.GradientTransformation:
-  """Multiplies the updates of named parts; it has no state."""
+  """Multiplies the updates of named parts by a factor; stateless."""
 
   def init(params):
     unknown = factors.keys() - params.keys()

@@ -1,8 +1,8 @@
-"""Preemption: a run that is told to go saves first, and then goes.
+"""Preemption: on SIGTERM or SIGUSR1, a run saves a checkpoint and exits.
 
-SIGTERM is what clusters send some time before they kill. SIGUSR1 is what Slurm
-sends ahead of a job's time limit when it is asked to (`sbatch
---signal=USR1@300`), and there the job is put back into the queue.
+Clusters send SIGTERM some time before they kill a job. Slurm sends SIGUSR1
+before a job's time limit if requested (`sbatch --signal=USR1@300`); the job is
+then requeued.
 """
 
 import os
@@ -15,16 +15,16 @@ from jax.experimental import multihost_utils
 
 
 class Signals:
-  """SIGTERM and SIGUSR1, noted from now on to the end of the process.
+  """Records SIGTERM and SIGUSR1 from now until the process ends.
 
-  Python runs a handler between two of its own instructions, so that a
-  compilation or a step ends first. Several processes must have joined already:
-  JAX then holds SIGTERM, tells it to all of them and agrees with them on a step
-  that none has passed yet.
+  Python runs signal handlers between bytecode instructions, so a compilation or
+  a step finishes first. In a multi-process run the processes must have joined
+  already: JAX then handles SIGTERM, notifies all processes and agrees on a step
+  that none of them has passed yet.
 
   Attributes:
-    name: 'SIGTERM' or 'SIGUSR1', whichever came; '' where none did. Once
-      `reached` is true it is the same on every process.
+    name: the signal received, 'SIGTERM' or 'SIGUSR1', or ''. Once `reached` has
+      returned True, it is the same in every process.
   """
 
   def __init__(self):
@@ -35,17 +35,17 @@ class Signals:
     signal.signal(signal.SIGUSR1, self._note)
 
   def _note(self, number, _):
-    # SIGUSR1 asks for more than SIGTERM, which may follow it.
+    # SIGUSR1 also requeues the job, so a SIGTERM after it changes nothing.
     if self.name != 'SIGUSR1':
       self.name = signal.Signals(number).name
     if self._several:
-      os.kill(os.getpid(), signal.SIGTERM)  # JAX's, which tells the others
+      os.kill(os.getpid(), signal.SIGTERM)  # JAX notifies the other processes
 
   def reached(self, step: int) -> bool:
-    """Whether to save and go after this step; to be asked after every one.
+    """Whether to save and exit after this step; call after every step.
 
     Args:
-      step: the same on every process, and so is the answer.
+      step: the step, the same in every process, as is the result.
     """
     if not self._several:
       return bool(self.name)
@@ -60,10 +60,10 @@ def requeue(job: str) -> str:
   """Puts a Slurm job back into the queue.
 
   Args:
-    job: its number, SLURM_JOB_ID.
+    job: the job's number, SLURM_JOB_ID.
 
   Returns:
-    '', or in one line why it could not.
+    '' on success, otherwise the reason in one line.
   """
   command = ['scontrol', 'requeue', job]
   try:

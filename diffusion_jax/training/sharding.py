@@ -1,8 +1,8 @@
-"""Where arrays lie: the mesh, and sharding rules as data.
+"""The device mesh, and sharding rules as data.
 
-The mesh has three axes. 'data' copies parameters and splits the batch, 'fsdp'
-splits both, 'tensor' splits the channels. `jax.jit` with shardings is what used
-to be called pjit.
+The mesh has three axes. 'data' replicates the parameters and splits the batch,
+'fsdp' splits both, and 'tensor' splits the channels. `jax.jit` with shardings
+is the former pjit.
 """
 
 import math
@@ -23,18 +23,18 @@ BATCH = P(('data', 'fsdp'))
 # Parameters smaller than this many numbers are not worth splitting.
 SMALL = 2**14
 
-# (regex over parameter names, spec of the last axes): the first that matches
-# decides, then the largest axis still free that divides goes over 'fsdp'. A
-# kernel's last axis is the channels out, of dense layers and convolutions both.
+# (regex of parameter names, spec of the last axes): the first match applies,
+# then the largest remaining divisible axis is split over 'fsdp'. A kernel's
+# last axis is the output channels, for dense layers and convolutions.
 RULES = ((r'.*/kernel', P('tensor')),)
 
 
 def mesh_shape(num_devices: int, data=-1, fsdp=1, tensor=1) -> tuple:
-  """(data, fsdp, tensor) with one -1 replaced by what is left.
+  """(data, fsdp, tensor), with a -1 replaced by the remaining devices.
 
   Args:
-    num_devices: of the mesh.
-    data: size of the axis that copies the parameters.
+    num_devices: the number of devices of the mesh.
+    data: size of the axis that replicates the parameters.
     fsdp: size of the axis that splits them.
     tensor: size of the axis that splits their channels.
 
@@ -46,7 +46,7 @@ def mesh_shape(num_devices: int, data=-1, fsdp=1, tensor=1) -> tuple:
   free = [name for name, size in sizes.items() if size == -1]
   if len(free) > 1 or any(v < 1 and v != -1 for v in sizes.values()):
     raise ValueError(
-      f'mesh {given}: sizes are positive, and at most one is -1 (what is left)'
+      f'mesh {given}: sizes must be positive, and at most one -1 (the rest)'
     )
   known = math.prod(v for v in sizes.values() if v != -1)
   if free:
@@ -66,16 +66,16 @@ def _sizes(shape) -> str:
 def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
   """The mesh of all devices.
 
-  Along 'fsdp' and 'tensor' devices talk in every layer, along 'data' once a
-  step. So only 'data' crosses the slow network between TPU slices; between the
-  hosts of other devices too, where fsdp x tensor divides a host's devices.
+  Devices along 'fsdp' and 'tensor' communicate in every layer, along 'data'
+  once per step. So only 'data' crosses the slow network between TPU slices, and
+  between hosts of other devices if fsdp x tensor divides the devices of a host.
 
   Args:
-    data: size of the axis that copies parameters and splits the batch.
-    fsdp: of the axis that splits both.
-    tensor: of the axis that splits channels. One of the three may be -1, what
-      is left.
-    devices: JAX's, or some of them.
+    data: size of the axis that replicates parameters and splits the batch.
+    fsdp: size of the axis that splits both.
+    tensor: size of the axis that splits channels. One of the three may be -1,
+      the remaining devices.
+    devices: the devices to use; by default all.
 
   Raises:
     ValueError: the sizes do not use the devices exactly; one line.
@@ -89,7 +89,7 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
   if len(islands) == 1:
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
   if devices[0].platform != 'tpu':
-    devices.sort(key=_island)  # the last axes are then of neighbours
+    devices.sort(key=_island)  # the last axes then stay within a host
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
   if shape[0] % len(islands):
     raise UserError(
@@ -109,19 +109,20 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
 
 
 def _island(device):
-  """What the slow network connects: TPU slices, and hosts of other devices."""
+  """The fast-network group of a device: its TPU slice, or its host."""
   island = getattr(device, 'slice_index', 0)
   return island if device.platform == 'tpu' else (island, device.process_index)
 
 
 def spec_of(name: str, shape: tuple, mesh: Mesh, rules=RULES) -> P:
-  """The PartitionSpec of one parameter (or of its moments).
+  """The PartitionSpec of a parameter (or of its moments).
 
   Args:
-    name: of the parameter, with slashes.
-    shape: of the parameter.
+    name: the parameter's name, with slashes.
+    shape: the parameter's shape.
     mesh: the devices.
-    rules: (pattern of names, axes of the last dimensions); the first counts.
+    rules: (regex of names, spec of the last axes) pairs; the first match
+      applies.
   """
   axes = [None] * len(shape)
   if math.prod(shape) < SMALL:
@@ -135,7 +136,7 @@ def spec_of(name: str, shape: tuple, mesh: Mesh, rules=RULES) -> P:
   free = [i for i, axis in enumerate(axes) if axis is None]
   divisible = [i for i in free if shape[i] % mesh.shape['fsdp'] == 0]
   if divisible:
-    # Of equal sizes the last: kernels then split over their inputs or outputs.
+    # The last of equal sizes: kernels then split over inputs or outputs.
     axes[max(divisible, key=lambda i: (shape[i], i))] = 'fsdp'
   return P(*axes)
 
@@ -143,8 +144,8 @@ def spec_of(name: str, shape: tuple, mesh: Mesh, rules=RULES) -> P:
 def shardings(tree, mesh: Mesh, rules=RULES):
   """A NamedSharding for each leaf of a state (arrays or their shapes).
 
-  Optimiser moments and the EMA follow the parameters, because the rules look at
-  the end of the name and the shape.
+  Optimiser moments and the EMA are split like the parameters, because the rules
+  only use the end of the name and the shape.
   """
   return jax.tree.structure(tree).unflatten(
     NamedSharding(mesh, spec_of(name, leaf.shape, mesh, rules))
@@ -153,12 +154,13 @@ def shardings(tree, mesh: Mesh, rules=RULES):
 
 
 def abstract(tree, mesh: Mesh, rules=RULES):
-  """Shapes -> shapes that say where each leaf lies.
+  """Adds shardings to the shapes of a tree.
 
   Args:
-    tree: of arrays or of their shapes; parameters or a whole state.
+    tree: arrays or their shapes: parameters or a whole state.
     mesh: the devices.
-    rules: (regex over names, spec of the last axes), the first that matches.
+    rules: (regex of names, spec of the last axes) pairs; the first match
+      applies.
   """
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(
@@ -178,16 +180,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def gather_fsdp(params, mesh: Mesh, rules=RULES):
-  """Inside a jitted step: the parameters without their split over 'fsdp'.
+  """Inside a jitted step: gathers the parameters over 'fsdp'.
 
-  That is what FSDP does anyway, said aloud. Left to itself XLA computes wrong
-  gradients, without an error, for convolutions whose kernels are split over
-  'fsdp' and 'tensor' at once on a mesh with all three axes above 1.
+  FSDP does this anyway; the constraint makes it explicit. Without it, XLA
+  silently computes wrong gradients for convolutions with kernels split over
+  both 'fsdp' and 'tensor' on a mesh with all three axes above 1.
 
   Args:
     params: the parameters, traced.
     mesh: the devices.
-    rules: those that laid the parameters out, see `abstract`.
+    rules: the rules that the parameters were sharded with, see `abstract`.
   """
 
   def gathered(leaf, sharding):
@@ -198,20 +200,20 @@ def gather_fsdp(params, mesh: Mesh, rules=RULES):
 
 
 def to_host(array) -> np.ndarray:
-  """A global array as NumPy, on every process."""
+  """Copies a global array to NumPy, in every process."""
   if array.is_fully_addressable:
     return np.asarray(array)
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def local_rows(array) -> tuple[np.ndarray, np.ndarray]:
-  """What of a global array [B, ...] this process's devices hold.
+  """The rows of a global array [B, ...] that this process's devices hold.
 
   Args:
-    array: split over its first axis alone.
+    array: an array split over its first axis only.
 
   Returns:
-    (rows [R] ascending, values [R, ...]), every row once.
+    (rows [R] ascending, values [R, ...]), each row once.
   """
   shards = {
     shard.index[0].indices(len(array))[:2]: shard.data
@@ -223,7 +225,7 @@ def local_rows(array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gathering(apply, mesh: Mesh, rules=RULES):
-  """`apply` on parameters that lie as `gather_fsdp` lays them."""
+  """Wraps `apply` to gather its parameters with `gather_fsdp` first."""
 
   def gathered(params, *args):
     return apply(gather_fsdp(params, mesh, rules), *args)
@@ -232,7 +234,7 @@ def gathering(apply, mesh: Mesh, rules=RULES):
 
 
 def put_batch(tree, mesh: Mesh):
-  """NumPy arrays [B, ...], the same on every process -> global arrays."""
+  """NumPy arrays [B, ...], the same in every process -> global arrays."""
   where = batch_sharding(mesh)
   return jax.tree.map(
     lambda array: jax.make_array_from_callback(
@@ -243,10 +245,10 @@ def put_batch(tree, mesh: Mesh):
 
 
 def put_rows(tree, mesh: Mesh, batch_size: int):
-  """This process's rows of a batch, in NumPy -> global arrays.
+  """This process's rows of a batch, as NumPy arrays -> global arrays.
 
   Args:
-    tree: arrays [R, ...], the rows that `pipeline.local_rows` names.
+    tree: arrays [R, ...], the rows given by `pipeline.local_rows`.
     mesh: the devices.
     batch_size: rows of the global batch.
   """
@@ -262,11 +264,11 @@ def put_rows(tree, mesh: Mesh, batch_size: int):
 def split_batch(tree, pieces: int, mesh: Mesh):
   """Inside a jitted step: [B, ...] -> [pieces, B / pieces, ...].
 
-  Each device keeps its rows and gives some of them to every piece, so that
-  nothing moves between devices; a piece's rows are not neighbours then.
+  Each device contributes some of its own rows to every piece, so no data moves
+  between devices; the rows of a piece are not contiguous in the batch.
 
   Args:
-    tree: of traced arrays, split over the mesh.
+    tree: traced arrays, split over the mesh.
     pieces: how many; pieces x data x fsdp divides B.
     mesh: the devices.
   """
@@ -286,7 +288,7 @@ def split_batch(tree, pieces: int, mesh: Mesh):
 
 
 def padded_indices(indices, mesh: Mesh) -> jax.Array:
-  """uint32 indices, repeated until the mesh divides their number.
+  """uint32 indices, repeated until their number is divisible by the mesh.
 
   Args:
     indices: [N], or N for 0 .. N-1.

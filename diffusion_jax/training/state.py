@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""The training state."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,14 +12,14 @@ from diffusion_jax.training import sharding
 
 
 class TrainState(NamedTuple):
-  """All of a run's state. It holds no random key: keys come from the step.
+  """The complete state of a run. Random keys are derived from the step.
 
   Attributes:
-    step: int32 scalar, how many updates were made.
+    step: int32 scalar, the number of updates made.
     params: name -> parameters of the trained parts.
     ema_params: their exponential moving average, a plain copy at step 0.
-    opt_state: the optimiser's.
-    extras: what the objective carries, see `Objective`; empty for DDPM.
+    opt_state: the optimiser's state.
+    extras: the objective's state, see `Objective`; empty for DDPM.
   """
 
   step: jax.Array
@@ -39,14 +39,14 @@ def init_state(
   """The state at step 0.
 
   Args:
-    key: of the initial values.
+    key: the random key of the initial values.
     init: key -> parameters.
-    optimizer: whose state is created.
+    optimizer: the optimiser.
     given: as in `create`.
     extras: the objective's state.
   """
   params = _with(init(key), given or {})
-  # Copies: the donated state may not hold one buffer twice.
+  # Copies: a donated state must not contain the same buffer twice.
   ema_params, extras = jax.tree.map(jnp.copy, (params, extras or {}))
   return TrainState(
     jnp.zeros((), jnp.int32),
@@ -92,20 +92,20 @@ def create(
   given: dict | None = None,
   extras: dict | None = None,
 ) -> TrainState:
-  """The state at step 0, made where it lies: no device holds it whole.
+  """Creates the state at step 0, sharded: no device holds all of it.
 
   Args:
-    key: of the initial values.
+    key: the random key of the initial values.
     init: key -> parameters.
-    optimizer: gradient -> update; its moments start afresh.
+    optimizer: gradient -> update; its moments start at zero.
     mesh: the devices.
-    given: name -> array, parameters (and their averages) to begin with in
-      place of random ones; any part of them.
+    given: name -> array, initial values for any of the parameters (and their
+      averages) in place of random ones.
     extras: the objective's state at step 0.
   """
   abstract = abstract_state(init, optimizer, mesh, extras)
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  # It runs once: on a CPU, optimising a hundred random draws takes longer.
+  # It runs only once: on a CPU, optimising it takes longer than running it.
   cpu = jax.default_backend() == 'cpu'
   return jax.jit(
     lambda key, given: init_state(key, init, optimizer, given, extras),

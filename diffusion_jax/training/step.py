@@ -12,9 +12,9 @@ from diffusion_jax.training.state import TrainState
 
 
 def example_keys(key, step, batch_size: int) -> jax.Array:
-  """[B] keys that depend on the step and the row of the global batch alone.
+  """[B] keys that depend only on the step and the row of the global batch.
 
-  So the noise is the same on any mesh, on any number of hosts, in any number of
+  The noise is therefore the same on any mesh, for any number of hosts and
   microbatches, and after a restart.
   """
   key = jax.random.fold_in(key, step)
@@ -29,7 +29,7 @@ def gradient(
   """The gradient of the mean loss over rows.
 
   Args:
-    objective: what is minimised.
+    objective: the objective.
     params: the trained parts, float32.
     frozen: the other parts.
     extras: the objective's state.
@@ -52,19 +52,19 @@ def gradient(
 def accumulate(
   gradient_fn: Callable, params, rows, pieces: int, mesh: jax.sharding.Mesh
 ) -> tuple:
-  """The gradient of a mean over rows, one piece of them after the other.
+  """The gradient of a mean over rows, computed piece by piece.
 
   Args:
-    gradient_fn: rows [b, ...] -> (grads, (values [b], Aux)), of the mean over
+    gradient_fn: rows [b, ...] -> (grads, (values [b], Aux)), for the mean over
       b rows.
-    params: float32, of the gradients' shapes.
+    params: float32, with the gradients' shapes.
     rows: a tree of [B, ...], split over the mesh.
-    pieces: how many; pieces x data x fsdp divides B.
+    pieces: the number of pieces; pieces x data x fsdp divides B.
     mesh: the devices.
 
   Returns:
-    As of `gradient_fn` for all rows at once; rows are in another order, the
-    same in values and by_row.
+    The result of `gradient_fn` for all rows, except that `values` and `by_row`
+    are both in the order of the pieces.
   """
   where = sharding.shardings(params, mesh)
 
@@ -72,7 +72,7 @@ def accumulate(
     grads, (values, aux) = gradient_fn(piece)
     grads_sum, sums = total
     grads_sum = jax.tree.map(lambda a, g: a + g / pieces, grads_sum, grads)
-    # The sum lies in pieces too: no device holds it whole.
+    # The sum is sharded, too: no device holds all of it.
     grads_sum = jax.lax.with_sharding_constraint(grads_sum, where)
     sums = jax.tree.map(jnp.add, sums, aux.sums)
     return (grads_sum, sums), (values, aux.by_row)
@@ -102,21 +102,22 @@ def train_step(
   """One update.
 
   Args:
-    state: before the update.
+    state: the state before the update.
     frozen: name -> parameters of the parts that are not trained.
     batch: rows of data [B, ...], global; 'image' uint8 and 'label' int32.
     key: the run's root key.
-    objective: what is minimised.
+    objective: the objective.
     optimizer: gradient -> update.
-    learning_rate: of the step, to be reported.
-    ema_decay: of the parameters' average, applied after the update, no ramp.
+    learning_rate: step -> learning rate, reported as a metric.
+    ema_decay: decay of the parameters' average, applied after the update;
+      constant from the first step.
     mesh: the devices.
-    microbatches: pieces of the batch that go through the network one after the
-      other. The numbers stay the same but for rounding, the memory shrinks.
+    microbatches: number of pieces that the batch is processed in, one after the
+      other. More pieces need less memory; results differ only by rounding.
 
   Returns:
     The state after the update, and float32 metrics: the loss and the gradient
-    are of the state before the update, `param_norm` of the one after.
+    norm before the update, `param_norm` after it.
   """
 
   def gradient_fn(piece):
@@ -130,7 +131,7 @@ def train_step(
     grads, (values, aux) = accumulate(
       gradient_fn, state.params, rows, microbatches, mesh
     )
-  # Each device keeps its piece: a reduce-scatter, not an all-reduce.
+  # Each device keeps its shard: a reduce-scatter, not an all-reduce.
   grads = jax.lax.with_sharding_constraint(
     grads, sharding.shardings(state.params, mesh)
   )
@@ -159,17 +160,17 @@ def heldout_loss(
 ) -> jax.Array:
   """The weighted sum of the loss over one batch of held-out examples.
 
-  Example i of the set always meets the same noise, so that values of different
-  checkpoints compare.
+  Example i of the set always gets the same noise, so that the losses of
+  different checkpoints are comparable.
 
   Args:
     parts: name -> parameters of all parts.
     extras: the objective's state.
     batch: rows of data [B, ...].
     weight: [B] float32, 0 for padding.
-    first: the place of the first example in the held-out set.
-    key: a root key of its own.
-    objective: what is minimised.
+    first: the index of the first example in the held-out set.
+    key: a root key used for nothing else.
+    objective: the objective.
     mesh: the devices.
   """
   index = first + jnp.arange(len(weight))

@@ -1,4 +1,4 @@
-"""A checkpoint on disk, as it is read: verified, and with one-line mistakes."""
+"""Reading of a checkpoint on disk, verified, with one-line errors."""
 
 import contextlib
 import logging
@@ -16,20 +16,20 @@ from diffusion_jax.training import checksum
 # Keys in Orbax's metadata of a step.
 SUMS = 'checksums'
 FROZEN = 'frozen'
-WHOLE = 'commit_success.txt'  # Orbax's last word on a step in a bucket
+WHOLE = 'commit_success.txt'  # marks a complete checkpoint in a bucket
 
 
 def steps(directory) -> list[int]:
-  """The steps that have a checkpoint, in order; nothing is written.
+  """The steps that have a complete checkpoint, in order.
 
   Args:
-    directory: the checkpoints'; [] where it does not exist.
+    directory: the folder of the checkpoints; [] if it does not exist.
   """
   directory = files.at(directory)
   if not directory.is_dir():
     return []
-  # A save under way bears a longer name; it gets its own by renaming. In a
-  # bucket it has its own, and a file is added that says that it is whole.
+  # An unfinished save has a longer name and is renamed at the end. In a bucket
+  # it has its final name, and a file is added once it is complete.
   return sorted(
     int(entry.name)
     for entry in directory.iterdir()
@@ -39,16 +39,16 @@ def steps(directory) -> list[int]:
 
 
 class Stored:
-  """A checkpoint on disk: `tree` is the shapes and dtypes of what it holds.
+  """A checkpoint on disk; `tree` has the shapes and dtypes of its arrays.
 
   Args:
-    checkpointer: Orbax's, of the directory.
-    directory: the checkpoints'.
-    step: which one.
-    flag: by which another would be chosen, for the messages.
+    checkpointer: Orbax's checkpointer of the directory.
+    directory: the folder of the checkpoints.
+    step: the step of the checkpoint.
+    flag: the flag that selects another step, for the messages.
 
   Raises:
-    UserError: it is damaged.
+    UserError: the checkpoint is damaged.
   """
 
   def __init__(self, checkpointer, directory, step, flag='step'):
@@ -68,16 +68,16 @@ class Stored:
     return f'checkpoint {self._step} in {self._directory}'
 
   def has(self, parts) -> None:
-    """Raises UserError where raw parameters are wanted and were never there."""
+    """Raises UserError if raw parameters are wanted and were never saved."""
     missing = 'params' in parts and 'params' not in self.tree
     if missing and 'ema_params' in self.tree:
       raise UserError(
-        f'{self} has averaged parameters only, as it was converted: take '
-        'those, without --noema or --noinit_ema'
+        f'{self} was converted and has averaged parameters only: use those, '
+        'without --noema or --noinit_ema'
       )
 
   def trained_with(self, frozen: dict) -> None:
-    """Raises UserError unless it was trained with these frozen parts."""
+    """Raises UserError unless these are the frozen parts of the training."""
     for name in sorted(frozen.keys() | self._frozen.keys()):
       there, here = self._frozen.get(name, {}), frozen.get(name, {})
       if there.get(SUMS) != here.get(SUMS):
@@ -88,7 +88,7 @@ class Stored:
         )
 
   def is_before_parts(self, abstract: dict) -> bool:
-    """Whether it has the network's parameters where `abstract` has parts."""
+    """Whether it predates named parts: it has the network's parameters only."""
     return any(
       NET in tree and NET not in self.tree.get(name, {NET: None})
       for name, tree in abstract.items()
@@ -96,7 +96,7 @@ class Stored:
     )
 
   def load(self, abstract: dict) -> dict:
-    """The parts of `abstract`, which must be as they are there."""
+    """Loads the parts of `abstract`, which must match the checkpoint."""
     if self.is_before_parts(abstract):
       loaded = self.load(_without_parts(abstract))
       loaded = {name: loaded[name] for name in abstract}
@@ -109,7 +109,7 @@ class Stored:
     return self.read(abstract)
 
   def read(self, chosen: dict) -> dict:
-    """The chosen parts; leaves that are `...`, and all else, are not read."""
+    """Reads the chosen parts only, except for leaves that are `...`."""
     skipped = jax.tree.map(lambda _: ..., self.tree)
     with self._reading():
       loaded = self._checkpointer.load(self._step, {**skipped, **chosen})
@@ -133,12 +133,12 @@ class Stored:
 
 
 def hush_tasks() -> None:
-  """asyncio's word on the others of many tasks, of which one has failed."""
+  """Silences asyncio's messages about other tasks once one has failed."""
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
 
 
 def _without_parts(tree):
-  """As checkpoints were before parameters had parts: the network's alone."""
+  """The layout of older checkpoints: the network's parameters, no parts."""
 
   def is_part(node):
     return isinstance(node, dict) and node.keys() == {NET}
@@ -164,16 +164,16 @@ def _first_difference(stored: dict, wanted: dict) -> str:
 
 
 def _unreadable(directory, step, error, flag) -> str:
-  while error.__cause__:  # Orbax tells the reason last
+  while error.__cause__:  # the innermost has the reason
     error = error.__cause__
   if isinstance(error, MemoryError | PermissionError):
     raise error  # nothing is wrong with the checkpoint
   reason = (str(error) or type(error).__name__).splitlines()[0]
   others = [s for s in steps(directory) if s != step]
   remedy = (
-    f'move {directory}/{step} away to go on from {others[-1]}, or take '
-    f'another by --{flag} ({", ".join(map(str, others))})'
+    f'move {directory}/{step} away to resume from {others[-1]}, or choose '
+    f'another with --{flag} ({", ".join(map(str, others))})'
     if others
-    else 'there is no other'
+    else 'there is no other checkpoint'
   )
   return f'checkpoint {step} is unreadable ({reason[:120]}): {remedy}'

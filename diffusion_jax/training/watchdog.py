@@ -1,11 +1,11 @@
-"""A watchdog: which host is missing, stands still, or is slow, and where.
+"""A watchdog: reports which host is missing, stuck or slow, and where.
 
-All processes of a run wait for the slowest in every step, so that from outside
-they look alike. Each has a thread that beats: every few seconds it notes how
-many steps its process is through with, the share of the time that it has waited
-for data, and the stack of its main thread; where there are several, in the
-workdir's heartbeats/. The thread of process 0 reads them all, and names in the
-log who is behind. Nothing is ended here: JAX does that, when a process is gone.
+In every step all processes of a run wait for the slowest, so from outside they
+all look the same. In each process a thread records a heartbeat every few
+seconds: the number of steps done, the share of time spent waiting for data, and
+the stack of the main thread. Multi-process runs write them to the workdir's
+heartbeats/. The thread of process 0 reads them all and logs which process is
+behind. The watchdog ends nothing: JAX does that when a process is gone.
 """
 
 import collections
@@ -25,22 +25,23 @@ from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 
 FOLDER = 'heartbeats'
-MUCH = 0.3  # the share of waiting for data from which a host is called slow
-OVER = 6  # beats that the share is of
-DEPTH = 12  # innermost lines of a stack
+MUCH = 0.3  # share of time waiting for data above which a host is slow
+OVER = 6  # heartbeats that the share is measured over
+DEPTH = 12  # innermost lines of a stack to show
 
 
 class Beat(NamedTuple):
-  """What a process notes of itself.
+  """A heartbeat of a process.
 
   Attributes:
-    process: its number.
-    host: where it runs, with its process id.
-    count: of its beats, so that one that stays the same is seen to.
-    steps: how many it is through with, since it was started.
-    still: seconds since the last.
-    waited: the share of the last beats' time that it waited for data.
-    stack: of its main thread, innermost last.
+    process: its index.
+    host: its host name and process id.
+    count: the number of its heartbeats so far; a count that stays the same
+      shows that the process is silent.
+    steps: the number of steps done since it was started.
+    still: seconds since the last step.
+    waited: the share of the last heartbeats' time spent waiting for data.
+    stack: the stack of its main thread, innermost last.
   """
 
   process: int
@@ -53,17 +54,17 @@ class Beat(NamedTuple):
 
 
 class Watchdog:
-  """Watches this process, and in process 0 all; a context.
+  """Watches this process, and in process 0 all processes; a context manager.
 
   Args:
-    workdir: of the run, which all processes share.
-    index: of this process.
-    count: of processes.
-    still_secs: a step that takes longer than this is told; ten times as long
-      for the first one, which compiles.
-    silent_secs: so is a process that does not beat for so long.
-    every_secs: between beats.
-    tell: takes lines for the log.
+    workdir: the run's folder, shared by all processes.
+    index: the index of this process.
+    count: the number of processes.
+    still_secs: warn about a step that takes longer than this; ten times as long
+      for the first step, which compiles.
+    silent_secs: warn about a process without a heartbeat for this long.
+    every_secs: seconds between heartbeats.
+    tell: receives the lines to log.
   """
 
   def __init__(
@@ -84,9 +85,9 @@ class Watchdog:
     self._main = threading.main_thread().ident
     self._steps, self._waited, self._beats = 0, 0.0, 0
     self._since = time.monotonic()
-    # (when, how long it had waited) at the last beats
+    # (time, seconds waited for data so far) at the last heartbeats
     self._past = collections.deque([(self._since, 0.0)], OVER)
-    # process -> count of its newest beat, when it came
+    # process -> (count of its newest heartbeat, when it was first seen)
     self._seen = dict.fromkeys(range(count), (0, self._since))
     self._told: set[tuple[int, str]] = set()
     self._done = threading.Event()
@@ -94,9 +95,9 @@ class Watchdog:
 
   def __enter__(self):
     if self._count > 1 and self._index == 0:
-      with contextlib.suppress(OSError, UserError):  # which the thread tells
+      with contextlib.suppress(OSError, UserError):  # the thread reports it
         files.make(self._folder)
-        for path in self._folder.iterdir():  # of an earlier start
+        for path in self._folder.iterdir():  # from an earlier start
           path.unlink()
     self._thread.start()
     return self
@@ -106,12 +107,12 @@ class Watchdog:
     self._thread.join()
 
   def step(self) -> None:
-    """To be called when this process is through with a step."""
+    """Call after each step of this process."""
     self._since = time.monotonic()
     self._steps += 1
 
   def waiting(self, batches: Iterator) -> Iterator[Any]:
-    """The same batches; the time that each takes to come is counted."""
+    """Yields the batches and measures the time spent waiting for them."""
     start = time.monotonic()
     for batch in batches:
       self._waited += time.monotonic() - start
@@ -125,8 +126,8 @@ class Watchdog:
         beats = [beat] if self._count == 1 else self._exchange(beat)
         if self._index == 0:
           self._look(beats)
-      except Exception as e:  # of disks and buckets, and of damaged beats
-        self._tell_once(self._index, 'disk', f'no heartbeat can be kept: {e}')
+      except Exception as e:  # disks, buckets, and damaged heartbeats
+        self._tell_once(self._index, 'disk', f'heartbeats failed: {e}')
 
   def _beat(self) -> Beat:
     now, waited = time.monotonic(), self._waited
@@ -159,7 +160,7 @@ class Watchdog:
     found = judge(beats, silent, first * self._still_secs, self._silent_secs)
     for (process, kind), line in found.items():
       self._tell_once(process, kind, line)
-    self._told &= found.keys()  # who has recovered may be told of again
+    self._told &= found.keys()  # warn again if it recovers and fails again
 
   def _tell_once(self, process, kind, line):
     if (process, kind) not in self._told:
@@ -173,16 +174,16 @@ def judge(
   still_secs: float,
   silent_secs: float,
 ) -> dict[tuple[int, str], str]:
-  """Who is missing, stands still, or is slow.
+  """Finds processes that are missing, stuck or slow.
 
   Args:
-    beats: the newest of each process that ever beat.
-    silent: process -> seconds since it came, or since the start.
-    still_secs: from when a step takes too long.
-    silent_secs: from when a process is missing.
+    beats: the newest heartbeat of each process that has sent any.
+    silent: process -> seconds since its newest heartbeat, or since the start.
+    still_secs: a step that takes longer is stuck.
+    silent_secs: a process that is silent for longer is missing.
 
   Returns:
-    (process, what) -> lines for the log: the process, its host, its stack.
+    (process, problem) -> lines for the log: the process, its host, its stack.
   """
   found, newest = {}, {beat.process: beat for beat in beats}
   missing = [i for i, seconds in silent.items() if seconds > silent_secs]
