@@ -16,6 +16,9 @@ from diffusion_jax.process import flow, likelihood
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
+# Numbers of programs that differ are compared.
+pytestmark = pytest.mark.optimized
+
 GRID = [999, 750, 500, 250, 100, 0, -1]
 FINE = [*range(999, -1, -45), -1]  # 23 steps
 
