@@ -18,7 +18,6 @@ Command:    python -m diffusion_jax.train --config=configs/lsun.py:church \
 """
 
 from diffusion_jax.configs import default
-
 from diffusion_jax.system.errors import UserError
 
 # Category -> (TFDS's name, held-out split ('' = none), steps, flip).
