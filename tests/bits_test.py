@@ -16,7 +16,7 @@ from diffusion_jax.process import flow, likelihood
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
-# Numbers of programs that differ are compared.
+# It compares the numbers of different programs.
 pytestmark = pytest.mark.optimized
 
 GRID = [999, 750, 500, 250, 100, 0, -1]

@@ -19,7 +19,7 @@ from diffusion_jax.system import distributed, farewell
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics, sharding
 
-# Numbers of programs that differ are compared.
+# It compares the numbers of different programs.
 pytestmark = pytest.mark.optimized
 
 # --- meeting -----------------------------------------------------------------

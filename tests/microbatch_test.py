@@ -13,7 +13,7 @@ import tiny
 from diffusion_jax import models
 from diffusion_jax.training import sharding
 
-# Numbers of programs that differ are compared.
+# It compares the numbers of different programs.
 pytestmark = pytest.mark.optimized
 
 

@@ -194,7 +194,7 @@ def trained(workdir, **changes) -> Path:
   with made.with_suffix('.lock').open('w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)  # of the workers, the first one trains
     if not made.exists():
-      # Compiled the same whatever the module, for its numbers are everyone's.
+      # Compiled alike whichever module asks first: all share its numbers.
       plain = {binaries.OPTIONS: 'True'}
       unfinished = made.with_suffix('.unfinished')
       result = binaries.run('train', *flags(unfinished), **plain)
