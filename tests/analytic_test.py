@@ -157,7 +157,7 @@ def test_the_noise_that_is_seen_is_bounded():
 @pytest.mark.parametrize(
   ('options', 'said'),
   [
-    ({}, 'sampler=analytic_ddpm takes x0_variance'),
+    ({}, 'sampler=analytic_ddpm needs x0_variance'),
     ({'x0_variance': [0.1, -1]}, 'x0_variance='),
     ({'x0_variance': [np.nan]}, 'x0_variance='),
     ({'x0_variance': [0.1], 'pixel_noise': -1.0}, 'pixel_noise=-1.0'),

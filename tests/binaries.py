@@ -7,6 +7,7 @@ and started nothing, which takes tenths of a second in place of seconds.
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import tempfile
@@ -130,6 +131,8 @@ def run(
 
 
 def _child(binary, arguments, devices, folder, environment):
+  # A suite that runs in the background inherits that Ctrl-C is ignored.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   os.chdir(ROOT)
   os.environ.update(environment)
   os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'

@@ -172,7 +172,7 @@ def test_a_flipped_bit_is_named_or_changes_nothing(saved, folder, flips, capfd):
       except UserError as e:
         text = str(e)
         assert text.startswith('checkpoint 7 is unreadable ('), text
-        assert text.endswith('by --step (2, 4, 6)'), text
+        assert text.endswith('with --step (2, 4, 6)'), text
         assert '\n' not in text
         told.setdefault(path, []).append(text)
         if 'unreadable (params/' in text or 'unreadable (opt_state/' in text:
@@ -326,7 +326,7 @@ def test_a_damaged_note_of_what_is_held_holds_none(tmp_path, warned, content):
     assert held.steps(tmp_path / 'checkpoints') == set()
   (told,) = warned  # once
   assert f'{tmp_path}/held.json is unreadable (' in told
-  assert told.endswith('of checkpoints, none are held')
+  assert told.endswith('held checkpoints: none')
   held.hold(tmp_path / 'checkpoints', [4])
   assert held.steps(tmp_path / 'checkpoints') == {4}
 
@@ -341,7 +341,7 @@ def test_training_goes_on_where_that_note_is_damaged(small, tmp_path, warned):
     (tmp_path / 'held.json').write_text('{"steps": [1, 3')
     assert save(kept, small, 3, 4, 5) == [1, 5]
   (told,) = warned
-  assert told.endswith('of checkpoints, 1 are held')
+  assert told.endswith('held checkpoints: 1')
   with checkpoint.Checkpoints(folder, keep_last=1) as kept:
     assert save(kept, small, 6) == [6]
   assert len(warned) == 2

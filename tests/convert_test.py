@@ -355,7 +355,10 @@ def test_damaged_weights_are_named(tmp_path, how, must):
     ({'attention_head_dim': '8'}, 'attention_head_dim is "8"'),
     ({'block_out_channels': [12, 36.5, 36]}, 'block_out_channels is 36.5'),
     ({'down_block_types': [['x']] * 3}, 'down_block_types is ["x"]'),
-    ({'up_block_types': 'UpBlock2D'}, 'up_block_types is "UpBlock2D": a list'),
+    (
+      {'up_block_types': 'UpBlock2D'},
+      'up_block_types is "UpBlock2D": must be a list',
+    ),
     ({'norm_num_groups': 5}, 'model.num_groups=5 does not divide'),
     ({'beta_schedule': 'squaredcos_cap_v2'}, 'beta_schedule is'),
     (

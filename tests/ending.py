@@ -12,7 +12,8 @@ from pathlib import Path
 
 from absl import flags
 
-from diffusion_jax import cli, distributed
+from diffusion_jax.cli import command
+from diffusion_jax.system import distributed
 from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -41,4 +42,4 @@ def main():
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__, required=('how',))
+  command.run(main, __doc__, required=('how',))

@@ -296,7 +296,7 @@ def test_people_read_it(there):
     ),
     (
       ['--samples={there}/a', '--reference={there}/b', *PIXELS,
-       '--metrics=pr', '--pr_k=60'], 'take 61 images',
+       '--metrics=pr', '--pr_k=60'], 'need at least 61 images',
     ),
     (
       ['--samples={there}/a', '--reference={there}/b', *PIXELS,
@@ -337,7 +337,7 @@ def test_statistics_of_another_network(there, tmp_path):
     there, '--samples={there}/a', f'--reference={tmp_path}/of64.npz', *NETWORK,
     '--metrics=fid,kid',
   )  # fmt: skip
-  assert 'kid take images' in result.message
+  assert 'kid need images' in result.message
   result = fid(
     there, f'--samples={tmp_path}/of3.npz', f'--reference={tmp_path}/of64.npz'
   )

@@ -118,7 +118,7 @@ def test_nothing_in_common_is_one_line(saved):
   other = network((8, 8, 3), channels=32)
   with pytest.raises(UserError) as error:
     checkpoint.load_common(saved[0], 7, abstract(other))
-  assert 'in common' in str(error.value)
+  assert 'of the same name and shape' in str(error.value)
   assert '\n' not in str(error.value)
 
 
@@ -315,11 +315,11 @@ def narrow():
     (['--init_from={new}/../new'], {}, 'is the --workdir itself'),
     (['--init_step=3'], {}, '--init_step=3 needs --init_from'),
     (['--noinit_ema'], {}, '--noinit_ema needs --init_from'),
-    (['--init_from={damaged}'], {}, 'another by --init_step (20)'),
+    (['--init_from={damaged}'], {}, 'another with --init_step (20)'),
     (['--init_from={source}'],
      {'model.channels': 12, 'data.channels': 3, 'data.name': 'arrays',
       'data.path': '{colour}'},
-     'in common'),
+     'of the same name and shape'),
   ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_write_nothing(

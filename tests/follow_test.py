@@ -177,8 +177,8 @@ def test_what_comes_while_one_is_judged_is_held(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('arguments', 'must'),
   [
-    (['--step=10'], 'leave out --step'),
-    (['--output=x'], 'leave out --output'),
+    (['--step=10'], 'leave --step out'),
+    (['--output=x'], 'leave --output out'),
     (['--poll_secs=0'], '--poll_secs=0'),
     (['--metrics=kid'], '--follow needs fid too'),
     (['--metrics=fidd'], '--metrics=fidd is not known'),

@@ -515,13 +515,13 @@ def test_one_evaluation_comes_back_less_well(run, inverted):
 @pytest.mark.parametrize(
   ('arguments', 'must'),
   [
-    (['--num_images=360'], 'there are 359'),
-    (['--split=train', '--num_images=2000'], 'there are 1438'),
+    (['--num_images=360'], 'at most 359'),
+    (['--split=train', '--num_images=2000'], 'at most 1438'),
     (['--num_images=1', '--interpolate=1'], 'num_images=2'),
     (['--iterations=0'], 'iterations=0: at least 1'),
     (['--num_steps=0'], 'num_steps=0'),
     (['--num_steps=1001'], '1 to 1000'),
-    (['--grid=5,10'], 'fall strictly'),
+    (['--grid=5,10'], 'strictly decrease'),
     (['--output='], 'output is empty'),
   ],
 )

@@ -787,8 +787,8 @@ def test_the_interval_by_hand():
 @pytest.mark.parametrize(
   ('times', 'evaluations', 'count', 'said'),
   [
-    (FULL, 2, 3, 'evaluations=2: 3 to 999'),
-    (FULL, 1000, 3, 'evaluations=1000: 3 to 999'),
+    (FULL, 2, 3, 'evaluations=2: use 3 to 999'),
+    (FULL, 1000, 3, 'evaluations=1000: use 3 to 999'),
     ([9, 4, -1], 10, 3, 'full bound takes 2'),
     (FULL, 10, 1, '^1 images'),
   ],

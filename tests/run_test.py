@@ -188,7 +188,7 @@ def test_any_checkpoint_of_the_run(run, tmp_path):
     (['--sampler=ddim', '--eta=1.5'], 'eta=1.5'),
     (['--eta=0.5'], 'eta=0.5: ancestral has no such option'),
     (['--variance=large'], 'large'),
-    (['--grid=1,2,3'], 'fall'),
+    (['--grid=1,2,3'], 'strictly decrease'),
     (['--grid=sideways'], 'sideways'),
     (['--step=11'], '10, 20, 25, 30'),
     (['--frobnicate=1'], 'frobnicate'),

@@ -137,7 +137,7 @@ def test_a_sweep_of_a_run_goes_on_where_it_was_cut(run):
   assert not list(run.glob('samples/swept_*'))
   assert Path(told['plot']).read_bytes()[:4] == b'\x89PNG'
   assert json.loads(Path(told['path']).read_text())['cells'] == cells
-  assert 'Samplers, by evaluations' in (run / 'report.html').read_text()
+  assert 'Samplers by network evaluations' in (run / 'report.html').read_text()
   changed = run / 'evaluations' / cells[0]['card']
   card = json.loads(changed.read_text())
   card['subject']['weights_sha256'] = 'others'
