@@ -341,9 +341,11 @@ def test_a_printed_config_has_the_comments_and_every_value(tmp_path):
   config = load(path)
   text = config_files.source(config)
   lines = text.splitlines()
-  assert '  config.batch_size = 128  # over all devices' in lines
+  assert (
+    '  config.batch_size = 128  # images per step, over all devices' in lines
+  )
   at = lines.index('  config.microbatches = 1')
-  assert lines[at - 1].startswith('  # Pieces of a batch')
+  assert lines[at - 2].startswith('  # Number of pieces')
   assert max(map(len, lines)) <= 80
   path.write_text(text)
   assert load(path).to_dict() == config.to_dict()

@@ -318,7 +318,7 @@ def spoil(folder, how):
     ('missing', '1 tensors missing (conv_in.weight)'),
     ('extra', 'unexpected (class_embedding.weight)'),
     ('other', 'conv_in.weight has the shape [6, 1, 3, 3]'),
-    ('integers', 'conv_in.weight is of int64'),
+    ('integers', 'conv_in.weight is int64'),
     ('bfloat16', 'has the dtype BF16'),
     ('both', 'attentions.0.query.bias also exists under its current name'),
   ],
