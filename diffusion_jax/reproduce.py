@@ -77,14 +77,8 @@ flags.DEFINE_list(
 flags.DEFINE_bool(
   'download', False, 'First fetch the published Inception weights.'
 )
-flags.DEFINE_string(
-  'cache', None,
-  'Folder for features and weights; by default ~/.cache/diffusion_jax.',
-)  # fmt: skip
-flags.DEFINE_string(
-  'data_path', None,
-  "Folder of the data for evaluation; by default the config's.",
-)  # fmt: skip
+flags.DEFINE_string('cache', None, 'Folder for features and weights.')
+flags.DEFINE_string('data_path', None, 'Folder of the data for evaluation.')
 flags.DEFINE_integer(
   'num_samples', published.NUM_SAMPLES, 'Number of samples to judge.'
 )

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs, trains on the embedded digits, draws samples, judges them and writes
-# WORKDIR/report.html: the whole road, on a laptop, in minutes and without a
-# download. Run again, it goes on from the newest checkpoint.
+# Installs, trains on the embedded digits, draws samples, evaluates them and
+# writes WORKDIR/report.html: the complete workflow, on a laptop, in minutes and
+# without a download. Run it again to resume from the newest checkpoint.
 #
 #   bash launch/local.sh [--fresh] [WORKDIR] [--config.num_steps=5000 ...]
 #
@@ -32,7 +32,8 @@ if [ -n "$fresh" ] && [ -e "$workdir" ]; then
     exit 2
   }
   for part in config.json starts.jsonl checkpoints held.json metrics.jsonl \
-    samples evaluations report.html init_from.json .lock; do
+    samples evaluations calibration inversions heartbeats report.html \
+    init_from.json .lock; do
     rm -rf "${workdir:?}/$part"
   done
   rm -f "$workdir"/events.out.tfevents.*

@@ -24,6 +24,6 @@ done
 . launch/environment.sh
 install_package ".[$extra]"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-# A worker for each core: each begins with its share of the files, whose tests
-# share what they have set up, and takes over what is left of another's.
+# One worker per core. Each starts with consecutive tests, which share fixtures,
+# and takes over tests of another worker when it has none left.
 python -m pytest -q -n auto --dist worksteal ${arguments[@]+"${arguments[@]}"}

@@ -450,5 +450,5 @@ def test_where_no_calibration_can_be_it_is_one_line(
 ):
   workdir = run if binary == 'invert' else tmp_path / 'new'
   ended = binaries.run(binary, f'--workdir={workdir}', *flags)
-  assert re.search('calibrated|not known beforehand', ended.message)
+  assert re.search('calibrated|not known in advance', ended.message)
   assert not (tmp_path / 'new').exists()

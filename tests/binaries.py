@@ -124,9 +124,9 @@ def run_several(binary: str, *arguments, **how) -> list[Result]:
 
 
 def run(
-  binary: str, *arguments, devices: int = 1, limit: int = LIMIT
+  binary: str, *arguments, devices: int = 1, limit: int = LIMIT, **environment
 ) -> Result:
-  return start(binary, *arguments, devices=devices).end(limit)
+  return start(binary, *arguments, devices=devices, **environment).end(limit)
 
 
 def _child(binary, arguments, devices, folder, environment):

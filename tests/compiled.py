@@ -1,4 +1,4 @@
-"""The compiled programs that outlive a run of the tests."""
+"""The folder of compiled programs that is kept between runs of the tests."""
 
 import contextlib
 import hashlib
@@ -12,25 +12,28 @@ from pathlib import Path
 
 from jaxlib import version
 
-LIMIT = 500e6  # bytes; those of one commit are about a tenth
+LIMIT = 500e6  # bytes; the programs of one commit are about a tenth
 
 
 def folder(otherwise) -> Path:
-  """Where they lie; in `otherwise` if they cannot lie in the user's cache.
+  """The folder, which is made; `otherwise` if it cannot be written.
 
-  DIFFUSION_JAX_TEST_CACHE is another folder. XLA compiles for the processor at
-  hand, but its keys do not name it: our folder's name does.
+  It is DIFFUSION_JAX_TEST_CACHE, or one in the user's cache whose name has the
+  processor's features: XLA compiles for them, but JAX's keys do not have them.
   """
-  chosen = os.environ.get('DIFFUSION_JAX_TEST_CACHE')
   path = Path(
-    chosen or os.environ.get('XDG_CACHE_HOME') or '~/.cache',
-    *([] if chosen else ['diffusion_jax_tests', _machine()]),
+    os.environ.get('DIFFUSION_JAX_TEST_CACHE')
+    or Path(
+      os.environ.get('XDG_CACHE_HOME') or '~/.cache',
+      'diffusion_jax_tests',
+      _machine(),
+    )
   )
   try:
-    path = path.expanduser()
+    path = path.expanduser().absolute()
     path.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path).close()
-  except (OSError, RuntimeError):  # no home, or one that cannot be written
+  except (OSError, RuntimeError):  # RuntimeError: there is no home
     return Path(otherwise)
   return path
 
@@ -45,17 +48,18 @@ def _machine() -> str:
 
 
 def tidy(path: Path) -> None:
-  """Removes halves of programs, and the oldest ones above LIMIT.
+  """Removes damaged programs, and the least recently used above LIMIT.
 
-  JAX writes a program in place, and never again: a process that is killed
-  meanwhile leaves a half, which would be compiled anew in each run.
+  JAX writes a program's file in place and never rewrites it. A process that is
+  killed while it writes leaves a damaged file, which costs a warning and a
+  compilation in every later run.
   """
   checked = path / 'checked'
   since = checked.stat().st_mtime if checked.exists() else 0
   begin = time.time()
   sizes = []
   for entry in path.glob('*-cache'):
-    with contextlib.suppress(FileNotFoundError):  # another run tidies too
+    with contextlib.suppress(FileNotFoundError):  # another run removed it
       stat = entry.stat()
       if stat.st_mtime >= since and not _whole(entry.read_bytes()):
         entry.unlink()
@@ -72,7 +76,7 @@ def tidy(path: Path) -> None:
 
 
 def _whole(program: bytes) -> bool:
-  """Of a zlib stream; another compression's are left to its own check."""
+  """Whether a zlib stream can be read; JAX may use another compression."""
   if program[:1] != b'\x78':
     return program != b''
   try:

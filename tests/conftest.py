@@ -11,7 +11,7 @@ import compiled
 import jax
 import pytest
 
-# What the workers of a session and their children share.
+# Shared by the workers of a session and the processes that they start.
 if 'DIFFUSION_JAX_TEST_SESSION' not in os.environ:
   SESSION = tempfile.mkdtemp(prefix='diffusion_jax_tests_')
   atexit.register(shutil.rmtree, SESSION, ignore_errors=True)
@@ -19,13 +19,14 @@ if 'DIFFUSION_JAX_TEST_SESSION' not in os.environ:
   os.environ['DIFFUSION_JAX_TEST_CACHE'] = str(compiled.folder(SESSION))
   compiled.tidy(compiled.folder(SESSION))
 
-# In this process and in those that it starts.
+# For this process and for those that it starts.
 for name, value in {
   # Many tests compile the same small programs, and so does the next session.
   'jax_compilation_cache_dir': os.environ['DIFFUSION_JAX_TEST_CACHE'],
   'jax_persistent_cache_min_compile_time_secs': 0.0,
-  'jax_persistent_cache_enable_xla_caches': 'none',  # else keys name the folder
-  # Most programs are small and run once.
+  # Otherwise the folder's name is part of the keys.
+  'jax_persistent_cache_enable_xla_caches': 'none',
+  # Most programs are small and run once: compiling takes longer than running.
   'jax_disable_most_optimizations': True,
 }.items():
   os.environ[name.upper()] = str(value)
@@ -72,7 +73,7 @@ def x64():
 
 @pytest.fixture(autouse=True, scope='module')
 def programs(request):
-  """Of a module: optimised if it is marked so, and dropped at its end."""
+  """Optimizes a module's programs if it is marked so; drops them after it."""
   plain = request.node.get_closest_marker('optimized') is None
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(plain)
   jax.config.update('jax_disable_most_optimizations', plain)

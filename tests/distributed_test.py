@@ -19,6 +19,9 @@ from diffusion_jax.system import distributed, farewell
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics, sharding
 
+# It compares the numbers of different programs.
+pytestmark = pytest.mark.optimized
+
 # --- meeting -----------------------------------------------------------------
 
 

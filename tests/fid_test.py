@@ -236,7 +236,7 @@ def test_people_read_it(there):
   assert 'FID-64' in result.out
   assert 'features inception' in result.out
   assert 'convention tf1' in result.out
-  assert 'beware: fid_64: 30 images in 64 dimensions' in result.out
+  assert 'note: fid_64: 30 images in 64 dimensions' in result.out
 
   np.savez(there / 'unit.npz', mu=np.zeros(64), sigma=np.eye(64))
   result = binaries.run(
@@ -283,7 +283,7 @@ def test_people_read_it(there):
     ),
     (
       ['--samples={there}/a', '--reference={there}/b',
-       '--features=classifier'], 'is for a run',
+       '--features=classifier'], 'is for evaluating a run',
     ),
     (
       ['--samples={there}/a', '--reference={there}/b', *NETWORK,

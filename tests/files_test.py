@@ -332,7 +332,7 @@ def test_judges_cards_and_the_report(bucket):
   assert told.drawn == [(5, grid)]
   assert [folder.name for folder, _ in told.stores] == ['mine']
   assert [row['step'] for row in told.rows] == [1]
-  assert told.problems == ['metrics.jsonl is damaged in line 2: left out']
+  assert told.problems == ['metrics.jsonl is damaged in line 2: skipped']
   path = page.write(bucket)
   assert '<title>' in path.read_text()
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
-from diffusion_jax import models
+from diffusion_jax import models, runs
+from diffusion_jax.configs import default
 from diffusion_jax.runs import finetune
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics, optim, sharding, state
@@ -144,11 +145,12 @@ def test_a_state_begins_with_what_is_given(saved, sizes):
 
 
 def test_what_is_said(tmp_path):
-  config = {'process': {'schedule': 'linear'}, 'loss': {'prediction': 'eps'},
-            'data': {}, 'model': {'num_heads': 1}, 'sample': {}}  # fmt: skip
+  config = runs.to_plain(default.get_config())
   (tmp_path / 'config.json').write_text(json.dumps(config))
   origin = finetune.Origin(str(tmp_path), 7, True)
-  assert finetune.told(origin, {'a': 0, 'b': 0}, [], config) == [
+  assert finetune.told(
+    origin, finetune.Begun({'a': 0, 'b': 0}, []), config
+  ) == [
     f'starting from the averaged parameters of {tmp_path}, step 7: 2 of 2 '
     'arrays'
   ]
@@ -157,11 +159,10 @@ def test_what_is_said(tmp_path):
     *({'name': f'n{i}', 'there': None, 'here': []} for i in range(9)),
     {'name': 'u', 'there': [3], 'here': None},
   ]
-  config = {
-    **config, 'loss': {'prediction': 'v'}, 'data': {'channels': 3},
-    'model': {'num_heads': 2},
-  }  # fmt: skip
-  lines = finetune.told(origin, {'a': 0}, left, config)
+  config['loss']['prediction'] = 'v'
+  config['data']['channels'] = 1
+  config['model']['num_heads'] = 2
+  lines = finetune.told(origin, finetune.Begun({'a': 0}, left), config)
   assert lines[0].endswith('step 7: 1 of 11 arrays')
   assert lines[1:4] == [
     '  1 of another shape, random: c',
@@ -288,7 +289,7 @@ def test_raw_parameters_of_another_step(source, tmp_path):
   drawn = [
     jax.device_get(
       checkpoint.load_common(
-        folder / 'checkpoints', step, abstract(narrow()), ema=ema
+        folder / 'checkpoints', step, {'net': abstract(narrow())}, ema=ema
       )[0]
     )
     for folder, step, ema in (

@@ -19,6 +19,9 @@ from diffusion_jax.process import decoder, flow, gaussian, schedules
 from diffusion_jax.system.errors import UserError
 
 T = 1000
+# Steps are chosen by errors at rounding, and compared.
+pytestmark = pytest.mark.optimized
+
 SCHEDULE = schedules.linear(T)
 MEAN = np.array([0.1, -0.5, 0.0, 0.4])
 EIGENVALUES = np.array([0.02, 0.1, 0.25, 1.0])

@@ -155,10 +155,10 @@ def test_what_is_no_statistics_is_answered_in_one_line(tmp_path, monkeypatch):
 
   cases = [
     ('No such file', lambda: None),
-    ('no statistics that can be read', lambda: path.write_bytes(b'PK nothing')),
-    ('no statistics that can be read', cut),
-    ('no statistics that can be read', lambda: claim((10**6, 10**6))),
-    ('no statistics that can be read', lambda: claim((10**12, 10**12))),
+    ('no readable statistics', lambda: path.write_bytes(b'PK nothing')),
+    ('no readable statistics', cut),
+    ('no readable statistics', lambda: claim((10**6, 10**6))),
+    ('no readable statistics', lambda: claim((10**12, 10**12))),
     ('sigma is not a file.*it holds mu, x', lambda: save(mu=mu, x=mu)),
     ('mu is not a file', lambda: save()),
     ('Object arrays', lambda: save(mu=mu, sigma=np.array([{}], object))),
@@ -170,7 +170,7 @@ def test_what_is_no_statistics_is_answered_in_one_line(tmp_path, monkeypatch):
     ('halves differ', lambda: save(mu=mu, sigma=np.triu(np.ones((3, 3))))),
     ('below 0', lambda: save(mu=mu, sigma=-sigma)),
     ('takes 80280 bytes', lambda: save(mu=mu, sigma=np.eye(100))),
-    ('of 3 dimensions and the features here have 2048', lambda: save(
+    ('has 3 dimensions, but the features here have 2048', lambda: save(
       mu=mu, sigma=sigma
     )),
   ]  # fmt: skip
@@ -351,7 +351,7 @@ def test_splits_share_the_images():
       assert len(splits) == sizes.sum() == count
       assert sizes.max() - sizes.min() <= 1
   for num_splits in (0, 6):
-    with pytest.raises(UserError, match='give 1 to as many'):
+    with pytest.raises(UserError, match='give between 1 and 5'):
       inception_score.splits_of(5, num_splits)
 
 
@@ -462,7 +462,7 @@ def test_precision_of_too_few_images():
   x = features_of(6, 3, 1)
   precision.precision_recall(x, x)
   for samples, reference in ((x[:3], x), (x, x[:5])):
-    with pytest.raises(UserError, match='take more images or a smaller k'):
+    with pytest.raises(UserError, match='use more images or a smaller k'):
       precision.precision_recall(samples, reference)
   with pytest.raises(UserError, match='neighbours 0'):
     precision.precision_recall(x, x, k=0)

@@ -13,6 +13,9 @@ import tiny
 from diffusion_jax import models
 from diffusion_jax.training import sharding
 
+# It compares the numbers of different programs.
+pytestmark = pytest.mark.optimized
+
 
 class Stepped(NamedTuple):
   """What two steps gave, on the host."""

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from diffusion_jax.configs import digits
 
 from diffusion_jax import models, runs
+from diffusion_jax.configs import digits
 from diffusion_jax.runs import validation
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import optim

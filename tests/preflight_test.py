@@ -250,7 +250,7 @@ def test_versions_that_differ(monkeypatch):
   )
   assert not check.well
   assert 'flax ' in check.told
-  assert 'install the same on all hosts' in check.told
+  assert 'install the same version on all hosts' in check.told
 
 
 @pytest.mark.slow

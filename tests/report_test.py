@@ -210,8 +210,8 @@ def test_a_run_that_has_only_a_config(bare):
   assert 'my_run' in read.text
   assert '701,345 parameters' in read.text
   for phrase in (
-    'None are drawn yet', 'Nothing is measured yet', 'No step is logged yet',
-    'None is recorded',
+    'No samples yet', 'No results yet', 'No training steps yet',
+    'No starts recorded',
   ):  # fmt: skip
     assert phrase in read.text
   assert not read.images()
@@ -238,7 +238,7 @@ def test_numbers_are_those_of_the_files(full):
   assert 'classifier accuracy 98.5%' in read.text
   assert '0.07654' in read.text  # held-out loss
   assert '0.05000' in read.text  # loss of the last row
-  assert 'averaged parameters of runs/old, step 5: 7 arrays taken, 1 not' in (
+  assert 'averaged parameters of runs/old, step 5: 7 arrays copied, 1 not' in (
     read.text
   )
   # Of the second start, the versions are told as the same.
@@ -488,17 +488,17 @@ def test_the_distance_of_a_run_step_by_step(full):
   (full / 'evaluations' / 'other.json').unlink()
   page_, _ = written(full)
   assert 'Fréchet by step' in page_.text
-  assert 'the least is 0.1235, at step 20' in page_.text
+  assert 'the best is 0.1235, at step 20' in page_.text
   put(full, card(70, results__frechet=0.0625), name='card70')
   page_, _ = written(full)
-  assert 'the least is 0.06250, at step 70' in page_.text
+  assert 'the best is 0.06250, at step 70' in page_.text
 
 
 def test_caveats_stand_below_their_table(full):
   told = 'KID: 20 images in subsets of 1000'
   put(full, card(details__caveats=[told]))
   page_, _ = written(full)
-  assert f'Beware: {told}.' in page_.text
+  assert f'Note: {told}.' in page_.text
   put(full, card(details__caveats=[1]))
   _, problems = written(full)
   assert problems

@@ -73,12 +73,14 @@ def test_in_pieces(tmp_path):
   first_losses = tiny.losses(workdir)
   assert f'stopped by SIGTERM at step {at}, which is saved' in cut.err
   assert '$ python -m diffusion_jax.train --config=configs' in cut.err
-  assert 'the loss is compared to none: no curve of digits' in cut.err
+  assert 'the loss cannot be compared: no published curve of digits' in cut.err
 
   last = at + 5
   result = binaries.run('reproduce', *given(num_steps=last))
   assert result.code == 0, result.err
-  assert 'no verdict, since\n  no score of this recipe is on' in result.out
+  assert (
+    'no verdict, because\n  no published score of this recipe is' in result.out
+  )
   losses = tiny.losses(workdir)
   assert max(losses) == last
   assert {k: losses[k] for k in first_losses} == first_losses
@@ -150,7 +152,7 @@ def test_a_signal_ends_it_and_what_it_started(tmp_path, number, code):
   result = running.end()
   assert result.code == code
   if code:
-    assert result.err.endswith('the same command goes on from what is kept\n')
+    assert result.err.endswith('run the same command again to resume\n')
   else:
     assert json.loads(result.out)['done'] is False
   (at,) = kept(workdir)[-1:]
@@ -168,7 +170,7 @@ def test_the_plan_starts_nothing(tmp_path):
   result = running.end()
   assert result.code == 0, result.err
   assert 'TPU v5e-8' in result.out
-  assert 'an estimate, nothing of this was measured' in result.out
+  assert 'an estimate, not a measurement' in result.out
   lines = [x for x in result.out.splitlines() if x.startswith('python -m')]
   assert [line.split()[2].split('.')[1] for line in lines] == [
     'train', 'evaluate', 'evaluate', 'evaluate'

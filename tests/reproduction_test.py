@@ -110,10 +110,10 @@ def test_the_suspects_of_what_comes_first():
   ill = health.loss(rows_like(796_000, 0.032), RECIPE.loss)
   far = health.distance(796_000, 12.2, RECIPE.fid)
   lines = health.told([well, far])
-  assert 'distance high; the usual suspects:' in lines
-  assert 'EMA' in lines[lines.index('distance high; the usual suspects:') + 1]
+  assert 'distance high; likely causes:' in lines
+  assert 'EMA' in lines[lines.index('distance high; likely causes:') + 1]
   lines = health.told([ill, far])
-  assert 'loss high; the usual suspects:' in lines
+  assert 'loss high; likely causes:' in lines
   assert not any('EMA' in line for line in lines)
   assert health.told([well]) == [well.told]
 
@@ -256,7 +256,7 @@ def test_a_judge_that_is_not_known(tmp_path):
 
 def test_what_has_no_band_is_said(tmp_path):
   lines = verdict(tmp_path)['text']
-  (line,) = [x for x in lines if x.startswith('no band is on record for a run')]
+  (line,) = [x for x in lines if x.startswith('no band is known for a run')]
   assert '9.46 ± 0.11' in line
   assert '≤ 3.75' in line
   assert any('bits/dim at most 3.77' in x for x in lines)
@@ -332,7 +332,7 @@ def test_bits_of_another_protocol(tmp_path):
 
 def test_a_recipe_without_a_score(tmp_path):
   found = verdict(tmp_path, name='digits')
-  assert found['reasons'][0] == 'no score of this recipe is on record'
+  assert found['reasons'][0] == 'no published score of this recipe is known'
   assert published.find('lsun') is published.find('lsun:church')
   assert published.find('nobody knows') == published.Recipe()
 
@@ -542,10 +542,10 @@ def test_a_stage_that_fails(tmp_path, capfd):
     child(tmp_path / 'x', 'fails', '2')
   assert raised.value.told == 'it is the way it is'
   assert capfd.readouterr().err == 'error: it is the way it is\n'
-  with pytest.raises(stages.Failed, match='ended with exit code 1; the same'):
+  with pytest.raises(stages.Failed, match='exit code 1; run the same'):
     child(tmp_path / 'x', 'fails', '1')
   kill = 'import os; os.kill(os.getpid(), 9)'
-  with pytest.raises(stages.Failed, match='SIGKILL, as where memory'):
+  with pytest.raises(stages.Failed, match='SIGKILL, perhaps because'):
     stages.run(['-c', kill])
 
 
@@ -709,7 +709,7 @@ def test_a_loss_that_is_not_finite_has_its_suspects(
   with pytest.raises(UserError, match='loss is nan at step 7'):
     pieces_of(task, monkeypatch, fails).train()
   err = capsys.readouterr().err
-  assert 'not finite; the usual suspects:\n  1. optim.lr too large' in err
+  assert 'not finite; likely causes:\n  1. optim.lr too large' in err
   (found,) = work.read(task.directory / work.RECORD)['health']
   assert found['step'] == 7
 
@@ -734,7 +734,7 @@ def test_no_verdict_outlives_its_protocol(tmp_path, monkeypatch):
 def test_a_limit_that_leaves_no_step(tmp_path, monkeypatch):
   task = task_of(tmp_path, train_minutes=0.1)
   fake = Fake(task.workdir, per_piece=0)
-  with pytest.raises(UserError, match='before the first step was: give more'):
+  with pytest.raises(UserError, match='before the first step: give more'):
     pieces_of(task, monkeypatch, fake).train()
 
 

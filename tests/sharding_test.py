@@ -19,6 +19,9 @@ from diffusion_jax import models
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import optim, sharding, state
 
+# It compares the numbers of different programs.
+pytestmark = pytest.mark.optimized
+
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 
 

@@ -36,14 +36,14 @@ def test_rows_have_options_of_their_own():
     ('rk45', 'sampler=rk45 is not known'),
     ('ddim:order=2', 'order=2 is not KEY=VALUE with one of eta, grid, clip'),
     ('ddim:eta', 'eta is not KEY=VALUE'),
-    ('ddim:grid=999', 'a grid is one of uniform'),
-    ('ddim:clip=maybe', 'clip is true or false'),
-    ('ddim:eta=abc', 'eta is a number'),
-    ('ddim:eta=true', 'eta is a number'),
-    ('unipc:order=2.5', 'order is a whole number'),
-    ('euler:churn_max=abc', 'churn_max is a number'),
+    ('ddim:grid=999', 'grid must be one of uniform'),
+    ('ddim:clip=maybe', 'clip must be true or false'),
+    ('ddim:eta=abc', 'eta must be a number'),
+    ('ddim:eta=true', 'eta must be a number'),
+    ('unipc:order=2.5', 'order must be a whole number'),
+    ('euler:churn_max=abc', 'churn_max must be a number'),
     ('analytic_ddpm:x0_variance=1', 'with one of pixel_noise, grid, clip'),
-    ('adaptive:rtol=0.1', 'adaptive takes as many evaluations as it needs'),
+    ('adaptive:rtol=0.1', 'adaptive chooses its own number of evaluations'),
   ],
 )
 def test_bad_rows_are_one_line(text, said):
@@ -107,7 +107,7 @@ def test_the_table_marks_the_best_and_what_costs_less():
   assert lines[3].split() == ['ddim', '20.50*', '9.000']
   assert lines[4].split() == ['heun', '(9)', '30.25', '(19)', '8.000*']
   assert lines[-2:] == [
-    'the best at 10: ddim, 20.50', 'the best at 20: heun, 8.000'
+    'best at 10: ddim, 20.50', 'best at 20: heun, 8.000'
   ]  # fmt: skip
 
 

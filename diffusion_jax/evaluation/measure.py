@@ -1,4 +1,4 @@
-"""What samples are worth: metrics of what one pass each has seen."""
+"""Computes metrics of samples from one pass over each set of images."""
 
 import functools
 import math
@@ -28,27 +28,27 @@ METRICS = {
   'kid': 'kernel inception distance (arXiv 1801.01401)',
   'is': 'Inception Score (arXiv 1606.03498)',
   'pr': 'precision, recall (arXiv 1904.06991), density, coverage (2002.09797)',
-  'copies': 'which samples lie near to training images',
-  'classes': 'what classes they are of, by a classifier',
+  'copies': 'distances to the nearest training images',
+  'classes': "the samples' classes by a classifier",
 }
-# Those that statistics of a set will do for.
+# Metrics that need only statistics of a set.
 OF_STATISTICS = ('fid', 'sfid')
 
-KID_SEED = 2020  # torch-fidelity's
+KID_SEED = 2020  # as in torch-fidelity
 NEAR = 0.05  # the share of held-out images that counts as near
 
 
 class Options(NamedTuple):
-  """What metrics leave open; the defaults are the papers'.
+  """Options of the metrics; the defaults are the papers'.
 
   Attributes:
-    kid_subsets: how many, see `kid.over_subsets`.
-    kid_subset_size: of each set.
-    kid_seed: of the subsets.
-    is_splits: of the Inception Score.
-    is_seed: of a permutation before the split, or None, see
+    kid_subsets: number of subsets, see `kid.over_subsets`.
+    kid_subset_size: images per subset, from each set.
+    kid_seed: seed of the subsets.
+    is_splits: number of splits for the Inception Score.
+    is_seed: seed of a permutation before the split, or None, see
       `inception_score.splits_of`.
-    pr_k: whose distance is the radius, see `precision.precision_recall`.
+    pr_k: which neighbour sets the radius, see `precision.precision_recall`.
   """
 
   kid_subsets: int = kid.NUM_SUBSETS
@@ -63,15 +63,14 @@ DEFAULTS = Options()
 
 
 class Task(NamedTuple):
-  """What samples are judged by, and against what.
+  """How samples are judged, and against what.
 
   Attributes:
     judge: the network.
-    reference: the training images, all of which are taken, or statistics.
+    reference: the training images, all of which are used, or statistics.
     metrics: keys of METRICS.
-    options: of the metrics.
-    heldout: images of the reference's kind, at most as many as there are
-      samples; None for none.
+    options: options of the metrics.
+    heldout: held-out images, at most as many as there are samples, or None.
   """
 
   judge: Judge
@@ -81,7 +80,7 @@ class Task(NamedTuple):
   heldout: Images | None = None
 
   def protocol(self) -> dict:
-    """How it is measured, for the card: all that the numbers depend on."""
+    """Everything that the numbers depend on, for the card."""
     metrics = [name for name in METRICS if name in self.metrics]
     told = {**self.judge.protocol, 'metrics': metrics}
     for name, value in self.options._asdict().items():
@@ -97,15 +96,15 @@ class Task(NamedTuple):
 
 
 class Measured(NamedTuple):
-  """What goes on a card, and the nearest training images.
+  """The results for a card, and the nearest training images.
 
   Attributes:
     results: name -> number.
-    details: name -> what is no single number.
-    searched: [Q], the samples whose nearest images were asked for.
-    nearest: of those; None where not asked for.
+    details: name -> anything that is not a single number.
+    searched: [Q], the indices of the samples in `nearest`.
+    nearest: the nearest training images of those; None if not measured.
     nearer: [Q], see `neighbours.share_nearer`; None without held-out images.
-    statistics: of the reference, by tap.
+    statistics: statistics of the reference, by tap.
   """
 
   results: dict
@@ -117,14 +116,14 @@ class Measured(NamedTuple):
 
 
 def check(task: Task, samples: Images | Statistics) -> None:
-  """Finds out beforehand what cannot be measured.
+  """Checks a task before anything is measured.
 
   Args:
-    task: the metrics, and what they take.
-    samples: what is to be judged.
+    task: the task.
+    samples: the set to judge.
 
   Raises:
-    UserError: a metric is not known, or takes what is not there.
+    UserError: a metric is not known, or its inputs are missing.
   """
   judge, metrics = task.judge, task.metrics
   if not metrics or set(metrics) - set(METRICS):
@@ -133,12 +132,12 @@ def check(task: Task, samples: Images | Statistics) -> None:
     )
   if 'is' in metrics and not judge.logits:
     raise UserError(
-      f'the Inception Score takes classes, and {judge.protocol["features"]} '
-      'has none: leave the metric is out, or give another judge'
+      f'the Inception Score needs classes, but {judge.protocol["features"]} '
+      'has none: leave the metric "is" out, or give another judge'
     )
   if 'classes' in metrics and 'num_classes' not in judge.protocol:
     raise UserError(
-      f'the metric classes is for a classifier of the data, and not for '
+      'the metric classes needs a classifier of the data, not '
       f'{judge.protocol["features"]}: leave it out'
     )
   sets = {'samples': samples, 'reference': task.reference}
@@ -148,12 +147,12 @@ def check(task: Task, samples: Images | Statistics) -> None:
       if sizes[0] != sizes[1]:
         told = ' and of '.join(map(str, sizes))
         raise UserError(
-          f'statistics of {told} dimensions: give those of one network'
+          f'statistics of {told} dimensions: give statistics of one network'
         )
   for what, given in sets.items():
     _check_set(task, what, given)
   if task.heldout and task.heldout.count < 2:
-    told = f'{task.heldout.description}: give two held-out images or more'
+    told = f'{task.heldout.description}: give at least 2 held-out images'
     raise UserError(told)
 
 
@@ -161,18 +160,19 @@ def _check_set(task, what, given):
   metrics, least = task.metrics, 2
   if 'pr' in metrics:
     least = 1 + max(task.options.pr_k, precision.DENSITY_K)
-  # The Inception Score knows no reference.
+  # The Inception Score uses no reference.
   fine = (*OF_STATISTICS, *['is'] * (what == 'reference'))
   beyond = [name for name in metrics if name not in fine]
   if isinstance(given, Images):
     if given.count < least:
       raise UserError(
-        f'{given.description}: {", ".join(metrics)} take {least} images or more'
+        f'{given.description}: {", ".join(metrics)} need at least {least} '
+        'images'
       )
   elif beyond:
     raise UserError(
-      f'of the {what} there are statistics, and {", ".join(beyond)} take '
-      f'images: give those, or ask for {", ".join(fine)}'
+      f'{", ".join(beyond)} need images, but the {what} are statistics: give '
+      f'images, or use {", ".join(fine)}'
     )
 
 
@@ -188,20 +188,22 @@ def measure(
   num_reference: int = 0,
   on_images: Callable[[int], None] = lambda count: None,
 ) -> Measured:
-  """Judges samples beside held-out images, against the training images.
+  """Compares samples, and held-out images, with the training images.
 
-  A distance falls with the number of images, so the one that stands beside the
-  held-out images' is of equally many samples, the first ones.
+  A distance falls with the number of images. To be comparable with the held-out
+  images, it is therefore also computed for the first samples, as many as there
+  are held-out images.
 
   Args:
-    task: by what, and against what; see `check`.
+    task: the task, checked by `check`.
     samples: the images, or statistics of them.
-    batch_size: of the passes.
-    mesh: over which the passes are divided.
+    batch_size: images per call of the network.
+    mesh: the devices to shard over.
     cache: folder of features, see `features.passes`.
-    sample_cache: the same for those of the samples.
-    num_near: how many of the nearest training images are to be found.
-    num_reference: how many images the statistics are of, where that is known.
+    sample_cache: the same for the features of the samples.
+    num_near: number of nearest training images to find.
+    num_reference: number of images behind the reference's statistics; 0 if not
+      known.
     on_images: called with the number of images after each block.
   """
   look = functools.partial(looks.look, task.judge, task.metrics, task.options)
@@ -249,7 +251,7 @@ def measure(
 
 
 def _results(task, seen, train, near):
-  """(name -> number, `share_nearer` of the samples or None)."""
+  """Returns ({name: number}, `share_nearer` of the samples or None)."""
   results, nearer = {}, None
   if {'fid', 'sfid'} & set(task.metrics):
     results |= _frechet(task.judge, train, **seen)
@@ -268,7 +270,7 @@ def _results(task, seen, train, near):
 
 
 def _frechet(judge, train, samples, heldout=None):
-  """Of samples; with held-out images, of equally many of both, too."""
+  """Distances of samples and, at equal counts, of held-out images."""
   results = {}
   for tap, name in judge.taps.items():
     real = train.moments[tap]
@@ -280,14 +282,14 @@ def _frechet(judge, train, samples, heldout=None):
       same = frechet.distance(samples.first_moments[tap], real)
     floor = frechet.distance(heldout.moments[tap], real)
     results |= {f'{name}_heldout_count': same, f'{name}_floor': floor}
-    # Held-out images that equal the training images are at 0 but for rounding.
+    # If held-out images equal the training images, it is 0 up to rounding.
     if floor > 1e-9 * np.trace(real.covariance):
       results[f'{name}_ratio'] = same / floor
   return results
 
 
 def _of_a_set(task, one, train, near) -> dict:
-  """What samples and held-out images have alike."""
+  """Results that exist for samples and for held-out images."""
   results, options = {}, task.options
   if 'kid' in task.metrics:
     found = kid.over_subsets(
@@ -303,7 +305,7 @@ def _of_a_set(task, one, train, near) -> dict:
   if 'classes' in task.metrics:
     total = one.classes.sum()
     results['confident'] = one.confident / total
-    # Of the classes that there are: labels may begin at 1.
+    # Only classes that occur in the data: labels may start at 1.
     results['smallest_class'] = one.classes[train.classes > 0].min() / total
   if near:
     known = set(train.hashes)
@@ -313,24 +315,21 @@ def _of_a_set(task, one, train, near) -> dict:
 
 
 def _nearer(samples, heldout):
-  """`neighbours.share_nearer` of the samples, and how many are near."""
+  """`neighbours.share_nearer` of the samples, and the share that is near."""
   real = heldout.distances[:, 0]
   nearer = neighbours.share_nearer(samples.distances[:, 0], real)
   return nearer, {
     'nearest_share': np.mean(nearer < NEAR),
-    # Of M + 1 images of one kind each is as likely to have any rank.
+    # Among M + 1 exchangeable images, every rank is equally likely.
     'nearest_share_expected': math.ceil(NEAR * len(real)) / (len(real) + 1),
   }
 
 
 def _caveats(task, count, samples, train) -> list[str]:
-  """What is to be told beside the numbers, a line each.
-
-  Of the smaller set there are `count` images.
-  """
+  """Caveats about the numbers, one line each; the smaller set has `count`."""
   told = []
   if not all(isinstance(x, Moments) for x in samples.moments.values()):
-    told.append('of how many samples the statistics are is not known')
+    told.append('the number of samples behind the statistics is not known')
   if {'fid', 'sfid'} & set(task.metrics):
     for tap, name in task.judge.taps.items():
       fit = train.moments[tap]
@@ -338,7 +337,7 @@ def _caveats(task, count, samples, train) -> list[str]:
         bias = frechet.simulated_bias(fit, count)
         told.append(
           f'{name}: {caveat}. {count} draws from the Gaussian fitted to the '
-          f'reference lie {bias:.4g} from it'
+          f'reference are at distance {bias:.4g} from it'
         )
   if 'kid' in task.metrics:
     told += kid.caveats(count, task.options.kid_subset_size)

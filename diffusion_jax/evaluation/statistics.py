@@ -1,7 +1,7 @@
-"""Statistics of a reference, in place of its images.
+"""Statistics of a reference, used instead of its images.
 
-A mean and a covariance at each tap, of somebody's file or of the cache, where
-they lie under the hashes of the images and of the network.
+They are a mean and a covariance at each tap, from a user's file or from the
+cache, where they are stored under the hashes of the images and of the network.
 """
 
 import hashlib
@@ -17,41 +17,41 @@ from diffusion_jax.system.errors import UserError
 
 Statistics = dict[str, Gaussian]  # by tap
 
-# What the spatial features' are called in the files of arXiv 2105.05233.
+# The names of the spatial features in the files of arXiv 2105.05233.
 KEYS = {'spatial': ('mu_s', 'sigma_s')}
 PLAIN = 'mu', 'sigma'
 
-MOST = 8192  # dimensions of statistics that a file may hold
+MOST = 8192  # most dimensions of statistics in a file
 
 
 def is_file(path, alone: bool = False) -> bool:
-  """Whether it is a .npz with mu and sigma.
+  """Whether a path is a .npz with mu and sigma.
 
   Args:
-    path: of anything, or of nothing.
-    alone: whether images beside them make it something else: the files of
-      arXiv 2105.05233 hold both.
+    path: any path, which need not exist.
+    alone: return False if the file also holds images, as the files of arXiv
+      2105.05233 do.
   """
   there = kept.names(path)
   return {'mu', 'sigma'} <= {*there} and not (alone and 'arr_0' in there)
 
 
 def read(path, judge: Judge, image_shape) -> Statistics:
-  """Those of a file, at each tap of a judge.
+  """Reads the statistics of a file, at each tap of a judge.
 
   Args:
-    path: of a .npz with mu and sigma, and mu_s and sigma_s for sFID.
+    path: a .npz with mu and sigma, and mu_s and sigma_s for sFID.
     judge: the network.
-    image_shape: (H, W, C) of what it judges; None where that is nothing.
+    image_shape: (H, W, C) of the images to judge; None if there are none.
 
   Raises:
-    UserError: it holds something else, or statistics of other features.
+    UserError: the file holds something else, or statistics of other features.
   """
   plain = [tap for tap in judge.taps if tap not in KEYS]
   if len(plain) > 1:
     raise UserError(
-      f'{path} holds statistics of one kind of features, not of '
-      f'{" and ".join(plain)}: ask for one'
+      f'{path} holds statistics of one tap, not of {" and ".join(plain)}: give '
+      'one tap'
     )
   outputs = {}
   if image_shape:
@@ -66,24 +66,24 @@ def read(path, judge: Judge, image_shape) -> Statistics:
 
 
 def cached(there: dict[str, files.Path]) -> Statistics | None:
-  """Those of the cache; None where one is not there, or is damaged.
+  """Reads statistics from the cache; None if any is missing or damaged.
 
   Args:
-    there: of `paths`.
+    there: a result of `paths`.
   """
   if not (there and all(path.exists() for path in there.values())):
     return None
   try:
     return {tap: read_gaussian(path) for tap, path in there.items()}
   except UserError:
-    return None  # it is computed anew, and written over
+    return None  # computed again and overwritten
 
 
 def write(path, given: Statistics) -> None:
-  """Writes those of the first tap, and of the spatial features if any.
+  """Writes statistics of the first tap, and of the spatial features if any.
 
   Args:
-    path: of a .npz, as `read` takes it.
+    path: a .npz for `read`.
     given: the statistics.
   """
   arrays = {}
@@ -94,7 +94,7 @@ def write(path, given: Statistics) -> None:
 
 
 def sha256_of(given: Images | Statistics) -> str:
-  """Of all images in order, which are read once, or of the numbers by tap."""
+  """The hash of all images in order, read once, or of the statistics."""
   if isinstance(given, Images):
     return features.sha256_of(given)
   digest = hashlib.sha256()
@@ -105,12 +105,12 @@ def sha256_of(given: Images | Statistics) -> str:
 
 
 def count_of(given: Images | Statistics) -> int:
-  """How many images there are; 0 where there are statistics of some."""
+  """The number of images; 0 for statistics."""
   return given.count if isinstance(given, Images) else 0
 
 
 def paths(cache, judge: Judge, images_sha256: str) -> dict[str, files.Path]:
-  """Where the cache has the statistics of a set of images, at each tap."""
+  """The cache files for the statistics of a set of images, at each tap."""
   folder = files.at(cache) / 'statistics' / VERSION
   return {
     tap: folder / f'{judge.keys[tap]}_{images_sha256[:32]}.npz'
@@ -120,11 +120,11 @@ def paths(cache, judge: Judge, images_sha256: str) -> dict[str, files.Path]:
 
 
 def write_gaussian(path, a: Moments | Gaussian) -> None:
-  """Writes statistics, whole or not at all, as pytorch-fid reads them.
+  """Writes statistics atomically, in pytorch-fid's format.
 
   Args:
-    path: of a .npz, which then holds mu [D] and sigma [D, D], float64. The
-      number of images is not among them.
+    path: a .npz file; it will hold mu [D] and sigma [D, D], float64, but not
+      the number of images.
     a: the moments.
   """
   arrays = {'mu': a.mean, 'sigma': a.covariance}
@@ -134,14 +134,14 @@ def write_gaussian(path, a: Moments | Gaussian) -> None:
 def read_gaussian(
   path, dim: int | None = None, keys: tuple[str, str] = PLAIN
 ) -> Gaussian:
-  """Statistics of a file of `write_gaussian`, pytorch-fid or another tool.
+  """Reads statistics written by `write_gaussian`, pytorch-fid or another tool.
 
-  Files may come from anywhere: nothing is unpickled, and no more is read than
-  statistics take. Other arrays in the file are left alone.
+  The file may come from anywhere: nothing is unpickled, and the size is
+  limited. Other arrays in the file are not read.
 
   Args:
-    path: of the .npz.
-    dim: D that it must have; None takes any.
+    path: the .npz file.
+    dim: the required D; None accepts any.
     keys: the names of the mean and the covariance; ('mu_s', 'sigma_s') are
       those of the spatial features in the reference files of arXiv 2105.05233.
 
@@ -161,30 +161,30 @@ def read_gaussian(
     if there := kept.names(path):
       reason += f'; it holds {" ".join(", ".join(there[:10]).split())}'
     raise UserError(
-      f'{path} holds no statistics that can be read ({reason}): give a .npz '
-      f'with {wanted}'
+      f'{path} holds no readable statistics ({reason}): give a .npz with '
+      f'{wanted}'
     ) from e
   if wrong := _wrong(mean, covariance):
     raise UserError(
       f'{path} {wrong}: statistics are {keys[0]} [D] and a symmetric '
-      f'{keys[1]} [D, D] of finite numbers; make the file again'
+      f'{keys[1]} [D, D] of finite numbers; compute them again'
     )
   if dim is not None and len(mean) != dim:
     raise UserError(
-      f'{path} is of {len(mean)} dimensions and the features here have {dim}: '
+      f'{path} has {len(mean)} dimensions, but the features here have {dim}: '
       'give statistics of the same network'
     )
   return Gaussian(mean, (covariance + covariance.T) / 2)
 
 
 def _wrong(mean, covariance):
-  """What is wrong with statistics, or ''."""
+  """A description of what is wrong with statistics, or ''."""
   shapes = [list(x.shape) for x in (mean, covariance)]
   if mean.ndim != 1 or not mean.size or shapes[1] != [len(mean)] * 2:
     return f'has the shapes {shapes[0]} and {shapes[1]}'
   if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
     return 'has numbers that are not finite'
-  # Products in float32 may have left the two halves unlike.
+  # Products in float32 may have made the two halves differ.
   unlike = np.abs(covariance - covariance.T).max()
   if unlike > 1e-5 * np.abs(covariance).max():
     return f'has a covariance whose halves differ by {unlike:.2g}'

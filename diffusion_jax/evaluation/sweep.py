@@ -1,7 +1,7 @@
-"""Samplers against evaluations of the network: which to use of a checkpoint.
+"""Compares samplers at equal numbers of network evaluations.
 
-Every sampler has the same budgets of evaluations and takes as many steps as fit
-into each, so that columns compare what costs the same.
+Every sampler gets the same budgets of evaluations and takes as many steps as
+fit into each, so the cells of a column cost the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,18 +15,18 @@ from diffusion_jax.system.errors import UserError
 
 
 def parse(text: str) -> dict:
-  """What NAME:key=value:key=value asks for, see `plans.for_run`.
+  """Parses NAME:key=value:key=value into arguments of `plans.for_run`.
 
   Args:
-    text: keys are grid, clip, and the sampler's options.
+    text: the text; keys are grid, clip, and the sampler's options.
 
   Raises:
-    UserError: it is none.
+    UserError: the text is not valid.
   """
   name, *pairs = text.split(':')
   if name in samplers.ADAPTIVE:
     raise UserError(
-      f'--sweep={text}: {name} takes as many evaluations as it needs: leave it '
+      f'--sweep={text}: {name} chooses its own number of evaluations: leave it '
       'out'
     )
   options = samplers.defaults(name)
@@ -43,8 +43,8 @@ def parse(text: str) -> dict:
     given[key] = _value(text, key, word, kinds[key])
   if given['grid'] not in grids.NAMES:
     raise UserError(
-      f'--sweep={text}: a grid is one of {", ".join(grids.NAMES)}, of which '
-      'each number of steps has its own'
+      f'--sweep={text}: grid must be one of {", ".join(grids.NAMES)}, which '
+      'exist for any number of steps'
     )
   return given
 
@@ -56,19 +56,19 @@ def _value(text, key, word, kind):
     return kind(word)
   except (ValueError, KeyError):
     what = {bool: 'true or false', int: 'a whole number', float: 'a number'}
-    raise UserError(f'--sweep={text}: {key} is {what[kind]}') from None
+    raise UserError(f'--sweep={text}: {key} must be {what[kind]}') from None
 
 
 def budgets(texts: Sequence[str]) -> list[int]:
-  """Numbers of evaluations, rising.
+  """Parses numbers of evaluations; returns them sorted.
 
   Raises:
-    UserError: a text is no whole number above 0, or there are none.
+    UserError: a text is not a whole number above 0, or there are none.
   """
   if not texts or not all(text.isdecimal() and int(text) for text in texts):
     raise UserError(
-      f'--sweep_evaluations={",".join(texts)}: whole numbers above 0, with '
-      'commas between them'
+      f'--sweep_evaluations={",".join(texts)}: give whole numbers above 0, '
+      'separated by commas'
     )
   return sorted(set(map(int, texts)))
 
@@ -76,15 +76,15 @@ def budgets(texts: Sequence[str]) -> list[int]:
 def longest(
   plan_fn: Callable[[int], Plan], evaluations: int, num_timesteps: int
 ) -> Plan:
-  """The plan of the most steps that asks the network no more often.
+  """The plan with the most steps whose evaluations fit into a budget.
 
   Args:
-    plan_fn: number of steps -> plan, or UserError where there is none.
+    plan_fn: number of steps -> plan; raises UserError if there is none.
     evaluations: the budget.
-    num_timesteps: T, and so the most steps.
+    num_timesteps: T, the largest number of steps.
 
   Raises:
-    UserError: there is none of any number; why the longest is none.
+    UserError: no number of steps has a plan; the error is that of the largest.
   """
   errors = []
   for num_steps in range(min(evaluations, num_timesteps), 0, -1):
@@ -99,7 +99,7 @@ def longest(
 
 
 def best(cells: Sequence[dict]) -> dict[str, dict]:
-  """Budget -> the cell of the least value.
+  """Budget -> the cell with the smallest value.
 
   Args:
     cells: dicts with 'sampler', 'budget', 'evaluations', 'num_steps', 'value'.
@@ -114,7 +114,7 @@ def best(cells: Sequence[dict]) -> dict[str, dict]:
 
 
 def text(sweep: dict) -> str:
-  """A sweep as a table, the best of each column marked, and named below.
+  """A sweep as a table, with the best of each column marked and listed below.
 
   Args:
     sweep: 'result', 'cells' (see `best`) and 'best'.
@@ -133,12 +133,12 @@ def text(sweep: dict) -> str:
   ]
   heads = ['evaluations', *(f'{budget} ' for budget in best)]
   title = cards.distance(sweep['result'])
-  lines = [f'{title}, by evaluations of the network for a sample', '']
+  lines = [f'{title} by network evaluations per sample', '']
   lines += [*terminal.table(heads, rows), '']
   if any(cell['evaluations'] != cell['budget'] for cell in cells):
-    lines += ['(n): as many evaluations, of whole steps', '']
+    lines += ['(n): the actual number of evaluations, of whole steps', '']
   lines += [
-    f'the best at {budget}: {cell["sampler"]}, {cards.number(cell["value"])}'
+    f'best at {budget}: {cell["sampler"]}, {cards.number(cell["value"])}'
     for budget, cell in best.items()
   ]
   return '\n'.join(lines)

@@ -1,7 +1,7 @@
-"""Metric cards as people read them, in a terminal and on a page.
+"""Metric cards as tables for people, in a terminal and on a page.
 
-What a result is called, what it means and how its number is written stands here
-alone; `table` is of any number of cards, `text` of one.
+This module alone defines the names, meanings and number formats of results.
+`table` takes any number of cards, `text` one.
 """
 
 import json
@@ -14,22 +14,22 @@ from diffusion_jax.evaluation import bits, cards
 from diffusion_jax.evaluation.cards import number
 from diffusion_jax.system import terminal
 
-# Result -> the head of its column, and what it is.
+# Result -> (the head of its column, its meaning).
 RESULTS = {
   **{
     f'{name}{tail}': (f'{title if not tail else head} ↓', meaning)
     for name, title in cards.DISTANCES.items()
     for tail, head, meaning in (
       ('', '', f'{title} distance to the reference'),
-      ('_heldout_count', 'equal count', '  of as many as are held out'),
+      ('_heldout_count', 'equal count', '  at the held-out count'),
       ('_ratio', 'ratio', '  over that of held-out images'),
     )
   },
   'kid': ('KID ↓', 'KID ± standard error over subsets'),
   'inception_score': ('IS ↑', 'Inception Score ± std over splits'),
-  'precision': ('precision ↑', 'precision: samples near to real ones'),
-  'recall': ('recall ↑', 'recall: real ones near to samples'),
-  'density': ('density ↑', 'density of real balls round samples'),
+  'precision': ('precision ↑', 'precision: samples near real images'),
+  'recall': ('recall ↑', 'recall: real images near samples'),
+  'density': ('density ↑', 'density of real balls at samples'),
   'coverage': ('coverage ↑', 'coverage: real balls with samples'),
   'confident': ('confident ↑', 'class with probability > 0.8'),
   'smallest_class': ('least class ↑', 'least frequent class'),
@@ -39,39 +39,38 @@ RESULTS = {
   'bpd': ('bits/dim ↓', 'bound in bits/dim ± standard error'),
   'bpd_fast': ('bits/dim ↓', 'estimated bound in bits/dim (95%)'),
   'bpd_ode': ('bits/dim ↓', 'flow in bits/dim ± standard error'),
-  'evaluations': ('evaluations', 'evaluations for an image'),
+  'evaluations': ('evaluations', 'network evaluations per image'),
 }
 SHARES = (
   *('precision', 'recall', 'coverage', 'confident', 'smallest_class'),
   *('identical', 'nearest_share', 'classifier_accuracy'),
 )
-# What the end of its name makes a result the spread of another one.
+# Suffixes of results that are the spread of another result.
 SPREADS = ('_error', '_std')
 
-# What of a protocol stands in the title of its table.
+# The fields of a protocol that are in the title of its table.
 TITLE = ('data', 'split', 'num_samples', 'num_reference', 'num_images', 'bits')
 LABELS = {'num_heldout': 'held-out images'}
-SHOWN_CLASSES = 20  # with more of them, their table is left to the card
+SHOWN_CLASSES = 20  # with more classes, their table is not printed
 DECODED = 10  # rows of a rate-distortion table
 
 
 class Cell(NamedTuple):
-  """A word; or a number as it is shown, and all of its digits."""
+  """A word, or a number as it is shown and with all of its digits."""
 
   text: str
   whole: str
 
 
 class Table(NamedTuple):
-  """Cards of one protocol, a row each.
+  """Cards of one protocol, one row each.
 
   Attributes:
-    heads: of the columns, each with what it means or ''.
+    heads: the heads of the columns, each with its meaning or ''.
     rows: a list of cells for each card.
-    num_subject: how many columns tell what was judged; the others are results.
-    heldout: cells of those others, for held-out images; [] where there are
-      none.
-    same: what is the same of all cards: (label, text).
+    num_subject: number of columns about the subject; the others are results.
+    heldout: result cells of the held-out images; [] if there are none.
+    same: facts that are the same for all cards: (label, text).
   """
 
   heads: list[tuple[str, str]]
@@ -82,7 +81,7 @@ class Table(NamedTuple):
 
 
 def columns(found: Sequence[dict]) -> list[str]:
-  """The results of cards, but for spreads and those of held-out images."""
+  """The results of cards, except spreads and those of held-out images."""
   names = dict.fromkeys(name for card in found for name in card['results'])
   beside = {cards.heldout_name(name) for name in names}
   beside |= {name + tail for name in names for tail in SPREADS}
@@ -95,14 +94,14 @@ def head(name: str) -> str:
 
 
 def value(x) -> str:
-  """Of a config or a protocol, as it is typed."""
+  """A value of a config or a protocol, as a user types it."""
   if isinstance(x, list):
     return ', '.join(map(value, x))
   return x if isinstance(x, str) else json.dumps(x)
 
 
 def how(subject: dict) -> dict:
-  """What was judged, by the names that people read."""
+  """The facts of a subject, under labels for people."""
   known = ('step', 'ema', 'sampler', 'evaluations', 'seed', 'grid', 'workdir')
   grid, evaluations = subject.get('grid'), subject.get('evaluations')
   steps = len(grid) - 1 if isinstance(grid, list) else None
@@ -121,7 +120,7 @@ def how(subject: dict) -> dict:
       and not (key in known or key.endswith('sha256'))
     },
     'seed': subject.get('seed'),
-    # Two samplers of one name may differ by it alone.
+    # Two samplers of one name may differ only in the grid.
     'grid': _grid(grid) if steps and all(map(cards.is_number, grid)) else None,
   }
   return {key: x for key, x in told.items() if x is not None}
@@ -132,7 +131,7 @@ def _grid(times) -> str:
 
 
 def drawing(subject: dict, short: bool = False) -> str:
-  """As `how`, in a line: how samples were drawn."""
+  """Like `how`, in one line: how samples were drawn."""
   told = how(subject)
   steps, step = told.pop('steps', '?'), told.pop('step', None)
   parts = [] if step is None else [f'step {step:,}']
@@ -145,7 +144,7 @@ def drawing(subject: dict, short: bool = False) -> str:
 
 
 def title(protocol: dict) -> str:
-  """What the cards of a protocol are about."""
+  """The title of the cards of a protocol."""
   data = ', '.join(
     value(protocol[key]) for key in ('data', 'split') if key in protocol
   )
@@ -161,7 +160,7 @@ def title(protocol: dict) -> str:
 
 
 def facts(protocol: dict) -> list[tuple[str, Cell]]:
-  """(label, what it says) of a protocol, but for what its title says."""
+  """The (label, cell) pairs of a protocol that are not in its title."""
   told = []
   for key, x in protocol.items():
     label = key.removeprefix('num_').replace('_', ' ')
@@ -178,7 +177,7 @@ def facts(protocol: dict) -> list[tuple[str, Cell]]:
 
 
 def table(found: Sequence[dict]) -> Table:
-  """Cards of one protocol as a table; what all have in common stands in `same`.
+  """Cards of one protocol as a table.
 
   Args:
     found: the cards, at least one.
@@ -217,7 +216,7 @@ def _label(key) -> str:
 
 
 def _details(card) -> dict:
-  """Those that are numbers."""
+  """The details that are numbers."""
   details = card.get('details', {})
   return {key: x for key, x in details.items() if cards.is_number(x)}
 
@@ -229,7 +228,7 @@ def _cell(key, x) -> Cell:
 
 
 def result(card, name, real=False) -> Cell:
-  """A result and its spread; or the held-out images' of the same kind."""
+  """A result with its spread, or the same for the held-out images."""
   results, tail = card['results'], '_heldout' if real else ''
   x = results.get(cards.heldout_name(name) if real else name)
   if real and x is None:
@@ -242,7 +241,7 @@ def result(card, name, real=False) -> Cell:
 
 
 def lines(found: Sequence[dict]) -> list[str]:
-  """Cards of one protocol as text: what they are about, and their table."""
+  """Cards of one protocol as text: a title and a table."""
   made = table(found)
   rows = [[cell.text for cell in row] for row in made.rows]
   if made.heldout:
@@ -251,7 +250,7 @@ def lines(found: Sequence[dict]) -> list[str]:
     rows.append(['held-out images', *blank, *real])
   told = terminal.table([head for head, _ in made.heads], rows)
   if made.same:
-    told += ['', 'in all: ' + ', '.join(map(' '.join, made.same))]
+    told += ['', 'all: ' + ', '.join(map(' '.join, made.same))]
   return [*_about(found[0]), '', *told]
 
 
@@ -266,7 +265,7 @@ def _about(card) -> list[str]:
 
 
 def text(card: dict) -> str:
-  """One card: what was judged, by what, its results, and what to beware of."""
+  """One card as text: subject, protocol, results and caveats."""
   details = card['details']
   told = [drawing(card['subject'])]
   for key in ('reference', 'images'):
@@ -286,7 +285,7 @@ def text(card: dict) -> str:
   if 'rate' in details:
     told += ['', *_decoded(details)]
   if caveats := details.get('caveats'):
-    told += ['', *(f'beware: {caveat}' for caveat in caveats)]
+    told += ['', *(f'note: {caveat}' for caveat in caveats)]
   return '\n'.join(told)
 
 
@@ -302,7 +301,7 @@ def _classes(details):
 
 
 def _decoded(details):
-  """As in table 4 of arXiv 2006.11239: what is known after how many bits."""
+  """Distortion by rate, as in table 4 of arXiv 2006.11239."""
   count = len(details['rate'])
   steps = sorted({-(-i * count // DECODED) for i in range(1, DECODED + 1)})
   return terminal.table(

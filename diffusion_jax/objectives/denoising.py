@@ -40,7 +40,7 @@ def create(
 
   def values_at(params, rows, keys, t, cond_keys, dropout):
     x0 = codec.encode(params, rows, branch(keys, 'codec'))
-    eps = noise(branch(keys, 'eps'), x0.shape[1:], x0.dtype)
+    eps = noise(branch(keys, 'eps'), x0.shape[1:])
     cond = conditioner.condition(params, rows, cond_keys)
 
     def network(xt, label):
@@ -79,9 +79,9 @@ def uniform_times(keys: jax.Array, num_timesteps: int) -> jax.Array:
   )
 
 
-def noise(keys: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
+def noise(keys: jax.Array, shape) -> jax.Array:
   """[B] keys -> standard normal [B, *shape]."""
-  return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def squared_error(network_fn, schedule, kind: str, x0, t, eps) -> jax.Array:

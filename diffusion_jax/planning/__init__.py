@@ -1,1 +1,1 @@
-"""Planning: what a run would take on devices that are not there."""
+"""Planning: memory and time of a run on devices that need not be present."""

@@ -1,4 +1,4 @@
-"""What fails most often on a pod, looked at before anything is compiled."""
+"""Checks of what fails most often on a pod, run before compilation."""
 
 import contextlib
 import hashlib
@@ -13,16 +13,16 @@ from diffusion_jax import data
 from diffusion_jax.system import distributed, environment, files
 from diffusion_jax.system.errors import UserError
 
-LOOKED_AT = 64  # images whose hash stands for the whole set
+LOOKED_AT = 64  # images whose hash represents the whole set
 
 
 class Check(NamedTuple):
-  """A thing that was looked at.
+  """The result of a check.
 
   Attributes:
-    name: of what.
-    well: whether it is as it should be.
-    told: what was found, or what is wrong and what to do; one line.
+    name: name of the check.
+    well: whether it passed.
+    told: one line: what was found, or what is wrong and what to do.
   """
 
   name: str
@@ -31,15 +31,15 @@ class Check(NamedTuple):
 
 
 def run(config: Mapping, workdir) -> list[Check]:
-  """Looks at the data, the workdir and the software, on all processes.
+  """Checks the data, the workdir and the software on all processes.
 
   Args:
-    config: of the run.
-    workdir: of the run to come; None = not given, and not looked at. It is as
-      before when this returns.
+    config: the run's config.
+    workdir: folder of the planned run; None skips this check. It is left
+      unchanged.
 
   Returns:
-    what was found, well or not, on all processes alike.
+    the results, the same on all processes.
   """
   workdirs = [workdir] if workdir else []
   return [
@@ -51,11 +51,11 @@ def run(config: Mapping, workdir) -> list[Check]:
 
 
 def check(name: str, look: Callable[..., str], *given) -> Check:
-  """Looks at one thing.
+  """Runs one check.
 
   Args:
-    name: of it.
-    look: returns what it found, or raises UserError for what is wrong.
+    name: name of the check.
+    look: returns what it found, or raises UserError if something is wrong.
     *given: its arguments.
   """
   try:
@@ -86,7 +86,7 @@ def _data(config) -> str:
     if there != every[0]:
       raise UserError(
         f'{_where(index, every)}{_told(there)}, but process 0 has '
-        f'{_told(every[0])}: copy one to all hosts'
+        f'{_told(every[0])}: copy one of them to all hosts'
       )
   return _told(every[0])
 
@@ -99,7 +99,7 @@ def _told(found) -> str:
 
 
 def _workdir(workdir) -> str:
-  """Each process writes a file there, and looks for those of the others."""
+  """Each process writes a file there, and checks that it sees the others'."""
   name = distributed.on_first(lambda: uuid.uuid4().hex)
   with contextlib.ExitStack() as undo:
     wrong = _try_to_write(workdir, name, undo)
@@ -113,7 +113,7 @@ def _workdir(workdir) -> str:
       raise UserError(f'{_where(index, every)}{wrong}')
     if not all(seen[index]):
       raise UserError(
-        f'{_where(index, every)}{workdir} is another folder than that of '
+        f'{_where(index, every)}{workdir} is not the same folder as on '
         f'process {seen[index].index(False)}: give a path that all hosts share'
       )
   by = f' by all {len(every)} processes' if len(every) > 1 else ''
@@ -125,15 +125,15 @@ def _trace(workdir, name, index):
 
 
 def _try_to_write(workdir, name, undo) -> str:
-  """What is wrong with the folder, or ''; `undo` leaves it as it was."""
+  """What is wrong with the folder, or ''; `undo` restores it."""
   new, wrong = [], ''
   try:
     path = files.at(workdir)
-    if not files.in_bucket(path):  # which has no folders
+    if not files.in_bucket(path):  # a bucket has no folders
       new = [folder for folder in (path, *path.parents) if not folder.exists()]
   except (OSError, UserError) as e:
     wrong = _reason(workdir, e)
-  distributed.gather(None)  # all have looked before one makes them
+  distributed.gather(None)  # all must have looked before one creates them
   if wrong:
     return wrong
   try:
@@ -156,7 +156,7 @@ def _reason(workdir, error) -> str:
 
 
 def _remove_empty(folder):
-  with contextlib.suppress(OSError):  # another process has more in it
+  with contextlib.suppress(OSError):  # not empty: another process uses it
     folder.rmdir()
 
 
@@ -169,7 +169,7 @@ def _versions() -> str:
       if value != every[0][name]:
         raise UserError(
           f'process {index} has {name} {value}, process 0 has '
-          f'{every[0][name]}: install the same on all hosts'
+          f'{every[0][name]}: install the same version on all hosts'
         )
   shown = ', '.join(f'{name} {here[name]}' for name in ('python', 'jax'))
   same = f', the same on all {len(every)} processes' if len(every) > 1 else ''
@@ -181,7 +181,7 @@ def _tensorflow() -> str:
   if any(every):
     raise UserError(
       f'{_where(every.index(True), every)}it is imported, and takes the '
-      "accelerators' memory: find who imports it (python -X importtime)"
+      "accelerators' memory: find what imports it (python -X importtime)"
     )
   return 'is not imported'
 

@@ -1,4 +1,4 @@
-"""Chips as their makers publish them, and slices of them that are not here."""
+"""Published figures of chips, and TPU slices that need not be present."""
 
 import importlib.util
 import math
@@ -14,18 +14,18 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """What is published of a chip.
+  """The published figures of a chip.
 
   Attributes:
-    memory: bytes that a program may use, as libtpu 0.0.42 refuses more. The
-      published capacity is 32, 16, 95 and 32 GiB.
-    flops: a second, bfloat16, at the peak.
-    memory_rate: bytes a second between the chip and its memory.
-    link_rate: bytes a second over all its links to other chips, one way.
-    axes: of the grid that chips are connected in.
-    most: chips in a slice.
-    closed: an axis whose length is a multiple of this is a ring, shorter ones
-      are lines.
+    memory: bytes that a program may use; libtpu 0.0.42 refuses more. The
+      published capacities are 32, 16, 95 and 32 GiB.
+    flops: peak FLOPs per second in bfloat16.
+    memory_rate: bytes per second between the chip and its memory.
+    link_rate: bytes per second over all links to other chips, one way.
+    axes: number of axes of the grid of chips.
+    most: maximum number of chips in a slice.
+    closed: an axis whose length is a multiple of this is a ring; other axes are
+      lines.
   """
 
   memory: int
@@ -37,8 +37,8 @@ class Chip(NamedTuple):
   closed: int
 
 
-# docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; the links of v4 are of
-# arXiv 2304.01433, table 4. Published link rates are of both ways.
+# docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; the links of v4 are from
+# arXiv 2304.01433, table 4. Published link rates count both directions.
 CHIPS = {
   'v4': Chip(int(30.75 * GIB), 275e12, 1200e9, 300e9, 3, 4096, 4),
   'v5e': Chip(int(15.75 * GIB), 197e12, 819e9, 200e9, 2, 256, 16),
@@ -47,12 +47,12 @@ CHIPS = {
 }
 
 
-# FLOPs a second of GPUs, bfloat16 without sparsity, at the peak: nvidia.com,
-# the data sheets of the SXM boards.
+# Peak FLOPs per second of GPUs, bfloat16 without sparsity: nvidia.com, the data
+# sheets of the SXM boards.
 GPUS = {'A100': 312e12, 'H100': 989.4e12, 'H200': 989.4e12}
-# Of boards of another form, and of a part of a GPU, the peak is another.
+# Other boards, and parts of a GPU, have another peak.
 OTHER_BOARDS = {'PCIE', 'NVL', 'MIG'}
-# What JAX calls TPUs; of a GPU's name, a part is its key.
+# JAX's names of TPUs. A GPU's name contains its key in GPUS.
 TPU_KINDS = {
   'TPU v4': 'v4',
   'TPU v5 lite': 'v5e',
@@ -65,10 +65,10 @@ TPU_KINDS = {
 
 
 def peak(device_kind: str) -> float | None:
-  """FLOPs a second of a device, as published; None where it is not known.
+  """The published peak FLOPs per second of a device; None if not known.
 
   Args:
-    device_kind: as JAX names it, such as 'NVIDIA H200' or 'TPU v5 lite'.
+    device_kind: JAX's name, such as 'NVIDIA H200' or 'TPU v5 lite'.
   """
   if kind := TPU_KINDS.get(device_kind):
     return CHIPS[kind].flops
@@ -78,12 +78,12 @@ def peak(device_kind: str) -> float | None:
 
 
 class Slice(NamedTuple):
-  """Chips that are connected.
+  """A slice of connected chips.
 
   Attributes:
     name: such as 'v5e:4x4'.
-    chip: one of them.
-    shape: chips along each axis.
+    chip: the kind of chip.
+    shape: number of chips along each axis.
   """
 
   name: str
@@ -92,7 +92,7 @@ class Slice(NamedTuple):
 
   @property
   def size(self) -> int:
-    """How many chips."""
+    """Number of chips."""
     return math.prod(self.shape)
 
 
@@ -105,8 +105,8 @@ def parse(name: str) -> Slice:
   kind, _, sizes = name.partition(':')
   if kind not in CHIPS:
     raise UserError(
-      f'--topology={name}: a chip ({", ".join(CHIPS)}) and its slice, such as '
-      'v5e:4x4 or v4:2x2x2'
+      f'--topology={name}: give a chip ({", ".join(CHIPS)}) and a slice, such '
+      'as v5e:4x4 or v4:2x2x2'
     )
   chip = CHIPS[kind]
   if not re.fullmatch(r'[1-9]\d{0,3}(x[1-9]\d{0,3})*', sizes) or (
@@ -119,34 +119,34 @@ def parse(name: str) -> Slice:
   where = Slice(name, chip, tuple(map(int, sizes.split('x'))))
   if where.size > chip.most:
     raise UserError(
-      f'--topology={name}: {where.size} chips, and slices of {kind} have at '
+      f'--topology={name}: {where.size} chips, but slices of {kind} have at '
       f'most {chip.most}'
     )
   return where
 
 
 def devices(where: Slice) -> list:
-  """JAX devices of the slice, one a chip, to compile for.
+  """The slice's devices to compile for, one per chip.
 
   Raises:
-    UserError: libtpu, which compiles, is not installed, or has no such slice.
+    UserError: libtpu, the compiler, is not installed or has no such slice.
   """
   if not importlib.util.find_spec('libtpu'):
     raise UserError(
       f'--topology={where.name}: the compiler for TPUs is not installed; pip '
-      "install 'diffusion_jax[tpu]' brings it, to any Linux machine"
+      "install 'diffusion_jax[tpu]' installs it on any Linux machine"
     )
-  # Without, libtpu asks the cloud where it is, tells in pages that it was not
-  # answered, and refuses to be loaded by two processes.
+  # Without these, libtpu queries the cloud's metadata server, prints pages of
+  # errors if there is none, and cannot be loaded by two processes.
   for name, value in (
     ('TPU_SKIP_MDS_QUERY', '1'), ('TPU_ACCELERATOR_TYPE', 'v5litepod-4'),
     ('TPU_WORKER_HOSTNAMES', 'localhost'), ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
   ):  # fmt: skip
     os.environ.setdefault(name, value)
   kind = where.name.split(':')[0]
-  # Two cores of a chip work as one device.
+  # The two cores of a chip act as one device.
   options = {'chip_config_name': 'megacore'} if kind in ('v4', 'v5p') else {}
-  if where.size < 4:  # less than the host that libtpu takes for granted
+  if where.size < 4:  # fewer chips than libtpu assumes per host
     options['chips_per_host_bounds'] = [1, 1, 1]
   try:
     found = topologies.get_topology_desc(

@@ -1,4 +1,4 @@
-"""A program compiled for devices: what it takes of them in a step."""
+"""A compiled program: its memory, FLOPs and communication per step."""
 
 import math
 import re
@@ -11,33 +11,34 @@ import jax
 
 from diffusion_jax.planning import flops, hlo
 
-# libtpu's compiler at low effort. Memory is then an estimate: in all 8% less
-# than by default for the CIFAR-10 step (fsdp 4 on v5e:2x2), 22% less for the
-# digits'.
+# libtpu's compiler at low effort. Memory is then an estimate: 8% lower in total
+# than at full effort for the CIFAR-10 step (fsdp 4 on v5e:2x2), 22% lower for
+# digits.
 FAST = {'exec_time_optimization_effort': -1.0}
 UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 class Compiled(NamedTuple):
-  """What one device needs for a program, and does in a step of it.
+  """The memory that a program needs on one device, and its work per step.
 
-  A program that the compiler refuses has its bytes in `temporaries`.
+  If the compiler refuses a program, all its bytes are in `temporaries`.
 
   Attributes:
-    limit: bytes that a device has for it.
-    arguments: bytes of what goes in: the state, and the batch.
-    outputs: bytes of what comes out.
-    aliased: bytes of the outputs that take the place of donated arguments.
-    temporaries: bytes of all that lives only inside: activations, above all.
-    code: bytes.
+    limit: memory of a device, in bytes.
+    arguments: bytes of the arguments: the state and the batch.
+    outputs: bytes of the outputs.
+    aliased: bytes of the outputs that reuse donated arguments.
+    temporaries: bytes of temporaries, mostly activations.
+    code: bytes of the code.
     products: {'convolutions', 'matrix products'} -> FLOPs of the whole program
-      over all devices, as of `flops.products`.
-    flops: all FLOPs as XLA counts them, on one device; None where it does not
-      say, or where products are in a loop, whose body it counts once.
-    bytes_accessed: bytes that move between device and memory, likewise.
-    collectives: as of `hlo.collectives`.
-    seconds: that compiling took.
-    program: what can be called, where the devices are there.
+      over all devices, see `flops.products`.
+    flops: all FLOPs on one device, as counted by XLA; None if it does not
+      report them, or if a loop has products, because it counts a loop's body
+      once.
+    bytes_accessed: bytes moved between device and memory, likewise.
+    collectives: see `hlo.collectives`.
+    seconds: compilation time.
+    program: the executable, to be called if the devices are present.
   """
 
   limit: int
@@ -55,13 +56,13 @@ class Compiled(NamedTuple):
 
   @property
   def total(self) -> int:
-    """Bytes in all, while it runs."""
+    """Total bytes while the program runs."""
     added = self.outputs - self.aliased
     return self.arguments + added + self.temporaries + self.code
 
 
 def device_bytes(tree) -> int:
-  """Bytes that one device has of abstract arrays."""
+  """Bytes of abstract arrays on one device."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
@@ -69,13 +70,13 @@ def device_bytes(tree) -> int:
 
 
 def compile(fn, args, limit: int, options: dict | None = None) -> Compiled:
-  """Compiles a jitted function; nothing is run.
+  """Compiles a jitted function without running it.
 
   Args:
-    fn: of `jax.jit`.
-    args: abstract, with shardings that say for which devices.
-    limit: bytes that a device has, where the compiler does not say.
-    options: the compiler's, such as FAST.
+    fn: a function from `jax.jit`.
+    args: abstract arguments with shardings, which determine the devices.
+    limit: memory of a device in bytes, if the compiler does not report it.
+    options: compiler options, such as FAST.
   """
   start = time.monotonic()
   traced = fn.trace(*args)
@@ -108,7 +109,7 @@ def compile(fn, args, limit: int, options: dict | None = None) -> Compiled:
 
 
 def _exceeded(message) -> tuple[int, int] | None:
-  """(bytes with arguments, bytes that there are), of libtpu's refusal."""
+  """(bytes needed, bytes available), from libtpu's error message."""
   size = r'\(?([\d.]+)([KMGT]?)\)?'
   for form in (
     rf'temporaries {size} exceeds available HBM {size}',
@@ -126,16 +127,16 @@ def _exceeded(message) -> tuple[int, int] | None:
 def describe(
   found: Compiled, arguments: dict, images: int, num_devices: int
 ) -> dict:
-  """A compiled program as JSON can hold it.
+  """A compiled program as JSON.
 
   Args:
     found: the program.
-    arguments: part of them -> bytes on a device.
-    images: in a step.
-    num_devices: of the mesh.
+    arguments: part of the arguments -> bytes per device.
+    images: images per step.
+    num_devices: size of the mesh.
   """
   return {
-    # The parts add up; padding is the devices' own, of the arguments.
+    # The parts add up to the total; padding is what devices add to arguments.
     'bytes': {
       **arguments,
       'padding': found.arguments - sum(arguments.values()),

@@ -1,4 +1,4 @@
-"""Floating-point operations of a traced program: its products, exactly."""
+"""Counts the FLOPs of a traced program's products exactly."""
 
 import math
 from collections import Counter
@@ -8,21 +8,22 @@ from jax.extend import core
 
 
 def products(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Counter:
-  """FLOPs of convolutions and matrix products; a multiply-add is two.
+  """FLOPs of convolutions and matrix products; a multiply-add counts as two.
 
-  What falls on a convolution's padding, or on the holes of a dilated one, is
-  not counted: it is not computed, or by zero. All else (norms, activations, the
-  optimiser) is left out, which is a few percent of a U-Net.
+  Products with a convolution's padding, or with the holes of a dilated one, are
+  not counted: they are skipped, or multiply by zero. All other operations
+  (norms, activations, the optimiser) are not counted; they are a few percent of
+  a U-Net.
 
   Args:
-    jaxpr: of the whole program, over all devices, such as
+    jaxpr: the whole program, over all devices, such as
       `jax.jit(f).trace(...).jaxpr`.
 
   Returns:
     {'convolutions': FLOPs, 'matrix products': FLOPs}.
 
   Raises:
-    ValueError: a loop of unknown length has products in it.
+    ValueError: a loop of unknown length contains products.
   """
   total = Counter({'convolutions': 0, 'matrix products': 0})
   for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
@@ -37,7 +38,7 @@ def products(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Counter:
 
 
 def has_loops(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> bool:
-  """Whether products are in a loop, whose body XLA counts once."""
+  """Whether a loop contains products; XLA counts a loop's body once."""
   for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
     for value in _called(eqn):
       if eqn.primitive.name == 'scan' and products(value).total():
@@ -57,13 +58,13 @@ def _called(eqn) -> list:
 
 
 def _inside(eqn) -> Counter:
-  """Of the programs that an equation calls."""
+  """The FLOPs of the programs that an equation calls."""
   found = [products(value) for value in _called(eqn)]
   if eqn.primitive.name == 'cond':
     return max(found, key=lambda count: count.total())
   total = sum(found, Counter())
   if eqn.primitive.name == 'while' and total.total():
-    raise ValueError('a loop of unknown length has products in it')
+    raise ValueError('a loop of unknown length contains products')
   times = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
   return Counter({name: times * count for name, count in total.items()})
 
@@ -93,7 +94,7 @@ def _convolution(eqn) -> int:
 
 
 def _taps(image, kernel, out, stride, padding, holes, dilation) -> int:
-  """How often a tap of a window meets a number, along one axis."""
+  """How often a tap of a window falls on an element, along one axis."""
   at = (
     np.arange(out)[:, None] * stride + np.arange(kernel) * dilation - padding[0]
   )

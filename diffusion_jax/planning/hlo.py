@@ -1,4 +1,4 @@
-"""What a compiled program tells about itself: the text that XLA prints."""
+"""Parses the text of a compiled XLA program."""
 
 import math
 import re
@@ -22,15 +22,14 @@ ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
 
 
 class Collective(NamedTuple):
-  """Arrays that devices exchange.
+  """Collective operations of one kind and group size.
 
   Attributes:
     kind: one of `KINDS`.
-    group: how many devices exchange them with each other; a permutation is one
-      of pairs.
-    count: how many operations a step has.
-    bytes: of the whole arrays that are reduced, gathered or scattered, as one
-      device has them before or after, all operations together.
+    group: number of devices in a group; 2 for a permutation.
+    count: number of operations per step.
+    bytes: total bytes of all operations, counting each array whole, as one
+      device has it before or after the operation.
   """
 
   kind: str
@@ -42,13 +41,13 @@ class Collective(NamedTuple):
 def collectives(text: str, num_devices: int) -> list[Collective]:
   """The collectives of a compiled program, on one device.
 
-  On TPUs a reduce-scatter is a fusion named all-reduce-scatter, with an
-  all-reduce inside: that is counted as what it does. What is in a loop counts
-  as often as the loop runs.
+  On TPUs a reduce-scatter is a fusion named all-reduce-scatter that contains an
+  all-reduce; it is counted as a reduce-scatter. Operations in a loop count once
+  per iteration.
 
   Args:
     text: `compiled.as_text()`.
-    num_devices: that it is for.
+    num_devices: number of devices of the program.
   """
   bodies, entry = _computations(text)
   counts, sizes, seen = Counter(), Counter(), set()
@@ -60,9 +59,9 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
       kind, group = match[2], _group(line, num_devices)
       channel = re.search(r'channel_id=(\d+)', line)
       if 'all-reduce-scatter' in name:
-        kind = 'reduce-scatter'  # of which several may share a channel
+        kind = 'reduce-scatter'  # several may share a channel
       elif channel:
-        # One that is asynchronous is printed in each of its parts.
+        # Each part of an asynchronous operation is printed.
         if (kind, channel[1]) in seen:
           continue
         seen.add((kind, channel[1]))
@@ -78,14 +77,14 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
 
 
 def _computations(text):
-  """Name -> lines, and the name of the one that begins."""
+  """{name: lines} of the computations, and the name of the entry."""
   found = COMPUTATION.findall(text)
   bodies = {name: body.splitlines() for _, name, body in found}
   return bodies, next(name for entry, name, _ in found if entry)
 
 
 def _times(bodies, entry) -> Counter:
-  """How often each computation runs in a step."""
+  """How often each computation runs per step."""
   times = Counter()
 
   def visit(name, count):
@@ -102,24 +101,24 @@ def _times(bodies, entry) -> Counter:
 
 
 def _result_bytes(kind, line, shapes) -> int:
-  """Of what an operation gives; where it only starts, of what it will give."""
+  """Bytes of an operation's result; for a start operation, its final result."""
   arrays = [
     math.prod(int(size) for size in sizes.split(',') if size)
     * (1 if name == 'pred' else -(-int(bits) // 8))
     for name, bits, sizes in ARRAY.findall(shapes)
   ]
   if f'{kind}-start(' in line and kind != 'all-reduce':
-    # What goes in stands first, and a permutation has two counters at the end.
+    # Inputs come first, and a permutation ends with two counters.
     half = 1 if kind == 'collective-permute' else len(arrays) // 2
     arrays = arrays[half : 2 * half]
   return sum(arrays)
 
 
 def _group(line, num_devices) -> int:
-  """Devices in a group, as XLA writes it.
+  """Number of devices in a group, in any of XLA's notations.
 
-  {{0,1},{2,3}}, [2,2]<=[4], mesh['a'=2,'b'=2] {'a'}, with parts of an axis as
-  {'a':(1)2}, and {} for all of them.
+  They are {{0,1},{2,3}}, [2,2]<=[4], mesh['a'=2,'b'=2] {'a'}, with parts of an
+  axis as {'a':(1)2}, and {} for all devices.
   """
   if 'source_target_pairs' in line:
     return 2

@@ -1,4 +1,4 @@
-"""What a preflight found, as a table."""
+"""The results of preflight as text."""
 
 from collections.abc import Iterator, Mapping
 
@@ -6,24 +6,24 @@ from diffusion_jax.system import terminal
 
 
 def gib(count: float) -> str:
-  """Bytes, for people."""
+  """Bytes as text."""
   return f'{count / 2**30:.2f} GiB'
 
 
 def mesh(shape: Mapping[str, int]) -> str:
-  """The sizes of its axes, for people."""
+  """The sizes of a mesh's axes as text."""
   return ' x '.join(f'{axis} {size}' for axis, size in shape.items())
 
 
 # At low effort, see compiled.FAST.
-ESTIMATE = '; an estimate of --fast, seen to be 8% to 22% too low'
+ESTIMATE = '; --fast estimates memory, 8% to 22% too low where compared'
 
 
 def lines(result: dict) -> Iterator[str]:
-  """What preflight found, for people.
+  """The results of preflight as lines of text.
 
   Args:
-    result: what it prints as JSON.
+    result: the results as JSON.
   """
   name = result['topology'] or 'this machine'
   yield (
@@ -43,7 +43,7 @@ def lines(result: dict) -> Iterator[str]:
   total = max(result[kind]['bytes']['total'] for kind in kinds)
   yield ''
   yield (
-    f'it fits: {gib(total)} of {gib(result["memory"])} a chip, '
+    f'it fits: {gib(total)} of {gib(result["memory"])} per chip, '
     f'{total / result["memory"]:.0%}' + ESTIMATE * result['fast']
   )
 
@@ -64,22 +64,22 @@ def _program(kind, result):
     (name, f'{size:,}', f'{size / result["memory"]:.1%}')
     for name, size in program['bytes'].items()
   ]
-  yield from terminal.table(['bytes a chip', '', 'of its memory'], rows)
+  yield from terminal.table(['bytes per chip', '', 'of its memory'], rows)
   yield (
-    f'{program["product_flops_per_image"] / 1e9:,.2f} GFLOP an image in '
+    f'{program["product_flops_per_image"] / 1e9:,.2f} GFLOP per image in '
     'convolutions and matrix products'
   )
   if kind == 'train':
     if program['xla_flops_per_image']:
       yield (
-        f'{program["xla_flops_per_image"] / 1e9:,.2f} GFLOP an image in all, '
-        'as XLA counts'
+        f'{program["xla_flops_per_image"] / 1e9:,.2f} GFLOP per image in '
+        'total, as counted by XLA'
       )
     share = program['aliased'] / program['outputs']
-    yield f'{share:.2%} of the outputs take the place of donated arguments'
+    yield f'{share:.2%} of the outputs reuse donated arguments'
   if program['collectives']:
     yield from terminal.table(
-      ['chips exchange', 'in groups of', 'operations', 'bytes a chip'],
+      ['communication', 'in groups of', 'operations', 'bytes per chip'],
       [
         (
           one['kind'], str(one['group']), str(one['count']), f'{one["bytes"]:,}'
@@ -88,28 +88,28 @@ def _program(kind, result):
       ],
     )  # fmt: skip
   else:
-    yield 'chips exchange nothing'
+    yield 'no communication between chips'
   yield f'compiled in {program["compile_seconds"]:.0f} s'
 
 
 def _predicted(result):
   predicted = result['predicted']
   yield (
-    'a step at the published rates: '
-    f'{1e3 * predicted["compute_seconds"]:.2f} ms of products, '
-    f'{1e3 * predicted["memory_seconds"]:.2f} ms of memory, '
-    f'{1e3 * predicted["exchange_seconds"]:.2f} ms of exchange'
+    'time per step at the published rates: '
+    f'{1e3 * predicted["compute_seconds"]:.2f} ms of computation, '
+    f'{1e3 * predicted["memory_seconds"]:.2f} ms of memory traffic, '
+    f'{1e3 * predicted["exchange_seconds"]:.2f} ms of communication'
   )
   yield (
-    f'{1e3 * predicted["seconds"]:.2f} ms if nothing overlaps but products and '
-    f'memory: {predicted["images_per_sec_per_chip"]:,.0f} images/s a chip, '
+    f'{1e3 * predicted["seconds"]:.2f} ms if only computation and memory '
+    f'overlap: {predicted["images_per_sec_per_chip"]:,.0f} images/s per chip, '
     f'{predicted["hours"]:.1f} hours for the run, efficiency '
     f'{predicted["efficiency"]:.0%}; no chip reaches its published rates'
   )
 
 
 def _measured(found):
-  """What was timed on this machine."""
+  """The times measured on this machine."""
 
   def share(program):
     of_peak = program['share_of_peak']
@@ -117,9 +117,9 @@ def _measured(found):
 
   train, sample = found['train'], found.get('sample')
   yield (
-    f'measured: {train["seconds_per_step"]:.4g} s a training step, '
-    f'{train["images_per_sec"]:,.4g} images/s, mean of {train["steps"]}'
-    + share(train)
+    f'measured: {train["seconds_per_step"]:.4g} s per training step, '
+    f'{train["images_per_sec"]:,.4g} images/s, mean of {train["steps"]} '
+    f'step{"s" * (train["steps"] > 1)}' + share(train)
   )
   if sample:
     yield (

@@ -1,4 +1,4 @@
-"""Predictions: time at published rates, and the batch that memory holds."""
+"""Predicts the time per step at published rates, and the largest batch."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,21 +8,20 @@ from diffusion_jax.planning.compiled import Compiled
 
 
 def predict(where: Slice, program: Compiled) -> dict[str, float]:
-  """The time of a step at published rates, which no program reaches.
+  """The time per step at published rates, which no program reaches.
 
-  Chips compute while they read memory, but not while they exchange. A group of
-  all chips uses all links; a smaller one lies along one axis. An axis that is
-  not closed to a ring has half the rate.
+  It assumes that computation overlaps with memory traffic but not with
+  communication, that a group of all chips uses all links and a smaller one
+  those along one axis, and that an axis that is not a ring has half the rate.
 
   Args:
     where: the slice.
-    program: one whose FLOPs and bytes XLA tells.
+    program: a program with FLOPs and bytes counted by XLA.
 
   Returns:
-    'compute_seconds' of the FLOPs, 'memory_seconds' of the bytes that move
-    between chip and memory, 'exchange_seconds' of what chips exchange;
-    'seconds', the longer one of the first two and the third after it;
-    'efficiency', the share of it that is not exchange.
+    'compute_seconds' for the FLOPs, 'memory_seconds' for the memory traffic,
+    'exchange_seconds' for the communication; 'seconds', the larger of the first
+    two plus the third; 'efficiency', the share of it without communication.
   """
   chip = where.chip
   compute = program.flops / chip.flops
@@ -42,7 +41,7 @@ def predict(where: Slice, program: Compiled) -> dict[str, float]:
 
 
 def _traffic(kind: str, group: int) -> float:
-  """What a chip sends of each byte, by the algorithms that send least."""
+  """Bytes sent per chip for each byte, with bandwidth-optimal algorithms."""
   if kind == 'collective-permute':
     return 1.0
   rounds = 2 if kind == 'all-reduce' else 1
@@ -56,11 +55,11 @@ def _rate(where: Slice, group: int) -> float:
   return chip.link_rate * axes * (1.0 if closed else 0.5)
 
 
-LEAP = 16  # how much larger the next batch is at most
+LEAP = 16  # largest factor from one batch to the next
 
 
 class Tried(NamedTuple):
-  """A batch that was compiled: in units, bytes on a device, and of how many."""
+  """A compiled batch: its size in units, bytes per device, and their limit."""
 
   count: int
   used: int
@@ -72,17 +71,17 @@ def largest(
 ) -> tuple[Tried, Tried]:
   """Bisects for the largest count that fits.
 
-  Memory is nearly a line in the batch, so that the next try is where the line
-  meets the limit.
+  Memory is nearly linear in the batch size, so the next try is where the line
+  crosses the limit.
 
   Args:
-    used: count -> (bytes that it takes, bytes that there are).
-    first: where to begin.
-    accuracy: how far apart the two may be, as a share.
+    used: count -> (bytes needed, bytes available).
+    first: the count to start with.
+    accuracy: allowed gap between the two results, as a share.
 
   Returns:
     (the largest that fits, the smallest that does not); the first has count 0
-    where even 1 does not fit.
+    if even 1 does not fit.
   """
   fits, does_not = Tried(0, 0, 0), None
   count = first
@@ -101,7 +100,7 @@ def largest(
 
 
 def _next(fits, does_not, tried, earlier, accuracy):
-  """Where the line through two tries meets the limit, inside the bracket."""
+  """Where the line through two tries crosses the limit, inside the bracket."""
   if earlier and earlier.count != tried.count:
     slope = (tried.used - earlier.used) / (tried.count - earlier.count)
   else:
@@ -109,10 +108,10 @@ def _next(fits, does_not, tried, earlier, accuracy):
   if slope <= 0:
     slope = tried.used / tried.count
   guess = tried.count + (tried.limit - tried.used) / max(slope, 1e-9)
-  # Two small ones tell little; near the limit XLA begins to save memory.
+  # Small batches predict little; near the limit XLA starts to save memory.
   leap = LEAP if tried.used < tried.limit / 4 else 2
   guess = min(guess, leap * tried.count)
-  # A little to the side that is not known yet, so that both ends move.
+  # A little beyond the guess, so that both ends of the bracket move.
   step = accuracy / 3 * guess
   guess = int(guess + step if tried.used <= tried.limit else guess - step)
   low = fits.count + 1

@@ -1,4 +1,4 @@
-"""How long the programs of a run take on the devices of this machine."""
+"""Times the programs of a run on the devices of this machine."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from diffusion_jax.runs import programs
 from diffusion_jax.system import distributed, terminal
 from diffusion_jax.training import sharding
 
-SECS = 2.0  # of each program; one run, where that takes longer
+SECS = 2.0  # for each program; a longer program runs once
 
 
 def measure(
@@ -25,22 +25,22 @@ def measure(
   sample: Compiled | None,
   count: int,
 ) -> dict:
-  """Times both, with random images and new parameters.
+  """Times both programs with random images and new parameters.
 
   Args:
-    config: of the run.
+    config: the run's config.
     mesh: the devices.
-    program: of the config on the mesh.
+    program: the config's functions on the mesh.
     train: the compiled training step.
-    sample: the compiled sampling program; None = not timed.
-    count: images that it draws at once.
+    sample: the compiled sampling program, or None.
+    count: images per sampling batch.
 
   Returns:
-    'train' and 'sample', as JSON can hold them.
+    'train' and 'sample', as JSON.
   """
   peak = chips.peak(mesh.devices.flat[0].device_kind)
 
-  def share(found, seconds):  # of the peak; None where that is not known
+  def share(found, seconds):  # of the peak; None if that is not known
     return peak and sum(found.products.values()) / seconds / mesh.size / peak
 
   shape = (config.batch_size, *runs.image_shape(config.data))
@@ -78,21 +78,21 @@ def measure(
 
 
 def _put(mesh, rows: np.ndarray) -> jax.Array:
-  """Rows that every process has, split over the devices."""
+  """Shards rows, which every process has, over the devices."""
   return jax.make_array_from_callback(
     rows.shape, sharding.batch_sharding(mesh), lambda index: rows[index]
   )
 
 
 def _timed(what: str, call: Callable) -> tuple[float, int]:
-  """(seconds a call, calls): after one to warm up, unless that takes long."""
+  """(seconds per call, calls), after a warm-up call unless that takes long."""
 
   def seconds(count):
     start = time.monotonic()
     for _ in range(count):
       values = call()
     jax.block_until_ready(values)
-    # All processes must come to the same count.
+    # All processes must choose the same count.
     return max(distributed.gather(time.monotonic() - start)) / count
 
   with terminal.waiting(f'measuring {what}'):

@@ -1,1 +1,1 @@
-"""A run as a page: facts, plots, pictures, report.html."""
+"""The report of a run: facts, plots, pictures, report.html."""

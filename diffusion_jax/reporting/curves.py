@@ -1,4 +1,4 @@
-"""The curves of a run's page: training, and the distance step by step."""
+"""The curves of the report: training metrics, and the distance by step."""
 
 import json
 import math
@@ -12,13 +12,13 @@ from diffusion_jax.reporting.facts import Facts
 
 
 def series(rows, name) -> tuple[list, list]:
-  """(steps, values) of the rows that have it."""
+  """(steps, values) of the rows that have a metric."""
   there = [row for row in rows if name in row]
   return [row['step'] for row in there], [row[name] for row in there]
 
 
 def charts(run: Facts) -> list[dict]:
-  """The curves of training; those of which nothing is written are left out."""
+  """The curves of training, except those without data."""
 
   def raw(name, label='', color='blue', style='line'):
     return plots.Line(label, *series(run.rows, name), color, style)
@@ -38,7 +38,7 @@ def charts(run: Facts) -> list[dict]:
   clip = run.config.get('optim', {}).get('clip_norm')
   wanted = (
     (distance, best, True, curve),
-    ('Loss', 'smoothed over what was logged', True, (
+    ('Loss', 'smoothed over logged steps', True, (
       raw('loss', style='faint'), smoothed('loss', 'training'),
       raw('heldout_loss', 'held out', 'orange', 'marks'),
     )),
@@ -68,9 +68,9 @@ def charts(run: Facts) -> list[dict]:
 
 
 def _curve(found) -> tuple[str, str, list]:
-  """(title, what is best, lines): the newest card's distance, step by step.
+  """(title, note on the best, lines): the newest card's distance by step.
 
-  Without two steps that were judged alike there are no lines.
+  There are no lines unless two steps were judged in the same way.
   """
 
   def how(card):
@@ -92,7 +92,7 @@ def _curve(found) -> tuple[str, str, list]:
       'samples',
       *([point[key] for point in points] for key in ('step', 'value')),
     ),
-    plots.Line('the best', [best['step']], [best['value']], 'orange', 'marks'),
+    plots.Line('best', [best['step']], [best['value']], 'orange', 'marks'),
   ]
-  told = f'the least is {number(best["value"])}, at step {best["step"]:,}'
+  told = f'the best is {number(best["value"])}, at step {best["step"]:,}'
   return f'{cards.DISTANCES[names[0]]} by step', told, lines

@@ -1,7 +1,7 @@
-"""What a run's folder tells: its files, read with what is damaged left out.
+"""Reads the files of a run's folder, skipping those that are damaged.
 
-A report is wanted most of a run that went wrong. So nothing but a missing
-config stops it: what cannot be read is left out, and told in a line.
+A report is needed most for a run that went wrong. So only a missing config
+stops it: a file that cannot be read is skipped and listed as a problem.
 """
 
 import collections
@@ -16,19 +16,19 @@ from diffusion_jax.system import files
 
 
 class Facts(NamedTuple):
-  """What is known of a run.
+  """The contents of a run's folder.
 
   Attributes:
     workdir: the run's folder.
-    config: of config.json.
-    rows: of metrics.jsonl, by step.
-    starts: of starts.jsonl, in the order of the file.
-    cards: of evaluations/*.json, by step and time, each with its 'name'.
+    config: from config.json.
+    rows: from metrics.jsonl, by step.
+    starts: from starts.jsonl, in the order of the file.
+    cards: from evaluations/*.json, by step and time, each with its 'name'.
     stores: (folder, store.json) of the sample stores that have a grid.png, by
       step and time.
-    drawn: (step, file) of the grids drawn on the way, by step.
-    origin: of init_from.json; None where the run began at random.
-    problems: what was left out and why, a line each.
+    drawn: (step, file) of the grids drawn during training, by step.
+    origin: from init_from.json; None if the run started from random parameters.
+    problems: what was skipped and why, one line each.
   """
 
   workdir: files.Path
@@ -52,12 +52,12 @@ def read(workdir) -> Facts:
   config = runs.read_config(workdir)
 
   def whole(path: files.Path, is_well: Callable[[Any], bool]):
-    """The file's JSON; None, and a line in problems, where it is not well."""
+    """The file's JSON; None and a line in problems if it is not valid."""
     try:
       return _parsed(path.read_text(), is_well)
     except (OSError, ValueError, RecursionError) as e:
       name = path.relative_to(workdir)
-      problems.append(f'{name} cannot be read ({e}): left out')
+      problems.append(f'{name} cannot be read ({e}): skipped')
 
   cards = [
     {**card, 'name': path.stem}
@@ -100,13 +100,13 @@ def _parsed(text: str, is_well: Callable[[Any], bool]):
 
 
 def _lines(path: files.Path, is_well, problems: list[str]) -> list[dict]:
-  """The objects of a file of JSON lines; those that are not well are told."""
+  """The objects of a JSON lines file; invalid lines become problems."""
   try:
     text = path.read_bytes().decode(errors='replace')
   except FileNotFoundError:
     return []
   except OSError as e:
-    problems.append(f'{path.name} cannot be read ({e.strerror}): left out')
+    problems.append(f'{path.name} cannot be read ({e.strerror}): skipped')
     return []
   good, bad = [], []
   for number, line in enumerate(text.split('\n'), 1):
@@ -118,7 +118,7 @@ def _lines(path: files.Path, is_well, problems: list[str]) -> list[dict]:
       bad.append(number)
   if bad:
     some = f'line {bad[0]}' + f' and {len(bad) - 1} more' * (len(bad) > 1)
-    problems.append(f'{path.name} is damaged in {some}: left out')
+    problems.append(f'{path.name} is damaged in {some}: skipped')
   return good
 
 
@@ -156,15 +156,15 @@ def is_start(value) -> bool:
 
 
 class Cost(NamedTuple):
-  """What the steps of a run took, as far as its files tell.
+  """The cost of a run's steps, according to its files.
 
   Attributes:
-    seconds: of training, evaluations and checkpoints between steps included;
-      None where no rate was written. Left out are compiling, and steps that a
-      kill threw away.
+    seconds: training time, including evaluations and checkpoints between steps
+      but not compilation, nor steps lost when the run was killed; None if no
+      rate was logged.
     device_seconds: kind of device -> seconds x devices; the kind is None for
-      steps of which no start is recorded.
-    images: seen in training.
+      steps without a recorded start.
+    images: number of images seen in training.
   """
 
   seconds: float | None
@@ -173,17 +173,17 @@ class Cost(NamedTuple):
 
 
 def cost(rows: list[dict], starts: list[dict], batch_size: int) -> Cost:
-  """Adds up rows of metrics.
+  """Adds up the cost of metric rows.
 
-  A row stands for the steps since the row before it. The first after a start
-  has no rate, for its time is that of compiling: it takes the next known one,
-  and the rows after the last known one take that.
+  A row covers the steps since the previous row. The first row after a start has
+  no rate, because its time includes compilation: it gets the next known rate.
+  Rows after the last known rate get that one.
 
   Args:
-    rows: by step, 'images_per_sec' where known.
-    starts: 'step', 'device' and 'num_devices'; a row was computed by the last
-      start that went on from before it.
-    batch_size: images in a step, over all devices.
+    rows: metric rows by step, with 'images_per_sec' if known.
+    starts: 'step', 'device' and 'num_devices' of each start; a row belongs to
+      the last start at an earlier step.
+    batch_size: images per step, over all devices.
   """
   rates, known = [], None
   for row in reversed(rows):

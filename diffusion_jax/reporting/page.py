@@ -1,7 +1,7 @@
-"""report.html: a run on one page, in one file that can be sent to people.
+"""report.html: a run on one page, in one self-contained file.
 
-Every part says so where the run has nothing to show yet. Pictures and plots
-are inside the file, and there is nothing to run or to load.
+Every part of the page says so if the run has nothing to show yet. Pictures and
+plots are embedded; the page runs no scripts and loads nothing.
 """
 
 import datetime
@@ -21,18 +21,18 @@ from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 
 THUMBNAIL = 320
-STRIP = 6  # grids drawn on the way
+STRIP = 6  # most grids drawn during training
 
 
 def write(
   workdir, told: Callable[[str], None] = lambda line: None
 ) -> files.Path:
-  """Writes WORKDIR/report.html, whole or not at all.
+  """Writes WORKDIR/report.html atomically.
 
   Args:
     workdir: the run's folder.
-    told: called with a line for each file that is damaged and left out; the
-      page says it too.
+    told: called with a line for each damaged file that is skipped; the page
+      lists them too.
 
   Returns:
     the page's path.
@@ -53,12 +53,12 @@ def write(
 
 
 def update(workdir) -> None:
-  """As `write`, by process 0, which tells the lines."""
+  """Like `write`, but by process 0 only, which prints the lines."""
   distributed.on_first(lambda: write(workdir, terminal.say) and None)
 
 
 def render(run: Facts) -> str:
-  """The page of a run; adds damaged pictures to its problems."""
+  """The page of a run as HTML; adds damaged pictures to the run's problems."""
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader('diffusion_jax.reporting', ''),
     autoescape=True,
@@ -98,19 +98,19 @@ def duration(seconds: float) -> str:
 
 
 def _about(run: Facts) -> list[str]:
-  """What it is: data, shape, size."""
+  """The run in brief: data, image shape, number of parameters."""
   shape = ' × '.join(map(str, runs.image_shape(run.config['data'])))
   about = [run.config['data']['name'], f'{shape} images']
   try:
     return [*about, f'{_num_params(run.config):,} parameters']
   except (TypeError, ValueError) as e:
-    run.problems.append(f'config.json has no model that can be built: {e}')
+    run.problems.append(f'the model of config.json cannot be built: {e}')
     return about
 
 
 def _num_params(config) -> int:
   init = recipe.create(config).init
-  # Within eval_shape nothing touches a device, which a trainer may hold.
+  # Inside eval_shape nothing touches a device, which a trainer may hold.
   return models.count(jax.eval_shape(lambda: init(jax.random.key(0))))
 
 
@@ -122,7 +122,7 @@ def _newest(run: Facts) -> list[tuple[str, str, str]]:
     steps, values = curves.series(run.rows, key)
     if steps:
       tiles.append((label, number(values[-1]), f'at step {steps[-1]:,}'))
-  # Of the newest step, the card of the most samples.
+  # The card with the most samples at the newest step.
   chosen = sorted(run.cards, key=lambda card: (
     card['subject']['step'], card['protocol'].get('num_samples') or 0,
   ))[-1:]  # fmt: skip
@@ -134,7 +134,7 @@ def _newest(run: Facts) -> list[tuple[str, str, str]]:
 
 
 def _samples(run: Facts) -> list[dict]:
-  """The newest pictures: of samples, of their way, of their neighbours."""
+  """The newest pictures: samples, their trajectory, a sweep, neighbours."""
   wanted = []
   if run.stores or run.drawn:
     step, grid = run.drawn[-1] if run.drawn else (None, None)
@@ -142,18 +142,18 @@ def _samples(run: Facts) -> list[dict]:
     if run.stores:
       folder, subject = run.stores[-1]
       grid = folder / 'grid.png'
-    way = 'Their way out of the noise; t is the time, x0 the image.'
+    way = 'Their trajectory from noise to image; t is the time, x0 the image.'
     wanted += [
       (grid, f'Samples: {tables.drawing(subject)}.'),
       (grid.with_name('trajectory.png'), way),
     ]
   sweeps = run.workdir.glob('evaluations/sweeps/*.png')
   for path in sorted(sweeps, key=files.modified)[-1:]:
-    wanted.append((path, 'Samplers, by evaluations of the network.'))
+    wanted.append((path, 'Samplers by network evaluations per sample.'))
   for card in reversed(run.cards):
     path = run.workdir / 'evaluations' / f'{card["name"]}_neighbours.png'
     if path.exists():
-      told = 'Samples, framed, and the training images nearest to them'
+      told = 'Samples (framed) and their nearest training images'
       wanted.append((path, f'{told}: {tables.drawing(card["subject"])}.'))
       break
   return [
@@ -165,7 +165,7 @@ def _samples(run: Facts) -> list[dict]:
 
 
 def _strip(run: Facts) -> list[dict]:
-  """Some of the grids drawn on the way, the first and the last among them."""
+  """Some grids drawn during training, including the first and the last."""
   count = min(len(run.drawn), STRIP)
   chosen = [
     run.drawn[round(i * (len(run.drawn) - 1) / (count - 1))]
@@ -179,7 +179,7 @@ def _strip(run: Facts) -> list[dict]:
 
 
 def _on_the_way(run):
-  """How training draws its grids, as a sample store tells it."""
+  """How training draws its grids, in the format of a sample store."""
   sample = run.config['sample']
   sampler, evaluations = sample.get('sampler'), sample.get('num_steps')
   if sampler in samplers.SAMPLERS and evaluations:
@@ -192,17 +192,17 @@ def _on_the_way(run):
 
 
 def _picture(run, path, caption, *how) -> list[dict]:
-  """src, width, height, caption; nothing, and a problem, if it is damaged."""
+  """[src, width, height, caption]; [] and a problem if it is damaged."""
   try:
     return [{**pictures.embedded(path, *how), 'caption': caption}]
   except pictures.DAMAGED as e:
     name = path.relative_to(run.workdir)
-    run.problems.append(f'{name} cannot be read ({e}): left out')
+    run.problems.append(f'{name} cannot be read ({e}): skipped')
     return []
 
 
 def _tables(run: Facts) -> list[dict]:
-  """One for each protocol, the newest first: only equals stand together."""
+  """One table for each protocol, the newest first."""
   groups = [group[::-1] for group in cards.grouped(run.cards[::-1]).values()]
   return [
     {
@@ -217,7 +217,7 @@ def _tables(run: Facts) -> list[dict]:
 
 
 def _classes(card: dict) -> dict | None:
-  """Which classes a judge saw in the samples, as bars."""
+  """The judge's classes of the samples, as bars."""
   details = card.get('details', {})
   named = {
     'samples': ('blue', details.get('class_histogram')),
@@ -238,7 +238,7 @@ def _classes(card: dict) -> dict | None:
 
 
 def _cost(run: Facts) -> list[tuple[str, str, str]]:
-  """(label, number, note), of what the steps so far took."""
+  """The cost of the steps so far: (label, number, note)."""
   batch_size = run.config.get('batch_size', 0)
   cost = facts.cost(run.rows, run.starts, batch_size)
   if not cost.images:
@@ -246,18 +246,18 @@ def _cost(run: Facts) -> list[tuple[str, str, str]]:
   tiles = []
   if cost.seconds is not None:
     took = duration(cost.seconds)
-    tiles.append(('Training time', took, 'compiling not counted'))
+    tiles.append(('Training time', took, 'without compilation'))
   for kind, seconds in cost.device_seconds.items():
     hours, kind = number(seconds / 3600), kind or 'devices not recorded'
     tiles.append(('Device-hours', hours, kind))
-  tiles.append(('Images seen', number(cost.images), f'{batch_size} a step'))
+  tiles.append(('Images seen', number(cost.images), f'{batch_size} per step'))
   if size := _num_images(run.config['data']):
     tiles.append(('Epochs', number(cost.images / size), f'of {size:,} images'))
   return tiles
 
 
 def _num_images(config: dict) -> int | None:
-  """The size of the training set; None where it is not on this machine."""
+  """The size of the training set; None if it is not on this machine."""
   try:
     train, _ = data.splits(config)
   except (UserError, KeyError):
@@ -266,21 +266,21 @@ def _num_images(config: dict) -> int | None:
 
 
 def _origin(run: Facts) -> str:
-  """Whose parameters the run began with, in a sentence."""
+  """A sentence about the run whose parameters this one started from, or ''."""
   origin = run.origin
   if not origin:
     return ''
   weights = 'raw' if origin.get('ema') is False else 'averaged'
   left = origin.get('left', [])
   return (
-    f'It began with the {weights} parameters of {origin.get("workdir")}, step '
-    f'{origin["step"]:,}: {origin.get("taken")} arrays taken, '
+    f'Started from the {weights} parameters of {origin.get("workdir")}, step '
+    f'{origin["step"]:,}: {origin.get("taken")} arrays copied, '
     f'{len(left) if isinstance(left, list) else left} not.'
   )
 
 
 def _starts(run: Facts) -> list[dict]:
-  """A row for each start; of the versions, what changed with it."""
+  """A row for each start, with the versions that changed."""
   rows, before = [], {}
   for start in run.starts:
     versions = start.get('versions', {})
@@ -299,7 +299,7 @@ def _starts(run: Facts) -> list[dict]:
 
 
 def _config(run: Facts) -> list[tuple[str, dict]]:
-  """The config's groups, what stands alone first."""
+  """The config's groups, with ungrouped values first."""
   alone, groups = {}, []
   for key, x in run.config.items():
     if isinstance(x, dict):

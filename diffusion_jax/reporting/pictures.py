@@ -1,4 +1,4 @@
-"""Pictures for people: grids with gutters, at a size that can be seen."""
+"""Pictures for people: grids of images with gutters, enlarged if small."""
 
 import base64
 import io
@@ -12,26 +12,26 @@ from diffusion_jax.samplers import inversion
 from diffusion_jax.system import files
 
 GUTTER = (255, 255, 255)
-SAMPLE = (200, 60, 40)  # round what is drawn, beside what is real
+SAMPLE = (200, 60, 40)  # frame of samples next to real images
 LABEL = 170  # the width of a label, in pixels
-# A larger picture is embedded smaller: a report is to be sent by mail.
+# Larger pictures are embedded smaller, so that a report can be mailed.
 MAX_BYTES, MAX_SIDE = 500_000, 1200
-# What Pillow raises for a damaged picture, or for one of too many pixels.
+# Raised by Pillow for a damaged picture, or one with too many pixels.
 DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 TILE = 64  # small images are enlarged to at least this many pixels
 
 
 def enlarge(images: np.ndarray) -> np.ndarray:
-  """uint8 [N, H, W, C] -> RGB [N, h, w, 3], by whole pixels to TILE or more."""
+  """uint8 [N, H, W, C] -> RGB [N, h, w, 3], repeating pixels up to TILE."""
   if images.dtype != np.uint8:
-    raise ValueError(f'pictures are made of uint8 images, not {images.dtype}')
+    raise ValueError(f'pictures need uint8 images, not {images.dtype}')
   factor = max(1, math.ceil(TILE / min(images.shape[1:3])))
   images = images.repeat(factor, axis=1).repeat(factor, axis=2)
   return np.broadcast_to(images, (*images.shape[:3], 3))
 
 
 def gutter(tile: int) -> int:
-  """The width of the white between tiles of this size, in pixels."""
+  """The width of the white gutter between tiles of this size, in pixels."""
   return max(4, tile // 8)
 
 
@@ -40,7 +40,7 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
 
   Args:
     images: uint8 [N, H, W, C], C = 1 or 3.
-    columns: how many stand in a row; the root of N, rounded up, by default.
+    columns: images per row; by default the root of N, rounded up.
 
   Returns:
     uint8 [height, width, 3].
@@ -63,11 +63,11 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
 
 
 def columns(frames: np.ndarray, labels: Sequence[str]) -> np.ndarray:
-  """Images in labelled columns, which line up what belongs together in rows.
+  """Images in labelled columns.
 
   Args:
     frames: uint8 [F, N, H, W, C]: columns, then rows.
-    labels: F texts, to stand above the columns.
+    labels: F texts, printed above the columns.
 
   Returns:
     uint8 [height, width, 3].
@@ -89,7 +89,7 @@ def columns(frames: np.ndarray, labels: Sequence[str]) -> np.ndarray:
 
 
 def trajectory(frames: np.ndarray, times) -> np.ndarray:
-  """The way from noise to images: a row each, a labelled column for each time.
+  """Trajectories from noise to images: a row per image, a column per time.
 
   Args:
     frames: uint8 [F, N, H, W, C].
@@ -106,15 +106,15 @@ def trajectory(frames: np.ndarray, times) -> np.ndarray:
 def interpolation(
   draw_fn: Callable, ends: np.ndarray, between: int
 ) -> np.ndarray:
-  """A picture of the ways from noise 0 to 1, from 2 to 3, and so on.
+  """A picture of interpolations from noise 0 to 1, from 2 to 3, and so on.
 
   Args:
     draw_fn: noises [N, ...] -> uint8 images [N, H, W, C].
-    ends: [N, H, W, C], two noises a row; an odd last one is left out.
-    between: how many images stand between two ends.
+    ends: [N, H, W, C], two noises per row; an odd last one is ignored.
+    between: number of images between two ends.
 
   Returns:
-    uint8 [height, width, 3]: a row a pair, a column a weight, 0 to 1.
+    uint8 [height, width, 3]: a row per pair, a column per weight, 0 to 1.
   """
   weights = np.linspace(0, 1, between + 2)
   a, b = ends[:-1:2], ends[1::2]
@@ -131,11 +131,11 @@ def interpolation(
 
 
 def neighbours(images: np.ndarray, labels: Sequence[str]) -> np.ndarray:
-  """Samples, framed, with their nearest training images and labels beside them.
+  """Framed samples with their nearest training images and labels.
 
   Args:
-    images: uint8 [Q, 1 + k, H, W, C]: a sample, then its k nearest.
-    labels: Q texts; what follows a semicolon stands in a line of its own.
+    images: uint8 [Q, 1 + k, H, W, C]: a sample, then its k nearest images.
+    labels: Q texts; a semicolon starts a new line.
 
   Returns:
     uint8 [height, width, 3].
@@ -156,19 +156,19 @@ def neighbours(images: np.ndarray, labels: Sequence[str]) -> np.ndarray:
 
 
 def embedded(path, side: int = MAX_SIDE, most_bytes: int = MAX_BYTES) -> dict:
-  """A picture inside of a page: 'src', and its 'width' and 'height'.
+  """A picture to embed in a page: 'src', 'width' and 'height'.
 
   Args:
-    path: of the file.
-    side: in pixels, at most; a larger picture is made smaller.
-    most_bytes: up to so many it is embedded as it is.
+    path: the file.
+    side: maximum side in pixels after shrinking.
+    most_bytes: a picture of at most this size is embedded unchanged.
 
   Raises:
-    DAMAGED: it cannot be read.
+    DAMAGED: the file cannot be read.
   """
   content, kind = path.read_bytes(), 'png'
   with Image.open(io.BytesIO(content)) as image:
-    image.load()  # the whole of it, or it is damaged
+    image.load()  # reads all of it, so that damage is found
     width, height = image.size
     if len(content) > most_bytes:
       small = image.convert('RGB')
@@ -184,10 +184,10 @@ def embedded(path, side: int = MAX_SIDE, most_bytes: int = MAX_BYTES) -> dict:
 
 
 def save(path, picture: np.ndarray) -> None:
-  """Writes a PNG, whole or not at all.
+  """Writes a PNG atomically.
 
   Args:
-    path: of the file.
+    path: the file.
     picture: uint8 [H, W, 3] or [H, W, 1].
   """
   if picture.shape[-1] == 1:

@@ -1,7 +1,7 @@
-"""Plots as SVG to stand inside a page, which colours and labels them.
+"""Plots as SVG for a page, which sets their colours and labels.
 
-Colours are names of the page's CSS variables, so that one plot suits a light
-page, a dark one and paper. The same numbers give the same bytes.
+Colours are names of the page's CSS variables, so one plot works on a light
+page, a dark page and paper. The same numbers give the same bytes.
 """
 
 import html
@@ -32,8 +32,8 @@ COLORS = {
   'q4': '#163a66',
 }
 SIZE = (4.3, 2.3)  # inches; the page scales it
-NICE = (1, 2, 5, 10)  # what ticks are multiples of
-NUM_POINTS = 400  # of a line; more cannot be seen
+NICE = (1, 2, 5, 10)  # ticks are multiples of these
+NUM_POINTS = 400  # most points of a line; more cannot be seen
 
 
 class Line(NamedTuple):
@@ -44,7 +44,7 @@ class Line(NamedTuple):
     x: [N], rising.
     y: [N].
     color: a key of COLORS.
-    style: 'line'; 'faint', for what another line smooths; or 'marks'.
+    style: 'line'; 'faint', for data that another line smooths; or 'marks'.
   """
 
   label: str
@@ -55,9 +55,9 @@ class Line(NamedTuple):
 
 
 def smooth(y) -> np.ndarray:
-  """[N] -> [N]: the mean of each point and its neighbours, a tenth of all.
+  """[N] -> [N]: a moving average over a tenth of all points, at most 101.
 
-  At most 101 of them; at the ends, those that there are.
+  At the ends, the window is cut off.
   """
   y = np.asarray(y, float)
   window = np.ones(2 * min(len(y) // 20, 50) + 1)
@@ -66,9 +66,9 @@ def smooth(y) -> np.ndarray:
 
 
 def thin(x, y, num_points: int = NUM_POINTS):
-  """At most num_points of a line: of each stretch the lowest and the highest.
+  """Thins a line to num_points: the lowest and highest point of each stretch.
 
-  Spikes stay, which a mean or every n-th point would lose.
+  This keeps spikes, which a mean or every n-th point would lose.
   """
   x, y = np.asarray(x), np.asarray(y)
   if len(x) <= num_points:
@@ -90,10 +90,10 @@ def lines(
   """A plot of values over training steps.
 
   Args:
-    title: for those who cannot see it.
-    drawn: the lines; the first are drawn first.
-    log: a logarithmic y axis, where the values are above 0 and span enough.
-    restarts: steps at which the run went on, marked by faint rules.
+    title: the label for screen readers.
+    drawn: the lines, in drawing order.
+    log: use a logarithmic y axis, if all values are above 0 and span enough.
+    restarts: steps at which the run resumed, marked by faint rules.
 
   Returns:
     an <svg> element.
@@ -128,7 +128,7 @@ def lines(
 
 
 def bars(title: str, groups: dict[str, Sequence[float]]) -> str:
-  """Bars side by side, an <svg>: color -> one share of 1 for each class."""
+  """Bars side by side, as an <svg>; groups: color -> share of each class."""
   figure, axes = _axes()
   width = 0.8 / len(groups)
   for i, (color, shares) in enumerate(groups.items()):
@@ -142,12 +142,12 @@ def bars(title: str, groups: dict[str, Sequence[float]]) -> str:
 
 
 def rate_distortion(path, rate: Sequence[float], rmse: Sequence[float]) -> None:
-  """What is known of an image after how many bits; a .png.
+  """Writes a rate-distortion plot as a .png.
 
   Args:
-    path: of the file.
+    path: the file.
     rate: [K] bits per dimension.
-    rmse: [K], on the scale 0 .. 255.
+    rmse: [K] distortion, on the scale 0 .. 255.
   """
   figure, axes = _axes()
   axes.plot(rate, rmse, color=COLORS['blue'], lw=1.4)
@@ -161,16 +161,16 @@ def rate_distortion(path, rate: Sequence[float], rmse: Sequence[float]) -> None:
 
 
 def sweep(path, told: dict) -> None:
-  """Quality against evaluations, a line for each sampler; a .png.
+  """Writes a plot of distance by evaluations, a line per sampler, as a .png.
 
-  The best of each budget stand out.
+  The best sampler of each budget is highlighted.
 
   Args:
-    path: of the file.
+    path: the file.
     told: see `evaluation.sweep.text`.
   """
   figure, axes = _axes((7.2, 4.2))
-  # The legend stands in the order of the lines' right ends.
+  # The legend is in the order of the lines' right ends.
   last = {cell['sampler']: cell['value'] for cell in told['cells']}
   colors = matplotlib.colormaps['tab20'].colors
   won = {cell['sampler'] for cell in told['best'].values()}
@@ -193,7 +193,7 @@ def sweep(path, told: dict) -> None:
   axes.xaxis.set_major_locator(ticker.FixedLocator([*map(int, told['best'])]))
   axes.xaxis.set_minor_locator(ticker.NullLocator())
   axes.xaxis.set_major_formatter(ticker.FuncFormatter(short))
-  axes.set_xlabel('evaluations of the network for a sample')
+  axes.set_xlabel('network evaluations per sample')
   axes.set_ylabel(cards.distance(told['result']))
   figure.legend(loc='outside right upper', fontsize=8, frameon=False)
   _save(figure, path)
@@ -215,7 +215,7 @@ def _axes(size=SIZE):
 
 
 def _log_y(axes, subs):
-  """A logarithmic y axis, ticked at these multiples of powers of ten."""
+  """Makes the y axis logarithmic, with ticks at subs times powers of ten."""
   axes.set_yscale('log')
   axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=12))
   axes.yaxis.set_minor_locator(ticker.NullLocator())
@@ -229,7 +229,7 @@ def _save(figure, path):
 
 
 def short(value: float, _=None) -> str:
-  """12000 -> '12k', as there is little room."""
+  """12000 -> '12k', to save space."""
   for size, letter in ((1e6, 'M'), (1e3, 'k')):
     if abs(value) >= max(size, 1e4):
       return f'{value / size:g}{letter}'
@@ -238,7 +238,7 @@ def short(value: float, _=None) -> str:
 
 def _svg(figure: Figure, title: str, salt: str) -> str:
   file = io.StringIO()
-  # The salt goes into ids, of which a page with many plots has one each.
+  # The salt makes ids unique within a page of many plots.
   with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': salt}):
     figure.savefig(
       file, format='svg', transparent=True,
@@ -246,9 +246,9 @@ def _svg(figure: Figure, title: str, salt: str) -> str:
     )  # fmt: skip
   svg = file.getvalue()
   svg = svg[svg.index('<svg') :]
-  svg = re.sub(r'<style.*?</style>', '', svg)  # would hold for the whole page
+  svg = re.sub(r'<style.*?</style>', '', svg)  # would apply to the whole page
   svg = re.sub(r'<g id="[^"]*"', '<g', svg)
-  svg = re.sub(r' font-family: [^;"]*;', '', svg)  # the page's own
+  svg = re.sub(r' font-family: [^;"]*;', '', svg)  # use the page's font
   svg = re.sub(
     r' width="\S*pt" height="\S*pt"',
     f' role="img" aria-label="{html.escape(title)}"',

@@ -1,1 +1,1 @@
-"""Reproducing a paper: what is published, what it costs, how ours compares."""
+"""Reproducing a paper: published numbers, cost, stages, comparison."""

@@ -1,7 +1,7 @@
-"""What a reproduction costs: images, evaluations, FLOPs, and hours.
+"""The cost of a reproduction: images, evaluations, FLOPs, and hours.
 
-Hours are measured where a rate was measured, and estimated elsewhere, at the
-share of a chip's peak that the paper's own run had. The two are never mixed.
+Hours come from measured rates if there are any, and otherwise from the share of
+a chip's peak that the paper's own run reached. The two are never mixed.
 """
 
 import math
@@ -19,11 +19,11 @@ from diffusion_jax.runs import programs
 from diffusion_jax.system import terminal
 from diffusion_jax.training import sharding
 
-# Of Inception at 299x299 up to its last features, counted likewise.
+# Inception at 299x299 up to its last features, counted by `planning.flops`.
 INCEPTION_FLOPS = 10.95e9
 
-# Chips to rent -> FLOPs a second of all of them at the peak. TPU v4 counts two
-# cores a chip, the later ones chips.
+# Chips for rent -> peak FLOPs per second of all of them. The number in a TPU's
+# name counts two cores per chip for v4, and chips for later ones.
 PLACES = {
   **{f'1 {name}': peak for name, peak in chips.GPUS.items()},
   '8 H100': 8 * chips.GPUS['H100'],
@@ -34,15 +34,15 @@ PLACES = {
 
 
 class Work(NamedTuple):
-  """All that is to be computed.
+  """The whole computation of a reproduction.
 
   Attributes:
-    images: of training.
-    drawn: evaluations of the network for the samples.
-    scored: evaluations of it for the bits per dimension.
-    judged: images that Inception looks at.
-    train_flops: of a training image, forward and backward.
-    evaluation_flops: of an evaluation, of one image.
+    images: training images, repeats included.
+    drawn: network evaluations for the samples.
+    scored: network evaluations for the bits per dimension.
+    judged: images that pass through Inception.
+    train_flops: FLOPs per training image, forward and backward.
+    evaluation_flops: FLOPs per network evaluation of one image.
   """
 
   images: int
@@ -54,7 +54,7 @@ class Work(NamedTuple):
 
 
 class Hours(NamedTuple):
-  """By part. Judging is not one: it is short, and no rate is on record."""
+  """Hours by part. Judging is not included: it is short and has no rate."""
 
   training: float
   drawing: float
@@ -62,12 +62,12 @@ class Hours(NamedTuple):
 
 
 def flops_of(config: Mapping) -> tuple[float, float]:
-  """FLOPs of a training image, and of an evaluation of the network.
+  """FLOPs per training image, and per network evaluation.
 
-  It is traced for one device of this process; nothing is compiled.
+  The programs are traced for one device of this process; nothing is compiled.
 
   Args:
-    config: of the run, checked.
+    config: the run's config, checked.
   """
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   program = programs.create({**config, 'microbatches': 1}, mesh)
@@ -87,13 +87,13 @@ def flops_of(config: Mapping) -> tuple[float, float]:
 
 
 def shares(recipe: Recipe) -> tuple[float, float]:
-  """The shares of the peak that the paper's own run had: training, drawing.
+  """The shares of the peak that the paper's run reached: training, drawing.
 
-  They are the only rates on record for these networks: 0.19 and 0.36 for
-  CIFAR-10, which stands in where a recipe has none, 0.42 and 0.43 at 256x256.
+  They are the only published rates for these networks: 0.19 and 0.36 for
+  CIFAR-10, which is used for recipes without rates, 0.42 and 0.43 at 256x256.
 
   Args:
-    recipe: what is published.
+    recipe: the published recipe.
   """
   if not recipe.flops:
     recipe = published.find('cifar10')
@@ -112,13 +112,13 @@ def hours(
   """Hours at known rates.
 
   Args:
-    work: what is to be done.
-    images_per_sec: of training, all devices together; None = not known.
-    evaluations_per_sec: of the network while sampling, likewise.
-    most: hours that training may take.
+    work: the computation.
+    images_per_sec: training rate of all devices together; None = not known.
+    evaluations_per_sec: rate of network evaluations in sampling, likewise.
+    most: time limit of training, in hours.
 
   Returns:
-    None where a rate that is needed is not known.
+    the hours; None if a required rate is not known.
   """
   parts = (
     (work.images, images_per_sec),
@@ -134,13 +134,13 @@ def hours(
 def estimate(
   work: Work, peak: float, shares: tuple[float, float], most: float = math.inf
 ) -> Hours:
-  """Hours at shares of the peak; see what half and double of them mean.
+  """Hours at given shares of the peak.
 
   Args:
-    work: all of it.
-    peak: FLOPs a second of all chips.
-    shares: of it, in training and in drawing.
-    most: hours that training may take.
+    work: the computation.
+    peak: peak FLOPs per second of all chips.
+    shares: shares of the peak in training and in drawing.
+    most: time limit of training, in hours.
   """
   train, draw = (share * peak for share in shares)
   return hours(
@@ -151,12 +151,15 @@ def estimate(
 def table(
   work: Work, shares: tuple[float, float], most: float = math.inf
 ) -> tuple[list[str], list[list[str]]]:
-  """(heads, rows): hours on chips to rent, estimated, with half and double.
+  """Estimated hours on chips for rent, also at half and double the shares.
 
   Args:
-    work: all of it.
-    shares: of `shares`.
-    most: hours that training may take.
+    work: the computation.
+    shares: a result of `shares`.
+    most: time limit of training, in hours.
+
+  Returns:
+    (heads, rows) of the table.
   """
   heads = ['hours, estimated', 'training', 'drawing', 'bits', 'all',
            'at half the share', 'at double']  # fmt: skip
@@ -179,13 +182,13 @@ def _short(hours: float) -> str:
 def lines(
   work: Work, steps: int, shares: tuple[float, float], most: float = math.inf
 ) -> list[str]:
-  """What is to be computed, and the hours that it takes, line by line.
+  """The computation and its estimated hours, as lines of text.
 
   Args:
-    work: all of it.
-    steps: of training.
-    shares: of `shares`.
-    most: hours that training may take.
+    work: the computation.
+    steps: training steps.
+    shares: a result of `shares`.
+    most: time limit of training, in hours.
   """
   parts = (
     (work.images, f'{steps:,} training steps, {work.images:,} images',
@@ -206,7 +209,7 @@ def lines(
     '',
     *terminal.table(*table(work, shares, most)),
     f'at {shares[0]:.0%} of the published peak in training and {shares[1]:.0%} '
-    "in drawing, the shares of the paper's run on a TPU v3-8: an estimate, "
-    'nothing of this was measured. Fewer images on a chip, and faster chips, '
-    'mean smaller shares; judging and compiling are not counted',
+    "in drawing, the shares of the paper's run on a TPU v3-8: an estimate, not "
+    'a measurement. With fewer images per chip, or faster chips, the shares '
+    'are smaller; judging and compiling are not counted',
   ]

@@ -1,4 +1,4 @@
-"""What is published of the shipped recipes. Figures only, no code.
+"""Published numbers of the shipped recipes. Figures only, no code.
 
 A figure that was read in a reprint is marked as second-hand in its source:
 check it before quoting it.
@@ -13,16 +13,16 @@ DDPM = 'arXiv 2006.11239'
 
 
 class Row(NamedTuple):
-  """A line of the table.
+  """A row of the table.
 
   Attributes:
     system: what was trained, and by whom.
     sampler: 'ancestral' or 'ddim'.
-    evaluations: of the network, for a sample.
-    source: where it was read.
+    evaluations: network evaluations per sample.
+    source: the source of the figures.
     results: name on metric cards -> text. FIDs are against the training images;
-      several are of several runs, or the ends of a range. Bits are an upper
-      bound for the test images.
+      several values are from several runs, or the ends of a range. Bits are an
+      upper bound for the test images.
   """
 
   system: str
@@ -33,28 +33,29 @@ class Row(NamedTuple):
 
 
 class Band(NamedTuple):
-  """Where a number has to lie, the ends included; nothing is below 0."""
+  """The range that a number must be in, ends included; at least 0."""
 
   low: float
   high: float
 
 
 class Recipe(NamedTuple):
-  """What is known of a shipped config's run.
+  """The published facts about a shipped config's run.
 
   Attributes:
-    rows: of the table.
-    own: result -> band, for a run that was trained here to the last step.
+    rows: rows of the table.
+    own: result -> band, for a run trained here to the last step.
     imported: the same for the published weights.
     loss: (step, training loss) of a healthy run.
-    fid: (step, FID) of it, 50,000 samples of 1000 steps.
-    curve: whose run that was.
-    images_per_sec: of training, on the paper's TPU v3-8.
-    evaluations_per_sec: of the network for one image, while drawing there.
-    flops: (of a training image, of an evaluation), by `planning.flops`, which
-      leaves out what falls on padding.
-    num_train: training images, which are the reference; None = not on record.
-    num_heldout: test images, of which the bits are; None = likewise.
+    fid: (step, FID) of that run, with 50,000 samples of 1000 steps.
+    curve: a description of that run.
+    images_per_sec: training rate on the paper's TPU v3-8.
+    evaluations_per_sec: network evaluations of one image per second, in
+      sampling on the same TPU.
+    flops: FLOPs (per training image, per evaluation), by `planning.flops`,
+      which does not count padding.
+    num_train: number of training images, the reference; None = not known.
+    num_heldout: number of test images, for the bits; None = not known.
   """
 
   rows: tuple[Row, ...] = ()
@@ -73,15 +74,15 @@ class Recipe(NamedTuple):
 # A TPU v3-8 is four chips; cloud.google.com has 123 TFLOP/s of bfloat16 each.
 PAPER_PEAK = 4 * 123e12
 
-NUM_SAMPLES = 50_000  # of every FID below
+NUM_SAMPLES = 50_000  # for every FID below
 
-# What mistakes are known to cost, in FID of the same weights (3.17).
+# FIDs of the same weights (3.17) after known mistakes.
 WITHOUT_EMA = 12.2
 AGAINST_TEST = 5.24
 TWO_DRAWS = 0.1  # two draws of 50,000 differ by 0.05 to 0.1
 
-# Of the 256x256 networks no score is on record here: their tables will have no
-# verdict.
+# There are no published scores of the 256x256 networks here, so their tables
+# have no verdict.
 AT_256 = Recipe(
   images_per_sec=2.2 * 64,
   evaluations_per_sec=128 * 1000 / 300,
@@ -102,7 +103,7 @@ RECIPES = {
         {'fid': '3.188, 3.24, 3.249', 'inception_score': '9.475'},
       ),
       Row(
-        'official weights in other hands', 'ancestral', 1000,
+        'official weights, other evaluations', 'ancestral', 1000,
         'public re-implementations', {'fid': '3.21 to 3.25'},
       ),
       *(
@@ -117,8 +118,8 @@ RECIPES = {
       ),
     ),
     own={'fid': Band(3.10, 3.35)},
-    # The paper has at most 3.75 bits; 0.02 are for the noise that the bound is
-    # estimated with. Fewer bits than published are no failure.
+    # The paper has at most 3.75 bits; 0.02 allows for the noise of the
+    # estimated bound. Fewer bits than published are not a failure.
     imported={'fid': Band(3.1, 3.3), 'bpd': Band(0, 3.77)},
     loss=(
       (46_800, 0.0295), (93_600, 0.0293), (187_000, 0.0291),
@@ -143,9 +144,9 @@ RECIPES = {
 
 
 def find(name: str) -> Recipe:
-  """Of a config's name, such as 'lsun:cat'; an empty one where none is known.
+  """The recipe of a config such as 'lsun:cat', or an empty one.
 
   Args:
-    name: the file without .py, and what followed the colon.
+    name: the file's name without .py, with the part after the colon.
   """
   return RECIPES.get({'lsun': 'lsun:church'}.get(name, name), Recipe())

@@ -1,4 +1,4 @@
-"""What a reproduction leaves: a small folder that can be sent to people."""
+"""The results of a reproduction: a small folder that can be sent to people."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import metrics
 
-MOST_BYTES = 29_000_000  # and as much as the record, which is written last
+MOST_BYTES = 29_000_000  # excluding the record, which is written last
 TABLE = 'table.md'
 GRID = 10  # samples along each side
 COPIED = (
@@ -37,12 +37,12 @@ STYLES = {
 
 
 def judge(task: Task, step: int, made: Sequence[dict]) -> dict:
-  """The table, the verdict and the health, as JSON can hold them.
+  """The table, the verdict and the health, as JSON.
 
   Args:
-    task: what was asked for.
-    step: the last one.
-    made: the cards of samples, and of bits per dimension if they are measured.
+    task: the task.
+    step: the last step.
+    made: the cards of samples, and of bits per dimension if measured.
 
   Returns:
     'table', 'verdict', 'reasons', 'checks', 'health' and 'text'.
@@ -55,7 +55,7 @@ def judge(task: Task, step: int, made: Sequence[dict]) -> dict:
   bands = recipe.imported if task.origin else recipe.own
   reasons = list(task.differences)
   if (task.workdir / runs.INIT).exists() and not task.origin:
-    reasons.append('it began with the parameters of another run')
+    reasons.append('the run started from the parameters of another run')
   if not task.origin and step != task.config['num_steps']:
     reasons.append(f'step {step:,} of {task.config["num_steps"]:,}')
 
@@ -80,7 +80,7 @@ def judge(task: Task, step: int, made: Sequence[dict]) -> dict:
     ]
   told = health.told(findings)
   if incomparable and not task.origin:
-    told.append(f'the loss is compared to none: {"; ".join(incomparable)}')
+    told.append(f'the loss cannot be compared: {"; ".join(incomparable)}')
   return {
     'table': [line._asdict() for line in lines],
     **verdict,
@@ -96,21 +96,21 @@ def collect(
   found: Mapping,
   before: Sequence[str] = (),
 ) -> tuple[list[str], list[str]]:
-  """Fills the folder; of the files there, it touches none but `before`.
+  """Fills the folder; of existing files it changes only those in `before`.
 
   Args:
-    task: what was asked for.
-    step: the last one.
+    task: the task.
+    step: the last step.
     made: the cards.
-    found: of `judge`.
-    before: names of files that it wrote earlier.
+    found: the result of `judge`.
+    before: names of files that an earlier call wrote.
 
   Returns:
-    (names of the files, what was left out because it is too large).
+    (names of the files, files that were too large to copy).
   """
   folder = files.make(task.directory)
   rows = metrics.read(task.workdir / metrics.ROWS)
-  page = [f'# {task.name}: ours beside the others', '', '```', *found['text'],
+  page = [f'# {task.name}: ours and published', '', '```', *found['text'],
           '```', '']  # fmt: skip
   copied = {name: task.workdir / name for name in COPIED}
   contents = {
@@ -122,7 +122,7 @@ def collect(
   }
   names, left, room = [], [], MOST_BYTES
   for name, content in contents.items():
-    if not content:  # samples may be gone, and their picture still there
+    if not content:  # samples may be gone while their picture still exists
       names += [name] * (folder / name).exists()
     elif len(content) > room:
       left.append(f'{task.workdir / name}, {len(content) / 1e6:.0f} MB')
@@ -131,7 +131,7 @@ def collect(
         file.write(content)
       names.append(name)
       room -= len(content)
-  for name in set(before) - set(names):  # of an earlier protocol
+  for name in set(before) - set(names):  # from an earlier protocol
     (folder / name).unlink(missing_ok=True)
   return names, left
 
@@ -154,7 +154,7 @@ def _name(card) -> str:
 
 
 def _grid(task, step) -> bytes:
-  """A PNG of the first samples that were judged; b'' where they are gone."""
+  """A PNG of the first judged samples; b'' if they are gone."""
   try:
     count = min(GRID * GRID, task.num_samples)
     images = store.load(tasks.store(task, step), count)
@@ -169,15 +169,15 @@ def _grid(task, step) -> bytes:
 def curves(
   rows: Sequence[dict], recipe: Recipe, judged: Mapping[int, dict]
 ) -> dict[str, list[tuple]]:
-  """What is drawn over steps; distances if there are several.
+  """The curves to plot: the loss and, with several steps judged, distances.
 
   Args:
-    rows: of metrics.jsonl.
-    recipe: whose healthy run is drawn too.
+    rows: rows of metrics.jsonl.
+    recipe: the recipe, whose healthy run is plotted too.
     judged: step -> the card of its samples.
 
   Returns:
-    title -> (label, its (step, value), a key of plots.COLORS, one of STYLES).
+    title -> [(label, [(step, value)], a key of plots.COLORS, one of STYLES)].
   """
   shown = {}
 
@@ -214,7 +214,7 @@ def curves(
 
 
 def _drawn(shown) -> bytes:
-  """The panels as a PNG; b'' where there are none."""
+  """The panels as a PNG; b'' if there are none."""
   if not shown:
     return b''
   figure = Figure(figsize=(4.8 * len(shown), 3.6), layout='constrained')

@@ -1,8 +1,8 @@
-"""A stage: one of our binaries at work in a process of its own.
+"""A stage: one of this project's binaries in its own process.
 
-The process that waits for it starts no devices, so that there is never more
-than one on them. What a stage prints on stderr passes through; its result, JSON
-on stdout, is kept. None outlives who started it.
+The waiting process initialises no devices, so only one process uses them at a
+time. A stage's stderr passes through; its result, JSON on stdout, is returned.
+A stage ends when its parent does.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
 
-GRACE = 40.0  # seconds to save in, once it was told to stop
+GRACE = 40.0  # seconds for a stage to save after it is told to stop
 
-# On Linux a process can ask for a signal when its parent is gone, however that
-# went; the asking outlives exec. Arguments: the parent, then the command.
+# On Linux a process can request a signal for when its parent dies; the request
+# survives exec. Arguments: the parent's id, then the command.
 _TIED = (
   'import ctypes, os, signal, sys\n'
   'ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n'
@@ -31,7 +31,7 @@ _TIED = (
 
 
 class Failed(UserError):
-  """A stage failed; `told` is the line in which it has said why, or ''."""
+  """A stage failed; `told` is the error line that it printed, or ''."""
 
   def __init__(self, message: str, told: str = ''):
     super().__init__(message)
@@ -47,21 +47,21 @@ def run(
   every: float = 20.0,
   grace: float = GRACE,
 ) -> dict | None:
-  """Runs a stage to its end or to its deadline; an exception stops it too.
+  """Runs a stage until it ends or its deadline; an exception also stops it.
 
   Args:
-    command: arguments of Python.
+    command: arguments for Python.
     stop: the signal that stops it.
-    deadline: of time.monotonic().
-    watch: called now and then meanwhile.
+    deadline: in terms of time.monotonic().
+    watch: called repeatedly while the stage runs.
     every: seconds between these calls.
     grace: seconds from the signal to the kill.
 
   Returns:
-    what it printed as JSON; None where it was cut.
+    its JSON output; None if it was stopped.
 
   Raises:
-    Failed: it ended by itself, and not well.
+    Failed: it ended with an error.
   """
   whole = [sys.executable, *command]
   if sys.platform == 'linux':
@@ -70,7 +70,7 @@ def run(
     tempfile.TemporaryFile() as out,
     tempfile.NamedTemporaryFile() as error,
   ):
-    # A session of its own: Ctrl-C comes here first, and from here to it.
+    # In its own session: Ctrl-C reaches this process, which stops the stage.
     process = subprocess.Popen(
       whole, stdout=out, start_new_session=True,
       env={**os.environ, terminal.ERROR_FILE: error.name},
@@ -88,7 +88,7 @@ def run(
     printed = out.read().decode(errors='replace')
     said = error.read().decode(errors='replace')
   code = process.returncode
-  # Training that is stopped by a signal saves, ends with 0 and prints nothing.
+  # Training stopped by a signal saves, exits with 0 and prints no result.
   if code == 0 and printed.strip():
     try:
       return json.loads(printed)
@@ -98,16 +98,15 @@ def run(
     return None
   how = f'exit code {code}' if code > 0 else signal.Signals(-code).name
   if -code == signal.SIGKILL:
-    how += ', as where memory does not suffice'
+    how += ', perhaps because memory ran out'
   raise Failed(
-    f'{name(command)} ended with {how}; the same command goes on from what is '
-    'kept',
+    f'{name(command)} ended with {how}; run the same command again to resume',
     said if code == 2 else '',
   )
 
 
 def _end(process, stop: int, grace: float) -> None:
-  """Lets it keep what it has; a second signal to this process kills it."""
+  """Stops a stage and lets it save; kills it on a second signal here."""
   process.send_signal(stop)
   try:
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -118,5 +117,5 @@ def _end(process, stop: int, grace: float) -> None:
 
 
 def name(command: Sequence[str]) -> str:
-  """What people call a command: the binary."""
+  """The name of a command's binary."""
   return command[1].rpartition('.')[2] if command[0] == '-m' else command[0]

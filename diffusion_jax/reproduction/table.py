@@ -1,7 +1,7 @@
-"""Ours beside the published numbers, bands, and a verdict or why there is none.
+"""The table of our and the published numbers, the bands, and the verdict.
 
-A verdict is given only where all that the number depends on is as published;
-otherwise each difference is named.
+There is a verdict only if everything that the number depends on is as
+published; otherwise each difference is listed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,30 +12,30 @@ from diffusion_jax.reproduction import published
 from diffusion_jax.reproduction.published import Band, Recipe, Row
 from diffusion_jax.system import terminal
 
-# What may differ from a shipped config without another result, but for noise.
-# Not data.heldout_every: it takes its images from those of training.
+# Keys that may differ from a shipped config without changing the result, except
+# for noise. Not data.heldout_every: it takes images away from training.
 FREE = (
   *('seed', 'microbatches', 'mesh', 'keep_last', 'eval_images', 'data.path'),
   *('data.heldout_split', 'model.dtype'),
 )
-# How the authors of imported weights trained them.
+# In addition, for imported weights: how their authors trained them.
 FREE_IF_IMPORTED = (
   *(*FREE, 'num_steps', 'batch_size', 'optim', 'ema', 'data.flip'),
   'model.dropout',
 )
-# What leaves the loss of a step as it is, once the warm-up is over.
+# Keys that do not change the loss at a step after the warm-up.
 FREE_FOR_LOSS = (*FREE, 'num_steps', 'data.name', 'ema', 'optim.warmup_steps')
 
 
 def differences(
   shipped: Mapping, config: Mapping, free: Sequence[str] = FREE
 ) -> list[str]:
-  """What of a config is not the recipe, a line for each key.
+  """The differences of a config from the recipe, one line per key.
 
   Args:
-    shipped: the recipe, plain.
-    config: the run's, plain.
-    free: keys that may differ, or groups of them.
+    shipped: the recipe, as a plain dict.
+    config: the run's config, as a plain dict.
+    free: keys, or groups of keys, that may differ.
   """
   there, here = runs.flatten(shipped), runs.flatten(config)
   return [
@@ -52,14 +52,17 @@ def differences(
 def samples_unlike(
   card: Mapping, recipe: Recipe, config: Mapping, known: bool
 ) -> list[str]:
-  """What of a card of samples is not the paper's protocol, a line each.
+  """The differences of a card of samples from the paper's protocol.
 
   Args:
-    card: of `evaluate`.
-    recipe: whose protocol.
-    config: the recipe's, plain.
-    known: whether the weights of Inception are those of 2015-12-05, by the hash
-      of the published file.
+    card: a card from `evaluate`.
+    recipe: the published recipe.
+    config: the recipe's config, as a plain dict.
+    known: whether the Inception weights are those of 2015-12-05, by the hash of
+      the published file.
+
+  Returns:
+    one line per difference.
   """
   names = [title(n) for n in cards.DISTANCES if n in card['results']]
   is_fid, told = 'FID' in names, []
@@ -90,7 +93,7 @@ def samples_unlike(
 
 
 def bits_unlike(card: Mapping, recipe: Recipe, config: Mapping) -> list[str]:
-  """As `samples_unlike`, for a card of bits per dimension."""
+  """Like `samples_unlike`, for a card of bits per dimension."""
   told = _unlike(
     card,
     bits='bpd',
@@ -120,22 +123,22 @@ def judge(
   results: Mapping[str, float],
   reasons: Sequence[str] = (),
 ) -> dict:
-  """The verdict, as JSON can hold it.
+  """The verdict, as JSON.
 
   Args:
-    bands: of results.
-    results: of our cards: 'fid', 'bpd'.
-    reasons: what differs from the recipe and its protocol.
+    bands: result -> band.
+    results: our results: 'fid', 'bpd'.
+    reasons: differences from the recipe and its protocol.
 
   Returns:
     'verdict': 'reproduced', 'not reproduced' or 'no verdict'; 'checks' of the
-    numbers that have a band: 'result', 'value', 'band', 'well'; 'reasons' for
-    there being no verdict, a line each.
+    numbers that have a band: 'result', 'value', 'band', 'well'; 'reasons' why
+    there is no verdict, one line each.
   """
   reasons = list(reasons)
   if not bands:
-    reasons.insert(0, 'no score of this recipe is on record')
-  # Of a missing FID, more was said.
+    reasons.insert(0, 'no published score of this recipe is known')
+  # `samples_unlike` reports a missing FID.
   missing = (name for name in bands if name not in results and name != 'fid')
   reasons += [f'{title(name)} was not measured' for name in missing]
   checks = [
@@ -154,10 +157,10 @@ def judge(
 
 
 def row_of(card: Mapping, bits: Mapping | None, imported: bool) -> Row:
-  """Our line of the table.
+  """Our row of the table.
 
   Args:
-    card: of samples.
+    card: the card of samples.
     bits: the card of bits per dimension; None = not measured.
     imported: whether the weights are published ones.
   """
@@ -179,7 +182,7 @@ def row_of(card: Mapping, bits: Mapping | None, imported: bool) -> Row:
 
 
 def rows(recipe: Recipe, ours: Row) -> list[Row]:
-  """The table: ours first, then what is published of the same sampler."""
+  """The table: our row, then published rows of the paper's or our sampler."""
   used = (ours.sampler, ours.evaluations)
   return [ours] + [
     row
@@ -189,7 +192,7 @@ def rows(recipe: Recipe, ours: Row) -> list[Row]:
 
 
 def title(name: str) -> str:
-  """What a result is called, without the arrow of cards."""
+  """The name of a result, without the arrow."""
   return tables.head(name).rstrip(' ↓↑')
 
 
@@ -197,9 +200,9 @@ def text(table: Sequence[Row], verdict: Mapping, recipe: Recipe) -> list[str]:
   """The table, the bands and the verdict, as lines.
 
   Args:
-    table: of `rows`.
-    verdict: of `judge`.
-    recipe: what is published.
+    table: the result of `rows`.
+    verdict: the result of `judge`.
+    recipe: the published recipe.
   """
   names = list(dict.fromkeys(name for row in table for name in row.results))
   lines = terminal.table(
@@ -224,9 +227,9 @@ def text(table: Sequence[Row], verdict: Mapping, recipe: Recipe) -> list[str]:
       for name, value in paper.results.items()
       if name not in recipe.own
     ]
-    lines += [f'no band is on record for a run: {", ".join(missing)}', '']
+    lines += [f'no band is known for a run: {", ".join(missing)}', '']
   if reasons := verdict['reasons']:
-    return [*lines, 'no verdict, since', *(f'  {line}' for line in reasons)]
+    return [*lines, 'no verdict, because', *(f'  {line}' for line in reasons)]
   checks = (
     f'{title(check["result"])} {check["value"]:.3f} is '
     f'{"in" if check["well"] else "outside"} the band, {_span(*check["band"])}'

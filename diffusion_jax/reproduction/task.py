@@ -1,4 +1,4 @@
-"""What is asked for, and the command line of each stage."""
+"""The task, and the command line of each of its stages."""
 
 import dataclasses
 import math
@@ -12,29 +12,29 @@ from diffusion_jax.system import files
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A reproduction, as its command line asks for it; all of it is checked.
+  """A reproduction, as specified by a checked command line.
 
   Attributes:
-    name: of the config, see `published.find`.
-    config: the run's, plain.
-    shipped: the recipe that is shipped under this name; None = there is none.
-    config_flags: the flags that give the config.
-    workdir: of the run.
-    directory: of the results.
-    origin: what is imported in place of training; None = trained.
-    by_inception: whether that judges.
+    name: name of the config, see `published.find`.
+    config: the run's config, as a plain dict.
+    shipped: the shipped recipe of this name, or None.
+    config_flags: the flags that specify the config.
+    workdir: folder of the run.
+    directory: folder of the results.
+    origin: weights to import instead of training, or None.
+    by_inception: whether Inception judges the samples.
     published_judge: whether its weights are known to be those of 2015-12-05.
-    judging: flags that go to evaluation as they are.
-    metrics: that evaluation takes of samples.
-    num_samples: that are judged.
-    sampler: 'ancestral' or 'ddim'.
-    sampling_steps: of each sample.
-    evaluations: of the network, for each.
-    bits: whether bits per dimension are measured too.
-    measure: whether this machine is measured before anything is known of it.
-    minutes: that a call works; 0 = no limit.
-    train_minutes: that training takes in all; 0 = to the config's num_steps.
-    curve: how many earlier checkpoints are judged.
+    judging: flags that are passed on to evaluation.
+    metrics: metrics of the samples.
+    num_samples: number of samples to judge.
+    sampler: the sampler.
+    sampling_steps: sampling steps.
+    evaluations: network evaluations per sample.
+    bits: whether to measure bits per dimension.
+    measure: whether to measure this machine if no rate is known.
+    minutes: time limit of a call; 0 = none.
+    train_minutes: time limit of training over all calls; 0 = none.
+    curve: number of earlier checkpoints to judge.
   """
 
   name: str
@@ -60,31 +60,31 @@ class Task:
 
   @property
   def most_training(self) -> float:
-    """Hours that training may take."""
+    """Time limit of training, in hours."""
     return self.train_minutes / 60 or math.inf
 
   @property
   def recipe(self) -> Recipe:
-    """What is published of it."""
+    """The published recipe."""
     return published.find(self.name)
 
   @property
   def differences(self) -> list[str]:
-    """What of the config is not the recipe."""
+    """The differences of the config from the recipe."""
     return self._differences(
       table.FREE_IF_IMPORTED if self.origin else table.FREE
     )
 
   @property
   def incomparable(self) -> list[str]:
-    """Why the loss cannot be compared to the healthy run's; [] = it can."""
+    """Reasons why the loss cannot be compared with the healthy run's."""
     if not self.recipe.loss:
-      return [f'no curve of {self.name} is on record']
+      return [f'no published curve of {self.name} is known']
     return self._differences(table.FREE_FOR_LOSS)
 
   def _differences(self, free) -> list[str]:
     if self.shipped is None:
-      return [f'{self.name} is no shipped recipe']
+      return [f'{self.name} is not a shipped recipe']
     return table.differences(self.shipped, self.config, free)
 
 
@@ -93,8 +93,8 @@ def _binary(name: str, *flags: str) -> list[str]:
 
 
 def measure(task: Task) -> list[str]:
-  """Times a step and an evaluation on this machine."""
-  # Two steps of sampling are enough, for any that the config asks for.
+  """The command that times a training step and a network evaluation."""
+  # Two sampling steps are enough for any sampler.
   key = '--config.sample.num_steps='
   given = [flag for flag in task.config_flags if not flag.startswith(key)]
   batch = f'--sample_batch_size={min(task.num_samples, 256)}'
@@ -102,7 +102,7 @@ def measure(task: Task) -> list[str]:
 
 
 def train(task: Task) -> list[str]:
-  """Trains, or imports."""
+  """The command that trains or imports."""
   where = str(task.workdir)
   if task.origin:
     return _binary(
@@ -117,9 +117,9 @@ def judgements(
   """The stages after training: (name in the record, what it makes, command).
 
   Args:
-    task: what is asked for.
-    step: of the last checkpoint.
-    others: earlier ones.
+    task: the task.
+    step: step of the last checkpoint.
+    others: steps of earlier checkpoints.
   """
   each = [(step, 'samples and their distance')]
   each += [(at, 'earlier checkpoints') for at in others]
@@ -132,7 +132,7 @@ def judgements(
 
 
 def evaluate(task: Task, step: int | str) -> list[str]:
-  """Draws samples of a checkpoint, and judges them."""
+  """The command that draws and judges samples of a checkpoint."""
   return _binary(
     'evaluate', f'--workdir={task.workdir}', f'--step={step}',
     f'--num_samples={task.num_samples}', f'--sampler={task.sampler}',
@@ -143,7 +143,7 @@ def evaluate(task: Task, step: int | str) -> list[str]:
 
 
 def bits(task: Task, step: int | str) -> list[str]:
-  """Bits per dimension of the held-out images, by the bound."""
+  """The command that bounds the bits per dimension of the held-out images."""
   moved = [flag for flag in task.judging if flag.startswith('--data_path=')]
   return _binary(
     'evaluate', f'--workdir={task.workdir}', f'--step={step}',
@@ -152,20 +152,20 @@ def bits(task: Task, step: int | str) -> list[str]:
 
 
 def store(task: Task, step: int | str) -> files.Path:
-  """The samples' folder."""
+  """The folder of the samples."""
   name = f'reproduction_step{step}_{task.sampler}{task.sampling_steps}'
   return task.workdir / 'samples' / name
 
 
 def earlier(steps: list[int], count: int) -> list[int]:
-  """Checkpoints to judge beside the last, spread over training.
+  """Checkpoints to judge in addition to the last, spread over training.
 
   Args:
-    steps: that have a checkpoint, by step.
-    count: how many; fewer where there are not as many.
+    steps: sorted steps that have a checkpoint.
+    count: number of checkpoints; fewer if there are not enough.
 
   Returns:
-    those nearest to the even ones, by step.
+    sorted steps, those nearest to even spacing.
   """
   last, chosen = steps[-1], set()
   there = [step for step in steps[:-1] if step > 0]
@@ -178,15 +178,15 @@ def earlier(steps: list[int], count: int) -> list[int]:
 
 
 def work(task: Task, flops: tuple[float, float]) -> Work:
-  """All that is to be computed, from the beginning.
+  """The whole computation of a task, from the start.
 
   Args:
-    task: what is asked for.
-    flops: of `cost.flops_of`.
+    task: the task.
+    flops: the result of `cost.flops_of`.
   """
   config, recipe, stores = task.config, task.recipe, 1 + task.curve
   heldout = recipe.num_heldout or 0
-  # The reference and the floor are looked at once.
+  # The reference and the held-out images pass through Inception once.
   seen = (recipe.num_train or 0) + min(heldout, task.num_samples)
   return Work(
     0 if task.origin else config['num_steps'] * config['batch_size'],

@@ -1,4 +1,4 @@
-"""Doing a task in pieces: what has ended is on record, the rest goes on."""
+"""Runs a task in pieces: finished stages are recorded, the others resume."""
 
 import contextlib
 import json
@@ -19,17 +19,18 @@ from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics
 
 RECORD = 'reproduction.json'
-MEASURE_SECS = 900.0  # a large network on a small machine: it goes unmeasured
+MEASURE_SECS = 900.0  # time limit of the measurement
 SAY_SECS = 120.0
-# Of a call's time: what is kept for a stage to save in and for the results, at
-# most; what measuring may take; and with less left, no stage is begun.
+# Reserved at the end of a call, to save a stage and write results: END_SECS or
+# the share END, whichever is less. Shares of a call's time: MEASURING limits
+# the measurement; with less than LEAST left, no stage is started.
 END_SECS, END = stages.GRACE + 5, 0.25
 MEASURING = 0.25
 LEAST = 0.05
 
 
 class Cut(Exception):
-  """This call's time is up, or SIGTERM came; all is kept."""
+  """This call's time is up, or SIGTERM arrived; everything is saved."""
 
 
 def catch_signals() -> None:
@@ -39,26 +40,26 @@ def catch_signals() -> None:
     raise Cut
 
   signal.signal(signal.SIGTERM, cut)
-  # A shell ignores it for what runs in the background, stages included.
+  # A shell makes background jobs ignore it, and stages inherit that.
   signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Pieces:
-  """The record of a task, and the stage at work.
+  """The record of a task, and the means to run its stages.
 
   Attributes:
-    task: what is asked for.
-    record: as it is on disk: 'stages', each with its name, command, the seconds
-      of every piece, whether it has ended, and its result; 'files', those that
-      the folder has by it.
+    task: the task.
+    record: the record as on disk: 'stages', each with its name, command, the
+      seconds of every piece, whether it has ended, and its result; 'files',
+      the files that it wrote to the folder.
 
   Args:
-    start: of this call, of time.monotonic().
+    start: start of this call, in terms of time.monotonic().
   """
 
   def __init__(self, task: Task, start: float):
     self.task, self._start = task, start
-    # Results may be of an earlier protocol: what holds, is found again.
+    # Results may be from an earlier protocol: they are computed again.
     before = read(task.directory / RECORD) or {}
     self.record = {
       'workdir': str(files.resolved(task.workdir)),
@@ -69,16 +70,16 @@ class Pieces:
   # --- the record -------------------------------------------------------------
 
   def begin(self) -> None:
-    """Lets go of a verdict, which may be of another protocol."""
+    """Removes an earlier verdict, which may be from another protocol."""
     if self.record['stages']:
       self.keep(done=False)
     if results.TABLE in self.record['files']:
       (self.task.directory / results.TABLE).unlink(missing_ok=True)
 
   def keep(self, **changes) -> None:
-    """Writes the record, once there is a run; until then it is in memory.
+    """Updates the record, and writes it once the workdir holds a run.
 
-    Training wants a new folder empty.
+    Until then it stays in memory, because training needs an empty folder.
     """
     self.record |= changes
     workdir, directory = self.task.workdir, self.task.directory
@@ -89,7 +90,7 @@ class Pieces:
       file.write(json.dumps(self.record, indent=2).encode() + b'\n')
 
   def entry(self, name: str, command: list[str]) -> dict:
-    """The record of a stage; training goes on with another command too."""
+    """The record of a stage; training resumes even with a changed command."""
     for one in self.record['stages']:
       if one['command'] == command or name == one['name'] == 'train':
         one['command'] = command
@@ -102,7 +103,7 @@ class Pieces:
   # --- stages -----------------------------------------------------------------
 
   def left(self) -> float:
-    """Seconds of this call for work."""
+    """Seconds left in this call for work."""
     whole = 60 * self.task.minutes or math.inf
     return whole - min(END_SECS, END * whole) - (time.monotonic() - self._start)
 
@@ -115,13 +116,13 @@ class Pieces:
     limit: float = math.inf,
     watch: Callable[[], None] = lambda: None,
   ) -> dict | None:
-    """Runs a stage for as long as this call and its own limit let it.
+    """Runs a stage within the limits of this call and its own.
 
     Returns:
-      its result; None where its own limit cut it.
+      its result; None if its own limit stopped it.
 
     Raises:
-      Cut: the call's limit did, or it was not begun.
+      Cut: the call's limit stopped it, or left no time to start it.
       Failed: it failed.
     """
     if self.left() < LEAST * 60 * self.task.minutes:
@@ -142,13 +143,13 @@ class Pieces:
     return result
 
   def judged(self, name: str, command: list[str]) -> list[dict]:
-    """The cards of an evaluation, made now or on record."""
+    """The cards of an evaluation, from the record or from running it."""
     entry = self.entry(name, command)
     if entry['ended']:
       with contextlib.suppress(UserError, TypeError):
         return [cards.read(path) for path in entry['result']]
     result = self.stage(name, command)
-    if result is None:  # only the call's limit could
+    if result is None:  # only the call's limit can stop it
       raise Cut
     made = result.get('cards', [result])
     entry['result'] = [card['path'] for card in made]
@@ -160,7 +161,7 @@ class Pieces:
   # --- rates ------------------------------------------------------------------
 
   def measure(self) -> None:
-    """Times this machine, unless that is on record or training has a rate."""
+    """Measures this machine's rates, unless they are known already."""
     task, command = self.task, tasks.measure(self.task)
     known = self._trained_at() or self._measured() is not None
     if known or not task.measure:
@@ -175,19 +176,19 @@ class Pieces:
     self.keep()
 
   def _measured(self) -> dict | None:
-    """What was measured; {} = it took too long, None = it was not tried."""
+    """The measurement; {} if it took too long, None if it was not tried."""
     command = tasks.measure(self.task)
     done = (x for x in self.record['stages'] if x['command'] == command)
     return next(done, {'result': None})['result']
 
   def _trained_at(self) -> float | None:
-    """Images a second of the newest rows."""
+    """Images per second in the newest rows."""
     rows = metrics.read(self.task.workdir / metrics.ROWS)
     rates = [r['images_per_sec'] for r in rows[-50:] if 'images_per_sec' in r]
     return statistics.median(rates) if rates else None
 
   def rates(self) -> dict:
-    """What was measured, training's own rate first; None = it was not."""
+    """Measured rates, preferably training's own; None = not measured."""
     known = self._measured() or {}
     train, sample = known.get('train', {}), known.get('sample')
     return {
@@ -198,18 +199,18 @@ class Pieces:
   # --- what is done -----------------------------------------------------------
 
   def at(self) -> int:
-    """The last checkpoint's step; 0 = there is none."""
+    """The step of the last checkpoint, or 0."""
     return (checkpoint.steps(self.task.workdir / 'checkpoints') or [0])[-1]
 
   def train(self) -> int:
-    """Trains on, or imports; returns the last step.
+    """Trains or imports; returns the last step.
 
     Raises:
-      Cut: there is more to train.
+      Cut: training is not finished.
     """
     task, command = self.task, tasks.train(self.task)
     if task.origin:
-      # The run itself says whether it came in, not the record of it.
+      # Whether it was imported is read from the run, not from the record.
       if not runs.converted_from(task.workdir):
         self.stage('import', command)
       return checkpoint.find_step(task.workdir / 'checkpoints', None)
@@ -219,8 +220,8 @@ class Pieces:
       at, left = self.at(), limit - sum(entry['seconds'])
       if at >= last or left < 1:
         break
-      # In place of its result, what it has kept is looked at: it may have been
-      # stopped, by its limit or by whoever can, at any step.
+      # The checkpoints show how far it came, not its result: its limit or a
+      # signal may have stopped it at any step.
       try:
         self.stage(
           'train', command, stop=signal.SIGTERM, limit=left, watch=watch
@@ -236,19 +237,19 @@ class Pieces:
         raise Cut
     if not at:
       raise UserError(
-        f'--train_minutes={task.train_minutes:g} were over before the first '
-        'step was: give more'
+        f'--train_minutes={task.train_minutes:g} ended before the first step: '
+        'give more'
       )
     entry |= {'ended': True, 'result': {'step': at}}
     self.keep()
     return at
 
   def _watcher(self) -> Callable[[], None]:
-    """Says now and then how training is, beside the known curve."""
+    """A function that prints how training compares with the known curve."""
     task, why = self.task, self.task.incomparable
     said = {'step': 0, 'time': -math.inf, 'state': ''}
     if why:
-      terminal.say(f'the loss is compared to none: {"; ".join(why)}')
+      terminal.say(f'the loss cannot be compared: {"; ".join(why)}')
 
     def watch():
       rows, now = metrics.read(task.workdir / metrics.ROWS), time.monotonic()
@@ -274,11 +275,11 @@ class Pieces:
 
 
 def hours_left(pieces: Pieces, work: cost.Work) -> cost.Hours | None:
-  """At the measured rates, for what is not done yet.
+  """Hours left at the measured rates; None if a required rate is not known.
 
   Args:
-    pieces: what is done.
-    work: all of it.
+    pieces: the stages so far.
+    work: the whole computation.
   """
   task, stores = pieces.task, 1 + pieces.task.curve
   ended = [one['name'] for one in pieces.record['stages'] if one['ended']]
@@ -288,7 +289,7 @@ def hours_left(pieces: Pieces, work: cost.Work) -> cost.Hours | None:
     drawn=work.drawn * max(stores - drawn, 0) // stores,
     scored=0 if 'bits' in ended else work.scored,
   )
-  # All of training's time, less what it has had.
+  # The time limit of training, less the time it has used.
   spent = sum(
     sum(x['seconds']) for x in pieces.record['stages'] if x['name'] == 'train'
   )
@@ -297,7 +298,7 @@ def hours_left(pieces: Pieces, work: cost.Work) -> cost.Hours | None:
 
 
 def say_measured(pieces: Pieces, work: cost.Work) -> None:
-  """What is left to do, at the rates of this machine."""
+  """Prints the measured rates, and the hours left at these rates."""
   rates, left = pieces.rates(), hours_left(pieces, work)
   told = [
     f'{value:,.4g} {name.replace("_per_sec", "/s")}'
@@ -315,7 +316,7 @@ def say_measured(pieces: Pieces, work: cost.Work) -> None:
 
 
 def read(path) -> dict | None:
-  """A file of JSON; None where it is not there, or damaged."""
+  """The object in a JSON file; None if the file is missing or damaged."""
   try:
     value = json.loads(path.read_text())
   except (OSError, ValueError):

@@ -127,7 +127,8 @@ def _sampling(sample: Mapping, schedule: Schedule) -> tuple:
       'calibrated network, which training does not have: use another, such as '
       'ddim'
     )
-  sampler = samplers.create(name)
+  options = {'variance'} & samplers.takes(name).keys()
+  sampler = samplers.create(name, **{key: sample[key] for key in options})
   if sampler.run:
     raise UserError(
       f'sample.sampler={name} chooses its own steps, but training samples with '

@@ -95,7 +95,7 @@ def _model(model, data):
     return
   yield (
     all(side > 0 and side % halved == 0 for side in size),
-    f'data.image_size={size}: {levels} model.multipliers halve it '
+    f'data.image_size={data.image_size}: {levels} model.multipliers halve it '
     f'{levels - 1} times, so it must be a multiple of {halved}',
   )
   yield (

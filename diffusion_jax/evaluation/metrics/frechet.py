@@ -1,7 +1,7 @@
 """The Frechet distance between two sets of features (arXiv 1706.08500).
 
-Of an Inception network's pooled features it is the FID, of its spatial ones
-the sFID (arXiv 2103.03841). Few images make it too large, see `bias`.
+For an Inception network's pooled features it is the FID, for its spatial
+features the sFID (arXiv 2103.03841). Few images make it too large, see `bias`.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Gaussian(NamedTuple):
-  """A Gaussian fit of features, all that the distance asks for; float64.
+  """A Gaussian fit of features, which is all that the distance needs; float64.
 
   Attributes:
     mean: [D].
@@ -22,12 +22,12 @@ class Gaussian(NamedTuple):
 
 
 class Moments(NamedTuple):
-  """What a Gaussian fit needs of features, all float64; they can be added up.
+  """Sums for a Gaussian fit of features, all float64; `merge` adds them up.
 
   Attributes:
-    count: N, how many images.
+    count: N, number of images.
     mean: [D].
-    scatter: [D, D], the sum of outer products of what deviates from the mean.
+    scatter: [D, D], the sum of outer products of deviations from the mean.
   """
 
   count: int
@@ -37,7 +37,7 @@ class Moments(NamedTuple):
   @property
   def covariance(self) -> np.ndarray:
     """[D, D], unbiased: divided by N - 1, as all FID tools do."""
-    assert self.count >= 2, 'a covariance takes two images'
+    assert self.count >= 2, 'a covariance needs two images'
     return self.scatter / (self.count - 1)
 
 
@@ -54,14 +54,14 @@ def moments_of(features: np.ndarray) -> Moments:
 
 
 def merge(a: Moments | None, b: Moments) -> Moments:
-  """The moments of both sets together.
+  """The moments of the union of two sets.
 
-  By the pairwise update of Chan, Golub and LeVeque (1983), which subtracts no
-  large numbers from each other.
+  It uses the pairwise update of Chan, Golub and LeVeque (1983), which subtracts
+  no large numbers from each other.
 
   Args:
-    a: of one set; None is the empty one.
-    b: of the other.
+    a: moments of one set; None for the empty set.
+    b: moments of the other set.
   """
   if a is None:
     return b
@@ -79,21 +79,21 @@ def merge(a: Moments | None, b: Moments) -> Moments:
 def distance(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
   """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-  Covariances may be singular, as those of fewer images than dimensions are. It
-  takes O(D^3): for D = 2048, up to a minute of two CPU cores.
+  Covariances may be singular, as with fewer images than dimensions. The time is
+  O(D^3): for D = 2048, up to a minute on two CPU cores.
 
   Args:
     a: moments of at least two images, or a Gaussian.
-    b: the others', of the same D.
+    b: the same for the other set, with the same D.
 
   Returns:
     the squared Frechet (2-Wasserstein) distance of the two Gaussians, which the
-    literature calls the distance; in units of squared features. Equal sets
-    are at 0 to the rounding of their covariances.
+    literature calls the distance, in units of squared features. For equal sets
+    it is 0 up to the rounding of their covariances.
   """
   # With C = R R^T, tr (C_a C_b)^(1/2) is the sum of the singular values of
-  # R_a^T R_b. So no root is taken of the eigenvalues of a product, whose
-  # rounding would be 1e-8 of the largest in each of D dimensions.
+  # R_a^T R_b. This avoids roots of the eigenvalues of a product, whose rounding
+  # would be 1e-8 of the largest in each of D dimensions.
   roots = [_root(x.covariance) for x in (a, b)]
   cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
   traces = sum(np.square(root).sum() for root in roots)
@@ -102,30 +102,29 @@ def distance(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
 
 
 def _root(covariance):
-  """R [D, rank] of C = R R^T; eigenvalues of rounding noise are left out."""
+  """R [D, rank] of C = R R^T; eigenvalues at rounding level are dropped."""
   values, vectors = np.linalg.eigh(covariance)
   kept = values > len(values) * np.finfo(float).eps * values[-1]
   return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def bias(a: Moments | Gaussian, count: int) -> float:
-  """How far `count` images of a Gaussian lie from it, to order 1 / count.
+  """Expected distance of `count` draws from their Gaussian, to order 1 / count.
 
   With eigenvalues l_i of C, to second order in the Wishart noise of the
   covariance and without any in the mean,
 
     E d = [ sum_i l_i + sum_ij l_i l_j / (2 (l_i + l_j)) + sum_i l_i / 4 ] / N
 
-  which is (1 + (D + 1) / 4) tr C / N where all l_i are equal: it grows with D.
-  (D being 1, it is s^2 / N + s^2 / (2 N), of the mean and of the deviation).
-  Two sets of one Gaussian lie apart by the sum of both their biases. It holds
-  for N far above the dimensions that C takes up, and no longer where N is
-  below them. The order is that of arXiv 1911.07023; the terms are worked out
-  here.
+  which is (1 + (D + 1) / 4) tr C / N if all l_i are equal: it grows with D.
+  (For D = 1 it is s^2 / N + s^2 / (2 N), from the mean and the deviation.) The
+  distance between two sets from one Gaussian is the sum of their biases. The
+  formula holds for N far above the rank of C, and fails for N below it. The
+  order 1 / N is from arXiv 1911.07023; the terms are derived here.
 
   Args:
     a: the Gaussian, or moments of far more images than `count`.
-    count: N, how many images are drawn from it.
+    count: N, number of images drawn from it.
 
   Returns:
     the expected distance, in units of squared features.
@@ -137,15 +136,15 @@ def bias(a: Moments | Gaussian, count: int) -> float:
 
 
 def simulated_bias(a: Moments | Gaussian, count: int, seed: int = 0) -> float:
-  """How far `count` draws from a Gaussian lie from it, by drawing them once.
+  """Distance of `count` draws from their Gaussian, found by drawing them once.
 
-  It holds for fewer images than dimensions too, where `bias` does not. In
-  hundreds of dimensions one set of draws is as good as many.
+  Unlike `bias`, it also holds for fewer images than dimensions. In hundreds of
+  dimensions, one set of draws is as good as many.
 
   Args:
     a: the Gaussian.
     count: N, at least 2.
-    seed: of the draws.
+    seed: seed of the draws.
 
   Returns:
     the distance, in units of squared features.
@@ -156,15 +155,15 @@ def simulated_bias(a: Moments | Gaussian, count: int, seed: int = 0) -> float:
 
 
 def caveats(count: int, dim: int) -> list[str]:
-  """What is to be told beside a distance, a line each.
+  """Caveats about a distance, one line each.
 
   Args:
-    count: the smaller number of images.
-    dim: D, of the features.
+    count: number of images in the smaller set.
+    dim: D, dimension of the features.
   """
   if count > dim:
     return []
   return [
     f'{count} images in {dim} dimensions, so a covariance is singular and the '
-    'distance far too large; compare it only at equal numbers'
+    'distance far too large; compare it only at equal numbers of images'
   ]

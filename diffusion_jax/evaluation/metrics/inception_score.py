@@ -1,7 +1,7 @@
 """The Inception Score (arXiv 1606.03498, section 4): exp E KL(p(y|x) || p(y)).
 
-Of a classifier's logits, in splits, as it was reported first. Only sums are
-kept, so that images may come in any number of batches.
+It is computed from a classifier's logits, in splits, as in the paper. Only sums
+are kept, so images may come in any number of batches.
 """
 
 from typing import NamedTuple
@@ -14,10 +14,10 @@ NUM_SPLITS = 10
 
 
 class Sums(NamedTuple):
-  """What the score needs of the images so far, all of it in float64.
+  """Sums over the images so far, in float64.
 
   Attributes:
-    count: int64 [S], images of each split.
+    count: int64 [S], number of images in each split.
     p: [S, K], the sum of their probabilities.
     p_log_p: [S], the sum of p log p over images and classes.
   """
@@ -31,9 +31,10 @@ class Score(NamedTuple):
   """The Inception Score.
 
   Attributes:
-    mean: over the splits; from 1, where all images look alike to the network
-      or like nothing, to K.
-    std: over the splits (not of one fewer, as the original).
+    mean: mean over the splits, between 1 and K; 1 if the network gives all
+      images the same probabilities.
+    std: standard deviation over the splits, divided by S as in the original,
+      not by S - 1.
   """
 
   mean: float
@@ -43,25 +44,25 @@ class Score(NamedTuple):
 def splits_of(
   num_images: int, num_splits: int = NUM_SPLITS, seed: int | None = None
 ) -> np.ndarray:
-  """Which split each image goes to.
+  """The split of each image.
 
   Args:
     num_images: N, at least one for each split.
     num_splits: S.
-    seed: of a permutation, that of torch-fidelity with the same rng_seed; None
-      is the original's order, the first N / S images being the first split.
-      Samples that stand in order, of their classes say, need one.
+    seed: seed of a permutation, the same as torch-fidelity's with this
+      rng_seed. With None, as in the original, the first N / S images are the
+      first split. Samples in some order, such as by class, need a seed.
 
   Returns:
     int64 [N], in [0, S).
 
   Raises:
-    UserError: there are fewer images than splits, or no split.
+    UserError: there are fewer images than splits, or no splits.
   """
   if not 1 <= num_splits <= num_images:
     raise UserError(
-      f'Inception Score of {num_images} images in {num_splits} splits: give 1 '
-      'to as many splits as there are images'
+      f'Inception Score of {num_images} images in {num_splits} splits: give '
+      f'between 1 and {num_images} splits'
     )
   ends = [i * num_images // num_splits for i in range(1, num_splits + 1)]
   splits = np.searchsorted(ends, np.arange(num_images), side='right')
@@ -74,7 +75,7 @@ def splits_of(
 
 
 def nothing(num_splits: int, num_classes: int) -> Sums:
-  """Before any image was looked at.
+  """The sums before any image has been seen.
 
   Args:
     num_splits: S.
@@ -88,10 +89,10 @@ def nothing(num_splits: int, num_classes: int) -> Sums:
 
 
 def update(sums: Sums, logits: np.ndarray, splits: np.ndarray) -> Sums:
-  """Looks at one more batch of images.
+  """Adds one more batch of images.
 
   Args:
-    sums: of the images so far.
+    sums: sums over the images so far.
     logits: [n, K].
     splits: int [n], the batch's part of `splits_of`.
   """
@@ -99,7 +100,7 @@ def update(sums: Sums, logits: np.ndarray, splits: np.ndarray) -> Sums:
   z = z - z.max(1, keepdims=True)
   log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
   p = np.exp(log_p)
-  # A class that is out of the question adds 0, not 0 * -inf.
+  # A class of probability 0 adds 0, not 0 * -inf.
   p_log_p = (p * np.where(p > 0, log_p, 0)).sum(1)
   of_split = (splits == np.arange(len(sums.count))[:, None]).astype(np.float64)
   return Sums(
@@ -110,10 +111,10 @@ def update(sums: Sums, logits: np.ndarray, splits: np.ndarray) -> Sums:
 
 
 def score_of(sums: Sums) -> Score:
-  """The score of all images, each split by itself.
+  """The score of all images, from the scores of the splits.
 
   Args:
-    sums: with at least one image in each split.
+    sums: sums with at least one image in each split.
   """
   q = sums.p / sums.count[:, None]
   entropy = -(q * np.log(np.where(q > 0, q, 1))).sum(1)
@@ -124,7 +125,7 @@ def score_of(sums: Sums) -> Score:
 def caveats(
   count: int, num_classes: int, num_splits: int = NUM_SPLITS
 ) -> list[str]:
-  """What is to be told beside a score, a line each.
+  """Caveats about a score, one line each.
 
   Args:
     count: the number of images.
@@ -134,7 +135,7 @@ def caveats(
   if count >= num_classes * num_splits:
     return []
   return [
-    f'Inception Score: {count} images in {num_splits} splits, fewer in a split '
-    f'than the {num_classes} classes, so it comes out too low; take more '
-    'images or fewer splits'
+    f'Inception Score: {count} images in {num_splits} splits, fewer per split '
+    f'than the {num_classes} classes, so the score is too low; use more images '
+    'or fewer splits'
   ]

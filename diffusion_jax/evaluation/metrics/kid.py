@@ -1,8 +1,9 @@
 """KID, the kernel inception distance (arXiv 1801.01401).
 
 The squared maximum mean discrepancy of two sets of features under the kernel
-k(x, y) = (x.y / D + 1)^3, by the estimate without bias of Gretton et al. (2012,
-lemma 6): sets of one distribution are at 0 on average, so that some are below.
+k(x, y) = (x.y / D + 1)^3, by the unbiased estimator of Gretton et al. (2012,
+lemma 6). For two sets from one distribution it is 0 on average, so it may be
+negative.
 """
 
 from typing import NamedTuple
@@ -18,12 +19,12 @@ class Estimate(NamedTuple):
   """KID over random subsets.
 
   Attributes:
-    mean: over the subsets.
-    std: over the subsets (not of one fewer, as torch-fidelity): how far the
-      estimate from one of them lies from the mean.
-    standard_error: of the mean. It tells what drawing other subsets of these
-      images would change, not what drawing other images would.
-    subset_size: how many images of each set are in a subset.
+    mean: mean over the subsets.
+    std: standard deviation over the subsets, divided by their number as in
+      torch-fidelity, not by one less.
+    standard_error: standard error of the mean. It covers the choice of subsets
+      of these images, not the choice of images.
+    subset_size: images per subset, from each set.
   """
 
   mean: float
@@ -40,27 +41,27 @@ def over_subsets(
   num_subsets: int = NUM_SUBSETS,
   subset_size: int = SUBSET_SIZE,
 ) -> Estimate:
-  """KID over random subsets, as it is reported in papers.
+  """KID over random subsets, as papers report it.
 
   The subsets are those of torch-fidelity with the same rng_seed.
 
   Args:
     samples: [N, D] features.
     reference: [M, D] features.
-    seed: of the subsets.
-    num_subsets: at least 2.
-    subset_size: of each set; where there are fewer images, all are taken.
+    seed: seed of the subsets.
+    num_subsets: number of subsets, at least 2.
+    subset_size: images per subset, from each set; at most all images.
 
   Raises:
-    UserError: there are fewer than two images, or subsets.
+    UserError: there are fewer than two images or subsets.
   """
   size = min(subset_size, len(samples), len(reference))
   if size < 2 or num_subsets < 2:
     raise UserError(
-      f'KID of {num_subsets} subsets of {size} images: it takes at least 2 of '
+      f'KID of {num_subsets} subsets of {size} images: it needs at least 2 of '
       'both'
     )
-  rng = np.random.RandomState(seed)  # its numbers are the same in any NumPy
+  rng = np.random.RandomState(seed)  # the same numbers in any NumPy version
   values = np.empty(num_subsets)
   for i in range(num_subsets):
     chosen = [
@@ -78,23 +79,23 @@ def squared_mmd(
 ) -> float:
   """The unbiased estimate from all images at once.
 
-  It has no noise of subsets. In blocks, so that memory is no matter; the time
-  is that of (N^2 / 2 + N M + M^2 / 2) D multiplications in float64.
+  It has no noise from subsets. It works in blocks to limit memory, and takes
+  (N^2 / 2 + N M + M^2 / 2) D multiplications in float64.
 
   Args:
     x: [N, D] features, N >= 2.
     y: [M, D] features, M >= 2.
-    block_size: of the kernel matrix.
+    block_size: rows and columns of a block of the kernel matrix.
 
   Returns:
-    the squared MMD, which may be below 0; in float64.
+    the squared MMD in float64, which may be negative.
 
   Raises:
     UserError: one of the sets has fewer than two images.
   """
   if min(len(x), len(y)) < 2:
     raise UserError(
-      f'KID of {len(x)} and {len(y)} images: it takes at least 2 of both'
+      f'KID of {len(x)} and {len(y)} images: it needs at least 2 of both'
     )
   between = sum(
     _kernel(a, b).sum()
@@ -109,22 +110,22 @@ def squared_mmd(
 
 
 def caveats(count: int, subset_size: int = SUBSET_SIZE) -> list[str]:
-  """What is to be told beside a KID, a line each.
+  """Caveats about a KID, one line each.
 
   Args:
-    count: the smaller number of images.
-    subset_size: that was asked for.
+    count: number of images in the smaller set.
+    subset_size: the requested size of the subsets.
   """
   if count <= subset_size:
     return [
-      f'KID: {count} images in subsets of {subset_size}, so that each takes '
-      'all of a set and the standard error says little'
+      f'KID: {count} images in subsets of {subset_size}, so each subset is a '
+      'whole set and the standard error means little'
     ]
   return []
 
 
 def _mean_of_pairs(x, block_size):
-  """The kernel's mean over all pairs of different images."""
+  """The mean of the kernel over all pairs of different images."""
   blocks, total = list(_blocks(x, block_size)), 0.0
   for i, a in enumerate(blocks):
     same = _kernel(a, a)

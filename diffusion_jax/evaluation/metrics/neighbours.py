@@ -1,4 +1,4 @@
-"""Has it copied? The training images that lie nearest to samples."""
+"""The nearest training images of samples, to see whether a network copies."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ class Nearest(NamedTuple):
 
   Attributes:
     distances: [Q, k] float64, Euclidean, between features.
-    indices: [Q, k] int64, of the training images; -1 where there were fewer.
+    indices: [Q, k] int64, of the training images; -1 if there are fewer.
   """
 
   distances: np.ndarray
@@ -18,7 +18,7 @@ class Nearest(NamedTuple):
 
 
 def nothing(num_queries: int, k: int) -> Nearest:
-  """Before any training image was looked at."""
+  """The result before any training image has been seen."""
   return Nearest(
     np.full((num_queries, k), np.inf), np.full((num_queries, k), -1)
   )
@@ -27,15 +27,15 @@ def nothing(num_queries: int, k: int) -> Nearest:
 def update(
   nearest: Nearest, queries: np.ndarray, features: np.ndarray, first: int
 ) -> Nearest:
-  """Looks at one more batch of training images.
+  """Updates the nearest images with one more batch of training images.
 
   Args:
-    nearest: what was found so far.
+    nearest: the result so far.
     queries: [Q, D] features.
     features: [n, D], of training images first .. first + n - 1.
-    first: the index of the first of them.
+    first: the index of the first image of the batch.
   """
-  # In float64: |a|^2 + |b|^2 - 2ab of a copy is to be next to nothing.
+  # In float64, so that |a|^2 + |b|^2 - 2ab is close to 0 for a copy.
   a, b = queries.astype(np.float64), features.astype(np.float64)
   squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None]
   found = np.sqrt(np.maximum(squares - 2 * a @ b.T, 0))
@@ -51,14 +51,14 @@ def update(
 
 
 def share_nearer(distances: np.ndarray, heldout: np.ndarray) -> np.ndarray:
-  """The share of held-out images that lie nearer to a training image.
+  """The share of held-out images that are nearer to a training image.
 
   Args:
-    distances: [Q], of samples from their nearest training images.
-    heldout: [M], of held-out images from theirs.
+    distances: [Q], from samples to their nearest training images.
+    heldout: [M], from held-out images to their nearest training images.
 
   Returns:
-    [Q]; 0 says that a sample is nearer than any held-out image is.
+    [Q]; 0 means that a sample is nearer than every held-out image.
   """
   ranks = np.searchsorted(np.sort(heldout), distances, side='left')
   return ranks / len(heldout)

@@ -1,13 +1,14 @@
 """Precision and recall, density and coverage, by nearest neighbours.
 
-Precision is the share of samples that lie in a ball around a real image, recall
-the share of real images in a ball around a sample; the ball of an image reaches
-to its k-th nearest neighbour of its own set (arXiv 1904.06991, eq. 1 and 2).
-Density counts the balls around real images that a sample lies in, coverage the
-balls around real images with a sample inside (arXiv 2002.09797, section 3).
+Precision is the share of samples inside a ball around a real image, recall the
+share of real images inside a ball around a sample. The radius of an image's
+ball is the distance to its k-th nearest neighbour in its own set (arXiv
+1904.06991, eq. 1 and 2). Density counts the balls around real images that
+contain a sample; coverage is the share of those balls that contain at least one
+(arXiv 2002.09797, section 3).
 
-Balls are closed: what lies on the surface is inside, up to rounding. An image
-is no neighbour of itself, but another one that equals it is, at distance 0.
+Balls are closed: points on the surface are inside, up to rounding. An image is
+not a neighbour of itself, but an equal image is, at distance 0.
 """
 
 from collections.abc import Iterator
@@ -19,22 +20,22 @@ import numpy as np
 
 from diffusion_jax.system.errors import UserError
 
-K, DENSITY_K = 3, 5  # what the two papers take
+K, DENSITY_K = 3, 5  # as in the two papers
 
-# In epsilons of |a|^2 + |b|^2: the rounding of a squared distance is below 10
-# even in 8192 dimensions, and a comparison has two of them.
+# In epsilons of |a|^2 + |b|^2: the rounding error of a squared distance is
+# below 10 even in 8192 dimensions, and a comparison involves two distances.
 TIE = 32
 
 
 class Precision(NamedTuple):
-  """What share of which set lies where the other one is.
+  """How far two sets of images overlap.
 
   Attributes:
-    precision: of the samples, in [0, 1].
-    recall: of the reference, in [0, 1].
-    density: balls around a sample, over k; 1 on average where both sets are of
-      one distribution, and not bounded by it.
-    coverage: of the balls of the reference, in [0, 1].
+    precision: share of the samples, in [0, 1].
+    recall: share of the reference, in [0, 1].
+    density: mean number of balls that contain a sample, over k; 1 on average if
+      both sets have one distribution, but it can be larger.
+    coverage: share of the reference's balls, in [0, 1].
   """
 
   precision: float
@@ -52,25 +53,26 @@ def precision_recall(
   dtype=np.float32,
   block_size: int = 500,
 ) -> Precision:
-  """All four, from three passes over blocks of distances.
+  """Computes all four, in three passes over blocks of distances.
 
-  The numbers depend on the numbers of images: compare them at equal ones, and
-  take as many samples as there are real images.
+  The results depend on the numbers of images: compare them only at equal
+  numbers, and use as many samples as there are real images.
 
   Args:
     samples: [N, D] features.
     reference: [M, D] features of real images.
-    k: of the balls for precision and recall.
-    density_k: of the balls for density and coverage.
-    dtype: of the distances. In np.float32, on the device, what lies outside by
-      4e-6 of |a|^2 + |b|^2 is still inside: a pair in thousands; np.float64
-      knows 1e-14, runs on the host and takes several times as long.
-    block_size: rows of a block, which takes block_size * max(N, M) numbers.
+    k: neighbour that sets the radius for precision and recall.
+    density_k: neighbour that sets the radius for density and coverage.
+    dtype: dtype of the distances. np.float32 runs on the device; a point that
+      is outside by less than 4e-6 of |a|^2 + |b|^2 counts as inside, about one
+      pair in thousands. np.float64 resolves 1e-14, runs on the host and takes
+      several times as long.
+    block_size: rows per block; a block has block_size * max(N, M) numbers.
 
   Raises:
-    UserError: a set has not the k neighbours of each image.
+    UserError: a set has too few images for k neighbours of each image.
   """
-  # Distances do not change, and rounding is that of smaller numbers.
+  # Centring leaves distances unchanged and reduces rounding.
   center = np.mean(reference, 0, dtype=np.float64)
   x, y = ((z - center).astype(dtype) for z in (samples, reference))
   (x_radii,) = radii(x, (k,), block_size=block_size)
@@ -95,23 +97,23 @@ def precision_recall(
 def radii(
   x: np.ndarray, ks: tuple[int, ...], *, block_size: int = 500
 ) -> np.ndarray:
-  """The squared distances to the k-th nearest other images of one set.
+  """Squared distances to the k-th nearest other images of one set.
 
   Args:
-    x: [N, D] features, floats that lie around 0.
+    x: [N, D] features, floats centred near 0.
     ks: which neighbours, counted from 1.
-    block_size: rows of a block of distances.
+    block_size: rows per block of distances.
 
   Returns:
     [len(ks), N], in the dtype of x.
 
   Raises:
-    UserError: there are fewer than k others.
+    UserError: there are fewer than k other images.
   """
   if not 1 <= min(ks) <= max(ks) < len(x):
     raise UserError(
-      f'neighbours {", ".join(map(str, ks))} of {len(x)} images: each has '
-      f'{len(x) - 1} others; take more images or a smaller k'
+      f'neighbours {", ".join(map(str, ks))} of {len(x)} images: each has only '
+      f'{len(x) - 1} others; use more images or a smaller k'
     )
   places = [k - 1 for k in ks]
   found = []
@@ -123,14 +125,14 @@ def radii(
 
 
 def _squares(x, y, block_size, shrink=1.0) -> Iterator:
-  """(rows, [n, M]): squared distances of rows of x to all of y, with rounding.
+  """Yields (rows, [n, M]): squared distances from rows of x to all of y.
 
-  Where they are to be shrunk, it is by what may be rounding.
+  They have rounding errors; `shrink` lowers them by what may be rounding.
   """
   x_norms, y_norms = (
     np.square(z).sum(1) * z.dtype.type(shrink) for z in (x, y)
   )
-  # XLA is faster than NumPy, but has float64 only where it is switched on.
+  # XLA is faster than NumPy, but supports float64 only with x64 enabled.
   in_float32 = y.dtype == np.float32
   product, y = (_product, jnp.asarray(y)) if in_float32 else (_plain, y)
   for first in range(0, len(x), block_size):
