@@ -19,8 +19,6 @@ the config's data, and evaluate compares samples with them; without it,
 evaluate needs --reference.
 """
 
-import json
-
 import jax
 import numpy as np
 from absl import flags
@@ -187,9 +185,7 @@ def _write(target, config, params, raw, step, facts) -> tuple[dict, str]:
     'environment': environment.describe(),
   }
   config.num_steps = max(step, 1)  # marks training as finished
-  files.make(target)
-  with files.replacing(target / runs.CONVERTED) as file:
-    file.write(json.dumps(facts, indent=2).encode() + b'\n')
+  files.write_json(target / runs.CONVERTED, facts)
   files.remove(target / 'checkpoints')
   checkpoint.save_params(target / 'checkpoints', step, params, raw)
   runs.write_config(target, config)

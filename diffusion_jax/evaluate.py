@@ -264,7 +264,7 @@ def _sweep(workdir):
 
   def keep():
     plots.sweep(plot, told)
-    cards.write(path, told)
+    files.write_json(path, told)
 
   distributed.on_first(keep)
   page.update(workdir)

@@ -145,7 +145,7 @@ def _invert(trained, plan, images, output):
       pictures.save(output / name, picture)
     with files.replacing(output / 'noises.npy') as file:
       np.save(file, noises, allow_pickle=False)
-    cards.write(output / 'inversion.json', result)
+    files.write_json(output / 'inversion.json', result)
 
   distributed.on_first(keep)
   terminal.report(

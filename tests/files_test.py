@@ -315,7 +315,7 @@ def test_judges_cards_and_the_report(bucket):
   runs.write_config(bucket, digits.get_config())
   subject = {'workdir': str(bucket), 'step': 3, 'sampler': 'ddim'}
   card = cards.create(subject, {'features': 'pixels'}, {'frechet': 1.5}, {})
-  cards.write(bucket / 'evaluations' / 'one.json', card)
+  files.write_json(bucket / 'evaluations' / 'one.json', card)
   assert cards.find(bucket) == [bucket / 'evaluations' / 'one.json']
   assert cards.compare([str(bucket)]) == [[card]]
   assert 'run a' in '\n'.join(tables.lines([card]))

@@ -10,6 +10,7 @@ import tiny
 
 from diffusion_jax import runs
 from diffusion_jax.evaluation import cards, follow
+from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, held
 
@@ -93,7 +94,7 @@ def made_run(monkeypatch, tmp_path, values, then={}):  # noqa: B006
     if step in then:
       then[step](workdir / 'checkpoints')
     card = cards.create({'step': step}, {}, {'fid': values[step]}, {})
-    cards.write(path_of(step), card)
+    files.write_json(path_of(step), card)
     return card
 
   def go():

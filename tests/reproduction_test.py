@@ -33,6 +33,7 @@ from diffusion_jax.reproduction import (
 )
 from diffusion_jax.reproduction import task as tasks
 from diffusion_jax.runs import store
+from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import loop
 
@@ -610,7 +611,7 @@ class Fake:
       (self.workdir / 'config.json').write_text('{}')
       return None
     path = self.workdir / 'card.json'
-    cards.write(path, card_of(details={}))
+    files.write_json(path, card_of(details={}))
     return {**card_of(), 'path': str(path)}
 
 

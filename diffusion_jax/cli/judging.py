@@ -249,7 +249,7 @@ def carry_out(
       picture = path.with_name(f'{path.stem}_neighbours.png')
       _draw_neighbours(picture, found, sample_fn, task.source)
     if path:
-      cards.write(path, card)
+      files.write_json(path, card)
 
   distributed.on_first(keep)
   return card

@@ -10,7 +10,7 @@ from diffusion_jax.cli import command, declare, drawing, judging, run_data
 from diffusion_jax.evaluation import bits, cards, features, tables
 from diffusion_jax.process import flow
 from diffusion_jax.reporting import page, plots
-from diffusion_jax.system import distributed, terminal
+from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -126,7 +126,7 @@ def _card(trained, images, how, about) -> dict:
         details['rate'],
         details['rmse'],
       )
-    cards.write(path, card)
+    files.write_json(path, card)
 
   distributed.on_first(keep)
   return {**card, 'path': str(path)}

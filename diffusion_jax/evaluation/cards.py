@@ -88,13 +88,6 @@ def create(subject: dict, protocol: dict, results: dict, details: dict) -> dict:
   return json.loads(json.dumps(card))
 
 
-def write(path, card: dict) -> None:
-  """Writes a card or other JSON atomically."""
-  files.make(files.at(path).parent)
-  with files.replacing(path) as file:
-    file.write(json.dumps(card, indent=2).encode() + b'\n')
-
-
 def read(path) -> dict:
   """Reads a card.
 

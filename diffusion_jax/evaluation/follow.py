@@ -81,7 +81,7 @@ def follow(
       best = [curve['best']['step']] if curve['best'] else []
       held.hold(directory, [*best, *new], by=name)
       if curve != written[0]:
-        cards.write(path, curve)
+        files.write_json(path, curve)
         written[0] = curve
       last = int(runs.read_config(workdir)['num_steps'])
       ended = not new and max(judged | missed, default=0) >= last

@@ -86,8 +86,7 @@ class Pieces:
     inside = files.resolved(workdir) in files.parents(files.resolved(directory))
     if inside and not (workdir / 'config.json').exists():
       return
-    with files.replacing(files.make(directory) / RECORD) as file:
-      file.write(json.dumps(self.record, indent=2).encode() + b'\n')
+    files.write_json(directory / RECORD, self.record)
 
   def entry(self, name: str, command: list[str]) -> dict:
     """The record of a stage; training resumes even with a changed command."""

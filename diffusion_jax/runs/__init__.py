@@ -106,8 +106,7 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
 
 def write_config(workdir, config: config_dict.ConfigDict) -> None:
   """Writes config.json atomically."""
-  with files.replacing(files.at(workdir) / 'config.json') as file:
-    file.write(json.dumps(to_plain(config), indent=2).encode() + b'\n')
+  files.write_json(files.at(workdir) / 'config.json', to_plain(config))
 
 
 def converted_from(workdir) -> str | None:

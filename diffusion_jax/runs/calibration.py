@@ -49,10 +49,7 @@ def write(place, calibration: Calibration, about: dict) -> None:
     calibration: the calibration.
     about: facts to save with it, such as the images and the seed.
   """
-  told = {**about, **calibration._asdict()}
-  files.make(files.at(place).parent)
-  with files.replacing(files.at(place)) as file:
-    file.write(json.dumps(told).encode() + b'\n')
+  files.write_json(place, {**about, **calibration._asdict()})
 
 
 def read(workdir, step: int, ema: bool, num_timesteps: int) -> Calibration:

@@ -144,8 +144,7 @@ def record(workdir, origin: Origin, begun: Begun) -> None:
     begun: the result of `load`.
   """
   facts = {**origin._asdict(), 'taken': len(begun.taken), 'left': begun.left}
-  with files.replacing(files.at(workdir) / runs.INIT) as file:
-    file.write(json.dumps(facts, indent=2).encode() + b'\n')
+  files.write_json(files.at(workdir) / runs.INIT, facts)
 
 
 def describe(origin: Origin | None) -> str:

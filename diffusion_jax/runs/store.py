@@ -59,9 +59,7 @@ def open_store(directory, protocol: dict) -> None:
       f'{directory} is not empty and not a sample store: choose another '
       '--output'
     )
-  files.make(directory)
-  with files.replacing(path) as file:
-    file.write(json.dumps(protocol, indent=2).encode())
+  files.write_json(path, protocol)
 
 
 def _short(value) -> str:

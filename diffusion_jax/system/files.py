@@ -9,6 +9,7 @@ uploaded completely.
 import contextlib
 import functools
 import importlib.util
+import json
 import logging
 import os
 import pathlib
@@ -145,6 +146,14 @@ def replacing(path) -> Iterator[BinaryIO]:
   except BaseException:  # a full disk, or Ctrl-C
     temporary.unlink(missing_ok=True)
     raise
+
+
+def write_json(path, value) -> None:
+  """Writes a JSON file atomically, and creates its folder."""
+  path = at(path)
+  make(path.parent)
+  with replacing(path) as file:
+    file.write(json.dumps(value, indent=2).encode() + b'\n')
 
 
 def growing(directory, *names) -> tuple[pathlib.Path, Callable[..., None]]:

@@ -42,8 +42,7 @@ def hold(directory, steps: Iterable[int], by: str = 'somebody') -> None:
     there = {}
   now = {**there, by: sorted(set(map(operator.index, steps)))}
   if now != there:
-    with files.replacing(path) as file:
-      file.write(json.dumps(now).encode())
+    files.write_json(path, now)
 
 
 def steps(directory, otherwise: Iterable[int] = ()) -> set[int]:
