@@ -1,19 +1,19 @@
 # shellcheck shell=bash
-# Sourced by the scripts of this folder, in the project's root. Makes .venv and
-# activates it, unless a virtual environment is active already.
+# Sourced by the scripts of this folder, in the project's root. Creates and
+# activates .venv, unless a virtual environment is active already.
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   if [ ! -x .venv/bin/pip ]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
       echo 'error: python3 is older than 3.11' >&2
       exit 2
     }
-    echo 'making .venv'
+    echo 'creating .venv'
     python3 -m venv .venv
   fi
   . .venv/bin/activate
 fi
 
-# install_package '.[test]': installs the checkout, once for each setup.py.
+# install_package '.[test]': installs the checkout, once per setup.py.
 install_package() {
   local stamp
   stamp=$VIRTUAL_ENV/.installed-$( (pwd; cat setup.py) | cksum | cut -d' ' -f1)-$(

@@ -1,23 +1,22 @@
 #!/usr/bin/env bash
 # Half an hour of one GPU: trains the full CIFAR-10 network in bfloat16, draws
-# 10,000 samples by 50 steps of DDIM, and measures the 768-d distance, beside
+# 10,000 samples with 50 steps of DDIM, and measures their 768-d distance and
 # that of held-out images, at five checkpoints. Each call ends within nine
-# minutes, saving included; the same command goes on where it was, and says when
-# all is done. Curves, samples, cards and timings lie in WORKDIR/reproduction,
-# below 30 MB.
+# minutes, saving included; the same command resumes, and says when all is done.
+# Curves, samples, cards and timings are in WORKDIR/reproduction, below 30 MB.
 #
 #   bash launch/half_hour.sh DATA.npz INCEPTION [WORKDIR] [FLAGS]
 #
 #   DATA.npz    train_images, test_images: uint8 [N, 32, 32, 3]
-#   INCEPTION   its weights, up to mixed_7 at least (docs/fid.md)
-#   WORKDIR     runs/half_hour by default, on a disk with 15 GB
-#   FLAGS       of diffusion_jax.reproduce, in place of those below
-#   PYTHON      python by default, with '.[cuda]' installed
+#   INCEPTION   the Inception weights, at least up to mixed_7 (docs/fid.md)
+#   WORKDIR     by default runs/half_hour; needs 15 GB of disk
+#   FLAGS       of diffusion_jax.reproduce; they override those below
+#   PYTHON      by default python; it needs '.[cuda]'
 set -euo pipefail
 
 absolute() { case $1 in /* | *://*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 
-case ${1:-} in -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case ${1:-} in -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 if [ $# -lt 2 ] || [[ $1 == -* || $2 == -* ]]; then
   echo 'error: DATA.npz and INCEPTION are missing; see --help' >&2
   exit 2
@@ -42,15 +41,14 @@ defaults=(
   --config=cifar10
   --config.data.name=arrays "--config.data.path=$data"
   --config.model.dtype=bfloat16
-  # Training ends by the clock, at tens of thousands of steps in place of
-  # 800,000: some 40,000 at the rate that is estimated for an H200. An average
-  # over the last 1,000 steps, in place of 10,000, has forgotten the start at
-  # 5,000, where the first checkpoint is kept; the warm-up, 5,000 steps in the
-  # recipe, is over long before it.
+  # Training ends by the clock, after tens of thousands of steps instead of
+  # 800,000: about 40,000 at the rate estimated for an H200. So the averages
+  # cover 1,000 steps instead of 10,000, and the warm-up takes 1,000 instead of
+  # 5,000: both have forgotten the start at the first kept checkpoint, 5,000.
   --config.ema.decay=0.999
   --config.optim.warmup_steps=1000
-  --config.keep_every=5000  # 0.6 GB each; four of them are judged too
-  --config.sample_every=0  # samples come at the end
+  --config.keep_every=5000  # 0.6 GB each; four of them are judged, too
+  --config.sample_every=0  # samples are drawn at the end
   "--workdir=$workdir" "--features=$inception" --taps=768
   --num_samples=10000 --sampler=ddim --num_steps=50 --curve=4 --nobits
   --minutes=9 --train_minutes=16

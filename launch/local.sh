@@ -19,14 +19,14 @@ for argument in "$@"; do
     --fresh) fresh=yes ;;
     -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
     --config.*) overrides+=("$argument") ;;
-    -*) echo "error: $argument is not known; see --help" >&2; exit 2 ;;
+    -*) echo "error: $argument is unknown; see --help" >&2; exit 2 ;;
     /*) workdir=$argument ;;
     *) workdir=$here/$argument ;;
   esac
 done
 
 if [ -n "$fresh" ] && [ -e "$workdir" ]; then
-  # Only what a run has made is removed, and only from a run.
+  # Removes only files that a run has written, and only from a run.
   grep -qs '"num_timesteps"' "$workdir/config.json" || {
     echo "error: $workdir is not a run, so --fresh leaves it alone" >&2
     exit 2
@@ -41,8 +41,8 @@ fi
 
 . launch/environment.sh
 install_package .
-# On a CPU, XLA's buffers are handed back to the system after every step and
-# asked for again, unless glibc is told to keep them: a seventh of the time.
+# On a CPU, glibc returns XLA's buffers to the system after every step, which
+# costs a seventh of the time. These settings make glibc keep them.
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4000000000}
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4000000000}
 

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # Downloads and prepares a TensorFlow data set (TFDS), once. Training reads it
-# without TensorFlow. A set that is prepared already is left as it is.
+# without TensorFlow. A set that is already prepared is left unchanged.
 #
 #   bash launch/prepare_data.sh NAME [DATA_DIR]
 #
-#   NAME       cifar10, lsun/church_outdoor, ... as TFDS calls it; or
-#              PATH/my_set.py, where a builder class of your own is
-#   DATA_DIR   ~/tensorflow_datasets by default
+#   NAME       the name in TFDS: cifar10, lsun/church_outdoor, ...; or
+#              PATH/my_set.py, a file with a builder class of your own
+#   DATA_DIR   by default ~/tensorflow_datasets
 set -euo pipefail
 
 usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
 case ${1:-} in
   -h | --help) usage; exit 0 ;;
   '') usage >&2; exit 2 ;;
-  -*) echo "error: $1 is not known; see --help" >&2; exit 2 ;;
+  -*) echo "error: $1 is unknown; see --help" >&2; exit 2 ;;
 esac
 if [ $# -gt 2 ]; then
   echo "error: $# arguments; see --help" >&2

@@ -1,27 +1,32 @@
 #!/usr/bin/env bash
-# Trains on a slice of Cloud TPUs: makes it, installs the committed tree on its
-# workers, starts the same command on all of them, and again after a preemption.
+# Trains on a slice of Cloud TPUs: creates the slice, installs the committed
+# tree on its workers, starts training on all of them, and restarts it after a
+# preemption.
 #
 #   bash launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- FLAGS]
 #
 # COMMAND is one of
-#   run       all that follows up to the end of the training, however often the
-#             slice is preempted; Ctrl-C ends only the watching
-#   create    the slice, unless it is there
-#   install   the code and --data, on all workers
-#   start     the training; follow: its log; status: how it is; stop: save, end
-#   delete    the slice, which costs until then
+#   run       create, install, start and follow, until training is done; repeats
+#             them after a preemption; Ctrl-C ends only the watching
+#   create    creates the slice, unless it exists
+#   install   installs the code and copies --data, on all workers
+#   start     starts training
+#   follow    shows the log of worker 0
+#   status    prints the state of training
+#   stop      saves and ends training
+#   delete    deletes the slice, which costs money until then
 # OPTIONS
-#   --project=            gcloud's own by default
+#   --project=            by default gcloud's
 #   --accelerator_type=   v5litepod-16, v6e-16, v5p-32, v4-32, ...
-#   --version=            its software; by default what JAX needs on that type
-#   --spot --queued       preemptible, for less; in the queue of requests
-#   --config= --workdir=  as for training; the workdir in a bucket, gs://...
-#   --binary=             train by default; or sample, evaluate (no --config)
-#   --data=gs://...       prepared sets, for each worker's ~/tensorflow_datasets
-#   --poll_secs=          60 by default
-#   --dry_run             print the commands, for an end without trouble
-# FLAGS go to the binary as they are.
+#   --version=            TPU software; by default what JAX needs on that type
+#   --spot                a preemptible slice, which costs less
+#   --queued              request the slice through the queue
+#   --config= --workdir=  as for training; the workdir is in a bucket, gs://...
+#   --binary=             train (default), sample or evaluate (no --config)
+#   --data=gs://...       prepared sets; copied to ~/tensorflow_datasets
+#   --poll_secs=          seconds between checks of the slice; default 60
+#   --dry_run             print the commands of a run without errors
+# FLAGS are passed to the binary unchanged.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -44,7 +49,7 @@ quoted() {
   echo "${line% }"
 }
 
-# All commands go through here. In a dry run it is supposed that they succeed.
+# Every command goes through here. A dry run assumes that they succeed.
 call() {
   if [ -n "$dry_run" ]; then quoted "$@" >&3; else "$@"; fi
 }
@@ -52,7 +57,7 @@ pause() { [ -n "$dry_run" ] || sleep "$poll_secs"; }
 
 # --- the slice ---------------------------------------------------------------
 
-# state: READY, CREATING, PREEMPTED, ... or ABSENT; fails where gcloud does.
+# state: READY, CREATING, PREEMPTED, ... or ABSENT; fails if gcloud does.
 state() {
   local found
   if [ -n "$queued" ]; then
@@ -60,7 +65,7 @@ state() {
     [ "$found" = ACTIVE ] || { echo "$found"; return; }
   fi
   found=$(describe tpu-vm 'value(state)' READY) || return
-  # A request that has outlived its slice has to go as well.
+  # Delete a request that has outlived its slice, too.
   [ "$queued$found" != yesABSENT ] || found=SUSPENDED
   echo "$found"
 }
@@ -132,7 +137,7 @@ follow() {
 
 stop() { on all "bash $there/launch/worker.sh stop"; }
 
-# status: of all workers together, in the words of worker.sh.
+# status: the combined status of all workers, as worker.sh prints it.
 status() {
   local all word
   all=$(
@@ -145,7 +150,7 @@ status() {
   return 1
 }
 
-# --- the whole ---------------------------------------------------------------
+# --- the run ---------------------------------------------------------------
 
 run() {
   local is was='' how known='' began='' tries=0
@@ -156,7 +161,7 @@ run() {
     case $is in
       READY) known=yes ;;
       ABSENT)
-        # The first time it may be a mistake, later it is want of TPUs.
+        # The first failure may be a mistake; later ones mean no free TPUs.
         create || { [ -n "$known" ] || return; pause; }
         known=yes
         continue
@@ -179,11 +184,11 @@ run() {
         pause
         ;;
       yes:done) return ;;
-      yes:refused) fail "$name: it cannot go on; its last line says why" ;;
-      yes:stopped) fail "$name: stopped by hand; run goes on with it" ;;
+      yes:refused) fail "$name: a user error; see the last line of its log" ;;
+      yes:stopped) fail "$name: stopped by hand; run resumes it" ;;
       yes:interrupted) began=''; pause ;;  # it may be preempted by then
       *)
-        [ $((tries += 1)) -le 5 ] || fail "$name: it has failed five times"
+        [ $((tries += 1)) -le 5 ] || fail "$name: it failed five times"
         if install && start; then
           began=yes
           follow || true
@@ -209,7 +214,7 @@ flags=() made='' supposed=none
 
 case ${1:-} in
   run | create | install | start | follow | status | stop | delete) ;;
-  -h | --help) sed -n '2,26s/^# \{0,1\}//p' launch/tpu_pod.sh; exit 0 ;;
+  -h | --help) sed -n '2,29s/^# \{0,1\}//p' launch/tpu_pod.sh; exit 0 ;;
   *) fail "'${1:-}' is not a command; see --help" ;;
 esac
 command=$1
@@ -223,7 +228,7 @@ while [ $# -gt 0 ]; do
       option=${1%%=*}
       printf -v "${option#--}" %s "${1#*=}"
       ;;
-    *) fail "$1 is not known; see --help" ;;
+    *) fail "unknown option $1; see --help" ;;
   esac
   shift
 done
@@ -253,11 +258,11 @@ case $version:$accelerator_type in
   :v5litepod-*) version=v2-alpha-tpuv5-lite ;;
   :v5p-*) version=v2-alpha-tpuv5 ;;
   :v[234]-*) version=tpu-ubuntu2204-base ;;
-  :?*) fail "--version= is missing, as $accelerator_type is not known here" ;;
+  :?*) fail "--version= is missing: no default is known for $accelerator_type" ;;
 esac
 exec 3>&1
 [ -n "$dry_run" ] || command -v gcloud >/dev/null ||
-  fail 'gcloud is not here: install the Google Cloud CLI, or see --dry_run'
+  fail 'gcloud was not found: install the Google Cloud CLI, or use --dry_run'
 
 case $command in
   create)
@@ -271,7 +276,7 @@ case $command in
     case $command:$is in
       status:*) [ -n "$dry_run" ] || echo "$is" ;;
       *:[A-Z]*) fail "$name is $is" ;;
-      *:running) fail "$name: something runs there; stop it first" ;;
+      *:running) fail "$name: training is running there; stop it first" ;;
       *) "$command" ;;
     esac
     ;;

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# What one worker does: tpu_pod.sh calls this on each of a slice, and it starts
-# the containers of gke_jobset.yaml.
+# The commands of one worker. tpu_pod.sh calls it on every worker of a slice;
+# in the containers of gke_jobset.yaml it is the entry point.
 #
 #   bash launch/worker.sh install [gs://BUCKET/tensorflow_datasets]
-#   bash launch/worker.sh start BINARY FLAGS    unless something runs here
-#   bash launch/worker.sh status   running, done, stopped (by hand), refused
-#                                  (exit code 2), interrupted, failed or none
-#   bash launch/worker.sh follow   the log, until the end
-#   bash launch/worker.sh stop     lets it save; returns once it has ended
-#   bash launch/worker.sh hold COMMAND    in the foreground; 75 is its exit code
-#                                         where a SIGTERM came
+#   bash launch/worker.sh start BINARY FLAGS    unless training is running here
+#   bash launch/worker.sh status   prints running, done, stopped (by hand),
+#                                  refused (exit code 2), interrupted, failed
+#                                  or none
+#   bash launch/worker.sh follow   shows the log until training ends
+#   bash launch/worker.sh stop     lets training save, and waits for its end
+#   bash launch/worker.sh hold COMMAND    runs it in the foreground; exits with
+#                                         code 75 after a SIGTERM
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,12 +21,12 @@ fail() {
   exit 2
 }
 
-# The lock is held by the trainer itself, so that neither a kill nor a reboot
-# leaves a stale one.
+# The trainer itself holds the lock, so neither a kill nor a reboot leaves a
+# stale one.
 running() { ! flock --nonblock --shared "$state/lock" true; }
 
 install() {
-  ! running || fail 'something runs here: stop it first'
+  ! running || fail 'training is running here: stop it first'
   # The Python of Ubuntu 22.04 is 3.10, which is too old; uv brings its own.
   export PATH=$HOME/.local/bin:$PATH
   command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
@@ -41,7 +42,7 @@ start() {
   exec 8>"$state/starting"
   flock 8  # one after the other
   if running; then
-    echo "$HOSTNAME: something runs here already"
+    echo "$HOSTNAME: training is already running here"
     return
   fi
   rm -f "$state/ended"
@@ -53,11 +54,11 @@ start() {
 hold() {
   local child='' told='' code=0
   exec 9>"$state/lock"  # which the child inherits
-  flock --timeout 1 9 || fail 'something runs here already'
+  flock --timeout 1 9 || fail 'training is already running here'
   rm -f "$state/ended"
   echo $$ >"$state/pid"
-  # The training ends well when it is told to stop. Whoever starts it again has
-  # to know that it was not done.
+  # After SIGTERM, training exits with code 0. Whoever restarts it must know
+  # that it was not done.
   trap 'told=yes; [ -z "$child" ] || kill "$child" 2>/dev/null || true' TERM
   "$@" &
   child=$!

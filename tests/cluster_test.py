@@ -172,7 +172,7 @@ def test_without_gcloud_there_is_one_line_and_the_dry_run(tmp_path):
   result = bash(*arguments, PATH=str(tmp_path))
   (line,) = result.stderr.splitlines()
   assert result.returncode == 2
-  assert line.startswith('error: gcloud is not here')
+  assert line.startswith('error: gcloud was not found')
   result = bash(*arguments, '--dry_run', PATH=str(tmp_path))
   assert result.stdout.startswith('gcloud ')
 
@@ -275,7 +275,7 @@ def test_a_slice_is_not_started_twice(tmp_path):
     for command in (['start', *TRAIN], ['install']):
       result = call(*command, *POD)
       assert result.returncode == 2
-      assert 'something runs there' in result.stderr
+      assert 'training is running there' in result.stderr
   finally:
     assert call('stop', *POD).returncode == 0
   assert call('status', *POD).stdout == 'stopped\n'
@@ -358,7 +358,7 @@ def test_never_two_trainers(worker):
   until((folder / 'pids').exists)
   assert call('status').stdout == 'running\n'
   assert 'already' in call('start', 'train').stdout
-  assert 'something runs here' in call('install').stderr
+  assert 'training is running here' in call('install').stderr
   # The lock is the trainer's: who held it may be killed.
   os.kill(int((folder / '.worker' / 'pid').read_text()), signal.SIGKILL)
   assert call('status').stdout == 'running\n'
