@@ -17,10 +17,8 @@ declare.shared('workdir', 'json')
 
 
 def main():
-  problems = []
-  path = page.write(FLAGS.workdir, problems.append)
-  for line in problems:
-    terminal.say(line)
+  problems = page.write(FLAGS.workdir)
+  path = declare.workdir() / 'report.html'
   terminal.report(
     {'report': str(path), 'problems': problems},
     f'the report is {path}',

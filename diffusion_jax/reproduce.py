@@ -34,7 +34,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from diffusion_jax import runs, samplers
-from diffusion_jax.cli import command, config_files
+from diffusion_jax.cli import command, config_files, declare
 from diffusion_jax.evaluation import inception
 from diffusion_jax.process import schedules
 from diffusion_jax.reproduction import (
@@ -56,53 +56,36 @@ from diffusion_jax.weights import official
 
 FLAGS = flags.FLAGS
 command.define_config()
-flags.DEFINE_string(
-  'workdir', None, 'Folder of the run; created if it does not exist.'
+declare.table(
+  workdir=(str, 'Folder of the run; created if it does not exist.'),
+  output=(str, 'Folder of the results; by default WORKDIR/reproduction.'),
+  **{'from': (str, 'Published weights to import instead of training.')},
+  features=(
+    'inception',
+    'Network that judges the samples: inception (its weights in the cache), a '
+    'file of Inception weights, pixels or classifier.',
+  ),
+  taps=(
+    ['2048'],
+    f'Feature layers of Inception: {", ".join(inception.DISTANCES)}.',
+  ),
+  download=(False, 'First fetch the published Inception weights.'),
+  cache=(str, 'Folder for features and weights.'),
+  data_path=(str, 'Folder of the data for evaluation.'),
+  num_samples=(published.NUM_SAMPLES, 'Number of samples to judge.'),
+  sampler=(
+    'ancestral',
+    'Sampler; sample --sampler=list lists all of them.',
+  ),
+  num_steps=(int, 'Sampling steps; by default all of the schedule.'),
+  bits=(True, 'Also measure bits per dimension of the held-out images.'),
+  curve=(0, 'Number of earlier checkpoints to judge as well.'),
+  measure=(True, 'First measure the time per training step on this machine.'),
+  minutes=(0.0, 'Time limit of this call; 0 for none.'),
+  train_minutes=(0.0, 'Time limit of training over all calls; 0 for none.'),
+  plan=(False, 'Print the cost and the stages, and exit.'),
 )
-flags.DEFINE_string(
-  'output', None, 'Folder of the results; by default WORKDIR/reproduction.'
-)
-ORIGIN = flags.DEFINE_string(
-  'from', None, 'Published weights to import instead of training.'
-)
-flags.DEFINE_string(
-  'features', 'inception',
-  'Network that judges the samples: inception (its weights in the cache), a '
-  'file of Inception weights, pixels or classifier.',
-)  # fmt: skip
-flags.DEFINE_list(
-  'taps', ['2048'],
-  f'Feature layers of Inception: {", ".join(inception.DISTANCES)}.',
-)  # fmt: skip
-flags.DEFINE_bool(
-  'download', False, 'First fetch the published Inception weights.'
-)
-flags.DEFINE_string('cache', None, 'Folder for features and weights.')
-flags.DEFINE_string('data_path', None, 'Folder of the data for evaluation.')
-flags.DEFINE_integer(
-  'num_samples', published.NUM_SAMPLES, 'Number of samples to judge.'
-)
-flags.DEFINE_string(
-  'sampler', 'ancestral', 'Sampler; sample --sampler=list lists all of them.'
-)
-flags.DEFINE_integer(
-  'num_steps', None, 'Sampling steps; by default all of the schedule.'
-)
-flags.DEFINE_bool(
-  'bits', True, 'Also measure bits per dimension of the held-out images.'
-)
-flags.DEFINE_integer(
-  'curve', 0, 'Number of earlier checkpoints to judge as well.'
-)
-flags.DEFINE_bool(
-  'measure', True, 'First measure the time per training step on this machine.'
-)
-flags.DEFINE_float('minutes', 0, 'Time limit of this call; 0 for none.')
-flags.DEFINE_float(
-  'train_minutes', 0, 'Time limit of training over all calls; 0 for none.'
-)
-flags.DEFINE_bool('plan', False, 'Print the cost and the stages, and exit.')
-flags.DEFINE_bool('json', False, 'Print the result as JSON.')
+declare.shared('json')
 
 OTHERS = ('pixels', 'classifier')  # judges other than Inception
 # Flags passed on to evaluate.
@@ -114,14 +97,13 @@ def main():
   # Leave the devices to the stages: one process at a time can use them.
   jax.config.update('jax_platforms', 'cpu')
   asked = _task()
-  whole = task.work(asked, cost.flops_of(asked.config))
-  told = _cost(asked, whole)
+  whole = cost.work(asked, cost.flops_of(asked.config))
+  told = '\n'.join(cost.lines(asked, whole))
   pieces = work.Pieces(asked, start)
   if FLAGS.plan:
     _plan(pieces, whole, told)
     return
-  for line in told:
-    terminal.say(line)
+  terminal.say(told)
   try:
     _carry_out(pieces, whole)
   except stages.Failed as e:
@@ -136,7 +118,7 @@ def _carry_out(pieces, whole) -> None:
   """Runs stages until all are done or this call ends, and saves the results."""
   asked, made, step, stopped = pieces.task, [], None, None
   left = ['measuring', 'import' if asked.origin else 'training']
-  judgements = _judgements(asked)
+  judgements = task.judgements(asked)
   pieces.begin()
   work.catch_signals()
   try:
@@ -164,14 +146,9 @@ def _carry_out(pieces, whole) -> None:
     raise stopped
 
 
-def _judgements(asked) -> list[tuple]:
-  """The evaluations to run, before the checkpoints are known."""
-  return task.judgements(asked, 'LAST', ['EARLIER'] * bool(asked.curve))
-
-
 def _facts(pieces, whole, left, step, made) -> dict:
   """The facts for the record: what was done, and the results."""
-  asked, shares = pieces.task, cost.shares(pieces.task.recipe)
+  asked = pieces.task
   facts = {
     'done': not left,
     'left': left,
@@ -182,7 +159,7 @@ def _facts(pieces, whole, left, step, made) -> dict:
     'cost': {
       **whole._asdict(),
       'hours_estimated': {
-        name: cost.estimate(whole, peak, shares, asked.most_training)._asdict()
+        name: cost.estimate(asked, whole, peak)._asdict()
         for name, peak in cost.PLACES.items()
       },
     },
@@ -204,15 +181,14 @@ def _task() -> Task:
   command.at_least(
     num_samples=2, num_steps=1, curve=0, minutes=0, train_minutes=0
   )
-  origin = ORIGIN.value
+  origin = FLAGS['from'].value
   for flag in ('train_minutes', 'curve'):
     if origin and FLAGS[flag].value:
       raise UserError(f'--from trains nothing: leave --{flag} out')
   source = origin and files.at(origin).expanduser()
   if origin and not (source.exists() or official.is_checkpoint(source)):
     raise UserError(f'--from={origin}: there is no such file or folder')
-  wrong = validation.check_network(FLAGS.config)
-  if wrong:
+  if wrong := validation.check_network(FLAGS.config):
     raise UserError(wrong[0])
   config = runs.to_plain(FLAGS.config)
   if FLAGS.sampler in (*samplers.ADAPTIVE, *samplers.CALIBRATED):
@@ -224,72 +200,61 @@ def _task() -> Task:
     schedules.create(**config['process']), sampler=FLAGS.sampler,
     num_steps=FLAGS.num_steps,
   )  # fmt: skip
-  name, shipped, given = _config()
-  workdir = files.at(FLAGS.workdir).expanduser()
-  directory = files.at(FLAGS.output or workdir / 'reproduction').expanduser()
-  _check_output(workdir, directory)
-  _check_run(workdir, source)
   held = config['data']['heldout_split'] or config['data']['heldout_every']
   if FLAGS.bits and not held:
     raise UserError('the config has no held-out images: give --nobits')
-  wanted, published_judge = _judge()
+  workdir = declare.workdir()
+  output = FLAGS.output or workdir / 'reproduction'
   flags_of = (FLAGS[name] for name in JUDGING)
   same = ('num_samples', 'sampler', 'bits', 'minutes', 'train_minutes', 'curve')
-  return Task(
-    name=name,
+  asked = Task(
     config=config,
-    shipped=shipped,
-    config_flags=given,
     workdir=workdir,
-    directory=directory,
+    directory=files.at(output).expanduser(),
     origin=origin,
-    by_inception=FLAGS.features not in OTHERS,
-    published_judge=published_judge,
     judging=tuple(flag.serialize() for flag in flags_of if flag.value),
-    metrics=wanted,
     sampling_steps=plan.num_steps,
     evaluations=plan.evaluations,
     measure=FLAGS.measure and not origin,
     **{name: FLAGS[name].value for name in same},
+    **_config(),
+    **_judge(),
   )
+  _check_output(asked)
+  _check_run(workdir, source)
+  return asked
 
 
-def _config() -> tuple[str, dict | None, tuple[str, ...]]:
-  """(name, the shipped recipe of this name, flags that give the config)."""
+def _config() -> dict:
+  """The name of the config, the shipped recipe of this name, and the flags."""
   given = config_files.given(FLAGS['config'].config_filename)
   path, colon, argument = given.partition(':')
-  stem = Path(path).stem
-  there = config_files.shipped_config(stem)
-  shipped = None
-  if there:
+  stem, shipped = Path(path).stem, None
+  if there := config_files.shipped_config(stem):
     shipped = runs.to_plain(config_files.load(f'{there}{colon}{argument}'))
     if config_files.find_config(stem) == path:
       path = stem
   overrides = config_flags.get_override_values(FLAGS['config'])
-  return (
-    f'{stem}{colon}{argument}',
-    shipped,
-    (
-      f'--config={path}{colon}{argument}',
-      *(f'--config.{key}={value}' for key, value in overrides.items()),
-    ),
-  )
+  changed = (f'--config.{key}={value}' for key, value in overrides.items())
+  return {
+    'name': f'{stem}{colon}{argument}',
+    'shipped': shipped,
+    'config_flags': (f'--config={path}{colon}{argument}', *changed),
+  }
 
 
-def _check_output(workdir, directory) -> None:
+def _check_output(asked) -> None:
   """Raises UserError unless the folder is for the results of this workdir."""
+  directory, workdir = asked.directory, files.resolved(asked.workdir)
   runs.usable_output(directory, 'reproduction', workdir)
   record = work.read(directory / work.RECORD)
+  there, holds = (record or {}).get('workdir', str(workdir)), ''
   if record is None and directory.exists() and files.entries(directory):
-    raise UserError(
-      f'--output={directory} holds other files: give a new folder'
-    )
-  inside = files.resolved(workdir) in files.parents(files.resolved(directory))
-  there = (record or {}).get('workdir')
-  if not inside and there not in (None, str(files.resolved(workdir))):
-    raise UserError(
-      f'--output={directory} holds the results of {there}: give a new folder'
-    )
+    holds = 'other files'
+  elif there != str(workdir) and not asked.is_inside:
+    holds = f'the results of {there}'
+  if holds:
+    raise UserError(f'--output={directory} holds {holds}: give a new folder')
 
 
 def _check_run(workdir, source) -> None:
@@ -307,19 +272,23 @@ def _check_run(workdir, source) -> None:
   elif begun and came_from != str(files.absolute(source)):
     raise UserError(
       f'--workdir={workdir} holds a run that does not come from '
-      f'{ORIGIN.value}: give a new folder'
+      f'{FLAGS["from"].value}: give a new folder'
     )
 
 
-def _judge() -> tuple[tuple[str, ...], bool]:
-  """The metrics, and whether the judge is the published Inception.
+def _judge() -> dict:
+  """The task's metrics, and whether its judge is (the published) Inception.
 
   A hash tells: weights in the cache were checked when they were fetched. A .npz
   from elsewhere cannot be checked.
   """
   name = FLAGS.features
   if name in OTHERS:
-    return ('fid',), False
+    return {
+      'metrics': ('fid',),
+      'by_inception': False,
+      'published_judge': False,
+    }
   for tap in FLAGS.taps:
     if tap not in inception.DISTANCES:
       raise UserError(
@@ -345,39 +314,27 @@ def _judge() -> tuple[tuple[str, ...], bool]:
   is_published = name == 'inception' or (
     path.suffix == '.pth' and weights.checked(path) == weights.SHA256
   )
-  return ('fid', 'is') if score else ('fid',), is_published
+  return {
+    'metrics': ('fid', 'is') if score else ('fid',),
+    'by_inception': True,
+    'published_judge': is_published,
+  }
 
 
 # --- the output ---------------------------------------------------------------
-
-
-def _cost(asked, whole) -> list[str]:
-  """The cost in FLOPs, and in hours on chips for rent."""
-  steps = 0 if asked.origin else asked.config['num_steps']
-  shares, most = cost.shares(asked.recipe), asked.most_training
-  lines = [f'{asked.name} in {asked.workdir}']
-  lines += cost.lines(whole, steps, shares, most)
-  if asked.train_minutes:
-    lines.append(
-      f'training stops after {asked.train_minutes:g} minutes at any step: the '
-      "hours include this limit, the steps are the config's"
-    )
-  if asked.origin:
-    lines.append('imported weights: the time per step is not measured')
-  return lines
 
 
 def _plan(pieces, whole, told) -> None:
   """Prints the cost and the commands of the stages."""
   asked = pieces.task
   commands = [task.measure(asked)] * asked.measure + [task.train(asked)]
-  commands += [command for *_, command in _judgements(asked)]
+  commands += [command for *_, command in task.judgements(asked)]
   lines = [f'python {shlex.join(command)}' for command in commands]
   work.say_measured(pieces, whole)
   terminal.report(
     {'cost': whole._asdict(), 'stages': commands, 'differences':
      asked.differences},
-    '\n'.join([*told, '', *lines]),
+    '\n'.join([told, '', *lines]),
     FLAGS.json,
   )  # fmt: skip
 

@@ -351,21 +351,21 @@ def test_only_samplers_that_were_used_stand_beside_ours(tmp_path):
 
 def test_hours_worked_by_hand(tmp_path):
   """The paper's run: 3.57 EFLOP, and 10.6 hours on its own TPU v3-8."""
-  whole = tasks.work(task_of(tmp_path), (34.86e9, 11.62e9))
+  task = task_of(tmp_path)
+  whole = cost.work(task, (34.86e9, 11.62e9))
   assert whole.images == 102_400_000
   assert whole.drawn == 50_000_000
   assert whole.scored == 10_000_000
   assert whole.judged == 110_000
-  shares = cost.shares(RECIPE)
-  paper = cost.estimate(whole, 4 * 123e12, shares)
+  paper = cost.estimate(task, whole, 4 * 123e12)
   assert paper.training == pytest.approx(800_000 / 21 / 3600)
   assert paper.drawing == pytest.approx(50_000 / 256 * 17 / 3600)
   # 3.57e18 / (0.1904 x 989.4e12) s, and 0.581e18 / (0.3557 x 989.4e12) s.
-  h200 = cost.estimate(whole, cost.PLACES['1 H200'], shares)
+  h200 = cost.estimate(task, whole, cost.PLACES['1 H200'])
   assert h200.training == pytest.approx(5.26, rel=2e-3)
   assert h200.drawing == pytest.approx(0.4586, rel=2e-3)
   assert cost.PLACES['TPU v4-8'] == 4 * 275e12
-  heads, rows = cost.table(whole, shares)
+  heads, *rows = cost.table(task, whole)
   row = dict(zip(heads, next(r for r in rows if r[0] == '1 H200'), strict=True))
   assert row['all'] == '5.8'
   assert row['at half the share'] == '11.6'
@@ -391,8 +391,8 @@ def test_hours_at_measured_rates():
 def test_training_that_ends_by_the_clock(tmp_path):
   """A quarter of an hour is that, at whatever share."""
   task = task_of(tmp_path, train_minutes=15)
-  whole = tasks.work(task, (34.86e9, 11.62e9))
-  heads, rows = cost.table(whole, cost.shares(RECIPE), task.most_training)
+  whole = cost.work(task, (34.86e9, 11.62e9))
+  heads, *rows = cost.table(task, whole)
   row = dict(zip(heads, next(r for r in rows if r[0] == '1 H200'), strict=True))
   assert row['training'] == '0.25'
   drawing = float(row['drawing']) + float(row['bits'])
@@ -405,9 +405,9 @@ def test_training_that_ends_by_the_clock(tmp_path):
 
 def test_what_is_left_out_where_it_is_not_done(tmp_path):
   none = task_of(tmp_path, origin='weights', bits=False, by_inception=False)
-  whole = tasks.work(none, (3.0, 1.0))
+  whole = cost.work(none, (3.0, 1.0))
   assert (whole.images, whole.scored, whole.judged) == (0, 0, 0)
-  first, empty, *_ = cost.lines(whole, 0, cost.shares(RECIPE))
+  _, first, empty, *_ = cost.lines(none, whole)
   assert first.startswith('50,000,000 evaluations for the samples')
   assert not empty
 

@@ -115,30 +115,34 @@ def is_number(value) -> bool:
   )
 
 
-def is_subject(value) -> bool:
-  return (
-    isinstance(value, dict)
-    and isinstance(value.get('step', 0), int)
-    and isinstance(value.get('ema', True), bool)
-    and all(isinstance(value.get(k, ''), str) for k in ('sampler', 'workdir'))
+def has(value, **kinds: type) -> bool:
+  """Whether a value is a dict whose fields, if present, have these types."""
+  return isinstance(value, dict) and all(
+    isinstance(value[key], kind) for key, kind in kinds.items() if key in value
   )
 
 
+def is_subject(value) -> bool:
+  return has(value, step=int, ema=bool, sampler=str, workdir=str)
+
+
 def is_card(value) -> bool:
-  if not isinstance(value, dict) or value.get('card') != VERSION:
-    return False
-  details = value.get('details', {})
+  match value:
+    case {'card': version, 'subject': subject, 'protocol': dict(),
+          'results': dict(results)}:  # fmt: skip
+      details = value.get('details', {})
+    case _:
+      return False
   return (
-    all(isinstance(value.get(k), dict) for k in ('protocol', 'results'))
-    and is_subject(value.get('subject'))
-    and isinstance(details, dict)
-    and isinstance(details.get('caveats', []), list)
-    and all(isinstance(line, str) for line in details.get('caveats', []))
-    and all(v is None or is_number(v) for v in value['results'].values())
+    version == VERSION
+    and is_subject(subject)
+    and has(details, caveats=list)
+    and all(isinstance(line, str) for line in details.get('caveats', ()))
+    and all(x is None or is_number(x) for x in results.values())
     and all(
-      isinstance(v, list) and all(map(is_number, v))
-      for k, v in details.items()
-      if k.endswith('class_histogram')
+      isinstance(x, list) and all(map(is_number, x))
+      for key, x in details.items()
+      if key.endswith('class_histogram')
     )
   )
 

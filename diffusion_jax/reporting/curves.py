@@ -9,6 +9,7 @@ from diffusion_jax.evaluation import cards
 from diffusion_jax.evaluation.cards import number
 from diffusion_jax.reporting import plots
 from diffusion_jax.reporting.facts import Facts
+from diffusion_jax.reporting.plots import Line
 
 
 def series(rows, name) -> tuple[list, list]:
@@ -17,40 +18,46 @@ def series(rows, name) -> tuple[list, list]:
   return [row['step'] for row in there], [row[name] for row in there]
 
 
+def raw(rows, name, label='', color='blue', style='line') -> Line:
+  """A metric as it was logged."""
+  return Line(label, *series(rows, name), color, style)
+
+
+def smoothed(rows, name, label='', color='blue') -> Line:
+  """A metric, smoothed over the logged steps."""
+  steps, values = series(rows, name)
+  return Line(label, steps, plots.smooth(values) if values else [], color)
+
+
+def noisy(rows, name, label='') -> list[Line]:
+  """A metric as it was logged, faintly, and smoothed."""
+  return [raw(rows, name, style='faint'), smoothed(rows, name, label)]
+
+
 def charts(run: Facts) -> list[dict]:
   """The curves of training, except those without data."""
-
-  def raw(name, label='', color='blue', style='line'):
-    return plots.Line(label, *series(run.rows, name), color, style)
-
-  def smoothed(name, label, color='blue'):
-    steps, values = series(run.rows, name)
-    smooth = plots.smooth(values) if values else []
-    return plots.Line(label, steps, smooth, color)
-
+  rows = run.rows
   timesteps = run.config['process']['num_timesteps']
   distance, best, curve = _curve(run.cards)
   first = [math.ceil(q * timesteps / 4) for q in range(5)]
   quarters = [
-    smoothed(f'loss_q{q}', f't {first[q - 1]}–{first[q] - 1}', f'q{q}')
+    smoothed(rows, f'loss_q{q}', f't {first[q - 1]}–{first[q] - 1}', f'q{q}')
     for q in (1, 2, 3, 4)
   ]
   clip = run.config.get('optim', {}).get('clip_norm')
   wanted = (
     (distance, best, True, curve),
     ('Loss', 'smoothed over logged steps', True, (
-      raw('loss', style='faint'), smoothed('loss', 'training'),
-      raw('heldout_loss', 'held out', 'orange', 'marks'),
+      *noisy(rows, 'loss', 'training'),
+      raw(rows, 'heldout_loss', 'held out', 'orange', 'marks'),
     )),
     ('Loss by quarter of t', 'smoothed', True, quarters),
-    ('Gradient norm', f'clipped at {clip}' if clip else '', True, (
-      raw('grad_norm', style='faint'), smoothed('grad_norm', ''),
-    )),
-    ('Parameter norm', '', True, (raw('param_norm'),)),
-    ('Learning rate', '', False, (raw('learning_rate'),)),
-    ('Images per second', 'all devices', False, (
-      raw('images_per_sec', style='faint'), smoothed('images_per_sec', ''),
-    )),
+    ('Gradient norm', f'clipped at {clip}' if clip else '', True,
+     noisy(rows, 'grad_norm')),
+    ('Parameter norm', '', True, [raw(rows, 'param_norm')]),
+    ('Learning rate', '', False, [raw(rows, 'learning_rate')]),
+    ('Images per second', 'all devices', False,
+     noisy(rows, 'images_per_sec')),
   )  # fmt: skip
   restarts = sorted({start['step'] for start in run.starts} - {0})
   made = []
@@ -78,21 +85,17 @@ def _curve(found) -> tuple[str, str, list]:
     subject = {k: v for k, v in card['subject'].items() if k not in own}
     return json.dumps([card['protocol'], subject], sort_keys=True)
 
-  found = [
-    card for card in found if set(cards.DISTANCES) & set(card['results'])
-  ]
+  found = [card for card in found if cards.DISTANCES.keys() & card['results']]
   alike = [card for card in found if how(card) == how(found[-1])]
   names = [n for n in cards.DISTANCES if alike and n in alike[-1]['results']]
   if not names or len({card['subject']['step'] for card in alike}) < 2:
     return '', '', []
   curve = cards.curve(alike, names[0])
   points, best = curve['points'], curve['best']
+  steps, values = ([point[k] for point in points] for k in ('step', 'value'))
   lines = [
-    plots.Line(
-      'samples',
-      *([point[key] for point in points] for key in ('step', 'value')),
-    ),
-    plots.Line('best', [best['step']], [best['value']], 'orange', 'marks'),
+    Line('samples', steps, values),
+    Line('best', [best['step']], [best['value']], 'orange', 'marks'),
   ]
   told = f'the best is {number(best["value"])}, at step {best["step"]:,}'
   return f'{cards.DISTANCES[names[0]]} by step', told, lines

@@ -75,19 +75,19 @@ def read(workdir) -> Facts:
     if (match := re.fullmatch(r'train_(\d+)\.png', path.name))
   ]
   origin = workdir / 'init_from.json'
-  rows = _lines(workdir / 'metrics.jsonl', is_row, problems)
+  rows = _lines(workdir / 'metrics.jsonl', _is_row, problems)
   return Facts(
     workdir=workdir,
     config=config,
     rows=sorted(rows, key=lambda row: row['step']),
-    starts=_lines(workdir / 'starts.jsonl', is_start, problems),
+    starts=_lines(workdir / 'starts.jsonl', _is_start, problems),
     cards=sorted(cards, key=_age),
     stores=sorted(
       stores,
       key=lambda it: (it[1]['step'], files.modified(it[0] / 'grid.png')),
     ),
     drawn=sorted(drawn),
-    origin=whole(origin, is_step) if origin.exists() else None,
+    origin=whole(origin, _is_step) if origin.exists() else None,
     problems=problems,
   )
 
@@ -135,21 +135,17 @@ def _age(card: dict):
   return step, time if isinstance(time, str) else ''
 
 
-def is_step(value) -> bool:
-  return isinstance(value, dict) and isinstance(value.get('step'), int)
+def _is_step(value) -> bool:
+  return metric_cards.has(value, step=int) and 'step' in value
 
 
-def is_row(value) -> bool:
-  return is_step(value) and all(map(metric_cards.is_number, value.values()))
+def _is_row(value) -> bool:
+  return _is_step(value) and all(map(metric_cards.is_number, value.values()))
 
 
-def is_start(value) -> bool:
-  return (
-    is_step(value)
-    and isinstance(value.get('num_devices', 1), int)
-    and isinstance(value.get('device', ''), str)
-    and isinstance(value.get('versions', {}), dict)
-  )
+def _is_start(value) -> bool:
+  types = {'num_devices': int, 'device': str, 'versions': dict}
+  return _is_step(value) and metric_cards.has(value, **types)
 
 
 # --- cost -------------------------------------------------------------------

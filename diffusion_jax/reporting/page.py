@@ -5,7 +5,6 @@ plots are embedded; the page runs no scripts and loads nothing.
 """
 
 import datetime
-from collections.abc import Callable
 
 import jax
 import jinja2
@@ -24,18 +23,12 @@ THUMBNAIL = 320
 STRIP = 6  # most grids drawn during training
 
 
-def write(
-  workdir, told: Callable[[str], None] = lambda line: None
-) -> files.Path:
+def write(workdir) -> list[str]:
   """Writes WORKDIR/report.html atomically.
 
-  Args:
-    workdir: the run's folder.
-    told: called with a line for each damaged file that is skipped; the page
-      lists them too.
-
   Returns:
-    the page's path.
+    a line for each damaged file that is skipped; each is printed on stderr, and
+    the page lists them too.
 
   Raises:
     UserError: there is no run, its config.json is unreadable, or the folder
@@ -44,17 +37,16 @@ def write(
   run = facts.read(workdir)
   runs.usable_folder('workdir', run.workdir)
   page = render(run)
-  path = run.workdir / 'report.html'
-  with files.replacing(path) as file:
+  with files.replacing(run.workdir / 'report.html') as file:
     file.write(page.encode())
   for line in run.problems:
-    told(line)
-  return path
+    terminal.say(line)
+  return run.problems
 
 
 def update(workdir) -> None:
-  """Like `write`, but by process 0 only, which prints the lines."""
-  distributed.on_first(lambda: write(workdir, terminal.say) and None)
+  """Like `write`, but by process 0 only."""
+  distributed.on_first(lambda: write(workdir))
 
 
 def render(run: Facts) -> str:
@@ -126,10 +118,9 @@ def _newest(run: Facts) -> list[tuple[str, str, str]]:
   chosen = sorted(run.cards, key=lambda card: (
     card['subject']['step'], card['protocol'].get('num_samples') or 0,
   ))[-1:]  # fmt: skip
-  for card in chosen:
-    at = f'at {tables.drawing(card["subject"], short=True)}'
-    for key in tables.columns(chosen)[:1]:
-      tiles.append((tables.head(key), number(card['results'][key]), at))
+  for key in tables.columns(chosen)[:1]:
+    at = f'at {tables.drawing(chosen[0]["subject"], short=True)}'
+    tiles.append((tables.head(key), number(chosen[0]['results'][key]), at))
   return tiles
 
 
@@ -156,12 +147,7 @@ def _samples(run: Facts) -> list[dict]:
       told = 'Samples (framed) and their nearest training images'
       wanted.append((path, f'{told}: {tables.drawing(card["subject"])}.'))
       break
-  return [
-    picture
-    for path, caption in wanted
-    if path.exists()
-    for picture in _picture(run, path, caption)
-  ]
+  return _pictures(run, wanted)
 
 
 def _strip(run: Facts) -> list[dict]:
@@ -171,11 +157,8 @@ def _strip(run: Facts) -> list[dict]:
     run.drawn[round(i * (len(run.drawn) - 1) / (count - 1))]
     for i in range(count if count > 1 else 0)
   ]
-  return [
-    picture
-    for step, path in chosen
-    for picture in _picture(run, path, f'step {step:,}', THUMBNAIL, 0)
-  ]
+  wanted = [(path, f'step {step:,}') for step, path in chosen]
+  return _pictures(run, wanted, side=THUMBNAIL, most_bytes=0)
 
 
 def _on_the_way(run):
@@ -191,14 +174,18 @@ def _on_the_way(run):
   }  # fmt: skip
 
 
-def _picture(run, path, caption, *how) -> list[dict]:
-  """[src, width, height, caption]; [] and a problem if it is damaged."""
-  try:
-    return [{**pictures.embedded(path, *how), 'caption': caption}]
-  except pictures.DAMAGED as e:
-    name = path.relative_to(run.workdir)
-    run.problems.append(f'{name} cannot be read ({e}): skipped')
-    return []
+def _pictures(run, wanted, **how) -> list[dict]:
+  """The (path, caption) pairs that exist; damaged ones become problems."""
+  shown = []
+  for path, caption in wanted:
+    try:
+      shown.append({**pictures.embedded(path, **how), 'caption': caption})
+    except FileNotFoundError:
+      pass
+    except pictures.DAMAGED as e:
+      name = path.relative_to(run.workdir)
+      run.problems.append(f'{name} cannot be read ({e}): skipped')
+  return shown
 
 
 def _tables(run: Facts) -> list[dict]:
@@ -300,10 +287,6 @@ def _starts(run: Facts) -> list[dict]:
 
 def _config(run: Facts) -> list[tuple[str, dict]]:
   """The config's groups, with ungrouped values first."""
-  alone, groups = {}, []
-  for key, x in run.config.items():
-    if isinstance(x, dict):
-      groups.append((key, runs.flatten(x)))
-    else:
-      alone[key] = x
-  return [('run', alone), *groups]
+  groups = {key: x for key, x in run.config.items() if isinstance(x, dict)}
+  alone = {key: x for key, x in run.config.items() if key not in groups}
+  return [('run', alone), *((key, runs.flatten(groups[key])) for key in groups)]

@@ -33,6 +33,8 @@ COLORS = {
 }
 SIZE = (4.3, 2.3)  # inches; the page scales it
 NICE = (1, 2, 5, 10)  # ticks are multiples of these
+SMALL = {'size': 7.5, 'color': COLORS['muted']}
+CORNER = {'loc': 'right', 'labelpad': 0}  # the place of a label
 NUM_POINTS = 400  # most points of a line; more cannot be seen
 
 
@@ -65,16 +67,16 @@ def smooth(y) -> np.ndarray:
   return np.convolve(y, window, 'same') / count
 
 
-def thin(x, y, num_points: int = NUM_POINTS):
-  """Thins a line to num_points: the lowest and highest point of each stretch.
+def thin(x, y):
+  """Thins a line to NUM_POINTS: the lowest and highest point of each stretch.
 
   This keeps spikes, which a mean or every n-th point would lose.
   """
   x, y = np.asarray(x), np.asarray(y)
-  if len(x) <= num_points:
+  if len(x) <= NUM_POINTS:
     return x, y
   kept = set()
-  for part in np.array_split(np.arange(len(x)), num_points // 2):
+  for part in np.array_split(np.arange(len(x)), NUM_POINTS // 2):
     kept |= {part[y[part].argmin()], part[y[part].argmax()]}
   kept = sorted(kept)
   return x[kept], y[kept]
@@ -101,29 +103,28 @@ def lines(
   figure, axes = _axes()
   for step in restarts:
     axes.axvline(step, color=COLORS['muted'], lw=0.6, ls=(0, (1, 3)), zorder=0)
-  for line in drawn:
-    x, y = thin(line.x, line.y)
-    axes.plot(
-      x, y, color=COLORS[line.color],
-      **{
-        'line': {'lw': 1.4},
-        'faint': {'lw': 0.7, 'alpha': 0.35},
-        # Many marks would run together.
-        'marks': {'lw': 1, 'marker': 'o', 'ms': 3.2 * (len(x) < 50), 'mew': 0},
-      }[line.style],
-    )  # fmt: skip
+  styles = {
+    'line': {'lw': 1.4},
+    'faint': {'lw': 0.7, 'alpha': 0.35},
+    'marks': {'lw': 1, 'marker': 'o', 'ms': 3.2, 'mew': 0},
+    'many': {'lw': 1},  # many marks would run together
+  }
+  for _, x, y, color, style in drawn:
+    style = 'many' if style == 'marks' and len(x) >= 50 else style
+    axes.plot(*thin(x, y), color=COLORS[color], **styles[style])
   values = np.concatenate([np.asarray(line.y, float) for line in drawn])
   if log and 0 < 2 * values.min() < values.max():
     ratio = values.max() / values.min()
     subs = (1, 2, 5) if ratio > 10 else (1, 1.5, 2, 3, 5, 7)
-    _log_y(axes, subs if ratio < 1000 else (1,))
+    axes.set_yscale('log')
+    log_ticks(axes.yaxis, subs if ratio < 1000 else (1,))
   else:
     axes.yaxis.set_major_locator(ticker.MaxNLocator(4, steps=NICE))
     if not log:
       axes.set_ylim(bottom=0)
   axes.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=NICE, integer=True))
   axes.set_xlim(left=0)
-  axes.set_xlabel('step', loc='right', labelpad=0)
+  axes.set_xlabel('step', **CORNER)
   return _svg(figure, title, repr(drawn))
 
 
@@ -137,7 +138,7 @@ def bars(title: str, groups: dict[str, Sequence[float]]) -> str:
   axes.yaxis.set_major_locator(ticker.MaxNLocator(4, steps=NICE))
   axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
   axes.xaxis.set_major_locator(ticker.MaxNLocator(10, steps=NICE, integer=True))
-  axes.set_xlabel('class', loc='right', labelpad=0)
+  axes.set_xlabel('class', **CORNER)
   return _svg(figure, title, repr(groups))
 
 
@@ -151,12 +152,9 @@ def rate_distortion(path, rate: Sequence[float], rmse: Sequence[float]) -> None:
   """
   figure, axes = _axes()
   axes.plot(rate, rmse, color=COLORS['blue'], lw=1.4)
-  axes.set_xlim(left=0)
-  axes.set_ylim(bottom=0)
-  axes.set_xlabel('rate, bits per dimension', loc='right', labelpad=0)
-  axes.set_title(
-    'distortion: RMSE of 255', size=7.5, color=COLORS['muted'], loc='left'
-  )
+  axes.set(xlim=(0, None), ylim=(0, None))
+  axes.set_xlabel('rate, bits per dimension', **CORNER)
+  axes.set_title('distortion: RMSE of 255', loc='left', **SMALL)
   _save(figure, path)
 
 
@@ -171,28 +169,25 @@ def sweep(path, told: dict) -> None:
   """
   figure, axes = _axes((7.2, 4.2))
   # The legend is in the order of the lines' right ends.
-  last = {cell['sampler']: cell['value'] for cell in told['cells']}
-  colors = matplotlib.colormaps['tab20'].colors
+  curves, colors = {}, matplotlib.colormaps['tab20'].colors
+  for cell in told['cells']:
+    point = (cell['evaluations'], cell['value'])
+    curves.setdefault(cell['sampler'], []).append(point)
   won = {cell['sampler'] for cell in told['best'].values()}
-  for name in sorted(last, key=last.get, reverse=True):
-    i = list(last).index(name)
-    points = [
-      (cell['evaluations'], cell['value'])
-      for cell in told['cells']
-      if cell['sampler'] == name
-    ]
+  for name in sorted(curves, key=lambda x: curves[x][-1][1], reverse=True):
+    i = list(curves).index(name)
     axes.plot(
-      *zip(*sorted(points), strict=True),
+      *zip(*sorted(curves[name]), strict=True),
       label=name,
       color=colors[i % len(colors)],
       marker='osD^v'[i // len(colors) % 5],
       **({'lw': 3, 'ms': 7} if name in won else {'lw': 1.1, 'ms': 3.5}),
     )
-  axes.set_xscale('log')
-  _log_y(axes, (1, 1.5, 2, 3, 5, 7))
+  axes.set(xscale='log', yscale='log')
+  log_ticks(axes.yaxis, (1, 1.5, 2, 3, 5, 7))
   axes.xaxis.set_major_locator(ticker.FixedLocator([*map(int, told['best'])]))
   axes.xaxis.set_minor_locator(ticker.NullLocator())
-  axes.xaxis.set_major_formatter(ticker.FuncFormatter(short))
+  axes.xaxis.set_major_formatter(short)
   axes.set_xlabel('network evaluations per sample')
   axes.set_ylabel(cards.distance(told['result']))
   figure.legend(loc='outside right upper', fontsize=8, frameon=False)
@@ -209,17 +204,16 @@ def _axes(size=SIZE):
   axes.set_axisbelow(True)
   axes.tick_params(length=0, labelsize=7.5, labelcolor=COLORS['muted'], pad=4)
   for axis in (axes.xaxis, axes.yaxis):
-    axis.label.set(size=7.5, color=COLORS['muted'])
-    axis.set_major_formatter(ticker.FuncFormatter(short))
+    axis.label.set(**SMALL)
+    axis.set_major_formatter(short)
   return figure, axes
 
 
-def _log_y(axes, subs):
-  """Makes the y axis logarithmic, with ticks at subs times powers of ten."""
-  axes.set_yscale('log')
-  axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=12))
-  axes.yaxis.set_minor_locator(ticker.NullLocator())
-  axes.yaxis.set_major_formatter(ticker.FuncFormatter(short))
+def log_ticks(axis, subs: Sequence[float]) -> None:
+  """Puts the ticks of a logarithmic axis at subs times powers of ten."""
+  axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=12))
+  axis.set_minor_locator(ticker.NullLocator())
+  axis.set_major_formatter(short)
 
 
 def _save(figure, path):
@@ -246,15 +240,14 @@ def _svg(figure: Figure, title: str, salt: str) -> str:
     )  # fmt: skip
   svg = file.getvalue()
   svg = svg[svg.index('<svg') :]
-  svg = re.sub(r'<style.*?</style>', '', svg)  # would apply to the whole page
-  svg = re.sub(r'<g id="[^"]*"', '<g', svg)
-  svg = re.sub(r' font-family: [^;"]*;', '', svg)  # use the page's font
-  svg = re.sub(
-    r' width="\S*pt" height="\S*pt"',
-    f' role="img" aria-label="{html.escape(title)}"',
-    svg,
-    count=1,
-  )
+  label = f' role="img" aria-label="{html.escape(title)}"'
+  for found, wanted in (
+    (r'<style.*?</style>', ''),  # would apply to the whole page
+    (r'<g id="[^"]*"', '<g'),
+    (r' font-family: [^;"]*;', ''),  # use the page's font
+    (r' width="\S*pt" height="\S*pt"', lambda _: label),
+  ):
+    svg = re.sub(found, wanted, svg)
   for name, color in COLORS.items():
     svg = svg.replace(color, f'var(--{name})')
   return svg

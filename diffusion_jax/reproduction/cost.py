@@ -15,6 +15,7 @@ from diffusion_jax import runs
 from diffusion_jax.planning import chips, flops
 from diffusion_jax.reproduction import published
 from diffusion_jax.reproduction.published import Recipe
+from diffusion_jax.reproduction.task import Task
 from diffusion_jax.runs import programs
 from diffusion_jax.system import terminal
 from diffusion_jax.training import sharding
@@ -86,6 +87,26 @@ def flops_of(config: Mapping) -> tuple[float, float]:
   )
 
 
+def work(task: Task, counted: tuple[float, float]) -> Work:
+  """The whole computation of a task, from the start.
+
+  Args:
+    task: the task.
+    counted: the result of `flops_of`.
+  """
+  config, recipe, stores = task.config, task.recipe, 1 + task.curve
+  heldout = recipe.num_heldout or 0
+  # The reference and the held-out images pass through Inception once.
+  seen = (recipe.num_train or 0) + min(heldout, task.num_samples)
+  return Work(
+    0 if task.origin else config['num_steps'] * config['batch_size'],
+    stores * task.num_samples * task.evaluations,
+    task.bits * heldout * config['process']['num_timesteps'],
+    stores * task.num_samples + seen if task.by_inception else 0,
+    *counted,
+  )
+
+
 def shares(recipe: Recipe) -> tuple[float, float]:
   """The shares of the peak that the paper's run reached: training, drawing.
 
@@ -131,46 +152,37 @@ def hours(
   return Hours(min(training, most), *others)
 
 
-def estimate(
-  work: Work, peak: float, shares: tuple[float, float], most: float = math.inf
-) -> Hours:
-  """Hours at given shares of the peak.
+def estimate(task: Task, work: Work, peak: float) -> Hours:
+  """Hours at the shares of the peak that the paper's run reached.
 
   Args:
-    work: the computation.
+    task: the task.
+    work: its computation.
     peak: peak FLOPs per second of all chips.
-    shares: shares of the peak in training and in drawing.
-    most: time limit of training, in hours.
   """
-  train, draw = (share * peak for share in shares)
+  train, draw = (share * peak for share in shares(task.recipe))
   return hours(
-    work, train / work.train_flops, draw / work.evaluation_flops, most
+    work,
+    train / work.train_flops,
+    draw / work.evaluation_flops,
+    task.most_training,
   )
 
 
-def table(
-  work: Work, shares: tuple[float, float], most: float = math.inf
-) -> tuple[list[str], list[list[str]]]:
+def table(task: Task, work: Work) -> list[list[str]]:
   """Estimated hours on chips for rent, also at half and double the shares.
 
-  Args:
-    work: the computation.
-    shares: a result of `shares`.
-    most: time limit of training, in hours.
-
   Returns:
-    (heads, rows) of the table.
+    the heads, and a row for each of PLACES.
   """
-  heads = ['hours, estimated', 'training', 'drawing', 'bits', 'all',
-           'at half the share', 'at double']  # fmt: skip
-  rows = []
+  rows = [['hours, estimated', 'training', 'drawing', 'bits', 'all',
+           'at half the share', 'at double']]  # fmt: skip
   for name, peak in PLACES.items():
     found, *others = (
-      estimate(work, factor * peak, shares, most) for factor in (1, 0.5, 2)
+      estimate(task, work, factor * peak) for factor in (1, 0.5, 2)
     )
-    totals = [sum(one) for one in (found, *others)]
-    rows.append([name, *map(_short, (*found, *totals))])
-  return heads, rows
+    rows.append([name, *map(_short, (*found, *map(sum, (found, *others))))])
+  return rows
 
 
 def _short(hours: float) -> str:
@@ -179,17 +191,10 @@ def _short(hours: float) -> str:
   return f'{hours:.1f}' if hours >= 10 else f'{hours:.2g}'
 
 
-def lines(
-  work: Work, steps: int, shares: tuple[float, float], most: float = math.inf
-) -> list[str]:
-  """The computation and its estimated hours, as lines of text.
-
-  Args:
-    work: the computation.
-    steps: training steps.
-    shares: a result of `shares`.
-    most: time limit of training, in hours.
-  """
+def lines(task: Task, work: Work) -> list[str]:
+  """The computation and its estimated hours, as lines of text."""
+  steps = 0 if task.origin else task.config['num_steps']
+  train, draw = shares(task.recipe)
   parts = (
     (work.images, f'{steps:,} training steps, {work.images:,} images',
      work.train_flops),
@@ -200,16 +205,22 @@ def lines(
     (work.judged, f'{work.judged:,} images judged by Inception',
      INCEPTION_FLOPS),
   )  # fmt: skip
-  return [
-    *(
-      f'{told}: {count * each / 1e18:.4g} EFLOP'
-      for count, told, each in parts
-      if count
-    ),
+  heads, *rows = table(task, work)
+  told = [
+    f'{task.name} in {task.workdir}',
+    *(f'{what}: {n * each / 1e18:.4g} EFLOP' for n, what, each in parts if n),
     '',
-    *terminal.table(*table(work, shares, most)),
-    f'at {shares[0]:.0%} of the published peak in training and {shares[1]:.0%} '
+    *terminal.table(heads, rows),
+    f'at {train:.0%} of the published peak in training and {draw:.0%} '
     "in drawing, the shares of the paper's run on a TPU v3-8: an estimate, not "
     'a measurement. With fewer images per chip, or faster chips, the shares '
     'are smaller; judging and compiling are not counted',
   ]
+  if task.train_minutes:
+    told.append(
+      f'training stops after {task.train_minutes:g} minutes at any step: the '
+      "hours include this limit, the steps are the config's"
+    )
+  if task.origin:
+    told.append('imported weights: the time per step is not measured')
+  return told

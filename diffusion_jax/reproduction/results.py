@@ -4,13 +4,14 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 
-from matplotlib import ticker
 from matplotlib.figure import Figure
 from PIL import Image
 
 from diffusion_jax import runs
 from diffusion_jax.evaluation import cards, features
+from diffusion_jax.reporting import curves as training
 from diffusion_jax.reporting import pictures, plots
+from diffusion_jax.reporting.plots import Line
 from diffusion_jax.reproduction import health, table
 from diffusion_jax.reproduction import task as tasks
 from diffusion_jax.reproduction.published import Recipe
@@ -49,24 +50,8 @@ def judge(task: Task, step: int, made: Sequence[dict]) -> dict:
   """
   scored = next(filter(_bits, made), None)
   judged, recipe = _judged(made), task.recipe
-  card = judged[step]
-  results = {**card['results'], **(scored['results'] if scored else {})}
-  shipped = task.shipped or task.config
-  bands = recipe.imported if task.origin else recipe.own
-  reasons = list(task.differences)
-  if (task.workdir / runs.INIT).exists() and not task.origin:
-    reasons.append('the run started from the parameters of another run')
-  if not task.origin and step != task.config['num_steps']:
-    reasons.append(f'step {step:,} of {task.config["num_steps"]:,}')
-
-  def unlike(card):
-    return table.samples_unlike(card, recipe, shipped, task.published_judge)
-
-  reasons += unlike(card)
-  if scored and 'bpd' in bands:
-    reasons += table.bits_unlike(scored, recipe, shipped)
-  verdict = table.judge(bands, results, reasons)
-  lines = table.rows(recipe, table.row_of(card, scored, bool(task.origin)))
+  verdict = table.judge(task, step, judged[step], scored)
+  lines = table.rows(task, judged[step], scored)
 
   findings, incomparable = [], task.incomparable
   if not (task.origin or incomparable):
@@ -76,7 +61,7 @@ def judge(task: Task, step: int, made: Sequence[dict]) -> dict:
     findings += [
       health.distance(at, one['results']['fid'], recipe.fid)
       for at, one in sorted(judged.items())
-      if not unlike(one)
+      if not table.samples_unlike(task, one)
     ]
   told = health.told(findings)
   if incomparable and not task.origin:
@@ -141,8 +126,9 @@ def _bits(card) -> bool:
 
 
 def _judged(made) -> dict[int, dict]:
-  """Step -> the card of its samples."""
-  return {card['subject']['step']: card for card in made if not _bits(card)}
+  """Step -> the card of its samples, by step."""
+  judged = {card['subject']['step']: card for card in made if not _bits(card)}
+  return dict(sorted(judged.items()))
 
 
 def _name(card) -> str:
@@ -168,47 +154,42 @@ def _grid(task, step) -> bytes:
 
 def curves(
   rows: Sequence[dict], recipe: Recipe, judged: Mapping[int, dict]
-) -> dict[str, list[tuple]]:
+) -> dict[str, list[Line]]:
   """The curves to plot: the loss and, with several steps judged, distances.
 
   Args:
     rows: rows of metrics.jsonl.
     recipe: the recipe, whose healthy run is plotted too.
-    judged: step -> the card of its samples.
+    judged: step -> the card of its samples, by step.
 
   Returns:
-    title -> [(label, [(step, value)], a key of plots.COLORS, one of STYLES)].
+    title -> lines, whose styles are keys of STYLES.
   """
-  shown = {}
 
-  def series(name):
-    return [(row['step'], row[name]) for row in rows if name in row]
+  def healthy(curve):
+    steps, values = ([point[i] for point in curve] for i in (0, 1))
+    return Line(recipe.curve, steps, values, 'orange', 'marks')
 
-  if loss := series('loss'):
-    steps, values = zip(*loss, strict=True)
-    smooth = list(zip(steps, plots.smooth(values), strict=True))
+  shown, steps = {}, [*judged]
+  loss = training.noisy(rows, 'loss', 'training, smoothed')
+  if loss[0].x:
     shown['loss'] = [
-      (None, loss, 'blue', 'faint'),
-      ('training, smoothed', smooth, 'blue', 'line'),
-      ('held out', series('heldout_loss'), 'grey', 'line'),
-      (recipe.curve, recipe.loss, 'orange', 'marks'),
+      *loss,
+      training.raw(rows, 'heldout_loss', 'held out', 'grey'),
+      healthy(recipe.loss),
     ]
-  found = [judged[step] for step in sorted(judged)]
   for name in cards.DISTANCES:
-    of = [(one['subject']['step'], one['results'].get(name)) for one in found]
-    if len(found) < 2 or None in dict(of).values():
+    values = [card['results'].get(name) for card in judged.values()]
+    if len(steps) < 2 or None in values:
       continue
-    real = cards.heldout(found[0]).get(f'{name}_heldout_count')
-    count = found[0]['protocol']['num_samples']
+    first = judged[steps[0]]
+    real = cards.heldout(first).get(f'{name}_heldout_count')
+    there = steps if real else []
+    count = first['protocol']['num_samples']
     shown[f'{table.title(name)} of {count:,} samples'] = [
-      ('samples', of, 'blue', 'points'),
-      (
-        'held-out images',
-        [(at, real) for at, _ in of if real],
-        'grey',
-        'dashed',
-      ),
-      (recipe.curve, recipe.fid if name == 'fid' else (), 'orange', 'marks'),
+      Line('samples', steps, values, 'blue', 'points'),
+      Line('held-out images', there, [real] * len(there), 'grey', 'dashed'),
+      healthy(recipe.fid if name == 'fid' else ()),
     ]
   return shown
 
@@ -220,17 +201,14 @@ def _drawn(shown) -> bytes:
   figure = Figure(figsize=(4.8 * len(shown), 3.6), layout='constrained')
   panels = figure.subplots(1, len(shown), squeeze=False)[0]
   for axes, (title, lines) in zip(panels, shown.items(), strict=True):
-    for label, curve, color, style in lines:
-      if curve:
-        x, y = plots.thin(*zip(*curve, strict=True))
-        axes.plot(x, y, label=label, color=plots.COLORS[color], **STYLES[style])
+    for label, x, y, color, style in lines:
+      if x:
+        look = {'color': plots.COLORS[color], **STYLES[style]}
+        axes.plot(*plots.thin(x, y), label=label, **look)
     axes.set(xscale='log', yscale='log', xlabel='training step', ylabel=title)
     for axis in (axes.xaxis, axes.yaxis):  # matplotlib's own labels overlap
       low, high = axis.get_view_interval()
-      subs = (1, 2, 5) if high < 300 * low else (1,)
-      axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=12))
-      axis.set_major_formatter(plots.short)
-      axis.set_minor_locator(ticker.NullLocator())
+      plots.log_ticks(axis, (1, 2, 5) if high < 300 * low else (1,))
     axes.grid(color=plots.COLORS['rule'], lw=0.7)
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

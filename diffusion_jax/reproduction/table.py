@@ -9,61 +9,22 @@ from collections.abc import Mapping, Sequence
 from diffusion_jax import runs
 from diffusion_jax.evaluation import cards, tables
 from diffusion_jax.reproduction import published
-from diffusion_jax.reproduction.published import Band, Recipe, Row
+from diffusion_jax.reproduction.published import Recipe, Row
+from diffusion_jax.reproduction.task import Task
 from diffusion_jax.system import terminal
 
-# Keys that may differ from a shipped config without changing the result, except
-# for noise. Not data.heldout_every: it takes images away from training.
-FREE = (
-  *('seed', 'microbatches', 'mesh', 'keep_last', 'eval_images', 'data.path'),
-  *('data.heldout_split', 'model.dtype'),
-)
-# In addition, for imported weights: how their authors trained them.
-FREE_IF_IMPORTED = (
-  *(*FREE, 'num_steps', 'batch_size', 'optim', 'ema', 'data.flip'),
-  'model.dropout',
-)
-# Keys that do not change the loss at a step after the warm-up.
-FREE_FOR_LOSS = (*FREE, 'num_steps', 'data.name', 'ema', 'optim.warmup_steps')
 
-
-def differences(
-  shipped: Mapping, config: Mapping, free: Sequence[str] = FREE
-) -> list[str]:
-  """The differences of a config from the recipe, one line per key.
-
-  Args:
-    shipped: the recipe, as a plain dict.
-    config: the run's config, as a plain dict.
-    free: keys, or groups of keys, that may differ.
-  """
-  there, here = runs.flatten(shipped), runs.flatten(config)
-  return [
-    f'{key}: {there.get(key)} in the recipe, {here.get(key)} here'
-    for key in runs.differences(shipped, config)
-    if not (
-      (key.endswith('_every') and '.' not in key)
-      or (key.startswith('sample.') and key != 'sample.variance')
-      or any(key == name or key.startswith(f'{name}.') for name in free)
-    )
-  ]
-
-
-def samples_unlike(
-  card: Mapping, recipe: Recipe, config: Mapping, known: bool
-) -> list[str]:
+def samples_unlike(task: Task, card: Mapping) -> list[str]:
   """The differences of a card of samples from the paper's protocol.
 
   Args:
+    task: the task.
     card: a card from `evaluate`.
-    recipe: the published recipe.
-    config: the recipe's config, as a plain dict.
-    known: whether the Inception weights are those of 2015-12-05, by the hash of
-      the published file.
 
   Returns:
     one line per difference.
   """
+  config = task.shipped or task.config
   names = [title(n) for n in cards.DISTANCES if n in card['results']]
   is_fid, told = 'FID' in names, []
   if not is_fid:
@@ -71,7 +32,7 @@ def samples_unlike(
       f'the distance is {names[0] if names else "missing"}, not FID by the '
       '2048 features of Inception'
     )
-  elif not known:
+  elif not task.published_judge:
     told.append(
       'the weights of Inception are not known to be those of 2015-12-05: give '
       '--features=inception, or the published .pth'
@@ -81,7 +42,7 @@ def samples_unlike(
     card,
     convention='tf1' if is_fid else None,
     num_samples=published.NUM_SAMPLES,
-    num_reference=recipe.num_train,
+    num_reference=task.recipe.num_train,
     split=config['data']['train_split'],
     rounding='float',
     sampler='ancestral',
@@ -92,13 +53,14 @@ def samples_unlike(
   )
 
 
-def bits_unlike(card: Mapping, recipe: Recipe, config: Mapping) -> list[str]:
+def bits_unlike(task: Task, card: Mapping) -> list[str]:
   """Like `samples_unlike`, for a card of bits per dimension."""
+  config = task.shipped or task.config
   told = _unlike(
     card,
     bits='bpd',
     split=config['data']['heldout_split'],
-    num_images=recipe.num_heldout,
+    num_images=task.recipe.num_heldout,
     variance=config['sample']['variance'],
     clip=True,
     ema=True,
@@ -118,26 +80,32 @@ def _unlike(card, **wanted) -> list[str]:
   ]
 
 
-def judge(
-  bands: Mapping[str, Band],
-  results: Mapping[str, float],
-  reasons: Sequence[str] = (),
-) -> dict:
+def judge(task: Task, step: int, card: Mapping, bits: Mapping | None) -> dict:
   """The verdict, as JSON.
 
   Args:
-    bands: result -> band.
-    results: our results: 'fid', 'bpd'.
-    reasons: differences from the recipe and its protocol.
+    task: the task.
+    step: the last step.
+    card: the card of its samples.
+    bits: the card of bits per dimension; None = not measured.
 
   Returns:
     'verdict': 'reproduced', 'not reproduced' or 'no verdict'; 'checks' of the
     numbers that have a band: 'result', 'value', 'band', 'well'; 'reasons' why
     there is no verdict, one line each.
   """
-  reasons = list(reasons)
-  if not bands:
-    reasons.insert(0, 'no published score of this recipe is known')
+  bands = task.recipe.imported if task.origin else task.recipe.own
+  results = {**card['results'], **(bits['results'] if bits else {})}
+  reasons = [] if bands else ['no published score of this recipe is known']
+  reasons += task.differences
+  if not task.origin:
+    if (task.workdir / runs.INIT).exists():
+      reasons.append('the run started from the parameters of another run')
+    if step != task.config['num_steps']:
+      reasons.append(f'step {step:,} of {task.config["num_steps"]:,}')
+  reasons += samples_unlike(task, card)
+  if bits and 'bpd' in bands:
+    reasons += bits_unlike(task, bits)
   # `samples_unlike` reports a missing FID.
   missing = (name for name in bands if name not in results and name != 'fid')
   reasons += [f'{title(name)} was not measured' for name in missing]
@@ -156,37 +124,30 @@ def judge(
   }
 
 
-def row_of(card: Mapping, bits: Mapping | None, imported: bool) -> Row:
-  """Our row of the table.
+def rows(task: Task, card: Mapping, bits: Mapping | None) -> list[Row]:
+  """The table: our row, then published rows of the paper's or our sampler.
 
   Args:
+    task: the task.
     card: the card of samples.
     bits: the card of bits per dimension; None = not measured.
-    imported: whether the weights are published ones.
   """
-  results, subject = card['results'], card['subject']
   told = {
     name: tables.result(card, name).text
     for name in (*cards.DISTANCES, 'inception_score')
-    if name in results
+    if name in card['results']
   }
   if bits:
     told['bpd'] = f'≤ {tables.result(bits, "bpd").text}'
-  return Row(
-    f'{"imported" if imported else "ours"}, step {subject["step"]:,}',
-    subject['sampler'],
-    subject['evaluations'],
-    f'{card["protocol"]["num_samples"]:,} samples',
-    told,
+  subject, count = card['subject'], card['protocol']['num_samples']
+  used = (subject['sampler'], subject['evaluations'])
+  who = 'imported' if task.origin else 'ours'
+  ours = Row(
+    f'{who}, step {subject["step"]:,}', *used, f'{count:,} samples', told
   )
-
-
-def rows(recipe: Recipe, ours: Row) -> list[Row]:
-  """The table: our row, then published rows of the paper's or our sampler."""
-  used = (ours.sampler, ours.evaluations)
   return [ours] + [
     row
-    for row in recipe.rows
+    for row in task.recipe.rows
     if row.sampler == 'ancestral' or (row.sampler, row.evaluations) == used
   ]
 

@@ -4,10 +4,24 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from diffusion_jax.reproduction import published, table
-from diffusion_jax.reproduction.cost import Work
+from diffusion_jax import runs
+from diffusion_jax.reproduction import published
 from diffusion_jax.reproduction.published import Recipe
 from diffusion_jax.system import files
+
+# Keys that may differ from a shipped config without changing the result, except
+# for noise. Not data.heldout_every: it takes images away from training.
+FREE = (
+  *('seed', 'microbatches', 'mesh', 'keep_last', 'eval_images', 'data.path'),
+  *('data.heldout_split', 'model.dtype'),
+)
+# In addition, for imported weights: how their authors trained them.
+FREE_IF_IMPORTED = (
+  *(*FREE, 'num_steps', 'batch_size', 'optim', 'ema', 'data.flip'),
+  'model.dropout',
+)
+# Keys that do not change the loss at a step after the warm-up.
+FREE_FOR_LOSS = (*FREE, 'num_steps', 'data.name', 'ema', 'optim.warmup_steps')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +73,12 @@ class Task:
   curve: int
 
   @property
+  def is_inside(self) -> bool:
+    """Whether the results are inside the run's folder."""
+    results = files.resolved(self.directory)
+    return files.resolved(self.workdir) in files.parents(results)
+
+  @property
   def most_training(self) -> float:
     """Time limit of training, in hours."""
     return self.train_minutes / 60 or math.inf
@@ -71,21 +91,29 @@ class Task:
   @property
   def differences(self) -> list[str]:
     """The differences of the config from the recipe."""
-    return self._differences(
-      table.FREE_IF_IMPORTED if self.origin else table.FREE
-    )
+    return self._differences(FREE_IF_IMPORTED if self.origin else FREE)
 
   @property
   def incomparable(self) -> list[str]:
     """Reasons why the loss cannot be compared with the healthy run's."""
     if not self.recipe.loss:
       return [f'no published curve of {self.name} is known']
-    return self._differences(table.FREE_FOR_LOSS)
+    return self._differences(FREE_FOR_LOSS)
 
   def _differences(self, free) -> list[str]:
+    """A line for each key that differs and is not one of `free`."""
     if self.shipped is None:
       return [f'{self.name} is not a shipped recipe']
-    return table.differences(self.shipped, self.config, free)
+    there, here = runs.flatten(self.shipped), runs.flatten(self.config)
+    return [
+      f'{key}: {there.get(key)} in the recipe, {here.get(key)} here'
+      for key in runs.differences(self.shipped, self.config)
+      if not (
+        (key.endswith('_every') and '.' not in key)
+        or (key.startswith('sample.') and key != 'sample.variance')
+        or any(key == name or key.startswith(f'{name}.') for name in free)
+      )
+    ]
 
 
 def _binary(name: str, *flags: str) -> list[str]:
@@ -103,26 +131,26 @@ def measure(task: Task) -> list[str]:
 
 def train(task: Task) -> list[str]:
   """The command that trains or imports."""
-  where = str(task.workdir)
   if task.origin:
-    return _binary(
-      'convert', f'--from={task.origin}', f'--to={where}', *task.config_flags
-    )
-  return _binary('train', *task.config_flags, f'--workdir={where}')
+    places = (f'--from={task.origin}', f'--to={task.workdir}')
+    return _binary('convert', *places, *task.config_flags)
+  return _binary('train', *task.config_flags, f'--workdir={task.workdir}')
 
 
 def judgements(
-  task: Task, step: int | str, others: Sequence[int | str]
+  task: Task,
+  step: int | str = 'LAST',
+  others: Sequence[int | str] = ('EARLIER',),
 ) -> list[tuple[str, str, list[str]]]:
   """The stages after training: (name in the record, what it makes, command).
 
   Args:
     task: the task.
-    step: step of the last checkpoint.
-    others: steps of earlier checkpoints.
+    step: step of the last checkpoint; by default a placeholder.
+    others: steps of earlier checkpoints, if the task has any.
   """
   each = [(step, 'samples and their distance')]
-  each += [(at, 'earlier checkpoints') for at in others]
+  each += [(at, 'earlier checkpoints') for at in others if task.curve]
   made = [
     (f'evaluate step {at}', what, evaluate(task, at)) for at, what in each
   ]
@@ -167,31 +195,11 @@ def earlier(steps: list[int], count: int) -> list[int]:
   Returns:
     sorted steps, those nearest to even spacing.
   """
-  last, chosen = steps[-1], set()
-  there = [step for step in steps[:-1] if step > 0]
-  for i in range(1, count + 1):
-    left = [step for step in there if step not in chosen]
-    if left:
-      wanted = last * i / (count + 1)
-      chosen.add(min(left, key=lambda step: abs(step - wanted)))
+  *there, last = steps
+  left = [step for step in there if step > 0]
+  chosen = []
+  for i in range(1, min(count, len(left)) + 1):
+    wanted = last * i / (count + 1)
+    chosen.append(min(left, key=lambda step: abs(step - wanted)))
+    left.remove(chosen[-1])
   return sorted(chosen)
-
-
-def work(task: Task, flops: tuple[float, float]) -> Work:
-  """The whole computation of a task, from the start.
-
-  Args:
-    task: the task.
-    flops: the result of `cost.flops_of`.
-  """
-  config, recipe, stores = task.config, task.recipe, 1 + task.curve
-  heldout = recipe.num_heldout or 0
-  # The reference and the held-out images pass through Inception once.
-  seen = (recipe.num_train or 0) + min(heldout, task.num_samples)
-  return Work(
-    0 if task.origin else config['num_steps'] * config['batch_size'],
-    stores * task.num_samples * task.evaluations,
-    task.bits * heldout * config['process']['num_timesteps'],
-    stores * task.num_samples + seen if task.by_inception else 0,
-    *flops,
-  )

@@ -82,11 +82,9 @@ class Pieces:
     Until then it stays in memory, because training needs an empty folder.
     """
     self.record |= changes
-    workdir, directory = self.task.workdir, self.task.directory
-    inside = files.resolved(workdir) in files.parents(files.resolved(directory))
-    if inside and not (workdir / 'config.json').exists():
-      return
-    files.write_json(directory / RECORD, self.record)
+    is_run = (self.task.workdir / 'config.json').exists()
+    if is_run or not self.task.is_inside:
+      files.write_json(self.task.directory / RECORD, self.record)
 
   def entry(self, name: str, command: list[str]) -> dict:
     """The record of a stage; training resumes even with a changed command."""
@@ -221,15 +219,13 @@ class Pieces:
         break
       # The checkpoints show how far it came, not its result: its limit or a
       # signal may have stopped it at any step.
+      how = {'stop': signal.SIGTERM, 'limit': left, 'watch': watch}
       try:
-        self.stage(
-          'train', command, stop=signal.SIGTERM, limit=left, watch=watch
-        )
+        self.stage('train', command, **how)
       except stages.Failed as e:
         if not (found := health.ended(e.told)):
           raise
-        for line in health.told([found]):
-          terminal.say(line)
+        terminal.say('\n'.join(health.told([found])))
         self.keep(done=False, health=[found.record()])
         raise UserError(e.told) from e
       if limit == math.inf and self.at() < last:
@@ -266,39 +262,30 @@ class Pieces:
         told.append(f'{rate:,.4g} images/s')
         if not task.train_minutes:
           told.append(f'{images / rate / 3600:.2f} hours of training left')
-      terminal.say('; '.join(told))
-      for line in health.told([found])[1:] if news else ():
-        terminal.say(line)
+      causes = health.told([found])[1:] if news else []
+      terminal.say('\n'.join(['; '.join(told), *causes]))
 
     return watch
 
 
-def hours_left(pieces: Pieces, work: cost.Work) -> cost.Hours | None:
-  """Hours left at the measured rates; None if a required rate is not known.
+def say_measured(pieces: Pieces, work: cost.Work) -> None:
+  """Prints the measured rates, and the hours left at these rates.
 
   Args:
     pieces: the stages so far.
     work: the whole computation.
   """
-  task, stores = pieces.task, 1 + pieces.task.curve
-  ended = [one['name'] for one in pieces.record['stages'] if one['ended']]
+  task, stores, rates = pieces.task, 1 + pieces.task.curve, pieces.rates()
+  stages = pieces.record['stages']
+  ended = [one['name'] for one in stages if one['ended']]
   drawn = sum(name.startswith('evaluate') for name in ended)
   rest = work._replace(
     images=max(work.images - pieces.at() * task.config['batch_size'], 0),
     drawn=work.drawn * max(stores - drawn, 0) // stores,
     scored=0 if 'bits' in ended else work.scored,
   )
-  # The time limit of training, less the time it has used.
-  spent = sum(
-    sum(x['seconds']) for x in pieces.record['stages'] if x['name'] == 'train'
-  )
+  spent = sum(sum(x['seconds']) for x in stages if x['name'] == 'train')
   most = max(task.most_training - spent / 3600, 0)
-  return cost.hours(rest, **pieces.rates(), most=most)
-
-
-def say_measured(pieces: Pieces, work: cost.Work) -> None:
-  """Prints the measured rates, and the hours left at these rates."""
-  rates, left = pieces.rates(), hours_left(pieces, work)
   told = [
     f'{value:,.4g} {name.replace("_per_sec", "/s")}'
     for name, value in rates.items()
@@ -306,7 +293,7 @@ def say_measured(pieces: Pieces, work: cost.Work) -> None:
   ]
   if told:
     terminal.say(f'measured here: {", ".join(told)}')
-  if left:
+  if left := cost.hours(rest, **rates, most=most):
     terminal.say(
       f'left at these rates: {left.training:.2f} h of training, '
       f'{left.drawing:.2f} h of drawing, {left.bits:.2f} h of bits; judging '
