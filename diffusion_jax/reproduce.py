@@ -37,15 +37,7 @@ from diffusion_jax import runs, samplers
 from diffusion_jax.cli import command, config_files, declare
 from diffusion_jax.evaluation import inception
 from diffusion_jax.process import schedules
-from diffusion_jax.reproduction import (
-  cost,
-  published,
-  results,
-  stages,
-  task,
-  work,
-)
-from diffusion_jax.reproduction.task import Task
+from diffusion_jax.reproduction import cost, published, stages, task, work
 from diffusion_jax.runs import validation
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import files, terminal
@@ -124,7 +116,7 @@ def _carry_out(pieces, whole) -> None:
   try:
     pieces.measure()
     left.pop(0)
-    work.say_measured(pieces, whole)
+    pieces.say_measured(whole)
     step = pieces.train()
     left.pop(0)
     if asked.origin:  # the import determines the config of the weights
@@ -141,42 +133,15 @@ def _carry_out(pieces, whole) -> None:
     stopped = e
   signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process ends soon anyway
   left += dict.fromkeys(what for _, what, _ in judgements)
-  pieces.keep(**_facts(pieces, whole, left, step, made))
+  pieces.conclude(whole, left, step, made)
   if isinstance(stopped, KeyboardInterrupt):
     raise stopped
-
-
-def _facts(pieces, whole, left, step, made) -> dict:
-  """The facts for the record: what was done, and the results."""
-  asked = pieces.task
-  facts = {
-    'done': not left,
-    'left': left,
-    'config': asked.name,
-    'differences': asked.differences,
-    'hardware': [card['environment'] for card in made],
-    'rates': pieces.rates(),
-    'cost': {
-      **whole._asdict(),
-      'hours_estimated': {
-        name: cost.estimate(asked, whole, peak)._asdict()
-        for name, peak in cost.PLACES.items()
-      },
-    },
-  }
-  if made:
-    found = results.judge(asked, step, made)
-    facts['files'], facts['left_out'] = results.collect(
-      asked, step, made, found, pieces.record['files']
-    )
-    facts |= found
-  return facts
 
 
 # --- the task -----------------------------------------------------------------
 
 
-def _task() -> Task:
+def _task() -> task.Task:
   """The task that the flags describe; raises UserError for any mistake."""
   command.at_least(
     num_samples=2, num_steps=1, curve=0, minutes=0, train_minutes=0
@@ -207,7 +172,7 @@ def _task() -> Task:
   output = FLAGS.output or workdir / 'reproduction'
   flags_of = (FLAGS[name] for name in JUDGING)
   same = ('num_samples', 'sampler', 'bits', 'minutes', 'train_minutes', 'curve')
-  asked = Task(
+  asked = task.Task(
     config=config,
     workdir=workdir,
     directory=files.at(output).expanduser(),
@@ -330,7 +295,7 @@ def _plan(pieces, whole, told) -> None:
   commands = [task.measure(asked)] * asked.measure + [task.train(asked)]
   commands += [command for *_, command in task.judgements(asked)]
   lines = [f'python {shlex.join(command)}' for command in commands]
-  work.say_measured(pieces, whole)
+  pieces.say_measured(whole)
   terminal.report(
     {'cost': whole._asdict(), 'stages': commands, 'differences':
      asked.differences},

@@ -123,7 +123,7 @@ def check_what_a_verdict_looks_at(tmp_path, workdir):
   judge = inception.load(tmp_path / 'inception.npz')
   card['protocol'] |= judge.protocol
   card['results']['fid'] = card['results'].pop('frechet')
-  well = published.Band(0.0, 1e9)
+  well = (0.0, 1e9)
   recipe = published.Recipe(
     own={'fid': well, 'bpd': well}, num_train=1438, num_heldout=359
   )

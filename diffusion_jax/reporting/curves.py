@@ -6,9 +6,7 @@ import math
 from markupsafe import Markup
 
 from diffusion_jax.evaluation import cards
-from diffusion_jax.evaluation.cards import number
-from diffusion_jax.reporting import plots
-from diffusion_jax.reporting.facts import Facts
+from diffusion_jax.reporting import facts, plots
 from diffusion_jax.reporting.plots import Line
 
 
@@ -34,7 +32,7 @@ def noisy(rows, name, label='') -> list[Line]:
   return [raw(rows, name, style='faint'), smoothed(rows, name, label)]
 
 
-def charts(run: Facts) -> list[dict]:
+def charts(run: facts.Facts) -> list[dict]:
   """The curves of training, except those without data."""
   rows = run.rows
   timesteps = run.config['process']['num_timesteps']
@@ -67,7 +65,7 @@ def charts(run: Facts) -> list[dict]:
       made.append({
         'title': title, 'note': note, 'svg': Markup(svg),
         'keys': [
-          (line.label, line.color, number(float(line.y[-1])))
+          (line.label, line.color, cards.number(float(line.y[-1])))
           for line in drawn if line.style != 'faint'
         ],
       })  # fmt: skip
@@ -97,5 +95,5 @@ def _curve(found) -> tuple[str, str, list]:
     Line('samples', steps, values),
     Line('best', [best['step']], [best['value']], 'orange', 'marks'),
   ]
-  told = f'the best is {number(best["value"])}, at step {best["step"]:,}'
+  told = f'the best is {cards.number(best["value"])}, at step {best["step"]:,}'
   return f'{cards.DISTANCES[names[0]]} by step', told, lines

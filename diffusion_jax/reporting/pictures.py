@@ -12,6 +12,7 @@ from diffusion_jax.samplers import inversion
 from diffusion_jax.system import files
 
 GUTTER = (255, 255, 255)
+INK = (60, 60, 60)  # of labels
 SAMPLE = (200, 60, 40)  # frame of samples next to real images
 LABEL = 170  # the width of a label, in pixels
 # Larger pictures are embedded smaller, so that a report can be mailed.
@@ -50,11 +51,8 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
   columns = columns or math.ceil(math.sqrt(count))
   rows = math.ceil(count / columns)
   gap = gutter(height)
-  canvas = np.full(
-    (rows * (height + gap) + gap, columns * (width + gap) + gap, 3),
-    GUTTER,
-    np.uint8,
-  )
+  size = (rows * (height + gap) + gap, columns * (width + gap) + gap, 3)
+  canvas = np.full(size, GUTTER, np.uint8)
   for i, tile in enumerate(tiles):
     top = gap + (i // columns) * (height + gap)
     left = gap + (i % columns) * (width + gap)
@@ -72,20 +70,21 @@ def columns(frames: np.ndarray, labels: Sequence[str]) -> np.ndarray:
   Returns:
     uint8 [height, width, 3].
   """
-  picture = grid(
-    frames.swapaxes(0, 1).reshape(-1, *frames.shape[2:]), len(frames)
-  )
-  band = 18
-  canvas = Image.new('RGB', (picture.shape[1], picture.shape[0] + band), GUTTER)
-  canvas.paste(Image.fromarray(picture), (0, band))
-  pen = ImageDraw.Draw(canvas)
-  gap = gutter(enlarge(frames[:1, 0]).shape[1])
-  pitch = (picture.shape[1] - gap) / len(frames)
+  images = frames.swapaxes(0, 1).reshape(-1, *frames.shape[2:])
+  canvas, pen = _with_margins(grid(images, len(frames)), top=18)
+  gap = gutter(enlarge(images[:1]).shape[1])
+  pitch = (canvas.width - gap) / len(frames)
   for i, label in enumerate(labels):
-    pen.text(
-      (gap / 2 + (i + 0.5) * pitch, 3), label, fill=(60, 60, 60), anchor='ma'
-    )
+    pen.text((gap / 2 + (i + 0.5) * pitch, 3), label, fill=INK, anchor='ma')
   return np.asarray(canvas)
+
+
+def _with_margins(picture, top=0, right=0):
+  """The picture with white margins for labels, and a pen to write them."""
+  height, width, _ = picture.shape
+  canvas = Image.new('RGB', (width + right, height + top), GUTTER)
+  canvas.paste(Image.fromarray(picture), (0, top))
+  return canvas, ImageDraw.Draw(canvas)
 
 
 def trajectory(frames: np.ndarray, times) -> np.ndarray:
@@ -98,9 +97,8 @@ def trajectory(frames: np.ndarray, times) -> np.ndarray:
   Returns:
     uint8 [height, width, 3].
   """
-  return columns(
-    frames, ['x0' if time < 0 else f't = {time:.4g}' for time in times]
-  )
+  labels = ['x0' if time < 0 else f't = {time:.4g}' for time in times]
+  return columns(frames, labels)
 
 
 def interpolation(
@@ -116,18 +114,13 @@ def interpolation(
   Returns:
     uint8 [height, width, 3]: a row per pair, a column per weight, 0 to 1.
   """
-  weights = np.linspace(0, 1, between + 2)
   a, b = ends[:-1:2], ends[1::2]
-  ways = [
-    inversion.slerp(a, b, np.full(len(a), weight, np.float32))
-    for weight in weights
-  ]
-  flat = np.concatenate(ways)
-  images = draw_fn(flat)
-  return columns(
-    images.reshape(len(weights), len(a), *images.shape[1:]),
-    [f'{weight:.3g}' for weight in weights],
-  )
+  weights = np.linspace(0, 1, between + 2)
+  each = [np.full(len(a), weight, np.float32) for weight in weights]
+  ways = [inversion.slerp(a, b, weight) for weight in each]
+  images = draw_fn(np.concatenate(ways))
+  frames = images.reshape(len(ways), len(a), *images.shape[1:])
+  return columns(frames, [f'{weight:.3g}' for weight in weights])
 
 
 def neighbours(images: np.ndarray, labels: Sequence[str]) -> np.ndarray:
@@ -141,17 +134,15 @@ def neighbours(images: np.ndarray, labels: Sequence[str]) -> np.ndarray:
     uint8 [height, width, 3].
   """
   picture = grid(images.reshape(-1, *images.shape[2:]), images.shape[1])
-  height, width, _ = picture.shape
-  canvas = Image.new('RGB', (width + LABEL, height), GUTTER)
-  canvas.paste(Image.fromarray(picture))
-  pen = ImageDraw.Draw(canvas)
+  canvas, pen = _with_margins(picture, right=LABEL)
   tile = enlarge(images[0, :1]).shape[1:3]
   gap = gutter(tile[0])
   for i, label in enumerate(labels):
     top = gap + i * (tile[0] + gap)
     frame = (gap - 2, top - 2, gap + tile[1] + 1, top + tile[0] + 1)
     pen.rectangle(frame, outline=SAMPLE, width=2)
-    pen.text((width, top), label.replace('; ', '\n'), fill=(60, 60, 60))
+    place = (picture.shape[1], top)
+    pen.text(place, label.replace('; ', '\n'), fill=INK)
   return np.asarray(canvas)
 
 

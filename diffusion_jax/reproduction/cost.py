@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from diffusion_jax import runs
 from diffusion_jax.planning import chips, flops
 from diffusion_jax.reproduction import published
-from diffusion_jax.reproduction.published import Recipe
 from diffusion_jax.reproduction.task import Task
 from diffusion_jax.runs import programs
 from diffusion_jax.system import terminal
@@ -107,7 +106,7 @@ def work(task: Task, counted: tuple[float, float]) -> Work:
   )
 
 
-def shares(recipe: Recipe) -> tuple[float, float]:
+def shares(recipe: published.Recipe) -> tuple[float, float]:
   """The shares of the peak that the paper's run reached: training, drawing.
 
   They are the only published rates for these networks: 0.19 and 0.36 for

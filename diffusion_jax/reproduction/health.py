@@ -106,9 +106,7 @@ def at(curve: Sequence[tuple[int, float]], step: float) -> float:
   if not curve:
     return math.nan
   steps, values = zip(*curve, strict=True)
-  if step < steps[0]:
-    return math.nan
-  return float(np.interp(np.log(step), np.log(steps), values))
+  return float(np.interp(np.log(step), np.log(steps), values, left=math.nan))
 
 
 def loss(rows: Sequence[dict], curve: Sequence[tuple[int, float]]) -> Finding:

@@ -32,19 +32,13 @@ class Row(NamedTuple):
   results: Mapping[str, str]
 
 
-class Band(NamedTuple):
-  """The range that a number must be in, ends included; at least 0."""
-
-  low: float
-  high: float
-
-
 class Recipe(NamedTuple):
   """The published facts about a shipped config's run.
 
   Attributes:
     rows: rows of the table.
-    own: result -> band, for a run trained here to the last step.
+    own: result -> (low, high), the band that the result of a run trained here
+      to the last step must be in, ends included.
     imported: the same for the published weights.
     loss: (step, training loss) of a healthy run.
     fid: (step, FID) of that run, with 50,000 samples of 1000 steps.
@@ -59,8 +53,8 @@ class Recipe(NamedTuple):
   """
 
   rows: tuple[Row, ...] = ()
-  own: Mapping[str, Band] = NONE
-  imported: Mapping[str, Band] = NONE
+  own: Mapping[str, tuple[float, float]] = NONE
+  imported: Mapping[str, tuple[float, float]] = NONE
   loss: tuple[tuple[int, float], ...] = ()
   fid: tuple[tuple[int, float], ...] = ()
   curve: str = ''
@@ -117,10 +111,10 @@ RECIPES = {
         )
       ),
     ),
-    own={'fid': Band(3.10, 3.35)},
+    own={'fid': (3.10, 3.35)},
     # The paper has at most 3.75 bits; 0.02 allows for the noise of the
     # estimated bound. Fewer bits than published are not a failure.
-    imported={'fid': Band(3.1, 3.3), 'bpd': Band(0, 3.77)},
+    imported={'fid': (3.1, 3.3), 'bpd': (0, 3.77)},
     loss=(
       (46_800, 0.0295), (93_600, 0.0293), (187_000, 0.0291),
       (421_000, 0.0284), (796_000, 0.0277),

@@ -12,10 +12,8 @@ from diffusion_jax.evaluation import cards, features
 from diffusion_jax.reporting import curves as training
 from diffusion_jax.reporting import pictures, plots
 from diffusion_jax.reporting.plots import Line
-from diffusion_jax.reproduction import health, table
+from diffusion_jax.reproduction import health, published, table
 from diffusion_jax.reproduction import task as tasks
-from diffusion_jax.reproduction.published import Recipe
-from diffusion_jax.reproduction.task import Task
 from diffusion_jax.runs import store
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
@@ -37,7 +35,7 @@ STYLES = {
 }
 
 
-def judge(task: Task, step: int, made: Sequence[dict]) -> dict:
+def judge(task: tasks.Task, step: int, made: Sequence[dict]) -> dict:
   """The table, the verdict and the health, as JSON.
 
   Args:
@@ -70,12 +68,12 @@ def judge(task: Task, step: int, made: Sequence[dict]) -> dict:
     'table': [line._asdict() for line in lines],
     **verdict,
     'health': [one.record() for one in findings],
-    'text': [*table.text(lines, verdict, recipe), '', *told],
+    'text': [*table.text(task, lines, verdict), '', *told],
   }
 
 
 def collect(
-  task: Task,
+  task: tasks.Task,
   step: int,
   made: Sequence[dict],
   found: Mapping,
@@ -153,7 +151,7 @@ def _grid(task, step) -> bytes:
 
 
 def curves(
-  rows: Sequence[dict], recipe: Recipe, judged: Mapping[int, dict]
+  rows: Sequence[dict], recipe: published.Recipe, judged: Mapping[int, dict]
 ) -> dict[str, list[Line]]:
   """The curves to plot: the loss and, with several steps judged, distances.
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from diffusion_jax import runs
 from diffusion_jax.evaluation import cards, tables
 from diffusion_jax.reproduction import published
-from diffusion_jax.reproduction.published import Recipe, Row
+from diffusion_jax.reproduction.published import Row
 from diffusion_jax.reproduction.task import Task
 from diffusion_jax.system import terminal
 
@@ -110,9 +110,9 @@ def judge(task: Task, step: int, card: Mapping, bits: Mapping | None) -> dict:
   missing = (name for name in bands if name not in results and name != 'fid')
   reasons += [f'{title(name)} was not measured' for name in missing]
   checks = [
-    {'result': name, 'value': results[name], 'band': list(band),
-     'well': band.low <= results[name] <= band.high}
-    for name, band in bands.items()
+    {'result': name, 'value': results[name], 'band': [low, high],
+     'well': low <= results[name] <= high}
+    for name, (low, high) in bands.items()
     if name in results
   ]  # fmt: skip
   well = all(check['well'] for check in checks)
@@ -157,14 +157,15 @@ def title(name: str) -> str:
   return tables.head(name).rstrip(' ↓↑')
 
 
-def text(table: Sequence[Row], verdict: Mapping, recipe: Recipe) -> list[str]:
+def text(task: Task, table: Sequence[Row], verdict: Mapping) -> list[str]:
   """The table, the bands and the verdict, as lines.
 
   Args:
+    task: the task.
     table: the result of `rows`.
     verdict: the result of `judge`.
-    recipe: the published recipe.
   """
+  recipe = task.recipe
   names = list(dict.fromkeys(name for row in table for name in row.results))
   lines = terminal.table(
     ['', *map(title, names), 'sampler', 'evaluations', 'source'],

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from diffusion_jax import runs
 from diffusion_jax.reproduction import published
-from diffusion_jax.reproduction.published import Recipe
 from diffusion_jax.system import files
 
 # Keys that may differ from a shipped config without changing the result, except
@@ -84,7 +83,7 @@ class Task:
     return self.train_minutes / 60 or math.inf
 
   @property
-  def recipe(self) -> Recipe:
+  def recipe(self) -> published.Recipe:
     """The published recipe."""
     return published.find(self.name)
 

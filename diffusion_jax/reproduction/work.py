@@ -13,7 +13,6 @@ from diffusion_jax import runs
 from diffusion_jax.evaluation import cards, tables
 from diffusion_jax.reproduction import cost, health, results, stages
 from diffusion_jax.reproduction import task as tasks
-from diffusion_jax.reproduction.task import Task
 from diffusion_jax.system import files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics
@@ -57,7 +56,7 @@ class Pieces:
     start: start of this call, in terms of time.monotonic().
   """
 
-  def __init__(self, task: Task, start: float):
+  def __init__(self, task: tasks.Task, start: float):
     self.task, self._start = task, start
     # Results may be from an earlier protocol: they are computed again.
     before = read(task.directory / RECORD) or {}
@@ -267,37 +266,64 @@ class Pieces:
 
     return watch
 
+  def say_measured(self, work: cost.Work) -> None:
+    """Prints the measured rates, and the hours left at these rates.
 
-def say_measured(pieces: Pieces, work: cost.Work) -> None:
-  """Prints the measured rates, and the hours left at these rates.
+    Args:
+      work: the whole computation.
+    """
+    task, stores, done = self.task, 1 + self.task.curve, self.record['stages']
+    ended = [one['name'] for one in done if one['ended']]
+    drawn = sum(name.startswith('evaluate') for name in ended)
+    rest = work._replace(
+      images=max(work.images - self.at() * task.config['batch_size'], 0),
+      drawn=work.drawn * max(stores - drawn, 0) // stores,
+      scored=0 if 'bits' in ended else work.scored,
+    )
+    spent = sum(sum(x['seconds']) for x in done if x['name'] == 'train')
+    most, rates = max(task.most_training - spent / 3600, 0), self.rates()
+    if told := [
+      f'{value:,.4g} {name.replace("_per_sec", "/s")}'
+      for name, value in rates.items()
+      if value
+    ]:
+      terminal.say(f'measured here: {", ".join(told)}')
+    if left := cost.hours(rest, **rates, most=most):
+      terminal.say(
+        f'left at these rates: {left.training:.2f} h of training, '
+        f'{left.drawing:.2f} h of drawing, {left.bits:.2f} h of bits; judging '
+        'and compiling not counted'
+      )
 
-  Args:
-    pieces: the stages so far.
-    work: the whole computation.
-  """
-  task, stores, rates = pieces.task, 1 + pieces.task.curve, pieces.rates()
-  stages = pieces.record['stages']
-  ended = [one['name'] for one in stages if one['ended']]
-  drawn = sum(name.startswith('evaluate') for name in ended)
-  rest = work._replace(
-    images=max(work.images - pieces.at() * task.config['batch_size'], 0),
-    drawn=work.drawn * max(stores - drawn, 0) // stores,
-    scored=0 if 'bits' in ended else work.scored,
-  )
-  spent = sum(sum(x['seconds']) for x in stages if x['name'] == 'train')
-  most = max(task.most_training - spent / 3600, 0)
-  told = [
-    f'{value:,.4g} {name.replace("_per_sec", "/s")}'
-    for name, value in rates.items()
-    if value
-  ]
-  if told:
-    terminal.say(f'measured here: {", ".join(told)}')
-  if left := cost.hours(rest, **rates, most=most):
-    terminal.say(
-      f'left at these rates: {left.training:.2f} h of training, '
-      f'{left.drawing:.2f} h of drawing, {left.bits:.2f} h of bits; judging '
-      'and compiling not counted'
+  def conclude(
+    self, work: cost.Work, left: list[str], step: int | None, made: list[dict]
+  ) -> None:
+    """Records what this call did, and fills the folder once there are cards.
+
+    Args:
+      work: the whole computation.
+      left: what is left to do.
+      step: the last step, if there are cards.
+      made: the cards.
+    """
+    task, found = self.task, {}
+    if made:
+      found = results.judge(task, step, made)
+      written = results.collect(task, step, made, found, self.record['files'])
+      found |= zip(('files', 'left_out'), written, strict=True)
+    hours = {
+      name: cost.estimate(task, work, peak)._asdict()
+      for name, peak in cost.PLACES.items()
+    }
+    self.keep(
+      done=not left,
+      left=left,
+      config=task.name,
+      differences=task.differences,
+      hardware=[card['environment'] for card in made],
+      rates=self.rates(),
+      cost={**work._asdict(), 'hours_estimated': hours},
+      **found,
     )
 
 
