@@ -65,10 +65,7 @@ declare.table(
   cache=(str, 'Folder for features and weights.'),
   data_path=(str, 'Folder of the data for evaluation.'),
   num_samples=(published.NUM_SAMPLES, 'Number of samples to judge.'),
-  sampler=(
-    'ancestral',
-    'Sampler; sample --sampler=list lists all of them.',
-  ),
+  sampler=('ancestral', 'Sampler; sample --sampler=list lists all of them.'),
   num_steps=(int, 'Sampling steps; by default all of the schedule.'),
   bits=(True, 'Also measure bits per dimension of the held-out images.'),
   curve=(0, 'Number of earlier checkpoints to judge as well.'),

@@ -210,20 +210,20 @@ def compare(places: Sequence[str]) -> list[list[dict]]:
     return [
       [card for groups in found for card in groups[key]] for key in common
     ]
-  (key, (first, *_)), *_ = found[0].items()
-  place, groups = next(
-    (place, groups)
+  # The first place and one that differs from it, each with its first card.
+  (place, one), *others = [
+    (place, next(iter(groups.values()))[0])
     for place, groups in zip(places, found, strict=True)
-    if next(iter(groups)) != key
-  )
-  unlike = differences([first, next(iter(groups.values()))[0]])
+  ]
+  other, card = next(x for x in others if _key(x[1]) != _key(one))
+  unlike = differences([one, card])
   is_judge = 'features_sha256' in unlike
   remedy = ': judge both with one network, --features=FILE' if is_judge else ''
   told = '; '.join(
     f'{field}: {_short(a)} and {_short(b)}' for field, (a, b) in unlike.items()
   )
   raise UserError(
-    f'{places[0]} and {place} were measured in different ways and cannot be '
+    f'{place} and {other} were measured in different ways and cannot be '
     f'compared ({told})' + remedy
   )
 
@@ -240,15 +240,10 @@ def curve(cards: Sequence[dict], result: str) -> dict:
     point with the smallest value, or None}.
   """
   points = [
-    {
-      'step': card['subject']['step'],
-      'value': card['results'][result],
-      'card': f'{card["name"]}.json',
-    }
-    for card in cards
-    if card['results'].get(result) is not None
+    {'step': x['subject']['step'], 'value': value, 'card': f'{x["name"]}.json'}
+    for x in sorted(cards, key=lambda card: card['subject']['step'])
+    if (value := x['results'].get(result)) is not None
   ]
-  points.sort(key=lambda point: point['step'])
   best = min(points, key=lambda point: point['value'], default=None)
   return {'result': result, 'points': points, 'best': best}
 

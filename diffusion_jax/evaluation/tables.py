@@ -267,10 +267,8 @@ def _about(card) -> list[str]:
 def text(card: dict) -> str:
   """One card as text: subject, protocol, results and caveats."""
   details = card['details']
-  told = [drawing(card['subject'])]
-  for key in ('reference', 'images'):
-    if key in details:
-      told.append(f'{key}: {details[key]}')
+  about = [key for key in ('reference', 'images') if key in details]
+  told = [drawing(card['subject']), *(f'{k}: {details[k]}' for k in about)]
   rows = [
     [RESULTS.get(name, ('', name))[1], result(card, name).text,
      result(card, name, real=True).text]

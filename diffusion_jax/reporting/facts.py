@@ -83,8 +83,7 @@ def read(workdir) -> Facts:
     starts=_lines(workdir / 'starts.jsonl', _is_start, problems),
     cards=sorted(cards, key=_age),
     stores=sorted(
-      stores,
-      key=lambda it: (it[1]['step'], files.modified(it[0] / 'grid.png')),
+      stores, key=lambda it: (it[1]['step'], files.modified(it[0] / 'grid.png'))
     ),
     drawn=sorted(drawn),
     origin=whole(origin, _is_step) if origin.exists() else None,

@@ -49,8 +49,7 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
   tiles = enlarge(images)
   count, height, width, _ = tiles.shape
   columns = columns or math.ceil(math.sqrt(count))
-  rows = math.ceil(count / columns)
-  gap = gutter(height)
+  rows, gap = math.ceil(count / columns), gutter(height)
   size = (rows * (height + gap) + gap, columns * (width + gap) + gap, 3)
   canvas = np.full(size, GUTTER, np.uint8)
   for i, tile in enumerate(tiles):

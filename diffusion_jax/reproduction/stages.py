@@ -66,10 +66,7 @@ def run(
   whole = [sys.executable, *command]
   if sys.platform == 'linux':
     whole = [sys.executable, '-c', _TIED, str(os.getpid()), *whole]
-  with (
-    tempfile.TemporaryFile() as out,
-    tempfile.NamedTemporaryFile() as error,
-  ):
+  with tempfile.TemporaryFile() as out, tempfile.NamedTemporaryFile() as error:
     # In its own session: Ctrl-C reaches this process, which stops the stage.
     process = subprocess.Popen(
       whole, stdout=out, start_new_session=True,

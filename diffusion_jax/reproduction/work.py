@@ -107,12 +107,16 @@ class Pieces:
     self,
     name: str,
     command: list[str],
-    *,
-    stop: int = signal.SIGINT,
     limit: float = math.inf,
-    watch: Callable[[], None] = lambda: None,
+    **how,
   ) -> dict | None:
     """Runs a stage within the limits of this call and its own.
+
+    Args:
+      name: its name in the record.
+      command: arguments for Python.
+      limit: its own limit in seconds.
+      **how: stop and watch, see `stages.run`.
 
     Returns:
       its result; None if its own limit stopped it.
@@ -126,10 +130,8 @@ class Pieces:
     terminal.say(f'\n$ python {shlex.join(command)}')
     entry, result, start = self.entry(name, command), None, time.monotonic()
     try:
-      result = stages.run(
-        command, stop=stop, watch=watch,
-        deadline=start + min(self.left(), limit),
-      )  # fmt: skip
+      deadline = start + min(self.left(), limit)
+      result = stages.run(command, deadline=deadline, **how)
     finally:
       entry['seconds'].append(round(time.monotonic() - start, 1))
       entry['ended'] = result is not None
@@ -248,11 +250,9 @@ class Pieces:
     def watch():
       rows, now = metrics.read(task.workdir / metrics.ROWS), time.monotonic()
       at = rows[-1]['step'] if rows else 0
-      if at == said['step']:
-        return
       found = health.loss(rows, () if why else task.recipe.loss)
       news = found.suspects and found.state != said['state']
-      if not news and now - said['time'] < SAY_SECS:
+      if at == said['step'] or not (news or now - said['time'] >= SAY_SECS):
         return
       said.update(step=at, time=now, state=found.state)
       told = [found.told]
