@@ -19,11 +19,8 @@ declare.shared('workdir', 'json')
 def main():
   problems = page.write(FLAGS.workdir)
   path = declare.workdir() / 'report.html'
-  terminal.report(
-    {'report': str(path), 'problems': problems},
-    f'the report is {path}',
-    FLAGS.json,
-  )
+  result = {'report': str(path), 'problems': problems}
+  terminal.report(result, f'the report is {path}', FLAGS.json)
 
 
 if __name__ == '__main__':

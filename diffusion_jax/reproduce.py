@@ -47,6 +47,7 @@ from diffusion_jax.weights import inception as weights
 from diffusion_jax.weights import official
 
 FLAGS = flags.FLAGS
+TAPS = ', '.join(inception.DISTANCES)
 command.define_config()
 declare.table(
   workdir=(str, 'Folder of the run; created if it does not exist.'),
@@ -57,10 +58,7 @@ declare.table(
     'Network that judges the samples: inception (its weights in the cache), a '
     'file of Inception weights, pixels or classifier.',
   ),
-  taps=(
-    ['2048'],
-    f'Feature layers of Inception: {", ".join(inception.DISTANCES)}.',
-  ),
+  taps=(['2048'], f'Feature layers of Inception: {TAPS}.'),
   download=(False, 'First fetch the published Inception weights.'),
   cache=(str, 'Folder for features and weights.'),
   data_path=(str, 'Folder of the data for evaluation.'),
@@ -88,13 +86,13 @@ def main():
   asked = _task()
   whole = cost.work(asked, cost.flops_of(asked.config))
   told = '\n'.join(cost.lines(asked, whole))
-  pieces = work.Pieces(asked, start)
+  pieces = work.Pieces(asked, whole, start)
   if FLAGS.plan:
-    _plan(pieces, whole, told)
+    _plan(pieces, told)
     return
   terminal.say(told)
   try:
-    _carry_out(pieces, whole)
+    _carry_out(pieces)
   except stages.Failed as e:
     pieces.keep(done=False)
     if e.told:  # the stage has printed the error
@@ -103,7 +101,7 @@ def main():
   _report(pieces)
 
 
-def _carry_out(pieces, whole) -> None:
+def _carry_out(pieces) -> None:
   """Runs stages until all are done or this call ends, and saves the results."""
   asked, made, step, stopped = pieces.task, [], None, None
   left = ['measuring', 'import' if asked.origin else 'training']
@@ -113,7 +111,7 @@ def _carry_out(pieces, whole) -> None:
   try:
     pieces.measure()
     left.pop(0)
-    pieces.say_measured(whole)
+    pieces.say_measured()
     step = pieces.train()
     left.pop(0)
     if asked.origin:  # the import determines the config of the weights
@@ -130,7 +128,7 @@ def _carry_out(pieces, whole) -> None:
     stopped = e
   signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process ends soon anyway
   left += dict.fromkeys(what for _, what, _ in judgements)
-  pieces.conclude(whole, left, step, made)
+  pieces.conclude(left, step, made)
   if isinstance(stopped, KeyboardInterrupt):
     raise stopped
 
@@ -140,9 +138,8 @@ def _carry_out(pieces, whole) -> None:
 
 def _task() -> task.Task:
   """The task that the flags describe; raises UserError for any mistake."""
-  command.at_least(
-    num_samples=2, num_steps=1, curve=0, minutes=0, train_minutes=0
-  )
+  command.at_least(num_samples=2, num_steps=1, curve=0)
+  command.at_least(minutes=0, train_minutes=0)
   origin = FLAGS['from'].value
   for flag in ('train_minutes', 'curve'):
     if origin and FLAGS[flag].value:
@@ -158,10 +155,8 @@ def _task() -> task.Task:
       f'--sampler={FLAGS.sampler}: its cost is not known in advance; use '
       'another, such as ddim'
     )
-  plan = plans.create(
-    schedules.create(**config['process']), sampler=FLAGS.sampler,
-    num_steps=FLAGS.num_steps,
-  )  # fmt: skip
+  how = {name: FLAGS[name].value for name in ('sampler', 'num_steps')}
+  plan = plans.create(schedules.create(**config['process']), **how)
   held = config['data']['heldout_split'] or config['data']['heldout_every']
   if FLAGS.bits and not held:
     raise UserError('the config has no held-out images: give --nobits')
@@ -253,9 +248,7 @@ def _judge() -> dict:
     }
   for tap in FLAGS.taps:
     if tap not in inception.DISTANCES:
-      raise UserError(
-        f'--taps={tap}: use some of {", ".join(inception.DISTANCES)}'
-      )
+      raise UserError(f'--taps={tap}: use some of {TAPS}')
   path = files.at(name).expanduser()
   if name == 'inception':
     path = files.cache(FLAGS.cache) / weights.NAME
@@ -286,19 +279,16 @@ def _judge() -> dict:
 # --- the output ---------------------------------------------------------------
 
 
-def _plan(pieces, whole, told) -> None:
+def _plan(pieces, told) -> None:
   """Prints the cost and the commands of the stages."""
   asked = pieces.task
   commands = [task.measure(asked)] * asked.measure + [task.train(asked)]
   commands += [command for *_, command in task.judgements(asked)]
   lines = [f'python {shlex.join(command)}' for command in commands]
-  pieces.say_measured(whole)
-  terminal.report(
-    {'cost': whole._asdict(), 'stages': commands, 'differences':
-     asked.differences},
-    '\n'.join([told, '', *lines]),
-    FLAGS.json,
-  )  # fmt: skip
+  pieces.say_measured()
+  result = {'cost': pieces.whole._asdict(), 'stages': commands}
+  result['differences'] = asked.differences
+  terminal.report(result, '\n'.join([told, '', *lines]), FLAGS.json)
 
 
 def _report(pieces) -> None:
@@ -306,13 +296,11 @@ def _report(pieces) -> None:
   lines = [*record.get('text', []), '', 'all is done']
   if left := record['left']:
     lines = [f'left: {", ".join(left)}; the same command resumes']
+  lines.append(f'results: {directory}')
   for line in record.get('left_out', []):
     terminal.say(f'too large to copy: {line}')
-  terminal.report(
-    {**record, 'directory': str(directory)},
-    '\n'.join([*lines, f'results: {directory}']),
-    FLAGS.json,
-  )
+  result = {**record, 'directory': str(directory)}
+  terminal.report(result, '\n'.join(lines), FLAGS.json)
 
 
 if __name__ == '__main__':

@@ -620,7 +620,7 @@ def pieces_of(task, monkeypatch, fake):
   clock = types.SimpleNamespace(monotonic=lambda: getattr(fake, 'now', 0.0))
   monkeypatch.setattr(work, 'time', clock)
   monkeypatch.setattr(work.tables, 'text', lambda card: 'a card')
-  return work.Pieces(task, clock.monotonic())
+  return work.Pieces(task, None, clock.monotonic())
 
 
 def test_what_is_on_record_is_not_done_again(tmp_path, monkeypatch):

@@ -189,26 +189,20 @@ def table(found: Sequence[dict]) -> Table:
     for key, x in told[0].items()
     if key not in usual and all(row.get(key) == x for row in told)
   }
-  keys = list(dict.fromkeys(
-    [*usual, *(key for row in told for key in row if key not in same)]
-  ))  # fmt: skip
+  more = (key for row in told for key in row if key not in same)
+  keys = list(dict.fromkeys([*usual, *more]))
   names = columns(found)
   rows = [
     [_cell(key, row.get(key)) for key in keys]
     + [result(card, name) for name in names]
     for row, card in zip(told, found, strict=True)
   ]
-  real = cards.heldout(found[-1])
-  return Table(
-    [
-      *((_label(key).capitalize(), '') for key in keys),
-      *(RESULTS.get(name, (name, '')) for name in names),
-    ],
-    rows,
-    len(keys),
-    [result(found[-1], name, real=True) for name in names] if real else [],
-    [(_label(key), _cell(key, x).text) for key, x in same.items()],
-  )
+  heads = [(_label(key).capitalize(), '') for key in keys]
+  heads += [RESULTS.get(name, (name, '')) for name in names]
+  last, there = found[-1], names if cards.heldout(found[-1]) else []
+  real = [result(last, name, real=True) for name in there]
+  alike = [(_label(key), _cell(key, x).text) for key, x in same.items()]
+  return Table(heads, rows, len(keys), real, alike)
 
 
 def _label(key) -> str:

@@ -180,21 +180,18 @@ def cost(rows: list[dict], starts: list[dict], batch_size: int) -> Cost:
       the last start at an earlier step.
     batch_size: images per step, over all devices.
   """
-  rates, known = [], None
-  for row in reversed(rows):
-    known = row.get('images_per_sec') or known
-    rates.insert(0, known)
+  rates = [row.get('images_per_sec') for row in rows]
   last = next(filter(None, reversed(rates)), None)
+  if not last:
+    return Cost(None, {}, rows[-1]['step'] * batch_size if rows else 0)
+  for i in reversed(range(len(rates) - 1)):
+    rates[i] = rates[i] or rates[i + 1]
 
   seconds, before, device_seconds = 0.0, 0, collections.Counter()
   for row, rate in zip(rows, rates, strict=True):
-    step, images = row['step'], (row['step'] - before) * batch_size
-    took = images / (rate or last) if last else 0.0
+    step = row['step']
+    took = (step - before) * batch_size / (rate or last)
     start = next((s for s in reversed(starts) if s['step'] < step), {})
     device_seconds[start.get('device')] += took * start.get('num_devices', 1)
     seconds, before = seconds + took, step
-  return Cost(
-    seconds if last else None,
-    dict(device_seconds) if last else {},
-    before * batch_size,
-  )
+  return Cost(seconds, dict(device_seconds), before * batch_size)

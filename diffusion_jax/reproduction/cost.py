@@ -80,10 +80,8 @@ def flops_of(config: Mapping) -> tuple[float, float]:
     jax.ShapeDtypeStruct(shape, jnp.float32),
     jax.ShapeDtypeStruct((1,), jnp.int32),
   )
-  return (
-    float(flops.products(step.jaxpr).total()),
-    float(flops.products(evaluation).total()),
-  )
+  counts = [flops.products(jaxpr).total() for jaxpr in (step.jaxpr, evaluation)]
+  return tuple(map(float, counts))
 
 
 def work(task: Task, counted: tuple[float, float]) -> Work:
@@ -160,12 +158,8 @@ def estimate(task: Task, work: Work, peak: float) -> Hours:
     peak: peak FLOPs per second of all chips.
   """
   train, draw = (share * peak for share in shares(task.recipe))
-  return hours(
-    work,
-    train / work.train_flops,
-    draw / work.evaluation_flops,
-    task.most_training,
-  )
+  rates = (train / work.train_flops, draw / work.evaluation_flops)
+  return hours(work, *rates, task.most_training)
 
 
 def table(task: Task, work: Work) -> list[list[str]]:
@@ -194,20 +188,22 @@ def lines(task: Task, work: Work) -> list[str]:
   """The computation and its estimated hours, as lines of text."""
   steps = 0 if task.origin else task.config['num_steps']
   train, draw = shares(task.recipe)
+  evaluation = work.evaluation_flops
   parts = (
-    (work.images, f'{steps:,} training steps, {work.images:,} images',
-     work.train_flops),
-    (work.drawn, f'{work.drawn:,} evaluations for the samples',
-     work.evaluation_flops),
-    (work.scored, f'{work.scored:,} evaluations for the bits per dimension',
-     work.evaluation_flops),
-    (work.judged, f'{work.judged:,} images judged by Inception',
-     INCEPTION_FLOPS),
-  )  # fmt: skip
+    (f'{steps:,} training steps, {{:,}} images', work.images, work.train_flops),
+    ('{:,} evaluations for the samples', work.drawn, evaluation),
+    ('{:,} evaluations for the bits per dimension', work.scored, evaluation),
+    ('{:,} images judged by Inception', work.judged, INCEPTION_FLOPS),
+  )
+  counted = [
+    f'{what.format(count)}: {count * each / 1e18:.4g} EFLOP'
+    for what, count, each in parts
+    if count
+  ]
   heads, *rows = table(task, work)
   told = [
     f'{task.name} in {task.workdir}',
-    *(f'{what}: {n * each / 1e18:.4g} EFLOP' for n, what, each in parts if n),
+    *counted,
     '',
     *terminal.table(heads, rows),
     f'at {train:.0%} of the published peak in training and {draw:.0%} '

@@ -75,6 +75,8 @@ WITHOUT_EMA = 12.2
 AGAINST_TEST = 5.24
 TWO_DRAWS = 0.1  # two draws of 50,000 differ by 0.05 to 0.1
 
+DDIM = {10: '13.36', 20: '6.84', 50: '4.67', 100: '4.16', 1000: '4.04'}
+
 # There are no published scores of the 256x256 networks here, so their tables
 # have no verdict.
 AT_256 = Recipe(
@@ -105,10 +107,7 @@ RECIPES = {
           'official weights, DDIM', 'ddim', steps,
           'arXiv 2010.02502, table 1 (second-hand)', {'fid': fid},
         )
-        for steps, fid in (
-          (10, '13.36'), (20, '6.84'), (50, '4.67'), (100, '4.16'),
-          (1000, '4.04'),
-        )
+        for steps, fid in DDIM.items()
       ),
     ),
     own={'fid': (3.10, 3.35)},
@@ -131,9 +130,7 @@ RECIPES = {
     num_heldout=10_000,
   ),
   'celebahq256': AT_256,
-  'lsun:church': AT_256,
-  'lsun:bedroom': AT_256,
-  'lsun:cat': AT_256,
+  **dict.fromkeys(('lsun', 'lsun:church', 'lsun:bedroom', 'lsun:cat'), AT_256),
 }  # fmt: skip
 
 
@@ -143,4 +140,4 @@ def find(name: str) -> Recipe:
   Args:
     name: the file's name without .py, with the part after the colon.
   """
-  return RECIPES.get({'lsun': 'lsun:church'}.get(name, name), Recipe())
+  return RECIPES.get(name, Recipe())

@@ -48,6 +48,7 @@ class Pieces:
 
   Attributes:
     task: the task.
+    whole: its whole computation.
     record: the record as on disk: 'stages', each with its name, command, the
       seconds of every piece, whether it has ended, and its result; 'files',
       the files that it wrote to the folder.
@@ -56,8 +57,8 @@ class Pieces:
     start: start of this call, in terms of time.monotonic().
   """
 
-  def __init__(self, task: tasks.Task, start: float):
-    self.task, self._start = task, start
+  def __init__(self, task: tasks.Task, whole: cost.Work, start: float):
+    self.task, self.whole, self._start = task, whole, start
     # Results may be from an earlier protocol: they are computed again.
     before = read(task.directory / RECORD) or {}
     self.record = {
@@ -266,19 +267,16 @@ class Pieces:
 
     return watch
 
-  def say_measured(self, work: cost.Work) -> None:
-    """Prints the measured rates, and the hours left at these rates.
-
-    Args:
-      work: the whole computation.
-    """
-    task, stores, done = self.task, 1 + self.task.curve, self.record['stages']
+  def say_measured(self) -> None:
+    """Prints the measured rates, and the hours left at these rates."""
+    task, whole, done = self.task, self.whole, self.record['stages']
+    stores = 1 + task.curve
     ended = [one['name'] for one in done if one['ended']]
     drawn = sum(name.startswith('evaluate') for name in ended)
-    rest = work._replace(
-      images=max(work.images - self.at() * task.config['batch_size'], 0),
-      drawn=work.drawn * max(stores - drawn, 0) // stores,
-      scored=0 if 'bits' in ended else work.scored,
+    rest = whole._replace(
+      images=max(whole.images - self.at() * task.config['batch_size'], 0),
+      drawn=whole.drawn * max(stores - drawn, 0) // stores,
+      scored=0 if 'bits' in ended else whole.scored,
     )
     spent = sum(sum(x['seconds']) for x in done if x['name'] == 'train')
     most, rates = max(task.most_training - spent / 3600, 0), self.rates()
@@ -295,13 +293,10 @@ class Pieces:
         'and compiling not counted'
       )
 
-  def conclude(
-    self, work: cost.Work, left: list[str], step: int | None, made: list[dict]
-  ) -> None:
+  def conclude(self, left: list[str], step: int | None, made: list[dict]):
     """Records what this call did, and fills the folder once there are cards.
 
     Args:
-      work: the whole computation.
       left: what is left to do.
       step: the last step, if there are cards.
       made: the cards.
@@ -312,7 +307,7 @@ class Pieces:
       written = results.collect(task, step, made, found, self.record['files'])
       found |= zip(('files', 'left_out'), written, strict=True)
     hours = {
-      name: cost.estimate(task, work, peak)._asdict()
+      name: cost.estimate(task, self.whole, peak)._asdict()
       for name, peak in cost.PLACES.items()
     }
     self.keep(
@@ -322,7 +317,7 @@ class Pieces:
       differences=task.differences,
       hardware=[card['environment'] for card in made],
       rates=self.rates(),
-      cost={**work._asdict(), 'hours_estimated': hours},
+      cost={**self.whole._asdict(), 'hours_estimated': hours},
       **found,
     )
 
