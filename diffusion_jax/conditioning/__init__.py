@@ -1,7 +1,7 @@
 """Conditioning: labels, text or images -> the network's conditioning input."""
 
 from diffusion_jax.conditioning.conditioner import Conditioner
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import one_of
 
 
 def none() -> Conditioner:
@@ -23,8 +23,5 @@ def create(name: str, **options) -> Conditioner:
   Raises:
     UserError: the name is not known.
   """
-  if name not in CONDITIONERS:
-    raise UserError(
-      f'conditioning.name={name!r}: one of {", ".join(CONDITIONERS)}'
-    )
+  one_of('conditioning.name', name, CONDITIONERS)
   return CONDITIONERS[name](**options)

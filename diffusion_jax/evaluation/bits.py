@@ -152,7 +152,7 @@ def measure(
     on_work: called with the amount of `work` just done.
 
   Raises:
-    UserError: see `fast_bound.estimate` and `flow.density`.
+    UserError: see `check`; or too few images, or other data than images.
   """
   if images.count < 2:
     raise UserError(

@@ -12,7 +12,7 @@ import jax
 from flax import nnx, traverse_util
 
 from diffusion_jax.models.unet import UNet
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import one_of
 
 MODELS = {'unet': UNet}
 NET = 'net'  # name of the run's part that is the denoising network
@@ -46,12 +46,7 @@ def create(name: str, image_shape: tuple[int, ...], **kwargs) -> Model:
   Raises:
     UserError: the name is not known.
   """
-  if name not in MODELS:
-    raise UserError(
-      f'model.name {name!r} is not known: use one of {", ".join(MODELS)}'
-    )
-
-  network = MODELS[name]
+  network = MODELS[one_of('model.name', name, MODELS)]
   model = fence(lambda keys: network(image_shape, rngs=keys, **kwargs))
   return model._replace(doors=network.DOORS)
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import UserError, one_of
 
 SIZE = 299
 NUM_CLASSES = 1008
@@ -78,11 +78,7 @@ def preprocess(images: jax.Array, convention: str) -> jax.Array:
   Raises:
     UserError: the convention is not known, or C is neither 1 nor 3.
   """
-  if convention not in CONVENTIONS:
-    raise UserError(
-      f'the input convention {convention!r} is not known: use one of '
-      f'{", ".join(CONVENTIONS)}'
-    )
+  one_of('convention', convention, CONVENTIONS)
   _, height, width, channels = images.shape
   if channels not in (1, 3):
     raise UserError(

@@ -96,8 +96,7 @@ def variances(schedule: Schedule, grid, variance) -> np.ndarray:
   """[K] float64: the variance of p(xs | xt) for every step of a grid.
 
   For both names, the variance of the last step, the decoder, is the posterior
-  variance of the step before it: 1 -> 0 on the full grid, as in
-  `log_variance_table`.
+  variance of the step before it: 1 -> 0 on the full grid, as in the paper.
 
   Args:
     schedule: the noise schedule.
@@ -203,30 +202,6 @@ def term(
   return Scored(nats / math.log(2), mse)
 
 
-def scan(denoiser, steps: Steps, x0, keys, which, labels, discrete) -> Scored:
-  """The terms of some steps, computed sequentially.
-
-  Args:
-    denoiser: (xt, t) -> (x0, eps).
-    steps: the steps of the whole grid, see `prepare`.
-    x0: [B, ...] data.
-    keys: [B] random keys.
-    which: [k] or [k, B] integers, the indices of the steps.
-    labels: [k] integers: the noise of row j depends on keys[b] and labels[j].
-    discrete: see `term`.
-
-  Returns:
-    Scored of [k, B].
-  """
-
-  def one(inputs):
-    i, label = inputs
-    eps = noise.draw(keys, label, x0.shape[1:], x0.dtype)
-    return term(denoiser, steps, i, x0, eps, discrete)
-
-  return jax.lax.map(one, (which, labels))
-
-
 def terms(
   denoiser: Denoiser,
   steps: Steps,
@@ -234,26 +209,35 @@ def terms(
   keys,
   which=None,
   discrete: bool = True,
+  labels=None,
 ) -> Scored:
-  """The terms of some or all steps, to compute the bound in chunks.
+  """The terms of some or all steps, computed one after the other.
 
   The noise of image b in step i depends only on keys[b] and i, so the result
-  does not depend on the batch or the chunks. It compiles once per number of
-  steps.
+  does not depend on the batch, and the bound can be computed in chunks. It
+  compiles once per number of steps.
 
   Args:
     denoiser: (xt, t) -> (x0, eps).
     steps: the steps of the whole grid, see `prepare`.
     x0: [B, ...] data.
     keys: [B] random keys.
-    which: [k] integers, the indices of the steps; by default 0 .. K-1.
+    which: [k] or [k, B] integers, the indices of the steps; by default
+      0 .. K-1.
     discrete: see `term`.
+    labels: [k] integers that the noise depends on in place of the steps.
 
   Returns:
     Scored of [k, B].
   """
   which = jnp.arange(len(steps.t)) if which is None else jnp.asarray(which)
-  return scan(denoiser, steps, x0, keys, which, which, discrete)
+
+  def one(inputs):
+    i, label = inputs
+    eps = noise.draw(keys, label, x0.shape[1:], x0.dtype)
+    return term(denoiser, steps, i, x0, eps, discrete)
+
+  return jax.lax.map(one, (which, which if labels is None else labels))
 
 
 def bound(
@@ -275,7 +259,7 @@ def bound(
     x0: [B, ...] data.
     keys: [B] random keys, see `terms`.
     variance: see `variances`.
-    discrete: see `term`; `decoder.check_discrete` checks x0 for it.
+    discrete: see `term`.
 
   Raises:
     UserError: see `variances`.

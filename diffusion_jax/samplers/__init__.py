@@ -20,7 +20,7 @@ from diffusion_jax.samplers.predictor_corrector import predictor_corrector
 from diffusion_jax.samplers.solve import Sampler as Sampler
 from diffusion_jax.samplers.solve import solve as solve
 from diffusion_jax.samplers.unipc import unipc
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import UserError, one_of
 
 # Samplers that need the network's calibration, see `runs.calibration`.
 CALIBRATED = ('analytic_ddpm', 'analytic_ddim')
@@ -130,11 +130,8 @@ def takes(name: str) -> dict[str, inspect.Parameter]:
   Raises:
     UserError: an unknown name.
   """
-  if name not in SAMPLERS:
-    raise UserError(
-      f'sampler={name} is not known: use one of {", ".join(SAMPLERS)}'
-    )
-  return dict(inspect.signature(SAMPLERS[name]).parameters)
+  create_fn = SAMPLERS[one_of('sampler', name, SAMPLERS)]
+  return dict(inspect.signature(create_fn).parameters)
 
 
 def defaults(name: str) -> dict:

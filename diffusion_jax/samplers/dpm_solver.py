@@ -17,7 +17,8 @@ import numpy as np
 
 from diffusion_jax.samplers import levels
 from diffusion_jax.samplers.linear import linear
-from diffusion_jax.samplers.solve import Sampler, choose
+from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.system.errors import one_of
 
 
 def groups(grid, order: int) -> list[int]:
@@ -51,8 +52,8 @@ def dpm_solver(
   Raises:
     UserError: another order or variant.
   """
-  choose('order', order, 3, 2, 1)
-  choose('variant', variant, 'paper', 'diffusers')
+  one_of('order', order, (3, 2, 1))
+  one_of('variant', variant, ('paper', 'diffusers'))
 
   def weights(alpha, sigma, lam, size, first, now):
     to, h = now + 1, lam[now + 1] - lam[first]

@@ -15,7 +15,8 @@ import numpy as np
 
 from diffusion_jax.samplers import levels
 from diffusion_jax.samplers.linear import advance, memory_of
-from diffusion_jax.samplers.solve import Sampler, choose
+from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.system.errors import one_of
 
 # Adams-Bashforth weights of orders 1 to 4: of the current eps, then the past.
 ADAMS = [
@@ -42,7 +43,7 @@ def plms(
   Raises:
     UserError: another variant.
   """
-  choose('variant', variant, 'runge_kutta', 'improved_euler')
+  one_of('variant', variant, ('runge_kutta', 'improved_euler'))
   return _multistep(variant)
 
 

@@ -10,13 +10,6 @@ import numpy as np
 from diffusion_jax.process import noise
 from diffusion_jax.process.gaussian import Denoiser
 from diffusion_jax.process.schedules import Schedule
-from diffusion_jax.system.errors import UserError
-
-
-def choose(option: str, value, *allowed) -> None:
-  """Raises UserError unless an option has one of the allowed values."""
-  if value not in allowed:
-    raise UserError(f'{option}={value}: {" or ".join(map(str, allowed))}')
 
 
 def once_a_step(grid) -> int:

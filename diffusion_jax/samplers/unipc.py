@@ -6,7 +6,8 @@ import numpy as np
 
 from diffusion_jax.samplers import levels
 from diffusion_jax.samplers.linear import advance, memory_of
-from diffusion_jax.samplers.solve import Sampler, choose
+from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.system.errors import one_of
 
 
 def unipc(
@@ -28,8 +29,8 @@ def unipc(
   Raises:
     UserError: another order or variant.
   """
-  choose('order', order, 3, 2, 1)
-  choose('variant', variant, 'bh2', 'bh1')
+  one_of('order', order, (3, 2, 1))
+  one_of('variant', variant, ('bh2', 'bh1'))
 
   def init(schedule, grid, x):
     alpha, sigma, lam = levels.of(schedule, grid)
