@@ -752,5 +752,5 @@ def test_the_interval_by_hand():
 
 
 def test_an_interval_needs_two_images():
-  with pytest.raises(UserError, match='^1 images'):
+  with pytest.raises(UserError, match=r'^1 images'):
     fast_bound.interval([1.0])

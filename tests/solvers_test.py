@@ -657,7 +657,7 @@ def test_a_repeated_time_is_a_step_of_no_length(x64):
     ('dpm_solver', {'variant': 'fast'}, "variant='fast'"),
     ('dpmpp_3m', {'variant': 'bh1'}, "variant='bh1'"),
     ('unipc', {'variant': 'bh3'}, "variant='bh3'"),
-    ('plms', {'variant': 'prk'}, 'variant=prk'),
+    ('plms', {'variant': 'prk'}, "variant='prk'"),
     ('euler', {'churn': -1.0}, 'churn=-1.0'),
     ('heun', {'churn_noise': float('nan')}, 'churn_noise=nan'),
     ('heun', {'churn_max': -2.0}, 'churn_max=-2.0'),

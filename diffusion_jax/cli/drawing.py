@@ -132,9 +132,7 @@ def prepared() -> tuple[int, Callable[[dict], Plan], Callable[[], Trained]]:
   def network():
     trained = load(workdir, step, FLAGS.ema)
     if calibrated.cache_info().currsize:
-      calibration.check(
-        calibrated(), trained.weights_sha256, workdir, step, trained.ema
-      )
+      calibration.check(calibrated(), trained)
     return trained
 
   return step, plan, network

@@ -9,7 +9,7 @@ import numpy as np
 from diffusion_jax.codecs.codec import Codec
 from diffusion_jax.conditioning.conditioner import Conditioner
 from diffusion_jax.objectives.objective import Aux, Objective, branch
-from diffusion_jax.process import gaussian
+from diffusion_jax.process import gaussian, noise
 from diffusion_jax.process.schedules import Schedule
 
 GOLDEN = 2654435769  # 2**32 divided by the golden ratio
@@ -40,7 +40,7 @@ def create(
 
   def values_at(params, rows, keys, t, cond_keys, dropout):
     x0 = codec.encode(params, rows, branch(keys, 'codec'))
-    eps = noise(branch(keys, 'eps'), x0.shape[1:])
+    eps = noise.normal(branch(keys, 'eps'), x0.shape[1:])
     cond = conditioner.condition(params, rows, cond_keys)
 
     def network(xt, label):
@@ -77,11 +77,6 @@ def uniform_times(keys: jax.Array, num_timesteps: int) -> jax.Array:
   return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_timesteps))(
     keys
   )
-
-
-def noise(keys: jax.Array, shape) -> jax.Array:
-  """[B] keys -> standard normal [B, *shape]."""
-  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def squared_error(network_fn, schedule, kind: str, x0, t, eps) -> jax.Array:

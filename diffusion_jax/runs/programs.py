@@ -16,6 +16,7 @@ from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.runs import draw, recipe
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.samplers import grid
+from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import optim, sharding, state, step
 from diffusion_jax.training.state import TrainState
@@ -78,7 +79,7 @@ def assemble(made: Recipe, config: Mapping, mesh: Mesh) -> Programs:
   Raises:
     UserError: the config asks for a sampler or a grid that does not exist.
   """
-  sampler, times = _sampling(config['sample'], made.schedule)
+  plan = _plan(config['sample'], made.schedule, config['seed'])
   optimizer = optim.create(**config['optim'])
   # Samples use fold_in(seed, 1), see `draw.sample_keys`.
   root = jax.random.fold_in(jax.random.key(config['seed']), 0)
@@ -107,31 +108,27 @@ def assemble(made: Recipe, config: Mapping, mesh: Mesh) -> Programs:
       step.heldout_loss, key=heldout_key, objective=objective, mesh=mesh
     )
   )
-  draw_fn = jax.jit(
-    draw.drawer(
-      made, mesh, sampler, times, seed=config['seed'],
-      clip=config['sample']['clip'],
-    )
-  )  # fmt: skip
+  draw_fn = jax.jit(draw.drawer(made, mesh, plan))
   return Programs(
     made, optimizer, init_key, abstract, made.frozen, step_fn, loss_fn, draw_fn
   )
 
 
-def _sampling(sample: Mapping, schedule: Schedule) -> tuple:
-  """The sampler and the time grid of samples drawn during training."""
+def _plan(sample: Mapping, schedule: Schedule, seed: int) -> plans.Plan:
+  """The plan of samples drawn during training."""
   name = sample['sampler']
-  if name in samplers.CALIBRATED or sample['grid'] == 'optimal':
+  if plans.is_calibrated(name, sample['grid']):
     raise UserError(
       f'sample.sampler={name} with sample.grid={sample["grid"]} needs a '
       'calibrated network, which training does not have: use another, such as '
       'ddim'
     )
-  options = {'variance'} & samplers.takes(name).keys()
-  sampler = samplers.create(name, **{key: sample[key] for key in options})
-  if sampler.run:
+  if name in samplers.ADAPTIVE:
     raise UserError(
       f'sample.sampler={name} chooses its own steps, but training samples with '
       'a fixed number of steps: use another, such as ddim'
     )
-  return sampler, grid.create(sample['grid'], schedule, sample['num_steps'])
+  given = {'variance'} & samplers.takes(name).keys()
+  options = samplers.options(name, **{key: sample[key] for key in given})
+  times = grid.create(sample['grid'], schedule, sample['num_steps'])
+  return plans.Plan(name, options, times, sample['clip'], seed)

@@ -30,8 +30,7 @@ class Compiled(NamedTuple):
 
   Attributes:
     denoise: (params, xt, t, cond) -> Denoised.
-    drawer: (a plan as JSON, frames, dtype, took, estimates) -> draw(params,
-      indices, rows).
+    drawer: (a plan as JSON, **options) -> draw, see `draw.drawer`.
   """
 
   denoise: Callable
@@ -45,14 +44,9 @@ def _compile(recipe: Recipe, mesh: Mesh) -> Compiled:
 
   # Cached, so that a second call of `sample` does not compile again.
   @functools.lru_cache(maxsize=8)
-  def drawer(plan, frames, dtype, took, estimates):
+  def drawer(plan, **options):
     how = Plan(*json.loads(plan))
-    return jax.jit(
-      draw.drawer(
-        recipe, mesh, how.create(), how.grid, seed=how.seed, clip=how.clip,
-        frames=frames, dtype=dtype, took=took, estimates=estimates,
-      )
-    )  # fmt: skip
+    return jax.jit(draw.drawer(recipe, mesh, how, **options))
 
   return Compiled(denoise, drawer)
 
@@ -170,30 +164,21 @@ class Trained:
       kept = calibration.read(
         self.workdir, self.step, self.ema, self.schedule.num_timesteps
       )
-      calibration.check(
-        kept, self.weights_sha256, self.workdir, self.step, self.ema
-      )
+      calibration.check(kept, self)
       return kept
 
     return plans.for_run(self.config, calibration=found, **options)
 
   @numerics.fixed()
   def drawer(
-    self,
-    how: Plan,
-    frames: tuple[int, ...] = (),
-    dtype: str | None = None,
-    took: bool = False,
-    estimates: bool = False,
+    self, how: Plan, frames: tuple[int, ...] = (), **options
   ) -> Callable:
     """Returns a compiled function that draws samples by index.
 
     Args:
       how: the plan.
       frames: numbers of steps at which to keep x, see `samplers.solve`.
-      dtype: dtype of the data: 'uint8', or 'float32' in [0, 255], not rounded.
-      took: whether to return the cost of each sample, for adaptive plans.
-      estimates: whether frames are estimates of x0 in place of x.
+      **options: dtype, took and estimates, see `draw.drawer`.
 
     Returns:
       indices (NumPy, [N]) -> data [M, H, W, C], a global array. Only the first
@@ -205,7 +190,7 @@ class Trained:
       UserError: an unknown dtype.
     """
     draw_fn = self.compiled.drawer(
-      json.dumps(how), tuple(frames), dtype, took, estimates
+      json.dumps(how), frames=tuple(frames), **options
     )
 
     @numerics.fixed()
@@ -249,16 +234,9 @@ class Trained:
     ):  # fmt: skip
       if value < least:
         raise UserError(f'{name}={value}: at least {least}')
-    size = min(batch_size, num_samples)
     draw_fn = self.drawer(self.plan(**options), dtype=dtype)
     indices = np.arange(first, first + num_samples)
-    return np.concatenate(
-      [
-        # The last batch is padded, so that only one shape compiles.
-        sharding.to_host(draw_fn(np.resize(part, size)))[: len(part)]
-        for part in np.split(indices, range(size, num_samples, size))
-      ]
-    )
+    return sharding.in_batches(draw_fn, indices, min(batch_size, num_samples))
 
 
 @numerics.fixed()

@@ -7,10 +7,10 @@ With a sampler that adds no noise, an image is a function of its initial noise
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.guidance import clipping
+from diffusion_jax.process import noise
 from diffusion_jax.runs import draw
 from diffusion_jax.runs.trained import Trained
 from diffusion_jax.samplers.solve import Sampler, solve
@@ -32,9 +32,7 @@ def noises(trained: Trained, seed: int, count: int) -> np.ndarray:
   @jax.jit
   def first(indices):
     keys, _ = draw.sample_keys(seed, indices)
-    return jax.vmap(
-      lambda key: jax.random.normal(key, trained.codec.shape, jnp.float32)
-    )(keys)
+    return noise.normal(keys, trained.codec.shape)
 
   return np.asarray(first(np.arange(count, dtype=np.uint32)))
 
@@ -86,12 +84,10 @@ def carrier(
 
   def carry(x):
     size = -(-min(batch_size, len(x)) // parts) * parts
-    out = []
-    for batch in np.split(x, range(size, len(x), size)):
-      # Padded with repeats, so that only one shape compiles.
-      padded = np.resize(batch, (size, *x.shape[1:])).astype(np.float32)
-      ended = along(trained.params, sharding.put_batch(padded, mesh))
-      out.append(sharding.to_host(ended)[: len(batch)])
-    return np.concatenate(out)
+
+    def batch_fn(batch):
+      return along(trained.params, sharding.put_batch(batch, mesh))
+
+    return sharding.in_batches(batch_fn, x.astype(np.float32), size)
 
   return carry

@@ -224,6 +224,26 @@ def local_rows(array) -> tuple[np.ndarray, np.ndarray]:
   return np.concatenate(rows), np.concatenate(values)
 
 
+def in_batches(fn, rows: np.ndarray, size: int) -> np.ndarray:
+  """Computes rows [N, ...] in batches of `size`, on the host.
+
+  Args:
+    fn: [size, ...] -> a global array [size or more, ...].
+    rows: the rows; the last batch is padded with repeats, so that only one
+      shape compiles.
+    size: rows per batch.
+
+  Returns:
+    [N, ...], in every process.
+  """
+  return np.concatenate(
+    [
+      to_host(fn(np.resize(part, (size, *rows.shape[1:]))))[: len(part)]
+      for part in np.split(rows, range(size, len(rows), size))
+    ]
+  )
+
+
 def gathering(apply, mesh: Mesh, rules=RULES):
   """Wraps `apply` to gather its parameters with `gather_fsdp` first."""
 
