@@ -2,12 +2,12 @@
 
 import jax.numpy as jnp
 
-from diffusion_jax.process import gaussian
-from diffusion_jax.process.gaussian import Denoiser
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.process import gaussian, schedules
 
 
-def clip_x0(denoiser: Denoiser, schedule: Schedule, bound=1.0) -> Denoiser:
+def clip_x0(
+  denoiser: gaussian.Denoiser, schedule: schedules.Schedule, bound=1.0
+) -> gaussian.Denoiser:
   """Clips x0 to [-bound, bound] and recomputes eps to match.
 
   DDPM clips in every ancestral step (arXiv 2006.11239, published sampler).

@@ -9,8 +9,7 @@ import numpy as np
 from diffusion_jax.codecs.codec import Codec
 from diffusion_jax.conditioning.conditioner import Conditioner
 from diffusion_jax.objectives.objective import Aux, Objective, branch
-from diffusion_jax.process import gaussian, noise
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.process import gaussian, noise, schedules
 
 GOLDEN = 2654435769  # 2**32 divided by the golden ratio
 
@@ -19,7 +18,7 @@ def create(
   network_fn: Callable,
   codec: Codec,
   conditioner: Conditioner,
-  schedule: Schedule,
+  schedule: schedules.Schedule,
   prediction: str = 'eps',
 ) -> Objective:
   """The squared error of the prediction at times drawn uniformly.

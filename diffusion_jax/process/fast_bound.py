@@ -16,10 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from diffusion_jax.process import likelihood, noise
-from diffusion_jax.process.gaussian import Denoiser
-from diffusion_jax.process.likelihood import Steps
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.process import gaussian, likelihood, noise, schedules
 from diffusion_jax.system.errors import UserError
 
 
@@ -30,7 +27,7 @@ def _strata(keys, count, label):
 
 
 def pilot(
-  denoiser: Denoiser, steps: Steps, x0, keys, count: int = 1
+  denoiser: gaussian.Denoiser, steps: likelihood.Steps, x0, keys, count: int = 1
 ) -> tuple[jax.Array, jax.Array]:
   """Terms at steps spread evenly in the log of their distance from the end.
 
@@ -87,9 +84,9 @@ def proposal(
 
 
 def sampled(
-  denoiser: Denoiser,
-  schedule: Schedule,
-  steps: Steps,
+  denoiser: gaussian.Denoiser,
+  schedule: schedules.Schedule,
+  steps: likelihood.Steps,
   x0,
   keys,
   probabilities,

@@ -35,9 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.process import decoder, gaussian, noise
-from diffusion_jax.process.gaussian import Denoiser
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.process import decoder, gaussian, noise, schedules
 from diffusion_jax.system.errors import one_of
 
 DIVERGENCES = ('rademacher', 'gaussian', 'exact')
@@ -93,8 +91,8 @@ def _with_divergence(network, x, probe):
 
 
 def density(
-  denoiser: Denoiser,
-  schedule: Schedule,
+  denoiser: gaussian.Denoiser,
+  schedule: schedules.Schedule,
   x,
   keys,
   *,
@@ -168,7 +166,7 @@ def density(
 
 
 def dequantised(
-  denoiser: Denoiser, schedule: Schedule, x0, keys, **options
+  denoiser: gaussian.Denoiser, schedule: schedules.Schedule, x0, keys, **options
 ) -> Flow:
   """Code length of 8-bit images by uniform dequantisation: an upper bound.
 
@@ -194,8 +192,8 @@ def dequantised(
 
 
 def variational(
-  denoiser: Denoiser,
-  schedule: Schedule,
+  denoiser: gaussian.Denoiser,
+  schedule: schedules.Schedule,
   x0,
   keys,
   *,

@@ -29,10 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.process import gaussian, noise
-from diffusion_jax.process.decoder import discretised_log_likelihood
-from diffusion_jax.process.gaussian import Denoiser, per_example
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.process import decoder, gaussian, noise, schedules
 from diffusion_jax.system.errors import UserError
 
 
@@ -92,7 +89,7 @@ def _mean(values):
   return jnp.mean(values, axis=tuple(range(1, values.ndim)))
 
 
-def variances(schedule: Schedule, grid, variance) -> np.ndarray:
+def variances(schedule: schedules.Schedule, grid, variance) -> np.ndarray:
   """[K] float64: the variance of p(xs | xt) for every step of a grid.
 
   For both names, the variance of the last step, the decoder, is the posterior
@@ -124,11 +121,11 @@ def variances(schedule: Schedule, grid, variance) -> np.ndarray:
       f'variance={variance} does not define the decoder of a grid of one step: '
       'give the variance as a number, or use two steps'
     )
-  decoder = gaussian.step_variance(schedule, times[-3], times[-2], 'fixedsmall')
-  return np.append(values[:-1], decoder)
+  last = gaussian.step_variance(schedule, times[-3], times[-2], 'fixedsmall')
+  return np.append(values[:-1], last)
 
 
-def prepare(schedule: Schedule, grid, variance='fixedlarge') -> Steps:
+def prepare(schedule: schedules.Schedule, grid, variance='fixedlarge') -> Steps:
   """Computes the coefficients of the bound for a grid, in float64.
 
   Args:
@@ -154,7 +151,7 @@ def prepare(schedule: Schedule, grid, variance='fixedlarge') -> Steps:
   )  # fmt: skip
 
 
-def prior(schedule: Schedule, x0, t=None) -> jax.Array:
+def prior(schedule: schedules.Schedule, x0, t=None) -> jax.Array:
   """KL(q(xt | x0) || N(0, I)) at the first time of a grid.
 
   Args:
@@ -173,7 +170,7 @@ def prior(schedule: Schedule, x0, t=None) -> jax.Array:
 
 
 def term(
-  denoiser: Denoiser, steps: Steps, i, x0, eps, discrete: bool = True
+  denoiser: gaussian.Denoiser, steps: Steps, i, x0, eps, discrete: bool = True
 ) -> Scored:
   """The term of one step of each example.
 
@@ -191,19 +188,19 @@ def term(
   """
   i = jnp.broadcast_to(i, x0.shape[:1])
   row = jax.tree.map(lambda column: jnp.asarray(column, x0.dtype)[i], steps)
-  xt = per_example(row.alpha, x0) * x0 + per_example(row.sigma, x0) * eps
+  alpha = gaussian.per_example(row.alpha, x0)
+  xt = alpha * x0 + gaussian.per_example(row.sigma, x0) * eps
   estimate = denoiser(xt, row.t).x0
   mse = _mean(jnp.square(x0 - estimate))
   nats = row.constant + row.weight * mse
   if discrete:
-    log_scale = steps.log_scale[-1]
-    decoder = _mean(discretised_log_likelihood(x0, estimate, log_scale))
-    nats = jnp.where(i == len(steps.t) - 1, -decoder, nats)
+    last = decoder.discretised_log_likelihood(x0, estimate, steps.log_scale[-1])
+    nats = jnp.where(i == len(steps.t) - 1, -_mean(last), nats)
   return Scored(nats / math.log(2), mse)
 
 
 def terms(
-  denoiser: Denoiser,
+  denoiser: gaussian.Denoiser,
   steps: Steps,
   x0,
   keys,
@@ -241,8 +238,8 @@ def terms(
 
 
 def bound(
-  denoiser: Denoiser,
-  schedule: Schedule,
+  denoiser: gaussian.Denoiser,
+  schedule: schedules.Schedule,
   grid,
   x0,
   keys,

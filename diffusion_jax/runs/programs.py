@@ -12,14 +12,11 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion_jax import samplers
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.process import schedules
 from diffusion_jax.runs import draw, recipe
-from diffusion_jax.runs.recipe import Recipe
-from diffusion_jax.samplers import grid
-from diffusion_jax.samplers import plan as plans
+from diffusion_jax.samplers import grid, plan
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import optim, sharding, state, step
-from diffusion_jax.training.state import TrainState
 
 
 class Programs(NamedTuple):
@@ -38,16 +35,18 @@ class Programs(NamedTuple):
     draw_fn: (params, indices) -> samples, with the config's `sample` settings.
   """
 
-  recipe: Recipe
+  recipe: recipe.Recipe
   optimizer: optax.GradientTransformation
   init_key: jax.Array
-  abstract: TrainState
+  abstract: state.TrainState
   frozen: dict[str, Any]
   step_fn: Callable
   loss_fn: Callable
   draw_fn: Callable
 
-  def create_state(self, mesh: Mesh, given: dict | None = None) -> TrainState:
+  def create_state(
+    self, mesh: Mesh, given: dict | None = None
+  ) -> state.TrainState:
     """The state at step 0, see `state.create`."""
     return state.create(
       self.init_key, self.recipe.init, self.optimizer, mesh, given,
@@ -68,7 +67,7 @@ def create(config: Mapping, mesh: Mesh) -> Programs:
   return assemble(recipe.create(config), config, mesh)
 
 
-def assemble(made: Recipe, config: Mapping, mesh: Mesh) -> Programs:
+def assemble(made: recipe.Recipe, config: Mapping, mesh: Mesh) -> Programs:
   """Like `create`, for an existing recipe.
 
   Args:
@@ -79,7 +78,7 @@ def assemble(made: Recipe, config: Mapping, mesh: Mesh) -> Programs:
   Raises:
     UserError: the config asks for a sampler or a grid that does not exist.
   """
-  plan = _plan(config['sample'], made.schedule, config['seed'])
+  how = _plan(config['sample'], made.schedule, config['seed'])
   optimizer = optim.create(**config['optim'])
   # Samples use fold_in(seed, 1), see `draw.sample_keys`.
   root = jax.random.fold_in(jax.random.key(config['seed']), 0)
@@ -108,16 +107,18 @@ def assemble(made: Recipe, config: Mapping, mesh: Mesh) -> Programs:
       step.heldout_loss, key=heldout_key, objective=objective, mesh=mesh
     )
   )
-  draw_fn = jax.jit(draw.drawer(made, mesh, plan))
+  draw_fn = jax.jit(draw.drawer(made, mesh, how))
   return Programs(
     made, optimizer, init_key, abstract, made.frozen, step_fn, loss_fn, draw_fn
   )
 
 
-def _plan(sample: Mapping, schedule: Schedule, seed: int) -> plans.Plan:
+def _plan(
+  sample: Mapping, schedule: schedules.Schedule, seed: int
+) -> plan.Plan:
   """The plan of samples drawn during training."""
   name = sample['sampler']
-  if plans.is_calibrated(name, sample['grid']):
+  if plan.is_calibrated(name, sample['grid']):
     raise UserError(
       f'sample.sampler={name} with sample.grid={sample["grid"]} needs a '
       'calibrated network, which training does not have: use another, such as '
@@ -131,4 +132,4 @@ def _plan(sample: Mapping, schedule: Schedule, seed: int) -> plans.Plan:
   given = {'variance'} & samplers.takes(name).keys()
   options = samplers.options(name, **{key: sample[key] for key in given})
   times = grid.create(sample['grid'], schedule, sample['num_steps'])
-  return plans.Plan(name, options, times, sample['clip'], seed)
+  return plan.Plan(name, options, times, sample['clip'], seed)

@@ -11,15 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax import models, runs
-from diffusion_jax.codecs import Codec
-from diffusion_jax.models import NET
-from diffusion_jax.process.gaussian import Denoised
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax import codecs, models, runs
+from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import calibration, draw, recipe
-from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.samplers import plan as plans
-from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system import files, numerics
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, sharding
@@ -37,7 +32,7 @@ class Compiled(NamedTuple):
   drawer: Callable
 
 
-def _compile(recipe: Recipe, mesh: Mesh) -> Compiled:
+def _compile(recipe: recipe.Recipe, mesh: Mesh) -> Compiled:
   @jax.jit
   def denoise(params, xt, t, cond):
     return recipe.denoiser(params, cond, mesh)(xt, t)
@@ -45,7 +40,7 @@ def _compile(recipe: Recipe, mesh: Mesh) -> Compiled:
   # Cached, so that a second call of `sample` does not compile again.
   @functools.lru_cache(maxsize=8)
   def drawer(plan, **options):
-    how = Plan(*json.loads(plan))
+    how = plans.Plan(*json.loads(plan))
     return jax.jit(draw.drawer(recipe, mesh, how, **options))
 
   return Compiled(denoise, drawer)
@@ -70,7 +65,7 @@ class Trained:
   config: dict
   step: int
   ema: bool
-  recipe: Recipe
+  recipe: recipe.Recipe
   params: dict
   mesh: Mesh
   compiled: Compiled
@@ -78,15 +73,15 @@ class Trained:
   @property
   def model(self) -> models.Model:
     """The network; `model.apply(params['net'], xt, t)` is its prediction."""
-    return self.recipe.parts[NET]
+    return self.recipe.parts[models.NET]
 
   @property
-  def schedule(self) -> Schedule:
+  def schedule(self) -> schedules.Schedule:
     """The noise schedule; times are 0 .. schedule.num_timesteps - 1."""
     return self.recipe.schedule
 
   @property
-  def codec(self) -> Codec:
+  def codec(self) -> codecs.Codec:
     """Data <-> x0; 8-bit images are in [-1, 1]."""
     return self.recipe.codec
 
@@ -102,7 +97,7 @@ class Trained:
 
   def denoise(
     self, xt: jax.Array, t: jax.Array, cond: dict | None = None
-  ) -> Denoised:
+  ) -> gaussian.Denoised:
     """Estimates x0 and eps from noised data.
 
     Args:
@@ -148,7 +143,7 @@ class Trained:
     return digest.hexdigest()
 
   @numerics.fixed()
-  def plan(self, **options) -> Plan:
+  def plan(self, **options) -> plans.Plan:
     """Makes a sampling plan, by default with the settings of the run's paper.
 
     Args:
@@ -171,7 +166,7 @@ class Trained:
 
   @numerics.fixed()
   def drawer(
-    self, how: Plan, frames: tuple[int, ...] = (), **options
+    self, how: plans.Plan, frames: tuple[int, ...] = (), **options
   ) -> Callable:
     """Returns a compiled function that draws samples by index.
 

@@ -16,8 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.linear import linear
+from diffusion_jax.samplers import levels, linear
 from diffusion_jax.samplers.solve import Sampler
 from diffusion_jax.system.errors import one_of
 

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.process import gaussian
-from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.linear import linear
+from diffusion_jax.samplers import levels, linear
 from diffusion_jax.samplers.solve import Sampler
 from diffusion_jax.system.errors import UserError
 

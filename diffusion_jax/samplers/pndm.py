@@ -13,8 +13,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.linear import advance, memory_of
+from diffusion_jax.samplers import levels, linear
 from diffusion_jax.samplers.solve import Sampler
 from diffusion_jax.system.errors import one_of
 
@@ -92,7 +91,7 @@ def _multistep(start):
             'w': ce * ADAMS[0 if several else min(i, 3)],
           }
         )
-    return levels.stacked(rows), (jnp.zeros_like(x), memory_of(x, 3))
+    return levels.stacked(rows), (jnp.zeros_like(x), linear.memory_of(x, 3))
 
   def step(denoiser, row, x, memory, noise_fn):
     mean, memory = memory
@@ -100,7 +99,7 @@ def _multistep(start):
     mean = row['share'] * eps + jnp.where(row['begins'] > 0, 0, mean)
     # At the end of a step of several evaluations, use their mean.
     e = jnp.where(row['averages'] > 0, mean, eps)
-    x, memory = advance(e, row, x, memory)
+    x, memory = linear.advance(e, row, x, memory)
     return x, (mean, memory)
 
   return Sampler(init, step, evaluations)

@@ -4,8 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.linear import advance, memory_of
+from diffusion_jax.samplers import levels, linear
 from diffusion_jax.samplers.solve import Sampler
 from diffusion_jax.system.errors import one_of
 
@@ -52,7 +51,7 @@ def unipc(
       'corrected': correct[:-1],
       'cx': ratio[1:],
       'w': predict,
-    }, memory_of(x, order)
+    }, linear.memory_of(x, order)
 
   def step(denoiser, row, x, memory, noise_fn):
     start, past = memory
@@ -61,7 +60,7 @@ def unipc(
     x = row['kept'] * start
     for weight, m in zip(row['corrected'], (seen, *past), strict=True):
       x = x + weight * m
-    return advance(seen, row, x, memory)
+    return linear.advance(seen, row, x, memory)
 
   return Sampler(init, step)
 
