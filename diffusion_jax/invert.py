@@ -41,10 +41,7 @@ declare.table(
   output=(str, 'Output folder; by default a new one in WORKDIR/inversions.'),
   num_images=(8, 'Number of images, evenly spaced in the set.'),
   batch_size=(64, 'Images per batch, over all devices.'),
-  num_steps=(
-    int,
-    'Steps in each direction; by default all of the schedule.',
-  ),
+  num_steps=(int, 'Steps in each direction; by default all of the schedule.'),
   grid=(
     'uniform',
     f'Times: {", ".join(grids.GRIDS)}, or a literal list such as 999,500,100.',

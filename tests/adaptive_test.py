@@ -17,7 +17,7 @@ from diffusion_jax import samplers
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import store
 from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.adaptive import Took, adaptive
+from diffusion_jax.samplers.adaptive import Took, solve
 from diffusion_jax.system.errors import UserError
 
 LINEAR = schedules.linear(1000)
@@ -41,7 +41,7 @@ def noise(count, size=16):
 
 
 def jitted(denoiser=denoise, **options):
-  return jax.jit(lambda x: adaptive(**options).run(denoiser, LINEAR, x))
+  return jax.jit(lambda x: solve(denoiser, LINEAR, x, **options))
 
 
 # --- what it converges to ----------------------------------------------------
@@ -309,10 +309,14 @@ def test_what_is_not_a_number_is_not_finished():
   ],
 )
 def test_bad_options_are_one_line(options, said):
-  with pytest.raises(UserError) as error:
-    samplers.create('adaptive', **options)
-  assert said in str(error.value)
-  assert '\n' not in str(error.value)
+  for call in (
+    lambda: samplers.create('adaptive', **options),
+    lambda: solve(denoise, LINEAR, jnp.zeros((1, 1)), **options),
+  ):
+    with pytest.raises(UserError) as error:
+      call()
+    assert said in str(error.value)
+    assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -354,6 +358,7 @@ def sample(run, *arguments, devices=1):
   return json.loads(result.out)
 
 
+@pytest.mark.slow
 def test_samples_and_what_they_took(run):
   """By the library, by the binary, in two jobs, on eight devices."""
   trained = diffusion_jax.load(run)

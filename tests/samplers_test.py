@@ -231,7 +231,7 @@ def test_bad_numbers_of_steps_are_answered_in_one_line(num_steps):
 @pytest.mark.parametrize(
   ('name', 'options', 'said'),
   [
-    ('rk45', {}, 'sampler=rk45'),
+    ('rk45', {}, "sampler='rk45'"),
     ('ancestral', {'eta': 0.5}, 'eta=0.5'),
     ('ddim', {'variance': 'fixedsmall'}, 'variance=fixedsmall'),
     ('ddim', {'eta': 1.5}, 'eta=1.5'),

@@ -22,13 +22,7 @@ from diffusion_jax.system.errors import UserError
 flags.disclaim_key_flags()  # --config belongs to the binary
 
 # Raised by absl and ml_collections for a mistake on the command line.
-FLAG_ERRORS = (
-  flags.Error,
-  AttributeError,
-  LookupError,
-  TypeError,
-  ValueError,
-)
+FLAG_ERRORS = (flags.Error, AttributeError, LookupError, TypeError, ValueError)
 
 # Errors of the file system, which are never bugs.
 DISK = (
@@ -96,10 +90,8 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
     try:
       _call(main)
     except KeyboardInterrupt:
-      print(
-        '\ninterrupted; run the same command again to resume',
-        file=sys.stderr,
-      )
+      told = '\ninterrupted; run the same command again to resume'
+      print(told, file=sys.stderr)
       # A normal exit would destroy objects that XLA may still use. Nothing is
       # left to save: all contexts have exited.
       for child in multiprocessing.active_children():

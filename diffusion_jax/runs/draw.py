@@ -75,9 +75,10 @@ def drawer(
       evaluation each (arXiv 2006.11239, section 4.3); x for clean data.
 
   Returns:
-    draw(params, indices [B]) -> data [B, ...]. `params` holds all parts. With
-    `frames`, a pair of the data and [F, B, ...]; with `took`, a pair of the
-    data and `adaptive.Took`.
+    draw(params, indices [B], rows={}) -> data [B, ...]. `params` holds all
+    parts, and `rows` the data that a condition is computed from. With `frames`,
+    a pair of the data and [F, B, ...]; with `took`, a pair of the data and
+    `adaptive.Took`.
 
   Raises:
     UserError: an unknown dtype, or one that does not fit the data.
@@ -87,8 +88,8 @@ def drawer(
   dtype = one_of('dtype', dtype or next(iter(known)), known)
   sampler, grid = plan.create(), plan.grid
 
-  def draw(params, indices):
-    cond = recipe.conditioner.condition(params, {}, None)
+  def draw(params, indices, rows=None):
+    cond = recipe.conditioner.condition(params, rows or {}, None)
     denoiser = recipe.denoiser(params, cond, mesh)
     if plan.clip and codec.bound is not None:
       denoiser = clipping.clip_x0(denoiser, schedule, codec.bound)

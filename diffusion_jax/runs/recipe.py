@@ -100,8 +100,7 @@ def create(config: Mapping) -> Recipe:
     UserError: an unknown name, or a condition that the network does not accept.
   """
   codec = codecs.create(
-    image_shape=runs.image_shape(config['data']),
-    **config['codec'],
+    image_shape=runs.image_shape(config['data']), **config['codec']
   )
   network = models.create(image_shape=codec.shape, **config['model'])
   conditioner = conditioning.create(**config['conditioning'])

@@ -126,12 +126,12 @@ class Trained:
     """
     directory = self.workdir / 'checkpoints'
     step = checkpoint.find_step(directory, step)
-    trained = {name: self.params[name] for name in self.recipe.parts}
+    shapes = jax.eval_shape(self.recipe.init, jax.random.key(0))
     params = checkpoint.load_params(
-      directory, step, sharding.abstract(trained, self.mesh), ema=self.ema
+      directory, step, sharding.abstract(shapes, self.mesh), ema=self.ema
     )
     return dataclasses.replace(
-      self, step=step, params={**self.params, **params}
+      self, step=step, params={**self.recipe.frozen, **params}
     )
 
   @functools.cached_property
@@ -252,15 +252,7 @@ def load(
   """
   workdir = files.at(workdir).expanduser()
   config = runs.read_config(workdir)
-  directory = workdir / 'checkpoints'
-  step = checkpoint.find_step(directory, step)
   mesh = mesh or sharding.make_mesh()
   made = recipe.create(config)
-  shapes = jax.eval_shape(made.init, jax.random.key(0))
-  params = checkpoint.load_params(
-    directory, step, sharding.abstract(shapes, mesh), ema=ema
-  )
-  return Trained(
-    workdir, config, step, ema, made, {**made.frozen, **params}, mesh,
-    _compile(made, mesh),
-  )  # fmt: skip
+  compiled = _compile(made, mesh)
+  return Trained(workdir, config, 0, ema, made, {}, mesh, compiled).at(step)

@@ -30,13 +30,15 @@ step is at most 5 times as long as the previous one, because the two methods can
 agree by accident where x0 is clipped.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.process.gaussian import per_example
+from diffusion_jax.process.gaussian import Denoiser, per_example
+from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.samplers import levels
 from diffusion_jax.samplers.solve import Sampler
 from diffusion_jax.system.errors import UserError
@@ -83,11 +85,33 @@ class _State(NamedTuple):
 def adaptive(
   rtol: float = 0.05, atol: float = 0.0078, budget: int = 200
 ) -> Sampler:
-  """DPM-Solver-12 with step sizes chosen per sample.
+  """DPM-Solver-12 with step sizes chosen per sample, see `solve`.
 
-  `run` solves the probability flow from t = T-1 to t = 0, then estimates x0.
+  Args:
+    rtol: relative tolerance of the error of a step.
+    atol: absolute tolerance; 0.0078 is one level of an 8-bit image.
+    budget: the largest number of network evaluations per sample.
 
-  It is a single `lax.while_loop`. Each iteration is one evaluation for each
+  Raises:
+    UserError: an option is out of range.
+  """
+  _check(rtol, atol, budget)
+  run = functools.partial(solve, rtol=rtol, atol=atol, budget=budget)
+  return Sampler(None, None, lambda grid: budget, run)
+
+
+def solve(
+  denoiser: Denoiser,
+  schedule: Schedule,
+  x: jax.Array,
+  *,
+  rtol: float = 0.05,
+  atol: float = 0.0078,
+  budget: int = 200,
+) -> tuple[jax.Array, Took]:
+  """Solves the probability flow from t = T-1 to t = 0, then estimates x0.
+
+  Runs a single `lax.while_loop`. Each iteration is one evaluation for each
   unfinished sample, at the start or in the middle of its own step; finished
   samples are evaluated with the others but do not change. The loop ends when
   all samples are finished, or at the budget. A sample unfinished by then gets
@@ -98,47 +122,49 @@ def adaptive(
   whether E <= 1, the sample changes by about the tolerance.
 
   Args:
+    denoiser: the model, with its conditioning, clipping and guidance.
+    schedule: the noise schedule.
+    x: [B, ...] at t = T-1.
     rtol: relative tolerance of the error of a step. The final error of x is
       proportional to the tolerances, and the number of steps to their inverse
       square root.
     atol: absolute tolerance; 0.0078 is one level of an 8-bit image.
     budget: the largest number of network evaluations per sample.
 
+  Returns:
+    (x0 [B, ...], Took).
+
   Raises:
     UserError: an option is out of range.
   """
   _check(rtol, atol, budget)
+  last = schedule.num_timesteps - 1
+  start, end = levels.of(schedule, [last, 0]).lam
+  end = jnp.asarray(end, x.dtype)
 
-  def run(denoiser, schedule, x):
-    last = schedule.num_timesteps - 1
-    start, end = levels.of(schedule, [last, 0]).lam
-    end = jnp.asarray(end, x.dtype)
+  def body(carry):
+    turn, state = carry
+    going = ~state.took.finished
 
-    def body(carry):
-      turn, state = carry
-      going = ~state.took.finished
+    def masked(new, old):
+      return jnp.where(per_example(going, old), new, old)
 
-      def masked(new, old):
-        return jnp.where(per_example(going, old), new, old)
+    tried = _tried(denoiser, schedule, state, end, rtol, atol)
+    return turn + 1, jax.tree.map(masked, tried, state)
 
-      tried = _tried(denoiser, schedule, state, end, rtol, atol)
-      return turn + 1, jax.tree.map(masked, tried, state)
+  def goes_on(carry):
+    turn, state = carry
+    return (turn < budget) & ~jnp.all(state.took.finished)
 
-    def goes_on(carry):
-      turn, state = carry
-      return (turn < budget) & ~jnp.all(state.took.finished)
-
-    count = len(x)
-    none = jnp.zeros(count, jnp.int32)
-    lam = jnp.full(count, start, x.dtype)
-    state = _State(
-      x, lam, jnp.minimum(lam + FIRST, end), jnp.ones(count, bool),
-      jnp.zeros_like(x), Took(none, none, none, jnp.zeros(count, bool)),
-    )  # fmt: skip
-    _, state = jax.lax.while_loop(goes_on, body, (0, state))
-    return state.x0, state.took
-
-  return Sampler(None, None, lambda grid: budget, run)
+  count = len(x)
+  none = jnp.zeros(count, jnp.int32)
+  lam = jnp.full(count, start, x.dtype)
+  state = _State(
+    x, lam, jnp.minimum(lam + FIRST, end), jnp.ones(count, bool),
+    jnp.zeros_like(x), Took(none, none, none, jnp.zeros(count, bool)),
+  )  # fmt: skip
+  _, state = jax.lax.while_loop(goes_on, body, (0, state))
+  return state.x0, state.took
 
 
 def _tried(denoiser, schedule, state: _State, end, rtol, atol) -> _State:

@@ -36,8 +36,7 @@ def stages(grid, order: int) -> Iterator[tuple[int, int, int]]:
 
 
 def dpm_solver(
-  order: Literal[3, 2, 1] = 3,
-  variant: Literal['paper', 'diffusers'] = 'paper',
+  order: Literal[3, 2, 1] = 3, variant: Literal['paper', 'diffusers'] = 'paper'
 ) -> Sampler:
   """DPM-Solver-1, -2 and -3: the linear part exact, eps by Taylor in lambda.
 

@@ -10,8 +10,7 @@ from diffusion_jax.system.errors import one_of
 
 
 def unipc(
-  order: Literal[3, 2, 1] = 3,
-  variant: Literal['bh2', 'bh1'] = 'bh2',
+  order: Literal[3, 2, 1] = 3, variant: Literal['bh2', 'bh1'] = 'bh2'
 ) -> Sampler:
   """UniPC-p in terms of x0: UniP-p, then UniC-p with the next evaluation.
 
