@@ -155,8 +155,7 @@ def chosen(
   plan = plan_of(asked())
   check(plan)
   own = declare.workdir() / 'samples' / name(step, plan, dtype)
-  output = FLAGS.output or own
-  output = files.at(output).expanduser()
+  output = files.at(FLAGS.output or own).expanduser()
   runs.usable_output(output)
   return network(), plan, output
 

@@ -73,17 +73,17 @@ def fence(build: Callable) -> Model:
   return Model(init, apply)
 
 
-def names(params) -> list[str]:
-  """The names of all parameters, in the order of `jax.tree.leaves`."""
-  paths = jax.tree_util.tree_flatten_with_path(params)[0]
-  return [
-    jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in paths
-  ]
-
-
 def named(params) -> dict:
   """Name -> parameter, in the order of `jax.tree.leaves`."""
-  return dict(zip(names(params), jax.tree.leaves(params), strict=True))
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+
+def names(params) -> list[str]:
+  """The names of all parameters, in the order of `jax.tree.leaves`."""
+  return list(named(params))
 
 
 def count(params) -> int:

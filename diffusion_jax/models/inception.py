@@ -232,10 +232,8 @@ def _walk(weights: Callable, x: jax.Array) -> Iterator[tuple[str, jax.Array]]:
     _max_pool(x, *half),
   )
 
-  for name, c in (
-    *(('mixed_4', 128), ('mixed_5', 160)),
-    *(('mixed_6', 160), ('mixed_7', 192)),
-  ):
+  for number, c in enumerate((128, 160, 160, 192), start=4):
+    name = f'mixed_{number}'
     wide, high = [c, (1, 7)], [c, (7, 1)]
     x = _join(
       chain(name, x, [192]),

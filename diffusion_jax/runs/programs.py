@@ -54,30 +54,21 @@ class Programs(NamedTuple):
     )  # fmt: skip
 
 
-def create(config: Mapping, mesh: Mesh) -> Programs:
+def create(
+  config: Mapping, mesh: Mesh, made: recipe.Recipe | None = None
+) -> Programs:
   """Makes the programs of a run; nothing is compiled or allocated.
 
   Args:
-    config: the run's config, validated.
+    config: the run's config, validated. With a recipe: the seed, optim, ema,
+      microbatches and sample settings.
     mesh: the devices, which need not be present.
+    made: the run's recipe; by default the config's.
 
   Raises:
     UserError: the config asks for something that does not exist.
   """
-  return assemble(recipe.create(config), config, mesh)
-
-
-def assemble(made: recipe.Recipe, config: Mapping, mesh: Mesh) -> Programs:
-  """Like `create`, for an existing recipe.
-
-  Args:
-    made: the recipe.
-    config: the seed, optim, ema, microbatches and sample settings.
-    mesh: the devices, which need not be present.
-
-  Raises:
-    UserError: the config asks for a sampler or a grid that does not exist.
-  """
+  made = made or recipe.create(config)
   how = _plan(config['sample'], made.schedule, config['seed'])
   optimizer = optim.create(**config['optim'])
   # Samples use fold_in(seed, 1), see `draw.sample_keys`.

@@ -154,15 +154,9 @@ class Trained:
       UserError: an unknown name, a number out of range, or a plan that needs a
         calibration of the network, if there is none.
     """
-
-    def found():
-      kept = calibration.read(
-        self.workdir, self.step, self.ema, self.schedule.num_timesteps
-      )
-      calibration.check(kept, self)
-      return kept
-
-    return plans.for_run(self.config, calibration=found, **options)
+    return plans.for_run(
+      self.config, calibration=lambda: calibration.of(self), **options
+    )
 
   @numerics.fixed()
   def drawer(

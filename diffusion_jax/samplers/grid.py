@@ -152,13 +152,9 @@ def optimal(schedule: Schedule, num_steps: int, mse) -> list[int]:
   return [last, *times[::-1], -1]
 
 
-GRIDS = {
-  grid.__name__: grid
-  for grid in (
-    *(uniform, leading, trailing, quadratic, logsnr, karras),
-    *(ddim_uniform, ddim_quadratic),
-  )
-}
+_PUBLISHED = (ddim_uniform, ddim_quadratic)
+_ALL = (uniform, leading, trailing, quadratic, logsnr, karras, *_PUBLISHED)
+GRIDS = {grid.__name__: grid for grid in _ALL}
 NAMES = (*GRIDS, 'optimal')
 
 
