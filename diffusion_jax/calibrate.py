@@ -54,9 +54,7 @@ def main():
     'images_sha256': features.sha256_of(images),
     'seed': FLAGS.seed,
   }
-  found = _kept(place, about, trained)
-  if found is None:
-    found = _pass(trained, images, about, place)
+  found = _kept(place, about, trained) or _pass(trained, images, about, place)
   last = trained.schedule.num_timesteps - 1
   rows = [
     [str(t), f'{found.mse[t]:.4g}', f'{found.clipped_mse[t]:.4g}']

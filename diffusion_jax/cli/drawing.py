@@ -239,9 +239,7 @@ def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
     'step': trained.step,
     'ema': trained.ema,
     'weights_sha256': trained.weights_sha256,
-    'model': trained.config['model'],
-    'process': trained.config['process'],
-    'loss': trained.config['loss'],
+    **{part: trained.config[part] for part in ('model', 'process', 'loss')},
     'image_shape': trained.image_shape,
     **plan.protocol(),
   }

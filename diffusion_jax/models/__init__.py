@@ -121,8 +121,6 @@ def _to_params(state: nnx.State) -> dict:
 def _to_state(params: dict, like: nnx.State) -> nnx.State:
   flat = traverse_util.flatten_dict(params)
   return nnx.from_flat_state(
-    [
-      (path, variable.replace(flat[tuple(map(str, path))]))
-      for path, variable in nnx.to_flat_state(like)
-    ]
+    (path, variable.replace(flat[tuple(map(str, path))]))
+    for path, variable in nnx.to_flat_state(like)
   )

@@ -48,7 +48,6 @@ def create(
     return squared_error(network, schedule, prediction, x0, t, eps)
 
   def loss(params, extras, rows, keys):
-    del extras
     t = uniform_times(branch(keys, 't'), num_timesteps)
     values = values_at(
       params, rows, keys, t, branch(keys, 'condition'), branch(keys, 'dropout')
@@ -56,7 +55,6 @@ def create(
     return values, Aux({'t': t}, {})
 
   def heldout(params, extras, rows, keys, index):
-    del extras
     # Times are spread evenly over the set (golden-ratio steps), which compares
     # checkpoints without the variance of random times. In integers, because
     # float32 has no digits left for the fraction of a large index.
@@ -65,7 +63,6 @@ def create(
     return values_at(params, rows, keys, t, None, None)
 
   def metrics(values, by_row, sums):
-    del sums
     return by_quarter(values, by_row['t'], num_timesteps)
 
   return Objective(loss, heldout, metrics)

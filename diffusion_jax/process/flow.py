@@ -131,7 +131,6 @@ def density(
 
   def solve_one(x, probe):
     def drift(ratio, state, args):
-      del args
       x = state[0]
       sigma = jnp.sqrt(jax.nn.sigmoid(2 * ratio))
       t = jnp.clip(schedule.t_of_logsnr(-2 * ratio, x.dtype), 0, last)

@@ -102,15 +102,11 @@ def table() -> list[tuple[str, ...]]:
   columns = ('order', 'evaluations', 'noise', 'what', 'source')
   rows = [('sampler', *columns[:-1], 'arXiv', 'options')]
   for name, about in ABOUT.items():
-    taken = takes(name).values()
-    shown = [_shown(option) for option in taken if not _is_needed(option)]
+    taken = takes(name)
+    shown = [_shown(taken[option]) for option in defaults(name)]
     told = (getattr(about, column) for column in columns)
     rows.append((name, *told, ' '.join(shown)))
   return rows
-
-
-def _is_needed(option) -> bool:
-  return option.default is inspect.Parameter.empty
 
 
 def _shown(option) -> str:
@@ -146,7 +142,7 @@ def defaults(name: str) -> dict:
   return {
     option: parameter.default
     for option, parameter in takes(name).items()
-    if not _is_needed(parameter)
+    if parameter.default is not inspect.Parameter.empty
   }
 
 
@@ -162,17 +158,16 @@ def options(name: str, **given) -> dict:
       required option that is not given.
   """
   taken = takes(name)
+  given = {option: x for option, x in given.items() if x is not None}
   for option, value in given.items():
-    if value is not None and option not in taken:
+    if option not in taken:
       known = f'it takes {", ".join(taken)}' if taken else 'it takes none'
       raise UserError(f'{option}={value}: {name} has no such option; {known}')
-  for option, parameter in taken.items():
-    if _is_needed(parameter) and given.get(option) is None:
+  chosen = defaults(name) | given
+  for option in taken:
+    if option not in chosen:
       raise UserError(f'sampler={name} needs {option}, which is not given')
-  return {
-    option: parameter.default if given.get(option) is None else given[option]
-    for option, parameter in taken.items()
-  }
+  return {option: chosen[option] for option in taken}
 
 
 def create(name: str, **given) -> Sampler:
@@ -185,5 +180,4 @@ def create(name: str, **given) -> Sampler:
   Raises:
     UserError: as for `options`, or an option out of range.
   """
-  chosen = options(name, **given)
-  return SAMPLERS[name](**chosen)
+  return SAMPLERS[name](**options(name, **given))

@@ -27,7 +27,6 @@ def ancestral(
   one_of('variance', variance, gaussian.VARIANCES)
 
   def init(schedule, grid, x):
-    del x
     t, s = grid[:-1], grid[1:]
     c0, ct, _ = gaussian.posterior_coefficients(schedule, t, s)
     std = np.sqrt(gaussian.step_variance(schedule, t, s, variance))

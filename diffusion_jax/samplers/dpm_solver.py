@@ -20,17 +20,15 @@ from diffusion_jax.samplers.solve import Sampler
 from diffusion_jax.system.errors import one_of
 
 
-def groups(grid, order: int) -> list[int]:
-  """The number of grid steps in each step of the method, e.g. 3, 3, 2, 1."""
+def stages(grid, order: int) -> Iterator[tuple[int, int, int]]:
+  """For each grid step: (size of its group, the group's first step, step).
+
+  The groups are the steps of the method, of sizes such as 3, 3, 2, 1.
+  """
   clean = int(grid[-1] < 0)
   whole, rest = divmod(len(grid) - 1 - clean, order)
-  return [order] * whole + [rest] * (rest > 0) + [1] * clean
-
-
-def stages(grid, order: int) -> Iterator[tuple[int, int, int]]:
-  """For each grid step: (size of its group, the group's first step, step)."""
   first = 0
-  for size in groups(grid, order):
+  for size in [order] * whole + [rest] * (rest > 0) + [1] * clean:
     yield from ((size, first, first + i) for i in range(size))
     first += size
 

@@ -80,17 +80,9 @@ def _multistep(start):
         ends = k == len(stages) - 1
         # phi: x' = alpha' (x - sigma e) / alpha + sigma' e
         ce = new_sigma - new_alpha * sigma / alpha
-        rows.append(
-          {
-            't': t,
-            'begins': k == 0,
-            'ends': ends,
-            'share': share,
-            'averages': ends and several,
-            'cx': new_alpha / alpha,
-            'w': ce * ADAMS[0 if several else min(i, 3)],
-          }
-        )
+        row = {'t': t, 'begins': k == 0, 'ends': ends, 'share': share}
+        row |= {'averages': ends and several, 'cx': new_alpha / alpha}
+        rows.append({**row, 'w': ce * ADAMS[0 if several else min(i, 3)]})
     return levels.stacked(rows), (jnp.zeros_like(x), linear.memory_of(x, 3))
 
   def step(denoiser, row, x, memory, noise_fn):
