@@ -96,4 +96,4 @@ def _singlestep(order, kind, weights):
       rows.append({'t': grid[now], 'begins': begins, 'cx': cx, 'w': w})
     return levels.stacked(rows)
 
-  return linear(rows_of, kind)
+  return linear.linear(rows_of, kind)

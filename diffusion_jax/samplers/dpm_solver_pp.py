@@ -86,4 +86,4 @@ def _multistep(order, stochastic=False, bend=2.0):
       **({'std': sigma[1:] * np.sqrt(drop)} if stochastic else {}),
     }
 
-  return linear(rows_of, 'x0')
+  return linear.linear(rows_of, 'x0')

@@ -61,7 +61,7 @@ def ddim_inversion(iterations: int = 1) -> Sampler:
     place = np.arange(len(rows['t'])) % iterations
     return {**rows, 'begins': place == 0, 'ends': place == iterations - 1}
 
-  return linear(rows_of, 'eps', evaluations)
+  return linear.linear(rows_of, 'eps', evaluations)
 
 
 def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
