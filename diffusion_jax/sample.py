@@ -163,12 +163,10 @@ def _draw_interpolation(trained, plan, path):
   pairs = min(FLAGS.num_samples // 2, PAIRS)
   how = {'clip': plan.clip, 'batch_size': FLAGS.batch_size}
   carry = trajectories.carrier(trained, plan.create(), plan.grid, **how)
-
-  def draw_fn(x):
-    return trajectories.to_images(trained, carry(x))
-
   ends = trajectories.noises(trained, plan.seed, 2 * pairs)
-  picture = pictures.interpolation(draw_fn, ends, FLAGS.interpolate)
+  picture = pictures.interpolation(
+    lambda x: trajectories.to_images(trained, carry(x)), ends, FLAGS.interpolate
+  )
   if distributed.is_first():
     pictures.save(path, picture)
 

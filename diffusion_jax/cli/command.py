@@ -75,7 +75,10 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
           f'{rest[1]!r} is not a flag: every argument is --name=value'
         )
       if 'print_config' in flags.FLAGS and flags.FLAGS.print_config:
-        _print_config()
+        if flags.FLAGS.config is None:
+          raise UserError('--config is missing; see --help')
+        terminal.write(config_files.source(flags.FLAGS.config))
+        sys.exit(0)
       need(*required)
     except UserError as e:
       terminal.fail(str(e))
@@ -137,14 +140,6 @@ def _help(doc: str, full: bool) -> None:
   if full:
     lines.append(flags.FLAGS.get_help())
   terminal.write('\n'.join(lines))
-  sys.exit(0)
-
-
-def _print_config() -> None:
-  """Prints the config, including changes by flags; exits with 0."""
-  if flags.FLAGS.config is None:
-    raise UserError('--config is missing; see --help')
-  terminal.write(config_files.source(flags.FLAGS.config))
   sys.exit(0)
 
 

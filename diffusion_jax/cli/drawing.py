@@ -22,7 +22,7 @@ from diffusion_jax.samplers.adaptive import Took
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint, sharding
+from diffusion_jax.training import sharding
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
@@ -113,10 +113,7 @@ def prepared() -> tuple[int, Callable[[dict], Plan], Callable[[], Trained]]:
       if the plan or the calibration is not possible.
   """
   workdir = declare.workdir()
-  config = runs.read_config(workdir)
-  step = distributed.on_first(
-    lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
-  )
+  config, step = declare.run()
 
   @functools.cache
   def calibrated():

@@ -237,35 +237,6 @@ def terms(
   return jax.lax.map(one, (which, which if labels is None else labels))
 
 
-def bound(
-  denoiser: gaussian.Denoiser,
-  schedule: schedules.Schedule,
-  grid,
-  x0,
-  keys,
-  variance='fixedlarge',
-  discrete: bool = True,
-) -> Table:
-  """The bound of each image (arXiv 2006.11239, eq. 5), K evaluations each.
-
-  Args:
-    denoiser: (xt, t) -> (x0, eps).
-    schedule: the noise schedule.
-    grid: K + 1 decreasing times, the last one -1, see `samplers.grid`;
-      concrete.
-    x0: [B, ...] data.
-    keys: [B] random keys, see `terms`.
-    variance: see `variances`.
-    discrete: see `term`.
-
-  Raises:
-    UserError: see `variances`.
-  """
-  steps = prepare(schedule, grid, variance)
-  scored = terms(denoiser, steps, x0, keys, discrete=discrete)
-  return Table(prior(schedule, x0, grid[0]), *scored)
-
-
 def rate_distortion(table: Table) -> tuple[jax.Array, jax.Array]:
   """The rate-distortion curve (arXiv 2006.11239, table 4).
 

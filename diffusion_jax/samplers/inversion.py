@@ -54,10 +54,7 @@ def ddim_inversion(iterations: int = 1) -> Sampler:
       'cx': alpha[1:] / alpha[:-1],
       'w': (alpha[1:] * np.diff(sigma / alpha))[:, None],
     }
-    rows = {
-      name: np.repeat(value, iterations, axis=0)
-      for name, value in a_step.items()
-    }
+    rows = {k: np.repeat(v, iterations, axis=0) for k, v in a_step.items()}
     place = np.arange(len(rows['t'])) % iterations
     return {**rows, 'begins': place == 0, 'ends': place == iterations - 1}
 
