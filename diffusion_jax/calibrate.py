@@ -89,11 +89,10 @@ def _kept(place, about, trained):
 
 def _pass(trained, images, about, place):
   """Measures the errors and saves them."""
-  parts = '_'.join([
+  parts = place.parent / '_'.join([
     place.stem, trained.weights_sha256[:8], about['images_sha256'][:8],
     f'seed{FLAGS.seed}',
   ])  # fmt: skip
-  parts = place.parent / parts
   work = images.count * trained.schedule.num_timesteps
   with terminal.Progress('calibrating', work, unit='evaluations') as progress:
     found = passes.measure(

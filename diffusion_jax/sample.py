@@ -137,8 +137,7 @@ def _write(output, plan):
   if plan.adaptive:
     with files.replacing(output / 'evaluations.npy') as file:
       np.save(file, drawing.took(output, FLAGS.num_samples).evaluations)
-  picture = pictures.grid(images[: FLAGS.grid_images])
-  pictures.save(output / 'grid.png', picture)
+  pictures.save(output / 'grid.png', pictures.grid(images[: FLAGS.grid_images]))
   if FLAGS.png:
     files.make(output / 'png')
     for i, image in enumerate(images):

@@ -166,10 +166,7 @@ def _shapes(taps: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
 def _until(taps, steps) -> dict[str, jax.Array]:
   """Collects the requested taps from the steps, and stops after the last."""
   for tap in taps:
-    if tap not in TAPS:
-      raise UserError(
-        f'Inception has no tap {tap!r}: use one of {", ".join(TAPS)}'
-      )
+    one_of('tap', tap, TAPS)
   found = {}
   for tap, value in steps:
     if tap in taps:

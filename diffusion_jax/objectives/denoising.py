@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.codecs.codec import Codec
-from diffusion_jax.conditioning.conditioner import Conditioner
+from diffusion_jax.conditioning import Conditioner
 from diffusion_jax.objectives.objective import Aux, Objective, branch
 from diffusion_jax.process import gaussian, noise, schedules
 

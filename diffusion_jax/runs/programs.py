@@ -76,16 +76,16 @@ def create(
   init_key, step_key, heldout_key = jax.random.split(root, 3)
   objective = made.objective
   abstract = state.abstract_state(made.init, optimizer, mesh, objective.extras)
+  common = {'objective': objective, 'mesh': mesh}
   step_fn = jax.jit(
     functools.partial(
       step.train_step,
       key=step_key,
-      objective=objective,
       optimizer=optimizer,
       learning_rate=optim.learning_rate(**config['optim']),
       ema_decay=config['ema']['decay'],
       microbatches=config['microbatches'],
-      mesh=mesh,
+      **common,
     ),
     donate_argnums=0,
     out_shardings=(
@@ -94,9 +94,7 @@ def create(
     ),
   )
   loss_fn = jax.jit(
-    functools.partial(
-      step.heldout_loss, key=heldout_key, objective=objective, mesh=mesh
-    )
+    functools.partial(step.heldout_loss, key=heldout_key, **common)
   )
   draw_fn = jax.jit(draw.drawer(made, mesh, how))
   return Programs(

@@ -83,7 +83,12 @@ def _network(config):
     yield flat[key] in known, told
   yield from _limits(config, OF_NETWORK)
   yield from _model(config.model, config.data)
-  yield from _process(config.process)
+  process = config.process
+  yield (
+    0 < process.beta_start <= process.beta_end < 1,
+    f'process.beta_start={process.beta_start}, beta_end={process.beta_end}: '
+    '0 < beta_start <= beta_end < 1',
+  )
   yield from _optim(config.optim)
 
 
@@ -141,14 +146,6 @@ def _model(model, data):
       f'model.attention_resolutions has {resolution}, but the maps are of size '
       f'{", ".join(map(str, maps))}',
     )
-
-
-def _process(process):
-  yield (
-    0 < process.beta_start <= process.beta_end < 1,
-    f'process.beta_start={process.beta_start}, beta_end={process.beta_end}: '
-    '0 < beta_start <= beta_end < 1',
-  )
 
 
 def _optim(config):

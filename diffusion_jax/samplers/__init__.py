@@ -17,8 +17,7 @@ from diffusion_jax.samplers.dpm_solver_pp import (
 from diffusion_jax.samplers.edm import euler, heun
 from diffusion_jax.samplers.pndm import ipndm, plms
 from diffusion_jax.samplers.predictor_corrector import predictor_corrector
-from diffusion_jax.samplers.solve import Sampler as Sampler
-from diffusion_jax.samplers.solve import solve as solve
+from diffusion_jax.samplers.solve import Sampler, solve  # noqa: F401
 from diffusion_jax.samplers.unipc import unipc
 from diffusion_jax.system.errors import UserError, one_of
 

@@ -244,15 +244,6 @@ def in_batches(fn, rows: np.ndarray, size: int) -> np.ndarray:
   )
 
 
-def gathering(apply, mesh: Mesh, rules=RULES):
-  """Wraps `apply` to gather its parameters with `gather_fsdp` first."""
-
-  def gathered(params, *args):
-    return apply(gather_fsdp(params, mesh, rules), *args)
-
-  return gathered
-
-
 def put_batch(tree, mesh: Mesh):
   """NumPy arrays [B, ...], the same in every process -> global arrays."""
   where = batch_sharding(mesh)
