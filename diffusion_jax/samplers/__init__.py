@@ -179,4 +179,5 @@ def create(name: str, **given) -> Sampler:
   Raises:
     UserError: as for `options`, or an option out of range.
   """
-  return SAMPLERS[name](**options(name, **given))
+  chosen = options(name, **given)
+  return SAMPLERS[name](**chosen)
