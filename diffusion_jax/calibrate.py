@@ -76,15 +76,20 @@ def _kept(place, about, trained):
 
   def read():
     try:
-      found = calibration.of(trained)
+      found = calibration.read(
+        trained.workdir, trained.step, trained.ema,
+        trained.schedule.num_timesteps,
+      )  # fmt: skip
     except UserError:
-      return None  # missing, damaged or for other weights
+      return None  # missing or damaged
     told = json.loads(place.read_text())
     same = all(told.get(name) == value for name, value in about.items())
     return found if same else None
 
   found = distributed.on_first(read)
-  return found and calibration.Calibration(*found)
+  if found is None or found[-1] != trained.weights_sha256:
+    return None
+  return calibration.Calibration(*found)
 
 
 def _pass(trained, images, about, place):

@@ -82,19 +82,6 @@ def read(workdir, step: int, ema: bool, num_timesteps: int) -> Calibration:
     raise UserError(told) from e
 
 
-def of(trained) -> Calibration:
-  """Reads the calibration of a `Trained`, and checks that it fits its weights.
-
-  Raises:
-    UserError: see `read` and `check`.
-  """
-  found = read(
-    trained.workdir, trained.step, trained.ema, trained.schedule.num_timesteps
-  )
-  check(found, trained)
-  return found
-
-
 def _command(workdir, step, ema) -> str:
   raw = '' if ema else ' --ema=false'
   return (

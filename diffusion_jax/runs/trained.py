@@ -154,9 +154,15 @@ class Trained:
       UserError: an unknown name, a number out of range, or a plan that needs a
         calibration of the network, if there is none.
     """
-    return plans.for_run(
-      self.config, calibration=lambda: calibration.of(self), **options
-    )
+
+    def found():
+      kept = calibration.read(
+        self.workdir, self.step, self.ema, self.schedule.num_timesteps
+      )
+      calibration.check(kept, self)
+      return kept
+
+    return plans.for_run(self.config, calibration=found, **options)
 
   @numerics.fixed()
   def drawer(
