@@ -241,8 +241,7 @@ def carry_out(
 
   def keep():
     if known is None:
-      for tap, place in there.items():
-        statistics.write_gaussian(place, found.statistics[tap])
+      statistics.keep(there, found.statistics)
     if FLAGS.write_statistics:
       statistics.write(FLAGS.write_statistics, found.statistics)
     if path and FLAGS.neighbours and found.nearest:

@@ -8,6 +8,7 @@ from absl import flags
 from diffusion_jax import runs
 from diffusion_jax.cli import command, declare, drawing, judging, run_data
 from diffusion_jax.evaluation import bits, cards, features, tables
+from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.process import flow
 from diffusion_jax.reporting import page, plots
 from diffusion_jax.system import distributed, files, terminal
@@ -105,13 +106,9 @@ def _card(trained, images, how, about) -> dict:
   work = images.count * bits.work(how)
   unit = 'images' if how.kind == 'bpd_ode' else 'evaluations'
   with terminal.Progress(how.kind, work, unit=unit) as progress:
+    place = trained.workdir / 'likelihoods' / folder
     found = bits.measure(
-      trained,
-      images,
-      how,
-      trained.workdir / 'likelihoods' / folder,
-      FLAGS.batch_size,
-      progress.update,
+      Batches(trained, images, place, FLAGS.batch_size, progress.update), how
     )
   details = {'images': images.description, **found.details}
   card = cards.create(

@@ -19,6 +19,7 @@ from diffusion_jax.data import Source
 from diffusion_jax.evaluation import kept
 from diffusion_jax.evaluation.features import Judge
 from diffusion_jax.models.classifier import Classifier
+from diffusion_jax.system import errors, npz
 from diffusion_jax.system.errors import UserError
 
 NUM_STEPS = 1500
@@ -45,15 +46,14 @@ def scale(images: jax.Array) -> jax.Array:
   return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def fit(
-  images: np.ndarray,
-  labels: np.ndarray,
-  num_classes: int,
+def train(
+  path,
+  source: Source,
   *,
   num_steps: int = NUM_STEPS,
   on_step: Callable[[], None] = lambda: None,
-) -> dict:
-  """Trains a classifier.
+) -> None:
+  """Trains a classifier on a labelled source and saves it in `path` (.npz).
 
   It uses Adam with a cosine learning rate. Images are shifted by up to a
   sixteenth of their size, or one pixel if that is larger. It runs on one
@@ -61,20 +61,16 @@ def fit(
   machine.
 
   Args:
-    images: uint8 [N, H, W, C].
-    labels: int [N], in [0, num_classes).
-    num_classes: K.
+    path: the file, written atomically.
+    source: the images to train on.
     num_steps: number of steps, of 128 images each.
     on_step: called after each step.
-
-  Returns:
-    the parameters, a nested dict, on the host.
   """
-  model = network(images.shape[1:], num_classes)
+  images, labels = map(jnp.asarray, _arrays(source))
+  model = network(images.shape[1:], source.num_classes)
   init_key, root = jax.random.split(jax.random.key(0))
   params = model.init(init_key)
   optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, num_steps))
-  images, labels = jnp.asarray(images), jnp.asarray(labels)
   shift = max(1, images.shape[1] // 16)
 
   def shifted(key, image):
@@ -102,33 +98,12 @@ def fit(
   for number in range(num_steps):
     params, state = step(params, state, number)
     on_step()
-  return jax.device_get(params)
-
-
-def train(
-  path,
-  source: Source,
-  *,
-  num_steps: int = NUM_STEPS,
-  on_step: Callable[[], None] = lambda: None,
-) -> None:
-  """Trains a classifier on a labelled source and saves it in `path` (.npz).
-
-  Args:
-    path: the file, written atomically.
-    source: the images to train on.
-    num_steps: number of steps, of 128 images each.
-    on_step: called after each step.
-  """
-  images, labels = _arrays(source)
-  how = {'num_steps': num_steps, 'on_step': on_step}
-  params = fit(images, labels, source.num_classes, **how)
   facts = {
     'image_shape': images.shape[1:],
     'num_classes': source.num_classes,
     'trained_on': source.description,
   }
-  flat = traverse_util.flatten_dict(params, sep='/')
+  flat = traverse_util.flatten_dict(jax.device_get(params), sep='/')
   kept.write(path, {**flat, FACTS: json.dumps(facts)})
 
 
@@ -175,7 +150,13 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
     UserError: there is no such file, it is not a classifier, or it judges
       images of another shape.
   """
-  try:
+  with errors.one_line(
+    npz.DAMAGED,
+    lambda reason: (
+      f'{path} is not a classifier of this package ({reason}): '
+      'delete it, or give another --features'
+    ),
+  ):
     flat = kept.read(path)
     facts = json.loads(str(flat.pop(FACTS)))
     shape, classes = tuple(facts['image_shape']), int(facts['num_classes'])
@@ -186,11 +167,6 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
     wanted = jax.eval_shape(model.init, jax.random.key(0))
     if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, wanted):
       raise ValueError('its parameters are of another network')
-  except kept.DAMAGED as e:
-    raise UserError(
-      f'{path} is not a classifier of this package ({e}): delete it, or give '
-      'another --features'
-    ) from e
   if shape != tuple(image_shape):
     raise UserError(
       f'{path} judges images of {shape}, not of {tuple(image_shape)}: give '

@@ -116,20 +116,12 @@ def passes(
   Raises:
     UserError: pixels or features are not finite.
   """
-  apply = jax.jit(judge.apply)
   params = jax.device_put(judge.params, sharding.replicated(mesh))
-  parts = mesh.shape['data'] * mesh.shape['fsdp']
-  size = -(-min(batch_size, BLOCK) // parts) * parts
+  apply = functools.partial(jax.jit(judge.apply), params)
+  size = sharding.rounded(min(batch_size, BLOCK), mesh)
 
   def compute(images):
-    # Padded with repeats, so that one compiled program serves all batches.
-    count = -(-len(images) // size) * size
-    padded = images[np.resize(np.arange(len(images)), count)]
-    found = []
-    for part in np.split(padded, count // size):
-      out = apply(params, sharding.put_batch(part, mesh))
-      found.append(jax.tree.map(sharding.to_host, out))
-    outputs = jax.tree.map(lambda *x: np.concatenate(x)[: len(images)], *found)
+    outputs = sharding.in_batches(apply, images, size, mesh)
     # A distance computed from them would be meaningless.
     if not all(np.isfinite(x).all() for x in outputs.values()):
       raise UserError(
@@ -141,11 +133,11 @@ def passes(
     if not cache or not judge.keys:
       yield Batch(images, compute(images))
       continue
-    paths = _paths(judge, images, cache)
     outputs, _ = kept.once(
-      functools.partial(_read, paths, len(images)),
-      functools.partial(_write, paths),
+      _paths(judge, images, cache),
       functools.partial(compute, images),
+      functools.partial(_read, len(images)),
+      _write,
     )
     yield Batch(images, outputs)
 
@@ -187,7 +179,7 @@ def _paths(judge, images, cache) -> dict[str, files.Path]:
   }
 
 
-def _read(paths, count) -> dict[str, np.ndarray]:
+def _read(count, paths) -> dict[str, np.ndarray]:
   found = {name: np.array(files.mapped(path)) for name, path in paths.items()}
   for x in found.values():
     if x.dtype != np.float32 or x.ndim != 2 or len(x) != count:

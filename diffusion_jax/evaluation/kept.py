@@ -1,20 +1,13 @@
 """Arrays on disk: safe reading of .npz files, and results computed once."""
 
-import tokenize
+import contextlib
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from diffusion_jax.system import distributed, files
-
-# Raised by a file that is missing, damaged or of another kind.
-DAMAGED = (
-  *(OSError, ValueError, TypeError, LookupError, AttributeError, EOFError),
-  *(ArithmeticError, RuntimeError, MemoryError, SyntaxError),
-  *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
-)
+from diffusion_jax.system.npz import DAMAGED
 
 
 def names(path) -> list[str]:
@@ -40,7 +33,8 @@ def read(
     most_bytes: maximum total size of the arrays.
 
   Raises:
-    DAMAGED: the file is not a .npz, lacks an array, or is too large.
+    npz.DAMAGED: the file is missing, not a .npz, lacks an array, or is too
+      large.
   """
   with files.at(path).open('rb') as file:
     with zipfile.ZipFile(file) as archive:
@@ -64,28 +58,29 @@ def write(path, arrays: dict[str, np.ndarray], save=np.savez) -> None:
 
 
 def once(
-  read_fn: Callable[[], dict],
-  write_fn: Callable[[dict], None],
+  place,
   compute_fn: Callable[[], dict],
+  read_fn: Callable = read,
+  write_fn: Callable = write,
 ) -> tuple[dict, bool]:
   """Reads arrays, or computes them and has process 0 write them.
 
   Args:
-    read_fn: () -> arrays; raises DAMAGED if they are missing or damaged.
-    write_fn: writes the arrays.
+    place: where they are, as the two functions take it; by default a .npz.
     compute_fn: () -> arrays.
+    read_fn: place -> arrays; raises npz.DAMAGED if missing or damaged.
+    write_fn: (place, arrays) -> None.
 
   Returns:
     (the arrays, whether they were read).
   """
-  try:
-    found = read_fn()
-  except DAMAGED:
-    found = None
+  found = None
+  with contextlib.suppress(*DAMAGED):
+    found = read_fn(place)
   # If only some hosts see the folder, all compute.
   if all(distributed.gather(found is not None)):
     return found, True
   found = compute_fn()
   if distributed.is_first():
-    write_fn(found)
+    write_fn(place, found)
   return found, False

@@ -11,8 +11,8 @@ import numpy as np
 
 from diffusion_jax.evaluation import features, kept
 from diffusion_jax.evaluation.features import VERSION, Images, Judge
-from diffusion_jax.evaluation.metrics.frechet import Gaussian, Moments
-from diffusion_jax.system import files
+from diffusion_jax.evaluation.metrics.frechet import Gaussian
+from diffusion_jax.system import errors, files, npz
 from diffusion_jax.system.errors import UserError
 
 Statistics = dict[str, Gaussian]  # by tap
@@ -79,11 +79,19 @@ def cached(there: dict[str, files.Path]) -> Statistics | None:
     return None  # computed again and overwritten
 
 
+def keep(there: dict[str, files.Path], given: Statistics) -> None:
+  """Writes statistics to the cache, to the files of `paths`."""
+  for tap, path in there.items():
+    arrays = dict(zip(PLAIN, given[tap], strict=True))
+    kept.write(path, arrays, np.savez_compressed)
+
+
 def write(path, given: Statistics) -> None:
   """Writes statistics of the first tap, and of the spatial features if any.
 
   Args:
-    path: a .npz for `read`.
+    path: a .npz for `read`, written atomically in pytorch-fid's format: it will
+      hold mu [D] and sigma [D, D], float64, but not the number of images.
     given: the statistics.
   """
   arrays = {}
@@ -119,22 +127,10 @@ def paths(cache, judge: Judge, images_sha256: str) -> dict[str, files.Path]:
   }
 
 
-def write_gaussian(path, a: Moments | Gaussian) -> None:
-  """Writes statistics atomically, in pytorch-fid's format.
-
-  Args:
-    path: a .npz file; it will hold mu [D] and sigma [D, D], float64, but not
-      the number of images.
-    a: the moments.
-  """
-  arrays = {'mu': a.mean, 'sigma': a.covariance}
-  kept.write(path, arrays, np.savez_compressed)
-
-
 def read_gaussian(
   path, dim: int | None = None, keys: tuple[str, str] = PLAIN
 ) -> Gaussian:
-  """Reads statistics written by `write_gaussian`, pytorch-fid or another tool.
+  """Reads statistics written by `write`, pytorch-fid or another tool.
 
   The file may come from anywhere: nothing is unpickled, and the size is
   limited. Other arrays in the file are not read.
@@ -149,21 +145,21 @@ def read_gaussian(
     UserError: there is no such file, it holds something else, or statistics of
       another D.
   """
-  wanted = ' and '.join(keys)
-  try:
+
+  def described(reason):
+    if there := kept.names(path):
+      reason += f'; it holds {" ".join(", ".join(there[:10]).split())}'
+    return (
+      f'{path} holds no readable statistics ({reason}): give a .npz with '
+      f'{" and ".join(keys)}'
+    )
+
+  with errors.one_line(npz.DAMAGED, described):
     arrays = kept.read(path, keys, 8 * MOST * (MOST + 1) + 4096).values()
     for array in arrays:
       if array.dtype.kind != 'f' or array.ndim == 0 or len(array) > MOST:
         raise ValueError(f'{array.dtype} {list(array.shape)}')
     mean, covariance = (array.astype(np.float64) for array in arrays)
-  except kept.DAMAGED as e:
-    reason = ' '.join(str(e).split()) or type(e).__name__
-    if there := kept.names(path):
-      reason += f'; it holds {" ".join(", ".join(there[:10]).split())}'
-    raise UserError(
-      f'{path} holds no readable statistics ({reason}): give a .npz with '
-      f'{wanted}'
-    ) from e
   if wrong := _wrong(mean, covariance):
     raise UserError(
       f'{path} {wrong}: statistics are {keys[0]} [D] and a symmetric '
