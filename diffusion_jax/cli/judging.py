@@ -4,9 +4,6 @@ Shared by the binaries that judge images.
 `flags.adopt_module_key_flags(judging)` makes these flags a binary's own.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
 from absl import flags
 
@@ -60,30 +57,6 @@ for option, what in {
 }.items():
   default = getattr(measure.DEFAULTS, option)
   declare.table(**{option: (int if default is None else default, what)})
-
-
-class Task(NamedTuple):
-  """How samples are judged, and against what.
-
-  Attributes:
-    measured: the task of the metrics.
-    source: the reference's images by index; None for statistics.
-    protocol: the protocol for the card.
-  """
-
-  measured: measure.Task
-  source: Source | None
-  protocol: dict
-
-  @property
-  def result(self) -> str:
-    """The name of the main distance."""
-    return next(iter(self.measured.judge.taps.values()))
-
-  @property
-  def reference(self) -> str:
-    """One line about what samples are compared with."""
-    return self.source.description if self.source else FLAGS.reference
 
 
 def check_flags() -> None:
@@ -159,19 +132,17 @@ def task(
   judge: Judge,
   samples: Images | Statistics,
   reference: Images | Statistics,
-  source: Source | None,
   heldout: Images | None = None,
   *,
   about: dict,
   usual: list[str],
-) -> Task:
+) -> measure.Task:
   """Makes and checks a task; reads all images but the samples for their hash.
 
   Args:
     judge: the network.
     samples: the set to judge; only its count matters here.
     reference: the set to compare with.
-    source: the reference's images by index.
     heldout: held-out images.
     about: other facts that the numbers depend on, for the protocol.
     usual: the default metrics.
@@ -187,24 +158,26 @@ def task(
     judge, reference, metrics, measure.Options(**options), heldout
   )
   measure.check(asked, samples)
-  protocol = {
+  about = {
     **about,
     'num_reference': statistics.count_of(reference),
     'reference_sha256': statistics.sha256_of(reference),
     'num_samples': statistics.count_of(samples),
     'heldout_sha256': features.sha256_of(heldout) if heldout else '',
-    **asked.protocol(),
-    'num_heldout': heldout.count if heldout else 0,
   }
-  return Task(asked, source, protocol)
+  return asked._replace(about=about)
+
+
+def described(flag: str, given: Images | Statistics) -> str:
+  """One line about a set; for statistics, the value of the flag."""
+  return given.description if isinstance(given, Images) else FLAGS[flag].value
 
 
 def carry_out(
-  task: Task,
+  task: measure.Task,
   samples: Images | Statistics,
   subject: dict,
   path,
-  sample_fn: Callable[[int], np.ndarray],
   **how,
 ) -> dict:
   """Measures with a progress bar, and caches the reference's statistics.
@@ -215,28 +188,28 @@ def carry_out(
     subject: the subject for the card.
     path: file of the card; a picture of the nearest neighbours is written next
       to it. None writes nothing.
-    sample_fn: index of a sample -> uint8 [H, W, C].
     **how: batch_size, mesh and sample_cache, see `measure.measure`.
 
   Returns:
     the metric card, with the reference in its details.
   """
-  asked, there, known = task.measured, {}, None
-  if isinstance(asked.reference, Images):
-    digest = task.protocol['reference_sha256']
-    there = statistics.paths(judges.cache(), asked.judge, digest)
+  there, known = {}, None
+  if isinstance(task.reference, Images):
+    digest = task.about['reference_sha256']
+    there = statistics.paths(judges.cache(), task.judge, digest)
     known = statistics.cached(there)
-    # All hosts must take the same branch, even if only some see the folder.
-    is_known = all(distributed.gather(known is not None))
-    if is_known and not _takes_images(asked.metrics):
-      asked = asked._replace(reference=known)
-  sets = (samples, asked.reference, asked.heldout or {})
+  # All hosts must take the same branch, even if only some see the folder.
+  is_known = all(distributed.gather(known is not None))
+  is_used = is_known and not _takes_images(task.metrics)
+  sets = (samples, task.heldout or {}, {} if is_used else task.reference)
   total = sum(map(statistics.count_of, sets))
   with terminal.Progress('judging', total, unit='images') as progress:
     how |= {'cache': judges.cache(), 'on_images': progress.update}
-    count = task.protocol['num_reference']
-    found = measure.measure(asked, samples, num_reference=count, **how)
-  details = {'reference': task.reference, **found.details}
+    found = measure.measure(
+      task, samples, known=known if is_used else None, **how
+    )
+  reference = described('reference', task.reference)
+  details = {'reference': reference, **found.details}
   card = cards.create(subject, task.protocol, found.results, details)
 
   def keep():
@@ -246,7 +219,7 @@ def carry_out(
       statistics.write(FLAGS.write_statistics, found.statistics)
     if path and FLAGS.neighbours and found.nearest:
       picture = path.with_name(f'{path.stem}_neighbours.png')
-      _draw_neighbours(picture, found, sample_fn, task.source)
+      _draw_neighbours(picture, found, samples, task.reference)
     if path:
       files.write_json(path, card)
 
@@ -259,15 +232,15 @@ def _takes_images(metrics) -> bool:
   return bool(set(metrics) - {*measure.OF_STATISTICS, 'is'})
 
 
-def _draw_neighbours(path, measured, sample_fn, source):
+def _draw_neighbours(path, measured, samples, reference):
   """Draws samples next to their nearest training images, nearest first."""
   nearest = measured.nearest
   order = np.argsort(nearest.distances[:, 0], kind='stable')
   rows, labels = [], []
   for i in order[: FLAGS.neighbours]:
     number = int(measured.searched[i])
-    real = [source[int(j)]['image'] for j in nearest.indices[i]]
-    rows.append(np.stack([sample_fn(number), *real]))
+    real = map(reference.image, nearest.indices[i])
+    rows.append(np.stack([samples.image(number), *real]))
     label = f'sample {number}, distance {nearest.distances[i, 0]:.3g}'
     if measured.nearer is not None:
       label += f'; {measured.nearer[i]:.0%} of held-out images are nearer'

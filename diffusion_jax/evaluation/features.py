@@ -124,9 +124,10 @@ def passes(
     outputs = sharding.in_batches(apply, images, size, mesh)
     # A distance computed from them would be meaningless.
     if not all(np.isfinite(x).all() for x in outputs.values()):
-      raise UserError(
-        f'an image has features that are not finite: {_wrong(images)}'
-      )
+      cause = 'it has pixels that are not finite; was training healthy?'
+      if np.isfinite(images).all():
+        cause = 'the network fails on it'
+      raise UserError(f'an image has features that are not finite: {cause}')
     return outputs
 
   for images in blocks(batches):
@@ -162,12 +163,6 @@ def blocks(
     yield np.concatenate(left)
 
 
-def _wrong(images) -> str:
-  if np.isfinite(images).all():
-    return 'the network fails on it'
-  return 'it has pixels that are not finite; was training healthy?'
-
-
 def _paths(judge, images, cache) -> dict[str, files.Path]:
   """The cache files of these images' outputs."""
   digest = hashlib.sha256(f'{images.dtype} {images.shape} '.encode())
@@ -201,11 +196,13 @@ class Images(NamedTuple):
     count: number of images.
     stream: () -> batches [n, H, W, C], uint8 or float32 in [0, 255].
     description: one line.
+    image: index -> uint8 [H, W, C], for pictures.
   """
 
   count: int
   stream: Callable[[], Iterable[np.ndarray]]
   description: str
+  image: Callable[[int], np.ndarray] | None = None
 
 
 def images_of(source: Source, count: int | None = None) -> Images:
@@ -225,7 +222,7 @@ def images_of(source: Source, count: int | None = None) -> Images:
     for batch, weight in pipeline.heldout(picked, batch_size=BLOCK):
       yield batch['image'][weight > 0]
 
-  return Images(count, stream, source.description)
+  return Images(count, stream, source.description, lambda i: picked[i]['image'])
 
 
 def sha256_of(images: Images) -> str:

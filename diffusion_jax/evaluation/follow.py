@@ -8,7 +8,7 @@ delete these, however old they become.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from diffusion_jax import runs
@@ -87,6 +87,12 @@ def follow(
       ended = not new and max(judged | missed, default=0) >= last
       return {'curve': curve, 'new': new, 'ended': ended}
 
+  def hold():
+    try:
+      look()
+    except (OSError, UserError) as e:
+      terminal.say(f'new checkpoints cannot be held for now ({e})')
+
   while True:
     seen = distributed.on_first(look)
     curve = seen['curve']
@@ -108,35 +114,12 @@ def follow(
       if step in distributed.on_first(lambda: checkpoint.steps(directory)):
         raise
       continue  # deleted in between, which the next look reports
-    with _repeating(look, poll_secs):
+    with terminal.repeating(hold, poll_secs):
       value = judge(found)['results'][result]
     best, told = curve['best'], 'the best so far'
     if best and best['value'] <= value:
       told = f'the best is {cards.number(best["value"])} at step {best["step"]}'
     terminal.say(f'step {step}: {result} {cards.number(value)}, {told}')
-
-
-@contextlib.contextmanager
-def _repeating(look: Callable[[], dict], seconds: float) -> Iterator[None]:
-  """Calls `look` repeatedly in a thread, so that new checkpoints are held."""
-  done = threading.Event()
-
-  def repeat():
-    while not done.wait(seconds):
-      try:
-        look()
-      except (OSError, UserError) as e:
-        terminal.say(f'new checkpoints cannot be held for now ({e})')
-
-  thread = threading.Thread(target=repeat, daemon=True)
-  if distributed.is_first():
-    thread.start()
-  try:
-    yield
-  finally:
-    done.set()
-    if thread.is_alive():
-      thread.join()
 
 
 def curve_of(workdir, card_path, result: str) -> dict:
@@ -153,16 +136,11 @@ def curve_of(workdir, card_path, result: str) -> dict:
   found = []
   for path in sorted((workdir / 'evaluations').glob('*.json')):
     with contextlib.suppress(UserError):  # the report names damaged cards
-      found.append({**cards.read(path), 'name': path.stem})
-  return cards.curve(
-    [
-      card
-      for card in found
-      if 'step' in card['subject']
-      and card_path(card['subject']['step']).stem == card['name']
-    ],
-    result,
-  )
+      card = cards.read(path)
+      step = card['subject'].get('step')
+      if step is not None and card_path(step).stem == path.stem:
+        found.append({**card, 'name': path.stem})
+  return cards.curve(found, result)
 
 
 def text(curve: dict) -> str:

@@ -74,28 +74,33 @@ def budgets(texts: Sequence[str]) -> list[int]:
 
 
 def longest(
-  plan_fn: Callable[[int], Plan], evaluations: int, num_timesteps: int
+  text: str,
+  plan_fn: Callable[[dict], Plan],
+  evaluations: int,
+  num_timesteps: int,
 ) -> Plan:
   """The plan with the most steps whose evaluations fit into a budget.
 
   Args:
-    plan_fn: number of steps -> plan; raises UserError if there is none.
+    text: the sampler and its options, see `parse`.
+    plan_fn: arguments of `plans.for_run` -> plan; raises UserError if there is
+      none.
     evaluations: the budget.
     num_timesteps: T, the largest number of steps.
 
   Raises:
     UserError: no number of steps has a plan; the error is that of the largest.
   """
-  errors = []
+  asked, errors = parse(text), []
   for num_steps in range(min(evaluations, num_timesteps), 0, -1):
     try:
-      plan = plan_fn(num_steps)
+      plan = plan_fn({**asked, 'num_steps': num_steps})
     except UserError as e:
       errors.append(e)
       continue
     if plan.evaluations <= evaluations:
       return plan
-  raise errors[0]
+  raise UserError(f'--sweep={text} at {evaluations} evaluations: {errors[0]}')
 
 
 def best(cells: Sequence[dict]) -> dict[str, dict]:
