@@ -167,9 +167,6 @@ def test_what_cannot_be(run, images, tmp_path):
     )
   with pytest.raises(UserError, match='the grid has only 6 steps: use bpd'):
     bits.check(how('bpd_fast'), trained.schedule, (8, 8, 1))
-  none = how('bpd_ode', dequantisation='none')
-  with pytest.raises(UserError, match='dequantisation=none'):
-    bits.check(none, trained.schedule, (8, 8, 1))
   exact = how('bpd_ode', divergence='exact')
   with pytest.raises(UserError, match='at most 1024 dimensions'):
     bits.check(exact, trained.schedule, (32, 32, 3))

@@ -269,7 +269,6 @@ def test_a_judge_of_a_file(tmp_path):
   [
     ({}, r'none.npz: there is no such file; give Inception weights'),
     ({'taps': ['1024']}, r"no tap '1024'"),
-    ({'convention': 'clean'}, r"'clean' is not known"),
   ],
 )
 def test_a_judge_that_cannot_be(tmp_path, arguments, must_name):

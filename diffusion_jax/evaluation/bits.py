@@ -105,11 +105,6 @@ def check(how: How, schedule: Schedule, image_shape) -> None:
         f'bpd_fast takes {EVALUATIONS} evaluations per image, but the grid has '
         f'only {steps} steps: use bpd'
       )
-  elif how.dequantisation not in DEQUANTISATIONS:
-    raise UserError(
-      f'dequantisation={how.dequantisation}: one of '
-      f'{", ".join(DEQUANTISATIONS)}'
-    )
   elif how.divergence == 'exact' and math.prod(image_shape) > MOST_EXACT:
     raise UserError(
       f'divergence=exact is for at most {MOST_EXACT} dimensions, not '

@@ -67,8 +67,8 @@ def follow(
   path = workdir / 'evaluations' / 'curves' / f'{name}.json'
   known, missed, lock, written = set(), set(), threading.Lock(), [None]
 
-  def look() -> dict:
-    """Finds and holds new checkpoints, and writes the curve."""
+  def look() -> tuple[dict, list[int], bool]:
+    """Holds new checkpoints, and writes the curve: (it, those, all judged)."""
     with lock:
       curve = curve_of(workdir, card_path, result)
       judged = {point['step'] for point in curve['points']}
@@ -85,7 +85,7 @@ def follow(
         written[0] = curve
       last = int(runs.read_config(workdir)['num_steps'])
       ended = not new and max(judged | missed, default=0) >= last
-      return {'curve': curve, 'new': new, 'ended': ended}
+      return curve, new, ended
 
   def hold():
     try:
@@ -94,20 +94,19 @@ def follow(
       terminal.say(f'new checkpoints cannot be held for now ({e})')
 
   while True:
-    seen = distributed.on_first(look)
-    curve = seen['curve']
-    if seen['ended']:
+    curve, new, ended = distributed.on_first(look)
+    if ended:
       return curve
-    if not seen['new']:
+    if not new:
       newest = max((point['step'] for point in curve['points']), default=0)
       with terminal.waiting(
         f'waiting for a checkpoint after step {newest}', 600
       ):
-        while not (seen['new'] or seen['ended']):
+        while not (new or ended):
           time.sleep(poll_secs)
-          seen = distributed.on_first(look)
+          _, new, ended = distributed.on_first(look)
       continue
-    step = seen['new'][0]
+    step = new[0]
     try:
       found = distributed.everywhere(lambda step=step: read(step))
     except UserError:

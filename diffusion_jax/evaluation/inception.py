@@ -43,13 +43,8 @@ def load(
 
   Raises:
     UserError: there is no such file, it lacks weights that the taps need, or a
-      tap or the convention is not known.
+      tap is not known.
   """
-  if convention not in inception.CONVENTIONS:
-    raise UserError(
-      f'the input convention {convention!r} is not known: use one of '
-      f'{", ".join(inception.CONVENTIONS)}'
-    )
   for tap in taps:
     if tap not in DISTANCES:
       raise UserError(

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.evaluation import features, looks
-from diffusion_jax.evaluation.features import Images, Judge
+from diffusion_jax.evaluation.features import Images
 from diffusion_jax.evaluation.metrics import (
   frechet,
   inception_score,
@@ -16,8 +16,6 @@ from diffusion_jax.evaluation.metrics import (
   neighbours,
   precision,
 )
-from diffusion_jax.evaluation.metrics.frechet import Gaussian, Moments
-from diffusion_jax.evaluation.metrics.neighbours import Nearest
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.system.errors import UserError
 
@@ -74,7 +72,7 @@ class Task(NamedTuple):
     about: other facts that the numbers depend on, for the card.
   """
 
-  judge: Judge
+  judge: features.Judge
   reference: Images | Statistics
   metrics: Sequence[str]
   options: Options = DEFAULTS
@@ -118,7 +116,7 @@ class Measured(NamedTuple):
   results: dict
   details: dict
   searched: np.ndarray
-  nearest: Nearest | None
+  nearest: neighbours.Nearest | None
   nearer: np.ndarray | None
   statistics: Statistics
 
@@ -255,7 +253,10 @@ def measure(
     seen['samples'].searched,
     near.get('samples'),
     nearer,
-    {tap: Gaussian(x.mean, x.covariance) for tap, x in train.moments.items()},
+    {
+      tap: frechet.Gaussian(x.mean, x.covariance)
+      for tap, x in train.moments.items()
+    },
   )
 
 
@@ -273,8 +274,13 @@ def _results(task, seen, train, near):
     found = precision.precision_recall(*sets, k=task.options.pr_k)
     results |= found._asdict()
   if 'heldout' in near:
-    nearer, shares = _nearer(**near)
-    results |= shares
+    real = near['heldout'].distances[:, 0]
+    nearer = neighbours.share_nearer(near['samples'].distances[:, 0], real)
+    results |= {
+      'nearest_share': np.mean(nearer < NEAR),
+      # Among M + 1 exchangeable images, every rank is equally likely.
+      'nearest_share_expected': math.ceil(NEAR * len(real)) / (len(real) + 1),
+    }
   return results, nearer
 
 
@@ -323,21 +329,10 @@ def _of_a_set(task, one, train, near) -> dict:
   return results
 
 
-def _nearer(samples, heldout):
-  """`neighbours.share_nearer` of the samples, and the share that is near."""
-  real = heldout.distances[:, 0]
-  nearer = neighbours.share_nearer(samples.distances[:, 0], real)
-  return nearer, {
-    'nearest_share': np.mean(nearer < NEAR),
-    # Among M + 1 exchangeable images, every rank is equally likely.
-    'nearest_share_expected': math.ceil(NEAR * len(real)) / (len(real) + 1),
-  }
-
-
 def _caveats(task, count, samples, train) -> list[str]:
   """Caveats about the numbers, one line each; the smaller set has `count`."""
   told = []
-  if not all(isinstance(x, Moments) for x in samples.moments.values()):
+  if not all(isinstance(x, frechet.Moments) for x in samples.moments.values()):
     told.append('the number of samples behind the statistics is not known')
   if {'fid', 'sfid'} & set(task.metrics):
     for tap, name in task.judge.taps.items():

@@ -71,10 +71,8 @@ def cached(there: dict[str, files.Path]) -> Statistics | None:
   Args:
     there: a result of `paths`.
   """
-  if not (there and all(path.exists() for path in there.values())):
-    return None
   try:
-    return {tap: read_gaussian(path) for tap, path in there.items()}
+    return {tap: read_gaussian(path) for tap, path in there.items()} or None
   except UserError:
     return None  # computed again and overwritten
 
