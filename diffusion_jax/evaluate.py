@@ -41,14 +41,7 @@ from diffusion_jax.cli import (
   likelihoods,
   run_data,
 )
-from diffusion_jax.evaluation import (
-  bits,
-  cards,
-  features,
-  follow,
-  sweep,
-  tables,
-)
+from diffusion_jax.evaluation import cards, features, follow, sweep, tables
 from diffusion_jax.reporting import page, plots
 from diffusion_jax.runs import store
 from diffusion_jax.samplers import plan as plans
@@ -110,7 +103,7 @@ def main():
   drawing.check_flags(num_samples=2, poll_secs=0.1)
   if FLAGS['sweep'].present or FLAGS['sweep_evaluations'].present:
     _check_sweep()
-  if any(name in bits.KINDS for name in FLAGS.metrics):
+  if likelihoods.are_asked():
     likelihoods.carry_out()
     return
   likelihoods.check_absent()

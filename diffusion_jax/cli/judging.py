@@ -9,10 +9,8 @@ from absl import flags
 
 from diffusion_jax import data, runs
 from diffusion_jax.cli import command, declare, judges, run_data
-from diffusion_jax.data import Source
 from diffusion_jax.evaluation import bits, cards, features, measure, statistics
 from diffusion_jax.evaluation.features import Images, Judge
-from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.reporting import pictures
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -90,7 +88,7 @@ def open_set(
   flag: str,
   image_size: int | tuple[int, int] | None = None,
   channels: int | None = None,
-) -> Source | None:
+) -> data.Source | None:
   """The images that a flag names; None if it names a file of statistics.
 
   Args:
@@ -110,8 +108,8 @@ def open_set(
 
 
 def set_of(
-  flag: str, source: Source | None, judge: Judge, image_shape
-) -> Images | Statistics:
+  flag: str, source: data.Source | None, judge: Judge, image_shape
+) -> statistics.Set:
   """The images of `open_set`, or the statistics that the flag names.
 
   Args:
@@ -130,8 +128,8 @@ def set_of(
 
 def task(
   judge: Judge,
-  samples: Images | Statistics,
-  reference: Images | Statistics,
+  samples: statistics.Set,
+  reference: statistics.Set,
   heldout: Images | None = None,
   *,
   about: dict,
@@ -168,14 +166,14 @@ def task(
   return asked._replace(about=about)
 
 
-def described(flag: str, given: Images | Statistics) -> str:
+def described(flag: str, given: statistics.Set) -> str:
   """One line about a set; for statistics, the value of the flag."""
   return given.description if isinstance(given, Images) else FLAGS[flag].value
 
 
 def carry_out(
   task: measure.Task,
-  samples: Images | Statistics,
+  samples: statistics.Set,
   subject: dict,
   path,
   **how,

@@ -32,9 +32,9 @@ declare.table(
 )
 
 
-# Which likelihoods a flag applies to; OF_SAMPLES apply to none.
+# Which likelihoods a flag applies to, with `bits.OF_FLOW`; OF_SAMPLES apply to
+# none.
 OF_BOUNDS = ('num_steps', 'grid', 'variance', 'clip')
-OF_FLOW = ('dequantisation', 'divergence', 'tolerance', 'dtype')
 OF_SAMPLES = (
   *('num_samples', 'sampler', 'rounding', 'reference', 'features', 'output'),
   'write_statistics',
@@ -42,9 +42,13 @@ OF_SAMPLES = (
 )
 
 
+def are_asked() -> bool:
+  return not set(bits.KINDS).isdisjoint(FLAGS.metrics)
+
+
 def check_absent() -> None:
   """Raises UserError for flags that apply only to likelihoods."""
-  names = ('split', 'num_images', *OF_FLOW)
+  names = ('split', 'num_images', *bits.OF_FLOW)
   command.refuse(names, 'distances between samples')
 
 
@@ -59,7 +63,7 @@ def _kinds() -> list[str]:
     )
   idle = OF_SAMPLES
   idle += OF_BOUNDS if kinds == ['bpd_ode'] else ()
-  idle += OF_FLOW if 'bpd_ode' not in kinds else ()
+  idle += bits.OF_FLOW if 'bpd_ode' not in kinds else ()
   command.refuse(idle, asked)
   command.at_least(num_images=2)
   if not 0 < FLAGS.tolerance < 1:
@@ -132,7 +136,7 @@ def _card(trained, images, how, about) -> dict:
 def _how(kind, trained, plan) -> bits.How:
   """The protocol that the flags describe."""
   variance = FLAGS.variance or trained.config['sample'].get('variance')
-  names = OF_FLOW if kind == 'bpd_ode' else ()
+  names = bits.OF_FLOW if kind == 'bpd_ode' else ()
   return bits.How(
     kind,
     plan.seed,

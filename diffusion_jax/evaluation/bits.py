@@ -18,8 +18,7 @@ import numpy as np
 
 from diffusion_jax.evaluation.batches import Batches, by_steps
 from diffusion_jax.guidance import clipping
-from diffusion_jax.process import fast_bound, flow, likelihood
-from diffusion_jax.process.gaussian import Denoised
+from diffusion_jax.process import fast_bound, flow, gaussian, likelihood
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.system.errors import UserError
 
@@ -28,6 +27,8 @@ KINDS = {
   'bpd_fast': 'an estimate of the bound from a hundredth of the evaluations',
   'bpd_ode': 'the likelihood by the probability flow',
 }
+# The settings of bpd_ode alone.
+OF_FLOW = ('dequantisation', 'divergence', 'tolerance', 'dtype')
 DEQUANTISATIONS = ('uniform', 'variational')
 EVALUATIONS = 10  # per image, for bpd_fast
 MOST_EXACT = 1024  # dimensions
@@ -63,11 +64,10 @@ class How(NamedTuple):
   def protocol(self) -> dict:
     """The settings as written to metric cards."""
     told = {'bits': self.kind, 'seed': self.seed}
+    names = ('grid', 'variance', 'clip')
     if self.kind == 'bpd_ode':
-      names = ('dequantisation', 'divergence', 'tolerance', 'dtype')
+      names = OF_FLOW
       told |= {'solver': 'Tsit5', 'starts_at': 0}
-    else:
-      names = ('grid', 'variance', 'clip')
     if self.kind != 'bpd_ode' or self.dequantisation == 'variational':
       told['decoder'] = 'Gaussian in 256 bins, tanh approximation'
     if self.kind == 'bpd_fast':
@@ -158,7 +158,7 @@ def _denoiser(trained, params, clip):
     x0, eps = trained.compiled.denoise(
       params, xt.astype(jnp.float32), jnp.asarray(t, jnp.float32), {}
     )
-    return Denoised(x0.astype(xt.dtype), eps.astype(xt.dtype))
+    return gaussian.Denoised(x0.astype(xt.dtype), eps.astype(xt.dtype))
 
   return clipping.clip_x0(denoise, trained.schedule) if clip else denoise
 

@@ -11,14 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.evaluation.batches import Batches, by_steps
-from diffusion_jax.process import gaussian
-from diffusion_jax.process.gaussian import Denoiser
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs.calibration import Calibration
 
 
 def scored(
-  denoiser: Denoiser, schedule: Schedule, x0, keys, which
+  denoiser: gaussian.Denoiser, schedule: schedules.Schedule, x0, keys, which
 ) -> dict[str, jax.Array]:
   """Squared errors of each image; `Calibration` is their mean over images.
 

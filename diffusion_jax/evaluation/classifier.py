@@ -15,12 +15,11 @@ import optax
 from flax import traverse_util
 
 from diffusion_jax import models
+from diffusion_jax.codecs.pixels import to_float
 from diffusion_jax.data import Source
-from diffusion_jax.evaluation import kept
-from diffusion_jax.evaluation.features import Judge
+from diffusion_jax.evaluation import features, kept
 from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.system import errors, npz
-from diffusion_jax.system.errors import UserError
 
 NUM_STEPS = 1500
 BATCH = 128
@@ -39,11 +38,6 @@ def network(*shape) -> models.Model:
     *shape: (H, W, C) and the number of classes.
   """
   return models.fence(lambda keys: Classifier(*shape, rngs=keys))
-
-
-def scale(images: jax.Array) -> jax.Array:
-  """uint8 -> float32 in [-1, 1]."""
-  return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def train(
@@ -84,7 +78,7 @@ def train(
     keys = jax.random.split(jax.random.fold_in(root, number), 3)
     chosen = jax.random.randint(keys[0], (BATCH,), 0, len(images))
     each = jax.random.split(keys[1], BATCH)
-    batch = jax.vmap(shifted)(each, scale(images[chosen]))
+    batch = jax.vmap(shifted)(each, to_float(images[chosen]))
 
     def loss_fn(params):
       _, logits = model.apply(params, batch, jax.random.split(keys[2], BATCH))
@@ -121,7 +115,7 @@ def fingerprint(source: Source) -> str:
   return digest.hexdigest()
 
 
-def accuracy(judge: Judge, source: Source) -> float | None:
+def accuracy(judge: features.Judge, source: Source) -> float | None:
   """A judge's accuracy; None unless all images have labels.
 
   Args:
@@ -139,7 +133,7 @@ def accuracy(judge: Judge, source: Source) -> float | None:
   return float(np.mean(np.concatenate(taken) == labels))
 
 
-def load(path, image_shape: tuple[int, int, int]) -> Judge:
+def load(path, image_shape: tuple[int, int, int]) -> features.Judge:
   """Loads a judge from a file that `train` wrote.
 
   Args:
@@ -168,14 +162,14 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
     if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, wanted):
       raise ValueError('its parameters are of another network')
   if shape != tuple(image_shape):
-    raise UserError(
+    raise errors.UserError(
       f'{path} judges images of {shape}, not of {tuple(image_shape)}: give '
       'another --features'
     )
 
   def apply(params, images):
-    features, logits = model.apply(params, scale(images))
-    return {'hidden': features, 'logits': logits}
+    hidden, logits = model.apply(params, to_float(images))
+    return {'hidden': hidden, 'logits': logits}
 
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(params):
@@ -188,7 +182,7 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
   }
   details = {'classifier_trained_on': str(facts['trained_on'])}
   taps = {'hidden': 'frechet'}
-  return Judge(apply, params, taps, 'logits', protocol, details)
+  return features.Judge(apply, params, taps, 'logits', protocol, details)
 
 
 def _arrays(source):

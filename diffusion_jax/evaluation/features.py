@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_jax.codecs.pixels import to_float
 from diffusion_jax.data import Source, pipeline
 from diffusion_jax.evaluation import kept
 from diffusion_jax.system import files
@@ -82,8 +82,7 @@ def pixels(image_shape: tuple[int, int, int]) -> Judge:
 
   def apply(params, images):
     del params
-    x = images.astype(jnp.float32) / 127.5 - 1.0
-    x = x.reshape(
+    x = to_float(images).reshape(
       -1, height // factor, factor, width // factor, factor, channels
     )
     return {'pixels': x.mean((2, 4)).reshape(len(images), -1)}

@@ -1,10 +1,10 @@
 """Arrays on disk: safe reading of .npz files, and results computed once."""
 
 import contextlib
-import zipfile
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from diffusion_jax.system import distributed, files
 from diffusion_jax.system.npz import DAMAGED
@@ -13,11 +13,8 @@ from diffusion_jax.system.npz import DAMAGED
 def names(path) -> list[str]:
   """The names of the arrays in a .npz; [] if the file is not a .npz."""
   try:
-    with (
-      files.at(path).expanduser().open('rb') as file,
-      zipfile.ZipFile(file) as archive,
-    ):
-      return [name.removesuffix('.npy') for name in archive.namelist()]
+    with files.at(path).expanduser().open('rb') as file, NpzFile(file) as found:
+      return found.files
   except DAMAGED:
     return []
 
@@ -36,18 +33,16 @@ def read(
     npz.DAMAGED: the file is missing, not a .npz, lacks an array, or is too
       large.
   """
-  with files.at(path).open('rb') as file:
-    with zipfile.ZipFile(file) as archive:
-      sizes = {
-        info.filename.removesuffix('.npy'): info.file_size
-        for info in archive.infolist()
-      }
-    file.seek(0)
-    wanted = list(sizes if wanted is None else wanted)
-    if (total := sum(sizes.get(name, 0) for name in wanted)) > most_bytes:
+  with files.at(path).open('rb') as file, NpzFile(file) as found:
+    wanted = list(found if wanted is None else wanted)
+    total = sum(
+      info.file_size
+      for info in found.zip.infolist()
+      if info.filename.removesuffix('.npy') in wanted
+    )
+    if total > most_bytes:
       raise ValueError(f'it takes {total} bytes')
-    with np.load(file, allow_pickle=False) as archive:
-      return {name: archive[name] for name in wanted}
+    return {name: found[name] for name in wanted}
 
 
 def write(path, arrays: dict[str, np.ndarray], save=np.savez) -> None:

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.evaluation import features, looks
-from diffusion_jax.evaluation.features import Images
+from diffusion_jax.evaluation import features, looks, statistics
 from diffusion_jax.evaluation.metrics import (
   frechet,
   inception_score,
@@ -16,7 +15,6 @@ from diffusion_jax.evaluation.metrics import (
   neighbours,
   precision,
 )
-from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.system.errors import UserError
 
 METRICS = {
@@ -73,10 +71,10 @@ class Task(NamedTuple):
   """
 
   judge: features.Judge
-  reference: Images | Statistics
+  reference: statistics.Set
   metrics: Sequence[str]
   options: Options = DEFAULTS
-  heldout: Images | None = None
+  heldout: features.Images | None = None
   about: dict = {}  # noqa: RUF012
 
   @property
@@ -118,10 +116,10 @@ class Measured(NamedTuple):
   searched: np.ndarray
   nearest: neighbours.Nearest | None
   nearer: np.ndarray | None
-  statistics: Statistics
+  statistics: statistics.Statistics
 
 
-def check(task: Task, samples: Images | Statistics) -> None:
+def check(task: Task, samples: statistics.Set) -> None:
   """Checks a task before anything is measured.
 
   Args:
@@ -143,7 +141,7 @@ def check(task: Task, samples: Images | Statistics) -> None:
       f'{judge.protocol["features"]}: leave it out'
     )
   sets = {'samples': samples, 'reference': task.reference}
-  if not any(isinstance(one, Images) for one in sets.values()):
+  if not any(isinstance(one, features.Images) for one in sets.values()):
     for tap in judge.taps:
       sizes = [len(one[tap].mean) for one in sets.values()]
       if sizes[0] != sizes[1]:
@@ -165,7 +163,7 @@ def _check_set(task, what, given):
   # The Inception Score uses no reference.
   fine = (*OF_STATISTICS, *['is'] * (what == 'reference'))
   beyond = [name for name in metrics if name not in fine]
-  if isinstance(given, Images):
+  if isinstance(given, features.Images):
     if given.count < least:
       raise UserError(
         f'{given.description}: {", ".join(metrics)} need at least {least} '
@@ -180,13 +178,13 @@ def _check_set(task, what, given):
 
 def measure(
   task: Task,
-  samples: Images | Statistics,
+  samples: statistics.Set,
   *,
   batch_size: int,
   mesh: Mesh,
   cache=None,
   sample_cache=None,
-  known: Statistics | None = None,
+  known: statistics.Statistics | None = None,
   on_images: Callable[[int], None] = lambda count: None,
 ) -> Measured:
   """Compares samples, and held-out images, with the training images.
@@ -208,7 +206,7 @@ def measure(
   near = {}
 
   def look(images, folder, first=0):
-    if not isinstance(images, Images):
+    if not isinstance(images, features.Images):
       return looks.Seen(images)
     batches = features.passes(
       task.judge, images.stream(), batch_size, mesh, folder
@@ -244,7 +242,7 @@ def measure(
       if (one := seen.get(name))
     }
   sets = (samples, task.reference, task.heldout)
-  counts = [one.count for one in sets if isinstance(one, Images)]
+  counts = [one.count for one in sets if isinstance(one, features.Images)]
   if caveats := counts and _caveats(task, min(counts), seen['samples'], train):
     details['caveats'] = caveats
   return Measured(

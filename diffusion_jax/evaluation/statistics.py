@@ -13,9 +13,9 @@ from diffusion_jax.evaluation import features, kept
 from diffusion_jax.evaluation.features import VERSION, Images, Judge
 from diffusion_jax.evaluation.metrics.frechet import Gaussian
 from diffusion_jax.system import errors, files, npz
-from diffusion_jax.system.errors import UserError
 
 Statistics = dict[str, Gaussian]  # by tap
+Set = Images | Statistics  # a set of images, or what replaces it
 
 # The names of the spatial features in the files of arXiv 2105.05233.
 KEYS = {'spatial': ('mu_s', 'sigma_s')}
@@ -49,7 +49,7 @@ def read(path, judge: Judge, image_shape) -> Statistics:
   """
   plain = [tap for tap in judge.taps if tap not in KEYS]
   if len(plain) > 1:
-    raise UserError(
+    raise errors.UserError(
       f'{path} holds statistics of one tap, not of {" and ".join(plain)}: give '
       'one tap'
     )
@@ -73,7 +73,7 @@ def cached(there: dict[str, files.Path]) -> Statistics | None:
   """
   try:
     return {tap: read_gaussian(path) for tap, path in there.items()} or None
-  except UserError:
+  except errors.UserError:
     return None  # computed again and overwritten
 
 
@@ -99,7 +99,7 @@ def write(path, given: Statistics) -> None:
   kept.write(files.at(path).expanduser(), arrays, np.savez_compressed)
 
 
-def sha256_of(given: Images | Statistics) -> str:
+def sha256_of(given: Set) -> str:
   """The hash of all images in order, read once, or of the statistics."""
   if isinstance(given, Images):
     return features.sha256_of(given)
@@ -110,7 +110,7 @@ def sha256_of(given: Images | Statistics) -> str:
   return digest.hexdigest()
 
 
-def count_of(given: Images | Statistics) -> int:
+def count_of(given: Set) -> int:
   """The number of images; 0 for statistics."""
   return given.count if isinstance(given, Images) else 0
 
@@ -159,12 +159,12 @@ def read_gaussian(
         raise ValueError(f'{array.dtype} {list(array.shape)}')
     mean, covariance = (array.astype(np.float64) for array in arrays)
   if wrong := _wrong(mean, covariance):
-    raise UserError(
+    raise errors.UserError(
       f'{path} {wrong}: statistics are {keys[0]} [D] and a symmetric '
       f'{keys[1]} [D, D] of finite numbers; compute them again'
     )
   if dim is not None and len(mean) != dim:
-    raise UserError(
+    raise errors.UserError(
       f'{path} has {len(mean)} dimensions, but the features here have {dim}: '
       'give statistics of the same network'
     )

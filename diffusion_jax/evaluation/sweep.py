@@ -13,6 +13,14 @@ from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
 
+# Type of an option -> (word -> value, what the word must be).
+VALUES = {
+  bool: ({'true': True, 'false': False}.__getitem__, 'true or false'),
+  int: (int, 'a whole number'),
+  float: (float, 'a number'),
+  str: (str, 'a word'),
+}
+
 
 def parse(text: str) -> dict:
   """Parses NAME:key=value:key=value into arguments of `plans.for_run`.
@@ -40,23 +48,17 @@ def parse(text: str) -> dict:
         f'--sweep={text}: {pair} is not KEY=VALUE with one of '
         f'{", ".join(kinds)}'
       )
-    given[key] = _value(text, key, word, kinds[key])
+    read, what = VALUES[kinds[key]]
+    try:
+      given[key] = read(word)
+    except (ValueError, KeyError):
+      raise UserError(f'--sweep={text}: {key} must be {what}') from None
   if given['grid'] not in grids.NAMES:
     raise UserError(
       f'--sweep={text}: grid must be one of {", ".join(grids.NAMES)}, which '
       'exist for any number of steps'
     )
   return given
-
-
-def _value(text, key, word, kind):
-  try:
-    if kind is bool:
-      return {'true': True, 'false': False}[word]
-    return kind(word)
-  except (ValueError, KeyError):
-    what = {bool: 'true or false', int: 'a whole number', float: 'a number'}
-    raise UserError(f'--sweep={text}: {key} must be {what[kind]}') from None
 
 
 def budgets(texts: Sequence[str]) -> list[int]:
