@@ -167,12 +167,7 @@ def _follow(workdir):
   judged = follow.curve_of(workdir, path_of, task.result)['points']
   _clean([output_of(point['step']) for point in judged])
   curve = follow.follow(
-    workdir,
-    trained.at,
-    judge,
-    path_of,
-    result=task.result,
-    poll_secs=FLAGS.poll_secs,
+    workdir, trained.at, judge, path_of, task.result, FLAGS.poll_secs
   )
   terminal.report(curve, follow.text(curve), FLAGS.json)
 

@@ -171,13 +171,10 @@ def load(path, image_shape: tuple[int, int, int]) -> features.Judge:
     hidden, logits = model.apply(params, to_float(images))
     return {'hidden': hidden, 'logits': logits}
 
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(params):
-    digest.update(np.ascontiguousarray(leaf).tobytes())
   protocol = {
     'features': 'classifier',
     'num_classes': classes,
-    'features_sha256': digest.hexdigest(),
+    'features_sha256': kept.sha256(jax.tree.leaves(params)),
     'resize': 'none',
   }
   details = {'classifier_trained_on': str(facts['trained_on'])}

@@ -57,18 +57,6 @@ class Judge(NamedTuple):
   keys: dict[str, str] = {}  # noqa: RUF012
 
 
-class Batch(NamedTuple):
-  """Images and a judge's outputs for them.
-
-  Attributes:
-    images: [n, H, W, C], as given.
-    outputs: {output: float32 [n, D]}.
-  """
-
-  images: np.ndarray
-  outputs: dict[str, np.ndarray]
-
-
 def pixels(image_shape: tuple[int, int, int]) -> Judge:
   """A judge whose features are the pixels in [-1, 1], averaged to <= 16x16.
 
@@ -98,7 +86,7 @@ def passes(
   batch_size: int,
   mesh: Mesh,
   cache=None,
-) -> Iterator[Batch]:
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
   """Runs images through a judge, sharded over the mesh.
 
   Args:
@@ -109,8 +97,9 @@ def passes(
     cache: folder of the cache, for outputs that have a key; None for no cache.
 
   Returns:
-    an iterator of one Batch for each BLOCK images; the last may be shorter.
-    Cached features are not computed again.
+    an iterator of (images as given, {output: float32 [n, D]}), one for each
+    BLOCK images; the last may be shorter. Cached features are not computed
+    again.
 
   Raises:
     UserError: pixels or features are not finite.
@@ -131,7 +120,7 @@ def passes(
 
   for images in blocks(batches):
     if not cache or not judge.keys:
-      yield Batch(images, compute(images))
+      yield images, compute(images)
       continue
     outputs, _ = kept.once(
       _paths(judge, images, cache),
@@ -139,7 +128,7 @@ def passes(
       functools.partial(_read, len(images)),
       _write,
     )
-    yield Batch(images, outputs)
+    yield images, outputs
 
 
 def whole(images: np.ndarray) -> np.ndarray:

@@ -40,7 +40,6 @@ def follow(
   read: Callable[[int], Any],
   judge: Callable[[Any], dict],
   card_path: Callable[[int], files.Path],
-  *,
   result: str,
   poll_secs: float,
 ) -> dict:

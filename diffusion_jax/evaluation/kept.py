@@ -1,6 +1,7 @@
 """Arrays on disk: safe reading of .npz files, and results computed once."""
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -50,6 +51,14 @@ def write(path, arrays: dict[str, np.ndarray], save=np.savez) -> None:
   files.make(files.at(path).parent)
   with files.replacing(path) as file:
     save(file, **arrays)
+
+
+def sha256(arrays: Iterable[np.ndarray]) -> str:
+  """The hash of the bytes of some arrays in order."""
+  digest = hashlib.sha256()
+  for array in arrays:
+    digest.update(np.ascontiguousarray(array))
+  return digest.hexdigest()
 
 
 def once(

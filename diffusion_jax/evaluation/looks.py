@@ -46,7 +46,7 @@ class Seen:
 def look(
   task,
   count: int,
-  batches: Iterable[features.Batch],
+  batches: Iterable[tuple[np.ndarray, dict[str, np.ndarray]]],
   *,
   first: int = 0,
   on_features: Callable[[int, np.ndarray], None],

@@ -4,8 +4,6 @@ They are a mean and a covariance at each tap, from a user's file or from the
 cache, where they are stored under the hashes of the images and of the network.
 """
 
-import hashlib
-
 import jax
 import numpy as np
 
@@ -103,11 +101,7 @@ def sha256_of(given: Set) -> str:
   """The hash of all images in order, read once, or of the statistics."""
   if isinstance(given, Images):
     return features.sha256_of(given)
-  digest = hashlib.sha256()
-  for gaussian in given.values():
-    for array in gaussian:
-      digest.update(np.ascontiguousarray(array, np.float64))
-  return digest.hexdigest()
+  return kept.sha256(x.astype(np.float64) for g in given.values() for x in g)
 
 
 def count_of(given: Set) -> int:
