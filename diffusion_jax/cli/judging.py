@@ -151,10 +151,8 @@ def task(
   metrics = FLAGS.metrics or usual
   if 'sfid' in metrics and 'spatial' not in judge.taps:
     raise UserError('the metric sfid needs --features=inception')
-  options = {name: FLAGS[name].value for name in measure.Options._fields}
-  asked = measure.Task(
-    judge, reference, metrics, measure.Options(**options), heldout
-  )
+  options = measure.Options(*(FLAGS[x].value for x in measure.Options._fields))
+  asked = measure.Task(judge, reference, metrics, options, heldout)
   measure.check(asked, samples)
   about = {
     **about,
@@ -172,11 +170,7 @@ def described(flag: str, given: statistics.Set) -> str:
 
 
 def carry_out(
-  task: measure.Task,
-  samples: statistics.Set,
-  subject: dict,
-  path,
-  **how,
+  task: measure.Task, samples: statistics.Set, subject: dict, path, **how
 ) -> dict:
   """Measures with a progress bar, and caches the reference's statistics.
 
@@ -198,14 +192,12 @@ def carry_out(
     known = statistics.cached(there)
   # All hosts must take the same branch, even if only some see the folder.
   is_known = all(distributed.gather(known is not None))
-  is_used = is_known and not _takes_images(task.metrics)
-  sets = (samples, task.heldout or {}, {} if is_used else task.reference)
+  used = known if is_known and not _takes_images(task.metrics) else None
+  sets = (samples, task.heldout or {}, used or task.reference)
   total = sum(map(statistics.count_of, sets))
   with terminal.Progress('judging', total, unit='images') as progress:
     how |= {'cache': judges.cache(), 'on_images': progress.update}
-    found = measure.measure(
-      task, samples, known=known if is_used else None, **how
-    )
+    found = measure.measure(task, samples, known=used, **how)
   reference = described('reference', task.reference)
   details = {'reference': reference, **found.details}
   card = cards.create(subject, task.protocol, found.results, details)

@@ -115,18 +115,14 @@ def _card(trained, images, how, about) -> dict:
       Batches(trained, images, place, FLAGS.batch_size, progress.update), how
     )
   details = {'images': images.description, **found.details}
-  card = cards.create(
-    cards.subject_of(trained), protocol, found.results, details
-  )
+  subject = cards.subject_of(trained)
+  card = cards.create(subject, protocol, found.results, details)
   path = trained.workdir / 'evaluations' / f'{name}.json'
 
   def keep():
     if 'rate' in details:
-      plots.rate_distortion(
-        path.with_name(f'{name}_rate_distortion.png'),
-        details['rate'],
-        details['rmse'],
-      )
+      plot = path.with_name(f'{name}_rate_distortion.png')
+      plots.rate_distortion(plot, details['rate'], details['rmse'])
     files.write_json(path, card)
 
   distributed.on_first(keep)
@@ -135,13 +131,8 @@ def _card(trained, images, how, about) -> dict:
 
 def _how(kind, trained, plan) -> bits.How:
   """The protocol that the flags describe."""
-  variance = FLAGS.variance or trained.config['sample'].get('variance')
+  given = FLAGS.variance or trained.config['sample'].get('variance')
+  variance = given or 'fixedlarge'
   names = bits.OF_FLOW if kind == 'bpd_ode' else ()
-  return bits.How(
-    kind,
-    plan.seed,
-    plan.grid,
-    variance or 'fixedlarge',
-    plan.clip,
-    **{name: FLAGS[name].value for name in names},
-  )
+  own = {name: FLAGS[name].value for name in names}
+  return bits.How(kind, plan.seed, plan.grid, variance, plan.clip, **own)

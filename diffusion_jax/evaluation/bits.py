@@ -121,9 +121,8 @@ def work(how: How) -> int:
   Returns:
     the number of network evaluations; 1 for the flow, whose solver is adaptive.
   """
-  return {'bpd': len(how.grid) - 1, 'bpd_fast': EVALUATIONS, 'bpd_ode': 1}[
-    how.kind
-  ]
+  bound = {'bpd': len(how.grid) - 1, 'bpd_fast': EVALUATIONS}
+  return bound.get(how.kind, 1)
 
 
 def measure(batches: Batches, how: How) -> Found:
@@ -146,9 +145,8 @@ def measure(batches: Batches, how: How) -> Found:
       f'{trained.workdir} does not diffuse 8-bit pixels, so bits per dimension '
       'are not defined: use other metrics, such as fid'
     )
-  return {'bpd': _bound, 'bpd_fast': _fast, 'bpd_ode': _flow}[how.kind](
-    batches, how
-  )
+  measured = {'bpd': _bound, 'bpd_fast': _fast, 'bpd_ode': _flow}[how.kind]
+  return measured(batches, how)
 
 
 def _denoiser(trained, params, clip):

@@ -219,10 +219,9 @@ def sha256_of(images: Images) -> str:
   Args:
     images: the set, which is read once.
   """
-  digest, shape = hashlib.sha256(), None
-  for batch in images.stream():
-    if shape is None:
-      shape = batch.shape[1:]
-      digest.update(f'{batch.dtype} {shape} '.encode())
+  digest = hashlib.sha256()
+  for i, batch in enumerate(images.stream()):
+    if i == 0:
+      digest.update(f'{batch.dtype} {batch.shape[1:]} '.encode())
     digest.update(np.ascontiguousarray(batch))
   return digest.hexdigest()

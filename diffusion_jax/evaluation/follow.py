@@ -20,13 +20,11 @@ from diffusion_jax.training import checkpoint, held
 
 def wait_for_first(workdir, poll_secs: float) -> None:
   """Waits until a run has a checkpoint; it need not have started."""
+  config, directory = workdir / 'config.json', workdir / 'checkpoints'
 
   def is_there():
     return distributed.on_first(
-      lambda: (
-        (workdir / 'config.json').exists()
-        and bool(checkpoint.steps(workdir / 'checkpoints'))
-      )
+      lambda: config.exists() and bool(checkpoint.steps(directory))
     )
 
   if not is_there():
@@ -98,9 +96,8 @@ def follow(
       return curve
     if not new:
       newest = max((point['step'] for point in curve['points']), default=0)
-      with terminal.waiting(
-        f'waiting for a checkpoint after step {newest}', 600
-      ):
+      title = f'waiting for a checkpoint after step {newest}'
+      with terminal.waiting(title, 600):
         while not (new or ended):
           time.sleep(poll_secs)
           _, new, ended = distributed.on_first(look)
