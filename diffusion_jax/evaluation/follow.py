@@ -84,12 +84,6 @@ def follow(
       ended = not new and max(judged | missed, default=0) >= last
       return curve, new, ended
 
-  def hold():
-    try:
-      look()
-    except (OSError, UserError) as e:
-      terminal.say(f'new checkpoints cannot be held for now ({e})')
-
   while True:
     curve, new, ended = distributed.on_first(look)
     if ended:
@@ -109,12 +103,20 @@ def follow(
       if step in distributed.on_first(lambda: checkpoint.steps(directory)):
         raise
       continue  # deleted in between, which the next look reports
-    with terminal.repeating(hold, poll_secs):
+    with terminal.repeating(lambda: _hold(look), poll_secs):
       value = judge(found)['results'][result]
     best, told = curve['best'], 'the best so far'
     if best and best['value'] <= value:
       told = f'the best is {cards.number(best["value"])} at step {best["step"]}'
     terminal.say(f'step {step}: {result} {cards.number(value)}, {told}')
+
+
+def _hold(look):
+  """Holds new checkpoints while one is judged."""
+  try:
+    look()
+  except (OSError, UserError) as e:
+    terminal.say(f'new checkpoints cannot be held for now ({e})')
 
 
 def curve_of(workdir, card_path, result: str) -> dict:
