@@ -12,7 +12,7 @@ Other configs start from it and change what differs:
 The import also works in your own config files, in any folder, and can name any
 other config in place of `default`. `train --config=FILE --print_config` prints
 the resolved config. Keys missing from a config have the defaults of this file.
-They are what the runs of arXiv 2006.11239 share, where it says so.
+The defaults follow arXiv 2006.11239 where it gives a value.
 """
 
 from ml_collections import ConfigDict
