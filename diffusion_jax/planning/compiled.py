@@ -111,19 +111,15 @@ def compile(fn, args, limit: int, fast: bool = False) -> Compiled:
 def _exceeded(message) -> tuple[int, int] | None:
   """(bytes needed, bytes available), from libtpu's error message."""
   size = r'\(?([\d.]+)([KMGT]?)\)?'
-  found = re.search(
-    rf'temporaries {size} exceeds available HBM {size}'
-    rf'|Used {size} of {size} hbm',
-    message,
-  )
-  if not found:
-    return None
-  numbers = [part for part in found.groups() if part is not None]
-  used, limit = (
-    int(float(number) * UNITS[unit])
-    for number, unit in zip(numbers[::2], numbers[1::2], strict=True)
-  )
-  return used, limit
+  for form in (
+    rf'temporaries {size} exceeds available HBM {size}',
+    rf'Used {size} of {size} hbm',
+  ):
+    if found := re.search(form, message):
+      used, unit, limit, limit_unit = found.groups()
+      used, limit = float(used) * UNITS[unit], float(limit) * UNITS[limit_unit]
+      return int(used), int(limit)
+  return None
 
 
 def describe(

@@ -44,7 +44,7 @@ def place(
   """
   wanted = {name: name_of(name) for name in models.names(abstract)}
   missing = [theirs for theirs in wanted.values() if theirs not in tensors]
-  extra = sorted(tensors.keys() - set(wanted.values()))
+  extra = sorted(tensors.keys() - wanted.values())
   if missing or extra:
     told = [
       f'{len(names)} tensors {how} ({_shortened(names)})'
