@@ -19,7 +19,6 @@ compiles, is not one of the rounds.
 
 import functools
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -83,9 +82,7 @@ def main():
     terminal.say(f'batch {size}')
     result['batches'].append(measured(trained, pipeline, how, size))
   if FLAGS.output:
-    files.make(files.at(FLAGS.output).parent)
-    with files.replacing(FLAGS.output) as file:
-      file.write(json.dumps(result, indent=2).encode() + b'\n')
+    files.write_json(FLAGS.output, result)
   terminal.report(result, '\n'.join(_shown(result)), as_json=False)
 
 
@@ -176,20 +173,21 @@ def measured(trained, pipeline, how, size: int) -> dict:
       **network_alone(trained, how, size),
     }
   )
-  spread = {name: _summary(values) for name, values in seconds.items()}
-  drawn = seconds['draw']
+  alone = ('draw', 'one by one', 'one scan')
   return {
     'batch_size': size,
-    'compile_seconds': first['ours'] - spread['ours']['median'],
+    'compile_seconds': first['ours'] - float(np.median(seconds['ours'])),
     'images_per_sec': {
       name: _summary(size / seconds[name]) for name in ('ours', 'diffusers')
     },
-    'seconds': {n: spread[n] for n in ('draw', 'one by one', 'one scan')},
+    'seconds': {name: _summary(seconds[name]) for name in alone},
     # Of the two times of a round: a slowdown of a whole round cancels.
     'ratios': {
       'ours / diffusers': _summary(seconds['diffusers'] / seconds['ours']),
-      'draw / one by one': _summary(drawn / seconds['one by one']),
-      'draw / one scan': _summary(drawn / seconds['one scan']),
+      **{
+        f'draw / {name}': _summary(seconds['draw'] / seconds[name])
+        for name in alone[1:]
+      },
     },
   }
 
@@ -252,8 +250,7 @@ def _checked() -> tuple:
       f'--batch_sizes={",".join(sizes)}: whole numbers from 1 on, as 1,16'
     )
   config = FLAGS.config.copy_and_resolve_references()
-  wrong = validation.check_network(config)
-  if wrong:
+  if wrong := validation.check_network(config):
     raise UserError(wrong[0])
   if config.model.dtype != 'float32':
     raise UserError(
