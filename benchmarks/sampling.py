@@ -32,10 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from diffusion_jax import models, runs
+from diffusion_jax import load, models, runs
 from diffusion_jax.cli import command, config_files
 from diffusion_jax.runs import draw, validation
-from diffusion_jax.runs.trained import load
 from diffusion_jax.samplers import plan
 from diffusion_jax.system import environment, files, terminal
 from diffusion_jax.system.errors import UserError

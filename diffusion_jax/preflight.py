@@ -119,14 +119,19 @@ def main():
   devices = chips.devices(where) if where else jax.devices()
   if wrong := validation.check(FLAGS.config, devices):
     raise UserError(wrong[0])
-  place = _place(FLAGS.config, where, devices)
+  config = FLAGS.config
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  limit = where.chip.memory if where else _memory()
+  fast = FLAGS.fast and devices[0].platform == 'tpu'
+  program = programs.create(config, mesh)
+  place = Place(config, mesh, program, limit, where, fast)
   looked_at = _look(place)
   if FLAGS.largest_batch:
     _largest(place)
     return
   train, sample = _compile_both(place)
   if train.total > train.limit:
-    raise _too_large(place, place.config.batch_size, train.total, train.limit)
+    raise _too_large(place, config.batch_size, train.total, train.limit)
   if sample and sample.total > sample.limit:
     what = f'--sample_batch_size={place.sampled}'
     raise _no_room(place, what, sample.total, sample.limit, 'draw fewer')
@@ -134,19 +139,11 @@ def main():
   result = _result(place, train, sample)
   if FLAGS.measure:
     result['measured'] = timing.measure(
-      place.config, place.mesh, place.program, train, sample, place.sampled
+      config, mesh, program, train, sample, place.sampled
     )
     result['environment'] = environment.describe()
   result['checks'] = [check._asdict() for check in looked_at]
   terminal.report(result, '\n'.join(page.lines(result)), FLAGS.json)
-
-
-def _place(config, where, devices) -> Place:
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  limit = where.chip.memory if where else _memory()
-  fast = FLAGS.fast and devices[0].platform == 'tpu'
-  program = programs.create(config, mesh)
-  return Place(config, mesh, program, limit, where, fast)
 
 
 def _memory() -> int:

@@ -41,10 +41,9 @@ def run(config: Mapping, workdir) -> list[Check]:
   Returns:
     the results, the same on all processes.
   """
-  workdirs = [workdir] if workdir else []
   return [
     check('data', _data, config['data']),
-    *(check('workdir', _workdir, folder) for folder in workdirs),
+    *([check('workdir', _workdir, workdir)] if workdir else []),
     check('versions', _versions),
     check('TensorFlow', _tensorflow),
   ]

@@ -17,7 +17,7 @@ from flax import traverse_util
 from diffusion_jax.models import inception
 from diffusion_jax.system import errors, files, npz
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.weights import download, pytorch
+from diffusion_jax.weights import download, named, pytorch
 
 URL = (
   'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
@@ -225,9 +225,9 @@ def read(path, taps: Sequence[str] = ('logits',)) -> dict:
 def _match(found, known, wanted, why: str = '') -> None:
   """Raises ValueError unless names are known, and the wanted ones are there."""
   if missing := [name for name in wanted if name not in found]:
-    raise ValueError(f'it lacks {_some(missing)}{why}')
+    raise ValueError(f'it lacks {named.shortened(missing, 1)}{why}')
   if extra := [name for name in found if name not in known]:
-    raise ValueError(f'{_some(extra)} is not of this network')
+    raise ValueError(f'{named.shortened(extra, 1)} is not of this network')
 
 
 def _flat(shapes: dict) -> dict[str, tuple]:
@@ -236,12 +236,6 @@ def _flat(shapes: dict) -> dict[str, tuple]:
     for name, shape in shapes.items()
     for part in 'wb'
   }
-
-
-def _some(names: Sequence[str]) -> str:
-  """The first of the names, shortened, and the number of others."""
-  rest = f' and {len(names) - 1} more' if names[1:] else ''
-  return f'{names[0][:100]}{rest}'
 
 
 def checked(path) -> str:
