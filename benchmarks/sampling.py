@@ -164,7 +164,7 @@ def difference(trained, pipeline, how, size: int) -> float:
 def measured(trained, pipeline, how, size: int) -> dict:
   """Both comparisons at one batch size: medians and spread."""
   drawer, indices = trained.drawer(how, dtype='float32'), np.arange(size)
-  first, seconds = alternating(
+  calls = alternating(
     {
       'ours': functools.partial(ours, trained, how, size),
       'diffusers': functools.partial(theirs, pipeline, how, size),
@@ -172,21 +172,19 @@ def measured(trained, pipeline, how, size: int) -> dict:
       **network_alone(trained, how, size),
     }
   )
-  alone = ('draw', 'one by one', 'one scan')
+  seconds = {name: times[1:] for name, times in calls.items()}
+  alone, drawn = ('one by one', 'one scan'), seconds['draw']
   return {
     'batch_size': size,
-    'compile_seconds': first['ours'] - float(np.median(seconds['ours'])),
+    'compile_seconds': float(calls['ours'][0] - np.median(seconds['ours'])),
     'images_per_sec': {
       name: _summary(size / seconds[name]) for name in ('ours', 'diffusers')
     },
-    'seconds': {name: _summary(seconds[name]) for name in alone},
+    'seconds': {name: _summary(seconds[name]) for name in ('draw', *alone)},
     # Of the two times of a round: a slowdown of a whole round cancels.
     'ratios': {
       'ours / diffusers': _summary(seconds['diffusers'] / seconds['ours']),
-      **{
-        f'draw / {name}': _summary(seconds['draw'] / seconds[name])
-        for name in alone[1:]
-      },
+      **{f'draw / {name}': _summary(drawn / seconds[name]) for name in alone},
     },
   }
 
@@ -212,13 +210,13 @@ def network_alone(trained, how, size: int) -> dict:
   }
 
 
-def alternating(calls: dict) -> tuple[dict, dict]:
+def alternating(calls: dict) -> dict[str, np.ndarray]:
   """Times calls alternately, so that other load affects all of them.
 
   Every second round is reversed, so that no call always follows the same one.
 
   Returns:
-    ({name: seconds of the first call}, {name: [rounds] of the later ones}).
+    {name: seconds of the first call, then of each round [1 + rounds]}.
   """
   seconds = {name: [] for name in calls}
   for i in range(1 + FLAGS.rounds):
@@ -226,10 +224,7 @@ def alternating(calls: dict) -> tuple[dict, dict]:
       start = time.perf_counter()
       jax.block_until_ready(calls[name]())
       seconds[name].append(time.perf_counter() - start)
-  return (
-    {name: first for name, (first, *_) in seconds.items()},
-    {name: np.array(others) for name, (_, *others) in seconds.items()},
-  )
+  return {name: np.array(times) for name, times in seconds.items()}
 
 
 def _summary(values) -> dict:

@@ -7,6 +7,7 @@ pytorch-fid and torch-fidelity, which have the same SHA-256. Our format is a
 """
 
 import functools
+import hashlib
 import re
 import zipfile
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def convert(source, target) -> None:
     ),
   ):
     if files.at(source).suffix == '.pb':
-      params = _fold(_pick(_graph(source), graph_names()))
+      params = _fold(_graph(source), graph_names())
     else:
       params = from_torch(pytorch.read(source))
   write(target, params)
@@ -118,7 +119,7 @@ def from_torch(state: dict[str, np.ndarray]) -> dict:
     for name, array in state.items()
     if not name.endswith('num_batches_tracked')
   }
-  return _fold(_pick(turned, torch_names()))
+  return _fold(turned, torch_names())
 
 
 def torch_names() -> dict[str, str]:
@@ -245,13 +246,8 @@ def checked(path) -> str:
     UserError: the file cannot be read, or has another hash than its name.
   """
   match = re.search(r'inception-2015-12-05-([0-9a-f]{8})\.pth$', str(path))
-  try:
-    found = download.sha256_of(path)
-  except OSError as e:
-    raise UserError(
-      f'{path} cannot be read ({e.strerror or e}): give published Inception '
-      'weights'
-    ) from e
+  data = files.content(path, 'give published Inception weights')
+  found = hashlib.sha256(data).hexdigest()
   if match and not found.startswith(match[1]):
     raise UserError(
       f'{path} has the SHA-256 {found[: len(match[1])]}, not {match[1]} as its '
@@ -276,9 +272,9 @@ def _pick(given: dict, names: dict[str, str]) -> dict[str, np.ndarray]:
   return {ours: given[theirs] for theirs, ours in names.items()}
 
 
-def _fold(arrays: dict[str, np.ndarray]) -> dict:
-  """Folds batch norms into convolutions, in float64."""
-  params = {}
+def _fold(given: dict, names: dict[str, str]) -> dict:
+  """Folds batch norms into convolutions, in float64; see `_pick`."""
+  arrays, params = _pick(given, names), {}
   for name in _convolutions():
     w, gamma, beta, mean, variance = (
       arrays[f'{name}/{part}'].astype('f8') for part in _PARTS
