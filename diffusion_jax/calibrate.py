@@ -16,6 +16,7 @@ from diffusion_jax import runs
 from diffusion_jax.cli import command, declare, run_data
 from diffusion_jax.evaluation import calibration as passes
 from diffusion_jax.evaluation import features
+from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.runs import calibration
 from diffusion_jax.runs.trained import load
 from diffusion_jax.system import distributed, files, terminal
@@ -101,7 +102,8 @@ def _pass(trained, images, about, place):
   work = images.count * trained.schedule.num_timesteps
   with terminal.Progress('calibrating', work, unit='evaluations') as progress:
     found = passes.measure(
-      trained, images, FLAGS.seed, parts, FLAGS.batch_size, progress.update
+      Batches(trained, images, parts, FLAGS.batch_size, progress.update),
+      FLAGS.seed,
     )
 
   def keep():

@@ -12,7 +12,7 @@ def clip_x0(
 
   DDPM clips in every ancestral step (arXiv 2006.11239, published sampler).
   Because eps is recomputed, xt = alpha x0 + sigma eps still holds, and a
-  sampler may use either x0 or eps.
+  sampler may use either x0 or eps. At t = -1, clean data, eps is 0.
 
   Args:
     denoiser: (xt, t) -> (x0, eps).
@@ -22,6 +22,7 @@ def clip_x0(
 
   def denoise(xt, t):
     x0 = jnp.clip(denoiser(xt, t).x0, -bound, bound)
-    return gaussian.from_x0(x0, xt, *gaussian.alpha_sigma(schedule, t, xt))
+    alpha, sigma = gaussian.alpha_sigma(schedule, t, xt, jnp.inf)
+    return gaussian.Denoised(x0, (xt - alpha * x0) / sigma)
 
   return denoise

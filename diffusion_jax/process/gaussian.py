@@ -19,7 +19,7 @@ VARIANCES = ('fixedsmall', 'fixedlarge')
 
 
 class Denoised(NamedTuple):
-  """A denoiser's estimates from xt; xt = alpha x0 + sigma eps always holds.
+  """A denoiser's estimates from xt; xt = alpha x0 + sigma eps if t >= 0.
 
   Attributes:
     x0: [B, ...], the estimate of the clean data.
@@ -38,10 +38,13 @@ def per_example(values: jax.Array, like: jax.Array) -> jax.Array:
   return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
-def alpha_sigma(schedule: Schedule, t, like) -> tuple[jax.Array, jax.Array]:
-  """(alpha, sigma) at t, [B] or a scalar, to multiply `like` [B, ...]."""
+def alpha_sigma(schedule: Schedule, t, like, clean=0.0) -> tuple:
+  """(alpha, sigma) at t, [B] or a scalar, to multiply `like` [B, ...].
+
+  `clean` is sigma at t = -1, see `Schedule.sigma`.
+  """
   dtype = jnp.result_type(like)  # JAX's dtype: no float64 by default
-  alpha, sigma = schedule.alpha(t, dtype), schedule.sigma(t, dtype)
+  alpha, sigma = schedule.alpha(t, dtype), schedule.sigma(t, dtype, clean)
   return per_example(alpha, like), per_example(sigma, like)
 
 
@@ -102,11 +105,6 @@ def step_variance(schedule: Schedule, t, s, variance: str) -> np.ndarray:
   return -np.expm1(schedule.host(t)[0] - schedule.host(s)[0])
 
 
-def from_x0(x0, xt, alpha, sigma) -> Denoised:
-  """The estimates with a given x0; clean data, where sigma is 0, has eps 0."""
-  return Denoised(x0, (xt - alpha * x0) / jnp.where(sigma > 0, sigma, jnp.inf))
-
-
 class Parametrisation(NamedTuple):
   """The meaning of a network's output F, in closed form.
 
@@ -116,12 +114,15 @@ class Parametrisation(NamedTuple):
     scale: (alpha, sigma) -> the factor applied to xt as network input; None for
       1.
     label: (schedule, t) -> [B], the noise level as network input; None for t.
+    clean: sigma at t = -1 for `denoised`; inf if it divides by sigma, so that
+      clean data has eps 0.
   """
 
   denoised: Callable
   target: Callable
   scale: Callable | None = None
   label: Callable | None = None
+  clean: float = 0.0
 
 
 PARAMETRISATIONS = {
@@ -130,10 +131,9 @@ PARAMETRISATIONS = {
     lambda x0, eps, alpha, sigma: eps,
   ),
   'x0': Parametrisation(
-    lambda F, xt, alpha, sigma: from_x0(
-      jnp.where(sigma > 0, F, xt), xt, alpha, sigma
-    ),
+    lambda F, xt, alpha, sigma: Denoised(F, (xt - alpha * F) / sigma),
     lambda x0, eps, alpha, sigma: x0,
+    clean=np.inf,
   ),
   'v': Parametrisation(  # arXiv 2202.00512
     lambda F, xt, alpha, sigma: Denoised(
@@ -166,9 +166,9 @@ def from_prediction(schedule, prediction, xt, t, kind: str) -> Denoised:
   Raises:
     UserError: the kind is not known.
   """
-  return parametrisation(kind).denoised(
-    prediction, xt, *alpha_sigma(schedule, t, xt)
-  )
+  how = parametrisation(kind)
+  levels = alpha_sigma(schedule, t, xt, how.clean)
+  return how.denoised(prediction, xt, *levels)
 
 
 def to_target(schedule, x0, eps, t, kind: str) -> jax.Array:

@@ -194,6 +194,7 @@ class Trained:
 
     return draw_batch
 
+  @numerics.fixed()
   def sample(
     self,
     num_samples: int = 1,
@@ -229,9 +230,14 @@ class Trained:
     ):  # fmt: skip
       if value < least:
         raise UserError(f'{name}={value}: at least {least}')
-    draw_fn = self.drawer(self.plan(**options), dtype=dtype)
-    indices = np.arange(first, first + num_samples)
-    return sharding.in_batches(draw_fn, indices, min(batch_size, num_samples))
+    how = json.dumps(self.plan(**options))
+    draw_fn = self.compiled.drawer(how, frames=(), dtype=dtype)
+    return sharding.in_batches(
+      functools.partial(draw_fn, self.params),
+      np.arange(first, first + num_samples, dtype=np.uint32),
+      sharding.rounded(min(batch_size, num_samples), self.mesh),
+      self.mesh,
+    )
 
 
 @numerics.fixed()

@@ -4,6 +4,7 @@ With a sampler that adds no noise, an image is a function of its initial noise
 (arXiv 2010.02502, section 5.3).
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -69,8 +70,6 @@ def carrier(
     x [N, H, W, C] at the grid's first time -> float32 of the same shape at its
     last time, the same in every process. It compiles once per batch size.
   """
-  mesh = trained.mesh
-  parts = mesh.shape['data'] * mesh.shape['fsdp']
 
   @jax.jit
   def along(params, x):
@@ -83,11 +82,12 @@ def carrier(
     return solve(sampler, denoiser, trained.schedule, grid, x, keys)
 
   def carry(x):
-    size = -(-min(batch_size, len(x)) // parts) * parts
-
-    def batch_fn(batch):
-      return along(trained.params, sharding.put_batch(batch, mesh))
-
-    return sharding.in_batches(batch_fn, x.astype(np.float32), size)
+    size = sharding.rounded(min(batch_size, len(x)), trained.mesh)
+    return sharding.in_batches(
+      functools.partial(along, trained.params),
+      np.asarray(x, np.float32),
+      size,
+      trained.mesh,
+    )
 
   return carry

@@ -23,7 +23,7 @@ _MAX_COMPRESSION = 1040
 # The exceptions that NumPy and zipfile raise for damaged files.
 DAMAGED = (
   *(OSError, EOFError, ValueError, LookupError, RuntimeError, SyntaxError),
-  *(TypeError, OverflowError, MemoryError),
+  *(TypeError, AttributeError, ArithmeticError, MemoryError),
   *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
 

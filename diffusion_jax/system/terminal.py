@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -98,29 +98,46 @@ def waiting(title: str, seconds: float = 20.0) -> Iterator[None]:
     title: the task.
     seconds: the time between lines without a terminal.
   """
-  terminal = sys.stderr.isatty()
-  start, done = time.monotonic(), threading.Event()
+  terminal, start = sys.stderr.isatty(), time.monotonic()
 
   def told():
     return f'{title}: {time.monotonic() - start:.0f} s'
 
   def tell():
-    while not done.wait(1.0 if terminal else seconds):
-      print(told(), file=sys.stderr, end='\r' if terminal else '\n', flush=True)
+    print(told(), file=sys.stderr, end='\r' if terminal else '\n', flush=True)
 
-  if not distributed.is_first():
-    yield
-    return
   say(title)
-  thread = threading.Thread(target=tell, daemon=True)
-  thread.start()
+  try:
+    with repeating(tell, 1.0 if terminal else seconds):
+      yield
+  finally:
+    if terminal and distributed.is_first():
+      print('\r' + ' ' * len(told()), file=sys.stderr, end='\r', flush=True)
+
+
+@contextlib.contextmanager
+def repeating(fn: Callable[[], None], seconds: float) -> Iterator[None]:
+  """Calls a function again and again in a thread of process 0.
+
+  Args:
+    fn: the function.
+    seconds: the time before each call.
+  """
+  done = threading.Event()
+
+  def repeat():
+    while not done.wait(seconds):
+      fn()
+
+  thread = threading.Thread(target=repeat, daemon=True)
+  if distributed.is_first():
+    thread.start()
   try:
     yield
   finally:
     done.set()
-    thread.join()
-    if terminal:
-      print('\r' + ' ' * len(told()), file=sys.stderr, end='\r', flush=True)
+    if thread.is_alive():
+      thread.join()
 
 
 def say(text: str) -> None:

@@ -224,26 +224,6 @@ def local_rows(array) -> tuple[np.ndarray, np.ndarray]:
   return np.concatenate(rows), np.concatenate(values)
 
 
-def in_batches(fn, rows: np.ndarray, size: int) -> np.ndarray:
-  """Computes rows [N, ...] in batches of `size`, on the host.
-
-  Args:
-    fn: [size, ...] -> a global array [size or more, ...].
-    rows: the rows; the last batch is padded with repeats, so that only one
-      shape compiles.
-    size: rows per batch.
-
-  Returns:
-    [N, ...], in every process.
-  """
-  return np.concatenate(
-    [
-      to_host(fn(np.resize(part, (size, *rows.shape[1:]))))[: len(part)]
-      for part in np.split(rows, range(size, len(rows), size))
-    ]
-  )
-
-
 def put_batch(tree, mesh: Mesh):
   """NumPy arrays [B, ...], the same in every process -> global arrays."""
   where = batch_sharding(mesh)
@@ -307,6 +287,42 @@ def padded_indices(indices, mesh: Mesh) -> jax.Array:
   """
   if np.ndim(indices) == 0:
     indices = np.arange(indices)
+  size = rounded(len(indices), mesh)
+  return put_padded(np.asarray(indices, np.uint32), size, mesh)
+
+
+def rounded(count: int, mesh: Mesh) -> int:
+  """The least number of rows, from `count` on, that is divisible by the mesh.
+
+  Args:
+    count: the number of rows, at least 1.
+    mesh: the devices.
+  """
   parts = mesh.shape['data'] * mesh.shape['fsdp']
-  padded = np.resize(indices, -(-len(indices) // parts) * parts)
-  return put_batch(padded.astype(np.uint32), mesh)
+  return -(-count // parts) * parts
+
+
+def put_padded(tree, size: int, mesh: Mesh):
+  """Like `put_batch`, of arrays [n, ...] padded with repeats to [size, ...]."""
+  return put_batch(
+    jax.tree.map(lambda x: np.resize(x, (size, *x.shape[1:])), tree), mesh
+  )
+
+
+def in_batches(fn, rows: np.ndarray, size: int, mesh: Mesh):
+  """Calls a compiled function on any number of rows, with one shape.
+
+  Args:
+    fn: a global array [size, ...] -> a tree of arrays [size, ...].
+    rows: [N, ...], the same in every process.
+    size: rows per call, see `rounded`; the last call's are padded.
+    mesh: the devices.
+
+  Returns:
+    the tree of NumPy arrays [N, ...], in every process.
+  """
+  found = [
+    jax.tree.map(to_host, fn(put_padded(part, size, mesh)))
+    for part in np.split(rows, range(size, len(rows), size))
+  ]
+  return jax.tree.map(lambda *x: np.concatenate(x)[: len(rows)], *found)
