@@ -49,7 +49,6 @@ def create(path: str, wanted: Wanted, what: str) -> sources.Source | None:
 
   labels, num_classes, has_test = None, 0, False
   with errors.one_line(
-    npz.DAMAGED,
     lambda reason: (
       f'{what} cannot be read: {reason}; write it again with np.save or '
       'np.savez'

@@ -16,7 +16,6 @@ refuse images that would have to be resized, or would lose their colours.
 """
 
 import dataclasses
-import struct
 from typing import BinaryIO
 
 import numpy as np
@@ -31,12 +30,6 @@ FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
 
 _RESIZING = (
   "--image_size=N crops the centre square and resizes all (Pillow's bicubic)"
-)
-
-# The exceptions that Pillow raises for damaged files, with no common class.
-_DAMAGED = (
-  *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError),
-  *(struct.error, Image.DecompressionBombError),
 )
 
 
@@ -189,7 +182,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _one_line_errors(name: str):
   return errors.one_line(
-    _DAMAGED,
     lambda reason: (
       f'image {name} cannot be read: {reason}; replace it or remove it'
     ),

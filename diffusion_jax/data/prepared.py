@@ -160,12 +160,4 @@ def _check_format(builder, name: str, where: str) -> None:
 
 def _one_line_errors(what: str):
   """Turns the errors of bad splits and damaged files into a UserError."""
-  from google.protobuf import json_format, message
-
-  kinds = (
-    *(ValueError, OSError, KeyError, AssertionError, RuntimeError),
-    *(json_format.Error, message.Error),
-  )
-  return errors.one_line(
-    kinds, lambda reason: f'{what} cannot be read: {reason}'
-  )
+  return errors.one_line(lambda reason: f'{what} cannot be read: {reason}')

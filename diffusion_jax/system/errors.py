@@ -26,20 +26,22 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_line(kinds, message: Callable[[str], str]) -> Iterator[None]:
+def one_line(message: Callable[[str], str]) -> Iterator[None]:
   """Turns the errors that damaged files cause into a UserError.
 
+  Put only the reading of the file inside: every exception is turned into one,
+  because the libraries that read files raise dozens, with no common class.
+
   Args:
-    kinds: the exception class, or a tuple of them.
     message: maps the reason, in one line, to the UserError's message.
 
   Raises:
-    UserError: one of those exceptions was raised.
+    UserError: any exception was raised.
   """
   try:
     yield
-  except UserError:  # also a ValueError, but already one line
+  except UserError:  # already one line
     raise
-  except kinds as e:
+  except Exception as e:
     reason = ' '.join(str(e).split())[:200] or type(e).__name__
     raise UserError(message(reason)) from e

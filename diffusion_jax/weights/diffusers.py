@@ -225,7 +225,6 @@ def _tensors(unet) -> tuple[dict[str, np.ndarray], str]:
   if path.name == PICKLED:
     return pytorch.read(path), digest
   with errors.one_line(
-    Exception,  # from safetensors and from NumPy
     lambda reason: (
       f'{path} is not a complete safetensors file ({reason}): download it again'
     ),

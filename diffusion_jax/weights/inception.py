@@ -203,7 +203,6 @@ def read(path, taps: Sequence[str] = ('logits',)) -> dict:
     )
   with (
     errors.one_line(
-      npz.DAMAGED,
       lambda reason: (
         f'{path} is not a file of Inception weights ({reason}): give one that '
         'weights.inception.convert wrote'

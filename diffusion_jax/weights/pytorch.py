@@ -51,7 +51,6 @@ def read(path) -> dict[str, np.ndarray]:
       'weights'
     ) from e
   with errors.one_line(
-    Exception,  # a damaged pickle may raise anything
     lambda reason: (
       f'{path} is not a PyTorch state dict ({reason}); nothing in it was '
       'executed: give the weights as published'
