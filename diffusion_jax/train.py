@@ -218,11 +218,12 @@ def _heldout_loss(program, train_state, source, config, mesh) -> dict:
   params = {**program.frozen, **train_state.ema_params}
   batch_size, num_images = config.batch_size, config.eval_images
   total, first = 0.0, 0
-  rows = pipeline.local_rows(sharding.batch_sharding(mesh), batch_size)
+  where = sharding.batch_sharding(mesh)
+  rows = pipeline.local_rows(where, batch_size)
   for local in pipeline.heldout(
     source, batch_size=batch_size, num_examples=num_images, rows=rows
   ):
-    batch, weight = sharding.put_rows(local, mesh, batch_size)
+    batch, weight = pipeline.put_rows(local, where, batch_size)
     total += program.loss_fn(params, train_state.extras, batch, weight, first)
     first += batch_size
   return {'heldout_loss': total / min(num_images or len(source), len(source))}

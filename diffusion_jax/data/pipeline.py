@@ -196,6 +196,22 @@ def local_rows(
   return np.unique(np.concatenate([np.arange(batch_size)[s] for s in slices]))
 
 
+def put_rows(tree, sharding: jax.sharding.NamedSharding, batch_size: int):
+  """This process's rows of a batch, as NumPy arrays -> global arrays.
+
+  Args:
+    tree: arrays [R, ...], the rows given by `local_rows`.
+    sharding: sharding over the batch axis.
+    batch_size: rows of the global batch.
+  """
+  return jax.tree.map(
+    lambda array: jax.make_array_from_process_local_data(
+      sharding, array, (batch_size, *array.shape[1:])
+    ),
+    tree,
+  )
+
+
 def _read(source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
   """Reads images by index and stacks them to a batch."""
   records = [source[i] for i in indices]
@@ -224,15 +240,9 @@ def _place(
   sharding: jax.sharding.NamedSharding,
   batch_size: int,
 ) -> Iterator[dict[str, jax.Array]]:
-  """This process's rows -> global arrays."""
   try:
     for batch in iterator:
-      yield {
-        name: jax.make_array_from_process_local_data(
-          sharding, x, (batch_size, *x.shape[1:])
-        )
-        for name, x in batch.items()
-      }
+      yield put_rows(batch, sharding, batch_size)
   finally:
     iterator.close()
 

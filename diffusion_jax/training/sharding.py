@@ -114,20 +114,18 @@ def _island(device):
   return island if device.platform == 'tpu' else (island, device.process_index)
 
 
-def spec_of(name: str, shape: tuple, mesh: Mesh, rules=RULES) -> P:
+def spec_of(name: str, shape: tuple, mesh: Mesh) -> P:
   """The PartitionSpec of a parameter (or of its moments).
 
   Args:
     name: the parameter's name, with slashes.
     shape: the parameter's shape.
     mesh: the devices.
-    rules: (regex of names, spec of the last axes) pairs; the first match
-      applies.
   """
   axes = [None] * len(shape)
   if math.prod(shape) < SMALL:
     return P()
-  for pattern, spec in rules:
+  for pattern, spec in RULES:
     if re.fullmatch(pattern, name):
       for i, axis in enumerate(spec, start=len(shape) - len(spec)):
         if axis and shape[i] % mesh.shape[axis] == 0:
@@ -141,33 +139,31 @@ def spec_of(name: str, shape: tuple, mesh: Mesh, rules=RULES) -> P:
   return P(*axes)
 
 
-def shardings(tree, mesh: Mesh, rules=RULES):
+def shardings(tree, mesh: Mesh):
   """A NamedSharding for each leaf of a state (arrays or their shapes).
 
   Optimiser moments and the EMA are split like the parameters, because the rules
   only use the end of the name and the shape.
   """
   return jax.tree.structure(tree).unflatten(
-    NamedSharding(mesh, spec_of(name, leaf.shape, mesh, rules))
+    NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
     for name, leaf in models.named(tree).items()
   )
 
 
-def abstract(tree, mesh: Mesh, rules=RULES):
+def abstract(tree, mesh: Mesh):
   """Adds shardings to the shapes of a tree.
 
   Args:
     tree: arrays or their shapes: parameters or a whole state.
     mesh: the devices.
-    rules: (regex of names, spec of the last axes) pairs; the first match
-      applies.
   """
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=where
     ),
     tree,
-    shardings(tree, mesh, rules),
+    shardings(tree, mesh),
   )
 
 
@@ -179,7 +175,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
-def gather_fsdp(params, mesh: Mesh, rules=RULES):
+def gather_fsdp(params, mesh: Mesh):
   """Inside a jitted step: gathers the parameters over 'fsdp'.
 
   FSDP does this anyway; the constraint makes it explicit. Without it, XLA
@@ -189,14 +185,13 @@ def gather_fsdp(params, mesh: Mesh, rules=RULES):
   Args:
     params: the parameters, traced.
     mesh: the devices.
-    rules: the rules that the parameters were sharded with, see `abstract`.
   """
 
   def gathered(leaf, sharding):
     axes = [None if axis == 'fsdp' else axis for axis in sharding.spec]
     return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, P(*axes)))
 
-  return jax.tree.map(gathered, params, shardings(params, mesh, rules))
+  return jax.tree.map(gathered, params, shardings(params, mesh))
 
 
 def to_host(array) -> np.ndarray:
@@ -224,38 +219,12 @@ def local_rows(array) -> tuple[np.ndarray, np.ndarray]:
   return np.concatenate(rows), np.concatenate(values)
 
 
-def gathering(apply, mesh: Mesh, rules=RULES):
-  """Wraps `apply` to gather its parameters with `gather_fsdp` first."""
-
-  def gathered(params, *args):
-    return apply(gather_fsdp(params, mesh, rules), *args)
-
-  return gathered
-
-
 def put_batch(tree, mesh: Mesh):
   """NumPy arrays [B, ...], the same in every process -> global arrays."""
   where = batch_sharding(mesh)
   return jax.tree.map(
     lambda array: jax.make_array_from_callback(
       array.shape, where, lambda index: array[index]
-    ),
-    tree,
-  )
-
-
-def put_rows(tree, mesh: Mesh, batch_size: int):
-  """This process's rows of a batch, as NumPy arrays -> global arrays.
-
-  Args:
-    tree: arrays [R, ...], the rows given by `pipeline.local_rows`.
-    mesh: the devices.
-    batch_size: rows of the global batch.
-  """
-  where = batch_sharding(mesh)
-  return jax.tree.map(
-    lambda array: jax.make_array_from_process_local_data(
-      where, array, (batch_size, *array.shape[1:])
     ),
     tree,
   )
