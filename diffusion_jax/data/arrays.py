@@ -90,10 +90,7 @@ def _map_npy(file: Path, what: str, wanted: Wanted) -> np.ndarray:
     header = npz.read_header(stream, what)
   shape = _shape_of_images(header, what, wanted)
   npz.check_bytes(header, file.stat().st_size, what)
-  images = np.memmap(
-    file, np.uint8, 'r', header.offset, header.shape, header.order
-  )
-  return images.reshape(-1, *shape)
+  return np.load(file, mmap_mode='r', allow_pickle=False).reshape(-1, *shape)
 
 
 def _read_npz(

@@ -108,9 +108,8 @@ def heldout(
     return batch, (positions < total).astype(np.float32)
 
   num_batches = -(-total // batch_size)
-  return iter(
-    _read_ahead(grain.MapDataset.range(num_batches).map(read), num_threads)
-  )
+  passes = grain.MapDataset.range(num_batches).map(read)
+  return _read_ahead(passes, num_threads)
 
 
 def stream(
@@ -141,10 +140,14 @@ def stream(
   if seed < 0:
     raise UserError(f'seed is {seed}: use 0 or more')
   rows = np.arange(batch_size)[rows]
-  # A batch spans at most two epochs, unless the set is very small.
-  order = functools.lru_cache(maxsize=2)(
-    functools.partial(_epoch_order, seed, len(source))
-  )
+
+  @functools.lru_cache(maxsize=2)
+  def order(epoch):
+    # A batch spans at most two epochs, unless the set is very small.
+    seed_sequence = np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))
+    indices = np.arange(len(source), dtype=np.uint32)  # 4 bytes per image
+    return np.random.default_rng(seed_sequence).permutation(indices)
+
   flip_key = np.random.SeedSequence(seed, spawn_key=(_FLIP,)).generate_state(
     1, np.uint64
   )
@@ -245,13 +248,6 @@ def _place(
       yield put_rows(batch, sharding, batch_size)
   finally:
     iterator.close()
-
-
-def _epoch_order(seed: int, num_images: int, epoch: int) -> np.ndarray:
-  """A permutation of the images: uint32 [num_images], 4 bytes per image."""
-  seed_sequence = np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))
-  indices = np.arange(num_images, dtype=np.uint32)
-  return np.random.default_rng(seed_sequence).permutation(indices)
 
 
 def _coins(key: np.ndarray, positions: np.ndarray) -> np.ndarray:
