@@ -90,22 +90,20 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
   if devices[0].platform != 'tpu':
     devices.sort(key=_island)  # the last axes then stay within a host
-    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
-  if shape[0] % len(islands):
+    placed = np.array(devices).reshape(shape)
+  elif shape[0] % len(islands):
     raise UserError(
       f'mesh {_sizes(shape)} on {len(islands)} TPU slices: fsdp x tensor may '
       f'not span slices, so data must be a multiple of {len(islands)}'
     )
-  return Mesh(
-    mesh_utils.create_hybrid_device_mesh(
+  else:
+    placed = mesh_utils.create_hybrid_device_mesh(
       (shape[0] // len(islands), *shape[1:]),
       (len(islands), 1, 1),
       devices,
       allow_split_physical_axes=True,
-    ),
-    AXES,
-    axis_types=types,
-  )
+    )
+  return Mesh(placed, AXES, axis_types=types)
 
 
 def _island(device):
@@ -159,9 +157,7 @@ def abstract(tree, mesh: Mesh):
     mesh: the devices.
   """
   return jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=where
-    ),
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
     tree,
     shardings(tree, mesh),
   )
