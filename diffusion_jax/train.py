@@ -24,7 +24,7 @@ import jax
 from absl import flags
 
 from diffusion_jax import data, runs
-from diffusion_jax.cli import command
+from diffusion_jax.cli import command, declare
 from diffusion_jax.data import pipeline
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import finetune, programs, validation
@@ -42,26 +42,22 @@ from diffusion_jax.training import (
 FLAGS = flags.FLAGS
 command.define_config()
 flags.adopt_module_key_flags(distributed)
-flags.DEFINE_string(
-  'workdir', None, 'Folder of the run; created if it does not exist.'
+declare.table(
+  workdir=(str, 'Folder of the run; created if it does not exist.'),
+  init_from=(str, 'Folder of a run whose parameters to start from.'),
+  init_step=(int, '--init_from: the checkpoint; by default the newest.'),
+  init_ema=(
+    True,
+    '--init_from: the averaged weights; --noinit_ema: the raw ones.',
+  ),
 )
-flags.DEFINE_string(
-  'init_from', None, 'Folder of a run whose parameters to start from.'
-)
-flags.DEFINE_integer(
-  'init_step', None, '--init_from: the checkpoint; by default the newest.'
-)
-flags.DEFINE_bool(
-  'init_ema', True,
-  '--init_from: the averaged weights; --noinit_ema: the raw ones.',
-)  # fmt: skip
 flags.DEFINE_float(
   'still_secs', 300,
   'Report a step that takes longer than this many seconds, with the stack of '
   'its process.',
   lower_bound=0.1,
 )  # fmt: skip
-flags.DEFINE_bool('json', False, 'Print the result as JSON.')
+declare.shared('json')
 
 
 def main():

@@ -49,10 +49,7 @@ def create(path: str, wanted: Wanted, what: str) -> sources.Source | None:
 
   labels, num_classes, has_test = None, 0, False
   with errors.one_line(
-    lambda reason: (
-      f'{what} cannot be read: {reason}; write it again with np.save or '
-      'np.savez'
-    ),
+    f'{what} cannot be read: ', '; write it again with np.save or np.savez'
   ):
     if file.suffix == '.npy':
       images = _map_npy(file, what, wanted)

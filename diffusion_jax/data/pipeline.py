@@ -148,9 +148,8 @@ def stream(
     indices = np.arange(len(source), dtype=np.uint32)  # 4 bytes per image
     return np.random.default_rng(seed_sequence).permutation(indices)
 
-  flip_key = np.random.SeedSequence(seed, spawn_key=(_FLIP,)).generate_state(
-    1, np.uint64
-  )
+  flips = np.random.SeedSequence(seed, spawn_key=(_FLIP,))
+  flip_key = flips.generate_state(1, np.uint64)
 
   def read(step):
     positions = step * batch_size + rows
@@ -203,7 +202,8 @@ def put_rows(tree, sharding: jax.sharding.NamedSharding, batch_size: int):
   """This process's rows of a batch, as NumPy arrays -> global arrays.
 
   Args:
-    tree: arrays [R, ...], the rows given by `local_rows`.
+    tree: arrays [R, ...], the rows given by `local_rows`, or [B, ...], the same
+      in every process.
     sharding: sharding over the batch axis.
     batch_size: rows of the global batch.
   """

@@ -10,9 +10,10 @@ import os
 import re
 import shlex
 
+import tensorflow_datasets as tfds
+
 from diffusion_jax.data import images, sources
-from diffusion_jax.system import errors
-from diffusion_jax.system.errors import UserError, quiet
+from diffusion_jax.system.errors import UserError, one_line, quiet
 
 # name or name/config, optionally with a version. No namespace, which would
 # access the network, and no keyword arguments.
@@ -42,9 +43,6 @@ def create(
     UserError: the set is unknown, is not prepared as array_record or has no
       images, or the split is unknown.
   """
-  # tfds takes most of a second to import, and only this source needs it.
-  import tensorflow_datasets as tfds
-
   images.check_channels(wanted.channels)
   if wanted.heldout_every:
     raise UserError(
@@ -54,7 +52,7 @@ def create(
   data_dir = os.path.expanduser(path) or None
   where = data_dir or str(tfds.core.constants.DATA_DIR)
   what = f'split {wanted.split!r} of {name} in {where}'
-  with quiet(), _one_line_errors(what):
+  with quiet(), one_line(f'{what} cannot be read: '):
     builder = _find(name, data_dir, where)
     _check_format(builder, name, where)
     needed = _needed(builder, name)
@@ -70,7 +68,7 @@ def create(
     raise UserError(f'{what} has no images')
 
   def record_of(index):
-    with _one_line_errors(f'image {index} of {what}'):
+    with one_line(f'image {index} of {what} cannot be read: '):
       return parser.deserialize_example_np(
         records[index], decoders={'image': tfds.decode.SkipDecoding()}
       )
@@ -95,8 +93,6 @@ def create(
 
 def _needed(builder, name: str) -> dict:
   """The features to parse: the image, still encoded, and a class label."""
-  import tensorflow_datasets as tfds
-
   features = dict(builder.info.features.items())
   image, label = features.get('image'), features.get('label')
   if not isinstance(image, tfds.features.Image) or image.np_dtype.kind != 'u':
@@ -114,8 +110,6 @@ def _find(name: str, data_dir: str | None, where: str):
   The set is found by its files. `tfds.builder` would load the code that
   prepares the set, which often needs TensorFlow and knows only one version.
   """
-  import tensorflow_datasets as tfds
-
   match = _NAME.fullmatch(name.removeprefix('tfds:'))
   if not match:
     raise UserError(
@@ -156,8 +150,3 @@ def _check_format(builder, name: str, where: str) -> None:
       'array_record: run bash launch/prepare_data.sh '
       f'{name.removeprefix("tfds:")} with another DATA_DIR, and read that one'
     )
-
-
-def _one_line_errors(what: str):
-  """Turns the errors of bad splits and damaged files into a UserError."""
-  return errors.one_line(lambda reason: f'{what} cannot be read: {reason}')

@@ -7,7 +7,7 @@ the method of resizing changes the FID (arXiv 2104.11222).
 import dataclasses
 import os
 
-from diffusion_jax.data import arrays, digits, folders, prepared, sources
+from diffusion_jax.data import arrays, digits, folders, sources
 from diffusion_jax.system.errors import UserError
 
 KINDS = {'digits': digits, 'arrays': arrays, 'folder': folders}
@@ -96,6 +96,9 @@ def open_kind(
     UserError: as for `data.create`.
   """
   if kind.startswith('tfds:'):
+    # It imports TFDS, which takes most of a second.
+    from diffusion_jax.data import prepared
+
     return prepared.create(kind, path, wanted)
   if wanted.split not in ('train', 'test'):
     raise UserError(

@@ -142,15 +142,11 @@ def gather(value: Any) -> list:
   """
   if not _is_several():
     return [json.loads(json.dumps(value))]
-  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.int32(len(data)))
-  padded = np.zeros(max(sizes), np.uint8)
-  padded[: len(data)] = data
+  text = json.dumps(value).encode()
+  longest = multihost_utils.process_allgather(np.int32(len(text))).max()
+  padded = np.frombuffer(text.ljust(longest), np.uint8)  # JSON ignores spaces
   rows = multihost_utils.process_allgather(padded)
-  return [
-    json.loads(np.asarray(row[:size], np.uint8).tobytes())
-    for row, size in zip(rows, sizes, strict=True)
-  ]
+  return [json.loads(row.astype(np.uint8).tobytes()) for row in rows]
 
 
 def index() -> int:
@@ -333,11 +329,9 @@ def _listen(address, num_processes, seconds):
 
 def _gone(guest):
   """Whether it closed the connection, as when killed and restarted."""
+  guest.setblocking(False)
   try:
-    guest.setblocking(False)
-    return guest.recv(1) == b''
-  except OSError:
-    return False
+    return farewell.is_closed(guest)
   finally:
     guest.settimeout(5)
 

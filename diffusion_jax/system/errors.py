@@ -1,7 +1,7 @@
 """User errors: the exception, and helpers that keep the report to one line."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from absl import logging
 
@@ -26,14 +26,15 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_line(message: Callable[[str], str]) -> Iterator[None]:
+def one_line(before: str, after: str = '') -> Iterator[None]:
   """Turns the errors that damaged files cause into a UserError.
 
   Put only the reading of the file inside: every exception is turned into one,
   because the libraries that read files raise dozens, with no common class.
 
   Args:
-    message: maps the reason, in one line, to the UserError's message.
+    before: the UserError's message up to the reason, which is one line.
+    after: the rest of the message.
 
   Raises:
     UserError: any exception was raised.
@@ -44,4 +45,4 @@ def one_line(message: Callable[[str], str]) -> Iterator[None]:
     raise
   except Exception as e:
     reason = ' '.join(str(e).split())[:200] or type(e).__name__
-    raise UserError(message(reason)) from e
+    raise UserError(f'{before}{reason}{after}') from e

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diffusion_jax import models
+from diffusion_jax.data import pipeline
 from diffusion_jax.system.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -217,13 +218,8 @@ def local_rows(array) -> tuple[np.ndarray, np.ndarray]:
 
 def put_batch(tree, mesh: Mesh):
   """NumPy arrays [B, ...], the same in every process -> global arrays."""
-  where = batch_sharding(mesh)
-  return jax.tree.map(
-    lambda array: jax.make_array_from_callback(
-      array.shape, where, lambda index: array[index]
-    ),
-    tree,
-  )
+  size = len(jax.tree.leaves(tree)[0])
+  return pipeline.put_rows(tree, batch_sharding(mesh), size)
 
 
 def split_batch(tree, pieces: int, mesh: Mesh):

@@ -225,9 +225,7 @@ def _tensors(unet) -> tuple[dict[str, np.ndarray], str]:
   if path.name == PICKLED:
     return pytorch.read(path), digest
   with errors.one_line(
-    lambda reason: (
-      f'{path} is not a complete safetensors file ({reason}): download it again'
-    ),
+    f'{path} is not a complete safetensors file (', '): download it again'
   ):
     try:
       return safetensors.numpy.load(content), digest

@@ -203,10 +203,8 @@ def read(path, taps: Sequence[str] = ('logits',)) -> dict:
     )
   with (
     errors.one_line(
-      lambda reason: (
-        f'{path} is not a file of Inception weights ({reason}): give one that '
-        'weights.inception.convert wrote'
-      ),
+      f'{path} is not a file of Inception weights (',
+      '): give one that weights.inception.convert wrote',
     ),
     files.at(path).open('rb') as file,
     zipfile.ZipFile(file) as archive,
