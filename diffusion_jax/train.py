@@ -101,9 +101,8 @@ def main():
     _say_start(workdir, config, start, splits, origin, begun, bool(kept))
     begun.taken.clear()  # the state has copies
     train_state = _train(
-      stack, config, workdir, mesh, program, splits, train_state, checkpoints,
-      signals,
-    )  # fmt: skip
+      config, workdir, mesh, program, splits, train_state, checkpoints, signals
+    )
   at = int(train_state.step)
   if at < config.num_steps:
     terminal.say(_stopped(signals.name, at))
@@ -149,9 +148,8 @@ def _say_start(workdir, config, start, splits, origin, begun, goes_on) -> None:
 
 
 def _train(
-  stack, config, workdir, mesh, program, splits, train_state, checkpoints,
-  signals,
-):  # fmt: skip
+  config, workdir, mesh, program, splits, train_state, checkpoints, signals
+):
   """The training loop with metrics, samples, checkpoints and the watchdog."""
   source, heldout = splits
   start = int(train_state.step)
@@ -165,47 +163,44 @@ def _train(
   )
   first = distributed.is_first()
   writer = metrics.Writer(workdir, start) if first else metrics.Mute()
-  dog = stack.enter_context(
-    watchdog.Watchdog(
-      workdir,
-      distributed.index(),
-      jax.process_count(),
-      still_secs=FLAGS.still_secs,
-      silent_secs=FLAGS.heartbeat_secs / 2,
-      every_secs=min(FLAGS.heartbeat_secs / 6, 10),
-      tell=terminal.say,
-    )
+  dog = watchdog.Watchdog(
+    workdir,
+    distributed.index(),
+    jax.process_count(),
+    still_secs=FLAGS.still_secs,
+    silent_secs=FLAGS.heartbeat_secs / 2,
+    every_secs=min(FLAGS.heartbeat_secs / 6, 10),
+    tell=terminal.say,
   )
-  progress = stack.enter_context(
-    terminal.Progress('training', config.num_steps, start)
-  )
+  progress = terminal.Progress('training', config.num_steps, start)
 
   def on_step(row):
     dog.step()
     progress.update(note=f'loss {row["loss"]:.4f}' if row else '')
 
-  train_state = loop.train(
-    train_state,
-    step_fn=lambda now, batch: program.step_fn(now, program.frozen, batch),
-    batches=dog.waiting(batches),
-    num_steps=config.num_steps,
-    batch_size=config.batch_size,
-    every=loop.Every(
-      config.log_every,
-      config.eval_every if heldout else 0,
-      config.sample_every,
-      config.checkpoint_every,
-    ),
-    checkpoints=checkpoints,
-    writer=writer,
-    eval_fn=lambda now: _heldout_loss(program, now, heldout, config, mesh),
-    sample_fn=lambda now, at: _draw_grid(
-      program, now, at, config.sample.num_images, mesh, workdir, writer
-    ),
-    on_step=on_step,
-    stop=signals.reached,
-  )
-  writer.close()
+  with dog, progress:
+    train_state = loop.train(
+      train_state,
+      step_fn=lambda now, batch: program.step_fn(now, program.frozen, batch),
+      batches=dog.waiting(batches),
+      num_steps=config.num_steps,
+      batch_size=config.batch_size,
+      every=loop.Every(
+        config.log_every,
+        config.eval_every if heldout else 0,
+        config.sample_every,
+        config.checkpoint_every,
+      ),
+      checkpoints=checkpoints,
+      writer=writer,
+      eval_fn=lambda now: _heldout_loss(program, now, heldout, config, mesh),
+      sample_fn=lambda now, at: _draw_grid(
+        program, now, at, config.sample.num_images, mesh, workdir, writer
+      ),
+      on_step=on_step,
+      stop=signals.reached,
+    )
+    writer.close()
   return train_state
 
 

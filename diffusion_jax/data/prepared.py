@@ -54,7 +54,6 @@ def create(
   what = f'split {wanted.split!r} of {name} in {where}'
   with quiet(), one_line(f'{what} cannot be read: '):
     builder = _find(name, data_dir, where)
-    _check_format(builder, name, where)
     needed = _needed(builder, name)
     if wanted.split == 'test' and 'test' not in builder.info.splits:
       return None
@@ -105,7 +104,7 @@ def _needed(builder, name: str) -> dict:
 
 
 def _find(name: str, data_dir: str | None, where: str):
-  """The builder of a prepared set; raises UserError if there is none.
+  """The builder of a set prepared as array_record; UserError if there is none.
 
   The set is found by its files. `tfds.builder` would load the code that
   prepares the set, which often needs TensorFlow and knows only one version.
@@ -125,6 +124,13 @@ def _find(name: str, data_dir: str | None, where: str):
   except tfds.core.DatasetNotFoundError:
     builder = None
   if builder and builder.is_prepared():
+    formats = {f.value for f in builder.info.available_file_formats()}
+    if 'array_record' not in formats:  # the others have no random access
+      raise UserError(
+        f'{name} in {where} is prepared as {", ".join(formats)}, need '
+        'array_record: run bash launch/prepare_data.sh '
+        f'{name.removeprefix("tfds:")} with another DATA_DIR, and read that one'
+      )
     return builder
 
   known = tfds.list_builders(with_community_datasets=False)
@@ -139,14 +145,3 @@ def _find(name: str, data_dir: str | None, where: str):
     f'{name} is not prepared in {where}: run bash launch/prepare_data.sh '
     f'{match.group(0)}{directory}'
   )
-
-
-def _check_format(builder, name: str, where: str) -> None:
-  """Raises UserError unless the set allows random access."""
-  formats = {f.value for f in builder.info.available_file_formats()}
-  if 'array_record' not in formats:
-    raise UserError(
-      f'{name} in {where} is prepared as {", ".join(formats)}, need '
-      'array_record: run bash launch/prepare_data.sh '
-      f'{name.removeprefix("tfds:")} with another DATA_DIR, and read that one'
-    )

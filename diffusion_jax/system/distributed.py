@@ -339,8 +339,7 @@ def _gone(guest):
 def _knock(address, num_processes, index, seconds):
   deadline = time.monotonic() + seconds
   host, _, port = address.rpartition(':')
-  answer = ''
-  while not answer and time.monotonic() < deadline:
+  while time.monotonic() < deadline:
     try:
       with socket.create_connection((host, int(port)), timeout=5) as server:
         server.sendall(f'{HELLO} {index} {num_processes}\n'.encode())
@@ -349,14 +348,14 @@ def _knock(address, num_processes, index, seconds):
         answer = server.makefile().readline().strip()
         if answer == 'go':
           return [server.dup()]
+        if answer:
+          raise UserError(answer)
     except OSError:
       time.sleep(0.2)
-  if not answer:
-    raise UserError(
-      f'process 0 was not found at {address} within {seconds:g} s: check '
-      'that it was started and that the port is open to this host'
-    )
-  raise UserError(answer)
+  raise UserError(
+    f'process 0 was not found at {address} within {seconds:g} s: check that it '
+    'was started and that the port is open to this host'
+  )
 
 
 def _listed(numbers):

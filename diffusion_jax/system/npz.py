@@ -28,10 +28,6 @@ class Header(NamedTuple):
   order: str  # 'C' or 'F'
   offset: int  # bytes before the data
 
-  @property
-  def num_bytes(self) -> int:
-    return self.offset + math.prod(self.shape) * self.dtype.itemsize
-
 
 def read_member(
   archive: zipfile.ZipFile,
@@ -102,8 +98,9 @@ def read_header(stream: BinaryIO, where: str) -> Header:
 
 def check_bytes(header: Header, num_bytes: int, where: str) -> None:
   """Raises UserError unless the array fills its file exactly."""
-  if header.num_bytes != num_bytes:
+  needed = header.offset + math.prod(header.shape) * header.dtype.itemsize
+  if needed != num_bytes:
     raise UserError(
       f'{where} is damaged: {header.dtype} {list(header.shape)} takes '
-      f'{header.num_bytes} bytes, but it has {num_bytes}'
+      f'{needed} bytes, but it has {num_bytes}'
     )

@@ -42,22 +42,20 @@ def mesh_shape(num_devices: int, data=-1, fsdp=1, tensor=1) -> tuple:
   Raises:
     ValueError: the sizes do not use the devices exactly; one line.
   """
-  sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
-  given = _sizes(sizes.values())
-  free = [name for name, size in sizes.items() if size == -1]
-  if len(free) > 1 or any(v < 1 and v != -1 for v in sizes.values()):
+  sizes = (data, fsdp, tensor)
+  free = sizes.count(-1)
+  if free > 1 or any(size < 1 and size != -1 for size in sizes):
     raise ValueError(
-      f'mesh {given}: sizes must be positive, and at most one -1 (the rest)'
+      f'mesh {_sizes(sizes)}: sizes must be positive, and at most one -1 (the '
+      'rest)'
     )
-  known = math.prod(v for v in sizes.values() if v != -1)
-  if free:
-    sizes[free[0]] = num_devices // known
-  if math.prod(sizes.values()) != num_devices:
+  known = math.prod(size for size in sizes if size != -1)
+  if num_devices % known or (known != num_devices and not free):
     raise ValueError(
-      f'mesh {given} takes {"a multiple of " if free else ""}{known} devices, '
+      f'mesh {_sizes(sizes)} takes {"a multiple of " * free}{known} devices, '
       f'but there are {num_devices}'
     )
-  return tuple(sizes.values())
+  return tuple(num_devices // known if n == -1 else n for n in sizes)
 
 
 def _sizes(shape) -> str:
