@@ -115,8 +115,8 @@ def _find(name: str, data_dir: str | None, where: str):
       f'{name!r} is not a data set of TFDS: use tfds:NAME or '
       'tfds:NAME/CONFIG, such as tfds:cifar10'
     )
-  base, config, version = match.group(1), match.group(2), match.group(3)
-  full_name = f'{base}{config or ""}{version or ":*.*.*"}'
+  base, config, version = match.groups('')
+  full_name = f'{base}{config}{version or ":*.*.*"}'
   try:
     builder = tfds.core.read_only_builder.builder_from_files(
       full_name, data_dir=data_dir

@@ -73,20 +73,16 @@ class Progress:
     if self._start is None:
       # The first update includes compilation and would distort the rate.
       self._start, self._first = now, self._done
-    elif (
-      not self._terminal
-      and distributed.is_first()
-      and (now - self._last > self._seconds or self._done == self._total)
+    elif not self._terminal and (
+      now - self._last > self._seconds or self._done == self._total
     ):
       self._last = now
       rate = (self._done - self._first) / (now - self._start)
       left = tqdm.format_interval((self._total - self._done) / rate)
-      print(
+      note = f', {self._note}' if self._note else ''
+      say(
         f'{self._title}: {self._done}/{self._total} {self._unit}, '
-        f'{rate:.3g} {self._unit}/s, {left} left'
-        + (f', {self._note}' if self._note else ''),
-        file=sys.stderr,
-        flush=True,
+        f'{rate:.3g} {self._unit}/s, {left} left{note}'
       )
 
 

@@ -23,14 +23,7 @@ from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checksum, held
 from diffusion_jax.training.state import TrainState
-from diffusion_jax.training.stored import (
-  FROZEN,
-  SUMS,
-  Stored,
-  differences,
-  hush,
-  steps,
-)
+from diffusion_jax.training.stored import FROZEN, SUMS, Stored, hush, steps
 
 
 def _hush() -> None:
@@ -253,7 +246,7 @@ def load_common(
     if stored.is_before_parts({part: abstract}):
       prefix, abstract = f'{models.NET}/', abstract[models.NET]
     tree = stored.tree.get(part, {})
-    left = differences(tree, abstract, lambda leaf: tuple(leaf.shape))
+    left = models.differences(tree, abstract, lambda leaf: tuple(leaf.shape))
     wanted = models.named(abstract)
     for row in left:
       wanted.pop(row['name'], None)

@@ -18,10 +18,8 @@ def example_keys(key, step, batch_size: int) -> jax.Array:
   The noise is therefore the same on any mesh, for any number of hosts and
   microbatches, and after a restart.
   """
-  key = jax.random.fold_in(key, step)
-  return jax.vmap(lambda row: jax.random.fold_in(key, row))(
-    jnp.arange(batch_size)
-  )
+  key, rows = jax.random.fold_in(key, step), jnp.arange(batch_size)
+  return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
 def accumulate(

@@ -2,12 +2,13 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.models import NET, named
+from diffusion_jax import models
+from diffusion_jax.models import NET
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checksum
@@ -101,7 +102,7 @@ class Stored:
       return jax.tree.structure(abstract).unflatten(jax.tree.leaves(loaded))
     self.has(abstract)
     stored = {name: self.tree.get(name, {}) for name in abstract}
-    for row in differences(stored, abstract, _shape_and_dtype)[:1]:
+    for row in models.differences(stored, abstract, _shape_and_dtype)[:1]:
       raise UserError(
         f'{self} holds another model: {row["name"]} is '
         f'{row["there"] or "nothing"} there, {row["here"] or "nothing"} here'
@@ -113,7 +114,9 @@ class Stored:
     skipped = jax.tree.map(lambda _: ..., self.tree)
     with self._reading():
       loaded = self._checkpointer.load(self._step, {**skipped, **chosen})
-      read = {n: leaf for n, leaf in named(loaded).items() if leaf is not ...}
+      read = {
+        n: leaf for n, leaf in models.named(loaded).items() if leaf is not ...
+      }
       for name, found in checksum.of(read).items():
         if found != self._sums.get(name):
           raise ValueError(f'{name} is not what was saved')
@@ -159,29 +162,6 @@ def _without_parts(tree):
   return jax.tree.map(
     lambda node: node[NET] if is_part(node) else node, tree, is_leaf=is_part
   )
-
-
-def differences(there, here, look: Callable) -> list[dict]:
-  """The leaves of two trees that are not in both, or do not look the same.
-
-  Args:
-    there: the tree of a checkpoint.
-    here: the tree of a model.
-    look: leaf -> what has to be equal.
-
-  Returns:
-    {'name', 'there', 'here'} for each, ordered by name: how it looks in either
-    tree, None if it is missing.
-  """
-  there, here = (
-    {name: look(leaf) for name, leaf in named(tree).items()}
-    for tree in (there, here)
-  )
-  return [
-    {'name': name, 'there': there.get(name), 'here': here.get(name)}
-    for name in sorted(there.keys() | here.keys())
-    if there.get(name) != here.get(name)
-  ]
 
 
 def _shape_and_dtype(leaf) -> str:
