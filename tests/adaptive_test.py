@@ -358,6 +358,7 @@ def sample(run, *arguments, devices=1):
   return json.loads(result.out)
 
 
+@pytest.mark.slow
 def test_samples_and_what_they_took(run):
   """By the library, by the binary, in two jobs, on eight devices."""
   trained = diffusion_jax.load(run)

@@ -377,6 +377,7 @@ def test_what_is_kept_reads_back_or_is_told_of(tmp_path):
 # --- by command --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_samples_of_a_run_that_is_calibrated(run):
   """Before it is, one line; after it, both samplers and the optimal grid."""
   analytic = ('--sampler=analytic_ddpm', '--num_steps=4', '--num_samples=2')

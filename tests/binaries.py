@@ -4,6 +4,7 @@ The processes are forked from one that has imported what the binaries import
 and started nothing, which takes tenths of a second in place of seconds.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -133,6 +134,7 @@ def run(
 def _child(binary, arguments, devices, folder, environment):
   # A suite that runs in the background inherits that Ctrl-C is ignored.
   signal.signal(signal.SIGINT, signal.default_int_handler)
+  gc.disable()  # as in conftest
   os.chdir(ROOT)
   os.environ.update(environment)
   os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'

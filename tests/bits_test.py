@@ -128,6 +128,7 @@ def test_the_estimate_is_of_the_bound(run, tmp_path):
   assert fast['bpd_fast_error'] < 0.2 * exact['bpd']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'dtype', ['float32', pytest.param('float64', marks=pytest.mark.slow)]
 )

@@ -75,7 +75,13 @@ def abstract_of(config):
 # --- round trips -------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', DESCRIBED)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name == 'celebahq'))
+    for name in DESCRIBED
+  ],
+)
 def test_a_round_trip_gives_the_same_bits(tmp_path, name):
   """The published sizes and unusual ones: settings, and each tensor."""
   there = DESCRIBED[name]
@@ -179,7 +185,13 @@ def came_in(tmp_path_factory):
   return runs
 
 
-@pytest.mark.parametrize('name', pipelines.DRAWS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * name.endswith('1000'))
+    for name in pipelines.DRAWS
+  ],
+)
 def test_the_same_noise_gives_the_images_of_the_pipelines(came_in, name):
   settings = pipelines.DRAWS[name].scheduler
   trained = came_in[settings.get('prediction_type', 'epsilon')]

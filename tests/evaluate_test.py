@@ -131,6 +131,7 @@ def test_again_redraws_and_retrains_nothing(run, card):
   assert again['protocol'] == card['protocol']
 
 
+@pytest.mark.slow
 def test_eight_devices_and_an_interruption_change_nothing(run, card, tmp_path):
   """Drawn anew in parts of 16, killed three times; judged by eight devices."""
   out = tmp_path / 'drawn'

@@ -140,6 +140,7 @@ def test_inceptions_distance_and_everything_else_of_one_pass(there, tmp_path):
   assert cached['protocol']['reference_sha256'] == protocol['reference_sha256']
 
 
+@pytest.mark.slow
 def test_on_other_devices_and_in_other_batches_it_is_the_same(there):
   how = ['--samples={there}/a', '--reference={there}/b', *NETWORK]
   one = card_of(there, *how, cache='one')
@@ -148,6 +149,7 @@ def test_on_other_devices_and_in_other_batches_it_is_the_same(there):
   assert one['results'] == pytest.approx(eight['results'], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_judge_as_one(there, tmp_path):
   """First computed by both, then from the cache."""
   how = ['--samples={there}/few.npy', '--reference={there}/few.npy', *NETWORK]
@@ -211,6 +213,7 @@ def test_numbers_that_are_not_finite_have_no_distance(there, tmp_path, value):
     list(features.passes(judge, [images], 2, mesh))
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_the_cache_is_written_anew(there):
   how = ['--samples={there}/few.npy', '--reference={there}/b', *NETWORK]
   first = card_of(there, *how, cache='hurt')

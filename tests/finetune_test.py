@@ -280,6 +280,7 @@ def test_it_happens_once(source, tuned, tmp_path):
   assert rows(workdir) == rows(tuned)
 
 
+@pytest.mark.slow
 def test_raw_parameters_of_another_step(source, tmp_path):
   flags = (f'--init_from={source}', '--init_step=20', '--noinit_ema')
   result = train(tmp_path / 'w', *flags, num_steps=1)

@@ -25,6 +25,7 @@ def curve_file(workdir):
   return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_it_follows_a_run_through_restarts_of_both(tmp_path):
   """It begins before the run does; each is killed once.
 

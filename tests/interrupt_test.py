@@ -87,7 +87,6 @@ def kill(workdir, flags, seconds, inside=False) -> bool:
 def test_kill_9_at_any_moment_changes_no_bit(run, tmp_path):
   workdir = tmp_path / 'killed'
   flags = tiny.flags(workdir)
-  kill(workdir, flags, 0.0)
   kill(workdir, flags, 0.05)
   kill(workdir, flags, 0.0, inside=True)
   goes_on_as(run, workdir)
@@ -327,6 +326,7 @@ def test_an_array_file_that_is_cut_or_vanishes(tmp_path):
   assert sorted(tiny.losses(workdir)) == list(range(1, 31))
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_images_are_drawn_is_one_line(run, tmp_path):
   """XLA computes in threads that Python's own end would take apart."""
   output = tmp_path / 'out'

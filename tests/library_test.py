@@ -145,6 +145,7 @@ def test_weights_by_step_and_kind(folder, trained):
   assert len(hashes) == 3
 
 
+@pytest.mark.slow
 def test_checkpoint_after_checkpoint_compiles_once(folder, trained):
   how = {'sampler': 'ddim', 'num_steps': 3, 'seed': 11}
   xt = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
@@ -184,7 +185,8 @@ def test_any_mesh(folder, trained):
 
 
 @pytest.mark.parametrize(
-  ('batch_size', 'devices'), [(1, 1), (7, 1), (7, 8), (64, 1)]
+  ('batch_size', 'devices'),
+  [(1, 1), (7, 8), (64, 1), pytest.param(7, 1, marks=pytest.mark.slow)],
 )
 def test_batch_and_mesh_change_no_sample(folder, trained, devices, batch_size):
   """50 steps of DDIM: the noise bit by bit, pixels by 1 in under 0.1%."""

@@ -132,6 +132,7 @@ def test_the_unet_agrees_to_rounding(sizes):
   assert np.all(errors < np.where(zero, 1e-8 * length, 3e-6 * lengths))
 
 
+@pytest.mark.slow
 def test_memory_shrinks():
   """In 4 pieces the step needs less than half; the gradient's sum is new."""
   whole = two_steps(wide(), (1, 1, 1), 1, batch=32)

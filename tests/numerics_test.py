@@ -28,6 +28,10 @@ SHELLS = {
   },
   'not_partitionable': {'JAX_THREEFRY_PARTITIONABLE': '0'},
 }
+IN_PROCESSES = [
+  'rbg_64_strict',
+  pytest.param('not_partitionable', marks=pytest.mark.slow),
+]
 LIBRARY = f"""
 import sys, jax, numpy, diffusion_jax
 before = dict(jax.config.values)
@@ -53,7 +57,7 @@ def plain(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize('shell', SHELLS)
+@pytest.mark.parametrize('shell', IN_PROCESSES)
 def test_a_shell_changes_neither_training_nor_grids(plain, tmp_path, shell):
   """A process of its own: JAX reads the variables when it is imported."""
   run(
@@ -70,7 +74,7 @@ def test_a_shell_changes_neither_training_nor_grids(plain, tmp_path, shell):
   assert (tmp_path / 'samples' / grid.name).read_bytes() == grid.read_bytes()
 
 
-@pytest.mark.parametrize('shell', SHELLS)
+@pytest.mark.parametrize('shell', IN_PROCESSES)
 def test_a_shell_changes_no_samples_of_the_library(plain, tmp_path, shell):
   """And the library leaves the program's settings as they are."""
   run('-c', LIBRARY, plain, tmp_path / 'images.npy', **SHELLS[shell])

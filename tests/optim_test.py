@@ -203,6 +203,7 @@ def test_mistakes_are_named(values, must):
     assert word in message
 
 
+@pytest.mark.slow
 def test_a_run_with_all_of_it_goes_on_bitwise(tmp_path):
   how = {
     'optim.name': 'adamw', 'optim.weight_decay': 0.05, 'optim.decay': 'cosine',

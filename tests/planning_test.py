@@ -86,7 +86,9 @@ def traced(config, batch_size):
   return program.step_fn.trace(program.abstract, program.frozen, batch)
 
 
-@pytest.mark.parametrize('name', ['digits', 'cifar10'])
+@pytest.mark.parametrize(
+  'name', ['digits', pytest.param('cifar10', marks=pytest.mark.slow)]
+)
 def test_flops_are_those_of_the_network(name):
   """Backward takes twice forward, but nobody asks for the image's gradient.
 

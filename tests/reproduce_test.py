@@ -49,6 +49,7 @@ def kept(workdir):
   return checkpoint.steps(workdir / 'checkpoints')
 
 
+@pytest.mark.slow
 def test_in_pieces(tmp_path):
   """Cut while it trains, continued, and then there is nothing to do."""
   workdir = tmp_path / 'run'

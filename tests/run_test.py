@@ -46,6 +46,7 @@ def test_it_ends_with_where_the_results_lie(run):
   assert 'step 30' in again.out
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_and_another_seed_does_not(run, tmp_path):
   workdir = tmp_path / 'longer'
   shutil.copytree(run, workdir)

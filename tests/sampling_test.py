@@ -39,6 +39,7 @@ def fill(num_samples, *dtype):
   return drawn, output
 
 
+@pytest.mark.slow
 def test_a_float_store_is_the_uint8_one_unrounded(run):
   assert fill(9) == (9, run / 'samples' / NAME)
   output = run / 'samples' / f'{NAME}_float'

@@ -132,7 +132,10 @@ def ran(*sizes) -> Ran:
   return Ran(losses, moments[0], compiled.as_text())
 
 
-@pytest.mark.parametrize('sizes', MESHES)
+@pytest.mark.parametrize(
+  'sizes',
+  [*(pytest.param(m, marks=pytest.mark.slow) for m in MESHES[:2]), MESHES[2]],
+)
 def test_losses_are_the_same_on_every_mesh(sizes):
   """20 steps with dropout, to 3e-6: rounding differs, nothing else does."""
   alone = ran(1, 1, 1).losses

@@ -111,6 +111,7 @@ def test_the_table_marks_the_best_and_what_costs_less():
   ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_sweep_of_a_run_goes_on_where_it_was_cut(run):
   """What has its card is not drawn again; a card of other weights is."""
   flags = (

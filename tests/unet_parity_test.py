@@ -17,7 +17,15 @@ from diffusion_jax.models import layers
 SHAPES = pytest.mark.parametrize('shape', unet.SHAPES.values(), ids=unet.SHAPES)
 
 
-@SHAPES
+@pytest.mark.parametrize(
+  'shape',
+  [
+    pytest.param(
+      shape, marks=[pytest.mark.slow] * (name == 'celebahq'), id=name
+    )
+    for name, shape in unet.SHAPES.items()
+  ],
+)
 def test_equals_golden(shape):
   unet.compare(shape, unet.reference_golden(shape))
 
