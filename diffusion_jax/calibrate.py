@@ -55,9 +55,7 @@ def main():
     'images_sha256': features.sha256_of(images),
     'seed': FLAGS.seed,
   }
-  found = _kept(place, about, trained)
-  if found is None:
-    found = _pass(trained, images, about, place)
+  found = _kept(place, about, trained) or _pass(trained, images, about, place)
   last = trained.schedule.num_timesteps - 1
   rows = [
     [str(t), f'{found.mse[t]:.4g}', f'{found.clipped_mse[t]:.4g}']
@@ -97,11 +95,10 @@ def _kept(place, about, trained):
 
 def _pass(trained, images, about, place):
   """Measures the errors and saves them."""
-  parts = '_'.join([
+  parts = place.parent / '_'.join([
     place.stem, trained.weights_sha256[:8], about['images_sha256'][:8],
     f'seed{FLAGS.seed}',
   ])  # fmt: skip
-  parts = place.parent / parts
   work = images.count * trained.schedule.num_timesteps
   with terminal.Progress('calibrating', work, unit='evaluations') as progress:
     found = passes.measure(

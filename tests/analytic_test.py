@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import types
 
 import binaries
 import jax
@@ -365,9 +366,12 @@ def test_what_is_kept_reads_back_or_is_told_of(tmp_path):
   calibration.write(place, kept(), {'seed': 1})
   found = calibration.read(tmp_path, 30, False, T)
   assert found == kept()
-  calibration.check(found, 'sha', tmp_path, 30, False)
+  network = types.SimpleNamespace(
+    weights_sha256='sha', workdir=tmp_path, step=30, ema=False
+  )
+  calibration.check(found, network)
   with pytest.raises(UserError, match=r'are not for the weights.*--ema=false'):
-    calibration.check(found, 'another', tmp_path, 30, False)
+    calibration.check(found._replace(weights_sha256='another'), network)
   with pytest.raises(UserError, match='damaged'):
     calibration.read(tmp_path, 30, False, T - 1)
   place.write_text(place.read_text()[:-9])

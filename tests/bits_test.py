@@ -57,9 +57,9 @@ def test_the_bound_is_the_librarys_in_any_batches(run, images, tmp_path):
   root = jax.random.fold_in(jax.random.key(3), 2)
   keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(13))
   denoiser = bits._denoiser(trained, trained.params, True)
-  table = likelihood.bound(
-    denoiser, trained.schedule, GRID, x0, keys, 'fixedlarge'
-  )
+  steps = likelihood.prepare(trained.schedule, GRID, 'fixedlarge')
+  prior = likelihood.prior(trained.schedule, x0, GRID[0])
+  table = likelihood.Table(prior, *likelihood.terms(denoiser, steps, x0, keys))
   total = np.asarray(table.total)
   assert found.results['bpd'] == pytest.approx(total.mean(), rel=1e-5)
   assert found.results['bpd_error'] == pytest.approx(

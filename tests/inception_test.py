@@ -209,8 +209,8 @@ def test_no_more_parameters_than_a_tap_needs():
 @pytest.mark.parametrize(
   ('arguments', 'must_name'),
   [
-    ({'taps': ['1024']}, r"no tap '1024': use one of 64, 192, spatial, 768"),
-    ({'convention': 'clean'}, r"'clean' is not known: use one of tf1, pyt"),
+    ({'taps': ['1024']}, r"tap='1024': one of 64, 192, spatial, 768"),
+    ({'convention': 'clean'}, r"convention='clean': one of tf1, pyt"),
     ({'channels': 4}, r'images of 4 channels: .*RGB'),
   ],
 )

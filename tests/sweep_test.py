@@ -33,7 +33,7 @@ def test_rows_have_options_of_their_own():
 @pytest.mark.parametrize(
   ('text', 'said'),
   [
-    ('rk45', 'sampler=rk45 is not known'),
+    ('rk45', "sampler='rk45': one of ancestral"),
     ('ddim:order=2', 'order=2 is not KEY=VALUE with one of eta, grid, clip'),
     ('ddim:eta', 'eta is not KEY=VALUE'),
     ('ddim:grid=999', 'grid must be one of uniform'),

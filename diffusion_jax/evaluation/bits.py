@@ -133,7 +133,7 @@ def measure(batches: Batches, how: How) -> Found:
     how: the protocol, checked by `check`.
 
   Raises:
-    UserError: see `fast_bound.estimate` and `flow.density`.
+    UserError: see `check`; or too few images, or other data than images.
   """
   images, trained = batches.images, batches.trained
   if images.count < 2:

@@ -2,11 +2,12 @@
 
 import jax.numpy as jnp
 
-from diffusion_jax.process.gaussian import Denoised, Denoiser, per_example
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.process import gaussian, schedules
 
 
-def clip_x0(denoiser: Denoiser, schedule: Schedule, bound=1.0) -> Denoiser:
+def clip_x0(
+  denoiser: gaussian.Denoiser, schedule: schedules.Schedule, bound=1.0
+) -> gaussian.Denoiser:
   """Clips x0 to [-bound, bound] and recomputes eps to match.
 
   DDPM clips in every ancestral step (arXiv 2006.11239, published sampler).
@@ -21,8 +22,6 @@ def clip_x0(denoiser: Denoiser, schedule: Schedule, bound=1.0) -> Denoiser:
 
   def denoise(xt, t):
     x0 = jnp.clip(denoiser(xt, t).x0, -bound, bound)
-    alpha = per_example(schedule.alpha(t, xt.dtype), xt)
-    sigma = per_example(schedule.sigma(t, xt.dtype), xt)
-    return Denoised(x0, (xt - alpha * x0) / sigma)
+    return gaussian.from_x0(x0, xt, *gaussian.alpha_sigma(schedule, t, xt))
 
   return denoise

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.process.schedules import Schedule
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import one_of
 
 VARIANCES = ('fixedsmall', 'fixedlarge')
 
@@ -38,7 +38,8 @@ def per_example(values: jax.Array, like: jax.Array) -> jax.Array:
   return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
-def _alpha_sigma(schedule, t, like):
+def alpha_sigma(schedule: Schedule, t, like) -> tuple[jax.Array, jax.Array]:
+  """(alpha, sigma) at t, [B] or a scalar, to multiply `like` [B, ...]."""
   dtype = jnp.result_type(like)  # JAX's dtype: no float64 by default
   alpha, sigma = schedule.alpha(t, dtype), schedule.sigma(t, dtype)
   return per_example(alpha, like), per_example(sigma, like)
@@ -56,7 +57,7 @@ def q_sample(schedule: Schedule, x0, t, eps) -> jax.Array:
   Returns:
     [B, ...], alpha(t) x0 + sigma(t) eps.
   """
-  alpha, sigma = _alpha_sigma(schedule, t, x0)
+  alpha, sigma = alpha_sigma(schedule, t, x0)
   return alpha * x0 + sigma * eps
 
 
@@ -96,30 +97,14 @@ def step_variance(schedule: Schedule, t, s, variance: str) -> np.ndarray:
   Raises:
     UserError: the variance is not known.
   """
-  if variance not in VARIANCES:
-    raise UserError(
-      f'variance {variance!r} is not known: use one of {", ".join(VARIANCES)}'
-    )
-  if variance == 'fixedsmall':
+  if one_of('variance', variance, VARIANCES) == 'fixedsmall':
     return posterior_coefficients(schedule, t, s)[2]
   return -np.expm1(schedule.host(t)[0] - schedule.host(s)[0])
 
 
-def log_variance_table(schedule: Schedule, variance: str) -> np.ndarray:
-  """[T] float64: log of the fixed variance of every step, for likelihoods.
-
-  The first entry (t = 0, where no noise is drawn) is the posterior variance of
-  t = 1 for both choices, as in the paper's likelihoods; for 'fixedsmall' it
-  would otherwise be log 0.
-
-  Args:
-    schedule: the noise schedule.
-    variance: one of VARIANCES.
-  """
-  t = np.arange(schedule.num_timesteps)
-  values = step_variance(schedule, t, t - 1, variance)
-  first = step_variance(schedule, 1, 0, 'fixedsmall')
-  return np.log(np.concatenate([[first], values[1:]]))
+def from_x0(x0, xt, alpha, sigma) -> Denoised:
+  """The estimates with a given x0; clean data, where sigma is 0, has eps 0."""
+  return Denoised(x0, (xt - alpha * x0) / jnp.where(sigma > 0, sigma, jnp.inf))
 
 
 class Parametrisation(NamedTuple):
@@ -145,7 +130,9 @@ PARAMETRISATIONS = {
     lambda x0, eps, alpha, sigma: eps,
   ),
   'x0': Parametrisation(
-    lambda F, xt, alpha, sigma: Denoised(F, (xt - alpha * F) / sigma),
+    lambda F, xt, alpha, sigma: from_x0(
+      jnp.where(sigma > 0, F, xt), xt, alpha, sigma
+    ),
     lambda x0, eps, alpha, sigma: x0,
   ),
   'v': Parametrisation(  # arXiv 2202.00512
@@ -163,12 +150,7 @@ def parametrisation(name: str) -> Parametrisation:
   Raises:
     UserError: the name is not known.
   """
-  if name not in PARAMETRISATIONS:
-    raise UserError(
-      f'prediction {name!r} is not known: use one of '
-      f'{", ".join(PARAMETRISATIONS)}'
-    )
-  return PARAMETRISATIONS[name]
+  return PARAMETRISATIONS[one_of('prediction', name, PARAMETRISATIONS)]
 
 
 def from_prediction(schedule, prediction, xt, t, kind: str) -> Denoised:
@@ -185,7 +167,7 @@ def from_prediction(schedule, prediction, xt, t, kind: str) -> Denoised:
     UserError: the kind is not known.
   """
   return parametrisation(kind).denoised(
-    prediction, xt, *_alpha_sigma(schedule, t, xt)
+    prediction, xt, *alpha_sigma(schedule, t, xt)
   )
 
 
@@ -205,7 +187,7 @@ def to_target(schedule, x0, eps, t, kind: str) -> jax.Array:
   Raises:
     UserError: the kind is not known.
   """
-  return parametrisation(kind).target(x0, eps, *_alpha_sigma(schedule, t, x0))
+  return parametrisation(kind).target(x0, eps, *alpha_sigma(schedule, t, x0))
 
 
 def predict(network_fn, schedule: Schedule, xt, t, kind: str) -> jax.Array:
@@ -223,7 +205,7 @@ def predict(network_fn, schedule: Schedule, xt, t, kind: str) -> jax.Array:
   """
   how = parametrisation(kind)
   if how.scale:
-    xt = xt * how.scale(*_alpha_sigma(schedule, t, xt))
+    xt = xt * how.scale(*alpha_sigma(schedule, t, xt))
   return network_fn(xt, how.label(schedule, t) if how.label else t)
 
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import UserError, one_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,9 +140,4 @@ def create(schedule: str = 'linear', **kwargs) -> Schedule:
   Raises:
     UserError: the name is not known.
   """
-  if schedule not in SCHEDULES:
-    raise UserError(
-      f'process.schedule {schedule!r} is not known: use one of '
-      f'{", ".join(SCHEDULES)}'
-    )
-  return SCHEDULES[schedule](**kwargs)
+  return SCHEDULES[one_of('process.schedule', schedule, SCHEDULES)](**kwargs)

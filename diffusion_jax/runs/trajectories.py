@@ -8,10 +8,10 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.guidance import clipping
+from diffusion_jax.process import noise
 from diffusion_jax.runs import draw
 from diffusion_jax.runs.trained import Trained
 from diffusion_jax.samplers.solve import Sampler, solve
@@ -33,9 +33,7 @@ def noises(trained: Trained, seed: int, count: int) -> np.ndarray:
   @jax.jit
   def first(indices):
     keys, _ = draw.sample_keys(seed, indices)
-    return jax.vmap(
-      lambda key: jax.random.normal(key, trained.codec.shape, jnp.float32)
-    )(keys)
+    return noise.normal(keys, trained.codec.shape)
 
   return np.asarray(first(np.arange(count, dtype=np.uint32)))
 

@@ -1,7 +1,8 @@
 """User errors: the exception, and helpers that keep the report to one line."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import Any
 
 from absl import logging
 
@@ -12,6 +13,14 @@ class UserError(ValueError):
   The message is one line. The binaries print it and exit with code 2. Any other
   exception is a bug and keeps its traceback.
   """
+
+
+def one_of(option: str, value: Any, allowed: Collection) -> Any:
+  """Returns the value of an option; raises UserError unless it is allowed."""
+  if value not in allowed:
+    known = ', '.join(map(str, allowed))
+    raise UserError(f'{option}={value!r}: one of {known}')
+  return value
 
 
 @contextlib.contextmanager
