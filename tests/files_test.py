@@ -8,7 +8,6 @@ import json
 import time
 
 import fsspec
-import jax
 import numpy as np
 import pytest
 import tiny
