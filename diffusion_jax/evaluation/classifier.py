@@ -19,7 +19,7 @@ from diffusion_jax.codecs.pixels import to_float
 from diffusion_jax.data import Source
 from diffusion_jax.evaluation import features, kept
 from diffusion_jax.models.classifier import Classifier
-from diffusion_jax.system import errors, npz
+from diffusion_jax.system import errors
 
 NUM_STEPS = 1500
 BATCH = 128
@@ -145,11 +145,8 @@ def load(path, image_shape: tuple[int, int, int]) -> features.Judge:
       images of another shape.
   """
   with errors.one_line(
-    npz.DAMAGED,
-    lambda reason: (
-      f'{path} is not a classifier of this package ({reason}): '
-      'delete it, or give another --features'
-    ),
+    f'{path} is not a classifier of this package (',
+    '): delete it, or give another --features',
   ):
     flat = kept.read(path)
     facts = json.loads(str(flat.pop(FACTS)))

@@ -10,7 +10,7 @@ import numpy as np
 from diffusion_jax.evaluation import features, kept
 from diffusion_jax.evaluation.features import VERSION, Images, Judge
 from diffusion_jax.evaluation.metrics.frechet import Gaussian
-from diffusion_jax.system import errors, files, npz
+from diffusion_jax.system import errors, files
 
 Statistics = dict[str, Gaussian]  # by tap
 Set = Images | Statistics  # a set of images, or what replaces it
@@ -138,15 +138,12 @@ def read_gaussian(
       another D.
   """
 
-  def described(reason):
-    if there := kept.names(path):
-      reason += f'; it holds {" ".join(", ".join(there[:10]).split())}'
-    return (
-      f'{path} holds no readable statistics ({reason}): give a .npz with '
-      f'{" and ".join(keys)}'
-    )
-
-  with errors.one_line(npz.DAMAGED, described):
+  there = ' '.join(', '.join(kept.names(path)[:10]).split())
+  with errors.one_line(
+    f'{path} holds no readable statistics (',
+    f'; it holds {there}' * bool(there)
+    + f'): give a .npz with {" and ".join(keys)}',
+  ):
     arrays = kept.read(path, keys, 8 * MOST * (MOST + 1) + 4096).values()
     for array in arrays:
       if array.dtype.kind != 'f' or array.ndim == 0 or len(array) > MOST:

@@ -86,6 +86,29 @@ def names(params) -> list[str]:
   return list(named(params))
 
 
+def differences(there, here, look: Callable) -> list[dict]:
+  """The leaves of two trees that are not in both, or do not look the same.
+
+  Args:
+    there: a tree of arrays or of their shapes, such as a checkpoint's.
+    here: another one.
+    look: leaf -> what has to be equal.
+
+  Returns:
+    {'name', 'there', 'here'} for each, ordered by name: how it looks in either
+    tree, None if it is missing.
+  """
+  there, here = (
+    {name: look(leaf) for name, leaf in named(tree).items()}
+    for tree in (there, here)
+  )
+  return [
+    {'name': name, 'there': there.get(name), 'here': here.get(name)}
+    for name in sorted(there.keys() | here.keys())
+    if there.get(name) != here.get(name)
+  ]
+
+
 def count(params) -> int:
   """The number of scalar parameters.
 

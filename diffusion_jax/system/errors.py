@@ -1,7 +1,7 @@
 """User errors: the exception, and helpers that keep the report to one line."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from absl import logging
@@ -35,20 +35,23 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_line(kinds, message: Callable[[str], str]) -> Iterator[None]:
+def one_line(before: str, after: str = '') -> Iterator[None]:
   """Turns the errors that damaged files cause into a UserError.
 
+  Put only the reading of the file inside: every exception is turned into one,
+  because the libraries that read files raise dozens, with no common class.
+
   Args:
-    kinds: the exception class, or a tuple of them.
-    message: maps the reason, in one line, to the UserError's message.
+    before: the UserError's message up to the reason, which is one line.
+    after: the rest of the message.
 
   Raises:
-    UserError: one of those exceptions was raised.
+    UserError: any exception was raised.
   """
   try:
     yield
-  except UserError:  # also a ValueError, but already one line
+  except UserError:  # already one line
     raise
-  except kinds as e:
+  except Exception as e:
     reason = ' '.join(str(e).split())[:200] or type(e).__name__
-    raise UserError(message(reason)) from e
+    raise UserError(f'{before}{reason}{after}') from e

@@ -73,20 +73,16 @@ class Progress:
     if self._start is None:
       # The first update includes compilation and would distort the rate.
       self._start, self._first = now, self._done
-    elif (
-      not self._terminal
-      and distributed.is_first()
-      and (now - self._last > self._seconds or self._done == self._total)
+    elif not self._terminal and (
+      now - self._last > self._seconds or self._done == self._total
     ):
       self._last = now
       rate = (self._done - self._first) / (now - self._start)
       left = tqdm.format_interval((self._total - self._done) / rate)
-      print(
+      note = f', {self._note}' if self._note else ''
+      say(
         f'{self._title}: {self._done}/{self._total} {self._unit}, '
-        f'{rate:.3g} {self._unit}/s, {left} left'
-        + (f', {self._note}' if self._note else ''),
-        file=sys.stderr,
-        flush=True,
+        f'{rate:.3g} {self._unit}/s, {left} left{note}'
       )
 
 
@@ -148,16 +144,15 @@ def say(text: str) -> None:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
   """Lines of aligned text: the first column left-aligned, the others right."""
-  widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+  first, *others = zip(heads, *rows, strict=True)
+  aligned = [_padded(first, str.ljust)]
+  aligned += [_padded(column, str.rjust) for column in others]
+  return ['  '.join(line).rstrip() for line in zip(*aligned, strict=True)]
 
-  def line(cells):
-    first, *others = (
-      cell.rjust(width) if i else cell.ljust(width)
-      for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return '  '.join([first, *others]).rstrip()
 
-  return [line(cells) for cells in (heads, *rows)]
+def _padded(column, pad):
+  width = max(map(len, column))
+  return [pad(cell, width) for cell in column]
 
 
 def report(result: dict, text: str, as_json: bool) -> None:
@@ -170,9 +165,8 @@ def write(text: str) -> None:
   """Prints text on stdout, even if its reader has closed the pipe."""
   try:
     print(text, flush=True)
-  except BrokenPipeError:
-    # The reader is gone; Python's flush at exit would raise again.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except OSError as e:
+    # Python's flush at exit would raise again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    fail(f'standard output cannot be written ({e.strerror})')
+    if not isinstance(e, BrokenPipeError):  # its reader is gone
+      fail(f'standard output cannot be written ({e.strerror})')

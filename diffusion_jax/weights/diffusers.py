@@ -214,10 +214,7 @@ def _tensors(unet) -> tuple[dict[str, np.ndarray], str]:
   if path.name == PICKLED:
     return pytorch.read(path), digest
   with errors.one_line(
-    Exception,  # from safetensors and from NumPy
-    lambda reason: (
-      f'{path} is not a complete safetensors file ({reason}): download it again'
-    ),
+    f'{path} is not a complete safetensors file (', '): download it again'
   ):
     try:
       return safetensors.numpy.load(content), digest

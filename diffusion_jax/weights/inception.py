@@ -88,11 +88,8 @@ def convert(source, target) -> None:
   """
   checked(source)
   with errors.one_line(
-    ValueError,
-    lambda reason: (
-      f'{source} is not the Inception of FID ({reason}): give '
-      f'{URL.rpartition("/")[2]}'
-    ),
+    f'{source} is not the Inception of FID (',
+    f'): give {URL.rpartition("/")[2]}',
   ):
     if files.at(source).suffix == '.pb':
       params = _fold(_graph(source), graph_names())
@@ -194,11 +191,8 @@ def read(path, taps: Sequence[str] = ('logits',)) -> dict:
     )
   with (
     errors.one_line(
-      npz.DAMAGED,
-      lambda reason: (
-        f'{path} is not a file of Inception weights ({reason}): give one that '
-        'weights.inception.convert wrote'
-      ),
+      f'{path} is not a file of Inception weights (',
+      '): give one that weights.inception.convert wrote',
     ),
     files.at(path).open('rb') as file,
     zipfile.ZipFile(file) as archive,

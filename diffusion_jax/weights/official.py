@@ -86,9 +86,7 @@ def read(path) -> Checkpoint:
   import tensorflow
 
   # TensorFlow's errors have no common class.
-  with errors.one_line(
-    Exception, lambda reason: f'{path} is damaged ({reason}): download it again'
-  ):
+  with errors.one_line(f'{path} is damaged (', '): download it again'):
     reader = tensorflow.train.load_checkpoint(str(path))
     names = set(reader.get_variable_to_shape_map())
     ours = {

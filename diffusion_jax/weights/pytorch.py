@@ -43,11 +43,8 @@ def read(path) -> dict[str, np.ndarray]:
   """
   data = files.content(path, 'give a file of PyTorch weights')
   with errors.one_line(
-    Exception,  # a damaged pickle may raise anything
-    lambda reason: (
-      f'{path} is not a PyTorch state dict ({reason}); nothing in it was '
-      'executed: give the weights as published'
-    ),
+    f'{path} is not a PyTorch state dict (',
+    '); nothing in it was executed: give the weights as published',
   ):
     state, storages = (_zipped if data[:4] == b'PK\3\4' else _stream)(data)
     tensors = {
