@@ -19,7 +19,6 @@ compiles, is not one of the rounds.
 
 import functools
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -33,10 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from diffusion_jax import models, runs
+from diffusion_jax import load, models, runs
 from diffusion_jax.cli import command, config_files
 from diffusion_jax.runs import draw, validation
-from diffusion_jax.runs.trained import load
 from diffusion_jax.samplers import plan
 from diffusion_jax.system import environment, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -83,9 +81,7 @@ def main():
     terminal.say(f'batch {size}')
     result['batches'].append(measured(trained, pipeline, how, size))
   if FLAGS.output:
-    files.make(files.at(FLAGS.output).parent)
-    with files.replacing(FLAGS.output) as file:
-      file.write(json.dumps(result, indent=2).encode() + b'\n')
+    files.write_json(FLAGS.output, result)
   terminal.report(result, '\n'.join(_shown(result)), as_json=False)
 
 
@@ -168,7 +164,7 @@ def difference(trained, pipeline, how, size: int) -> float:
 def measured(trained, pipeline, how, size: int) -> dict:
   """Both comparisons at one batch size: medians and spread."""
   drawer, indices = trained.drawer(how, dtype='float32'), np.arange(size)
-  first, seconds = alternating(
+  calls = alternating(
     {
       'ours': functools.partial(ours, trained, how, size),
       'diffusers': functools.partial(theirs, pipeline, how, size),
@@ -176,20 +172,19 @@ def measured(trained, pipeline, how, size: int) -> dict:
       **network_alone(trained, how, size),
     }
   )
-  spread = {name: _summary(values) for name, values in seconds.items()}
-  drawn = seconds['draw']
+  seconds = {name: times[1:] for name, times in calls.items()}
+  alone, drawn = ('one by one', 'one scan'), seconds['draw']
   return {
     'batch_size': size,
-    'compile_seconds': first['ours'] - spread['ours']['median'],
+    'compile_seconds': float(calls['ours'][0] - np.median(seconds['ours'])),
     'images_per_sec': {
       name: _summary(size / seconds[name]) for name in ('ours', 'diffusers')
     },
-    'seconds': {n: spread[n] for n in ('draw', 'one by one', 'one scan')},
+    'seconds': {name: _summary(seconds[name]) for name in ('draw', *alone)},
     # Of the two times of a round: a slowdown of a whole round cancels.
     'ratios': {
       'ours / diffusers': _summary(seconds['diffusers'] / seconds['ours']),
-      'draw / one by one': _summary(drawn / seconds['one by one']),
-      'draw / one scan': _summary(drawn / seconds['one scan']),
+      **{f'draw / {name}': _summary(drawn / seconds[name]) for name in alone},
     },
   }
 
@@ -215,13 +210,13 @@ def network_alone(trained, how, size: int) -> dict:
   }
 
 
-def alternating(calls: dict) -> tuple[dict, dict]:
+def alternating(calls: dict) -> dict[str, np.ndarray]:
   """Times calls alternately, so that other load affects all of them.
 
   Every second round is reversed, so that no call always follows the same one.
 
   Returns:
-    ({name: seconds of the first call}, {name: [rounds] of the later ones}).
+    {name: seconds of the first call, then of each round [1 + rounds]}.
   """
   seconds = {name: [] for name in calls}
   for i in range(1 + FLAGS.rounds):
@@ -229,10 +224,7 @@ def alternating(calls: dict) -> tuple[dict, dict]:
       start = time.perf_counter()
       jax.block_until_ready(calls[name]())
       seconds[name].append(time.perf_counter() - start)
-  return (
-    {name: first for name, (first, *_) in seconds.items()},
-    {name: np.array(others) for name, (_, *others) in seconds.items()},
-  )
+  return {name: np.array(times) for name, times in seconds.items()}
 
 
 def _summary(values) -> dict:
@@ -252,8 +244,7 @@ def _checked() -> tuple:
       f'--batch_sizes={",".join(sizes)}: whole numbers from 1 on, as 1,16'
     )
   config = FLAGS.config.copy_and_resolve_references()
-  wrong = validation.check_network(config)
-  if wrong:
+  if wrong := validation.check_network(config):
     raise UserError(wrong[0])
   if config.model.dtype != 'float32':
     raise UserError(

@@ -29,20 +29,10 @@ def get_config():
   config.data.image_size = 256
   config.data.flip = True
 
-  config.model.channels = 128
   config.model.multipliers = (1, 1, 2, 2, 4, 4)
-  config.model.num_blocks = 2
-  config.model.attention_resolutions = (16,)
   config.model.dropout = 0.0
 
-  config.process.schedule = 'linear'
-  config.process.num_timesteps = 1000
-  config.process.beta_start = 1e-4
-  config.process.beta_end = 0.02
-
   config.optim.lr = 2e-5
-  config.ema.decay = 0.9999
-
   config.sample.num_images = 16
   config.sample.variance = 'fixedsmall'
   return config

@@ -29,19 +29,9 @@ def get_config():
   config.data.image_size = 32
   config.data.flip = True
 
-  config.model.channels = 128
   config.model.multipliers = (1, 2, 2, 2)
-  config.model.num_blocks = 2
-  config.model.attention_resolutions = (16,)
   config.model.dropout = 0.1
 
-  config.process.schedule = 'linear'
-  config.process.num_timesteps = 1000
-  config.process.beta_start = 1e-4
-  config.process.beta_end = 0.02
-
   config.optim.lr = 2e-4
-  config.ema.decay = 0.9999
-
   config.sample.variance = 'fixedlarge'
   return config

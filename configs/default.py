@@ -12,6 +12,7 @@ Other configs start from it and change what differs:
 The import also works in your own config files, in any folder, and can name any
 other config in place of `default`. `train --config=FILE --print_config` prints
 the resolved config. Keys missing from a config have the defaults of this file.
+The defaults follow arXiv 2006.11239 where it gives a value.
 """
 
 from ml_collections import ConfigDict
@@ -65,12 +66,7 @@ def get_config():
   config.model = ConfigDict()
   config.model.name = 'unet'
   config.model.channels = 128  # at full resolution
-  config.model.multipliers = (
-    1,
-    2,
-    2,
-    2,
-  )  # channels per level, relative to that
+  config.model.multipliers = (1, 2, 2, 2)  # of the channels, one per level
   config.model.num_blocks = 2  # residual blocks per level
   config.model.attention_resolutions = (16,)  # map sizes with attention
   config.model.num_heads = 1  # attention heads

@@ -17,7 +17,7 @@ Command:    python -m diffusion_jax.train --config=configs/lsun.py:church \
               --num_samples=50000
 """
 
-from diffusion_jax.configs import default
+from diffusion_jax.configs import celebahq256
 from diffusion_jax.system.errors import UserError
 
 # Category -> (TFDS's name, held-out split ('' = none), steps, flip).
@@ -36,29 +36,9 @@ def get_config(category='church'):
     )
   name, heldout_split, num_steps, flip = CATEGORIES[category]
 
-  config = default.get_config()
+  config = celebahq256.get_config()  # the paper's network at 256x256
   config.num_steps = num_steps
-  config.batch_size = 64
-
   config.data.name = f'tfds:lsun/{name}'
   config.data.heldout_split = heldout_split
-  config.data.image_size = 256
   config.data.flip = flip
-
-  config.model.channels = 128
-  config.model.multipliers = (1, 1, 2, 2, 4, 4)
-  config.model.num_blocks = 2
-  config.model.attention_resolutions = (16,)
-  config.model.dropout = 0.0
-
-  config.process.schedule = 'linear'
-  config.process.num_timesteps = 1000
-  config.process.beta_start = 1e-4
-  config.process.beta_end = 0.02
-
-  config.optim.lr = 2e-5
-  config.ema.decay = 0.9999
-
-  config.sample.num_images = 16
-  config.sample.variance = 'fixedsmall'
   return config

@@ -16,6 +16,7 @@ from diffusion_jax import runs
 from diffusion_jax.cli import command, declare, run_data
 from diffusion_jax.evaluation import calibration as passes
 from diffusion_jax.evaluation import features
+from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.runs import calibration
 from diffusion_jax.runs.trained import load
 from diffusion_jax.system import distributed, files, terminal
@@ -54,9 +55,7 @@ def main():
     'images_sha256': features.sha256_of(images),
     'seed': FLAGS.seed,
   }
-  found = _kept(place, about, trained)
-  if found is None:
-    found = _pass(trained, images, about, place)
+  found = _kept(place, about, trained) or _pass(trained, images, about, place)
   last = trained.schedule.num_timesteps - 1
   rows = [
     [str(t), f'{found.mse[t]:.4g}', f'{found.clipped_mse[t]:.4g}']
@@ -96,15 +95,15 @@ def _kept(place, about, trained):
 
 def _pass(trained, images, about, place):
   """Measures the errors and saves them."""
-  parts = '_'.join([
+  parts = place.parent / '_'.join([
     place.stem, trained.weights_sha256[:8], about['images_sha256'][:8],
     f'seed{FLAGS.seed}',
   ])  # fmt: skip
-  parts = place.parent / parts
   work = images.count * trained.schedule.num_timesteps
   with terminal.Progress('calibrating', work, unit='evaluations') as progress:
     found = passes.measure(
-      trained, images, FLAGS.seed, parts, FLAGS.batch_size, progress.update
+      Batches(trained, images, parts, FLAGS.batch_size, progress.update),
+      FLAGS.seed,
     )
 
   def keep():

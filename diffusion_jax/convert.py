@@ -110,11 +110,9 @@ def _export(source, target) -> tuple[dict, str]:
 def _import_folder(source, target) -> tuple[dict, str]:
   found = diffusers.read(source)
   config = _config_with(found.config)
-  params = {
-    NET: diffusers.to_params(found.tensors, _abstract(config), str(source))
-  }
+  net = diffusers.to_params(found.tensors, _abstract(config), str(source))
   facts = {'format': 'diffusers', 'sha256': found.sha256}
-  return _write(target, config, params, None, FLAGS.step or 0, facts)
+  return _write(target, config, {NET: net}, None, FLAGS.step or 0, facts)
 
 
 def _import_official(source, target) -> tuple[dict, str]:
@@ -139,8 +137,7 @@ def _config_with(parts) -> ConfigDict:
   shape = runs.image_shape(parts['data'])
   if FLAGS.config is not None:
     config = FLAGS.config.copy_and_resolve_references()
-    there = runs.image_shape(config.data)
-    if there != shape:
+    if (there := runs.image_shape(config.data)) != shape:
       raise UserError(
         f'--config is for images of {_shown(there)}, the weights are for '
         f'{_shown(shape)}: give the config of their data, or none'
@@ -153,16 +150,14 @@ def _config_with(parts) -> ConfigDict:
     for part, values in parts.items():
       config[part].update(values)
   if FLAGS.config is not None:
-    differ = runs.differences(before, runs.to_plain(config))
-    for line in differ.values():
+    for line in runs.differences(before, runs.to_plain(config)).values():
       terminal.say(f'{FLAGS["from"].value} overrides --config: {line}')
   _check(config)
   return config
 
 
 def _check(config) -> None:
-  wrong = validation.check_network(config)
-  if wrong:
+  if wrong := validation.check_network(config):
     raise UserError(f'--from={FLAGS["from"].value}: {wrong[0]}')
 
 

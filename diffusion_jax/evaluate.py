@@ -41,14 +41,7 @@ from diffusion_jax.cli import (
   likelihoods,
   run_data,
 )
-from diffusion_jax.evaluation import (
-  bits,
-  cards,
-  features,
-  follow,
-  sweep,
-  tables,
-)
+from diffusion_jax.evaluation import cards, features, follow, sweep, tables
 from diffusion_jax.reporting import page, plots
 from diffusion_jax.runs import store
 from diffusion_jax.samplers import plan as plans
@@ -110,7 +103,7 @@ def main():
   drawing.check_flags(num_samples=2, poll_secs=0.1)
   if FLAGS['sweep'].present or FLAGS['sweep_evaluations'].present:
     _check_sweep()
-  if any(name in bits.KINDS for name in FLAGS.metrics):
+  if likelihoods.are_asked():
     likelihoods.carry_out()
     return
   likelihoods.check_absent()
@@ -174,12 +167,7 @@ def _follow(workdir):
   judged = follow.curve_of(workdir, path_of, task.result)['points']
   _clean([output_of(point['step']) for point in judged])
   curve = follow.follow(
-    workdir,
-    trained.at,
-    judge,
-    path_of,
-    result=task.result,
-    poll_secs=FLAGS.poll_secs,
+    workdir, trained.at, judge, path_of, task.result, FLAGS.poll_secs
   )
   terminal.report(curve, follow.text(curve), FLAGS.json)
 
@@ -218,27 +206,16 @@ def _sweep(workdir):
   step, plan_of, network = drawing.prepared()
   timesteps = runs.read_config(workdir)['process']['num_timesteps']
 
-  def longest(text, budget):
-    try:
-      return sweep.longest(
-        lambda steps: plan_of({**entries[text], 'num_steps': steps}),
-        budget,
-        timesteps,
-      )
-    except UserError as e:
-      told = f'--sweep={text} at {budget} evaluations: {e}'
-      raise UserError(told) from e
-
   planned = [
-    (text, budget, longest(text, budget))
+    (text, budget, sweep.longest(text, plan_of, budget, timesteps))
     for text in entries
     for budget in budgets
   ]
   trained = network()
   task = _task(workdir, trained)
   cells = []
-  for i, (text, budget, plan) in enumerate(planned):
-    terminal.say(f'{i + 1} of {len(planned)}: {text}, {plan.cost()}')
+  for i, (text, budget, plan) in enumerate(planned, 1):
+    terminal.say(f'{i} of {len(planned)}: {text}, {plan.cost()}')
     path = _card_path(task, workdir, step, plan, entries[text])
     card = _judged(task, path, trained, plan, entries[text])
     cells.append({
@@ -268,10 +245,11 @@ def _sweep(workdir):
 
   distributed.on_first(keep)
   page.update(workdir)
+  reference = judging.described('reference', task.reference)
   terminal.report(
     {**told, 'path': str(path), 'plot': str(plot)},
     f'{FLAGS.num_samples} samples of step {step} for each number, against '
-    f'{task.reference}\n{sweep.text(told)}\n\nplot: {plot}',
+    f'{reference}\n{sweep.text(told)}\n\nplot: {plot}',
     FLAGS.json,
   )
 
@@ -302,7 +280,7 @@ def _dtype() -> str:
   return 'uint8' if FLAGS.rounding == 'round' else 'float32'
 
 
-def _task(workdir, trained) -> judging.Task:
+def _task(workdir, trained):
   """How samples of any step are judged, checked before any is drawn."""
   config, shape = trained.config['data'], trained.image_shape
   heldout = None
@@ -327,9 +305,7 @@ def _task(workdir, trained) -> judging.Task:
     usual += ['copies'] * bool(source)
     usual += ['classes'] * ('num_classes' in judge.protocol)
   about |= {'rounding': FLAGS.rounding}
-  return judging.task(
-    judge, samples, reference, source, held, about=about, usual=usual
-  )
+  return judging.task(judge, samples, reference, held, about=about, usual=usual)
 
 
 def _card_path(task, workdir, step, plan, how=None):
@@ -364,13 +340,12 @@ def _judge(task, path, trained, plan, output) -> tuple[dict, int]:
     (images,) = store.stream(output, i, i + 1, 1)
     return features.whole(images[0])
 
-  samples = features.Images(count, stream, f'samples in {output}')
+  samples = features.Images(count, stream, f'samples in {output}', shown)
   card = judging.carry_out(
     task,
     samples,
     _subject(trained, plan, output),
     path,
-    shown,
     batch_size=min(FLAGS.batch_size, JUDGED),
     mesh=trained.mesh,
     sample_cache=output,

@@ -16,7 +16,7 @@ from absl import flags
 
 from diffusion_jax import runs
 from diffusion_jax.cli import command, declare, judges, judging
-from diffusion_jax.evaluation import features, statistics, tables
+from diffusion_jax.evaluation import statistics, tables
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -67,12 +67,9 @@ def main():
     'rounding': 'none',
     'image_size': FLAGS.image_size or 0,
   }
-  task = judging.task(
-    judge, samples, reference, source, about=about, usual=['fid']
-  )
-  is_images = isinstance(samples, features.Images)
+  task = judging.task(judge, samples, reference, about=about, usual=['fid'])
   subject = {
-    'samples': samples.description if is_images else FLAGS.samples,
+    'samples': judging.described('samples', samples),
     'samples_sha256': statistics.sha256_of(samples),
   }
   path = files.at(FLAGS.card).expanduser() if FLAGS.card else None
@@ -81,7 +78,6 @@ def main():
     samples,
     subject,
     path,
-    lambda i: shown[i]['image'],
     batch_size=FLAGS.batch_size,
     mesh=sharding.make_mesh(),
     sample_cache=judges.cache(),

@@ -13,6 +13,7 @@ Unlike in sampling, x0 is not clipped: a step that clips maps many x to one and
 cannot be inverted. --clip clips in both directions.
 """
 
+import functools
 import hashlib
 import math
 
@@ -30,7 +31,6 @@ from diffusion_jax.samplers import inversion
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
@@ -41,10 +41,7 @@ declare.table(
   output=(str, 'Output folder; by default a new one in WORKDIR/inversions.'),
   num_images=(8, 'Number of images, evenly spaced in the set.'),
   batch_size=(64, 'Images per batch, over all devices.'),
-  num_steps=(
-    int,
-    'Steps in each direction; by default all of the schedule.',
-  ),
+  num_steps=(int, 'Steps in each direction; by default all of the schedule.'),
   grid=(
     'uniform',
     f'Times: {", ".join(grids.GRIDS)}, or a literal list such as 999,500,100.',
@@ -75,12 +72,9 @@ def main():
       f'--num_images=2 or more, not {FLAGS.num_images}'
     )
   workdir = declare.workdir()
-  config = runs.read_config(workdir)
+  config, step = declare.run()
   how = {name: FLAGS[name].value for name in ('num_steps', 'grid', 'clip')}
   plan = plans.for_run(config, sampler='ddim', **how)
-  step = distributed.on_first(
-    lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
-  )
   output = FLAGS.output or workdir / 'inversions' / _name(step, plan)
   output = files.at(output).expanduser()
   runs.usable_output(output, 'inversions')
@@ -128,10 +122,7 @@ def _invert(trained, plan, images, output):
     'evaluations': {'inversion': evaluations, 'drawing': plan.evaluations},
     **_measured(x0, noises, again),
   }
-
-  def to_images(x):
-    return trajectories.to_images(trained, x)
-
+  to_images = functools.partial(trajectories.to_images, trained)
   seen = pixels, to_images(noises), to_images(again)
   drawn = {'inversion.png': _picture(*seen, again - x0)}
   if FLAGS.interpolate:

@@ -44,25 +44,22 @@ def main():
   mesh = AbstractMesh(sizes, sharding.AXES)
   init = recipe.create(config).init
   abstract = state.abstract_state(init, optim.create(**config.optim), mesh)
-  names, leaves = (
-    models.names(abstract.params),
-    jax.tree.leaves(abstract.params),
-  )
   rows = [
     {'name': name, **_lies(leaf)}
-    for name, leaf in zip(names, leaves, strict=True)
+    for name, leaf in models.named(abstract.params).items()
   ]
+  parts = {
+    'parameters': abstract.params,
+    'EMA': abstract.ema_params,
+    'optimiser': abstract.opt_state,
+    'state': abstract,
+  }
   totals = {
     name: {
       'total': sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)),
       'device': device_bytes(part),
     }
-    for name, part in (
-      ('parameters', abstract.params),
-      ('EMA', abstract.ema_params),
-      ('optimiser', abstract.opt_state),
-      ('state', abstract),
-    )
+    for name, part in parts.items()
   }
   terminal.report(
     {'mesh': dict(mesh.shape), 'parameters': rows, 'bytes': totals},

@@ -29,14 +29,7 @@ from ml_collections import config_dict
 
 from diffusion_jax import runs
 from diffusion_jax.cli import command
-from diffusion_jax.planning import (
-  checks,
-  chips,
-  compiled,
-  page,
-  rates,
-  timing,
-)
+from diffusion_jax.planning import checks, chips, compiled, page, rates, timing
 from diffusion_jax.planning.compiled import Compiled, device_bytes
 from diffusion_jax.planning.page import gib
 from diffusion_jax.runs import programs, validation
@@ -124,43 +117,33 @@ def main():
     other = 'topology' if where else 'largest_batch'
     raise UserError(f'--measure is for this machine: leave --{other} out')
   devices = chips.devices(where) if where else jax.devices()
-  wrong = validation.check(FLAGS.config, devices)
-  if wrong:
+  if wrong := validation.check(FLAGS.config, devices):
     raise UserError(wrong[0])
-  place = _place(FLAGS.config, where, devices)
+  config = FLAGS.config
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  limit = where.chip.memory if where else _memory()
+  fast = FLAGS.fast and devices[0].platform == 'tpu'
+  program = programs.create(config, mesh)
+  place = Place(config, mesh, program, limit, where, fast)
   looked_at = _look(place)
   if FLAGS.largest_batch:
     _largest(place)
     return
   train, sample = _compile_both(place)
   if train.total > train.limit:
-    raise UserError(
-      _too_large(place, place.config.batch_size, train.total, train.limit)
-    )
+    raise _too_large(place, config.batch_size, train.total, train.limit)
   if sample and sample.total > sample.limit:
-    more = gib(sample.total - sample.limit)
-    raise UserError(
-      f'--sample_batch_size={place.sampled} does not fit {place.name}: '
-      f'{gib(sample.total)} per chip, {more} more than its '
-      f'{gib(sample.limit)}; draw fewer'
-    )
+    what = f'--sample_batch_size={place.sampled}'
+    raise _no_room(place, what, sample.total, sample.limit, 'draw fewer')
   distributed.gather(None)  # wait for the other processes
   result = _result(place, train, sample)
   if FLAGS.measure:
     result['measured'] = timing.measure(
-      place.config, place.mesh, place.program, train, sample, place.sampled
+      config, mesh, program, train, sample, place.sampled
     )
     result['environment'] = environment.describe()
   result['checks'] = [check._asdict() for check in looked_at]
   terminal.report(result, '\n'.join(page.lines(result)), FLAGS.json)
-
-
-def _place(config, where, devices) -> Place:
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  limit = where.chip.memory if where else _memory()
-  fast = FLAGS.fast and devices[0].platform == 'tpu'
-  program = programs.create(config, mesh)
-  return Place(config, mesh, program, limit, where, fast)
 
 
 def _memory() -> int:
@@ -178,13 +161,12 @@ def _look(place) -> list[checks.Check]:
   looked_at = [batch, *checks.run(place.config, workdir)]
   failed = []
   for check in looked_at:
-    if check.well:
-      terminal.say(f'ok        {check.name}: {check.told}')
-    elif place.where and check.name == 'data':
-      # Data may be missing here if the chips are elsewhere too.
-      terminal.say(f'not here  {check.name}: {check.told}')
+    told = f'{check.name}: {check.told}'
+    # Data may be missing here if the chips are elsewhere too.
+    if check.well or (place.where and check.name == 'data'):
+      terminal.say(f'{"ok" if check.well else "not here":<10}{told}')
     else:
-      failed.append(f'{check.name}: {check.told}')
+      failed.append(told)
   if failed:
     raise UserError('; '.join(failed))
   return looked_at
@@ -209,10 +191,8 @@ def _compile_both(place) -> tuple:
   In parallel, because XLA compiles a program mostly on one core. If the
   training step does not fit, the result of the other is not awaited.
   """
-  what = f'the training step, {place.config.batch_size} images'
-  if FLAGS.sampling:
-    what += f', and the sampling program, {place.sampled} images'
-  with terminal.waiting(f'compiling {what}{_effort(place)}'):
+  also = f', and the sampling program, {place.sampled} images'
+  with _compiling(place, place.config.batch_size, also * FLAGS.sampling):
     pool = futures.ThreadPoolExecutor()
     train = pool.submit(_compile_step, place, place.config.batch_size)
     sample = pool.submit(_compile_sampling, place) if FLAGS.sampling else None
@@ -221,23 +201,26 @@ def _compile_both(place) -> tuple:
     return step, sample.result() if sample and fits else None
 
 
-def _effort(place) -> str:
-  return ' at low effort' if place.fast else ''
+def _compiling(place, batch_size, also=''):
+  effort = ' at low effort' * place.fast
+  return terminal.waiting(
+    f'compiling the training step, {batch_size} images{also}{effort}'
+  )
 
 
 def _compile_step(place, batch_size) -> Compiled:
   shape = (batch_size, *runs.image_shape(place.config.data))
   batch = {'image': _rows(place, shape, jnp.uint8)}
   program = place.program
-  return _compile(
-    place, program.step_fn, program.abstract, program.frozen, batch
-  )
+  args = program.abstract, program.frozen, batch
+  return compiled.compile(program.step_fn, args, place.limit, place.fast)
 
 
 def _compile_sampling(place) -> Compiled:
   indices = _rows(place, (place.sampled,), jnp.uint32)
   program = place.program
-  return _compile(place, program.draw_fn, program.abstract.ema_params, indices)
+  args = program.abstract.ema_params, indices
+  return compiled.compile(program.draw_fn, args, place.limit, place.fast)
 
 
 def _rows(place, shape, dtype):
@@ -245,18 +228,12 @@ def _rows(place, shape, dtype):
   return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
 
-def _compile(place, fn, *args) -> Compiled:
-  options = compiled.FAST if place.fast else None
-  return compiled.compile(fn, args, place.limit, options)
-
-
 def _largest(place) -> None:
   """Prints the largest batch that fits and the next one, which does not."""
   unit = place.rows * place.config.microbatches
 
   def used(count):
-    what = f'the training step, {count * unit} images'
-    with terminal.waiting(f'compiling {what}{_effort(place)}'):
+    with _compiling(place, count * unit):
       found = _compile_step(place, count * unit)
     terminal.say(
       f'batch_size={count * unit}: {gib(found.total)} of {gib(found.limit)} '
@@ -267,7 +244,7 @@ def _largest(place) -> None:
   first = max(place.config.batch_size // unit, 1)
   fits, does_not = rates.largest(used, first)
   if not fits.count:
-    raise UserError(_too_large(place, unit, does_not.used, does_not.limit))
+    raise _too_large(place, unit, does_not.used, does_not.limit)
   terminal.report(
     {
       'topology': FLAGS.topology,
@@ -288,7 +265,14 @@ def _largest(place) -> None:
 # --- results ----------------------------------------------------------------
 
 
-def _too_large(place, batch_size, used, limit) -> str:
+def _no_room(place, what, used, limit, advice) -> UserError:
+  return UserError(
+    f'{what} does not fit {place.name}: {gib(used)} per chip, '
+    f'{gib(used - limit)} more than its {gib(limit)}; {advice}'
+  )
+
+
+def _too_large(place, batch_size, used, limit) -> UserError:
   """The error for a batch that does not fit, with possible remedies."""
   config, parts = place.config, place.rows
   each, pieces = batch_size // parts, config.microbatches
@@ -307,19 +291,15 @@ def _too_large(place, batch_size, used, limit) -> str:
   if config.model.dtype == 'float32':
     remedies.append('--config.model.dtype=bfloat16')
   remedies.append('more or larger chips')
-  return (
-    f'batch_size={batch_size} does not fit {place.name}: {gib(used)} per chip, '
-    f'{gib(used - limit)} more than its {gib(limit)}; to make it fit, try '
-    f'{", or ".join(remedies)}'
-  )
+  advice = f'to make it fit, try {", or ".join(remedies)}'
+  return _no_room(place, f'batch_size={batch_size}', used, limit, advice)
 
 
 def _result(place, train, sample) -> dict:
   config, state, count = place.config, place.program.abstract, place.sampled
-  ema = {'EMA': device_bytes(state.ema_params)}
   parts = {
     'parameters': device_bytes(state.params),
-    **ema,
+    'EMA': device_bytes(state.ema_params),
     'optimiser': device_bytes(state.opt_state),
   }
   image = math.prod(runs.image_shape(config.data))
@@ -346,7 +326,7 @@ def _result(place, train, sample) -> dict:
       'sampler': config.sample.sampler,
       'num_steps': config.sample.num_steps,
       **compiled.describe(
-        sample, {**ema, 'batch': count // place.rows * 4}, count,
+        sample, {'EMA': parts['EMA'], 'batch': count // place.rows * 4}, count,
         place.mesh.size,
       ),
     }  # fmt: skip

@@ -137,8 +137,7 @@ def _write(output, plan):
   if plan.adaptive:
     with files.replacing(output / 'evaluations.npy') as file:
       np.save(file, drawing.took(output, FLAGS.num_samples).evaluations)
-  picture = pictures.grid(images[: FLAGS.grid_images])
-  pictures.save(output / 'grid.png', picture)
+  pictures.save(output / 'grid.png', pictures.grid(images[: FLAGS.grid_images]))
   if FLAGS.png:
     files.make(output / 'png')
     for i, image in enumerate(images):
@@ -163,12 +162,10 @@ def _draw_interpolation(trained, plan, path):
   pairs = min(FLAGS.num_samples // 2, PAIRS)
   how = {'clip': plan.clip, 'batch_size': FLAGS.batch_size}
   carry = trajectories.carrier(trained, plan.create(), plan.grid, **how)
-
-  def draw_fn(x):
-    return trajectories.to_images(trained, carry(x))
-
   ends = trajectories.noises(trained, plan.seed, 2 * pairs)
-  picture = pictures.interpolation(draw_fn, ends, FLAGS.interpolate)
+  picture = pictures.interpolation(
+    lambda x: trajectories.to_images(trained, carry(x)), ends, FLAGS.interpolate
+  )
   if distributed.is_first():
     pictures.save(path, picture)
 

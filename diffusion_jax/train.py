@@ -24,7 +24,7 @@ import jax
 from absl import flags
 
 from diffusion_jax import data, runs
-from diffusion_jax.cli import command
+from diffusion_jax.cli import command, declare
 from diffusion_jax.data import pipeline
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import finetune, programs, validation
@@ -42,26 +42,22 @@ from diffusion_jax.training import (
 FLAGS = flags.FLAGS
 command.define_config()
 flags.adopt_module_key_flags(distributed)
-flags.DEFINE_string(
-  'workdir', None, 'Folder of the run; created if it does not exist.'
+declare.table(
+  workdir=(str, 'Folder of the run; created if it does not exist.'),
+  init_from=(str, 'Folder of a run whose parameters to start from.'),
+  init_step=(int, '--init_from: the checkpoint; by default the newest.'),
+  init_ema=(
+    True,
+    '--init_from: the averaged weights; --noinit_ema: the raw ones.',
+  ),
 )
-flags.DEFINE_string(
-  'init_from', None, 'Folder of a run whose parameters to start from.'
-)
-flags.DEFINE_integer(
-  'init_step', None, '--init_from: the checkpoint; by default the newest.'
-)
-flags.DEFINE_bool(
-  'init_ema', True,
-  '--init_from: the averaged weights; --noinit_ema: the raw ones.',
-)  # fmt: skip
 flags.DEFINE_float(
   'still_secs', 300,
   'Report a step that takes longer than this many seconds, with the stack of '
   'its process.',
   lower_bound=0.1,
 )  # fmt: skip
-flags.DEFINE_bool('json', False, 'Print the result as JSON.')
+declare.shared('json')
 
 
 def main():
@@ -105,9 +101,8 @@ def main():
     _say_start(workdir, config, start, splits, origin, begun, bool(kept))
     begun.taken.clear()  # the state has copies
     train_state = _train(
-      stack, config, workdir, mesh, program, splits, train_state, checkpoints,
-      signals,
-    )  # fmt: skip
+      config, workdir, mesh, program, splits, train_state, checkpoints, signals
+    )
   at = int(train_state.step)
   if at < config.num_steps:
     terminal.say(_stopped(signals.name, at))
@@ -153,9 +148,8 @@ def _say_start(workdir, config, start, splits, origin, begun, goes_on) -> None:
 
 
 def _train(
-  stack, config, workdir, mesh, program, splits, train_state, checkpoints,
-  signals,
-):  # fmt: skip
+  config, workdir, mesh, program, splits, train_state, checkpoints, signals
+):
   """The training loop with metrics, samples, checkpoints and the watchdog."""
   source, heldout = splits
   start = int(train_state.step)
@@ -169,47 +163,44 @@ def _train(
   )
   first = distributed.is_first()
   writer = metrics.Writer(workdir, start) if first else metrics.Mute()
-  dog = stack.enter_context(
-    watchdog.Watchdog(
-      workdir,
-      distributed.index(),
-      jax.process_count(),
-      still_secs=FLAGS.still_secs,
-      silent_secs=FLAGS.heartbeat_secs / 2,
-      every_secs=min(FLAGS.heartbeat_secs / 6, 10),
-      tell=terminal.say,
-    )
+  dog = watchdog.Watchdog(
+    workdir,
+    distributed.index(),
+    jax.process_count(),
+    still_secs=FLAGS.still_secs,
+    silent_secs=FLAGS.heartbeat_secs / 2,
+    every_secs=min(FLAGS.heartbeat_secs / 6, 10),
+    tell=terminal.say,
   )
-  progress = stack.enter_context(
-    terminal.Progress('training', config.num_steps, start)
-  )
+  progress = terminal.Progress('training', config.num_steps, start)
 
   def on_step(row):
     dog.step()
     progress.update(note=f'loss {row["loss"]:.4f}' if row else '')
 
-  train_state = loop.train(
-    train_state,
-    step_fn=lambda now, batch: program.step_fn(now, program.frozen, batch),
-    batches=dog.waiting(batches),
-    num_steps=config.num_steps,
-    batch_size=config.batch_size,
-    every=loop.Every(
-      config.log_every,
-      config.eval_every if heldout else 0,
-      config.sample_every,
-      config.checkpoint_every,
-    ),
-    checkpoints=checkpoints,
-    writer=writer,
-    eval_fn=lambda now: _heldout_loss(program, now, heldout, config, mesh),
-    sample_fn=lambda now, at: _draw_grid(
-      program, now, at, config.sample.num_images, mesh, workdir, writer
-    ),
-    on_step=on_step,
-    stop=signals.reached,
-  )
-  writer.close()
+  with dog, progress:
+    train_state = loop.train(
+      train_state,
+      step_fn=lambda now, batch: program.step_fn(now, program.frozen, batch),
+      batches=dog.waiting(batches),
+      num_steps=config.num_steps,
+      batch_size=config.batch_size,
+      every=loop.Every(
+        config.log_every,
+        config.eval_every if heldout else 0,
+        config.sample_every,
+        config.checkpoint_every,
+      ),
+      checkpoints=checkpoints,
+      writer=writer,
+      eval_fn=lambda now: _heldout_loss(program, now, heldout, config, mesh),
+      sample_fn=lambda now, at: _draw_grid(
+        program, now, at, config.sample.num_images, mesh, workdir, writer
+      ),
+      on_step=on_step,
+      stop=signals.reached,
+    )
+    writer.close()
   return train_state
 
 
@@ -218,11 +209,12 @@ def _heldout_loss(program, train_state, source, config, mesh) -> dict:
   params = {**program.frozen, **train_state.ema_params}
   batch_size, num_images = config.batch_size, config.eval_images
   total, first = 0.0, 0
-  rows = pipeline.local_rows(sharding.batch_sharding(mesh), batch_size)
+  where = sharding.batch_sharding(mesh)
+  rows = pipeline.local_rows(where, batch_size)
   for local in pipeline.heldout(
     source, batch_size=batch_size, num_examples=num_images, rows=rows
   ):
-    batch, weight = sharding.put_rows(local, mesh, batch_size)
+    batch, weight = pipeline.put_rows(local, where, batch_size)
     total += program.loss_fn(params, train_state.extras, batch, weight, first)
     first += batch_size
   return {'heldout_loss': total / min(num_images or len(source), len(source))}

@@ -108,28 +108,26 @@ def costs(config, topology, batch) -> dict:
 
 def scaled(config, batches, share_name) -> tuple[list[dict], list[float]]:
   """Rows of predicted times, and the share in each one's last column."""
+  speed = 'images_per_sec_per_chip'
   found = [result(config, *pair) for pair in zip(SLICES, batches, strict=False)]
-  rows, shares = [], []
-  for one in found:
-    predicted, speed = one['predicted'], 'images_per_sec_per_chip'
-    share = predicted['efficiency']
-    if share_name == 'relative speed':
-      share = predicted[speed] / found[0]['predicted'][speed]
-    shares.append(share)
-    rows.append({
+  times = [one['predicted'] for one in found]
+  if share_name == 'relative speed':
+    shares = [time[speed] / times[0][speed] for time in times]
+  else:
+    shares = [time['efficiency'] for time in times]
+  rows = [
+    {
       'chips': str(one['num_devices']),
       'slice': one['topology'],
       'batch': f'{one["batch_size"]:,}',
-      **{
-        name: f'{1e3 * predicted[f"{key}_seconds"]:.2f} ms'
-        for name, key in (
-          ('products', 'compute'), ('memory', 'memory'),
-          ('communication', 'exchange'),
-        )
-      },
-      'images/s per chip': f'{predicted[speed]:,.0f}',
+      'products': f'{1e3 * time["compute_seconds"]:.2f} ms',
+      'memory': f'{1e3 * time["memory_seconds"]:.2f} ms',
+      'communication': f'{1e3 * time["exchange_seconds"]:.2f} ms',
+      'images/s per chip': f'{time[speed]:,.0f}',
       share_name: f'{share:.0%}',
-    })  # fmt: skip
+    }
+    for one, time, share in zip(found, times, shares, strict=True)
+  ]
   return rows, shares
 
 
@@ -138,11 +136,8 @@ def fill_in(path, name, rows) -> None:
   begin, end = f'<!-- {name}: docs/build_scaling.py -->\n', '<!-- end -->\n'
   before, _, rest = path.read_text().partition(begin)
   after = rest.partition(end)[2]
-  lines = [
-    rows[0],
-    ['---:' if cell[0].isdigit() else '---' for cell in rows[0].values()],
-    *(row.values() for row in rows),
-  ]
+  rule = ['---:' if cell[0].isdigit() else '---' for cell in rows[0].values()]
+  lines = [rows[0], rule, *(row.values() for row in rows)]
   table = ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
   path.write_text(f'{before}{begin}{table}{end}{after}')
 

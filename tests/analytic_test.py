@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import types
 
 import binaries
 import jax
@@ -15,6 +16,7 @@ import tiny
 from diffusion_jax import data, load, samplers
 from diffusion_jax.evaluation import calibration as passes
 from diffusion_jax.evaluation import features
+from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.process import gaussian, likelihood, schedules
 from diffusion_jax.runs import calibration
 from diffusion_jax.runs.calibration import Calibration
@@ -248,13 +250,15 @@ def test_a_pass_is_the_same_in_any_batches_and_goes_on(
   images = features.images_of(source, 11)
   one = load(run, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
   done = []
-  whole = passes.measure(one, images, 5, tmp_path / 'a', 4, done.append)
+  whole = passes.measure(
+    Batches(one, images, tmp_path / 'a', 4, done.append), 5
+  )
   assert sum(done) == 11 * FEW
   # All of it is on disk, so nothing is computed again.
   with monkeypatch.context() as patch:
     patch.setattr(passes, 'scored', None)
-    again = passes.measure(one, images, 5, tmp_path / 'a', 4)
-  eight = passes.measure(load(run), images, 5, tmp_path / 'b', 64)
+    again = passes.measure(Batches(one, images, tmp_path / 'a', 4), 5)
+  eight = passes.measure(Batches(load(run), images, tmp_path / 'b', 64), 5)
   for other, rtol in ((again, 0), (eight, 1e-4)):
     for table, expected in zip(other[:2], whole[:2], strict=True):
       np.testing.assert_allclose(table, expected, rtol=rtol, atol=1e-6)
@@ -362,9 +366,12 @@ def test_what_is_kept_reads_back_or_is_told_of(tmp_path):
   calibration.write(place, kept(), {'seed': 1})
   found = calibration.read(tmp_path, 30, False, T)
   assert found == kept()
-  calibration.check(found, 'sha', tmp_path, 30, False)
+  network = types.SimpleNamespace(
+    weights_sha256='sha', workdir=tmp_path, step=30, ema=False
+  )
+  calibration.check(found, network)
   with pytest.raises(UserError, match=r'are not for the weights.*--ema=false'):
-    calibration.check(found, 'another', tmp_path, 30, False)
+    calibration.check(found._replace(weights_sha256='another'), network)
   with pytest.raises(UserError, match='damaged'):
     calibration.read(tmp_path, 30, False, T - 1)
   place.write_text(place.read_text()[:-9])

@@ -11,7 +11,8 @@ import tiny
 from PIL import Image
 
 from diffusion_jax import data, load
-from diffusion_jax.evaluation import batches, bits, features
+from diffusion_jax.evaluation import bits, features, kept
+from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.process import flow, likelihood
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -49,16 +50,16 @@ def test_the_bound_is_the_librarys_in_any_batches(run, images, tmp_path):
   trained = loaded(run)
   done = []
   found = bits.measure(
-    trained, images, how('bpd'), tmp_path / 'a', 5, done.append
+    Batches(trained, images, tmp_path / 'a', 5, done.append), how('bpd')
   )
   (x,) = images.stream()
   x0 = x / np.float32(127.5) - 1
   root = jax.random.fold_in(jax.random.key(3), 2)
   keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(13))
   denoiser = bits._denoiser(trained, trained.params, True)
-  table = likelihood.bound(
-    denoiser, trained.schedule, GRID, x0, keys, 'fixedlarge'
-  )
+  steps = likelihood.prepare(trained.schedule, GRID, 'fixedlarge')
+  prior = likelihood.prior(trained.schedule, x0, GRID[0])
+  table = likelihood.Table(prior, *likelihood.terms(denoiser, steps, x0, keys))
   total = np.asarray(table.total)
   assert found.results['bpd'] == pytest.approx(total.mean(), rel=1e-5)
   assert found.results['bpd_error'] == pytest.approx(
@@ -75,32 +76,34 @@ def test_the_bound_is_the_librarys_in_any_batches(run, images, tmp_path):
   np.testing.assert_allclose(details['rate'], rate, rtol=1e-4)
   np.testing.assert_allclose(details['rmse'], rmse, rtol=1e-4)
   assert sum(done) == 13 * bits.work(how('bpd')) == 13 * 6
-  other = bits.measure(loaded(run, 8), images, how('bpd'), tmp_path / 'b', 64)
+  other = bits.measure(
+    Batches(loaded(run, 8), images, tmp_path / 'b', 64), how('bpd')
+  )
   assert other.results == pytest.approx(found.results, rel=1e-5)
 
 
 def test_what_was_interrupted_goes_on(run, images, tmp_path, monkeypatch):
   """In the second stage, after the first of three batches; one is damaged."""
   trained, asked = loaded(run), how('bpd_fast', grid=FINE)
-  whole = bits.measure(trained, images, asked, tmp_path / 'whole', 5)
-  computed, compute = [], batches.Batches._computed
+  whole = bits.measure(Batches(trained, images, tmp_path / 'whole', 5), asked)
+  computed, once = [], kept.once
 
-  def stop(self, *arguments):
+  def stop(path, compute_fn):
     if len(computed) == 4:
       raise KeyboardInterrupt
-    computed.append(arguments[1])
-    return compute(self, *arguments)
+    computed.append(path)
+    return once(path, compute_fn)
 
   with monkeypatch.context() as patch:
-    patch.setattr(batches.Batches, '_computed', stop)
+    patch.setattr(kept, 'once', stop)
     with pytest.raises(KeyboardInterrupt):
-      bits.measure(trained, images, asked, tmp_path / 'part', 5)
+      bits.measure(Batches(trained, images, tmp_path / 'part', 5), asked)
   paths = sorted((tmp_path / 'part').rglob('*.npz'))
   assert len(paths) == 4
   paths[0].write_bytes(paths[0].read_bytes()[:-30])
   done = []
   again = bits.measure(
-    trained, images, asked, tmp_path / 'part', 5, done.append
+    Batches(trained, images, tmp_path / 'part', 5, done.append), asked
   )
   assert again == whole
   assert sum(done) == 13 * bits.work(asked)
@@ -118,7 +121,7 @@ def test_the_estimate_is_of_the_bound(run, tmp_path):
   images, trained = features.images_of(source, 200), loaded(run)
   exact, fast = (
     bits.measure(
-      trained, images, how(kind, grid=FINE), tmp_path / kind, 100
+      Batches(trained, images, tmp_path / kind, 100), how(kind, grid=FINE)
     ).results
     for kind in ('bpd', 'bpd_fast')
   )
@@ -135,7 +138,7 @@ def test_the_estimate_is_of_the_bound(run, tmp_path):
 def test_the_flow_is_the_librarys(run, images, tmp_path, dtype):
   trained = loaded(run)
   asked = how('bpd_ode', dtype=dtype, tolerance=1e-3)
-  found = bits.measure(trained, images, asked, tmp_path, 5)
+  found = bits.measure(Batches(trained, images, tmp_path, 5), asked)
   (x,) = images.stream()
   with jax.enable_x64(dtype == 'float64'):
     x0 = jax.numpy.asarray(x, dtype) / 127.5 - 1
@@ -161,14 +164,10 @@ def test_what_cannot_be(run, images, tmp_path):
   trained = loaded(run)
   with pytest.raises(UserError, match='at least 2 images'):
     bits.measure(
-      trained, images._replace(count=1), how('bpd'), tmp_path / 'a', 5
+      Batches(trained, images._replace(count=1), tmp_path / 'a', 5), how('bpd')
     )
   with pytest.raises(UserError, match='the grid has only 6 steps: use bpd'):
-    bits.measure(trained, images, how('bpd_fast'), tmp_path / 'a', 5)
-  with pytest.raises(UserError, match='dequantisation=none'):
-    bits.measure(
-      trained, images, how('bpd_ode', dequantisation='none'), tmp_path / 'a', 5
-    )
+    bits.check(how('bpd_fast'), trained.schedule, (8, 8, 1))
   exact = how('bpd_ode', divergence='exact')
   with pytest.raises(UserError, match='at most 1024 dimensions'):
     bits.check(exact, trained.schedule, (32, 32, 3))
@@ -181,7 +180,7 @@ def test_what_is_not_finite_is_refused_and_not_kept(run, images, tmp_path):
   params = jax.tree.map(lambda x: x * np.nan, trained.params)
   sick = dataclasses.replace(trained, params=params)
   with pytest.raises(UserError, match='images 0 to 4 have no finite'):
-    bits.measure(sick, images, how('bpd'), tmp_path, 5)
+    bits.measure(Batches(sick, images, tmp_path, 5), how('bpd'))
   assert not list(tmp_path.rglob('*.npz'))
 
 

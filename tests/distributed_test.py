@@ -220,10 +220,10 @@ def test_a_pod_where_process_0_is_out_of_reach(monkeypatch):
   address = f'localhost:{binaries.free_port()}'
   monkeypatch.setattr(farewell, 'PATIENCE', 0.3)
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  monkeypatch.setattr(distributed, '_broadcast', lambda value: address)
+  monkeypatch.setattr(distributed, 'gather', lambda value: [address] * 2)
   for index in (0, 1):
-    monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
-    distributed._meet_in_pod()
+    monkeypatch.setattr(distributed, 'index', lambda index=index: index)
+    distributed._join_in_pod()
   assert distributed._others is None
 
 

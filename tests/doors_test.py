@@ -177,9 +177,7 @@ class Run:
     count = int(np.prod(sizes))
     self.mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:count])
     self.made = made or make()
-    self.programs = programs.assemble(
-      self.made, config(microbatches), self.mesh
-    )
+    self.programs = programs.create(config(microbatches), self.mesh, self.made)
     self.frozen = jax.device_put(
       self.programs.frozen, sharding.replicated(self.mesh)
     )
@@ -390,7 +388,7 @@ def test_pictures_need_not_be_square():
     }
   )  # fmt: skip
   mesh = tiny.one_device()
-  program = programs.assemble(made, config(1), mesh)
+  program = programs.create(config(1), mesh, made)
   state = program.create_state(mesh)
   images = np.random.default_rng(0).integers(0, 256, (8, 16, 8, 1), np.uint8)
   batch = sharding.put_batch({'image': images}, mesh)

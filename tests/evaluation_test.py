@@ -93,12 +93,10 @@ def test_passes_give_each_image_once_and_none_beside(devices, batch_size):
       mesh_of(devices),
     )
   )
-  assert [len(batch.images) for batch in batches] == [*[features.BLOCK] * 2, 50]
-  np.testing.assert_array_equal(
-    np.concatenate([batch.images for batch in batches]), images
-  )
+  assert [len(x) for x, _ in batches] == [*[features.BLOCK] * 2, 50]
+  np.testing.assert_array_equal(np.concatenate([x for x, _ in batches]), images)
   np.testing.assert_allclose(
-    np.concatenate([batch.outputs['pixels'] for batch in batches]),
+    np.concatenate([outputs['pixels'] for _, outputs in batches]),
     images.reshape(-1, 64) / 127.5 - 1,
     atol=1e-6,
   )
@@ -142,7 +140,7 @@ def kept_judge(apply, key='network_1234'):
 def outputs_of(judge, images, cache, sizes=64):
   batches = np.split(images, range(sizes, len(images), sizes))
   found = features.passes(judge, batches, 64, mesh_of(1), cache)
-  return np.concatenate([batch.outputs['x'] for batch in found])
+  return np.concatenate([outputs['x'] for _, outputs in found])
 
 
 def test_features_are_computed_once(tmp_path):

@@ -209,8 +209,8 @@ def test_no_more_parameters_than_a_tap_needs():
 @pytest.mark.parametrize(
   ('arguments', 'must_name'),
   [
-    ({'taps': ['1024']}, r"no tap '1024': use one of 64, 192, spatial, 768"),
-    ({'convention': 'clean'}, r"'clean' is not known: use one of tf1, pyt"),
+    ({'taps': ['1024']}, r"tap='1024': one of 64, 192, spatial, 768"),
+    ({'convention': 'clean'}, r"convention='clean': one of tf1, pyt"),
     ({'channels': 4}, r'images of 4 channels: .*RGB'),
   ],
 )
@@ -232,10 +232,10 @@ def test_a_judge_of_a_file(tmp_path):
   assert judge.taps == {'2048': 'fid', 'spatial': 'sfid'}
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   images = parity.images((32, 32))
-  (batch,) = features.passes(judge, [images[:1]], 2, mesh)
+  ((_, outputs),) = features.passes(judge, [images[:1]], 2, mesh)
   golden = parity.reference_golden()
-  assert set(batch.outputs) == {'2048', 'spatial', judge.logits}
-  for output, value in batch.outputs.items():
+  assert set(outputs) == {'2048', 'spatial', judge.logits}
+  for output, value in outputs.items():
     np.testing.assert_allclose(
       value, golden[f'tf1_32/{output}'][:1], rtol=0, atol=1e-3
     )
@@ -269,7 +269,6 @@ def test_a_judge_of_a_file(tmp_path):
   [
     ({}, r'none.npz: there is no such file; give Inception weights'),
     ({'taps': ['1024']}, r"no tap '1024'"),
-    ({'convention': 'clean'}, r"'clean' is not known"),
   ],
 )
 def test_a_judge_that_cannot_be(tmp_path, arguments, must_name):

@@ -268,12 +268,11 @@ def apply(params, xt, t, keys=None, cond=None):
 @pytest.mark.parametrize('name', ['ddim', 'ancestral'])
 def test_estimates_are_the_denoisers_of_the_frames(name, clip):
   """The estimate at t is denoise(xt, t).x0; of clean data it is the sample."""
-  how = plan.create(LINEAR, sampler=name, grid='999,600,300,20', clip=clip)
+  how = plan.create(LINEAR, sampler=name, grid=TIMES, clip=clip, seed=3)
   draw_fn = jax.jit(
     draw.drawer(
       tiny.recipe(models.Model(None, apply), SHAPE, LINEAR), tiny.one_device(),
-      how.create(), TIMES, seed=3, clip=clip, frames=FRAMES, dtype='float32',
-      estimates=True,
+      how, frames=FRAMES, dtype='float32', estimates=True,
     )
   )  # fmt: skip
   indices = jnp.arange(5, dtype=jnp.uint32)
@@ -303,8 +302,8 @@ def test_estimates_are_the_denoisers_of_the_frames(name, clip):
 def test_estimates_need_no_frame_with_noise():
   recipe = tiny.recipe(models.Model(None, apply), SHAPE, LINEAR)
   draw_fn = draw.drawer(
-    recipe, tiny.one_device(), samplers.ddim(), TIMES, seed=3, frames=(4,),
-    dtype='float32', estimates=True,
+    recipe, tiny.one_device(), plan.create(LINEAR, sampler='ddim', grid=TIMES),
+    frames=(4,), dtype='float32', estimates=True,
   )  # fmt: skip
   images, kept = draw_fn(
     {'net': jnp.float32(1)}, jnp.arange(2, dtype=jnp.uint32)

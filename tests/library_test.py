@@ -164,7 +164,7 @@ def test_checkpoint_after_checkpoint_compiles_once(folder, trained):
     apart = drawn[step].astype(int) - loaded.sample(5, **how)
     assert np.abs(apart).max() <= 1
   assert np.abs(drawn[10].astype(int) - drawn[20]).max() > 1
-  compiled = trained.compiled.drawer(json.dumps(plan), (), None, False, False)
+  compiled = trained.compiled.drawer(json.dumps(plan), frames=(), dtype=None)
   assert compiled._cache_size() == 1
   assert trained.compiled.denoise._cache_size() == denoisers
   # The first is as it was, and the newest is the default.

@@ -168,11 +168,13 @@ def test_honest_samples_are_not_said_to_be_copies(is_sorted):
 
 
 def test_data_of_one_image_only_have_no_ratio():
-  """All at distance 0 of each other: no traceback, no division by noise."""
-  same = np.full((40, 8, 8, 1), 7, np.uint8)
+  """All at distance 0 of each other: no traceback, no division by noise.
+
+  There are fewer training images than nearest ones to find.
+  """
+  same = np.full((3, 8, 8, 1), 7, np.uint8)
   results = measured(
     same, same, same, ['fid', 'copies'], judge=features.pixels((8, 8, 1)),
-    num_near=50,
   ).results  # fmt: skip
   assert results['frechet'] == results['frechet_floor'] == 0
   assert 'frechet_ratio' not in results
@@ -237,8 +239,6 @@ def test_the_caveats_of_other_metrics():
 @pytest.mark.parametrize(
   ('given', 'must'),
   [
-    ({'metrics': ['fidd']}, 'metrics=fidd: give some of fid, sfid, kid'),
-    ({'metrics': []}, 'metrics=: give some of fid'),
     ({'metrics': ['is'], 'judge': features.pixels((8, 8, 1))}, 'has none'),
     ({'metrics': ['classes'], 'judge': features.pixels((8, 8, 1))}, 'pixels'),
     ({'metrics': ['fid', 'kid'], 'reference': {}}, 'kid need images'),
@@ -261,7 +261,7 @@ def test_the_protocol_tells_the_options_of_the_metrics_asked_for():
   def told(*metrics, **options):
     return measure.Task(
       brightness(), {}, metrics, measure.Options(**options)
-    ).protocol()
+    ).protocol
 
   assert told('sfid', 'fid')['metrics'] == ['fid', 'sfid']
   assert told('fid', kid_subsets=3) == told('fid')

@@ -34,12 +34,12 @@ def test_constants_of_the_paper(schedule):
   np.testing.assert_allclose(
     np.exp(0.5 * schedule.log_alpha_bar[-1]), 0.00635, rtol=1e-3
   )
-  large = gaussian.log_variance_table(schedule, 'fixedlarge')
-  small = gaussian.log_variance_table(schedule, 'fixedsmall')
-  np.testing.assert_allclose(np.exp(large[0]), 5.453e-5, rtol=1e-4)
-  np.testing.assert_allclose(np.exp(large[1:]), schedule.betas[1:], rtol=1e-12)
-  assert small[0] == small[1] == large[0]
-  assert np.all(small[1:] < large[1:])
+  t = np.arange(1, T)
+  large = gaussian.step_variance(schedule, t, t - 1, 'fixedlarge')
+  small = gaussian.step_variance(schedule, t, t - 1, 'fixedsmall')
+  np.testing.assert_allclose(small[0], 5.453e-5, rtol=1e-4)
+  np.testing.assert_allclose(large, schedule.betas[1:], rtol=1e-12)
+  assert np.all(small < large)
 
 
 def test_tables_against_the_plain_product(schedule):
@@ -50,8 +50,9 @@ def test_tables_against_the_plain_product(schedule):
   )
   before = np.concatenate([[1.0], alpha_bar[:-1]])
   posterior = schedule.betas * (1 - before) / (1 - alpha_bar)
-  small = gaussian.log_variance_table(schedule, 'fixedsmall')
-  np.testing.assert_allclose(np.exp(small[1:]), posterior[1:], rtol=1e-9)
+  t = np.arange(1, T)
+  small = gaussian.step_variance(schedule, t, t - 1, 'fixedsmall')
+  np.testing.assert_allclose(small, posterior[1:], rtol=1e-9)
 
 
 def test_float32_keeps_sigma_at_the_first_step(schedule):
@@ -256,6 +257,20 @@ def test_denoiser_shows_the_network_no_negative_time(schedule):
   denoise = gaussian.denoiser(predict, schedule, 'x0')
   denoise(jnp.ones((3, 2)), -1.0)
   np.testing.assert_array_equal(seen[0], [0, 0, 0])
+
+
+@pytest.mark.parametrize('clip', [True, False])
+def test_clean_data_has_no_noise(schedule, clip):
+  """At t = -1 sigma is 0, and eps is 0 whatever x0 the network says."""
+  xt = jnp.array([[0.5, -0.25], [1.0, -1.0]])
+  denoise = gaussian.denoiser(lambda xt, t: xt + 1, schedule, 'x0')
+  if clip:
+    denoise = clipping.clip_x0(denoise, schedule)
+  x0, eps = denoise(xt, jnp.array([-1.0, 5.0]))
+  assert np.isfinite(x0).all()
+  np.testing.assert_array_equal(eps[0], 0)
+  assert np.isfinite(eps).all()
+  assert np.any(eps[1] != 0)
 
 
 @pytest.mark.parametrize('t', [0, 10, 400, 999])

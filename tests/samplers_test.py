@@ -20,6 +20,7 @@ from diffusion_jax.guidance import clipping
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import draw
 from diffusion_jax.samplers import grid
+from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system.errors import UserError
 
 T = 1000
@@ -230,7 +231,7 @@ def test_bad_numbers_of_steps_are_answered_in_one_line(num_steps):
 @pytest.mark.parametrize(
   ('name', 'options', 'said'),
   [
-    ('rk45', {}, 'sampler=rk45'),
+    ('rk45', {}, "sampler='rk45'"),
     ('ancestral', {'eta': 0.5}, 'eta=0.5'),
     ('ddim', {'variance': 'fixedsmall'}, 'variance=fixedsmall'),
     ('ddim', {'eta': 1.5}, 'eta=1.5'),
@@ -656,9 +657,9 @@ def test_float_pixels_are_those_that_were_not_rounded():
 
 
 @pytest.mark.parametrize(
-  ('clip', 'sampler'), [(True, samplers.ancestral()), (False, samplers.ddim())]
+  ('clip', 'name'), [(True, 'ancestral'), (False, 'ddim')]
 )
-def test_drawer_is_its_parts(schedule, clip, sampler):
+def test_drawer_is_its_parts(schedule, clip, name):
   """Keys, first noise, denoiser, clipping, solve, rounding: in this order.
 
   Compiled in another way than its parts are, so a pixel may be rounded to the
@@ -666,6 +667,7 @@ def test_drawer_is_its_parts(schedule, clip, sampler):
   """
   indices, shape = jnp.array([4, 2, 9]), (4, 4, 3)
   frames = (0, 3, len(TIMES) - 1)
+  how = Plan(name, {}, TIMES, clip, 5)
 
   def apply(params, xt, t, keys, cond):
     assert t.shape == (3,)
@@ -674,7 +676,7 @@ def test_drawer_is_its_parts(schedule, clip, sampler):
   images, kept = jax.jit(
     draw.drawer(
       tiny.recipe(models.Model(None, apply), shape, schedule, 'v'),
-      tiny.one_device(), sampler, TIMES, seed=5, clip=clip, frames=frames,
+      tiny.one_device(), how, frames=frames,
     )
   )({'net': jnp.float32(2.0)}, indices)  # fmt: skip
   denoise = gaussian.denoiser(
@@ -687,7 +689,9 @@ def test_drawer_is_its_parts(schedule, clip, sampler):
   def parts(indices):
     first, later = draw.sample_keys(5, indices)
     x = jnp.stack([jax.random.normal(key, shape) for key in first])
-    return samplers.solve(sampler, denoise, schedule, TIMES, x, later, frames)
+    return samplers.solve(
+      how.create(), denoise, schedule, TIMES, x, later, frames
+    )
 
   end, xs = parts(indices)
   assert images.dtype == kept.dtype == jnp.uint8
@@ -713,9 +717,7 @@ def test_drawer_gives_the_pixels_of_what_the_network_says(schedule):
     draw_fn = draw.drawer(
       tiny.recipe(same, (2, 3, 1), schedule, 'x0'),
       tiny.one_device(),
-      samplers.ancestral(),
-      (999, 400, -1),
-      seed=0,
+      Plan('ancestral', {}, [999, 400, -1], True, 0),
       **dtype,
     )
     return jax.jit(draw_fn)({'net': values.reshape(2, 3, 1)}, jnp.arange(2))
@@ -735,8 +737,8 @@ def test_drawer_gives_the_pixels_of_what_the_network_says(schedule):
 def test_an_unknown_dtype_is_one_line(schedule, dtype):
   with pytest.raises(UserError, match='one of uint8, float32') as error:
     draw.drawer(
-      tiny.recipe(shape=(2, 2, 1)), tiny.one_device(), samplers.ddim(), (0, -1),
-      seed=0, dtype=dtype,
+      tiny.recipe(shape=(2, 2, 1)), tiny.one_device(),
+      Plan('ddim', {}, [0, -1], True, 0), dtype=dtype,
     )  # fmt: skip
   assert repr(dtype) in str(error.value)
   assert '\n' not in str(error.value)
@@ -780,9 +782,7 @@ def draw_all(schedule):
     draw_images = draw.drawer(
       tiny.recipe(models.Model(None, convolutions), SHAPE, schedule, 'v'),
       mesh,
-      sampler,
-      times,
-      seed=3,
+      Plan('ancestral', {}, times, True, 3),
     )
     return jax.jit(functools.partial(run, draw_images))
 

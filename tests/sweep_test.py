@@ -33,7 +33,7 @@ def test_rows_have_options_of_their_own():
 @pytest.mark.parametrize(
   ('text', 'said'),
   [
-    ('rk45', 'sampler=rk45 is not known'),
+    ('rk45', "sampler='rk45': one of ancestral"),
     ('ddim:order=2', 'order=2 is not KEY=VALUE with one of eta, grid, clip'),
     ('ddim:eta', 'eta is not KEY=VALUE'),
     ('ddim:grid=999', 'grid must be one of uniform'),
@@ -59,6 +59,10 @@ def test_bad_budgets_are_one_line(texts):
     sweep.budgets(texts)
 
 
+def made(how):
+  return plans.create(LINEAR, **how)
+
+
 @pytest.mark.parametrize(
   ('name', 'budget', 'num_steps', 'evaluations'),
   [
@@ -71,26 +75,17 @@ def test_bad_budgets_are_one_line(texts):
   ],
 )
 def test_as_many_steps_as_fit(name, budget, num_steps, evaluations):
-  plan = sweep.longest(
-    lambda steps: plans.create(LINEAR, sampler=name, num_steps=steps),
-    budget, 1000,
-  )  # fmt: skip
+  plan = sweep.longest(name, made, budget, 1000)
   assert (plan.num_steps, plan.evaluations) == (num_steps, evaluations)
 
 
 def test_numbers_that_a_grid_has_not_are_passed_over():
   """Equal strides are of 1, 2, 4, 5, 8 or 10 steps; Heun's 5 are 9."""
-
-  def make(steps, **options):
-    return plans.create(
-      LINEAR, num_steps=steps, grid='leading', **options
-    )  # fmt: skip
-
-  plan = sweep.longest(lambda n: make(n, sampler='heun'), 10, 1000)
+  plan = sweep.longest('heun:grid=leading', made, 10, 1000)
   assert (plan.num_steps, plan.evaluations) == (5, 9)
   # Where there is none at all, the error is that of the longest.
   with pytest.raises(UserError, match='order=3: the grid has 2 steps'):
-    sweep.longest(lambda n: make(n, sampler='unipc', order=3), 2, 1000)
+    sweep.longest('unipc:grid=leading:order=3', made, 2, 1000)
 
 
 def test_the_table_marks_the_best_and_what_costs_less():

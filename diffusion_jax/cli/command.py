@@ -22,13 +22,7 @@ from diffusion_jax.system.errors import UserError
 flags.disclaim_key_flags()  # --config belongs to the binary
 
 # Raised by absl and ml_collections for a mistake on the command line.
-FLAG_ERRORS = (
-  flags.Error,
-  AttributeError,
-  LookupError,
-  TypeError,
-  ValueError,
-)
+FLAG_ERRORS = (flags.Error, AttributeError, LookupError, TypeError, ValueError)
 
 # Errors of the file system, which are never bugs.
 DISK = (
@@ -81,7 +75,10 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
           f'{rest[1]!r} is not a flag: every argument is --name=value'
         )
       if 'print_config' in flags.FLAGS and flags.FLAGS.print_config:
-        _print_config()
+        if flags.FLAGS.config is None:
+          raise UserError('--config is missing; see --help')
+        terminal.write(config_files.source(flags.FLAGS.config))
+        sys.exit(0)
       need(*required)
     except UserError as e:
       terminal.fail(str(e))
@@ -96,10 +93,8 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
     try:
       _call(main)
     except KeyboardInterrupt:
-      print(
-        '\ninterrupted; run the same command again to resume',
-        file=sys.stderr,
-      )
+      told = '\ninterrupted; run the same command again to resume'
+      print(told, file=sys.stderr)
       # A normal exit would destroy objects that XLA may still use. Nothing is
       # left to save: all contexts have exited.
       for child in multiprocessing.active_children():
@@ -145,14 +140,6 @@ def _help(doc: str, full: bool) -> None:
   if full:
     lines.append(flags.FLAGS.get_help())
   terminal.write('\n'.join(lines))
-  sys.exit(0)
-
-
-def _print_config() -> None:
-  """Prints the config, including changes by flags; exits with 0."""
-  if flags.FLAGS.config is None:
-    raise UserError('--config is missing; see --help')
-  terminal.write(config_files.source(flags.FLAGS.config))
   sys.exit(0)
 
 

@@ -2,7 +2,9 @@
 
 from absl import flags
 
-from diffusion_jax.system import files
+from diffusion_jax import runs
+from diffusion_jax.system import distributed, files
+from diffusion_jax.training import checkpoint
 
 # The flags belong to the modules that call this one.
 flags.disclaim_key_flags()
@@ -51,3 +53,15 @@ def shared(*names: str) -> None:
 def workdir() -> files.Path:
   """The folder that --workdir names."""
   return files.at(flags.FLAGS.workdir).expanduser()
+
+
+def run() -> tuple[dict, int]:
+  """(config, checkpoint step) of the run that --workdir and --step name.
+
+  Raises:
+    UserError: there is no run or no such checkpoint.
+  """
+  config, folder = runs.read_config(workdir()), workdir() / 'checkpoints'
+  return config, distributed.on_first(
+    lambda: checkpoint.find_step(folder, flags.FLAGS.step)
+  )

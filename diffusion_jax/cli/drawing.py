@@ -22,7 +22,7 @@ from diffusion_jax.samplers.adaptive import Took
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint, sharding
+from diffusion_jax.training import sharding
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
@@ -113,10 +113,7 @@ def prepared() -> tuple[int, Callable[[dict], Plan], Callable[[], Trained]]:
       if the plan or the calibration is not possible.
   """
   workdir = declare.workdir()
-  config = runs.read_config(workdir)
-  step = distributed.on_first(
-    lambda: checkpoint.find_step(workdir / 'checkpoints', FLAGS.step)
-  )
+  config, step = declare.run()
 
   @functools.cache
   def calibrated():
@@ -132,9 +129,7 @@ def prepared() -> tuple[int, Callable[[dict], Plan], Callable[[], Trained]]:
   def network():
     trained = load(workdir, step, FLAGS.ema)
     if calibrated.cache_info().currsize:
-      calibration.check(
-        calibrated(), trained.weights_sha256, workdir, step, trained.ema
-      )
+      calibration.check(calibrated(), trained)
     return trained
 
   return step, plan, network
@@ -157,8 +152,7 @@ def chosen(
   plan = plan_of(asked())
   check(plan)
   own = declare.workdir() / 'samples' / name(step, plan, dtype)
-  output = FLAGS.output or own
-  output = files.at(output).expanduser()
+  output = files.at(FLAGS.output or own).expanduser()
   runs.usable_output(output)
   return network(), plan, output
 
@@ -242,9 +236,7 @@ def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
     'step': trained.step,
     'ema': trained.ema,
     'weights_sha256': trained.weights_sha256,
-    'model': trained.config['model'],
-    'process': trained.config['process'],
-    'loss': trained.config['loss'],
+    **{part: trained.config[part] for part in ('model', 'process', 'loss')},
     'image_shape': trained.image_shape,
     **plan.protocol(),
   }

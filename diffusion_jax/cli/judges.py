@@ -51,9 +51,8 @@ def download() -> None:
   """Fetches the published weights into the cache if they are missing."""
 
   def obtain():
-    with terminal.Progress(
-      'downloading', weights.BYTES, unit='bytes'
-    ) as progress:
+    progress = terminal.Progress('downloading', weights.BYTES, unit='bytes')
+    with progress:
       return weights.obtain(cache(), on_bytes=progress.update)
 
   # Each host has its own cache.
@@ -122,10 +121,7 @@ def _inception(name) -> features.Judge:
   if not taps:
     raise UserError(f'--taps is empty: use {", ".join(inception.DISTANCES)}')
   return inception.load(
-    path,
-    taps=taps,
-    logits='is' in FLAGS.metrics,
-    convention=FLAGS.convention,
+    path, taps=taps, logits='is' in FLAGS.metrics, convention=FLAGS.convention
   )
 
 

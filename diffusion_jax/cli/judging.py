@@ -4,18 +4,13 @@ Shared by the binaries that judge images.
 `flags.adopt_module_key_flags(judging)` makes these flags a binary's own.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
 from absl import flags
 
 from diffusion_jax import data, runs
 from diffusion_jax.cli import command, declare, judges, run_data
-from diffusion_jax.data import Source
 from diffusion_jax.evaluation import bits, cards, features, measure, statistics
 from diffusion_jax.evaluation.features import Images, Judge
-from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.reporting import pictures
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -62,30 +57,6 @@ for option, what in {
   declare.table(**{option: (int if default is None else default, what)})
 
 
-class Task(NamedTuple):
-  """How samples are judged, and against what.
-
-  Attributes:
-    measured: the task of the metrics.
-    source: the reference's images by index; None for statistics.
-    protocol: the protocol for the card.
-  """
-
-  measured: measure.Task
-  source: Source | None
-  protocol: dict
-
-  @property
-  def result(self) -> str:
-    """The name of the main distance."""
-    return next(iter(self.measured.judge.taps.values()))
-
-  @property
-  def reference(self) -> str:
-    """One line about what samples are compared with."""
-    return self.source.description if self.source else FLAGS.reference
-
-
 def check_flags() -> None:
   """Raises UserError for mistakes that do not depend on the images."""
   command.at_least(
@@ -117,7 +88,7 @@ def open_set(
   flag: str,
   image_size: int | tuple[int, int] | None = None,
   channels: int | None = None,
-) -> Source | None:
+) -> data.Source | None:
   """The images that a flag names; None if it names a file of statistics.
 
   Args:
@@ -137,8 +108,8 @@ def open_set(
 
 
 def set_of(
-  flag: str, source: Source | None, judge: Judge, image_shape
-) -> Images | Statistics:
+  flag: str, source: data.Source | None, judge: Judge, image_shape
+) -> statistics.Set:
   """The images of `open_set`, or the statistics that the flag names.
 
   Args:
@@ -157,21 +128,19 @@ def set_of(
 
 def task(
   judge: Judge,
-  samples: Images | Statistics,
-  reference: Images | Statistics,
-  source: Source | None,
+  samples: statistics.Set,
+  reference: statistics.Set,
   heldout: Images | None = None,
   *,
   about: dict,
   usual: list[str],
-) -> Task:
+) -> measure.Task:
   """Makes and checks a task; reads all images but the samples for their hash.
 
   Args:
     judge: the network.
     samples: the set to judge; only its count matters here.
     reference: the set to compare with.
-    source: the reference's images by index.
     heldout: held-out images.
     about: other facts that the numbers depend on, for the protocol.
     usual: the default metrics.
@@ -182,30 +151,26 @@ def task(
   metrics = FLAGS.metrics or usual
   if 'sfid' in metrics and 'spatial' not in judge.taps:
     raise UserError('the metric sfid needs --features=inception')
-  options = {name: FLAGS[name].value for name in measure.Options._fields}
-  asked = measure.Task(
-    judge, reference, metrics, measure.Options(**options), heldout
-  )
+  options = measure.Options(*(FLAGS[x].value for x in measure.Options._fields))
+  asked = measure.Task(judge, reference, metrics, options, heldout)
   measure.check(asked, samples)
-  protocol = {
+  about = {
     **about,
     'num_reference': statistics.count_of(reference),
     'reference_sha256': statistics.sha256_of(reference),
     'num_samples': statistics.count_of(samples),
     'heldout_sha256': features.sha256_of(heldout) if heldout else '',
-    **asked.protocol(),
-    'num_heldout': heldout.count if heldout else 0,
   }
-  return Task(asked, source, protocol)
+  return asked._replace(about=about)
+
+
+def described(flag: str, given: statistics.Set) -> str:
+  """One line about a set; for statistics, the value of the flag."""
+  return given.description if isinstance(given, Images) else FLAGS[flag].value
 
 
 def carry_out(
-  task: Task,
-  samples: Images | Statistics,
-  subject: dict,
-  path,
-  sample_fn: Callable[[int], np.ndarray],
-  **how,
+  task: measure.Task, samples: statistics.Set, subject: dict, path, **how
 ) -> dict:
   """Measures with a progress bar, and caches the reference's statistics.
 
@@ -215,39 +180,36 @@ def carry_out(
     subject: the subject for the card.
     path: file of the card; a picture of the nearest neighbours is written next
       to it. None writes nothing.
-    sample_fn: index of a sample -> uint8 [H, W, C].
     **how: batch_size, mesh and sample_cache, see `measure.measure`.
 
   Returns:
     the metric card, with the reference in its details.
   """
-  asked, there, known = task.measured, {}, None
-  if isinstance(asked.reference, Images):
-    digest = task.protocol['reference_sha256']
-    there = statistics.paths(judges.cache(), asked.judge, digest)
+  there, known = {}, None
+  if isinstance(task.reference, Images):
+    digest = task.about['reference_sha256']
+    there = statistics.paths(judges.cache(), task.judge, digest)
     known = statistics.cached(there)
-    # All hosts must take the same branch, even if only some see the folder.
-    is_known = all(distributed.gather(known is not None))
-    if is_known and not _takes_images(asked.metrics):
-      asked = asked._replace(reference=known)
-  sets = (samples, asked.reference, asked.heldout or {})
+  # All hosts must take the same branch, even if only some see the folder.
+  is_known = all(distributed.gather(known is not None))
+  used = known if is_known and not _takes_images(task.metrics) else None
+  sets = (samples, task.heldout or {}, used or task.reference)
   total = sum(map(statistics.count_of, sets))
   with terminal.Progress('judging', total, unit='images') as progress:
     how |= {'cache': judges.cache(), 'on_images': progress.update}
-    count = task.protocol['num_reference']
-    found = measure.measure(asked, samples, num_reference=count, **how)
-  details = {'reference': task.reference, **found.details}
+    found = measure.measure(task, samples, known=used, **how)
+  reference = described('reference', task.reference)
+  details = {'reference': reference, **found.details}
   card = cards.create(subject, task.protocol, found.results, details)
 
   def keep():
     if known is None:
-      for tap, place in there.items():
-        statistics.write_gaussian(place, found.statistics[tap])
+      statistics.keep(there, found.statistics)
     if FLAGS.write_statistics:
       statistics.write(FLAGS.write_statistics, found.statistics)
     if path and FLAGS.neighbours and found.nearest:
       picture = path.with_name(f'{path.stem}_neighbours.png')
-      _draw_neighbours(picture, found, sample_fn, task.source)
+      _draw_neighbours(picture, found, samples, task.reference)
     if path:
       files.write_json(path, card)
 
@@ -260,15 +222,15 @@ def _takes_images(metrics) -> bool:
   return bool(set(metrics) - {*measure.OF_STATISTICS, 'is'})
 
 
-def _draw_neighbours(path, measured, sample_fn, source):
+def _draw_neighbours(path, measured, samples, reference):
   """Draws samples next to their nearest training images, nearest first."""
   nearest = measured.nearest
   order = np.argsort(nearest.distances[:, 0], kind='stable')
   rows, labels = [], []
   for i in order[: FLAGS.neighbours]:
     number = int(measured.searched[i])
-    real = [source[int(j)]['image'] for j in nearest.indices[i]]
-    rows.append(np.stack([sample_fn(number), *real]))
+    real = map(reference.image, nearest.indices[i])
+    rows.append(np.stack([samples.image(number), *real]))
     label = f'sample {number}, distance {nearest.distances[i, 0]:.3g}'
     if measured.nearer is not None:
       label += f'; {measured.nearer[i]:.0%} of held-out images are nearer'

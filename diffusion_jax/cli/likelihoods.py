@@ -8,6 +8,7 @@ from absl import flags
 from diffusion_jax import runs
 from diffusion_jax.cli import command, declare, drawing, judging, run_data
 from diffusion_jax.evaluation import bits, cards, features, tables
+from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.process import flow
 from diffusion_jax.reporting import page, plots
 from diffusion_jax.system import distributed, files, terminal
@@ -31,9 +32,9 @@ declare.table(
 )
 
 
-# Which likelihoods a flag applies to; OF_SAMPLES apply to none.
+# Which likelihoods a flag applies to, with `bits.OF_FLOW`; OF_SAMPLES apply to
+# none.
 OF_BOUNDS = ('num_steps', 'grid', 'variance', 'clip')
-OF_FLOW = ('dequantisation', 'divergence', 'tolerance', 'dtype')
 OF_SAMPLES = (
   *('num_samples', 'sampler', 'rounding', 'reference', 'features', 'output'),
   'write_statistics',
@@ -41,9 +42,13 @@ OF_SAMPLES = (
 )
 
 
+def are_asked() -> bool:
+  return not set(bits.KINDS).isdisjoint(FLAGS.metrics)
+
+
 def check_absent() -> None:
   """Raises UserError for flags that apply only to likelihoods."""
-  names = ('split', 'num_images', *OF_FLOW)
+  names = ('split', 'num_images', *bits.OF_FLOW)
   command.refuse(names, 'distances between samples')
 
 
@@ -58,7 +63,7 @@ def _kinds() -> list[str]:
     )
   idle = OF_SAMPLES
   idle += OF_BOUNDS if kinds == ['bpd_ode'] else ()
-  idle += OF_FLOW if 'bpd_ode' not in kinds else ()
+  idle += bits.OF_FLOW if 'bpd_ode' not in kinds else ()
   command.refuse(idle, asked)
   command.at_least(num_images=2)
   if not 0 < FLAGS.tolerance < 1:
@@ -105,27 +110,19 @@ def _card(trained, images, how, about) -> dict:
   work = images.count * bits.work(how)
   unit = 'images' if how.kind == 'bpd_ode' else 'evaluations'
   with terminal.Progress(how.kind, work, unit=unit) as progress:
+    place = trained.workdir / 'likelihoods' / folder
     found = bits.measure(
-      trained,
-      images,
-      how,
-      trained.workdir / 'likelihoods' / folder,
-      FLAGS.batch_size,
-      progress.update,
+      Batches(trained, images, place, FLAGS.batch_size, progress.update), how
     )
   details = {'images': images.description, **found.details}
-  card = cards.create(
-    cards.subject_of(trained), protocol, found.results, details
-  )
+  subject = cards.subject_of(trained)
+  card = cards.create(subject, protocol, found.results, details)
   path = trained.workdir / 'evaluations' / f'{name}.json'
 
   def keep():
     if 'rate' in details:
-      plots.rate_distortion(
-        path.with_name(f'{name}_rate_distortion.png'),
-        details['rate'],
-        details['rmse'],
-      )
+      plot = path.with_name(f'{name}_rate_distortion.png')
+      plots.rate_distortion(plot, details['rate'], details['rmse'])
     files.write_json(path, card)
 
   distributed.on_first(keep)
@@ -134,13 +131,8 @@ def _card(trained, images, how, about) -> dict:
 
 def _how(kind, trained, plan) -> bits.How:
   """The protocol that the flags describe."""
-  variance = FLAGS.variance or trained.config['sample'].get('variance')
-  names = OF_FLOW if kind == 'bpd_ode' else ()
-  return bits.How(
-    kind,
-    plan.seed,
-    plan.grid,
-    variance or 'fixedlarge',
-    plan.clip,
-    **{name: FLAGS[name].value for name in names},
-  )
+  given = FLAGS.variance or trained.config['sample'].get('variance')
+  variance = given or 'fixedlarge'
+  names = bits.OF_FLOW if kind == 'bpd_ode' else ()
+  own = {name: FLAGS[name].value for name in names}
+  return bits.How(kind, plan.seed, plan.grid, variance, plan.clip, **own)

@@ -30,8 +30,7 @@ def splits(config: dict) -> tuple[Source, Source | None]:
   try:
     return data.splits({**config['data'], **moved})
   except UserError as e:
-    told = ' (--data_path sets the folder of the data)'
-    raise UserError(f'{e}{told}') from e
+    raise UserError(f'{e} (--data_path sets the folder of the data)') from e
 
 
 def images(

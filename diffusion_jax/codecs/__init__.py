@@ -2,7 +2,7 @@
 
 from diffusion_jax.codecs import pixels
 from diffusion_jax.codecs.codec import Codec
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import one_of
 
 # name -> (image_shape, **options) -> Codec
 CODECS = {'pixels': pixels.create}
@@ -19,6 +19,4 @@ def create(name: str, image_shape: tuple[int, int, int], **options) -> Codec:
   Raises:
     UserError: the name is not known.
   """
-  if name not in CODECS:
-    raise UserError(f'codec.name={name!r}: one of {", ".join(CODECS)}')
-  return CODECS[name](image_shape, **options)
+  return CODECS[one_of('codec.name', name, CODECS)](image_shape, **options)

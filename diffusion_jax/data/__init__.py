@@ -13,22 +13,12 @@ needs it.
 import difflib
 from collections.abc import Mapping
 
-from diffusion_jax.data import (
-  arrays,
-  digits,
-  folders,
-  pipeline,
-  prepared,
-  sources,
-)
+from diffusion_jax.data import pipeline, sets, sources
 from diffusion_jax.data.sets import open_set
-from diffusion_jax.data.sources import Source, Wanted, check_local
+from diffusion_jax.data.sources import Source
 from diffusion_jax.system.errors import UserError
 
 __all__ = ['Source', 'create', 'open_set', 'pipeline', 'splits']
-
-
-_KINDS = {'digits': digits, 'arrays': arrays, 'folder': folders}
 
 
 def create(
@@ -73,31 +63,25 @@ def create(
       f'data.heldout_every is {heldout_every}: use 0 (no held-out images) or '
       '2 and more (every n-th image)'
     )
-  check_local(path, f'data.path={path}')
-  wanted = Wanted(split, image_size, channels, heldout_every)
-  if name.startswith('tfds:'):
-    return prepared.create(name, path, wanted)
-  if name not in _KINDS:
-    near = difflib.get_close_matches(name, _KINDS, 1)
+  sources.check_local(path, f'data.path={path}')
+  is_tfds = name.startswith('tfds:')
+  if name not in sets.KINDS and not is_tfds:
+    near = difflib.get_close_matches(name, sets.KINDS, 1)
     hint = f'; did you mean {near[0]}?' if near else ''
     raise UserError(
-      f'data.name {name!r} is not known: use {", ".join(_KINDS)} or '
+      f'data.name {name!r} is not known: use {", ".join(sets.KINDS)} or '
       f'tfds:NAME{hint}'
-    )
-  if split not in ('train', 'test'):
-    raise UserError(
-      f'split {split!r} of data.name {name!r} is not known: use train or test'
     )
   if name == 'digits' and path:
     raise UserError(
       f'data.path={path}: the digits are embedded and have no path; for other '
       'images set data.name to arrays, folder or tfds:NAME'
     )
-  if name == 'digits':
-    return digits.create(wanted)
-  if not path:
+  if not path and name != 'digits' and not is_tfds:
     raise UserError(f'data.path is empty: data.name {name!r} needs a path')
-  return _KINDS[name].create(path, wanted, f'data.path {path!r}')
+  wanted = sources.Wanted(split, image_size, channels, heldout_every)
+  what = f'data.path {path!r}' if path else f'data.name {name!r}'
+  return sets.open_kind(name, path, wanted, what)
 
 
 def splits(config: Mapping) -> tuple[Source, Source | None]:

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_jax.data import sources
-from diffusion_jax.data.sources import Wanted
 from diffusion_jax.system import errors, npz
 from diffusion_jax.system.errors import UserError
 
 
-def create(path: str, wanted: Wanted, what: str) -> sources.Source | None:
+def create(
+  path: str, wanted: sources.Wanted, what: str
+) -> sources.Source | None:
   """Opens a .npy or .npz file.
 
   Args:
@@ -49,11 +50,7 @@ def create(path: str, wanted: Wanted, what: str) -> sources.Source | None:
 
   labels, num_classes, has_test = None, 0, False
   with errors.one_line(
-    npz.DAMAGED,
-    lambda reason: (
-      f'{what} cannot be read: {reason}; write it again with np.save or '
-      'np.savez'
-    ),
+    f'{what} cannot be read: ', '; write it again with np.save or np.savez'
   ):
     if file.suffix == '.npy':
       images = _map_npy(file, what, wanted)
@@ -85,20 +82,17 @@ def create(path: str, wanted: Wanted, what: str) -> sources.Source | None:
   return sources.create(name, len(indices), shape, num_classes, read)
 
 
-def _map_npy(file: Path, what: str, wanted: Wanted) -> np.ndarray:
+def _map_npy(file: Path, what: str, wanted: sources.Wanted) -> np.ndarray:
   """Memory-maps images: uint8 [N, H, W, C]."""
   with file.open('rb') as stream:
     header = npz.read_header(stream, what)
   shape = _shape_of_images(header, what, wanted)
   npz.check_bytes(header, file.stat().st_size, what)
-  images = np.memmap(
-    file, np.uint8, 'r', header.offset, header.shape, header.order
-  )
-  return images.reshape(-1, *shape)
+  return np.load(file, mmap_mode='r', allow_pickle=False).reshape(-1, *shape)
 
 
 def _read_npz(
-  archive: zipfile.ZipFile, what: str, wanted: Wanted
+  archive: zipfile.ZipFile, what: str, wanted: sources.Wanted
 ) -> tuple[np.ndarray, np.ndarray | None, int, bool]:
   """The arrays of a split: images, labels, num_classes, has_test.
 
@@ -162,7 +156,7 @@ def _as_labels(array: np.ndarray, where: str) -> np.ndarray:
 
 
 def _shape_of_images(
-  header: npz.Header, where: str, wanted: Wanted
+  header: npz.Header, where: str, wanted: sources.Wanted
 ) -> tuple[int, int, int]:
   """Checks for uint8 [N, H, W, C], N > 0, of the wanted size: [H, W, C]."""
   image_size, channels = wanted.image_size, wanted.channels

@@ -9,8 +9,8 @@ from diffusion_jax.data import sources
 from diffusion_jax.system.errors import UserError
 
 
-def create(wanted: sources.Wanted) -> sources.Source:
-  """Opens the digits.
+def create(path: str, wanted: sources.Wanted, what: str) -> sources.Source:
+  """Opens the digits; the other arguments are those of any kind of set.
 
   Every fifth image (index 4, 9, ...) is 'test', the others are 'train'. The
   values 0..16 become round(value * 255 / 16).
@@ -18,6 +18,7 @@ def create(wanted: sources.Wanted) -> sources.Source:
   Raises:
     UserError: another size than 8 pixels and 1 channel is wanted.
   """
+  del path, what
   shape = (*(wanted.image_size or (8, 8)), wanted.channels or 1)
   if shape != (8, 8, 1):
     raise UserError(

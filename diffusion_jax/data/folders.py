@@ -43,7 +43,20 @@ def create(
   root = Path(path).expanduser()
   if not root.is_dir():
     raise UserError(f'{what} is not a folder')
-  names, classes = _names_and_classes(root, what)
+  try:
+    names = sorted(_image_names(root.resolve(), ''))
+  except OSError as error:
+    raise UserError(f'{what} cannot be read: {error.strerror}') from error
+  if not names:
+    raise UserError(
+      f'{what} has no images: need files that end in {", ".join(SUFFIXES)}'
+    )
+  classes = sorted({name.split('/')[0] for name in names if '/' in name})
+  if classes and any('/' not in name for name in names):
+    raise UserError(
+      f'{what} has images both directly inside and in sub-folders '
+      f'({classes[0]!r}): put all in sub-folders, one per class, or none'
+    )
   label_of = {name: i for i, name in enumerate(classes)}
 
   indices = sources.heldout_indices(len(names), wanted)
@@ -63,25 +76,6 @@ def create(
   name = f'folder {path}, {wanted.split}'
   source = sources.create(name, len(names), rule.shape, len(classes), read)
   return sources.keep_in_memory(source, rule.shape)
-
-
-def _names_and_classes(root: Path, what: str) -> tuple[list[str], list[str]]:
-  """The images' relative paths, and the class names; both in order."""
-  try:
-    names = sorted(_image_names(root.resolve(), ''))
-  except OSError as error:
-    raise UserError(f'{what} cannot be read: {error.strerror}') from error
-  if not names:
-    raise UserError(
-      f'{what} has no images: need files that end in {", ".join(SUFFIXES)}'
-    )
-  classes = sorted({name.split('/')[0] for name in names if '/' in name})
-  if classes and any('/' not in name for name in names):
-    raise UserError(
-      f'{what} has images both directly inside and in sub-folders '
-      f'({classes[0]!r}): put all in sub-folders, one per class, or none'
-    )
-  return names, classes
 
 
 def _image_names(root: Path, folder: str) -> Iterator[str]:

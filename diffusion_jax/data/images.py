@@ -16,14 +16,12 @@ refuse images that would have to be resized, or would lose their colours.
 """
 
 import dataclasses
-import struct
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from diffusion_jax.system import errors
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import UserError, one_line
 
 # Detected from the content, not the file name. Only these, to limit the
 # decoders that an untrusted file can reach.
@@ -31,12 +29,6 @@ FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
 
 _RESIZING = (
   "--image_size=N crops the centre square and resizes all (Pillow's bicubic)"
-)
-
-# The exceptions that Pillow raises for damaged files, with no common class.
-_DAMAGED = (
-  *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError),
-  *(struct.error, Image.DecompressionBombError),
 )
 
 
@@ -143,22 +135,16 @@ def fit(
   image = _to_rgb(image)
   if channels == 1:
     image = image.convert('L')
-  wanted = image_size[::-1]  # (width, height), as in Pillow
+  height, width = image_size
   # Each side, limited by what the other side and the proportions allow.
-  cut = [
-    max(1, min(side, other * here // there))
-    for side, other, here, there in zip(
-      image.size, image.size[::-1], wanted, image_size, strict=True
-    )
-  ]
-  left, top = (
-    (side - kept) // 2 for side, kept in zip(image.size, cut, strict=True)
-  )
+  wide = max(1, min(image.width, image.height * width // height))
+  high = max(1, min(image.height, image.width * height // width))
+  left, top = (image.width - wide) // 2, (image.height - high) // 2
   # Cropped first: resize(box=...) would use pixels outside the crop.
-  image = image.crop((left, top, left + cut[0], top + cut[1]))
-  if image.size != wanted:
-    image = image.resize(wanted, Image.Resampling.BICUBIC)
-  return np.asarray(image).reshape(*image_size, channels)
+  image = image.crop((left, top, left + wide, top + high))
+  if image.size != (width, height):
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+  return np.asarray(image).reshape(height, width, channels)
 
 
 def _decode(file: str | BinaryIO) -> Image.Image:
@@ -188,9 +174,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _one_line_errors(name: str):
-  return errors.one_line(
-    _DAMAGED,
-    lambda reason: (
-      f'image {name} cannot be read: {reason}; replace it or remove it'
-    ),
-  )
+  return one_line(f'image {name} cannot be read: ', '; replace it or remove it')

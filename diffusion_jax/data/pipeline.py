@@ -108,9 +108,8 @@ def heldout(
     return batch, (positions < total).astype(np.float32)
 
   num_batches = -(-total // batch_size)
-  return iter(
-    _read_ahead(grain.MapDataset.range(num_batches).map(read), num_threads)
-  )
+  passes = grain.MapDataset.range(num_batches).map(read)
+  return _read_ahead(passes, num_threads)
 
 
 def stream(
@@ -141,13 +140,16 @@ def stream(
   if seed < 0:
     raise UserError(f'seed is {seed}: use 0 or more')
   rows = np.arange(batch_size)[rows]
-  # A batch spans at most two epochs, unless the set is very small.
-  order = functools.lru_cache(maxsize=2)(
-    functools.partial(_epoch_order, seed, len(source))
-  )
-  flip_key = np.random.SeedSequence(seed, spawn_key=(_FLIP,)).generate_state(
-    1, np.uint64
-  )
+
+  @functools.lru_cache(maxsize=2)
+  def order(epoch):
+    # A batch spans at most two epochs, unless the set is very small.
+    seed_sequence = np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))
+    indices = np.arange(len(source), dtype=np.uint32)  # 4 bytes per image
+    return np.random.default_rng(seed_sequence).permutation(indices)
+
+  flips = np.random.SeedSequence(seed, spawn_key=(_FLIP,))
+  flip_key = flips.generate_state(1, np.uint64)
 
   def read(step):
     positions = step * batch_size + rows
@@ -196,6 +198,23 @@ def local_rows(
   return np.unique(np.concatenate([np.arange(batch_size)[s] for s in slices]))
 
 
+def put_rows(tree, sharding: jax.sharding.NamedSharding, batch_size: int):
+  """This process's rows of a batch, as NumPy arrays -> global arrays.
+
+  Args:
+    tree: arrays [R, ...], the rows given by `local_rows`, or [B, ...], the same
+      in every process.
+    sharding: sharding over the batch axis.
+    batch_size: rows of the global batch.
+  """
+  return jax.tree.map(
+    lambda array: jax.make_array_from_process_local_data(
+      sharding, array, (batch_size, *array.shape[1:])
+    ),
+    tree,
+  )
+
+
 def _read(source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
   """Reads images by index and stacks them to a batch."""
   records = [source[i] for i in indices]
@@ -224,24 +243,11 @@ def _place(
   sharding: jax.sharding.NamedSharding,
   batch_size: int,
 ) -> Iterator[dict[str, jax.Array]]:
-  """This process's rows -> global arrays."""
   try:
     for batch in iterator:
-      yield {
-        name: jax.make_array_from_process_local_data(
-          sharding, x, (batch_size, *x.shape[1:])
-        )
-        for name, x in batch.items()
-      }
+      yield put_rows(batch, sharding, batch_size)
   finally:
     iterator.close()
-
-
-def _epoch_order(seed: int, num_images: int, epoch: int) -> np.ndarray:
-  """A permutation of the images: uint32 [num_images], 4 bytes per image."""
-  seed_sequence = np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))
-  indices = np.arange(num_images, dtype=np.uint32)
-  return np.random.default_rng(seed_sequence).permutation(indices)
 
 
 def _coins(key: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -10,9 +10,10 @@ import os
 import re
 import shlex
 
+import tensorflow_datasets as tfds
+
 from diffusion_jax.data import images, sources
-from diffusion_jax.system import errors
-from diffusion_jax.system.errors import UserError, quiet
+from diffusion_jax.system.errors import UserError, one_line, quiet
 
 # name or name/config, optionally with a version. No namespace, which would
 # access the network, and no keyword arguments.
@@ -42,9 +43,6 @@ def create(
     UserError: the set is unknown, is not prepared as array_record or has no
       images, or the split is unknown.
   """
-  # tfds takes most of a second to import, and only this source needs it.
-  import tensorflow_datasets as tfds
-
   images.check_channels(wanted.channels)
   if wanted.heldout_every:
     raise UserError(
@@ -54,9 +52,8 @@ def create(
   data_dir = os.path.expanduser(path) or None
   where = data_dir or str(tfds.core.constants.DATA_DIR)
   what = f'split {wanted.split!r} of {name} in {where}'
-  with quiet(), _one_line_errors(what):
+  with quiet(), one_line(f'{what} cannot be read: '):
     builder = _find(name, data_dir, where)
-    _check_format(builder, name, where)
     needed = _needed(builder, name)
     if wanted.split == 'test' and 'test' not in builder.info.splits:
       return None
@@ -70,7 +67,7 @@ def create(
     raise UserError(f'{what} has no images')
 
   def record_of(index):
-    with _one_line_errors(f'image {index} of {what}'):
+    with one_line(f'image {index} of {what} cannot be read: '):
       return parser.deserialize_example_np(
         records[index], decoders={'image': tfds.decode.SkipDecoding()}
       )
@@ -95,8 +92,6 @@ def create(
 
 def _needed(builder, name: str) -> dict:
   """The features to parse: the image, still encoded, and a class label."""
-  import tensorflow_datasets as tfds
-
   features = dict(builder.info.features.items())
   image, label = features.get('image'), features.get('label')
   if not isinstance(image, tfds.features.Image) or image.np_dtype.kind != 'u':
@@ -109,21 +104,19 @@ def _needed(builder, name: str) -> dict:
 
 
 def _find(name: str, data_dir: str | None, where: str):
-  """The builder of a prepared set; raises UserError if there is none.
+  """The builder of a set prepared as array_record; UserError if there is none.
 
   The set is found by its files. `tfds.builder` would load the code that
   prepares the set, which often needs TensorFlow and knows only one version.
   """
-  import tensorflow_datasets as tfds
-
   match = _NAME.fullmatch(name.removeprefix('tfds:'))
   if not match:
     raise UserError(
       f'{name!r} is not a data set of TFDS: use tfds:NAME or '
       'tfds:NAME/CONFIG, such as tfds:cifar10'
     )
-  base, config, version = match.group(1), match.group(2), match.group(3)
-  full_name = f'{base}{config or ""}{version or ":*.*.*"}'
+  base, config, version = match.groups('')
+  full_name = f'{base}{config}{version or ":*.*.*"}'
   try:
     builder = tfds.core.read_only_builder.builder_from_files(
       full_name, data_dir=data_dir
@@ -131,6 +124,13 @@ def _find(name: str, data_dir: str | None, where: str):
   except tfds.core.DatasetNotFoundError:
     builder = None
   if builder and builder.is_prepared():
+    formats = {f.value for f in builder.info.available_file_formats()}
+    if 'array_record' not in formats:  # the others have no random access
+      raise UserError(
+        f'{name} in {where} is prepared as {", ".join(formats)}, need '
+        'array_record: run bash launch/prepare_data.sh '
+        f'{name.removeprefix("tfds:")} with another DATA_DIR, and read that one'
+      )
     return builder
 
   known = tfds.list_builders(with_community_datasets=False)
@@ -144,28 +144,4 @@ def _find(name: str, data_dir: str | None, where: str):
   raise UserError(
     f'{name} is not prepared in {where}: run bash launch/prepare_data.sh '
     f'{match.group(0)}{directory}'
-  )
-
-
-def _check_format(builder, name: str, where: str) -> None:
-  """Raises UserError unless the set allows random access."""
-  formats = {f.value for f in builder.info.available_file_formats()}
-  if 'array_record' not in formats:
-    raise UserError(
-      f'{name} in {where} is prepared as {", ".join(formats)}, need '
-      'array_record: run bash launch/prepare_data.sh '
-      f'{name.removeprefix("tfds:")} with another DATA_DIR, and read that one'
-    )
-
-
-def _one_line_errors(what: str):
-  """Turns the errors of bad splits and damaged files into a UserError."""
-  from google.protobuf import json_format, message
-
-  kinds = (
-    *(ValueError, OSError, KeyError, AssertionError, RuntimeError),
-    *(json_format.Error, message.Error),
-  )
-  return errors.one_line(
-    kinds, lambda reason: f'{what} cannot be read: {reason}'
   )

@@ -7,8 +7,10 @@ the method of resizing changes the FID (arXiv 2104.11222).
 import dataclasses
 import os
 
-from diffusion_jax.data import arrays, digits, folders, prepared, sources
+from diffusion_jax.data import arrays, digits, folders, sources
 from diffusion_jax.system.errors import UserError
+
+KINDS = {'digits': digits, 'arrays': arrays, 'folder': folders}
 
 
 def open_set(
@@ -52,50 +54,68 @@ def open_set(
   sources.check_local(path, repr(path))
   name, split = _parse(text)
   wanted = sources.Wanted(split, image_size, channels)
-  source = _open(text, name, path, wanted)
-  source[0]  # fails early if the first image is damaged
-  return source
-
-
-def _open(
-  text: str, name: str, path: str, wanted: sources.Wanted
-) -> sources.Source:
-  """Like open_set, for arguments in range."""
-  place = os.path.expanduser(name)
-  is_folder = os.path.isdir(place)
-  is_array = os.path.isfile(place) and name.endswith(('.npy', '.npz'))
-  is_tfds = name.startswith('tfds:') and not os.path.exists(place)
-  is_digits = name == 'digits' and not os.path.exists(place)
-  if not wanted.split or not (is_folder or is_array or is_digits or is_tfds):
+  kind = _kind(name)
+  if not split or not kind:
     raise UserError(
       f'{text!r} names no set of images: give a folder of image files or a '
       '.npy or .npz file that exists, digits, or tfds:NAME, optionally with a '
       'split, such as tfds:cifar10@test'
     )
-  if wanted.split not in ('train', 'test') and not is_tfds:
-    raise UserError(
-      f'split {wanted.split!r} of {name!r} is not known: use train or test'
-    )
-
-  if is_digits:
-    return digits.create(wanted)
-  if is_tfds:
-    source = prepared.create(name, path, wanted)
-  else:
-    kind = folders if is_folder else arrays
-    source = kind.create(name, wanted, repr(name))
+  place = path if kind.startswith('tfds:') else name
+  source = open_kind(kind, place, wanted, repr(name))
   if source is None:
     raise UserError(
       f'{text!r} has no test images: leave @test out, or give another set'
     )
-  size = wanted.image_size
-  if size and not is_array:
+  if image_size and kind not in ('arrays', 'digits'):
+    height, width = image_size
     description = (
       f'{source.description}; those of another size are cropped and resized to '
-      f"{size[0]}x{size[1]} (Pillow's bicubic)"
+      f"{height}x{width} (Pillow's bicubic)"
     )
     source = dataclasses.replace(source, description=description)
+  source[0]  # fails early if the first image is damaged
   return source
+
+
+def open_kind(
+  kind: str, path: str, wanted: sources.Wanted, what: str
+) -> sources.Source | None:
+  """Opens a set of a known kind.
+
+  Args:
+    kind: a key of KINDS, or 'tfds:NAME'.
+    path: the file or folder, or TFDS's data_dir; unused for the digits.
+    wanted: the requested split, size and channels.
+    what: what to call the set in errors.
+
+  Returns:
+    A `Source`, or None for split 'test' if no images are held out.
+
+  Raises:
+    UserError: as for `data.create`.
+  """
+  if kind.startswith('tfds:'):
+    # It imports TFDS, which takes most of a second.
+    from diffusion_jax.data import prepared
+
+    return prepared.create(kind, path, wanted)
+  if wanted.split not in ('train', 'test'):
+    raise UserError(
+      f'split {wanted.split!r} of {what} is not known: use train or test'
+    )
+  return KINDS[kind].create(path, wanted, what)
+
+
+def _kind(name: str) -> str:
+  """The kind that `open_kind` takes, or ''."""
+  place = os.path.expanduser(name)
+  if os.path.isdir(place):
+    return 'folder'
+  if os.path.isfile(place) and name.endswith(('.npy', '.npz')):
+    return 'arrays'
+  is_named = name == 'digits' or name.startswith('tfds:')
+  return name if is_named and not os.path.exists(place) else ''
 
 
 def _parse(text: str) -> tuple[str, str]:

@@ -7,11 +7,11 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from diffusion_jax.evaluation import features, kept
-from diffusion_jax.evaluation.features import Images
+from diffusion_jax.runs.trained import Trained
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -20,32 +20,54 @@ VERSION = 'v1'  # of the files; to be changed when the numbers change
 CHUNK = 50  # steps of a grid between two reports of progress
 
 
-def chunks(count: int) -> list[np.ndarray]:
-  """0 .. count - 1 in order, in pieces of CHUNK."""
-  return np.split(np.arange(count), range(CHUNK, count, CHUNK))
-
-
 class Batches(NamedTuple):
   """Images in batches, with the results of each batch on disk.
 
   Attributes:
-    mesh: the devices that a batch is split over.
+    trained: the network.
     images: uint8 images.
     folder: folder of the results.
     batch_size: images per batch, over all devices.
     on_work: called with the amount of work just done.
-    infinite: what is not finite, and the remedy, for the error message.
   """
 
-  mesh: Mesh
-  images: Images
+  trained: Trained
+  images: features.Images
   folder: files.Path
   batch_size: int
-  on_work: Callable[[int], None]
-  infinite: str
+  on_work: Callable[[int], None] = lambda count: None
+
+  def program(
+    self, fn: Callable, *, seed: int, stream: int, dtype: str
+  ) -> Callable:
+    """Compiles a function of clean data, with a key for each image.
+
+    Args:
+      fn: (params, x0 [B, ...], keys [B], *rest) -> a tree of arrays.
+      seed: seed of the keys; a key depends only on it and the image's index.
+      stream: separates the keys from those of other uses of the seed. Training
+        uses 0, sampling 1 (see `runs.draw`), likelihoods 2, calibration 3.
+      dtype: the dtype in which images are encoded.
+
+    Returns:
+      (images, numbers, *rest) -> a tree of NumPy arrays.
+    """
+    trained = self.trained
+
+    @jax.jit
+    def run(params, images, numbers, *rest):
+      root = jax.random.fold_in(jax.random.key(seed), stream)
+      keys = jax.vmap(lambda number: jax.random.fold_in(root, number))(numbers)
+      rows = {'image': images.astype(dtype)}
+      return fn(params, trained.codec.encode(params, rows, keys), keys, *rest)
+
+    def call(*given):
+      return jax.tree.map(sharding.to_host, run(trained.params, *given))
+
+    return call
 
   def each(
-    self, name: str, compute: Callable, work: int
+    self, name: str, compute: Callable, work: int, infinite: str
   ) -> dict[str, np.ndarray]:
     """Runs a function on each batch whose result is not yet in the folder.
 
@@ -55,6 +77,7 @@ class Batches(NamedTuple):
         global arrays sharded over the mesh, padded with repeats; tell(done)
         reports how much work per image has just been done.
       work: work per image.
+      infinite: what is not finite, and the remedy, for the error message.
 
     Returns:
       the results without the repeats, joined along the last axis.
@@ -62,18 +85,26 @@ class Batches(NamedTuple):
     Raises:
       UserError: a number is not finite.
     """
-    parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
-    batch = min(self.batch_size, self.images.count)
-    size = -(-batch // parts) * parts
+    mesh, found, first = self.trained.mesh, [], 0
+    size = sharding.rounded(min(self.batch_size, self.images.count), mesh)
     place = files.at(self.folder) / f'{name}_{size}_{VERSION}'
-    found, first = [], 0
+
+    def computed(images, numbers):
+      count = len(images)
+      one = compute(
+        *sharding.put_padded((images, numbers), size, mesh),
+        lambda done: self.on_work(done * count),
+      )
+      one = {key: np.asarray(x)[..., :count] for key, x in one.items()}
+      if not all(np.isfinite(x).all() for x in one.values()):
+        raise UserError(f'images {numbers[0]} to {numbers[-1]} have {infinite}')
+      return one
+
     for images in features.blocks(self.images.stream(), size):
-      numbers = np.arange(first, first + len(images))
+      numbers = np.arange(first, first + len(images), dtype=np.uint32)
       path = place / f'{numbers[0]:09d}-{numbers[-1]:09d}.npz'
       one, is_kept = kept.once(
-        functools.partial(kept.read, path),
-        functools.partial(kept.write, path),
-        functools.partial(self._computed, compute, images, numbers, size),
+        path, functools.partial(computed, images, numbers)
       )
       if is_kept:
         self.on_work(work * len(images))
@@ -84,18 +115,25 @@ class Batches(NamedTuple):
       for key in found[0]
     }
 
-  def _computed(self, compute, images, numbers, size):
-    count = len(images)
-    chosen = np.resize(np.arange(count), size)
-    given = images[chosen], numbers[chosen].astype(np.uint32)
-    found = compute(
-      *sharding.put_batch(given, self.mesh),
-      lambda done: self.on_work(done * count),
-    )
-    found = {key: np.asarray(x)[..., :count] for key, x in found.items()}
-    for x in found.values():
-      if not np.isfinite(x).all():
-        raise UserError(
-          f'images {numbers[0]} to {numbers[-1]} have {self.infinite}'
-        )
-    return found
+
+def by_steps(program: Callable, count: int) -> Callable:
+  """Computes a grid's steps in pieces, to report progress in between.
+
+  Args:
+    program: (images, numbers, indices of steps [k]) -> a tree of arrays
+      [k, B].
+    count: number of steps.
+
+  Returns:
+    (images, numbers, tell) -> the tree of arrays [count, B], see
+    `Batches.each`.
+  """
+
+  def compute(images, numbers, tell):
+    found = []
+    for which in np.split(np.arange(count), range(CHUNK, count, CHUNK)):
+      found.append(program(images, numbers, which))
+      tell(len(which))
+    return jax.tree.map(lambda *x: np.concatenate(x), *found)
+
+  return compute

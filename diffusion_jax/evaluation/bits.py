@@ -10,31 +10,30 @@ the seed and the image's index.
 
 import hashlib
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.evaluation.batches import Batches, chunks
-from diffusion_jax.evaluation.features import Images
+from diffusion_jax.evaluation.batches import Batches, by_steps
 from diffusion_jax.guidance import clipping
-from diffusion_jax.process import fast_bound, flow, likelihood
-from diffusion_jax.process.gaussian import Denoised
+from diffusion_jax.process import fast_bound, flow, gaussian, likelihood
 from diffusion_jax.process.schedules import Schedule
-from diffusion_jax.runs.trained import Trained
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import sharding
 
 KINDS = {
   'bpd': 'the variational bound in bits per dimension',
   'bpd_fast': 'an estimate of the bound from a hundredth of the evaluations',
   'bpd_ode': 'the likelihood by the probability flow',
 }
+# The settings of bpd_ode alone.
+OF_FLOW = ('dequantisation', 'divergence', 'tolerance', 'dtype')
 DEQUANTISATIONS = ('uniform', 'variational')
 EVALUATIONS = 10  # per image, for bpd_fast
 MOST_EXACT = 1024  # dimensions
+
+INFINITE = 'no finite likelihood: was training healthy? --clip may help'
 
 
 class How(NamedTuple):
@@ -65,11 +64,10 @@ class How(NamedTuple):
   def protocol(self) -> dict:
     """The settings as written to metric cards."""
     told = {'bits': self.kind, 'seed': self.seed}
+    names = ('grid', 'variance', 'clip')
     if self.kind == 'bpd_ode':
-      names = ('dequantisation', 'divergence', 'tolerance', 'dtype')
+      names = OF_FLOW
       told |= {'solver': 'Tsit5', 'starts_at': 0}
-    else:
-      names = ('grid', 'variance', 'clip')
     if self.kind != 'bpd_ode' or self.dequantisation == 'variational':
       told['decoder'] = 'Gaussian in 256 bins, tanh approximation'
     if self.kind == 'bpd_fast':
@@ -107,11 +105,6 @@ def check(how: How, schedule: Schedule, image_shape) -> None:
         f'bpd_fast takes {EVALUATIONS} evaluations per image, but the grid has '
         f'only {steps} steps: use bpd'
       )
-  elif how.dequantisation not in DEQUANTISATIONS:
-    raise UserError(
-      f'dequantisation={how.dequantisation}: one of '
-      f'{", ".join(DEQUANTISATIONS)}'
-    )
   elif how.divergence == 'exact' and math.prod(image_shape) > MOST_EXACT:
     raise UserError(
       f'divergence=exact is for at most {MOST_EXACT} dimensions, not '
@@ -128,32 +121,21 @@ def work(how: How) -> int:
   Returns:
     the number of network evaluations; 1 for the flow, whose solver is adaptive.
   """
-  return {'bpd': len(how.grid) - 1, 'bpd_fast': EVALUATIONS, 'bpd_ode': 1}[
-    how.kind
-  ]
+  bound = {'bpd': len(how.grid) - 1, 'bpd_fast': EVALUATIONS}
+  return bound.get(how.kind, 1)
 
 
-def measure(
-  trained: Trained,
-  images: Images,
-  how: How,
-  folder,
-  batch_size: int,
-  on_work: Callable[[int], None] = lambda count: None,
-) -> Found:
+def measure(batches: Batches, how: How) -> Found:
   """Measures bits per dimension of a set of 8-bit images, with its error.
 
   Args:
-    trained: the network.
-    images: at least 2 images, uint8.
-    how: the protocol.
-    folder: folder for the results of each batch.
-    batch_size: images per batch, over all devices.
-    on_work: called with the amount of `work` just done.
+    batches: the network, and at least 2 images, uint8.
+    how: the protocol, checked by `check`.
 
   Raises:
-    UserError: see `fast_bound.estimate` and `flow.density`.
+    UserError: see `check`; or too few images, or other data than images.
   """
+  images, trained = batches.images, batches.trained
   if images.count < 2:
     raise UserError(
       f'{images.description}: the standard error needs at least 2 images'
@@ -163,26 +145,8 @@ def measure(
       f'{trained.workdir} does not diffuse 8-bit pixels, so bits per dimension '
       'are not defined: use other metrics, such as fid'
     )
-  check(how, trained.schedule, trained.image_shape)
-  remedy = 'was training healthy? --clip may help'
-  if how.kind == 'bpd_ode':
-    remedy = 'give the solver a larger --tolerance'
-  batches = Batches(
-    trained.mesh, images, folder, batch_size, on_work,
-    f'no finite likelihood: {remedy}',
-  )  # fmt: skip
-  return {'bpd': _bound, 'bpd_fast': _fast, 'bpd_ode': _flow}[how.kind](
-    trained, batches, how
-  )
-
-
-def _given(trained, params, how: How, images, numbers):
-  """Returns x0, and a key for each image."""
-  # Training uses 0, sampling 1: see `runs.draw`.
-  root = jax.random.fold_in(jax.random.key(how.seed), 2)
-  keys = jax.vmap(lambda number: jax.random.fold_in(root, number))(numbers)
-  rows = {'image': images.astype(how.dtype)}
-  return trained.codec.encode(params, rows, keys), keys
+  measured = {'bpd': _bound, 'bpd_fast': _fast, 'bpd_ode': _flow}[how.kind]
+  return measured(batches, how)
 
 
 def _denoiser(trained, params, clip):
@@ -192,47 +156,40 @@ def _denoiser(trained, params, clip):
     x0, eps = trained.compiled.denoise(
       params, xt.astype(jnp.float32), jnp.asarray(t, jnp.float32), {}
     )
-    return Denoised(x0.astype(xt.dtype), eps.astype(xt.dtype))
+    return gaussian.Denoised(x0.astype(xt.dtype), eps.astype(xt.dtype))
 
   return clipping.clip_x0(denoise, trained.schedule) if clip else denoise
 
 
-def _program(trained, how, fn):
+def _program(batches, how, fn):
   """Compiles fn(denoiser, x0, keys, *rest) to take (images, numbers, *rest)."""
+  clip = how.clip and how.kind != 'bpd_ode'
 
-  @jax.jit
-  def run(params, images, numbers, *rest):
-    x0, keys = _given(trained, params, how, images, numbers)
-    clip = how.clip and how.kind != 'bpd_ode'
-    return fn(_denoiser(trained, params, clip), x0, keys, *rest)
+  def given(params, *rest):
+    return fn(_denoiser(batches.trained, params, clip), *rest)
 
-  def call(*given):
-    return jax.tree.map(sharding.to_host, run(trained.params, *given))
-
-  return call
+  return batches.program(given, seed=how.seed, stream=2, dtype=how.dtype)
 
 
-def _bound(trained, batches, how) -> Found:
-  steps = likelihood.prepare(trained.schedule, how.grid, how.variance)
+def _bound(batches, how) -> Found:
+  schedule = batches.trained.schedule
+  steps = likelihood.prepare(schedule, how.grid, how.variance)
   count = len(steps.t)
 
   def terms(denoiser, x0, keys, which):
     return likelihood.terms(denoiser, steps, x0, keys, which)
 
   def prior(denoiser, x0, keys):
-    return likelihood.prior(trained.schedule, x0, how.grid[0])
+    return likelihood.prior(schedule, x0, how.grid[0])
 
-  some, first = (_program(trained, how, fn) for fn in (terms, prior))
+  some = by_steps(_program(batches, how, terms), count)
+  first = _program(batches, how, prior)
 
   def compute(images, numbers, tell):
-    found = []
-    for which in chunks(count):
-      found.append(some(images, numbers, which))
-      tell(len(which))
-    bits, mse = map(np.concatenate, zip(*found, strict=True))
+    bits, mse = some(images, numbers, tell)
     return {'prior': first(images, numbers), 'bits': bits, 'mse': mse}
 
-  table = likelihood.Table(**batches.each('bound', compute, count))
+  table = likelihood.Table(**batches.each('bound', compute, count, INFINITE))
   total = np.asarray(table.total, np.float64)
   # The rate is linear in the bits, so the mean bits give the mean rate.
   mean = jax.tree.map(
@@ -258,24 +215,25 @@ def _error(values):
   return values.std(ddof=1) / np.sqrt(len(values))
 
 
-def _fast(trained, batches, how) -> Found:
-  steps = likelihood.prepare(trained.schedule, how.grid, how.variance)
+def _fast(batches, how) -> Found:
+  schedule = batches.trained.schedule
+  steps = likelihood.prepare(schedule, how.grid, how.variance)
 
   def pilot(denoiser, x0, keys):
     return fast_bound.pilot(denoiser, steps, x0, keys)
 
   def sampled(denoiser, *given):
     given = (*given, EVALUATIONS - 2)
-    return fast_bound.sampled(denoiser, trained.schedule, steps, *given)
+    return fast_bound.sampled(denoiser, schedule, steps, *given)
 
-  try_fn, sample_fn = (_program(trained, how, fn) for fn in (pilot, sampled))
+  try_fn, sample_fn = (_program(batches, how, fn) for fn in (pilot, sampled))
 
   def first(images, numbers, tell):
     which, bits = try_fn(images, numbers)
     tell(1)
     return {'which': which, 'bits': bits}
 
-  tried = batches.each('pilot', first, 1)
+  tried = batches.each('pilot', first, 1, INFINITE)
   probabilities = fast_bound.proposal(**tried, num_steps=len(steps.t))
   digest = hashlib.sha256(probabilities.tobytes()).hexdigest()[:8]
 
@@ -284,24 +242,25 @@ def _fast(trained, batches, how) -> Found:
     tell(EVALUATIONS - 1)
     return {'bits': found}
 
-  values = batches.each(f'sampled_{digest}', second, EVALUATIONS - 1)['bits']
-  mean, low, high = fast_bound.interval(values)
+  found = batches.each(f'sampled_{digest}', second, EVALUATIONS - 1, INFINITE)
+  mean, low, high = fast_bound.interval(found['bits'])
   return Found(
     {'bpd_fast': mean, 'bpd_fast_error': (high - low) / 2},
     {'low': low, 'high': high, 'evaluations': EVALUATIONS},
   )
 
 
-def _flow(trained, batches, how) -> Found:
+def _flow(batches, how) -> Found:
   bits_of = {'uniform': flow.dequantised, 'variational': flow.variational}
   solver = {'divergence': how.divergence}
   solver |= {'rtol': how.tolerance, 'atol': how.tolerance}
+  schedule = batches.trained.schedule
 
   def likelihoods(denoiser, x0, keys):
     solve = bits_of[how.dequantisation]
-    return solve(denoiser, trained.schedule, x0, keys, **solver)._asdict()
+    return solve(denoiser, schedule, x0, keys, **solver)._asdict()
 
-  solve = _program(trained, how, likelihoods)
+  solve = _program(batches, how, likelihoods)
 
   def compute(images, numbers, tell):
     with jax.enable_x64(how.dtype == 'float64'):
@@ -309,7 +268,8 @@ def _flow(trained, batches, how) -> Found:
     tell(1)
     return found
 
-  found = batches.each('flow', compute, 1)
+  remedy = 'no finite likelihood: give the solver a larger --tolerance'
+  found = batches.each('flow', compute, 1, remedy)
   bits = np.asarray(found['bits'], np.float64)
   return Found(
     {

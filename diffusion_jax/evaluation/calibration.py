@@ -6,24 +6,17 @@ image's index. The results of each batch are saved to disk, so an interrupted
 pass resumes.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.evaluation.batches import Batches, chunks
-from diffusion_jax.evaluation.features import Images
-from diffusion_jax.process import gaussian
-from diffusion_jax.process.gaussian import Denoiser
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.evaluation.batches import Batches, by_steps
+from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs.calibration import Calibration
-from diffusion_jax.runs.trained import Trained
-from diffusion_jax.training import sharding
 
 
 def scored(
-  denoiser: Denoiser, schedule: Schedule, x0, keys, which
+  denoiser: gaussian.Denoiser, schedule: schedules.Schedule, x0, keys, which
 ) -> dict[str, jax.Array]:
   """Squared errors of each image; `Calibration` is their mean over images.
 
@@ -54,58 +47,34 @@ def scored(
   return jax.lax.map(one, jnp.asarray(which))
 
 
-def measure(
-  trained: Trained,
-  images: Images,
-  seed: int,
-  folder,
-  batch_size: int,
-  on_work: Callable[[int], None] = lambda count: None,
-) -> Calibration:
+def measure(batches: Batches, seed: int) -> Calibration:
   """Mean errors over a set of 8-bit images, each at all times of the schedule.
 
   Args:
-    trained: the network.
-    images: uint8 images.
+    batches: the network and the images.
     seed: seed of the noise, in [0, 2**32).
-    folder: folder for the results of each batch.
-    batch_size: images per batch, over all devices.
-    on_work: called with the number of evaluations just done.
 
   Raises:
     UserError: the network's output is not finite.
   """
-  schedule = trained.schedule
-  num_timesteps = schedule.num_timesteps
+  trained = batches.trained
+  count = trained.schedule.num_timesteps
 
-  @jax.jit
-  def some(params, images, numbers, which):
-    # Training uses 0, sampling 1, likelihoods 2: see `samplers.draw`.
-    root = jax.random.fold_in(jax.random.key(seed), 3)
-    keys = jax.vmap(lambda number: jax.random.fold_in(root, number))(numbers)
-
+  def some(params, x0, keys, which):
     def denoiser(xt, t):
       return trained.compiled.denoise(params, xt, t, {})
 
-    x0 = trained.codec.encode(params, {'image': images}, keys)
-    return scored(denoiser, schedule, x0, keys, which)
+    return scored(denoiser, trained.schedule, x0, keys, which)
 
-  def compute(images, numbers, tell):
-    found = []
-    for which in chunks(num_timesteps):
-      part = some(trained.params, images, numbers, which)
-      found.append(jax.tree.map(sharding.to_host, part))
-      tell(len(which))
-    return {
-      name: np.concatenate([part[name] for part in found]) for name in found[0]
-    }
-
-  batches = Batches(
-    trained.mesh, images, folder, batch_size, on_work,
+  program = batches.program(some, seed=seed, stream=3, dtype='uint8')
+  values = batches.each(
+    'errors',
+    by_steps(program, count),
+    count,
     'network outputs that are not finite: was training healthy?',
-  )  # fmt: skip
+  )
   found = {
-    name: values.mean(axis=-1, dtype=np.float64).tolist()
-    for name, values in batches.each('errors', compute, num_timesteps).items()
+    name: x.mean(axis=-1, dtype=np.float64).tolist()
+    for name, x in values.items()
   }
   return Calibration(**found, weights_sha256=trained.weights_sha256)

@@ -15,11 +15,11 @@ import optax
 from flax import traverse_util
 
 from diffusion_jax import models
+from diffusion_jax.codecs.pixels import to_float
 from diffusion_jax.data import Source
-from diffusion_jax.evaluation import kept
-from diffusion_jax.evaluation.features import Judge
+from diffusion_jax.evaluation import features, kept
 from diffusion_jax.models.classifier import Classifier
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system import errors
 
 NUM_STEPS = 1500
 BATCH = 128
@@ -40,20 +40,14 @@ def network(*shape) -> models.Model:
   return models.fence(lambda keys: Classifier(*shape, rngs=keys))
 
 
-def scale(images: jax.Array) -> jax.Array:
-  """uint8 -> float32 in [-1, 1]."""
-  return images.astype(jnp.float32) / 127.5 - 1.0
-
-
-def fit(
-  images: np.ndarray,
-  labels: np.ndarray,
-  num_classes: int,
+def train(
+  path,
+  source: Source,
   *,
   num_steps: int = NUM_STEPS,
   on_step: Callable[[], None] = lambda: None,
-) -> dict:
-  """Trains a classifier.
+) -> None:
+  """Trains a classifier on a labelled source and saves it in `path` (.npz).
 
   It uses Adam with a cosine learning rate. Images are shifted by up to a
   sixteenth of their size, or one pixel if that is larger. It runs on one
@@ -61,20 +55,16 @@ def fit(
   machine.
 
   Args:
-    images: uint8 [N, H, W, C].
-    labels: int [N], in [0, num_classes).
-    num_classes: K.
+    path: the file, written atomically.
+    source: the images to train on.
     num_steps: number of steps, of 128 images each.
     on_step: called after each step.
-
-  Returns:
-    the parameters, a nested dict, on the host.
   """
-  model = network(images.shape[1:], num_classes)
+  images, labels = map(jnp.asarray, _arrays(source))
+  model = network(images.shape[1:], source.num_classes)
   init_key, root = jax.random.split(jax.random.key(0))
   params = model.init(init_key)
   optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, num_steps))
-  images, labels = jnp.asarray(images), jnp.asarray(labels)
   shift = max(1, images.shape[1] // 16)
 
   def shifted(key, image):
@@ -88,7 +78,7 @@ def fit(
     keys = jax.random.split(jax.random.fold_in(root, number), 3)
     chosen = jax.random.randint(keys[0], (BATCH,), 0, len(images))
     each = jax.random.split(keys[1], BATCH)
-    batch = jax.vmap(shifted)(each, scale(images[chosen]))
+    batch = jax.vmap(shifted)(each, to_float(images[chosen]))
 
     def loss_fn(params):
       _, logits = model.apply(params, batch, jax.random.split(keys[2], BATCH))
@@ -102,33 +92,12 @@ def fit(
   for number in range(num_steps):
     params, state = step(params, state, number)
     on_step()
-  return jax.device_get(params)
-
-
-def train(
-  path,
-  source: Source,
-  *,
-  num_steps: int = NUM_STEPS,
-  on_step: Callable[[], None] = lambda: None,
-) -> None:
-  """Trains a classifier on a labelled source and saves it in `path` (.npz).
-
-  Args:
-    path: the file, written atomically.
-    source: the images to train on.
-    num_steps: number of steps, of 128 images each.
-    on_step: called after each step.
-  """
-  images, labels = _arrays(source)
-  how = {'num_steps': num_steps, 'on_step': on_step}
-  params = fit(images, labels, source.num_classes, **how)
   facts = {
     'image_shape': images.shape[1:],
     'num_classes': source.num_classes,
     'trained_on': source.description,
   }
-  flat = traverse_util.flatten_dict(params, sep='/')
+  flat = traverse_util.flatten_dict(jax.device_get(params), sep='/')
   kept.write(path, {**flat, FACTS: json.dumps(facts)})
 
 
@@ -146,7 +115,7 @@ def fingerprint(source: Source) -> str:
   return digest.hexdigest()
 
 
-def accuracy(judge: Judge, source: Source) -> float | None:
+def accuracy(judge: features.Judge, source: Source) -> float | None:
   """A judge's accuracy; None unless all images have labels.
 
   Args:
@@ -164,7 +133,7 @@ def accuracy(judge: Judge, source: Source) -> float | None:
   return float(np.mean(np.concatenate(taken) == labels))
 
 
-def load(path, image_shape: tuple[int, int, int]) -> Judge:
+def load(path, image_shape: tuple[int, int, int]) -> features.Judge:
   """Loads a judge from a file that `train` wrote.
 
   Args:
@@ -175,7 +144,10 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
     UserError: there is no such file, it is not a classifier, or it judges
       images of another shape.
   """
-  try:
+  with errors.one_line(
+    f'{path} is not a classifier of this package (',
+    '): delete it, or give another --features',
+  ):
     flat = kept.read(path)
     facts = json.loads(str(flat.pop(FACTS)))
     shape, classes = tuple(facts['image_shape']), int(facts['num_classes'])
@@ -186,33 +158,25 @@ def load(path, image_shape: tuple[int, int, int]) -> Judge:
     wanted = jax.eval_shape(model.init, jax.random.key(0))
     if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, wanted):
       raise ValueError('its parameters are of another network')
-  except kept.DAMAGED as e:
-    raise UserError(
-      f'{path} is not a classifier of this package ({e}): delete it, or give '
-      'another --features'
-    ) from e
   if shape != tuple(image_shape):
-    raise UserError(
+    raise errors.UserError(
       f'{path} judges images of {shape}, not of {tuple(image_shape)}: give '
       'another --features'
     )
 
   def apply(params, images):
-    features, logits = model.apply(params, scale(images))
-    return {'hidden': features, 'logits': logits}
+    hidden, logits = model.apply(params, to_float(images))
+    return {'hidden': hidden, 'logits': logits}
 
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(params):
-    digest.update(np.ascontiguousarray(leaf).tobytes())
   protocol = {
     'features': 'classifier',
     'num_classes': classes,
-    'features_sha256': digest.hexdigest(),
+    'features_sha256': kept.sha256(jax.tree.leaves(params)),
     'resize': 'none',
   }
   details = {'classifier_trained_on': str(facts['trained_on'])}
   taps = {'hidden': 'frechet'}
-  return Judge(apply, params, taps, 'logits', protocol, details)
+  return features.Judge(apply, params, taps, 'logits', protocol, details)
 
 
 def _arrays(source):

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_jax.codecs.pixels import to_float
 from diffusion_jax.data import Source, pipeline
 from diffusion_jax.evaluation import kept
 from diffusion_jax.system import files
@@ -57,18 +57,6 @@ class Judge(NamedTuple):
   keys: dict[str, str] = {}  # noqa: RUF012
 
 
-class Batch(NamedTuple):
-  """Images and a judge's outputs for them.
-
-  Attributes:
-    images: [n, H, W, C], as given.
-    outputs: {output: float32 [n, D]}.
-  """
-
-  images: np.ndarray
-  outputs: dict[str, np.ndarray]
-
-
 def pixels(image_shape: tuple[int, int, int]) -> Judge:
   """A judge whose features are the pixels in [-1, 1], averaged to <= 16x16.
 
@@ -82,8 +70,7 @@ def pixels(image_shape: tuple[int, int, int]) -> Judge:
 
   def apply(params, images):
     del params
-    x = images.astype(jnp.float32) / 127.5 - 1.0
-    x = x.reshape(
+    x = to_float(images).reshape(
       -1, height // factor, factor, width // factor, factor, channels
     )
     return {'pixels': x.mean((2, 4)).reshape(len(images), -1)}
@@ -99,7 +86,7 @@ def passes(
   batch_size: int,
   mesh: Mesh,
   cache=None,
-) -> Iterator[Batch]:
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
   """Runs images through a judge, sharded over the mesh.
 
   Args:
@@ -110,44 +97,38 @@ def passes(
     cache: folder of the cache, for outputs that have a key; None for no cache.
 
   Returns:
-    an iterator of one Batch for each BLOCK images; the last may be shorter.
-    Cached features are not computed again.
+    an iterator of (images as given, {output: float32 [n, D]}), one for each
+    BLOCK images; the last may be shorter. Cached features are not computed
+    again.
 
   Raises:
     UserError: pixels or features are not finite.
   """
-  apply = jax.jit(judge.apply)
   params = jax.device_put(judge.params, sharding.replicated(mesh))
-  parts = mesh.shape['data'] * mesh.shape['fsdp']
-  size = -(-min(batch_size, BLOCK) // parts) * parts
+  apply = functools.partial(jax.jit(judge.apply), params)
+  size = sharding.rounded(min(batch_size, BLOCK), mesh)
 
   def compute(images):
-    # Padded with repeats, so that one compiled program serves all batches.
-    count = -(-len(images) // size) * size
-    padded = images[np.resize(np.arange(len(images)), count)]
-    found = []
-    for part in np.split(padded, count // size):
-      out = apply(params, sharding.put_batch(part, mesh))
-      found.append(jax.tree.map(sharding.to_host, out))
-    outputs = jax.tree.map(lambda *x: np.concatenate(x)[: len(images)], *found)
+    outputs = sharding.in_batches(apply, images, size, mesh)
     # A distance computed from them would be meaningless.
     if not all(np.isfinite(x).all() for x in outputs.values()):
-      raise UserError(
-        f'an image has features that are not finite: {_wrong(images)}'
-      )
+      cause = 'it has pixels that are not finite; was training healthy?'
+      if np.isfinite(images).all():
+        cause = 'the network fails on it'
+      raise UserError(f'an image has features that are not finite: {cause}')
     return outputs
 
   for images in blocks(batches):
     if not cache or not judge.keys:
-      yield Batch(images, compute(images))
+      yield images, compute(images)
       continue
-    paths = _paths(judge, images, cache)
     outputs, _ = kept.once(
-      functools.partial(_read, paths, len(images)),
-      functools.partial(_write, paths),
+      _paths(judge, images, cache),
       functools.partial(compute, images),
+      functools.partial(_read, len(images)),
+      _write,
     )
-    yield Batch(images, outputs)
+    yield images, outputs
 
 
 def whole(images: np.ndarray) -> np.ndarray:
@@ -170,12 +151,6 @@ def blocks(
     yield np.concatenate(left)
 
 
-def _wrong(images) -> str:
-  if np.isfinite(images).all():
-    return 'the network fails on it'
-  return 'it has pixels that are not finite; was training healthy?'
-
-
 def _paths(judge, images, cache) -> dict[str, files.Path]:
   """The cache files of these images' outputs."""
   digest = hashlib.sha256(f'{images.dtype} {images.shape} '.encode())
@@ -187,7 +162,7 @@ def _paths(judge, images, cache) -> dict[str, files.Path]:
   }
 
 
-def _read(paths, count) -> dict[str, np.ndarray]:
+def _read(count, paths) -> dict[str, np.ndarray]:
   found = {name: np.array(files.mapped(path)) for name, path in paths.items()}
   for x in found.values():
     if x.dtype != np.float32 or x.ndim != 2 or len(x) != count:
@@ -209,11 +184,13 @@ class Images(NamedTuple):
     count: number of images.
     stream: () -> batches [n, H, W, C], uint8 or float32 in [0, 255].
     description: one line.
+    image: index -> uint8 [H, W, C], for pictures.
   """
 
   count: int
   stream: Callable[[], Iterable[np.ndarray]]
   description: str
+  image: Callable[[int], np.ndarray] | None = None
 
 
 def images_of(source: Source, count: int | None = None) -> Images:
@@ -233,7 +210,7 @@ def images_of(source: Source, count: int | None = None) -> Images:
     for batch, weight in pipeline.heldout(picked, batch_size=BLOCK):
       yield batch['image'][weight > 0]
 
-  return Images(count, stream, source.description)
+  return Images(count, stream, source.description, lambda i: picked[i]['image'])
 
 
 def sha256_of(images: Images) -> str:
@@ -242,10 +219,9 @@ def sha256_of(images: Images) -> str:
   Args:
     images: the set, which is read once.
   """
-  digest, shape = hashlib.sha256(), None
-  for batch in images.stream():
-    if shape is None:
-      shape = batch.shape[1:]
-      digest.update(f'{batch.dtype} {shape} '.encode())
+  digest = hashlib.sha256()
+  for i, batch in enumerate(images.stream()):
+    if i == 0:
+      digest.update(f'{batch.dtype} {batch.shape[1:]} '.encode())
     digest.update(np.ascontiguousarray(batch))
   return digest.hexdigest()

@@ -8,7 +8,7 @@ delete these, however old they become.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from diffusion_jax import runs
@@ -20,13 +20,11 @@ from diffusion_jax.training import checkpoint, held
 
 def wait_for_first(workdir, poll_secs: float) -> None:
   """Waits until a run has a checkpoint; it need not have started."""
+  config, directory = workdir / 'config.json', workdir / 'checkpoints'
 
   def is_there():
     return distributed.on_first(
-      lambda: (
-        (workdir / 'config.json').exists()
-        and bool(checkpoint.steps(workdir / 'checkpoints'))
-      )
+      lambda: config.exists() and bool(checkpoint.steps(directory))
     )
 
   if not is_there():
@@ -40,7 +38,6 @@ def follow(
   read: Callable[[int], Any],
   judge: Callable[[Any], dict],
   card_path: Callable[[int], files.Path],
-  *,
   result: str,
   poll_secs: float,
 ) -> dict:
@@ -67,8 +64,8 @@ def follow(
   path = workdir / 'evaluations' / 'curves' / f'{name}.json'
   known, missed, lock, written = set(), set(), threading.Lock(), [None]
 
-  def look() -> dict:
-    """Finds and holds new checkpoints, and writes the curve."""
+  def look() -> tuple[dict, list[int], bool]:
+    """Holds new checkpoints, and writes the curve: (it, those, all judged)."""
     with lock:
       curve = curve_of(workdir, card_path, result)
       judged = {point['step'] for point in curve['points']}
@@ -85,30 +82,28 @@ def follow(
         written[0] = curve
       last = int(runs.read_config(workdir)['num_steps'])
       ended = not new and max(judged | missed, default=0) >= last
-      return {'curve': curve, 'new': new, 'ended': ended}
+      return curve, new, ended
 
   while True:
-    seen = distributed.on_first(look)
-    curve = seen['curve']
-    if seen['ended']:
+    curve, new, ended = distributed.on_first(look)
+    if ended:
       return curve
-    if not seen['new']:
+    if not new:
       newest = max((point['step'] for point in curve['points']), default=0)
-      with terminal.waiting(
-        f'waiting for a checkpoint after step {newest}', 600
-      ):
-        while not (seen['new'] or seen['ended']):
+      title = f'waiting for a checkpoint after step {newest}'
+      with terminal.waiting(title, 600):
+        while not (new or ended):
           time.sleep(poll_secs)
-          seen = distributed.on_first(look)
+          _, new, ended = distributed.on_first(look)
       continue
-    step = seen['new'][0]
+    step = new[0]
     try:
       found = distributed.everywhere(lambda step=step: read(step))
     except UserError:
       if step in distributed.on_first(lambda: checkpoint.steps(directory)):
         raise
       continue  # deleted in between, which the next look reports
-    with _repeating(look, poll_secs):
+    with terminal.repeating(lambda: _hold(look), poll_secs):
       value = judge(found)['results'][result]
     best, told = curve['best'], 'the best so far'
     if best and best['value'] <= value:
@@ -116,27 +111,12 @@ def follow(
     terminal.say(f'step {step}: {result} {cards.number(value)}, {told}')
 
 
-@contextlib.contextmanager
-def _repeating(look: Callable[[], dict], seconds: float) -> Iterator[None]:
-  """Calls `look` repeatedly in a thread, so that new checkpoints are held."""
-  done = threading.Event()
-
-  def repeat():
-    while not done.wait(seconds):
-      try:
-        look()
-      except (OSError, UserError) as e:
-        terminal.say(f'new checkpoints cannot be held for now ({e})')
-
-  thread = threading.Thread(target=repeat, daemon=True)
-  if distributed.is_first():
-    thread.start()
+def _hold(look):
+  """Holds new checkpoints while one is judged."""
   try:
-    yield
-  finally:
-    done.set()
-    if thread.is_alive():
-      thread.join()
+    look()
+  except (OSError, UserError) as e:
+    terminal.say(f'new checkpoints cannot be held for now ({e})')
 
 
 def curve_of(workdir, card_path, result: str) -> dict:
@@ -153,16 +133,11 @@ def curve_of(workdir, card_path, result: str) -> dict:
   found = []
   for path in sorted((workdir / 'evaluations').glob('*.json')):
     with contextlib.suppress(UserError):  # the report names damaged cards
-      found.append({**cards.read(path), 'name': path.stem})
-  return cards.curve(
-    [
-      card
-      for card in found
-      if 'step' in card['subject']
-      and card_path(card['subject']['step']).stem == card['name']
-    ],
-    result,
-  )
+      card = cards.read(path)
+      step = card['subject'].get('step')
+      if step is not None and card_path(step).stem == path.stem:
+        found.append({**card, 'name': path.stem})
+  return cards.curve(found, result)
 
 
 def text(curve: dict) -> str:

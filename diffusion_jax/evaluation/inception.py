@@ -5,9 +5,9 @@ how images are resized to the network's input. All three are in the judge's
 protocol.
 """
 
-import hashlib
 from collections.abc import Sequence
 
+from diffusion_jax.evaluation import kept
 from diffusion_jax.evaluation.features import Judge
 from diffusion_jax.models import inception
 from diffusion_jax.system.errors import UserError
@@ -43,13 +43,8 @@ def load(
 
   Raises:
     UserError: there is no such file, it lacks weights that the taps need, or a
-      tap or the convention is not known.
+      tap is not known.
   """
-  if convention not in inception.CONVENTIONS:
-    raise UserError(
-      f'the input convention {convention!r} is not known: use one of '
-      f'{", ".join(inception.CONVENTIONS)}'
-    )
   for tap in taps:
     if tap not in DISTANCES:
       raise UserError(
@@ -84,8 +79,5 @@ def load(
 
 def _sha256(params, outputs) -> str:
   """The hash of the weights that these outputs need, wherever the file ends."""
-  digest = hashlib.sha256()
-  for name in inception.shapes(outputs):
-    for part in 'wb':
-      digest.update(params[name][part].tobytes())
-  return digest.hexdigest()
+  names = inception.shapes(outputs)
+  return kept.sha256(params[name][part] for name in names for part in 'wb')

@@ -1,30 +1,21 @@
 """Arrays on disk: safe reading of .npz files, and results computed once."""
 
-import tokenize
-import zipfile
-import zlib
+import contextlib
+import hashlib
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from diffusion_jax.system import distributed, files
-
-# Raised by a file that is missing, damaged or of another kind.
-DAMAGED = (
-  *(OSError, ValueError, TypeError, LookupError, AttributeError, EOFError),
-  *(ArithmeticError, RuntimeError, MemoryError, SyntaxError),
-  *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
-)
+from diffusion_jax.system.npz import DAMAGED
 
 
 def names(path) -> list[str]:
   """The names of the arrays in a .npz; [] if the file is not a .npz."""
   try:
-    with (
-      files.at(path).expanduser().open('rb') as file,
-      zipfile.ZipFile(file) as archive,
-    ):
-      return [name.removesuffix('.npy') for name in archive.namelist()]
+    with files.at(path).expanduser().open('rb') as file, NpzFile(file) as found:
+      return found.files
   except DAMAGED:
     return []
 
@@ -40,20 +31,19 @@ def read(
     most_bytes: maximum total size of the arrays.
 
   Raises:
-    DAMAGED: the file is not a .npz, lacks an array, or is too large.
+    npz.DAMAGED: the file is missing, not a .npz, lacks an array, or is too
+      large.
   """
-  with files.at(path).open('rb') as file:
-    with zipfile.ZipFile(file) as archive:
-      sizes = {
-        info.filename.removesuffix('.npy'): info.file_size
-        for info in archive.infolist()
-      }
-    file.seek(0)
-    wanted = list(sizes if wanted is None else wanted)
-    if (total := sum(sizes.get(name, 0) for name in wanted)) > most_bytes:
+  with files.at(path).open('rb') as file, NpzFile(file) as found:
+    wanted = list(found if wanted is None else wanted)
+    total = sum(
+      info.file_size
+      for info in found.zip.infolist()
+      if info.filename.removesuffix('.npy') in wanted
+    )
+    if total > most_bytes:
       raise ValueError(f'it takes {total} bytes')
-    with np.load(file, allow_pickle=False) as archive:
-      return {name: archive[name] for name in wanted}
+    return {name: found[name] for name in wanted}
 
 
 def write(path, arrays: dict[str, np.ndarray], save=np.savez) -> None:
@@ -63,29 +53,38 @@ def write(path, arrays: dict[str, np.ndarray], save=np.savez) -> None:
     save(file, **arrays)
 
 
+def sha256(arrays: Iterable[np.ndarray]) -> str:
+  """The hash of the bytes of some arrays in order."""
+  digest = hashlib.sha256()
+  for array in arrays:
+    digest.update(np.ascontiguousarray(array))
+  return digest.hexdigest()
+
+
 def once(
-  read_fn: Callable[[], dict],
-  write_fn: Callable[[dict], None],
+  place,
   compute_fn: Callable[[], dict],
+  read_fn: Callable = read,
+  write_fn: Callable = write,
 ) -> tuple[dict, bool]:
   """Reads arrays, or computes them and has process 0 write them.
 
   Args:
-    read_fn: () -> arrays; raises DAMAGED if they are missing or damaged.
-    write_fn: writes the arrays.
+    place: where they are, as the two functions take it; by default a .npz.
     compute_fn: () -> arrays.
+    read_fn: place -> arrays; raises npz.DAMAGED if missing or damaged.
+    write_fn: (place, arrays) -> None.
 
   Returns:
     (the arrays, whether they were read).
   """
-  try:
-    found = read_fn()
-  except DAMAGED:
-    found = None
+  found = None
+  with contextlib.suppress(*DAMAGED):
+    found = read_fn(place)
   # If only some hosts see the folder, all compute.
   if all(distributed.gather(found is not None)):
     return found, True
   found = compute_fn()
   if distributed.is_first():
-    write_fn(found)
+    write_fn(place, found)
   return found, False

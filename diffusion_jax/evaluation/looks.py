@@ -4,11 +4,10 @@ It keeps sums, and the features of a limited number of images for metrics that
 compare images one by one, so its memory does not grow with the set.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterable
 
 import numpy as np
-from jax.sharding import Mesh
 
 from diffusion_jax.evaluation import features
 from diffusion_jax.evaluation.metrics import frechet, inception_score
@@ -19,7 +18,8 @@ COMPARED = 50_000  # most images of a set for KID, precision and recall
 CONFIDENT = 0.8
 
 
-class Seen(NamedTuple):
+@dataclasses.dataclass
+class Seen:
   """The result of one pass over a set of images.
 
   Attributes:
@@ -34,90 +34,66 @@ class Seen(NamedTuple):
   """
 
   moments: dict[str, Moments | Gaussian]
-  first_moments: dict[str, Moments] = {}  # noqa: RUF012
-  chosen: dict[str, np.ndarray] = {}  # noqa: RUF012
-  searched: np.ndarray = np.arange(0)
-  hashes: Sequence[int] = ()
+  first_moments: dict[str, Moments] = dataclasses.field(default_factory=dict)
+  chosen: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  searched: np.ndarray | None = None
+  hashes: list[int] = dataclasses.field(default_factory=list)
   classes: np.ndarray | int = 0
   confident: int = 0
   sums: inception_score.Sums | None = None
 
 
 def look(
-  judge: features.Judge,
-  metrics: Sequence[str],
-  options,
-  images,
+  task,
+  count: int,
+  batches: Iterable[tuple[np.ndarray, dict[str, np.ndarray]]],
   *,
-  batch_size: int,
-  mesh: Mesh,
-  cache=None,
   first: int = 0,
-  on_images: Callable[[int], None] = lambda count: None,
-  on_features: Callable = lambda first, found: None,
+  on_features: Callable[[int, np.ndarray], None],
 ) -> Seen:
   """Passes over a set of images.
 
   Args:
-    judge: the network.
-    metrics: the metrics to collect for, keys of `measure.METRICS`.
-    options: options of the metrics, see `measure.Options`.
-    images: the set; statistics are returned unchanged.
-    batch_size: images per call of the network.
-    mesh: the devices to shard over.
-    cache: folder of features, see `features.passes`.
+    task: the judge and the metrics to collect for, see `measure.Task`.
+    count: number of images.
+    batches: the images and their outputs, see `features.passes`.
     first: number of first images to compute separate moments of.
-    on_images: called with the number of images after each block.
-    on_features: called with the index of the first image of a block, and the
-      block's main features.
+    on_features: called with the index of the first image of a batch, and the
+      batch's main features.
   """
-  if not isinstance(images, features.Images):
-    return Seen(images)
-  count, at = images.count, 0
-  asked = _chosen(metrics, count)
+  judge, metrics, options = task.judge, task.metrics, task.options
+  asked, at = _chosen(metrics, count), 0
   chosen = {name: [] for name in asked}
-  moments, first_moments = {}, {}
-  hashes, classes, confident, sums = [], 0, 0, None
+  seen = Seen({}, searched=asked.get('queries'))
   splits = inception_score.splits_of(
     count, min(options.is_splits, count), options.is_seed
   )
-  for batch in features.passes(judge, images.stream(), batch_size, mesh, cache):
-    end = at + len(batch.images)
+  for images, outputs in batches:
+    end = at + len(images)
     for tap in judge.taps:
-      x = batch.outputs[tap]
-      _add(moments, tap, x)
-      _add(first_moments, tap, x[: max(first - at, 0)])
-    main = batch.outputs[next(iter(judge.taps))]
+      _add(seen.moments, tap, outputs[tap])
+      _add(seen.first_moments, tap, outputs[tap][: max(first - at, 0)])
+    main = outputs[next(iter(judge.taps))]
     for name, indices in asked.items():
       inside = indices[(indices >= at) & (indices < end)]
       chosen[name].append(main[inside - at])
     if 'copies' in metrics:
-      hashes += [hash(x.tobytes()) for x in features.whole(batch.images)]
+      seen.hashes += [hash(x.tobytes()) for x in features.whole(images)]
+    logits = outputs.get(judge.logits)
     if 'classes' in metrics:
-      logits = batch.outputs[judge.logits]
-      classes += np.bincount(logits.argmax(1), minlength=logits.shape[1])
-      confident += int((_probability(logits) > CONFIDENT).sum())
+      seen.classes += np.bincount(logits.argmax(1), minlength=logits.shape[1])
+      seen.confident += int((_probability(logits) > CONFIDENT).sum())
     if 'is' in metrics:
-      logits = batch.outputs[judge.logits]
-      sums = inception_score.update(
-        sums or inception_score.nothing(splits.max() + 1, logits.shape[1]),
+      seen.sums = inception_score.update(
+        seen.sums or inception_score.nothing(splits.max() + 1, logits.shape[1]),
         logits,
         splits[at:end],
       )
     on_features(at, main)
-    on_images(len(batch.images))
     at = end
   assert at == count, f'{at} images instead of {count}'
-  return Seen(
-    moments,
-    first_moments,
-    {name: np.concatenate(parts) for name, parts in chosen.items()},
-    asked.get('queries', np.arange(0)),
-    hashes,
-    classes,
-    confident,
-    sums,
-  )
+  seen.chosen = {name: np.concatenate(parts) for name, parts in chosen.items()}
+  return seen
 
 
 def _chosen(metrics, count) -> dict[str, np.ndarray]:

@@ -1,6 +1,5 @@
 """Computes metrics of samples from one pass over each set of images."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.evaluation import looks
-from diffusion_jax.evaluation.features import Images, Judge
+from diffusion_jax.evaluation import features, looks, statistics
 from diffusion_jax.evaluation.metrics import (
   frechet,
   inception_score,
@@ -17,9 +15,6 @@ from diffusion_jax.evaluation.metrics import (
   neighbours,
   precision,
 )
-from diffusion_jax.evaluation.metrics.frechet import Gaussian, Moments
-from diffusion_jax.evaluation.metrics.neighbours import Nearest
-from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.system.errors import UserError
 
 METRICS = {
@@ -35,6 +30,7 @@ METRICS = {
 OF_STATISTICS = ('fid', 'sfid')
 
 KID_SEED = 2020  # as in torch-fidelity
+NUM_NEAR = 4  # nearest training images to find
 NEAR = 0.05  # the share of held-out images that counts as near
 
 
@@ -71,18 +67,26 @@ class Task(NamedTuple):
     metrics: keys of METRICS.
     options: options of the metrics.
     heldout: held-out images, at most as many as there are samples, or None.
+    about: other facts that the numbers depend on, for the card.
   """
 
-  judge: Judge
-  reference: Images | Statistics
+  judge: features.Judge
+  reference: statistics.Set
   metrics: Sequence[str]
   options: Options = DEFAULTS
-  heldout: Images | None = None
+  heldout: features.Images | None = None
+  about: dict = {}  # noqa: RUF012
 
+  @property
+  def result(self) -> str:
+    """The name of the main distance."""
+    return next(iter(self.judge.taps.values()))
+
+  @property
   def protocol(self) -> dict:
     """Everything that the numbers depend on, for the card."""
     metrics = [name for name in METRICS if name in self.metrics]
-    told = {**self.judge.protocol, 'metrics': metrics}
+    told = {**self.about, **self.judge.protocol, 'metrics': metrics}
     for name, value in self.options._asdict().items():
       if name.split('_')[0] in metrics:
         told[name] = value
@@ -92,7 +96,7 @@ class Task(NamedTuple):
       told['density_k'] = precision.DENSITY_K
     if 'copies' in self.metrics:
       told['num_searched'] = looks.QUERIES
-    return told
+    return {**told, 'num_heldout': self.heldout.count if self.heldout else 0}
 
 
 class Measured(NamedTuple):
@@ -110,12 +114,12 @@ class Measured(NamedTuple):
   results: dict
   details: dict
   searched: np.ndarray
-  nearest: Nearest | None
+  nearest: neighbours.Nearest | None
   nearer: np.ndarray | None
-  statistics: Statistics
+  statistics: statistics.Statistics
 
 
-def check(task: Task, samples: Images | Statistics) -> None:
+def check(task: Task, samples: statistics.Set) -> None:
   """Checks a task before anything is measured.
 
   Args:
@@ -123,13 +127,9 @@ def check(task: Task, samples: Images | Statistics) -> None:
     samples: the set to judge.
 
   Raises:
-    UserError: a metric is not known, or its inputs are missing.
+    UserError: the inputs of a metric are missing.
   """
   judge, metrics = task.judge, task.metrics
-  if not metrics or set(metrics) - set(METRICS):
-    raise UserError(
-      f'metrics={",".join(metrics)}: give some of {", ".join(METRICS)}'
-    )
   if 'is' in metrics and not judge.logits:
     raise UserError(
       f'the Inception Score needs classes, but {judge.protocol["features"]} '
@@ -141,7 +141,7 @@ def check(task: Task, samples: Images | Statistics) -> None:
       f'{judge.protocol["features"]}: leave it out'
     )
   sets = {'samples': samples, 'reference': task.reference}
-  if not any(isinstance(one, Images) for one in sets.values()):
+  if not any(isinstance(one, features.Images) for one in sets.values()):
     for tap in judge.taps:
       sizes = [len(one[tap].mean) for one in sets.values()]
       if sizes[0] != sizes[1]:
@@ -163,7 +163,7 @@ def _check_set(task, what, given):
   # The Inception Score uses no reference.
   fine = (*OF_STATISTICS, *['is'] * (what == 'reference'))
   beyond = [name for name in metrics if name not in fine]
-  if isinstance(given, Images):
+  if isinstance(given, features.Images):
     if given.count < least:
       raise UserError(
         f'{given.description}: {", ".join(metrics)} need at least {least} '
@@ -178,14 +178,13 @@ def _check_set(task, what, given):
 
 def measure(
   task: Task,
-  samples: Images | Statistics,
+  samples: statistics.Set,
   *,
   batch_size: int,
   mesh: Mesh,
   cache=None,
   sample_cache=None,
-  num_near: int = 4,
-  num_reference: int = 0,
+  known: statistics.Statistics | None = None,
   on_images: Callable[[int], None] = lambda count: None,
 ) -> Measured:
   """Compares samples, and held-out images, with the training images.
@@ -201,32 +200,39 @@ def measure(
     mesh: the devices to shard over.
     cache: folder of features, see `features.passes`.
     sample_cache: the same for the features of the samples.
-    num_near: number of nearest training images to find.
-    num_reference: number of images behind the reference's statistics; 0 if not
-      known.
+    known: statistics of the reference's images, to use in place of them.
     on_images: called with the number of images after each block.
   """
-  look = functools.partial(looks.look, task.judge, task.metrics, task.options)
-  how = {'batch_size': batch_size, 'mesh': mesh, 'on_images': on_images}
-  first = task.heldout.count if task.heldout else 0
-  seen = {'samples': look(samples, first=first, cache=sample_cache, **how)}
-  if task.heldout:
-    seen['heldout'] = look(task.heldout, cache=cache, **how)
   near = {}
-  if 'copies' in task.metrics:
-    num_near = min(num_near, task.reference.count)
-    near = {
-      name: neighbours.nothing(len(one.chosen['queries']), num_near)
-      for name, one in seen.items()
-    }
+
+  def look(images, folder, first=0):
+    if not isinstance(images, features.Images):
+      return looks.Seen(images)
+    batches = features.passes(
+      task.judge, images.stream(), batch_size, mesh, folder
+    )
+    return looks.look(
+      task, images.count, batches, first=first, on_features=search
+    )
 
   def search(first, found):
-    for name in near:
+    for name in near:  # empty until the reference's turn
       near[name] = neighbours.update(
         near[name], seen[name].chosen['queries'], found, first
       )
+    on_images(len(found))
 
-  train = look(task.reference, on_features=search, cache=cache, **how)
+  first = task.heldout.count if task.heldout else 0
+  seen = {'samples': look(samples, sample_cache, first)}
+  if task.heldout:
+    seen['heldout'] = look(task.heldout, cache)
+  if 'copies' in task.metrics:
+    num_near = min(NUM_NEAR, task.reference.count)
+    near |= {
+      name: neighbours.nothing(len(one.chosen['queries']), num_near)
+      for name, one in seen.items()
+    }
+  train = look(known or task.reference, cache)
   results, nearer = _results(task, seen, train, near)
   details = dict(task.judge.details)
   if 'classes' in task.metrics:
@@ -236,8 +242,7 @@ def measure(
       if (one := seen.get(name))
     }
   sets = (samples, task.reference, task.heldout)
-  counts = [one.count for one in sets if isinstance(one, Images)]
-  counts += [num_reference] * bool(num_reference)
+  counts = [one.count for one in sets if isinstance(one, features.Images)]
   if caveats := counts and _caveats(task, min(counts), seen['samples'], train):
     details['caveats'] = caveats
   return Measured(
@@ -246,7 +251,10 @@ def measure(
     seen['samples'].searched,
     near.get('samples'),
     nearer,
-    {tap: Gaussian(x.mean, x.covariance) for tap, x in train.moments.items()},
+    {
+      tap: frechet.Gaussian(x.mean, x.covariance)
+      for tap, x in train.moments.items()
+    },
   )
 
 
@@ -264,8 +272,13 @@ def _results(task, seen, train, near):
     found = precision.precision_recall(*sets, k=task.options.pr_k)
     results |= found._asdict()
   if 'heldout' in near:
-    nearer, shares = _nearer(**near)
-    results |= shares
+    real = near['heldout'].distances[:, 0]
+    nearer = neighbours.share_nearer(near['samples'].distances[:, 0], real)
+    results |= {
+      'nearest_share': np.mean(nearer < NEAR),
+      # Among M + 1 exchangeable images, every rank is equally likely.
+      'nearest_share_expected': math.ceil(NEAR * len(real)) / (len(real) + 1),
+    }
   return results, nearer
 
 
@@ -314,21 +327,10 @@ def _of_a_set(task, one, train, near) -> dict:
   return results
 
 
-def _nearer(samples, heldout):
-  """`neighbours.share_nearer` of the samples, and the share that is near."""
-  real = heldout.distances[:, 0]
-  nearer = neighbours.share_nearer(samples.distances[:, 0], real)
-  return nearer, {
-    'nearest_share': np.mean(nearer < NEAR),
-    # Among M + 1 exchangeable images, every rank is equally likely.
-    'nearest_share_expected': math.ceil(NEAR * len(real)) / (len(real) + 1),
-  }
-
-
 def _caveats(task, count, samples, train) -> list[str]:
   """Caveats about the numbers, one line each; the smaller set has `count`."""
   told = []
-  if not all(isinstance(x, Moments) for x in samples.moments.values()):
+  if not all(isinstance(x, frechet.Moments) for x in samples.moments.values()):
     told.append('the number of samples behind the statistics is not known')
   if {'fid', 'sfid'} & set(task.metrics):
     for tap, name in task.judge.taps.items():

@@ -4,18 +4,16 @@ They are a mean and a covariance at each tap, from a user's file or from the
 cache, where they are stored under the hashes of the images and of the network.
 """
 
-import hashlib
-
 import jax
 import numpy as np
 
 from diffusion_jax.evaluation import features, kept
 from diffusion_jax.evaluation.features import VERSION, Images, Judge
-from diffusion_jax.evaluation.metrics.frechet import Gaussian, Moments
-from diffusion_jax.system import files
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.evaluation.metrics.frechet import Gaussian
+from diffusion_jax.system import errors, files
 
 Statistics = dict[str, Gaussian]  # by tap
+Set = Images | Statistics  # a set of images, or what replaces it
 
 # The names of the spatial features in the files of arXiv 2105.05233.
 KEYS = {'spatial': ('mu_s', 'sigma_s')}
@@ -49,7 +47,7 @@ def read(path, judge: Judge, image_shape) -> Statistics:
   """
   plain = [tap for tap in judge.taps if tap not in KEYS]
   if len(plain) > 1:
-    raise UserError(
+    raise errors.UserError(
       f'{path} holds statistics of one tap, not of {" and ".join(plain)}: give '
       'one tap'
     )
@@ -71,19 +69,25 @@ def cached(there: dict[str, files.Path]) -> Statistics | None:
   Args:
     there: a result of `paths`.
   """
-  if not (there and all(path.exists() for path in there.values())):
-    return None
   try:
-    return {tap: read_gaussian(path) for tap, path in there.items()}
-  except UserError:
+    return {tap: read_gaussian(path) for tap, path in there.items()} or None
+  except errors.UserError:
     return None  # computed again and overwritten
+
+
+def keep(there: dict[str, files.Path], given: Statistics) -> None:
+  """Writes statistics to the cache, to the files of `paths`."""
+  for tap, path in there.items():
+    arrays = dict(zip(PLAIN, given[tap], strict=True))
+    kept.write(path, arrays, np.savez_compressed)
 
 
 def write(path, given: Statistics) -> None:
   """Writes statistics of the first tap, and of the spatial features if any.
 
   Args:
-    path: a .npz for `read`.
+    path: a .npz for `read`, written atomically in pytorch-fid's format: it will
+      hold mu [D] and sigma [D, D], float64, but not the number of images.
     given: the statistics.
   """
   arrays = {}
@@ -93,18 +97,14 @@ def write(path, given: Statistics) -> None:
   kept.write(files.at(path).expanduser(), arrays, np.savez_compressed)
 
 
-def sha256_of(given: Images | Statistics) -> str:
+def sha256_of(given: Set) -> str:
   """The hash of all images in order, read once, or of the statistics."""
   if isinstance(given, Images):
     return features.sha256_of(given)
-  digest = hashlib.sha256()
-  for gaussian in given.values():
-    for array in gaussian:
-      digest.update(np.ascontiguousarray(array, np.float64))
-  return digest.hexdigest()
+  return kept.sha256(x.astype(np.float64) for g in given.values() for x in g)
 
 
-def count_of(given: Images | Statistics) -> int:
+def count_of(given: Set) -> int:
   """The number of images; 0 for statistics."""
   return given.count if isinstance(given, Images) else 0
 
@@ -119,22 +119,10 @@ def paths(cache, judge: Judge, images_sha256: str) -> dict[str, files.Path]:
   }
 
 
-def write_gaussian(path, a: Moments | Gaussian) -> None:
-  """Writes statistics atomically, in pytorch-fid's format.
-
-  Args:
-    path: a .npz file; it will hold mu [D] and sigma [D, D], float64, but not
-      the number of images.
-    a: the moments.
-  """
-  arrays = {'mu': a.mean, 'sigma': a.covariance}
-  kept.write(path, arrays, np.savez_compressed)
-
-
 def read_gaussian(
   path, dim: int | None = None, keys: tuple[str, str] = PLAIN
 ) -> Gaussian:
-  """Reads statistics written by `write_gaussian`, pytorch-fid or another tool.
+  """Reads statistics written by `write`, pytorch-fid or another tool.
 
   The file may come from anywhere: nothing is unpickled, and the size is
   limited. Other arrays in the file are not read.
@@ -149,28 +137,25 @@ def read_gaussian(
     UserError: there is no such file, it holds something else, or statistics of
       another D.
   """
-  wanted = ' and '.join(keys)
-  try:
+
+  there = ' '.join(', '.join(kept.names(path)[:10]).split())
+  with errors.one_line(
+    f'{path} holds no readable statistics (',
+    f'; it holds {there}' * bool(there)
+    + f'): give a .npz with {" and ".join(keys)}',
+  ):
     arrays = kept.read(path, keys, 8 * MOST * (MOST + 1) + 4096).values()
     for array in arrays:
       if array.dtype.kind != 'f' or array.ndim == 0 or len(array) > MOST:
         raise ValueError(f'{array.dtype} {list(array.shape)}')
     mean, covariance = (array.astype(np.float64) for array in arrays)
-  except kept.DAMAGED as e:
-    reason = ' '.join(str(e).split()) or type(e).__name__
-    if there := kept.names(path):
-      reason += f'; it holds {" ".join(", ".join(there[:10]).split())}'
-    raise UserError(
-      f'{path} holds no readable statistics ({reason}): give a .npz with '
-      f'{wanted}'
-    ) from e
   if wrong := _wrong(mean, covariance):
-    raise UserError(
+    raise errors.UserError(
       f'{path} {wrong}: statistics are {keys[0]} [D] and a symmetric '
       f'{keys[1]} [D, D] of finite numbers; compute them again'
     )
   if dim is not None and len(mean) != dim:
-    raise UserError(
+    raise errors.UserError(
       f'{path} has {len(mean)} dimensions, but the features here have {dim}: '
       'give statistics of the same network'
     )

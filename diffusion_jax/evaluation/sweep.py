@@ -13,6 +13,14 @@ from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
 
+# Type of an option -> (word -> value, what the word must be).
+VALUES = {
+  bool: ({'true': True, 'false': False}.__getitem__, 'true or false'),
+  int: (int, 'a whole number'),
+  float: (float, 'a number'),
+  str: (str, 'a word'),
+}
+
 
 def parse(text: str) -> dict:
   """Parses NAME:key=value:key=value into arguments of `plans.for_run`.
@@ -40,23 +48,17 @@ def parse(text: str) -> dict:
         f'--sweep={text}: {pair} is not KEY=VALUE with one of '
         f'{", ".join(kinds)}'
       )
-    given[key] = _value(text, key, word, kinds[key])
+    read, what = VALUES[kinds[key]]
+    try:
+      given[key] = read(word)
+    except (ValueError, KeyError):
+      raise UserError(f'--sweep={text}: {key} must be {what}') from None
   if given['grid'] not in grids.NAMES:
     raise UserError(
       f'--sweep={text}: grid must be one of {", ".join(grids.NAMES)}, which '
       'exist for any number of steps'
     )
   return given
-
-
-def _value(text, key, word, kind):
-  try:
-    if kind is bool:
-      return {'true': True, 'false': False}[word]
-    return kind(word)
-  except (ValueError, KeyError):
-    what = {bool: 'true or false', int: 'a whole number', float: 'a number'}
-    raise UserError(f'--sweep={text}: {key} must be {what[kind]}') from None
 
 
 def budgets(texts: Sequence[str]) -> list[int]:
@@ -74,28 +76,33 @@ def budgets(texts: Sequence[str]) -> list[int]:
 
 
 def longest(
-  plan_fn: Callable[[int], Plan], evaluations: int, num_timesteps: int
+  text: str,
+  plan_fn: Callable[[dict], Plan],
+  evaluations: int,
+  num_timesteps: int,
 ) -> Plan:
   """The plan with the most steps whose evaluations fit into a budget.
 
   Args:
-    plan_fn: number of steps -> plan; raises UserError if there is none.
+    text: the sampler and its options, see `parse`.
+    plan_fn: arguments of `plans.for_run` -> plan; raises UserError if there is
+      none.
     evaluations: the budget.
     num_timesteps: T, the largest number of steps.
 
   Raises:
     UserError: no number of steps has a plan; the error is that of the largest.
   """
-  errors = []
+  asked, errors = parse(text), []
   for num_steps in range(min(evaluations, num_timesteps), 0, -1):
     try:
-      plan = plan_fn(num_steps)
+      plan = plan_fn({**asked, 'num_steps': num_steps})
     except UserError as e:
       errors.append(e)
       continue
     if plan.evaluations <= evaluations:
       return plan
-  raise errors[0]
+  raise UserError(f'--sweep={text} at {evaluations} evaluations: {errors[0]}')
 
 
 def best(cells: Sequence[dict]) -> dict[str, dict]:

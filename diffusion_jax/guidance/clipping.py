@@ -2,16 +2,17 @@
 
 import jax.numpy as jnp
 
-from diffusion_jax.process.gaussian import Denoised, Denoiser, per_example
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.process import gaussian, schedules
 
 
-def clip_x0(denoiser: Denoiser, schedule: Schedule, bound=1.0) -> Denoiser:
+def clip_x0(
+  denoiser: gaussian.Denoiser, schedule: schedules.Schedule, bound=1.0
+) -> gaussian.Denoiser:
   """Clips x0 to [-bound, bound] and recomputes eps to match.
 
   DDPM clips in every ancestral step (arXiv 2006.11239, published sampler).
   Because eps is recomputed, xt = alpha x0 + sigma eps still holds, and a
-  sampler may use either x0 or eps.
+  sampler may use either x0 or eps. At t = -1, clean data, eps is 0.
 
   Args:
     denoiser: (xt, t) -> (x0, eps).
@@ -21,8 +22,7 @@ def clip_x0(denoiser: Denoiser, schedule: Schedule, bound=1.0) -> Denoiser:
 
   def denoise(xt, t):
     x0 = jnp.clip(denoiser(xt, t).x0, -bound, bound)
-    alpha = per_example(schedule.alpha(t, xt.dtype), xt)
-    sigma = per_example(schedule.sigma(t, xt.dtype), xt)
-    return Denoised(x0, (xt - alpha * x0) / sigma)
+    alpha, sigma = gaussian.alpha_sigma(schedule, t, xt, jnp.inf)
+    return gaussian.Denoised(x0, (xt - alpha * x0) / sigma)
 
   return denoise

@@ -12,7 +12,7 @@ import jax
 from flax import nnx, traverse_util
 
 from diffusion_jax.models.unet import UNet
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import one_of
 
 MODELS = {'unet': UNet}
 NET = 'net'  # name of the run's part that is the denoising network
@@ -46,12 +46,7 @@ def create(name: str, image_shape: tuple[int, ...], **kwargs) -> Model:
   Raises:
     UserError: the name is not known.
   """
-  if name not in MODELS:
-    raise UserError(
-      f'model.name {name!r} is not known: use one of {", ".join(MODELS)}'
-    )
-
-  network = MODELS[name]
+  network = MODELS[one_of('model.name', name, MODELS)]
   model = fence(lambda keys: network(image_shape, rngs=keys, **kwargs))
   return model._replace(doors=network.DOORS)
 
@@ -78,17 +73,40 @@ def fence(build: Callable) -> Model:
   return Model(init, apply)
 
 
-def names(params) -> list[str]:
-  """The names of all parameters, in the order of `jax.tree.leaves`."""
-  paths = jax.tree_util.tree_flatten_with_path(params)[0]
-  return [
-    jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in paths
-  ]
-
-
 def named(params) -> dict:
   """Name -> parameter, in the order of `jax.tree.leaves`."""
-  return dict(zip(names(params), jax.tree.leaves(params), strict=True))
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+
+def names(params) -> list[str]:
+  """The names of all parameters, in the order of `jax.tree.leaves`."""
+  return list(named(params))
+
+
+def differences(there, here, look: Callable) -> list[dict]:
+  """The leaves of two trees that are not in both, or do not look the same.
+
+  Args:
+    there: a tree of arrays or of their shapes, such as a checkpoint's.
+    here: another one.
+    look: leaf -> what has to be equal.
+
+  Returns:
+    {'name', 'there', 'here'} for each, ordered by name: how it looks in either
+    tree, None if it is missing.
+  """
+  there, here = (
+    {name: look(leaf) for name, leaf in named(tree).items()}
+    for tree in (there, here)
+  )
+  return [
+    {'name': name, 'there': there.get(name), 'here': here.get(name)}
+    for name in sorted(there.keys() | here.keys())
+    if there.get(name) != here.get(name)
+  ]
 
 
 def count(params) -> int:
@@ -126,8 +144,6 @@ def _to_params(state: nnx.State) -> dict:
 def _to_state(params: dict, like: nnx.State) -> nnx.State:
   flat = traverse_util.flatten_dict(params)
   return nnx.from_flat_state(
-    [
-      (path, variable.replace(flat[tuple(map(str, path))]))
-      for path, variable in nnx.to_flat_state(like)
-    ]
+    (path, variable.replace(flat[tuple(map(str, path))]))
+    for path, variable in nnx.to_flat_state(like)
   )

@@ -27,14 +27,8 @@ class Classifier(nnx.Module):
     self.rate = dropout
     self.levels = nnx.List()
     while True:
-      self.levels.append(
-        nnx.List(
-          [
-            layers.conv(channels, width, rngs=rngs),
-            layers.conv(width, width, rngs=rngs),
-          ]
-        )
-      )
+      convs = [layers.conv(c, width, rngs=rngs) for c in (channels, width)]
+      self.levels.append(nnx.List(convs))
       channels, width = width, 2 * width
       if max(height, wide) <= 4:
         break

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import UserError, one_of
 
 SIZE = 299
 NUM_CLASSES = 1008
@@ -78,11 +78,7 @@ def preprocess(images: jax.Array, convention: str) -> jax.Array:
   Raises:
     UserError: the convention is not known, or C is neither 1 nor 3.
   """
-  if convention not in CONVENTIONS:
-    raise UserError(
-      f'the input convention {convention!r} is not known: use one of '
-      f'{", ".join(CONVENTIONS)}'
-    )
+  one_of('convention', convention, CONVENTIONS)
   _, height, width, channels = images.shape
   if channels not in (1, 3):
     raise UserError(
@@ -170,10 +166,7 @@ def _shapes(taps: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
 def _until(taps, steps) -> dict[str, jax.Array]:
   """Collects the requested taps from the steps, and stops after the last."""
   for tap in taps:
-    if tap not in TAPS:
-      raise UserError(
-        f'Inception has no tap {tap!r}: use one of {", ".join(TAPS)}'
-      )
+    one_of('tap', tap, TAPS)
   found = {}
   for tap, value in steps:
     if tap in taps:
@@ -236,10 +229,8 @@ def _walk(weights: Callable, x: jax.Array) -> Iterator[tuple[str, jax.Array]]:
     _max_pool(x, *half),
   )
 
-  for name, c in (
-    *(('mixed_4', 128), ('mixed_5', 160)),
-    *(('mixed_6', 160), ('mixed_7', 192)),
-  ):
+  for number, c in enumerate((128, 160, 160, 192), start=4):
+    name = f'mixed_{number}'
     wide, high = [c, (1, 7)], [c, (7, 1)]
     x = _join(
       chain(name, x, [192]),

@@ -65,23 +65,16 @@ class UNet(nnx.Module):
     widths = [channels * m for m in multipliers]
     last = len(widths) - 1
     common = {'dtype': jnp.dtype(dtype), 'rngs': rngs}
+    normed = {'num_groups': num_groups, **common}
+    blocks = {'time_dim': 4 * channels, 'dropout': dropout, **normed}
     numbers = itertools.count()  # tells the dropout layers apart
 
     def block(inputs, outputs):
-      return layers.ResBlock(
-        inputs,
-        outputs,
-        time_dim=4 * channels,
-        num_groups=num_groups,
-        dropout=dropout,
-        number=next(numbers),
-        **common,
-      )
+      number = next(numbers)
+      return layers.ResBlock(inputs, outputs, number=number, **blocks)
 
     def attention(width):
-      return layers.Attention(
-        width, num_heads=num_heads, num_groups=num_groups, **common
-      )
+      return layers.Attention(width, num_heads=num_heads, **normed)
 
     def stage(level, inputs, resample):
       attends = min(sides) // 2**level in attention_resolutions

@@ -2,7 +2,7 @@
 
 from diffusion_jax.objectives import denoising
 from diffusion_jax.objectives.objective import Objective
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import one_of
 
 # name -> (network_fn, codec, conditioner, schedule, **options) -> Objective
 OBJECTIVES = {'denoising': denoising.create}
@@ -20,6 +20,4 @@ def create(name: str, *parts, **options) -> Objective:
   Raises:
     UserError: the name is not known.
   """
-  if name not in OBJECTIVES:
-    raise UserError(f'loss.name={name!r}: one of {", ".join(OBJECTIVES)}')
-  return OBJECTIVES[name](*parts, **options)
+  return OBJECTIVES[one_of('loss.name', name, OBJECTIVES)](*parts, **options)

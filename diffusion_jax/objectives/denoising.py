@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.codecs.codec import Codec
-from diffusion_jax.conditioning.conditioner import Conditioner
+from diffusion_jax.conditioning import Conditioner
 from diffusion_jax.objectives.objective import Aux, Objective, branch
-from diffusion_jax.process import gaussian
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.process import gaussian, noise, schedules
 
 GOLDEN = 2654435769  # 2**32 divided by the golden ratio
 
@@ -19,7 +18,7 @@ def create(
   network_fn: Callable,
   codec: Codec,
   conditioner: Conditioner,
-  schedule: Schedule,
+  schedule: schedules.Schedule,
   prediction: str = 'eps',
 ) -> Objective:
   """The squared error of the prediction at times drawn uniformly.
@@ -40,7 +39,7 @@ def create(
 
   def values_at(params, rows, keys, t, cond_keys, dropout):
     x0 = codec.encode(params, rows, branch(keys, 'codec'))
-    eps = noise(branch(keys, 'eps'), x0.shape[1:])
+    eps = noise.normal(branch(keys, 'eps'), x0.shape[1:])
     cond = conditioner.condition(params, rows, cond_keys)
 
     def network(xt, label):
@@ -49,7 +48,6 @@ def create(
     return squared_error(network, schedule, prediction, x0, t, eps)
 
   def loss(params, extras, rows, keys):
-    del extras
     t = uniform_times(branch(keys, 't'), num_timesteps)
     values = values_at(
       params, rows, keys, t, branch(keys, 'condition'), branch(keys, 'dropout')
@@ -57,7 +55,6 @@ def create(
     return values, Aux({'t': t}, {})
 
   def heldout(params, extras, rows, keys, index):
-    del extras
     # Times are spread evenly over the set (golden-ratio steps), which compares
     # checkpoints without the variance of random times. In integers, because
     # float32 has no digits left for the fraction of a large index.
@@ -66,7 +63,6 @@ def create(
     return values_at(params, rows, keys, t, None, None)
 
   def metrics(values, by_row, sums):
-    del sums
     return by_quarter(values, by_row['t'], num_timesteps)
 
   return Objective(loss, heldout, metrics)
@@ -77,11 +73,6 @@ def uniform_times(keys: jax.Array, num_timesteps: int) -> jax.Array:
   return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_timesteps))(
     keys
   )
-
-
-def noise(keys: jax.Array, shape) -> jax.Array:
-  """[B] keys -> standard normal [B, *shape]."""
-  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def squared_error(network_fn, schedule, kind: str, x0, t, eps) -> jax.Array:

@@ -41,10 +41,9 @@ def run(config: Mapping, workdir) -> list[Check]:
   Returns:
     the results, the same on all processes.
   """
-  workdirs = [workdir] if workdir else []
   return [
     check('data', _data, config['data']),
-    *(check('workdir', _workdir, folder) for folder in workdirs),
+    *([check('workdir', _workdir, workdir)] if workdir else []),
     check('versions', _versions),
     check('TensorFlow', _tensorflow),
   ]
@@ -65,56 +64,42 @@ def check(name: str, look: Callable[..., str], *given) -> Check:
 
 
 def _data(config) -> str:
+  told = error = ''
   try:
     train, _ = data.splits(config)
-    chosen = np.arange(min(LOOKED_AT, len(train)))
-    chosen = chosen * len(train) // len(chosen)
+    count = min(LOOKED_AT, len(train))
     digest = hashlib.sha256()
-    for i in chosen:
+    for i in np.arange(count) * len(train) // count:
       digest.update(np.ascontiguousarray(train.read_fn(int(i))[0]))
-    found = {
-      'images': len(train),
-      'sha256': digest.hexdigest(),
-      'description': train.description,
-    }
+    told = (
+      f'{train.description}, {len(train):,} images, sha256 of {count} of them '
+      f'{digest.hexdigest()[:16]}'
+    )
   except (OSError, UserError) as e:
-    found = {'error': str(e)}
-  every = distributed.gather(found)
+    error = str(e)
+  every = _gathered(told, error)
   for index, there in enumerate(every):
-    if 'error' in there:
-      raise UserError(_where(index, every) + there['error'])
     if there != every[0]:
       raise UserError(
-        f'{_where(index, every)}{_told(there)}, but process 0 has '
-        f'{_told(every[0])}: copy one of them to all hosts'
+        f'{_where(index, every)}{there}, but process 0 has {every[0]}: copy '
+        'one of them to all hosts'
       )
-  return _told(every[0])
-
-
-def _told(found) -> str:
-  return (
-    f'{found["description"]}, {found["images"]:,} images, sha256 of '
-    f'{min(LOOKED_AT, found["images"])} of them {found["sha256"][:16]}'
-  )
+  return every[0]
 
 
 def _workdir(workdir) -> str:
   """Each process writes a file there, and checks that it sees the others'."""
   name = distributed.on_first(lambda: uuid.uuid4().hex)
   with contextlib.ExitStack() as undo:
-    wrong = _try_to_write(workdir, name, undo)
-    every = distributed.gather(wrong)
-    indices = range(len(every))
-    seen = distributed.gather(
-      [not wrong and _trace(workdir, name, i).exists() for i in indices]
+    every = _gathered(None, _try_to_write(workdir, name, undo))
+    every = distributed.gather(
+      [_trace(workdir, name, i).exists() for i in range(len(every))]
     )
-  for index, wrong in enumerate(every):
-    if wrong:
-      raise UserError(f'{_where(index, every)}{wrong}')
-    if not all(seen[index]):
+  for index, seen in enumerate(every):
+    if not all(seen):
       raise UserError(
         f'{_where(index, every)}{workdir} is not the same folder as on '
-        f'process {seen[index].index(False)}: give a path that all hosts share'
+        f'process {seen.index(False)}: give a path that all hosts share'
       )
   by = f' by all {len(every)} processes' if len(every) > 1 else ''
   return f'{workdir} can be written{by}'
@@ -177,13 +162,21 @@ def _versions() -> str:
 
 
 def _tensorflow() -> str:
-  every = distributed.gather('tensorflow' in sys.modules)
-  if any(every):
-    raise UserError(
-      f'{_where(every.index(True), every)}it is imported, and takes the '
-      "accelerators' memory: find what imports it (python -X importtime)"
-    )
+  wrong = (
+    "it is imported, and takes the accelerators' memory: find what imports it "
+    '(python -X importtime)'
+  )
+  _gathered(None, wrong * ('tensorflow' in sys.modules))
   return 'is not imported'
+
+
+def _gathered(value, wrong: str) -> list:
+  """The values of all processes; UserError if anything is wrong on one."""
+  every = distributed.gather([value, wrong])
+  for index, (_, wrong) in enumerate(every):
+    if wrong:
+      raise UserError(_where(index, every) + wrong)
+  return [value for value, _ in every]
 
 
 def _where(index, every) -> str:

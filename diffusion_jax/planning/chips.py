@@ -52,16 +52,6 @@ CHIPS = {
 GPUS = {'A100': 312e12, 'H100': 989.4e12, 'H200': 989.4e12}
 # Other boards, and parts of a GPU, have another peak.
 OTHER_BOARDS = {'PCIE', 'NVL', 'MIG'}
-# JAX's names of TPUs. A GPU's name contains its key in GPUS.
-TPU_KINDS = {
-  'TPU v4': 'v4',
-  'TPU v5 lite': 'v5e',
-  'TPU v5e': 'v5e',
-  'TPU v5': 'v5p',
-  'TPU v5p': 'v5p',
-  'TPU v6 lite': 'v6e',
-  'TPU v6e': 'v6e',
-}
 
 
 def peak(device_kind: str) -> float | None:
@@ -70,8 +60,11 @@ def peak(device_kind: str) -> float | None:
   Args:
     device_kind: JAX's name, such as 'NVIDIA H200' or 'TPU v5 lite'.
   """
-  if kind := TPU_KINDS.get(device_kind):
-    return CHIPS[kind].flops
+  # JAX calls a v5e 'TPU v5 lite' or 'TPU v5e', and a v5p 'TPU v5' or 'TPU v5p'.
+  name = device_kind.removeprefix('TPU ').replace(' lite', 'e')
+  if chip := CHIPS.get('v5p' if name == 'v5' else name):
+    return chip.flops
+  # A GPU's name contains its key in GPUS.
   words = set(re.split('[ -]', device_kind.upper()))
   names = words & GPUS.keys()
   return GPUS[names.pop()] if names and not words & OTHER_BOARDS else None

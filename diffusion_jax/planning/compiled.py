@@ -69,25 +69,25 @@ def device_bytes(tree) -> int:
   )
 
 
-def compile(fn, args, limit: int, options: dict | None = None) -> Compiled:
+def compile(fn, args, limit: int, fast: bool = False) -> Compiled:
   """Compiles a jitted function without running it.
 
   Args:
     fn: a function from `jax.jit`.
     args: abstract arguments with shardings, which determine the devices.
     limit: memory of a device in bytes, if the compiler does not report it.
-    options: compiler options, such as FAST.
+    fast: whether to compile at low effort, see FAST.
   """
   start = time.monotonic()
   traced = fn.trace(*args)
   lowered = traced.lower()
   try:
-    program = lowered.compile(compiler_options=options)
+    program = lowered.compile(compiler_options=FAST if fast else None)
   except jax.errors.JaxRuntimeError as e:
-    if exceeded := _exceeded(str(e)):
-      used, limit = exceeded
-      return Compiled(limit, temporaries=used)
-    raise
+    if not (exceeded := _exceeded(str(e))):
+      raise
+    used, limit = exceeded
+    return Compiled(limit, temporaries=used)
   memory, cost = program.memory_analysis(), program.cost_analysis() or {}
   if flops.has_loops(traced.jaxpr):
     cost = {}
@@ -116,11 +116,9 @@ def _exceeded(message) -> tuple[int, int] | None:
     rf'Used {size} of {size} hbm',
   ):
     if found := re.search(form, message):
-      used, used_unit, limit, limit_unit = found.groups()
-      return (
-        int(float(used) * UNITS[used_unit]),
-        int(float(limit) * UNITS[limit_unit]),
-      )
+      used, unit, limit, limit_unit = found.groups()
+      used, limit = float(used) * UNITS[unit], float(limit) * UNITS[limit_unit]
+      return int(used), int(limit)
   return None
 
 

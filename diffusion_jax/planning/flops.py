@@ -39,13 +39,12 @@ def products(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Counter:
 
 def has_loops(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> bool:
   """Whether a loop contains products; XLA counts a loop's body once."""
-  for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
-    for value in _called(eqn):
-      if eqn.primitive.name == 'scan' and products(value).total():
-        return True
-      if has_loops(value):
-        return True
-  return False
+  return any(
+    (eqn.primitive.name == 'scan' and products(inner).total() > 0)
+    or has_loops(inner)
+    for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns
+    for inner in _called(eqn)
+  )
 
 
 def _called(eqn) -> list:

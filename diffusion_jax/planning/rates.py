@@ -92,19 +92,17 @@ def largest(
       fits = tried
     else:
       does_not = tried
-    if does_not and does_not.count - fits.count <= max(
-      1, accuracy * fits.count
-    ):
+    gap = max(1, accuracy * fits.count)
+    if does_not and does_not.count - fits.count <= gap:
       return fits, does_not
     count = _next(fits, does_not, tried, earlier, accuracy)
 
 
 def _next(fits, does_not, tried, earlier, accuracy):
   """Where the line through two tries crosses the limit, inside the bracket."""
+  slope = 0.0
   if earlier and earlier.count != tried.count:
     slope = (tried.used - earlier.used) / (tried.count - earlier.count)
-  else:
-    slope = 0.0
   if slope <= 0:
     slope = tried.used / tried.count
   guess = tried.count + (tried.limit - tried.used) / max(slope, 1e-9)

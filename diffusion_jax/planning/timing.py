@@ -45,7 +45,7 @@ def measure(
 
   shape = (config.batch_size, *runs.image_shape(config.data))
   noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-  batch = {'image': _put(mesh, noise)}
+  batch = sharding.put_batch({'image': noise}, mesh)
   now = [program.create_state(mesh)]
 
   def step():
@@ -62,7 +62,7 @@ def measure(
     }
   }
   if sample:
-    indices = _put(mesh, np.arange(count, dtype=np.uint32))
+    indices = sharding.padded_indices(count, mesh)
     params = now[0].ema_params
     seconds, calls = _timed(
       'the sampling program', lambda: sample.program(params, indices)
@@ -75,13 +75,6 @@ def measure(
       'share_of_peak': share(sample, seconds),
     }
   return found
-
-
-def _put(mesh, rows: np.ndarray) -> jax.Array:
-  """Shards rows, which every process has, over the devices."""
-  return jax.make_array_from_callback(
-    rows.shape, sharding.batch_sharding(mesh), lambda index: rows[index]
-  )
 
 
 def _timed(what: str, call: Callable) -> tuple[float, int]:

@@ -4,30 +4,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from diffusion_jax.system.errors import UserError
-
-
-def check_discrete(x0) -> None:
-  """Checks that data are 8-bit images, as the 256-bin decoder requires.
-
-  Args:
-    x0: a concrete array; every value must be k / 127.5 - 1 for an integer k in
-      0 .. 255, to 0.001 of a level.
-
-  Raises:
-    UserError: a value is not of this form.
-  """
-  level = (np.asarray(x0, np.float64).ravel() + 1) * 127.5
-  near = np.clip(np.rint(level), 0, 255)
-  wrong = ~(np.abs(level - near) <= 1e-3)  # also true for NaN
-  if wrong.any():
-    raise UserError(
-      f'x0 has the value {level[wrong][0] / 127.5 - 1:.6g}: the discrete '
-      'decoder takes 8-bit images, k / 127.5 - 1 with k = 0 .. 255; score '
-      'continuous data with discrete=False'
-    )
 
 
 def discretised_log_likelihood(x, mean, log_scale) -> jax.Array:
@@ -43,7 +19,7 @@ def discretised_log_likelihood(x, mean, log_scale) -> jax.Array:
   where the right-hand side is accurate to rounding even far out in the tails.
 
   Args:
-    x: images in [-1, 1]: k / 127.5 - 1, see `check_discrete`.
+    x: images in [-1, 1]: k / 127.5 - 1 with k = 0 .. 255.
     mean: the mean of the Gaussian, of x's shape.
     log_scale: log of its standard deviation, a scalar or of x's shape.
 

@@ -11,34 +11,13 @@ Numbers folded into an image's key: 0 .. K-1 are the steps of
 first for the offsets, then for the draws.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from diffusion_jax.process import likelihood, noise
-from diffusion_jax.process.gaussian import Denoiser
-from diffusion_jax.process.likelihood import Steps
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.process import gaussian, likelihood, noise, schedules
 from diffusion_jax.system.errors import UserError
-
-
-class Estimated(NamedTuple):
-  """An estimate of the mean bound, in bits per dimension.
-
-  Attributes:
-    mean: the mean over the images.
-    low: lower end of the 95% interval.
-    high: upper end of the 95% interval.
-    evaluations: number of evaluations of the denoiser.
-  """
-
-  mean: float
-  low: float
-  high: float
-  evaluations: int
 
 
 def _strata(keys, count, label):
@@ -48,7 +27,7 @@ def _strata(keys, count, label):
 
 
 def pilot(
-  denoiser: Denoiser, steps: Steps, x0, keys, count: int = 1
+  denoiser: gaussian.Denoiser, steps: likelihood.Steps, x0, keys, count: int = 1
 ) -> tuple[jax.Array, jax.Array]:
   """Terms at steps spread evenly in the log of their distance from the end.
 
@@ -68,8 +47,9 @@ def pilot(
   which = num_steps - 1 - place
   labels = num_steps + 3 + 2 * jnp.arange(count)
   # None of them is the last step, so `discrete` has no effect.
-  bits = likelihood.scan(denoiser, steps, x0, keys, which, labels, False).bits
-  return which, bits
+  return which, likelihood.terms(
+    denoiser, steps, x0, keys, which, False, labels
+  ).bits
 
 
 def proposal(
@@ -104,9 +84,9 @@ def proposal(
 
 
 def sampled(
-  denoiser: Denoiser,
-  schedule: Schedule,
-  steps: Steps,
+  denoiser: gaussian.Denoiser,
+  schedule: schedules.Schedule,
+  steps: likelihood.Steps,
   x0,
   keys,
   probabilities,
@@ -149,19 +129,12 @@ def sampled(
   labels = num_steps + 2 + 2 * jnp.arange(draws)
   which = jnp.concatenate([decoder, tried])
   labels = jnp.append(num_steps - 1, labels)
-  bits = likelihood.scan(
-    denoiser, steps, x0, keys, which, labels, discrete
+  bits = likelihood.terms(
+    denoiser, steps, x0, keys, which, discrete, labels
   ).bits
   between = jnp.mean(bits[1:] / drawn[tried], axis=0)
   prior = likelihood.prior(schedule, x0, steps.t[0])
   return prior + bits[0] + between
-
-
-def _at_least_two(images):
-  if images < 2:
-    raise UserError(
-      f'{images} images: an interval needs at least 2, score more'
-    )
 
 
 def interval(values) -> tuple[float, float, float]:
@@ -179,56 +152,10 @@ def interval(values) -> tuple[float, float, float]:
     UserError: there are fewer than 2 values.
   """
   values = np.asarray(values, np.float64)
-  _at_least_two(len(values))
+  if len(values) < 2:
+    raise UserError(
+      f'{len(values)} images: an interval needs at least 2, score more'
+    )
   mean, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
   half = scipy.special.stdtrit(len(values) - 1, 0.975) * error
   return float(mean), float(mean - half), float(mean + half)
-
-
-def estimate(
-  denoiser: Denoiser,
-  schedule: Schedule,
-  grid,
-  x0,
-  keys,
-  variance='fixedlarge',
-  discrete: bool = True,
-  evaluations: int = 10,
-) -> Estimated:
-  """Estimates the mean bound of images from a few evaluations of each.
-
-  With T = 1000 the default is a hundredth of the evaluations of
-  `likelihood.bound`: for each image one for the decoder, one for the pilot and
-  eight for the sampled steps. It combines `pilot`, `proposal`, `sampled` and
-  `interval`; callers with more images than fit at once call these batch by
-  batch.
-
-  Args:
-    denoiser: (xt, t) -> (x0, eps).
-    schedule: the noise schedule.
-    grid: K + 1 falling times, the last one -1; concrete.
-    x0: [B, ...] data, at least 2 images.
-    keys: [B] random keys.
-    variance: see `likelihood.variances`.
-    discrete: see `likelihood.term`.
-    evaluations: evaluations per image, 3 to K - 1.
-
-  Raises:
-    UserError: evaluations or images out of range; see also
-      `likelihood.variances`.
-  """
-  steps = likelihood.prepare(schedule, grid, variance)
-  num_steps = len(steps.t)
-  if not 3 <= evaluations < num_steps:
-    raise UserError(
-      f'evaluations={evaluations}: use 3 to {num_steps - 1} per image on a '
-      f'grid of {num_steps} steps; the full bound takes {num_steps}'
-    )
-  _at_least_two(len(x0))
-  which, bits = pilot(denoiser, steps, x0, keys)
-  probabilities = proposal(which, bits, num_steps)
-  draws = evaluations - 2
-  values = sampled(
-    denoiser, schedule, steps, x0, keys, probabilities, draws, discrete
-  )
-  return Estimated(*interval(values), len(x0) * evaluations)

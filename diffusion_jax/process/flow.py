@@ -35,10 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.process import decoder, gaussian, noise
-from diffusion_jax.process.gaussian import Denoiser
-from diffusion_jax.process.schedules import Schedule
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.process import decoder, gaussian, noise, schedules
+from diffusion_jax.system.errors import one_of
 
 DIVERGENCES = ('rademacher', 'gaussian', 'exact')
 
@@ -93,8 +91,8 @@ def _with_divergence(network, x, probe):
 
 
 def density(
-  denoiser: Denoiser,
-  schedule: Schedule,
+  denoiser: gaussian.Denoiser,
+  schedule: schedules.Schedule,
   x,
   keys,
   *,
@@ -124,8 +122,7 @@ def density(
   Raises:
     UserError: an unknown divergence.
   """
-  if divergence not in DIVERGENCES:
-    raise UserError(f'divergence={divergence}: one of {", ".join(DIVERGENCES)}')
+  one_of('divergence', divergence, DIVERGENCES)
   last = schedule.num_timesteps - 1
   log_alpha_bar, sigma2 = schedule.host(np.array([0, last]))
   start, end = jnp.asarray(0.5 * (np.log(sigma2) - log_alpha_bar), x.dtype)
@@ -134,7 +131,6 @@ def density(
 
   def solve_one(x, probe):
     def drift(ratio, state, args):
-      del args
       x = state[0]
       sigma = jnp.sqrt(jax.nn.sigmoid(2 * ratio))
       t = jnp.clip(schedule.t_of_logsnr(-2 * ratio, x.dtype), 0, last)
@@ -169,7 +165,7 @@ def density(
 
 
 def dequantised(
-  denoiser: Denoiser, schedule: Schedule, x0, keys, **options
+  denoiser: gaussian.Denoiser, schedule: schedules.Schedule, x0, keys, **options
 ) -> Flow:
   """Code length of 8-bit images by uniform dequantisation: an upper bound.
 
@@ -181,7 +177,7 @@ def dequantised(
   Args:
     denoiser: see `density`.
     schedule: the noise schedule.
-    x0: [B, ...] images k / 127.5 - 1, see `decoder.check_discrete`.
+    x0: [B, ...] images k / 127.5 - 1 with k = 0 .. 255.
     keys: [B] random keys of u and the probes.
     **options: see `density`.
 
@@ -195,8 +191,8 @@ def dequantised(
 
 
 def variational(
-  denoiser: Denoiser,
-  schedule: Schedule,
+  denoiser: gaussian.Denoiser,
+  schedule: schedules.Schedule,
   x0,
   keys,
   *,
@@ -214,10 +210,10 @@ def variational(
     denoiser: see `density`; its estimate of x0 at t = 0 is the decoder's mean,
       see `decoder.discretised_log_likelihood`.
     schedule: the noise schedule.
-    x0: [B, ...] images k / 127.5 - 1, see `decoder.check_discrete`.
+    x0: [B, ...] images k / 127.5 - 1 with k = 0 .. 255.
     keys: [B] random keys of x' and the probes.
-    decoder_variance: the decoder's variance; by default the first entry of
-      `gaussian.log_variance_table`.
+    decoder_variance: the decoder's variance; by default the posterior variance
+      of t = 1, as in the paper's likelihoods.
     **options: see `density`.
 
   Returns:
@@ -227,9 +223,7 @@ def variational(
     UserError: see `density`.
   """
   if decoder_variance is None:
-    decoder_variance = np.exp(
-      gaussian.log_variance_table(schedule, 'fixedsmall')[0]
-    )
+    decoder_variance = gaussian.step_variance(schedule, 1, 0, 'fixedsmall')
   eps = _draw(keys, 1, x0)
   time = jnp.zeros(len(x0), jnp.int32)
   x = gaussian.q_sample(schedule, x0, time, eps)

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.process.schedules import Schedule
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import one_of
 
 VARIANCES = ('fixedsmall', 'fixedlarge')
 
 
 class Denoised(NamedTuple):
-  """A denoiser's estimates from xt; xt = alpha x0 + sigma eps always holds.
+  """A denoiser's estimates from xt; xt = alpha x0 + sigma eps if t >= 0.
 
   Attributes:
     x0: [B, ...], the estimate of the clean data.
@@ -38,9 +38,13 @@ def per_example(values: jax.Array, like: jax.Array) -> jax.Array:
   return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
-def _alpha_sigma(schedule, t, like):
+def alpha_sigma(schedule: Schedule, t, like, clean=0.0) -> tuple:
+  """(alpha, sigma) at t, [B] or a scalar, to multiply `like` [B, ...].
+
+  `clean` is sigma at t = -1, see `Schedule.sigma`.
+  """
   dtype = jnp.result_type(like)  # JAX's dtype: no float64 by default
-  alpha, sigma = schedule.alpha(t, dtype), schedule.sigma(t, dtype)
+  alpha, sigma = schedule.alpha(t, dtype), schedule.sigma(t, dtype, clean)
   return per_example(alpha, like), per_example(sigma, like)
 
 
@@ -56,7 +60,7 @@ def q_sample(schedule: Schedule, x0, t, eps) -> jax.Array:
   Returns:
     [B, ...], alpha(t) x0 + sigma(t) eps.
   """
-  alpha, sigma = _alpha_sigma(schedule, t, x0)
+  alpha, sigma = alpha_sigma(schedule, t, x0)
   return alpha * x0 + sigma * eps
 
 
@@ -96,30 +100,9 @@ def step_variance(schedule: Schedule, t, s, variance: str) -> np.ndarray:
   Raises:
     UserError: the variance is not known.
   """
-  if variance not in VARIANCES:
-    raise UserError(
-      f'variance {variance!r} is not known: use one of {", ".join(VARIANCES)}'
-    )
-  if variance == 'fixedsmall':
+  if one_of('variance', variance, VARIANCES) == 'fixedsmall':
     return posterior_coefficients(schedule, t, s)[2]
   return -np.expm1(schedule.host(t)[0] - schedule.host(s)[0])
-
-
-def log_variance_table(schedule: Schedule, variance: str) -> np.ndarray:
-  """[T] float64: log of the fixed variance of every step, for likelihoods.
-
-  The first entry (t = 0, where no noise is drawn) is the posterior variance of
-  t = 1 for both choices, as in the paper's likelihoods; for 'fixedsmall' it
-  would otherwise be log 0.
-
-  Args:
-    schedule: the noise schedule.
-    variance: one of VARIANCES.
-  """
-  t = np.arange(schedule.num_timesteps)
-  values = step_variance(schedule, t, t - 1, variance)
-  first = step_variance(schedule, 1, 0, 'fixedsmall')
-  return np.log(np.concatenate([[first], values[1:]]))
 
 
 class Parametrisation(NamedTuple):
@@ -131,12 +114,15 @@ class Parametrisation(NamedTuple):
     scale: (alpha, sigma) -> the factor applied to xt as network input; None for
       1.
     label: (schedule, t) -> [B], the noise level as network input; None for t.
+    clean: sigma at t = -1 for `denoised`; inf if it divides by sigma, so that
+      clean data has eps 0.
   """
 
   denoised: Callable
   target: Callable
   scale: Callable | None = None
   label: Callable | None = None
+  clean: float = 0.0
 
 
 PARAMETRISATIONS = {
@@ -147,6 +133,7 @@ PARAMETRISATIONS = {
   'x0': Parametrisation(
     lambda F, xt, alpha, sigma: Denoised(F, (xt - alpha * F) / sigma),
     lambda x0, eps, alpha, sigma: x0,
+    clean=np.inf,
   ),
   'v': Parametrisation(  # arXiv 2202.00512
     lambda F, xt, alpha, sigma: Denoised(
@@ -163,12 +150,7 @@ def parametrisation(name: str) -> Parametrisation:
   Raises:
     UserError: the name is not known.
   """
-  if name not in PARAMETRISATIONS:
-    raise UserError(
-      f'prediction {name!r} is not known: use one of '
-      f'{", ".join(PARAMETRISATIONS)}'
-    )
-  return PARAMETRISATIONS[name]
+  return PARAMETRISATIONS[one_of('prediction', name, PARAMETRISATIONS)]
 
 
 def from_prediction(schedule, prediction, xt, t, kind: str) -> Denoised:
@@ -184,9 +166,9 @@ def from_prediction(schedule, prediction, xt, t, kind: str) -> Denoised:
   Raises:
     UserError: the kind is not known.
   """
-  return parametrisation(kind).denoised(
-    prediction, xt, *_alpha_sigma(schedule, t, xt)
-  )
+  how = parametrisation(kind)
+  levels = alpha_sigma(schedule, t, xt, how.clean)
+  return how.denoised(prediction, xt, *levels)
 
 
 def to_target(schedule, x0, eps, t, kind: str) -> jax.Array:
@@ -205,7 +187,7 @@ def to_target(schedule, x0, eps, t, kind: str) -> jax.Array:
   Raises:
     UserError: the kind is not known.
   """
-  return parametrisation(kind).target(x0, eps, *_alpha_sigma(schedule, t, x0))
+  return parametrisation(kind).target(x0, eps, *alpha_sigma(schedule, t, x0))
 
 
 def predict(network_fn, schedule: Schedule, xt, t, kind: str) -> jax.Array:
@@ -223,7 +205,7 @@ def predict(network_fn, schedule: Schedule, xt, t, kind: str) -> jax.Array:
   """
   how = parametrisation(kind)
   if how.scale:
-    xt = xt * how.scale(*_alpha_sigma(schedule, t, xt))
+    xt = xt * how.scale(*alpha_sigma(schedule, t, xt))
   return network_fn(xt, how.label(schedule, t) if how.label else t)
 
 

@@ -29,10 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.process import gaussian, noise
-from diffusion_jax.process.decoder import discretised_log_likelihood
-from diffusion_jax.process.gaussian import Denoiser, per_example
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.process import decoder, gaussian, noise, schedules
 from diffusion_jax.system.errors import UserError
 
 
@@ -92,12 +89,11 @@ def _mean(values):
   return jnp.mean(values, axis=tuple(range(1, values.ndim)))
 
 
-def variances(schedule: Schedule, grid, variance) -> np.ndarray:
+def variances(schedule: schedules.Schedule, grid, variance) -> np.ndarray:
   """[K] float64: the variance of p(xs | xt) for every step of a grid.
 
   For both names, the variance of the last step, the decoder, is the posterior
-  variance of the step before it: 1 -> 0 on the full grid, as in
-  `log_variance_table`.
+  variance of the step before it: 1 -> 0 on the full grid, as in the paper.
 
   Args:
     schedule: the noise schedule.
@@ -125,11 +121,11 @@ def variances(schedule: Schedule, grid, variance) -> np.ndarray:
       f'variance={variance} does not define the decoder of a grid of one step: '
       'give the variance as a number, or use two steps'
     )
-  decoder = gaussian.step_variance(schedule, times[-3], times[-2], 'fixedsmall')
-  return np.append(values[:-1], decoder)
+  last = gaussian.step_variance(schedule, times[-3], times[-2], 'fixedsmall')
+  return np.append(values[:-1], last)
 
 
-def prepare(schedule: Schedule, grid, variance='fixedlarge') -> Steps:
+def prepare(schedule: schedules.Schedule, grid, variance='fixedlarge') -> Steps:
   """Computes the coefficients of the bound for a grid, in float64.
 
   Args:
@@ -155,7 +151,7 @@ def prepare(schedule: Schedule, grid, variance='fixedlarge') -> Steps:
   )  # fmt: skip
 
 
-def prior(schedule: Schedule, x0, t=None) -> jax.Array:
+def prior(schedule: schedules.Schedule, x0, t=None) -> jax.Array:
   """KL(q(xt | x0) || N(0, I)) at the first time of a grid.
 
   Args:
@@ -174,7 +170,7 @@ def prior(schedule: Schedule, x0, t=None) -> jax.Array:
 
 
 def term(
-  denoiser: Denoiser, steps: Steps, i, x0, eps, discrete: bool = True
+  denoiser: gaussian.Denoiser, steps: Steps, i, x0, eps, discrete: bool = True
 ) -> Scored:
   """The term of one step of each example.
 
@@ -192,97 +188,53 @@ def term(
   """
   i = jnp.broadcast_to(i, x0.shape[:1])
   row = jax.tree.map(lambda column: jnp.asarray(column, x0.dtype)[i], steps)
-  xt = per_example(row.alpha, x0) * x0 + per_example(row.sigma, x0) * eps
+  alpha = gaussian.per_example(row.alpha, x0)
+  xt = alpha * x0 + gaussian.per_example(row.sigma, x0) * eps
   estimate = denoiser(xt, row.t).x0
   mse = _mean(jnp.square(x0 - estimate))
   nats = row.constant + row.weight * mse
   if discrete:
-    log_scale = steps.log_scale[-1]
-    decoder = _mean(discretised_log_likelihood(x0, estimate, log_scale))
-    nats = jnp.where(i == len(steps.t) - 1, -decoder, nats)
+    last = decoder.discretised_log_likelihood(x0, estimate, steps.log_scale[-1])
+    nats = jnp.where(i == len(steps.t) - 1, -_mean(last), nats)
   return Scored(nats / math.log(2), mse)
 
 
-def scan(denoiser, steps: Steps, x0, keys, which, labels, discrete) -> Scored:
-  """The terms of some steps, computed sequentially.
+def terms(
+  denoiser: gaussian.Denoiser,
+  steps: Steps,
+  x0,
+  keys,
+  which=None,
+  discrete: bool = True,
+  labels=None,
+) -> Scored:
+  """The terms of some or all steps, computed one after the other.
+
+  The noise of image b in step i depends only on keys[b] and i, so the result
+  does not depend on the batch, and the bound can be computed in chunks. It
+  compiles once per number of steps.
 
   Args:
     denoiser: (xt, t) -> (x0, eps).
     steps: the steps of the whole grid, see `prepare`.
     x0: [B, ...] data.
     keys: [B] random keys.
-    which: [k] or [k, B] integers, the indices of the steps.
-    labels: [k] integers: the noise of row j depends on keys[b] and labels[j].
+    which: [k] or [k, B] integers, the indices of the steps; by default
+      0 .. K-1.
     discrete: see `term`.
+    labels: [k] integers that the noise depends on in place of the steps.
 
   Returns:
     Scored of [k, B].
   """
+  which = jnp.arange(len(steps.t)) if which is None else jnp.asarray(which)
 
   def one(inputs):
     i, label = inputs
     eps = noise.draw(keys, label, x0.shape[1:], x0.dtype)
     return term(denoiser, steps, i, x0, eps, discrete)
 
-  return jax.lax.map(one, (which, labels))
-
-
-def terms(
-  denoiser: Denoiser,
-  steps: Steps,
-  x0,
-  keys,
-  which=None,
-  discrete: bool = True,
-) -> Scored:
-  """The terms of some or all steps, to compute the bound in chunks.
-
-  The noise of image b in step i depends only on keys[b] and i, so the result
-  does not depend on the batch or the chunks. It compiles once per number of
-  steps.
-
-  Args:
-    denoiser: (xt, t) -> (x0, eps).
-    steps: the steps of the whole grid, see `prepare`.
-    x0: [B, ...] data.
-    keys: [B] random keys.
-    which: [k] integers, the indices of the steps; by default 0 .. K-1.
-    discrete: see `term`.
-
-  Returns:
-    Scored of [k, B].
-  """
-  which = jnp.arange(len(steps.t)) if which is None else jnp.asarray(which)
-  return scan(denoiser, steps, x0, keys, which, which, discrete)
-
-
-def bound(
-  denoiser: Denoiser,
-  schedule: Schedule,
-  grid,
-  x0,
-  keys,
-  variance='fixedlarge',
-  discrete: bool = True,
-) -> Table:
-  """The bound of each image (arXiv 2006.11239, eq. 5), K evaluations each.
-
-  Args:
-    denoiser: (xt, t) -> (x0, eps).
-    schedule: the noise schedule.
-    grid: K + 1 decreasing times, the last one -1, see `samplers.grid`;
-      concrete.
-    x0: [B, ...] data.
-    keys: [B] random keys, see `terms`.
-    variance: see `variances`.
-    discrete: see `term`; `decoder.check_discrete` checks x0 for it.
-
-  Raises:
-    UserError: see `variances`.
-  """
-  steps = prepare(schedule, grid, variance)
-  scored = terms(denoiser, steps, x0, keys, discrete=discrete)
-  return Table(prior(schedule, x0, grid[0]), *scored)
+  return jax.lax.map(one, (which, which if labels is None else labels))
 
 
 def rate_distortion(table: Table) -> tuple[jax.Array, jax.Array]:

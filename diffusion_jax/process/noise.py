@@ -1,6 +1,12 @@
 """Random numbers from a key per example and a label, independent of batches."""
 
 import jax
+import jax.numpy as jnp
+
+
+def normal(keys: jax.Array, shape) -> jax.Array:
+  """[B] keys -> standard normal float32 [B, *shape], with the keys as given."""
+  return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
 def draw(keys, label, shape=(), dtype=float, sample=jax.random.normal):

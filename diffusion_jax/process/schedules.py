@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import UserError, one_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,9 +67,19 @@ class Schedule:
     """sqrt(alpha_bar): the scale of the signal at t (shape of t)."""
     return jnp.exp(0.5 * self.log_alpha_bar_at(t, dtype))
 
-  def sigma(self, t, dtype=jnp.float32) -> jax.Array:
-    """sqrt(1 - alpha_bar): the standard deviation of the noise at t."""
-    return jnp.sqrt(-jnp.expm1(self.log_alpha_bar_at(t, dtype)))
+  def sigma(self, t, dtype=jnp.float32, clean=0.0) -> jax.Array:
+    """sqrt(1 - alpha_bar): the standard deviation of the noise at t.
+
+    Args:
+      t: integer or floating array of times.
+      dtype: dtype of the result.
+      clean: the result at t = -1; inf for a divisor.
+    """
+    variance = -jnp.expm1(self.log_alpha_bar_at(t, dtype))
+    # Chosen before the root: XLA rounds x / sqrt(y) in its own way.
+    return jnp.sqrt(
+      jnp.where(variance > 0, variance, clean) if clean else variance
+    )
 
   def logsnr(self, t, dtype=jnp.float32) -> jax.Array:
     """2 log(alpha / sigma), strictly decreasing; inf at t = -1.
@@ -140,9 +150,4 @@ def create(schedule: str = 'linear', **kwargs) -> Schedule:
   Raises:
     UserError: the name is not known.
   """
-  if schedule not in SCHEDULES:
-    raise UserError(
-      f'process.schedule {schedule!r} is not known: use one of '
-      f'{", ".join(SCHEDULES)}'
-    )
-  return SCHEDULES[schedule](**kwargs)
+  return SCHEDULES[one_of('process.schedule', schedule, SCHEDULES)](**kwargs)

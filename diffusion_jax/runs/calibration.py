@@ -89,20 +89,10 @@ def _command(workdir, step, ema) -> str:
   )
 
 
-def check(
-  calibration: Calibration, weights_sha256: str, workdir, step: int, ema: bool
-) -> None:
-  """Raises UserError unless the calibration is for these weights.
-
-  Args:
-    calibration: the calibration.
-    weights_sha256: the hash of the checkpoint's weights.
-    workdir: the run's folder, for the message, as are the next two.
-    step: the step of the checkpoint.
-    ema: whether these are the averaged weights.
-  """
-  if calibration.weights_sha256 != weights_sha256:
+def check(calibration: Calibration, trained) -> None:
+  """Raises UserError unless a calibration is for a `Trained`'s weights."""
+  if calibration.weights_sha256 != trained.weights_sha256:
     raise UserError(
-      f'the statistics of step {step} are not for the weights of the '
-      f'checkpoint: run {_command(workdir, step, ema)}'
+      f'the statistics of step {trained.step} are not for the weights of the '
+      'checkpoint: run ' + _command(trained.workdir, trained.step, trained.ema)
     )

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax.guidance import clipping
+from diffusion_jax.process import noise
 from diffusion_jax.runs.recipe import Recipe
-from diffusion_jax.samplers.solve import Sampler, solve
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.samplers.plan import Plan
+from diffusion_jax.samplers.solve import solve
+from diffusion_jax.system.errors import one_of
 
 
 def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -51,11 +53,8 @@ ROUNDED = {
 def drawer(
   recipe: Recipe,
   mesh: Mesh,
-  sampler: Sampler,
-  grid,
+  plan: Plan,
   *,
-  seed: int,
-  clip: bool = True,
   frames: tuple[int, ...] = (),
   dtype: str | None = None,
   took: bool = False,
@@ -66,10 +65,7 @@ def drawer(
   Args:
     recipe: the run's recipe.
     mesh: the devices.
-    sampler: the sampler.
-    grid: decreasing times, see `grid`.
-    seed: the seed of the samples.
-    clip: whether to clip x0 to the codec's bound, if any, in every step.
+    plan: the sampling plan; x0 is clipped to the codec's bound, if any.
     frames: steps at which to keep x, see `solve`.
     dtype: dtype of the data: 'uint8', rounded, or 'float32', as decoded; by
       default 'uint8' for 8-bit images and 'float32' for other data.
@@ -89,25 +85,22 @@ def drawer(
   """
   codec, schedule = recipe.codec, recipe.schedule
   known = ROUNDED if codec.levels == 256 else {'float32': ROUNDED['float32']}
-  dtype = dtype or next(iter(known))
-  if dtype not in known:
-    raise UserError(f'dtype={dtype!r}: one of {", ".join(known)}')
+  dtype = one_of('dtype', dtype or next(iter(known)), known)
+  sampler, grid = plan.create(), plan.grid
 
   def draw(params, indices, rows=None):
     cond = recipe.conditioner.condition(params, rows or {}, None)
     denoiser = recipe.denoiser(params, cond, mesh)
-    if clip and codec.bound is not None:
+    if plan.clip and codec.bound is not None:
       denoiser = clipping.clip_x0(denoiser, schedule, codec.bound)
-    first, later = sample_keys(seed, indices)
+    first, later = sample_keys(plan.seed, indices)
     # A number that `solve` never folds in.
     decoding = jax.vmap(lambda key: jax.random.fold_in(key, 2**32 - 1))(later)
 
     def decode(x0):
       return ROUNDED[dtype](codec.decode(params, x0, decoding))
 
-    x = jax.vmap(lambda key: jax.random.normal(key, codec.shape, jnp.float32))(
-      first
-    )
+    x = noise.normal(first, codec.shape)
     if took:
       x0, counts = sampler.run(denoiser, schedule, x)
       return decode(x0), counts

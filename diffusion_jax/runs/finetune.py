@@ -128,11 +128,10 @@ def load(origin: Origin | None, abstract) -> Begun:
   """Loads the parameters of an origin, see `checkpoint.load_common`."""
   if origin is None:
     return Begun({}, [])
-  return Begun(
-    *checkpoint.load_common(
-      _checkpoints(origin.workdir), origin.step, abstract, ema=origin.ema
-    )
+  found = checkpoint.load_common(
+    _checkpoints(origin.workdir), origin.step, abstract, ema=origin.ema
   )
+  return Begun(*found)
 
 
 def record(workdir, origin: Origin, begun: Begun) -> None:

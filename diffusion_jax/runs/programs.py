@@ -12,13 +12,11 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion_jax import samplers
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax.process import schedules
 from diffusion_jax.runs import draw, recipe
-from diffusion_jax.runs.recipe import Recipe
-from diffusion_jax.samplers import grid
+from diffusion_jax.samplers import grid, plan
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import optim, sharding, state, step
-from diffusion_jax.training.state import TrainState
 
 
 class Programs(NamedTuple):
@@ -37,16 +35,18 @@ class Programs(NamedTuple):
     draw_fn: (params, indices) -> samples, with the config's `sample` settings.
   """
 
-  recipe: Recipe
+  recipe: recipe.Recipe
   optimizer: optax.GradientTransformation
   init_key: jax.Array
-  abstract: TrainState
+  abstract: state.TrainState
   frozen: dict[str, Any]
   step_fn: Callable
   loss_fn: Callable
   draw_fn: Callable
 
-  def create_state(self, mesh: Mesh, given: dict | None = None) -> TrainState:
+  def create_state(
+    self, mesh: Mesh, given: dict | None = None
+  ) -> state.TrainState:
     """The state at step 0, see `state.create`."""
     return state.create(
       self.init_key, self.recipe.init, self.optimizer, mesh, given,
@@ -54,47 +54,38 @@ class Programs(NamedTuple):
     )  # fmt: skip
 
 
-def create(config: Mapping, mesh: Mesh) -> Programs:
+def create(
+  config: Mapping, mesh: Mesh, made: recipe.Recipe | None = None
+) -> Programs:
   """Makes the programs of a run; nothing is compiled or allocated.
 
   Args:
-    config: the run's config, validated.
+    config: the run's config, validated. With a recipe: the seed, optim, ema,
+      microbatches and sample settings.
     mesh: the devices, which need not be present.
+    made: the run's recipe; by default the config's.
 
   Raises:
     UserError: the config asks for something that does not exist.
   """
-  return assemble(recipe.create(config), config, mesh)
-
-
-def assemble(made: Recipe, config: Mapping, mesh: Mesh) -> Programs:
-  """Like `create`, for an existing recipe.
-
-  Args:
-    made: the recipe.
-    config: the seed, optim, ema, microbatches and sample settings.
-    mesh: the devices, which need not be present.
-
-  Raises:
-    UserError: the config asks for a sampler or a grid that does not exist.
-  """
-  sampler, times = _sampling(config['sample'], made.schedule)
+  made = made or recipe.create(config)
+  how = _plan(config['sample'], made.schedule, config['seed'])
   optimizer = optim.create(**config['optim'])
   # Samples use fold_in(seed, 1), see `draw.sample_keys`.
   root = jax.random.fold_in(jax.random.key(config['seed']), 0)
   init_key, step_key, heldout_key = jax.random.split(root, 3)
   objective = made.objective
   abstract = state.abstract_state(made.init, optimizer, mesh, objective.extras)
+  common = {'objective': objective, 'mesh': mesh}
   step_fn = jax.jit(
     functools.partial(
       step.train_step,
       key=step_key,
-      objective=objective,
       optimizer=optimizer,
       learning_rate=optim.learning_rate(**config['optim']),
       ema_decay=config['ema']['decay'],
       microbatches=config['microbatches'],
-      mesh=mesh,
+      **common,
     ),
     donate_argnums=0,
     out_shardings=(
@@ -103,35 +94,31 @@ def assemble(made: Recipe, config: Mapping, mesh: Mesh) -> Programs:
     ),
   )
   loss_fn = jax.jit(
-    functools.partial(
-      step.heldout_loss, key=heldout_key, objective=objective, mesh=mesh
-    )
+    functools.partial(step.heldout_loss, key=heldout_key, **common)
   )
-  draw_fn = jax.jit(
-    draw.drawer(
-      made, mesh, sampler, times, seed=config['seed'],
-      clip=config['sample']['clip'],
-    )
-  )  # fmt: skip
+  draw_fn = jax.jit(draw.drawer(made, mesh, how))
   return Programs(
     made, optimizer, init_key, abstract, made.frozen, step_fn, loss_fn, draw_fn
   )
 
 
-def _sampling(sample: Mapping, schedule: Schedule) -> tuple:
-  """The sampler and the time grid of samples drawn during training."""
+def _plan(
+  sample: Mapping, schedule: schedules.Schedule, seed: int
+) -> plan.Plan:
+  """The plan of samples drawn during training."""
   name = sample['sampler']
-  if name in samplers.CALIBRATED or sample['grid'] == 'optimal':
+  if plan.is_calibrated(name, sample['grid']):
     raise UserError(
       f'sample.sampler={name} with sample.grid={sample["grid"]} needs a '
       'calibrated network, which training does not have: use another, such as '
       'ddim'
     )
-  options = {'variance'} & samplers.takes(name).keys()
-  sampler = samplers.create(name, **{key: sample[key] for key in options})
-  if sampler.run:
+  if name in samplers.ADAPTIVE:
     raise UserError(
       f'sample.sampler={name} chooses its own steps, but training samples with '
       'a fixed number of steps: use another, such as ddim'
     )
-  return sampler, grid.create(sample['grid'], schedule, sample['num_steps'])
+  given = {'variance'} & samplers.takes(name).keys()
+  options = samplers.options(name, **{key: sample[key] for key in given})
+  times = grid.create(sample['grid'], schedule, sample['num_steps'])
+  return plan.Plan(name, options, times, sample['clip'], seed)

@@ -15,13 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from diffusion_jax import codecs, conditioning, models, objectives, runs
-from diffusion_jax.codecs import Codec
-from diffusion_jax.conditioning import Conditioner
-from diffusion_jax.models import NET, Model
-from diffusion_jax.objectives import Objective
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.process.gaussian import Denoiser
-from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
@@ -44,14 +38,14 @@ class Recipe(NamedTuple):
     objective: the training objective.
   """
 
-  parts: dict[str, Model]
+  parts: dict[str, models.Model]
   frozen: dict[str, Any]
   origins: dict[str, str]
-  codec: Codec
-  conditioner: Conditioner
-  schedule: Schedule
+  codec: codecs.Codec
+  conditioner: conditioning.Conditioner
+  schedule: schedules.Schedule
   prediction: str
-  objective: Objective
+  objective: objectives.Objective
 
   def init(self, key) -> dict:
     """Initializes the trained parts at random.
@@ -63,13 +57,13 @@ class Recipe(NamedTuple):
     return {
       name: part.init(
         key
-        if name == NET
+        if name == models.NET
         else jax.random.fold_in(key, zlib.crc32(name.encode()))
       )
       for name, part in self.parts.items()
     }
 
-  def denoiser(self, params, cond: dict, mesh: Mesh) -> Denoiser:
+  def denoiser(self, params, cond: dict, mesh: Mesh) -> gaussian.Denoiser:
     """The network as a denoiser.
 
     Args:
@@ -77,21 +71,21 @@ class Recipe(NamedTuple):
       cond: the conditioning inputs, see `Conditioner`.
       mesh: the devices that hold the parameters.
     """
-    apply = network_fn(self.parts[NET])
+    apply = network_fn(self.parts[models.NET])
 
     def network(xt, label):
       # Gathered here, so that a long loop does not keep the gathered copy.
-      gathered = {NET: sharding.gather_fsdp(params[NET], mesh)}
+      gathered = {models.NET: sharding.gather_fsdp(params[models.NET], mesh)}
       return apply(gathered, xt, label, cond, None)
 
     return gaussian.denoiser(network, self.schedule, self.prediction)
 
 
-def network_fn(network: Model):
+def network_fn(network: models.Model):
   """(params of all parts, input, label, cond, dropout keys) -> prediction."""
 
   def apply(params, xt, label, cond, keys):
-    return network.apply(params[NET], xt, label, keys, cond)
+    return network.apply(params[models.NET], xt, label, keys, cond)
 
   return apply
 
@@ -106,8 +100,7 @@ def create(config: Mapping) -> Recipe:
     UserError: an unknown name, or a condition that the network does not accept.
   """
   codec = codecs.create(
-    image_shape=runs.image_shape(config['data']),
-    **config['codec'],
+    image_shape=runs.image_shape(config['data']), **config['codec']
   )
   network = models.create(image_shape=codec.shape, **config['model'])
   conditioner = conditioning.create(**config['conditioning'])
@@ -118,12 +111,14 @@ def create(config: Mapping) -> Recipe:
     loss.pop('name'), network_fn(network), codec, conditioner, schedule, **loss
   )
   return Recipe(
-    {NET: network}, {}, {}, codec, conditioner, schedule, loss['prediction'],
-    objective,
+    {models.NET: network}, {}, {}, codec, conditioner, schedule,
+    loss['prediction'], objective,
   )  # fmt: skip
 
 
-def check_doors(network: Model, conditioner: Conditioner, name: str) -> None:
+def check_doors(
+  network: models.Model, conditioner: conditioning.Conditioner, name: str
+) -> None:
   """Raises UserError unless the network accepts the conditioner's outputs."""
   lacking = [door for door in conditioner.doors if door not in network.doors]
   if lacking:

@@ -171,10 +171,8 @@ def _read_part(path, count, shape, dtype):
   try:
     # Memory-mapped, which detects a header with a wrong size.
     block = files.mapped(path)
-    if block.dtype != dtype or block.shape != (
-      count,
-      *(shape or block.shape[1:]),
-    ):
+    wanted = dtype, (count, *(shape or block.shape[1:]))
+    if (block.dtype, block.shape) != wanted:
       raise ValueError(f'{block.dtype} {block.shape}')
   except (ValueError, EOFError, AttributeError) as e:
     raise UserError(

@@ -11,15 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax import models, runs
-from diffusion_jax.codecs import Codec
-from diffusion_jax.models import NET
-from diffusion_jax.process.gaussian import Denoised
-from diffusion_jax.process.schedules import Schedule
+from diffusion_jax import codecs, models, runs
+from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import calibration, draw, recipe
-from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.samplers import plan as plans
-from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system import files, numerics
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, sharding
@@ -30,29 +25,23 @@ class Compiled(NamedTuple):
 
   Attributes:
     denoise: (params, xt, t, cond) -> Denoised.
-    drawer: (a plan as JSON, frames, dtype, took, estimates) -> draw(params,
-      indices, rows).
+    drawer: (a plan as JSON, **options) -> draw, see `draw.drawer`.
   """
 
   denoise: Callable
   drawer: Callable
 
 
-def _compile(recipe: Recipe, mesh: Mesh) -> Compiled:
+def _compile(recipe: recipe.Recipe, mesh: Mesh) -> Compiled:
   @jax.jit
   def denoise(params, xt, t, cond):
     return recipe.denoiser(params, cond, mesh)(xt, t)
 
   # Cached, so that a second call of `sample` does not compile again.
   @functools.lru_cache(maxsize=8)
-  def drawer(plan, frames, dtype, took, estimates):
-    how = Plan(*json.loads(plan))
-    return jax.jit(
-      draw.drawer(
-        recipe, mesh, how.create(), how.grid, seed=how.seed, clip=how.clip,
-        frames=frames, dtype=dtype, took=took, estimates=estimates,
-      )
-    )  # fmt: skip
+  def drawer(plan, **options):
+    how = plans.Plan(*json.loads(plan))
+    return jax.jit(draw.drawer(recipe, mesh, how, **options))
 
   return Compiled(denoise, drawer)
 
@@ -76,7 +65,7 @@ class Trained:
   config: dict
   step: int
   ema: bool
-  recipe: Recipe
+  recipe: recipe.Recipe
   params: dict
   mesh: Mesh
   compiled: Compiled
@@ -84,15 +73,15 @@ class Trained:
   @property
   def model(self) -> models.Model:
     """The network; `model.apply(params['net'], xt, t)` is its prediction."""
-    return self.recipe.parts[NET]
+    return self.recipe.parts[models.NET]
 
   @property
-  def schedule(self) -> Schedule:
+  def schedule(self) -> schedules.Schedule:
     """The noise schedule; times are 0 .. schedule.num_timesteps - 1."""
     return self.recipe.schedule
 
   @property
-  def codec(self) -> Codec:
+  def codec(self) -> codecs.Codec:
     """Data <-> x0; 8-bit images are in [-1, 1]."""
     return self.recipe.codec
 
@@ -108,7 +97,7 @@ class Trained:
 
   def denoise(
     self, xt: jax.Array, t: jax.Array, cond: dict | None = None
-  ) -> Denoised:
+  ) -> gaussian.Denoised:
     """Estimates x0 and eps from noised data.
 
     Args:
@@ -137,12 +126,12 @@ class Trained:
     """
     directory = self.workdir / 'checkpoints'
     step = checkpoint.find_step(directory, step)
-    trained = {name: self.params[name] for name in self.recipe.parts}
+    shapes = jax.eval_shape(self.recipe.init, jax.random.key(0))
     params = checkpoint.load_params(
-      directory, step, sharding.abstract(trained, self.mesh), ema=self.ema
+      directory, step, sharding.abstract(shapes, self.mesh), ema=self.ema
     )
     return dataclasses.replace(
-      self, step=step, params={**self.params, **params}
+      self, step=step, params={**self.recipe.frozen, **params}
     )
 
   @functools.cached_property
@@ -154,7 +143,7 @@ class Trained:
     return digest.hexdigest()
 
   @numerics.fixed()
-  def plan(self, **options) -> Plan:
+  def plan(self, **options) -> plans.Plan:
     """Makes a sampling plan, by default with the settings of the run's paper.
 
     Args:
@@ -170,30 +159,21 @@ class Trained:
       kept = calibration.read(
         self.workdir, self.step, self.ema, self.schedule.num_timesteps
       )
-      calibration.check(
-        kept, self.weights_sha256, self.workdir, self.step, self.ema
-      )
+      calibration.check(kept, self)
       return kept
 
     return plans.for_run(self.config, calibration=found, **options)
 
   @numerics.fixed()
   def drawer(
-    self,
-    how: Plan,
-    frames: tuple[int, ...] = (),
-    dtype: str | None = None,
-    took: bool = False,
-    estimates: bool = False,
+    self, how: plans.Plan, frames: tuple[int, ...] = (), **options
   ) -> Callable:
     """Returns a compiled function that draws samples by index.
 
     Args:
       how: the plan.
       frames: numbers of steps at which to keep x, see `samplers.solve`.
-      dtype: dtype of the data: 'uint8', or 'float32' in [0, 255], not rounded.
-      took: whether to return the cost of each sample, for adaptive plans.
-      estimates: whether frames are estimates of x0 in place of x.
+      **options: dtype, took and estimates, see `draw.drawer`.
 
     Returns:
       indices (NumPy, [N]) -> data [M, H, W, C], a global array. Only the first
@@ -205,7 +185,7 @@ class Trained:
       UserError: an unknown dtype.
     """
     draw_fn = self.compiled.drawer(
-      json.dumps(how), tuple(frames), dtype, took, estimates
+      json.dumps(how), frames=tuple(frames), **options
     )
 
     @numerics.fixed()
@@ -214,6 +194,7 @@ class Trained:
 
     return draw_batch
 
+  @numerics.fixed()
   def sample(
     self,
     num_samples: int = 1,
@@ -249,15 +230,13 @@ class Trained:
     ):  # fmt: skip
       if value < least:
         raise UserError(f'{name}={value}: at least {least}')
-    size = min(batch_size, num_samples)
-    draw_fn = self.drawer(self.plan(**options), dtype=dtype)
-    indices = np.arange(first, first + num_samples)
-    return np.concatenate(
-      [
-        # The last batch is padded, so that only one shape compiles.
-        sharding.to_host(draw_fn(np.resize(part, size)))[: len(part)]
-        for part in np.split(indices, range(size, num_samples, size))
-      ]
+    how = json.dumps(self.plan(**options))
+    draw_fn = self.compiled.drawer(how, frames=(), dtype=dtype)
+    return sharding.in_batches(
+      functools.partial(draw_fn, self.params),
+      np.arange(first, first + num_samples, dtype=np.uint32),
+      sharding.rounded(min(batch_size, num_samples), self.mesh),
+      self.mesh,
     )
 
 
@@ -279,15 +258,7 @@ def load(
   """
   workdir = files.at(workdir).expanduser()
   config = runs.read_config(workdir)
-  directory = workdir / 'checkpoints'
-  step = checkpoint.find_step(directory, step)
   mesh = mesh or sharding.make_mesh()
   made = recipe.create(config)
-  shapes = jax.eval_shape(made.init, jax.random.key(0))
-  params = checkpoint.load_params(
-    directory, step, sharding.abstract(shapes, mesh), ema=ema
-  )
-  return Trained(
-    workdir, config, step, ema, made, {**made.frozen, **params}, mesh,
-    _compile(made, mesh),
-  )  # fmt: skip
+  compiled = _compile(made, mesh)
+  return Trained(workdir, config, 0, ema, made, {}, mesh, compiled).at(step)

@@ -4,13 +4,14 @@ With a sampler that adds no noise, an image is a function of its initial noise
 (arXiv 2010.02502, section 5.3).
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.guidance import clipping
+from diffusion_jax.process import noise
 from diffusion_jax.runs import draw
 from diffusion_jax.runs.trained import Trained
 from diffusion_jax.samplers.solve import Sampler, solve
@@ -32,9 +33,7 @@ def noises(trained: Trained, seed: int, count: int) -> np.ndarray:
   @jax.jit
   def first(indices):
     keys, _ = draw.sample_keys(seed, indices)
-    return jax.vmap(
-      lambda key: jax.random.normal(key, trained.codec.shape, jnp.float32)
-    )(keys)
+    return noise.normal(keys, trained.codec.shape)
 
   return np.asarray(first(np.arange(count, dtype=np.uint32)))
 
@@ -71,8 +70,6 @@ def carrier(
     x [N, H, W, C] at the grid's first time -> float32 of the same shape at its
     last time, the same in every process. It compiles once per batch size.
   """
-  mesh = trained.mesh
-  parts = mesh.shape['data'] * mesh.shape['fsdp']
 
   @jax.jit
   def along(params, x):
@@ -85,13 +82,12 @@ def carrier(
     return solve(sampler, denoiser, trained.schedule, grid, x, keys)
 
   def carry(x):
-    size = -(-min(batch_size, len(x)) // parts) * parts
-    out = []
-    for batch in np.split(x, range(size, len(x), size)):
-      # Padded with repeats, so that only one shape compiles.
-      padded = np.resize(batch, (size, *x.shape[1:])).astype(np.float32)
-      ended = along(trained.params, sharding.put_batch(padded, mesh))
-      out.append(sharding.to_host(ended)[: len(batch)])
-    return np.concatenate(out)
+    size = sharding.rounded(min(batch_size, len(x)), trained.mesh)
+    return sharding.in_batches(
+      functools.partial(along, trained.params),
+      np.asarray(x, np.float32),
+      size,
+      trained.mesh,
+    )
 
   return carry

@@ -1,6 +1,7 @@
 """Validation of a config, before any file is written or program compiled."""
 
 import math
+import re
 from collections.abc import Sequence
 
 from ml_collections import config_dict
@@ -11,10 +12,41 @@ from diffusion_jax.runs import completion
 from diffusion_jax.training import optim, sharding
 
 LARGEST_BATCH = 10**8  # XLA aborts where a size overflows
-AT_LEAST_1 = (
-  *('num_steps', 'batch_size', 'microbatches', 'keep_last'),
-  'sample.num_images',
-)
+
+# regex of dotted keys: (the allowed values in words, whether a value is one)
+OF_RUN = {
+  'num_steps|microbatches|keep_last': ('at least 1', lambda x: x >= 1),
+  'batch_size|sample.num_images': ('at least 1', lambda x: x >= 1),
+  'batch_size': (f'at most {LARGEST_BATCH}', lambda x: x <= LARGEST_BATCH),
+  'seed': ('below 2**32', lambda x: x < 2**32),
+  '.*_every|seed|eval_images': ('not below 0', lambda x: x >= 0),
+}
+OF_NETWORK = {
+  'data.channels': ('1 (grey) or 3 (RGB)', lambda x: x in (1, 3)),
+  'model.channels': (
+    'an even number, at least 4',
+    lambda x: x >= 4 and x % 2 == 0,
+  ),
+  'model.num_blocks': ('>= 1', lambda x: x >= 1),
+  'model.dropout|ema.decay|optim.b[12]': ('in [0, 1)', lambda x: 0 <= x < 1),
+  'process.num_timesteps': ('at least 2', lambda x: x >= 2),
+  'optim.lr': ('above 0, finite', lambda x: 0 < x < math.inf),
+  'optim.eps': ('above 0', lambda x: x > 0),
+  'optim.(warmup_steps|clip_norm)': ('0 (none) or more', lambda x: x >= 0),
+  'optim.(weight_decay|end_lr|part_lr.*)': (
+    '0 or more, finite',
+    lambda x: 0 <= x < math.inf,
+  ),
+}
+NAMES = {
+  'model.name': models.MODELS,
+  'model.dtype': ('float32', 'bfloat16'),
+  'loss.prediction': gaussian.PARAMETRISATIONS,
+  'process.schedule': schedules.SCHEDULES,
+  'sample.variance': gaussian.VARIANCES,
+  'optim.name': optim.OPTIMIZERS,
+  'optim.decay': optim.DECAYS,
+}
 
 
 def check(config: config_dict.ConfigDict, devices: Sequence) -> list[str]:
@@ -23,7 +55,7 @@ def check(config: config_dict.ConfigDict, devices: Sequence) -> list[str]:
   Pure arithmetic: no file is accessed, and nothing is compiled.
   """
   return _lacking(config) or _broken(
-    *_counts(config),
+    *_limits(config, OF_RUN),
     *_mesh(config, len(devices)),
     *_network(config),
   )
@@ -45,21 +77,26 @@ def _broken(*rules):
 
 def _network(config):
   """Yields (holds, message) pairs, like all the functions below."""
+  flat = runs.flatten(config.to_dict())
+  for key, known in NAMES.items():
+    told = f'{key}={flat[key]!r}: one of {", ".join(known)}'
+    yield flat[key] in known, told
+  yield from _limits(config, OF_NETWORK)
   yield from _model(config.model, config.data)
-  yield from _process(config)
+  process = config.process
+  yield (
+    0 < process.beta_start <= process.beta_end < 1,
+    f'process.beta_start={process.beta_start}, beta_end={process.beta_end}: '
+    '0 < beta_start <= beta_end < 1',
+  )
   yield from _optim(config.optim)
 
 
-def _counts(config):
+def _limits(config, limits):
   for key, value in runs.flatten(config.to_dict()).items():
-    if key in AT_LEAST_1:
-      yield value >= 1, f'{key}={value}: at least 1'
-    if key == 'batch_size':
-      yield value <= LARGEST_BATCH, f'{key}={value}: at most {LARGEST_BATCH}'
-    if key == 'seed':
-      yield value < 2**32, f'seed={value}: below 2**32'
-    if key.endswith('_every') or key in ('seed', 'eval_images'):
-      yield value >= 0, f'{key}={value}: not below 0'
+    for pattern, (allowed, fits) in limits.items():
+      if re.fullmatch(pattern, key):
+        yield fits(value), f'{key}={value}: {allowed}'
 
 
 def _mesh(config, num_devices):
@@ -84,10 +121,6 @@ def _mesh(config, num_devices):
 def _model(model, data):
   size, levels = runs.image_shape(data)[:2], len(model.multipliers)
   halved = 2 ** (levels - 1)
-  yield (
-    model.name in models.MODELS,
-    f'model.name={model.name!r}: one of {", ".join(models.MODELS)}',
-  )
   yield levels > 0, 'model.multipliers is empty: give one per level'
   whole = all(isinstance(multiplier, int) for multiplier in model.multipliers)
   yield whole, f'model.multipliers={model.multipliers}: whole numbers'
@@ -98,14 +131,6 @@ def _model(model, data):
     f'data.image_size={data.image_size}: {levels} model.multipliers halve it '
     f'{levels - 1} times, so it must be a multiple of {halved}',
   )
-  yield (
-    data.channels in (1, 3),
-    f'data.channels={data.channels}: 1 (grey) or 3 (RGB)',
-  )
-  yield (
-    model.channels >= 4 and model.channels % 2 == 0,
-    f'model.channels={model.channels}: an even number, at least 4',
-  )
   for multiplier in sorted(set(model.multipliers)):
     width = model.channels * multiplier
     for name in ('num_groups', 'num_heads'):
@@ -114,7 +139,6 @@ def _model(model, data):
         f'model.{name}={model[name]} does not divide {width} channels '
         f'(model.channels={model.channels} x {multiplier})',
       )
-  yield model.num_blocks >= 1, f'model.num_blocks={model.num_blocks}: >= 1'
   maps = [min(size) // 2**level for level in range(levels)]
   for resolution in model.attention_resolutions:
     yield (
@@ -122,47 +146,9 @@ def _model(model, data):
       f'model.attention_resolutions has {resolution}, but the maps are of size '
       f'{", ".join(map(str, maps))}',
     )
-  yield 0 <= model.dropout < 1, f'model.dropout={model.dropout}: in [0, 1)'
-  yield (
-    model.dtype in ('float32', 'bfloat16'),
-    f'model.dtype={model.dtype!r}: float32 or bfloat16',
-  )
-
-
-def _process(config):
-  for name, value, known in (
-    ('loss.prediction', config.loss.prediction, gaussian.PARAMETRISATIONS),
-    ('process.schedule', config.process.schedule, schedules.SCHEDULES),
-    ('sample.variance', config.sample.variance, gaussian.VARIANCES),
-  ):
-    yield value in known, f'{name}={value!r}: one of {", ".join(known)}'
-  process = config.process
-  yield (
-    process.num_timesteps >= 2,
-    f'process.num_timesteps={process.num_timesteps}: at least 2',
-  )
-  yield (
-    0 < process.beta_start <= process.beta_end < 1,
-    f'process.beta_start={process.beta_start}, beta_end={process.beta_end}: '
-    '0 < beta_start <= beta_end < 1',
-  )
-  yield 0 <= config.ema.decay < 1, f'ema.decay={config.ema.decay}: in [0, 1)'
 
 
 def _optim(config):
-  for key, known in (('name', optim.OPTIMIZERS), ('decay', optim.DECAYS)):
-    value = config[key]
-    yield value in known, f'optim.{key}={value!r}: one of {", ".join(known)}'
-  yield 0 < config.lr < math.inf, f'optim.lr={config.lr}: above 0, finite'
-  for key in ('b1', 'b2'):
-    yield 0 <= config[key] < 1, f'optim.{key}={config[key]}: in [0, 1)'
-  yield config.eps > 0, f'optim.eps={config.eps}: above 0'
-  for key in ('warmup_steps', 'clip_norm'):
-    yield config[key] >= 0, f'optim.{key}={config[key]}: 0 (none) or more'
-  rates = {key: config[key] for key in ('weight_decay', 'end_lr')}
-  rates |= {f'part_lr.{part}': lr for part, lr in config.part_lr.items()}
-  for key, value in rates.items():
-    yield 0 <= value < math.inf, f'optim.{key}={value}: 0 or more, finite'
   yield (
     config.weight_decay == 0 or config.name != 'adam',
     f"optim.weight_decay={config.weight_decay} is for optim.name='adamw'; "

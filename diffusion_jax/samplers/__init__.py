@@ -17,10 +17,9 @@ from diffusion_jax.samplers.dpm_solver_pp import (
 from diffusion_jax.samplers.edm import euler, heun
 from diffusion_jax.samplers.pndm import ipndm, plms
 from diffusion_jax.samplers.predictor_corrector import predictor_corrector
-from diffusion_jax.samplers.solve import Sampler as Sampler
-from diffusion_jax.samplers.solve import solve as solve
+from diffusion_jax.samplers.solve import Sampler, solve  # noqa: F401
 from diffusion_jax.samplers.unipc import unipc
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import UserError, one_of
 
 # Samplers that need the network's calibration, see `runs.calibration`.
 CALIBRATED = ('analytic_ddpm', 'analytic_ddim')
@@ -102,15 +101,11 @@ def table() -> list[tuple[str, ...]]:
   columns = ('order', 'evaluations', 'noise', 'what', 'source')
   rows = [('sampler', *columns[:-1], 'arXiv', 'options')]
   for name, about in ABOUT.items():
-    taken = takes(name).values()
-    shown = [_shown(option) for option in taken if not _is_needed(option)]
+    taken = takes(name)
+    shown = [_shown(taken[option]) for option in defaults(name)]
     told = (getattr(about, column) for column in columns)
     rows.append((name, *told, ' '.join(shown)))
   return rows
-
-
-def _is_needed(option) -> bool:
-  return option.default is inspect.Parameter.empty
 
 
 def _shown(option) -> str:
@@ -130,11 +125,8 @@ def takes(name: str) -> dict[str, inspect.Parameter]:
   Raises:
     UserError: an unknown name.
   """
-  if name not in SAMPLERS:
-    raise UserError(
-      f'sampler={name} is not known: use one of {", ".join(SAMPLERS)}'
-    )
-  return dict(inspect.signature(SAMPLERS[name]).parameters)
+  create_fn = SAMPLERS[one_of('sampler', name, SAMPLERS)]
+  return dict(inspect.signature(create_fn).parameters)
 
 
 def defaults(name: str) -> dict:
@@ -149,7 +141,7 @@ def defaults(name: str) -> dict:
   return {
     option: parameter.default
     for option, parameter in takes(name).items()
-    if not _is_needed(parameter)
+    if parameter.default is not inspect.Parameter.empty
   }
 
 
@@ -165,17 +157,16 @@ def options(name: str, **given) -> dict:
       required option that is not given.
   """
   taken = takes(name)
+  given = {option: x for option, x in given.items() if x is not None}
   for option, value in given.items():
-    if value is not None and option not in taken:
+    if option not in taken:
       known = f'it takes {", ".join(taken)}' if taken else 'it takes none'
       raise UserError(f'{option}={value}: {name} has no such option; {known}')
-  for option, parameter in taken.items():
-    if _is_needed(parameter) and given.get(option) is None:
+  chosen = defaults(name) | given
+  for option in taken:
+    if option not in chosen:
       raise UserError(f'sampler={name} needs {option}, which is not given')
-  return {
-    option: parameter.default if given.get(option) is None else given[option]
-    for option, parameter in taken.items()
-  }
+  return {option: chosen[option] for option in taken}
 
 
 def create(name: str, **given) -> Sampler:

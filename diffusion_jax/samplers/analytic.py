@@ -66,7 +66,6 @@ def _analytic(x0_variance, pixel_noise, eta):
     raise UserError(f'pixel_noise={pixel_noise}: at least 0')
 
   def init(schedule, grid, x):
-    del x
     t, s = grid[:-1], grid[1:]
     if len(t) != len(given):
       raise UserError(

@@ -5,7 +5,8 @@ from typing import Literal
 import numpy as np
 
 from diffusion_jax.process import gaussian
-from diffusion_jax.samplers.solve import Sampler, choose
+from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.system.errors import one_of
 
 
 def ancestral(
@@ -23,10 +24,9 @@ def ancestral(
   Raises:
     UserError: another variance.
   """
-  choose('variance', variance, *gaussian.VARIANCES)
+  one_of('variance', variance, gaussian.VARIANCES)
 
   def init(schedule, grid, x):
-    del x
     t, s = grid[:-1], grid[1:]
     c0, ct, _ = gaussian.posterior_coefficients(schedule, t, s)
     std = np.sqrt(gaussian.step_variance(schedule, t, s, variance))

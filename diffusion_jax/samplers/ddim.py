@@ -20,7 +20,6 @@ def ddim(eta: float = 0.0) -> Sampler:
     raise UserError(f'eta={eta}: between 0 (deterministic) and 1')
 
   def init(schedule, grid, x):
-    del x
     t, s = grid[:-1], grid[1:]
     log_s, var_s = schedule.host(s)
     std = eta * np.sqrt(gaussian.step_variance(schedule, t, s, 'fixedsmall'))

@@ -15,29 +15,26 @@ from typing import Literal
 
 import numpy as np
 
-from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.linear import linear
-from diffusion_jax.samplers.solve import Sampler, choose
-
-
-def groups(grid, order: int) -> list[int]:
-  """The number of grid steps in each step of the method, e.g. 3, 3, 2, 1."""
-  clean = int(grid[-1] < 0)
-  whole, rest = divmod(len(grid) - 1 - clean, order)
-  return [order] * whole + [rest] * (rest > 0) + [1] * clean
+from diffusion_jax.samplers import levels, linear
+from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.system.errors import one_of
 
 
 def stages(grid, order: int) -> Iterator[tuple[int, int, int]]:
-  """For each grid step: (size of its group, the group's first step, step)."""
+  """For each grid step: (size of its group, the group's first step, step).
+
+  The groups are the steps of the method, of sizes such as 3, 3, 2, 1.
+  """
+  clean = int(grid[-1] < 0)
+  whole, rest = divmod(len(grid) - 1 - clean, order)
   first = 0
-  for size in groups(grid, order):
+  for size in [order] * whole + [rest] * (rest > 0) + [1] * clean:
     yield from ((size, first, first + i) for i in range(size))
     first += size
 
 
 def dpm_solver(
-  order: Literal[3, 2, 1] = 3,
-  variant: Literal['paper', 'diffusers'] = 'paper',
+  order: Literal[3, 2, 1] = 3, variant: Literal['paper', 'diffusers'] = 'paper'
 ) -> Sampler:
   """DPM-Solver-1, -2 and -3: the linear part exact, eps by Taylor in lambda.
 
@@ -51,8 +48,8 @@ def dpm_solver(
   Raises:
     UserError: another order or variant.
   """
-  choose('order', order, 3, 2, 1)
-  choose('variant', variant, 'paper', 'diffusers')
+  one_of('order', order, (3, 2, 1))
+  one_of('variant', variant, ('paper', 'diffusers'))
 
   def weights(alpha, sigma, lam, size, first, now):
     to, h = now + 1, lam[now + 1] - lam[first]
@@ -99,4 +96,4 @@ def _singlestep(order, kind, weights):
       rows.append({'t': grid[now], 'begins': begins, 'cx': cx, 'w': w})
     return levels.stacked(rows)
 
-  return linear(rows_of, kind)
+  return linear.linear(rows_of, kind)

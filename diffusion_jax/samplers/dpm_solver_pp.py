@@ -16,9 +16,9 @@ from typing import Literal
 
 import numpy as np
 
-from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.linear import linear
-from diffusion_jax.samplers.solve import Sampler, choose
+from diffusion_jax.samplers import levels, linear
+from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.system.errors import one_of
 
 
 def dpmpp_2m() -> Sampler:
@@ -41,7 +41,7 @@ def dpmpp_3m(variant: Literal['exact', 'published'] = 'exact') -> Sampler:
   Raises:
     UserError: another variant.
   """
-  choose('variant', variant, 'exact', 'published')
+  one_of('variant', variant, ('exact', 'published'))
   return _multistep(order=3, bend=2.0 if variant == 'exact' else 1.0)
 
 
@@ -86,4 +86,4 @@ def _multistep(order, stochastic=False, bend=2.0):
       **({'std': sigma[1:] * np.sqrt(drop)} if stochastic else {}),
     }
 
-  return linear(rows_of, 'x0')
+  return linear.linear(rows_of, 'x0')

@@ -8,8 +8,7 @@ noise level.
 
 import numpy as np
 
-from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.linear import advance, memory_of
+from diffusion_jax.samplers import levels, linear
 from diffusion_jax.samplers.solve import Sampler
 from diffusion_jax.system.errors import UserError
 
@@ -91,11 +90,11 @@ def _edm(churn, churn_min, churn_max, churn_noise, second):
       if again:
         end = {'t': to, 'begins': 0, 'ends': 1, 'up': 1, 'std': 0}
         rows.append({**row, **end, 'w': [ceps[i] / 2, ceps[i] / 2]})
-    return levels.stacked(rows), memory_of(x, 1)
+    return levels.stacked(rows), linear.memory_of(x, 1)
 
   def step(denoiser, row, x, memory, noise_fn):
     if churn:
       x = row['up'] * x + row['std'] * noise_fn()
-    return advance(denoiser(x, row['t']).eps, row, x, memory)
+    return linear.advance(denoiser(x, row['t']).eps, row, x, memory)
 
   return Sampler(init, step, evaluations)

@@ -152,13 +152,9 @@ def optimal(schedule: Schedule, num_steps: int, mse) -> list[int]:
   return [last, *times[::-1], -1]
 
 
-GRIDS = {
-  grid.__name__: grid
-  for grid in (
-    *(uniform, leading, trailing, quadratic, logsnr, karras),
-    *(ddim_uniform, ddim_quadratic),
-  )
-}
+_PUBLISHED = (ddim_uniform, ddim_quadratic)
+_ALL = (uniform, leading, trailing, quadratic, logsnr, karras, *_PUBLISHED)
+GRIDS = {grid.__name__: grid for grid in _ALL}
 NAMES = (*GRIDS, 'optimal')
 
 
@@ -218,16 +214,11 @@ def create(
   times = [int(time) if time.is_integer() else time for time in times]
   if times[-1] != -1:
     times.append(-1)
-  check(times, num_timesteps)
-  return times
-
-
-def check(grid, num_timesteps: int) -> None:
-  """Raises UserError unless the grid strictly decreases from <= T-1 to -1."""
-  falls = all(s < t for t, s in itertools.pairwise(grid))
-  inside = all(0 <= t <= num_timesteps - 1 for t in grid[:-1])
-  if len(grid) < 2 or not falls or not inside or grid[-1] != -1:
+  falls = all(s < t for t, s in itertools.pairwise(times))
+  inside = all(0 <= t <= num_timesteps - 1 for t in times[:-1])
+  if len(times) < 2 or not falls or not inside:
     raise UserError(
-      f'grid={",".join(map(str, grid))}: times must strictly decrease, between '
-      f'{num_timesteps - 1} and 0, and end at -1'
+      f'grid={",".join(map(str, times))}: times must strictly decrease, '
+      f'between {num_timesteps - 1} and 0, and end at -1'
     )
+  return times

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.process import gaussian
-from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.linear import linear
+from diffusion_jax.samplers import levels, linear
 from diffusion_jax.samplers.solve import Sampler
 from diffusion_jax.system.errors import UserError
 
@@ -55,14 +54,11 @@ def ddim_inversion(iterations: int = 1) -> Sampler:
       'cx': alpha[1:] / alpha[:-1],
       'w': (alpha[1:] * np.diff(sigma / alpha))[:, None],
     }
-    rows = {
-      name: np.repeat(value, iterations, axis=0)
-      for name, value in a_step.items()
-    }
+    rows = {k: np.repeat(v, iterations, axis=0) for k, v in a_step.items()}
     place = np.arange(len(rows['t'])) % iterations
     return {**rows, 'begins': place == 0, 'ends': place == iterations - 1}
 
-  return linear(rows_of, 'eps', evaluations)
+  return linear.linear(rows_of, 'eps', evaluations)
 
 
 def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:

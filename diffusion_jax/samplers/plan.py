@@ -7,7 +7,6 @@ import numpy as np
 
 from diffusion_jax import samplers
 from diffusion_jax.process import schedules
-from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.samplers import grid as grids
 from diffusion_jax.system.errors import UserError
 
@@ -79,7 +78,7 @@ def is_calibrated(sampler: str, grid: str) -> bool:
 
 
 def create(
-  schedule: Schedule,
+  schedule: schedules.Schedule,
   *,
   sampler: str = 'ancestral',
   num_steps: int | None = None,

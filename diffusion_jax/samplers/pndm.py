@@ -13,9 +13,9 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.linear import advance, memory_of
-from diffusion_jax.samplers.solve import Sampler, choose
+from diffusion_jax.samplers import levels, linear
+from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.system.errors import one_of
 
 # Adams-Bashforth weights of orders 1 to 4: of the current eps, then the past.
 ADAMS = [
@@ -42,7 +42,7 @@ def plms(
   Raises:
     UserError: another variant.
   """
-  choose('variant', variant, 'runge_kutta', 'improved_euler')
+  one_of('variant', variant, ('runge_kutta', 'improved_euler'))
   return _multistep(variant)
 
 
@@ -80,18 +80,10 @@ def _multistep(start):
         ends = k == len(stages) - 1
         # phi: x' = alpha' (x - sigma e) / alpha + sigma' e
         ce = new_sigma - new_alpha * sigma / alpha
-        rows.append(
-          {
-            't': t,
-            'begins': k == 0,
-            'ends': ends,
-            'share': share,
-            'averages': ends and several,
-            'cx': new_alpha / alpha,
-            'w': ce * ADAMS[0 if several else min(i, 3)],
-          }
-        )
-    return levels.stacked(rows), (jnp.zeros_like(x), memory_of(x, 3))
+        row = {'t': t, 'begins': k == 0, 'ends': ends, 'share': share}
+        row |= {'averages': ends and several, 'cx': new_alpha / alpha}
+        rows.append({**row, 'w': ce * ADAMS[0 if several else min(i, 3)]})
+    return levels.stacked(rows), (jnp.zeros_like(x), linear.memory_of(x, 3))
 
   def step(denoiser, row, x, memory, noise_fn):
     mean, memory = memory
@@ -99,7 +91,7 @@ def _multistep(start):
     mean = row['share'] * eps + jnp.where(row['begins'] > 0, 0, mean)
     # At the end of a step of several evaluations, use their mean.
     e = jnp.where(row['averages'] > 0, mean, eps)
-    x, memory = advance(e, row, x, memory)
+    x, memory = linear.advance(e, row, x, memory)
     return x, (mean, memory)
 
   return Sampler(init, step, evaluations)

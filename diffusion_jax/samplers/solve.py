@@ -7,16 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.process import noise
-from diffusion_jax.process.gaussian import Denoiser
-from diffusion_jax.process.schedules import Schedule
-from diffusion_jax.system.errors import UserError
-
-
-def choose(option: str, value, *allowed) -> None:
-  """Raises UserError unless an option has one of the allowed values."""
-  if value not in allowed:
-    raise UserError(f'{option}={value}: {" or ".join(map(str, allowed))}')
+from diffusion_jax.process import gaussian, noise, schedules
 
 
 def once_a_step(grid) -> int:
@@ -54,8 +45,8 @@ class Sampler(NamedTuple):
 
 def solve(
   sampler: Sampler,
-  denoiser: Denoiser,
-  schedule: Schedule,
+  denoiser: gaussian.Denoiser,
+  schedule: schedules.Schedule,
   grid,
   x: jax.Array,
   keys: jax.Array,

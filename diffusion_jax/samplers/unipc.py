@@ -4,14 +4,13 @@ from typing import Literal
 
 import numpy as np
 
-from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.linear import advance, memory_of
-from diffusion_jax.samplers.solve import Sampler, choose
+from diffusion_jax.samplers import levels, linear
+from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.system.errors import one_of
 
 
 def unipc(
-  order: Literal[3, 2, 1] = 3,
-  variant: Literal['bh2', 'bh1'] = 'bh2',
+  order: Literal[3, 2, 1] = 3, variant: Literal['bh2', 'bh1'] = 'bh2'
 ) -> Sampler:
   """UniPC-p in terms of x0: UniP-p, then UniC-p with the next evaluation.
 
@@ -28,8 +27,8 @@ def unipc(
   Raises:
     UserError: another order or variant.
   """
-  choose('order', order, 3, 2, 1)
-  choose('variant', variant, 'bh2', 'bh1')
+  one_of('order', order, (3, 2, 1))
+  one_of('variant', variant, ('bh2', 'bh1'))
 
   def init(schedule, grid, x):
     alpha, sigma, lam = levels.of(schedule, grid)
@@ -51,7 +50,7 @@ def unipc(
       'corrected': correct[:-1],
       'cx': ratio[1:],
       'w': predict,
-    }, memory_of(x, order)
+    }, linear.memory_of(x, order)
 
   def step(denoiser, row, x, memory, noise_fn):
     start, past = memory
@@ -60,7 +59,7 @@ def unipc(
     x = row['kept'] * start
     for weight, m in zip(row['corrected'], (seen, *past), strict=True):
       x = x + weight * m
-    return advance(seen, row, x, memory)
+    return linear.advance(seen, row, x, memory)
 
   return Sampler(init, step)
 

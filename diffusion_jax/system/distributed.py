@@ -59,54 +59,45 @@ def initialize() -> None:
   Raises:
     UserError: the flags are inconsistent, or a process is missing.
   """
-  found = _by_flags() or _by_slurm()
-  timeouts = {
-    'initialization_timeout': FLAGS.join_secs,
-    'heartbeat_timeout_seconds': FLAGS.heartbeat_secs,
-    'shutdown_timeout_seconds': FLAGS.heartbeat_secs,
-  }
+  found = _by_flags() or _by_slurm() or ()
   if found:
-    coordinator, num_processes, index = found
-    _stay_connected(
-      meet(coordinator, num_processes, index, FLAGS.join_secs), index
-    )
-    _keep_stdout()
-    jax.distributed.initialize(coordinator, num_processes, index, **timeouts)
-  elif _on_tpu():
-    _keep_stdout()
-    jax.distributed.initialize(**timeouts)
-    if _is_several():
-      _meet_in_pod()
-
-
-def _stay_connected(connections, index):
-  """Keeps the connections that meet() returned until the end."""
-  global _others
-  if not connections:
+    _join(*found, FLAGS.join_secs)
+  elif not _on_tpu():
     return
-  _others = [] if index else connections
+  # Collectives print their peers to fd 1: reserve stdout for results.
+  sys.stdout.flush()
+  sys.stdout = os.fdopen(os.dup(1), 'w')
+  os.dup2(2, 1)
+  jax.distributed.initialize(
+    *found,
+    initialization_timeout=FLAGS.join_secs,
+    heartbeat_timeout_seconds=FLAGS.heartbeat_secs,
+    shutdown_timeout_seconds=FLAGS.heartbeat_secs,
+  )
+  if not found and _is_several():
+    _join_in_pod()
+
+
+def _join(address, num_processes, index, seconds):
+  """Meets the other processes, and keeps the connections until the end."""
+  global _others
+  connections = meet(address, num_processes, index, seconds)
+  if connections:
+    _others = [] if index else connections
   if index:
     farewell.follow(connections[0], lambda code: leave(code, alone=True))
 
 
-def _meet_in_pod():
+def _join_in_pod():
   """Meets the processes JAX has found; on failure, the end does not wait."""
-  count, index = jax.process_count(), jax.process_index()
-  address = _broadcast('' if index else farewell.own_address())
+  address = gather('' if index() else farewell.own_address())[0]
   with contextlib.suppress(UserError):
-    _stay_connected(meet(address, count, index, farewell.PATIENCE), index)
-
-
-def _keep_stdout():
-  """Reserves stdout for results: collectives print their peers to fd 1."""
-  sys.stdout.flush()
-  sys.stdout = os.fdopen(os.dup(1), 'w')
-  os.dup2(2, 1)
+    _join(address, jax.process_count(), index(), farewell.PATIENCE)
 
 
 def is_first() -> bool:
   """Whether this is process 0, which writes files and terminal output."""
-  return not _is_several() or jax.process_index() == 0
+  return index() == 0
 
 
 def on_first(fn: Callable[[], Any]) -> Any:
@@ -120,16 +111,7 @@ def on_first(fn: Callable[[], Any]) -> Any:
   """
   if not _is_several():
     return fn()
-  told = {}
-  if jax.process_index() == 0:
-    try:
-      told = {'result': fn()}
-    except UserError as e:
-      told = {'error': str(e)}
-  told = _broadcast(told)
-  if 'error' in told:
-    raise UserError(told['error'])
-  return told['result']
+  return gather(everywhere(lambda: fn() if is_first() else None))[0]
 
 
 def everywhere(fn: Callable[[], Any]) -> Any:
@@ -160,15 +142,11 @@ def gather(value: Any) -> list:
   """
   if not _is_several():
     return [json.loads(json.dumps(value))]
-  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.int32(len(data)))
-  padded = np.zeros(max(sizes), np.uint8)
-  padded[: len(data)] = data
+  text = json.dumps(value).encode()
+  longest = multihost_utils.process_allgather(np.int32(len(text))).max()
+  padded = np.frombuffer(text.ljust(longest), np.uint8)  # JSON ignores spaces
   rows = multihost_utils.process_allgather(padded)
-  return [
-    json.loads(np.asarray(row[:size], np.uint8).tobytes())
-    for row, size in zip(rows, sizes, strict=True)
-  ]
+  return [json.loads(row.astype(np.uint8).tobytes()) for row in rows]
 
 
 def index() -> int:
@@ -210,16 +188,6 @@ def finish() -> None:
 def _is_several():
   # Asking for the count initializes JAX's devices, which a report never needs.
   return jax.distributed.is_initialized() and jax.process_count() > 1
-
-
-def _broadcast(value):
-  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-  padded = np.zeros(size, np.uint8)
-  if jax.process_index() == 0:
-    padded[:] = data
-  data = np.asarray(multihost_utils.broadcast_one_to_all(padded))
-  return json.loads(data.astype(np.uint8).tobytes())
 
 
 # --- discovery ---------------------------------------------------------------
@@ -300,14 +268,14 @@ def meet(
   """
   if num_processes == 1:
     return []
-  host, _, port = address.rpartition(':')
-  deadline = time.monotonic() + seconds
   if index:
-    return _knock(host, int(port), num_processes, index, seconds, deadline)
-  return _listen(int(port), address, num_processes, seconds, deadline)
+    return _knock(address, num_processes, index, seconds)
+  return _listen(address, num_processes, seconds)
 
 
-def _listen(port, address, num_processes, seconds, deadline):
+def _listen(address, num_processes, seconds):
+  deadline = time.monotonic() + seconds
+  port = int(address.rpartition(':')[2])
   try:
     server = socket.create_server(('', port))
   except OSError as e:
@@ -361,34 +329,33 @@ def _listen(port, address, num_processes, seconds, deadline):
 
 def _gone(guest):
   """Whether it closed the connection, as when killed and restarted."""
+  guest.setblocking(False)
   try:
-    guest.setblocking(False)
-    return guest.recv(1) == b''
-  except OSError:
-    return False
+    return farewell.is_closed(guest)
   finally:
     guest.settimeout(5)
 
 
-def _knock(host, port, num_processes, index, seconds, deadline):
-  answer = ''
-  while not answer and time.monotonic() < deadline:
+def _knock(address, num_processes, index, seconds):
+  deadline = time.monotonic() + seconds
+  host, _, port = address.rpartition(':')
+  while time.monotonic() < deadline:
     try:
-      with socket.create_connection((host, port), timeout=5) as server:
+      with socket.create_connection((host, int(port)), timeout=5) as server:
         server.sendall(f'{HELLO} {index} {num_processes}\n'.encode())
         # On timeout the coordinator answers first.
         server.settimeout(max(deadline - time.monotonic(), 0) + 5)
         answer = server.makefile().readline().strip()
         if answer == 'go':
           return [server.dup()]
+        if answer:
+          raise UserError(answer)
     except OSError:
       time.sleep(0.2)
-  if not answer:
-    raise UserError(
-      f'process 0 was not found at {host}:{port} within {seconds:g} s: check '
-      'that it was started and that the port is open to this host'
-    )
-  raise UserError(answer)
+  raise UserError(
+    f'process 0 was not found at {address} within {seconds:g} s: check that it '
+    'was started and that the port is open to this host'
+  )
 
 
 def _listed(numbers):

@@ -1,7 +1,8 @@
 """User errors: the exception, and helpers that keep the report to one line."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
+from typing import Any
 
 from absl import logging
 
@@ -12,6 +13,14 @@ class UserError(ValueError):
   The message is one line. The binaries print it and exit with code 2. Any other
   exception is a bug and keeps its traceback.
   """
+
+
+def one_of(option: str, value: Any, allowed: Collection) -> Any:
+  """Returns the value of an option; raises UserError unless it is allowed."""
+  if value not in allowed:
+    known = ', '.join(map(str, allowed))
+    raise UserError(f'{option}={value!r}: one of {known}')
+  return value
 
 
 @contextlib.contextmanager
@@ -26,20 +35,23 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_line(kinds, message: Callable[[str], str]) -> Iterator[None]:
+def one_line(before: str, after: str = '') -> Iterator[None]:
   """Turns the errors that damaged files cause into a UserError.
 
+  Put only the reading of the file inside: every exception is turned into one,
+  because the libraries that read files raise dozens, with no common class.
+
   Args:
-    kinds: the exception class, or a tuple of them.
-    message: maps the reason, in one line, to the UserError's message.
+    before: the UserError's message up to the reason, which is one line.
+    after: the rest of the message.
 
   Raises:
-    UserError: one of those exceptions was raised.
+    UserError: any exception was raised.
   """
   try:
     yield
-  except UserError:  # also a ValueError, but already one line
+  except UserError:  # already one line
     raise
-  except kinds as e:
+  except Exception as e:
     reason = ' '.join(str(e).split())[:200] or type(e).__name__
-    raise UserError(message(reason)) from e
+    raise UserError(f'{before}{reason}{after}') from e

@@ -40,7 +40,7 @@ def see_off(
       selector.register(other, selectors.EVENT_READ)
     while selector.get_map() and time.monotonic() < deadline:
       for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
-        if _closed(key.fileobj):
+        if is_closed(key.fileobj):
           selector.unregister(key.fileobj)
 
 
@@ -89,7 +89,8 @@ def own_address() -> str:
     return f'{host}:{server.getsockname()[1]}'
 
 
-def _closed(connection):
+def is_closed(connection: socket.socket) -> bool:
+  """Whether the other end has closed a non-blocking connection."""
   try:
     return connection.recv(64) == b''
   except BlockingIOError:

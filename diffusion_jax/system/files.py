@@ -148,6 +148,20 @@ def replacing(path) -> Iterator[BinaryIO]:
     raise
 
 
+def content(path, advice: str) -> bytes:
+  """The bytes of a user's file.
+
+  Raises:
+    UserError: it cannot be read; the message ends with the advice.
+  """
+  try:
+    return at(path).read_bytes()
+  except OSError as e:
+    raise UserError(
+      f'{path} cannot be read ({e.strerror or e}): {advice}'
+    ) from e
+
+
 def write_json(path, value) -> None:
   """Writes a JSON file atomically, and creates its folder."""
   path = at(path)

@@ -23,7 +23,7 @@ _MAX_COMPRESSION = 1040
 # The exceptions that NumPy and zipfile raise for damaged files.
 DAMAGED = (
   *(OSError, EOFError, ValueError, LookupError, RuntimeError, SyntaxError),
-  *(TypeError, OverflowError, MemoryError),
+  *(TypeError, AttributeError, ArithmeticError, MemoryError),
   *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
 
@@ -35,10 +35,6 @@ class Header(NamedTuple):
   dtype: np.dtype
   order: str  # 'C' or 'F'
   offset: int  # bytes before the data
-
-  @property
-  def num_bytes(self) -> int:
-    return self.offset + math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_member(
@@ -74,17 +70,8 @@ def read_member(
       f'{where} claims {info.file_size} bytes in {info.compress_size} '
       'compressed ones: the file is damaged'
     )
-
-  data = np.empty(header.num_bytes - header.offset, np.uint8)
   with archive.open(info) as stream:
-    stream.read(header.offset)
-    view = memoryview(data)
-    while view:
-      count = stream.readinto(view[: 2**24])
-      if not count:
-        raise EOFError('it ends too early')
-      view = view[count:]
-  return data.view(header.dtype).reshape(header.shape, order=header.order)
+    return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def read_header(stream: BinaryIO, where: str) -> Header:
@@ -96,7 +83,7 @@ def read_header(stream: BinaryIO, where: str) -> Header:
 
   Raises:
     UserError: the array holds Python objects.
-    ValueError: the header is damaged; others of DAMAGED mean the same.
+    ValueError: the header is damaged; NumPy raises many others, too.
   """
   head = io.BytesIO(stream.read(_MAX_HEADER_BYTES))
   version = np.lib.format.read_magic(head)
@@ -119,8 +106,9 @@ def read_header(stream: BinaryIO, where: str) -> Header:
 
 def check_bytes(header: Header, num_bytes: int, where: str) -> None:
   """Raises UserError unless the array fills its file exactly."""
-  if header.num_bytes != num_bytes:
+  needed = header.offset + math.prod(header.shape) * header.dtype.itemsize
+  if needed != num_bytes:
     raise UserError(
       f'{where} is damaged: {header.dtype} {list(header.shape)} takes '
-      f'{header.num_bytes} bytes, but it has {num_bytes}'
+      f'{needed} bytes, but it has {num_bytes}'
     )

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -73,20 +73,16 @@ class Progress:
     if self._start is None:
       # The first update includes compilation and would distort the rate.
       self._start, self._first = now, self._done
-    elif (
-      not self._terminal
-      and distributed.is_first()
-      and (now - self._last > self._seconds or self._done == self._total)
+    elif not self._terminal and (
+      now - self._last > self._seconds or self._done == self._total
     ):
       self._last = now
       rate = (self._done - self._first) / (now - self._start)
       left = tqdm.format_interval((self._total - self._done) / rate)
-      print(
+      note = f', {self._note}' if self._note else ''
+      say(
         f'{self._title}: {self._done}/{self._total} {self._unit}, '
-        f'{rate:.3g} {self._unit}/s, {left} left'
-        + (f', {self._note}' if self._note else ''),
-        file=sys.stderr,
-        flush=True,
+        f'{rate:.3g} {self._unit}/s, {left} left{note}'
       )
 
 
@@ -98,29 +94,46 @@ def waiting(title: str, seconds: float = 20.0) -> Iterator[None]:
     title: the task.
     seconds: the time between lines without a terminal.
   """
-  terminal = sys.stderr.isatty()
-  start, done = time.monotonic(), threading.Event()
+  terminal, start = sys.stderr.isatty(), time.monotonic()
 
   def told():
     return f'{title}: {time.monotonic() - start:.0f} s'
 
   def tell():
-    while not done.wait(1.0 if terminal else seconds):
-      print(told(), file=sys.stderr, end='\r' if terminal else '\n', flush=True)
+    print(told(), file=sys.stderr, end='\r' if terminal else '\n', flush=True)
 
-  if not distributed.is_first():
-    yield
-    return
   say(title)
-  thread = threading.Thread(target=tell, daemon=True)
-  thread.start()
+  try:
+    with repeating(tell, 1.0 if terminal else seconds):
+      yield
+  finally:
+    if terminal and distributed.is_first():
+      print('\r' + ' ' * len(told()), file=sys.stderr, end='\r', flush=True)
+
+
+@contextlib.contextmanager
+def repeating(fn: Callable[[], None], seconds: float) -> Iterator[None]:
+  """Calls a function again and again in a thread of process 0.
+
+  Args:
+    fn: the function.
+    seconds: the time before each call.
+  """
+  done = threading.Event()
+
+  def repeat():
+    while not done.wait(seconds):
+      fn()
+
+  thread = threading.Thread(target=repeat, daemon=True)
+  if distributed.is_first():
+    thread.start()
   try:
     yield
   finally:
     done.set()
-    thread.join()
-    if terminal:
-      print('\r' + ' ' * len(told()), file=sys.stderr, end='\r', flush=True)
+    if thread.is_alive():
+      thread.join()
 
 
 def say(text: str) -> None:
@@ -131,16 +144,15 @@ def say(text: str) -> None:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
   """Lines of aligned text: the first column left-aligned, the others right."""
-  widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+  first, *others = zip(heads, *rows, strict=True)
+  aligned = [_padded(first, str.ljust)]
+  aligned += [_padded(column, str.rjust) for column in others]
+  return ['  '.join(line).rstrip() for line in zip(*aligned, strict=True)]
 
-  def line(cells):
-    first, *others = (
-      cell.rjust(width) if i else cell.ljust(width)
-      for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return '  '.join([first, *others]).rstrip()
 
-  return [line(cells) for cells in (heads, *rows)]
+def _padded(column, pad):
+  width = max(map(len, column))
+  return [pad(cell, width) for cell in column]
 
 
 def report(result: dict, text: str, as_json: bool) -> None:
@@ -153,9 +165,8 @@ def write(text: str) -> None:
   """Prints text on stdout, even if its reader has closed the pipe."""
   try:
     print(text, flush=True)
-  except BrokenPipeError:
-    # The reader is gone; Python's flush at exit would raise again.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except OSError as e:
+    # Python's flush at exit would raise again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    fail(f'standard output cannot be written ({e.strerror})')
+    if not isinstance(e, BrokenPipeError):  # its reader is gone
+      fail(f'standard output cannot be written ({e.strerror})')

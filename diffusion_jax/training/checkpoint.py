@@ -19,18 +19,11 @@ from absl import logging as absl
 from orbax.checkpoint import v1 as ocp
 
 from diffusion_jax import models
-from diffusion_jax.models import NET
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checksum, held
 from diffusion_jax.training.state import TrainState
-from diffusion_jax.training.stored import (
-  FROZEN,
-  SUMS,
-  Stored,
-  hush_tasks,
-  steps,
-)
+from diffusion_jax.training.stored import FROZEN, SUMS, Stored, hush, steps
 
 
 def _hush() -> None:
@@ -87,10 +80,8 @@ class Checkpoints:
       for name, part in (frozen or {}).items()
     }
     self._saving = None  # (step, Orbax's future)
-    keep, save = (
-      ocp.training.preservation_policies,
-      ocp.training.save_decision_policies,
-    )
+    keep = ocp.training.preservation_policies
+    save = ocp.training.save_decision_policies
     kept = [keep.LatestN(keep_last), held.Policy(self.directory)]
     if keep_every:
       kept += [keep.EveryNSteps(keep_every)]
@@ -253,28 +244,19 @@ def load_common(
     stored.has([part])
     prefix = ''
     if stored.is_before_parts({part: abstract}):
-      prefix, abstract = f'{NET}/', abstract[NET]
-    there, here = (
-      {name: tuple(leaf.shape) for name, leaf in models.named(tree).items()}
-      for tree in (stored.tree.get(part, {}), abstract)
-    )
-    left = [
-      {'name': name, 'there': there.get(name), 'here': here.get(name)}
-      for name in sorted(there.keys() | here.keys())
-      if there.get(name) != here.get(name)
-    ]
-    wanted = {
-      name: leaf
-      for name, leaf in models.named(abstract).items()
-      if there.get(name) == here[name]
-    }
+      prefix, abstract = f'{models.NET}/', abstract[models.NET]
+    tree = stored.tree.get(part, {})
+    left = models.differences(tree, abstract, lambda leaf: tuple(leaf.shape))
+    wanted = models.named(abstract)
+    for row in left:
+      wanted.pop(row['name'], None)
     if not wanted:
       raise UserError(
         f'{stored} has no parameter of the same name and shape as the '
         "config's model: start from a run of a similar model"
       )
-    chosen = jax.tree.structure(stored.tree[part]).unflatten(
-      wanted.get(name, ...) for name in there
+    chosen = jax.tree.structure(tree).unflatten(
+      wanted.get(name, ...) for name in models.names(tree)
     )
     loaded = models.named(stored.read({part: chosen})[part])
   for row in left:
@@ -299,5 +281,5 @@ def _writing(step) -> Iterator[None]:
     if not (code or isinstance(e, OSError) or 'gs://' in str(e)):
       raise
     reason = os.strerror(int(code[1])) if code else e.strerror or str(e)
-    hush_tasks()
+    hush()
     raise UserError(f'checkpoint {step} cannot be written ({reason})') from e

@@ -77,8 +77,7 @@ class Writer:
   def write(self, step: int, values: dict) -> None:
     """Writes a row; NaN values (means over nothing) are left out."""
     values = {'loss': values['loss'], **values}  # loss first, for readability
-    values = {k: float(v) for k, v in values.items()}
-    values = {k: v for k, v in values.items() if math.isfinite(v)}
+    values = {k: float(v) for k, v in values.items() if math.isfinite(v)}
     self._file.write(json.dumps({'step': step, **values}) + '\n')
     self._file.flush()
     if time.monotonic() - self._then > EVERY:
@@ -89,8 +88,7 @@ class Writer:
 
   def picture(self, step: int, name: str, image: np.ndarray) -> None:
     """Writes a uint8 [H, W, C] image to TensorBoard."""
-    picture = summary.image(name, image, dataformats='HWC')
-    self._event(step, summary=picture)
+    self._event(step, summary=summary.image(name, image, dataformats='HWC'))
 
   def flush(self) -> None:
     """Writes out all buffered events and, in a bucket, uploads both files."""

@@ -114,13 +114,11 @@ def decayed(params: Any) -> Any:
   As usual (GPT, MAE, timm), matrices, kernels and embedding tables decay;
   biases, normalisation scales and other vectors do not.
   """
-
-  def is_decayed(name, leaf):
-    last = name.rpartition('/')[2]
-    return leaf.ndim > 1 and last not in ('bias', 'scale')
-
-  leaves, structure = jax.tree.flatten(params)
-  return structure.unflatten(map(is_decayed, models.names(params), leaves))
+  structure = jax.tree.structure(params)
+  return structure.unflatten(
+    leaf.ndim > 1 and name.rpartition('/')[2] not in ('bias', 'scale')
+    for name, leaf in models.named(params).items()
+  )
 
 
 def _by_part(factors: Mapping[str, float]) -> optax.GradientTransformation:

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diffusion_jax import models
+from diffusion_jax.data import pipeline
 from diffusion_jax.system.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -41,22 +42,20 @@ def mesh_shape(num_devices: int, data=-1, fsdp=1, tensor=1) -> tuple:
   Raises:
     ValueError: the sizes do not use the devices exactly; one line.
   """
-  sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
-  given = _sizes(sizes.values())
-  free = [name for name, size in sizes.items() if size == -1]
-  if len(free) > 1 or any(v < 1 and v != -1 for v in sizes.values()):
+  sizes = (data, fsdp, tensor)
+  free = sizes.count(-1)
+  if free > 1 or any(size < 1 and size != -1 for size in sizes):
     raise ValueError(
-      f'mesh {given}: sizes must be positive, and at most one -1 (the rest)'
+      f'mesh {_sizes(sizes)}: sizes must be positive, and at most one -1 (the '
+      'rest)'
     )
-  known = math.prod(v for v in sizes.values() if v != -1)
-  if free:
-    sizes[free[0]] = num_devices // known
-  if math.prod(sizes.values()) != num_devices:
+  known = math.prod(size for size in sizes if size != -1)
+  if num_devices % known or (known != num_devices and not free):
     raise ValueError(
-      f'mesh {given} takes {"a multiple of " if free else ""}{known} devices, '
+      f'mesh {_sizes(sizes)} takes {"a multiple of " * free}{known} devices, '
       f'but there are {num_devices}'
     )
-  return tuple(sizes.values())
+  return tuple(num_devices // known if n == -1 else n for n in sizes)
 
 
 def _sizes(shape) -> str:
@@ -90,22 +89,20 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
   if devices[0].platform != 'tpu':
     devices.sort(key=_island)  # the last axes then stay within a host
-    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
-  if shape[0] % len(islands):
+    placed = np.array(devices).reshape(shape)
+  elif shape[0] % len(islands):
     raise UserError(
       f'mesh {_sizes(shape)} on {len(islands)} TPU slices: fsdp x tensor may '
       f'not span slices, so data must be a multiple of {len(islands)}'
     )
-  return Mesh(
-    mesh_utils.create_hybrid_device_mesh(
+  else:
+    placed = mesh_utils.create_hybrid_device_mesh(
       (shape[0] // len(islands), *shape[1:]),
       (len(islands), 1, 1),
       devices,
       allow_split_physical_axes=True,
-    ),
-    AXES,
-    axis_types=types,
-  )
+    )
+  return Mesh(placed, AXES, axis_types=types)
 
 
 def _island(device):
@@ -114,20 +111,18 @@ def _island(device):
   return island if device.platform == 'tpu' else (island, device.process_index)
 
 
-def spec_of(name: str, shape: tuple, mesh: Mesh, rules=RULES) -> P:
+def spec_of(name: str, shape: tuple, mesh: Mesh) -> P:
   """The PartitionSpec of a parameter (or of its moments).
 
   Args:
     name: the parameter's name, with slashes.
     shape: the parameter's shape.
     mesh: the devices.
-    rules: (regex of names, spec of the last axes) pairs; the first match
-      applies.
   """
   axes = [None] * len(shape)
   if math.prod(shape) < SMALL:
     return P()
-  for pattern, spec in rules:
+  for pattern, spec in RULES:
     if re.fullmatch(pattern, name):
       for i, axis in enumerate(spec, start=len(shape) - len(spec)):
         if axis and shape[i] % mesh.shape[axis] == 0:
@@ -141,33 +136,29 @@ def spec_of(name: str, shape: tuple, mesh: Mesh, rules=RULES) -> P:
   return P(*axes)
 
 
-def shardings(tree, mesh: Mesh, rules=RULES):
+def shardings(tree, mesh: Mesh):
   """A NamedSharding for each leaf of a state (arrays or their shapes).
 
   Optimiser moments and the EMA are split like the parameters, because the rules
   only use the end of the name and the shape.
   """
   return jax.tree.structure(tree).unflatten(
-    NamedSharding(mesh, spec_of(name, leaf.shape, mesh, rules))
+    NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
     for name, leaf in models.named(tree).items()
   )
 
 
-def abstract(tree, mesh: Mesh, rules=RULES):
+def abstract(tree, mesh: Mesh):
   """Adds shardings to the shapes of a tree.
 
   Args:
     tree: arrays or their shapes: parameters or a whole state.
     mesh: the devices.
-    rules: (regex of names, spec of the last axes) pairs; the first match
-      applies.
   """
   return jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=where
-    ),
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
     tree,
-    shardings(tree, mesh, rules),
+    shardings(tree, mesh),
   )
 
 
@@ -179,7 +170,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
-def gather_fsdp(params, mesh: Mesh, rules=RULES):
+def gather_fsdp(params, mesh: Mesh):
   """Inside a jitted step: gathers the parameters over 'fsdp'.
 
   FSDP does this anyway; the constraint makes it explicit. Without it, XLA
@@ -189,14 +180,13 @@ def gather_fsdp(params, mesh: Mesh, rules=RULES):
   Args:
     params: the parameters, traced.
     mesh: the devices.
-    rules: the rules that the parameters were sharded with, see `abstract`.
   """
 
   def gathered(leaf, sharding):
     axes = [None if axis == 'fsdp' else axis for axis in sharding.spec]
     return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, P(*axes)))
 
-  return jax.tree.map(gathered, params, shardings(params, mesh, rules))
+  return jax.tree.map(gathered, params, shardings(params, mesh))
 
 
 def to_host(array) -> np.ndarray:
@@ -224,41 +214,10 @@ def local_rows(array) -> tuple[np.ndarray, np.ndarray]:
   return np.concatenate(rows), np.concatenate(values)
 
 
-def gathering(apply, mesh: Mesh, rules=RULES):
-  """Wraps `apply` to gather its parameters with `gather_fsdp` first."""
-
-  def gathered(params, *args):
-    return apply(gather_fsdp(params, mesh, rules), *args)
-
-  return gathered
-
-
 def put_batch(tree, mesh: Mesh):
   """NumPy arrays [B, ...], the same in every process -> global arrays."""
-  where = batch_sharding(mesh)
-  return jax.tree.map(
-    lambda array: jax.make_array_from_callback(
-      array.shape, where, lambda index: array[index]
-    ),
-    tree,
-  )
-
-
-def put_rows(tree, mesh: Mesh, batch_size: int):
-  """This process's rows of a batch, as NumPy arrays -> global arrays.
-
-  Args:
-    tree: arrays [R, ...], the rows given by `pipeline.local_rows`.
-    mesh: the devices.
-    batch_size: rows of the global batch.
-  """
-  where = batch_sharding(mesh)
-  return jax.tree.map(
-    lambda array: jax.make_array_from_process_local_data(
-      where, array, (batch_size, *array.shape[1:])
-    ),
-    tree,
-  )
+  size = len(jax.tree.leaves(tree)[0])
+  return pipeline.put_rows(tree, batch_sharding(mesh), size)
 
 
 def split_batch(tree, pieces: int, mesh: Mesh):
@@ -296,6 +255,42 @@ def padded_indices(indices, mesh: Mesh) -> jax.Array:
   """
   if np.ndim(indices) == 0:
     indices = np.arange(indices)
+  size = rounded(len(indices), mesh)
+  return put_padded(np.asarray(indices, np.uint32), size, mesh)
+
+
+def rounded(count: int, mesh: Mesh) -> int:
+  """The least number of rows, from `count` on, that is divisible by the mesh.
+
+  Args:
+    count: the number of rows, at least 1.
+    mesh: the devices.
+  """
   parts = mesh.shape['data'] * mesh.shape['fsdp']
-  padded = np.resize(indices, -(-len(indices) // parts) * parts)
-  return put_batch(padded.astype(np.uint32), mesh)
+  return -(-count // parts) * parts
+
+
+def put_padded(tree, size: int, mesh: Mesh):
+  """Like `put_batch`, of arrays [n, ...] padded with repeats to [size, ...]."""
+  return put_batch(
+    jax.tree.map(lambda x: np.resize(x, (size, *x.shape[1:])), tree), mesh
+  )
+
+
+def in_batches(fn, rows: np.ndarray, size: int, mesh: Mesh):
+  """Calls a compiled function on any number of rows, with one shape.
+
+  Args:
+    fn: a global array [size, ...] -> a tree of arrays [size, ...].
+    rows: [N, ...], the same in every process.
+    size: rows per call, see `rounded`; the last call's are padded.
+    mesh: the devices.
+
+  Returns:
+    the tree of NumPy arrays [N, ...], in every process.
+  """
+  found = [
+    jax.tree.map(to_host, fn(put_padded(part, size, mesh)))
+    for part in np.split(rows, range(size, len(rows), size))
+  ]
+  return jax.tree.map(lambda *x: np.concatenate(x)[: len(rows)], *found)

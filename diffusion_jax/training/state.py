@@ -29,39 +29,16 @@ class TrainState(NamedTuple):
   extras: dict
 
 
-def init_state(
-  key,
-  init: Callable,
-  optimizer: optax.GradientTransformation,
-  given: dict | None = None,
-  extras: dict | None = None,
-) -> TrainState:
-  """The state at step 0.
-
-  Args:
-    key: the random key of the initial values.
-    init: key -> parameters.
-    optimizer: the optimiser.
-    given: as in `create`.
-    extras: the objective's state.
-  """
-  params = _with(init(key), given or {})
+def _at_start(key, given, init, optimizer, extras) -> TrainState:
+  """The state at step 0; the arguments are those of `create`."""
+  params = init(key)
+  named = models.named(params)
+  assert given.keys() <= named.keys()
+  params = jax.tree.structure(params).unflatten((named | given).values())
   # Copies: a donated state must not contain the same buffer twice.
   ema_params, extras = jax.tree.map(jnp.copy, (params, extras or {}))
-  return TrainState(
-    jnp.zeros((), jnp.int32),
-    params,
-    ema_params,
-    optimizer.init(params),
-    extras,
-  )
-
-
-def _with(params, given: dict):
-  leaves, structure = jax.tree.flatten(params)
-  names = models.names(params)
-  assert given.keys() <= set(names)
-  return structure.unflatten(map(given.get, names, leaves))
+  step = jnp.zeros((), jnp.int32)
+  return TrainState(step, params, ema_params, optimizer.init(params), extras)
 
 
 def abstract_state(
@@ -79,7 +56,7 @@ def abstract_state(
     extras: the objective's state at step 0.
   """
   shapes = jax.eval_shape(
-    lambda: init_state(jax.random.key(0), init, optimizer, extras=extras)
+    lambda: _at_start(jax.random.key(0), {}, init, optimizer, extras)
   )
   return sharding.abstract(shapes, mesh)
 
@@ -108,7 +85,7 @@ def create(
   # It runs only once: on a CPU, optimising it takes longer than running it.
   cpu = jax.default_backend() == 'cpu'
   return jax.jit(
-    lambda key, given: init_state(key, init, optimizer, given, extras),
+    lambda key, given: _at_start(key, given, init, optimizer, extras),
     out_shardings=where,
     compiler_options={'xla_backend_optimization_level': 0} if cpu else None,
   )(key, given or {})

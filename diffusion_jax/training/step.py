@@ -1,5 +1,6 @@
 """The training step: one pure function, jitted once."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,36 +18,8 @@ def example_keys(key, step, batch_size: int) -> jax.Array:
   The noise is therefore the same on any mesh, for any number of hosts and
   microbatches, and after a restart.
   """
-  key = jax.random.fold_in(key, step)
-  return jax.vmap(lambda row: jax.random.fold_in(key, row))(
-    jnp.arange(batch_size)
-  )
-
-
-def gradient(
-  objective: Objective, params, frozen, extras, rows, keys, mesh
-) -> tuple:
-  """The gradient of the mean loss over rows.
-
-  Args:
-    objective: the objective.
-    params: the trained parts, float32.
-    frozen: the other parts.
-    extras: the objective's state.
-    rows: a tree of [b, ...], split over the mesh.
-    keys: [b] random keys.
-    mesh: the devices.
-
-  Returns:
-    (gradients of `params`, (values [b], Aux)).
-  """
-
-  def loss_fn(params):
-    parts = sharding.gather_fsdp({**frozen, **params}, mesh)
-    values, aux = objective.loss(parts, extras, rows, keys)
-    return jnp.mean(values), (values, aux)
-
-  return jax.grad(loss_fn, has_aux=True)(params)
+  key, rows = jax.random.fold_in(key, step), jnp.arange(batch_size)
+  return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
 def accumulate(
@@ -120,8 +93,12 @@ def train_step(
     norm before the update, `param_norm` after it.
   """
 
-  def gradient_fn(piece):
-    return gradient(objective, state.params, frozen, state.extras, *piece, mesh)
+  def loss_fn(params, piece):
+    parts = sharding.gather_fsdp({**frozen, **params}, mesh)
+    values, aux = objective.loss(parts, state.extras, *piece)
+    return jnp.mean(values), (values, aux)
+
+  gradient_fn = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
 
   size = len(jax.tree.leaves(batch)[0])
   rows = (batch, example_keys(key, state.step, size))

@@ -90,9 +90,8 @@ class Stored:
   def is_before_parts(self, abstract: dict) -> bool:
     """Whether it predates named parts: it has the network's parameters only."""
     return any(
-      NET in tree and NET not in self.tree.get(name, {NET: None})
-      for name, tree in abstract.items()
-      if name in ('params', 'ema_params')
+      NET in abstract.get(name, {}) and NET not in self.tree.get(name, {NET: 0})
+      for name in ('params', 'ema_params')
     )
 
   def load(self, abstract: dict) -> dict:
@@ -103,9 +102,11 @@ class Stored:
       return jax.tree.structure(abstract).unflatten(jax.tree.leaves(loaded))
     self.has(abstract)
     stored = {name: self.tree.get(name, {}) for name in abstract}
-    difference = _first_difference(stored, abstract)
-    if difference:
-      raise UserError(f'{self} holds another model: {difference}')
+    for row in models.differences(stored, abstract, _shape_and_dtype)[:1]:
+      raise UserError(
+        f'{self} holds another model: {row["name"]} is '
+        f'{row["there"] or "nothing"} there, {row["here"] or "nothing"} here'
+      )
     return self.read(abstract)
 
   def read(self, chosen: dict) -> dict:
@@ -113,8 +114,9 @@ class Stored:
     skipped = jax.tree.map(lambda _: ..., self.tree)
     with self._reading():
       loaded = self._checkpointer.load(self._step, {**skipped, **chosen})
-      named = models.named(loaded)
-      read = {name: leaf for name, leaf in named.items() if leaf is not ...}
+      read = {
+        n: leaf for n, leaf in models.named(loaded).items() if leaf is not ...
+      }
       for name, found in checksum.of(read).items():
         if found != self._sums.get(name):
           raise ValueError(f'{name} is not what was saved')
@@ -126,13 +128,27 @@ class Stored:
     try:
       yield
     except Exception as e:
-      hush_tasks()
-      raise UserError(
-        _unreadable(self._directory, self._step, e, self._flag)
-      ) from e
+      hush()
+      error = e
+      while error.__cause__:  # the innermost has the reason
+        error = error.__cause__
+      if isinstance(error, MemoryError | PermissionError):
+        raise error from None  # nothing is wrong with the checkpoint
+      raise UserError(self._unreadable(error)) from e
+
+  def _unreadable(self, error) -> str:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    others = [s for s in steps(self._directory) if s != self._step]
+    remedy = (
+      f'move {self._directory}/{self._step} away to resume from {others[-1]}, '
+      f'or choose another with --{self._flag} ({", ".join(map(str, others))})'
+      if others
+      else 'there is no other checkpoint'
+    )
+    return f'checkpoint {self._step} is unreadable ({reason[:120]}): {remedy}'
 
 
-def hush_tasks() -> None:
+def hush() -> None:
   """Silences asyncio's messages about other tasks once one has failed."""
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
 
@@ -148,32 +164,5 @@ def _without_parts(tree):
   )
 
 
-def _first_difference(stored: dict, wanted: dict) -> str:
-  there, here = (
-    {
-      name: f'{tuple(leaf.shape)} {jnp.dtype(leaf.dtype)}'
-      for name, leaf in models.named(tree).items()
-    }
-    for tree in (stored, wanted)
-  )
-  for name in sorted(there.keys() | here.keys()):
-    found = [shapes.get(name, 'nothing') for shapes in (there, here)]
-    if found[0] != found[1]:
-      return f'{name} is {found[0]} there, {found[1]} here'
-  return ''
-
-
-def _unreadable(directory, step, error, flag) -> str:
-  while error.__cause__:  # the innermost has the reason
-    error = error.__cause__
-  if isinstance(error, MemoryError | PermissionError):
-    raise error  # nothing is wrong with the checkpoint
-  reason = (str(error) or type(error).__name__).splitlines()[0]
-  others = [s for s in steps(directory) if s != step]
-  remedy = (
-    f'move {directory}/{step} away to resume from {others[-1]}, or choose '
-    f'another with --{flag} ({", ".join(map(str, others))})'
-    if others
-    else 'there is no other checkpoint'
-  )
-  return f'checkpoint {step} is unreadable ({reason[:120]}): {remedy}'
+def _shape_and_dtype(leaf) -> str:
+  return f'{tuple(leaf.shape)} {jnp.dtype(leaf.dtype)}'

@@ -10,6 +10,7 @@ behind. The watchdog ends nothing: JAX does that when a process is gone.
 
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -53,6 +54,7 @@ class Beat(NamedTuple):
   stack: list[str]
 
 
+@dataclasses.dataclass
 class Watchdog:
   """Watches this process, and in process 0 all processes; a context manager.
 
@@ -67,34 +69,30 @@ class Watchdog:
     tell: receives the lines to log.
   """
 
-  def __init__(
-    self,
-    workdir,
-    index: int,
-    count: int,
-    *,
-    still_secs: float,
-    silent_secs: float,
-    every_secs: float,
-    tell: Callable[[str], None],
-  ):
-    self._folder = files.at(workdir) / FOLDER
-    self._index, self._count = index, count
-    self._still_secs, self._silent_secs = still_secs, silent_secs
-    self._every, self._tell = every_secs, tell
+  workdir: Any
+  index: int
+  count: int
+  _: dataclasses.KW_ONLY
+  still_secs: float
+  silent_secs: float
+  every_secs: float
+  tell: Callable[[str], None]
+
+  def __post_init__(self):
+    self._folder = files.at(self.workdir) / FOLDER
     self._main = threading.main_thread().ident
     self._steps, self._waited, self._beats = 0, 0.0, 0
     self._since = time.monotonic()
     # (time, seconds waited for data so far) at the last heartbeats
     self._past = collections.deque([(self._since, 0.0)], OVER)
     # process -> (count of its newest heartbeat, when it was first seen)
-    self._seen = dict.fromkeys(range(count), (0, self._since))
+    self._seen = dict.fromkeys(range(self.count), (0, self._since))
     self._told: set[tuple[int, str]] = set()
     self._done = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
 
   def __enter__(self):
-    if self._count > 1 and self._index == 0:
+    if self.count > 1 and self.index == 0:
       with contextlib.suppress(OSError, UserError):  # the thread reports it
         files.make(self._folder)
         for path in self._folder.iterdir():  # from an earlier start
@@ -120,14 +118,14 @@ class Watchdog:
       start = time.monotonic()
 
   def _watch(self) -> None:
-    while not self._done.wait(self._every):
+    while not self._done.wait(self.every_secs):
       try:
         beat = self._beat()
-        beats = [beat] if self._count == 1 else self._exchange(beat)
-        if self._index == 0:
+        beats = [beat] if self.count == 1 else self._exchange(beat)
+        if self.index == 0:
           self._look(beats)
       except Exception as e:  # disks, buckets, and damaged heartbeats
-        self._tell_once(self._index, 'disk', f'heartbeats failed: {e}')
+        self._tell_once(self.index, 'disk', f'heartbeats failed: {e}')
 
   def _beat(self) -> Beat:
     now, waited = time.monotonic(), self._waited
@@ -137,17 +135,17 @@ class Watchdog:
     frame = sys._current_frames()[self._main]
     stack = [line.rstrip() for line in traceback.format_stack(frame)[-DEPTH:]]
     return Beat(
-      self._index, f'{socket.gethostname()}, pid {os.getpid()}', self._beats,
+      self.index, f'{socket.gethostname()}, pid {os.getpid()}', self._beats,
       self._steps, now - self._since, (waited - before) / (now - then), stack,
     )  # fmt: skip
 
   def _exchange(self, beat: Beat) -> list[Beat]:
     files.make(self._folder)
-    with files.replacing(self._folder / f'{self._index}.json') as file:
+    with files.replacing(self._folder / f'{self.index}.json') as file:
       file.write(json.dumps(beat).encode())
-    if self._index:
+    if self.index:
       return []
-    paths = (self._folder / f'{i}.json' for i in range(self._count))
+    paths = (self._folder / f'{i}.json' for i in range(self.count))
     return [Beat(*json.loads(p.read_text())) for p in paths if p.exists()]
 
   def _look(self, beats: list[Beat]) -> None:
@@ -157,7 +155,7 @@ class Watchdog:
         self._seen[beat.process] = beat.count, now
     silent = {i: now - when for i, (_, when) in self._seen.items()}
     first = 10 if self._steps < 2 else 1
-    found = judge(beats, silent, first * self._still_secs, self._silent_secs)
+    found = judge(beats, silent, first * self.still_secs, self.silent_secs)
     for (process, kind), line in found.items():
       self._tell_once(process, kind, line)
     self._told &= found.keys()  # warn again if it recovers and fails again
@@ -165,7 +163,7 @@ class Watchdog:
   def _tell_once(self, process, kind, line):
     if (process, kind) not in self._told:
       self._told.add((process, kind))
-      self._tell(line)
+      self.tell(line)
 
 
 def judge(

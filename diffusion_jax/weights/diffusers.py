@@ -52,7 +52,9 @@ _RENAMED = (
 )
 # Attention's names before diffusers 0.14, as in published folders.
 _OLD = {
-  **{'query': 'to_q', 'key': 'to_k', 'value': 'to_v'},
+  'query': 'to_q',
+  'key': 'to_k',
+  'value': 'to_v',
   'proj_attn': 'to_out.0',
 }
 _TODAY = [
@@ -79,14 +81,10 @@ class Folder(NamedTuple):
 def is_folder(path) -> bool:
   """Whether a folder has the files of a diffusers model."""
   path = files.at(path)
-  return (
-    (path / INDEX).is_file()
-    or (path / 'unet').is_dir()
-    or (
-      (path / 'config.json').is_file()
-      and '_class_name' in _json(path / 'config.json')
-    )
-  )
+  if (path / INDEX).is_file() or (path / 'unet').is_dir():
+    return True
+  config = path / 'config.json'
+  return config.is_file() and '_class_name' in _json(config)
 
 
 def read(path) -> Folder:
@@ -108,10 +106,8 @@ def read(path) -> Folder:
   if (path / INDEX).exists():
     kind = _json(path / INDEX).get('_class_name')
     settings.agree(path / INDEX, '_class_name', kind, PIPELINES)
-  network = _json(unet / 'config.json')
-  kind = network.get('_class_name')
-  settings.agree(unet / 'config.json', '_class_name', kind, ['UNet2DModel'])
-  config = settings.network_of(network, unet / 'config.json')
+  network = unet / 'config.json'
+  config = settings.network_of(_json(network), network)
   process = _json(scheduler) if scheduler.exists() else {}
   config |= settings.process_of(process, scheduler)
   tensors, digest = _tensors(unet)
@@ -171,20 +167,16 @@ def write(path, config: Mapping, params) -> None:
   unet, process = settings.unet_of(config), settings.scheduler_of(config)
   path = files.at(path)
   weights = safetensors.numpy.save(to_tensors(params), {'format': 'pt'})
+  with files.replacing(files.make(path / 'unet') / WEIGHTS) as file:
+    file.write(weights)
+  files.write_json(path / 'unet' / 'config.json', unet)
+  files.write_json(path / 'scheduler' / 'scheduler_config.json', process)
   index = {
     '_class_name': 'DDPMPipeline',
     'scheduler': ['diffusers', 'DDPMScheduler'],
     'unet': ['diffusers', 'UNet2DModel'],
   }
-  for name, content in (
-    (f'unet/{WEIGHTS}', weights),
-    ('unet/config.json', _pretty(unet)),
-    ('scheduler/scheduler_config.json', _pretty(process)),
-    (INDEX, _pretty(index)),
-  ):
-    files.make((path / name).parent)
-    with files.replacing(path / name) as file:
-      file.write(content)
+  files.write_json(path / INDEX, index)
 
 
 # --- tensors -----------------------------------------------------------------
@@ -206,29 +198,23 @@ def _to_theirs(name: str, array: np.ndarray) -> np.ndarray:
 def _to_ours(name: str, array: np.ndarray) -> np.ndarray:
   if name.endswith('shortcut/kernel') and array.shape[2:] == (1, 1):
     return array[:, :, 0, 0].T
-  if array.ndim == 4:
-    return array.transpose(2, 3, 1, 0)  # OIHW -> HWIO
-  return array.T
+  return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
 def _tensors(unet) -> tuple[dict[str, np.ndarray], str]:
-  path = next(
-    (p for p in (unet / WEIGHTS, unet / PICKLED) if p.is_file()), None
-  )
-  if path is None:
+  found = [p for p in (unet / WEIGHTS, unet / PICKLED) if p.is_file()]
+  if not found:
     raise UserError(
       f'{unet} has no weights: give a folder with {WEIGHTS} (or {PICKLED}) in '
       'it'
     )
+  path = found[0]
   content = path.read_bytes()
   digest = hashlib.sha256(content).hexdigest()
   if path.name == PICKLED:
     return pytorch.read(path), digest
   with errors.one_line(
-    Exception,  # from safetensors and from NumPy
-    lambda reason: (
-      f'{path} is not a complete safetensors file ({reason}): download it again'
-    ),
+    f'{path} is not a complete safetensors file (', '): download it again'
   ):
     try:
       return safetensors.numpy.load(content), digest
@@ -249,7 +235,3 @@ def _json(path) -> dict:
       f'{path} cannot be read ({reason}): give the folder of a diffusers model'
     ) from e
   return content
-
-
-def _pretty(content: dict) -> bytes:
-  return json.dumps(content, indent=2).encode() + b'\n'

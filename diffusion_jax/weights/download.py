@@ -37,7 +37,7 @@ def fetch(
     UserError: the download fails, or gives another file.
   """
   path = files.at(directory) / url.rpartition('/')[2]
-  if path.exists() and sha256_of(path) == sha256:
+  if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
     return path
   advice = f'download {url} by other means, and give the file'
   digest, count = hashlib.sha256(), 0
@@ -61,9 +61,3 @@ def fetch(
   except (OSError, http.client.HTTPException) as e:
     raise UserError(f'{url} cannot be downloaded ({e}): {advice}') from e
   return path
-
-
-def sha256_of(path) -> str:
-  """The SHA-256 of a file, in hexadecimal digits."""
-  with files.at(path).open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -7,16 +7,18 @@ pytorch-fid and torch-fidelity, which have the same SHA-256. Our format is a
 """
 
 import functools
+import hashlib
 import re
 import zipfile
 from collections.abc import Sequence
 
 import numpy as np
+from flax import traverse_util
 
 from diffusion_jax.models import inception
 from diffusion_jax.system import errors, files, npz
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.weights import download, pytorch
+from diffusion_jax.weights import download, named, pytorch
 
 URL = (
   'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
@@ -28,25 +30,25 @@ NAME = 'inception-2015-12-05.npz'  # of our file, in the cache
 
 EPSILON = 1e-3  # of the batch norms
 
-# The modules of the PyTorch files, in order: conv, conv_1, ...; mixed, ...
+# The convolutions of the PyTorch files, in the order of `inception.shapes`: the
+# stem, then for blocks that are alike the branches of each.
 _STEM = ('1a_3x3', '2a_3x3', '2b_3x3', '3b_1x1', '4a_3x3')
-_MIXED = ('5b', '5c', '5d', '6a', '6b', '6c', '6d', '6e', '7a', '7b', '7c')
-# Prefix of a module's name -> the names of its branches: without a tower, of
-# tower, and of tower_1.
-_BRANCHES = {
-  '5': ('1x1', '5x5', '3x3dbl'),
-  '6a': ('3x3', '3x3dbl', ''),
-  '6': ('1x1', '7x7', '7x7dbl'),
-  '7a': ('', '3x3', '7x7x3'),
-  '7': ('1x1', '3x3', '3x3dbl'),
+_BLOCKS = {
+  '5b 5c 5d': '1x1 5x5_1 5x5_2 3x3dbl_1 3x3dbl_2 3x3dbl_3 _pool',
+  '6a': '3x3 3x3dbl_1 3x3dbl_2 3x3dbl_3',
+  '6b 6c 6d 6e': '1x1 7x7_1 7x7_2 7x7_3 7x7dbl_1 7x7dbl_2 7x7dbl_3 '
+  '7x7dbl_4 7x7dbl_5 _pool',
+  '7a': '3x3_1 3x3_2 7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4',
+  '7b 7c': '1x1 3x3_1 3x3_2a 3x3_2b 3x3dbl_1 3x3dbl_2 3x3dbl_3a 3x3dbl_3b '
+  '_pool',
 }
 # The arrays folded into a convolution: our name -> (PyTorch, TensorFlow).
 _PARTS = {
-  'w': ('conv.weight', 'conv2d_params'),
-  'gamma': ('bn.weight', 'batchnorm_gamma'),
-  'beta': ('bn.bias', 'batchnorm_beta'),
-  'mean': ('bn.running_mean', 'batchnorm_moving_mean'),
-  'variance': ('bn.running_var', 'batchnorm_moving_variance'),
+  'w': ('.conv.weight', '_conv2d_params'),
+  'gamma': ('.bn.weight', '_batchnorm_gamma'),
+  'beta': ('.bn.bias', '_batchnorm_beta'),
+  'mean': ('.bn.running_mean', '_batchnorm_moving_mean'),
+  'variance': ('.bn.running_var', '_batchnorm_moving_variance'),
 }
 
 
@@ -85,15 +87,14 @@ def convert(source, target) -> None:
     UserError: the source is not such a file, or is incomplete.
   """
   checked(source)
-  is_graph = files.at(source).suffix == '.pb'
-  parts = _graph(source) if is_graph else pytorch.read(source)
-  try:
-    params = (from_graph if is_graph else from_torch)(parts)
-  except ValueError as e:
-    raise UserError(
-      f'{source} is not the Inception of FID ({e}): give '
-      f'{URL.rpartition("/")[2]}'
-    ) from e
+  with errors.one_line(
+    f'{source} is not the Inception of FID (',
+    f'): give {URL.rpartition("/")[2]}',
+  ):
+    if files.at(source).suffix == '.pb':
+      params = _fold(_graph(source), graph_names())
+    else:
+      params = from_torch(pytorch.read(source))
   write(target, params)
 
 
@@ -115,25 +116,7 @@ def from_torch(state: dict[str, np.ndarray]) -> dict:
     for name, array in state.items()
     if not name.endswith('num_batches_tracked')
   }
-  return _fold(_pick(turned, torch_names()))
-
-
-def from_graph(constants: dict[str, np.ndarray]) -> dict:
-  """Converts the constants of TensorFlow's graph.
-
-  Args:
-    constants: {name, with _ for /: array}; only those of convolutions, norms
-      and softmax are used.
-
-  Returns:
-    {name: {'w', 'b'}}, float32, for `models.inception.apply`.
-
-  Raises:
-    ValueError: the graph is of another network.
-  """
-  names = graph_names()
-  known = {k: v for k, v in constants.items() if k in names}
-  return _fold(_pick(known, names))
+  return _fold(turned, torch_names())
 
 
 def torch_names() -> dict[str, str]:
@@ -141,9 +124,15 @@ def torch_names() -> dict[str, str]:
 
   Our names end in w, gamma, beta, mean or variance; softmax has w and b.
   """
+  modules = [f'Conv2d_{name}' for name in _STEM] + [
+    f'Mixed_{block}.branch{branch}'
+    for blocks, branches in _BLOCKS.items()
+    for block in blocks.split()
+    for branch in branches.split()
+  ]
   return {
-    f'{_torch_name(name)}.{theirs}': f'{name}/{part}'
-    for name in _convolutions()
+    f'{module}{theirs}': f'{name}/{part}'
+    for module, name in zip(modules, _convolutions(), strict=True)
     for part, (theirs, _) in _PARTS.items()
   } | {'fc.weight': 'softmax/w', 'fc.bias': 'softmax/b'}
 
@@ -151,7 +140,7 @@ def torch_names() -> dict[str, str]:
 def graph_names() -> dict[str, str]:
   """{name of a constant of the graph, with _ for /: our name}."""
   return {
-    f'{name}_{theirs}': f'{name}/{part}'
+    f'{name}{theirs}': f'{name}/{part}'
     for name in _convolutions()
     for part, (_, theirs) in _PARTS.items()
   } | {'softmax_weights': 'softmax/w', 'softmax_biases': 'softmax/b'}
@@ -169,9 +158,8 @@ def write(path, params: dict) -> None:
     params: {name: {'w', 'b'}}.
   """
   arrays = {
-    f'{name}/{part}': np.ascontiguousarray(params[name][part], np.float32)
-    for name in params
-    for part in 'wb'
+    name: np.ascontiguousarray(array, np.float32)
+    for name, array in traverse_util.flatten_dict(params, sep='/').items()
   }
   files.make(files.at(path).parent)
   with files.replacing(path) as file:
@@ -203,22 +191,14 @@ def read(path, taps: Sequence[str] = ('logits',)) -> dict:
     )
   with (
     errors.one_line(
-      npz.DAMAGED,
-      lambda reason: (
-        f'{path} is not a file of Inception weights ({reason}): give one that '
-        'weights.inception.convert wrote'
-      ),
+      f'{path} is not a file of Inception weights (',
+      '): give one that weights.inception.convert wrote',
     ),
     files.at(path).open('rb') as file,
     zipfile.ZipFile(file) as archive,
   ):
     found = [name.removesuffix('.npy') for name in archive.namelist()]
-    if extra := [name for name in found if name not in known]:
-      raise ValueError(f'{_some(extra)} is not of this network')
-    if missing := [name for name in wanted if name not in found]:
-      raise ValueError(
-        f'it lacks {_some(missing)}, which {", ".join(taps)} needs'
-      )
+    _match(found, known, wanted, f', which {", ".join(taps)} needs')
 
     def check(name, header, where):
       shape = wanted[name]
@@ -234,10 +214,15 @@ def read(path, taps: Sequence[str] = ('logits',)) -> dict:
       )
       for name in wanted
     }
-  return {
-    name: {part: arrays[f'{name}/{part}'] for part in 'wb'}
-    for name in inception.shapes(taps)
-  }
+  return traverse_util.unflatten_dict(arrays, sep='/')
+
+
+def _match(found, known, wanted, why: str = '') -> None:
+  """Raises ValueError unless names are known, and the wanted ones are there."""
+  if missing := [name for name in wanted if name not in found]:
+    raise ValueError(f'it lacks {named.shortened(missing, 1)}{why}')
+  if extra := [name for name in found if name not in known]:
+    raise ValueError(f'{named.shortened(extra, 1)} is not of this network')
 
 
 def _flat(shapes: dict) -> dict[str, tuple]:
@@ -248,12 +233,6 @@ def _flat(shapes: dict) -> dict[str, tuple]:
   }
 
 
-def _some(names: Sequence[str]) -> str:
-  """The first of the names, shortened, and the number of others."""
-  rest = f' and {len(names) - 1} more' if names[1:] else ''
-  return f'{names[0][:100]}{rest}'
-
-
 def checked(path) -> str:
   """The SHA-256 of a file, checked against a published name: -6726825d.pth.
 
@@ -261,13 +240,8 @@ def checked(path) -> str:
     UserError: the file cannot be read, or has another hash than its name.
   """
   match = re.search(r'inception-2015-12-05-([0-9a-f]{8})\.pth$', str(path))
-  try:
-    found = download.sha256_of(path)
-  except OSError as e:
-    raise UserError(
-      f'{path} cannot be read ({e.strerror or e}): give published Inception '
-      'weights'
-    ) from e
+  data = files.content(path, 'give published Inception weights')
+  found = hashlib.sha256(data).hexdigest()
   if match and not found.startswith(match[1]):
     raise UserError(
       f'{path} has the SHA-256 {found[: len(match[1])]}, not {match[1]} as its '
@@ -276,65 +250,40 @@ def checked(path) -> str:
   return found
 
 
-def _torch_name(name: str) -> str:
-  """mixed_9_tower_1_mixed_conv_1 -> Mixed_7b.branch3x3dbl_3b."""
-  if stem := re.fullmatch(r'conv_?(\d*)', name):
-    return f'Conv2d_{_STEM[int(stem[1] or 0)]}'
-  block, tower, forked, number = re.fullmatch(
-    r'mixed(?:_(\d+))?(_tower(?:_\d)?)?(_mixed)?_conv(?:_(\d))?', name
-  ).groups()
-  module = _MIXED[int(block or 0)]
-  branches = next(b for k, b in _BRANCHES.items() if module.startswith(k))
-  if tower == '_tower_2':
-    branch = 'branch_pool'
-  else:
-    branch = f'branch{branches[(None, "_tower", "_tower_1").index(tower)]}'
-    if forked:
-      branch += f'_{3 if tower == "_tower_1" else 2}{"b" if number else "a"}'
-    elif tower:
-      branch += f'_{1 + int(number or 0)}'
-  return f'Mixed_{module}.{branch}'
-
-
 def _pick(given: dict, names: dict[str, str]) -> dict[str, np.ndarray]:
   """Renames arrays to ours; raises ValueError unless the names all match."""
-  if missing := [name for name in names if name not in given]:
-    raise ValueError(f'it lacks {_some(missing)}')
-  if extra := [name for name in given if name not in names]:
-    raise ValueError(f'{_some(extra)} is not of this network')
-  shapes = _flat(inception.shapes())
+  _match(given, names, names)
+  shapes = inception.shapes()
   for theirs, ours in names.items():
-    name, part = ours.split('/')
-    shape = shapes[ours if part == 'w' else f'{name}/b']
-    if given[theirs].shape != shape:
-      raise ValueError(
-        f'{theirs} is {given[theirs].shape} as HWIO, not {shape}'
-      )
-    if not np.isfinite(given[theirs]).all():
+    (name, part), array = ours.split('/'), given[theirs]
+    shape = shapes[name] if part == 'w' else shapes[name][-1:]
+    if array.shape != shape:
+      raise ValueError(f'{theirs} is {array.shape} as HWIO, not {shape}')
+    if not np.isfinite(array).all():
       raise ValueError(f'{theirs} holds numbers that are not finite')
-    if part == 'variance' and given[theirs].min() < 0:
+    if part == 'variance' and array.min() < 0:
       raise ValueError(f'{theirs} holds negative numbers')
   return {ours: given[theirs] for theirs, ours in names.items()}
 
 
-def _fold(arrays: dict[str, np.ndarray]) -> dict:
-  """Folds batch norms into convolutions, in float64."""
-  params = {}
+def _fold(given: dict, names: dict[str, str]) -> dict:
+  """Folds batch norms into convolutions, in float64; see `_pick`."""
+  arrays, params = _pick(given, names), {}
   for name in _convolutions():
     w, gamma, beta, mean, variance = (
       arrays[f'{name}/{part}'].astype('f8') for part in _PARTS
     )
     scale = gamma / np.sqrt(variance + EPSILON)
-    params[name] = {'w': w * scale, 'b': beta - mean * scale}
-  params['softmax'] = {part: arrays[f'softmax/{part}'] for part in 'wb'}
-  return {
-    name: {part: array.astype('f4') for part, array in layer.items()}
-    for name, layer in params.items()
-  }
+    params[f'{name}/w'] = w * scale
+    params[f'{name}/b'] = beta - mean * scale
+  params |= {f'softmax/{part}': arrays[f'softmax/{part}'] for part in 'wb'}
+  return traverse_util.unflatten_dict(
+    {name: array.astype('f4') for name, array in params.items()}, sep='/'
+  )
 
 
 def _graph(path) -> dict[str, np.ndarray]:
-  """The constants of a frozen graph, by names with _ for /."""
+  """The network's constants in a frozen graph, by names with _ for /."""
   try:
     import tensorflow as tf
     from google.protobuf.message import DecodeError
@@ -343,13 +292,13 @@ def _graph(path) -> dict[str, np.ndarray]:
       f"{path} needs TensorFlow: pip install '.[prepare]', or give "
       f'{URL.rpartition("/")[2]}, which does not'
     ) from e
-  graph = tf.compat.v1.GraphDef()
+  graph, known = tf.compat.v1.GraphDef(), graph_names()
   try:
     graph.ParseFromString(files.at(path).read_bytes())
     found = {
-      node.name.replace('/', '_'): tf.make_ndarray(node.attr['value'].tensor)
+      name: tf.make_ndarray(node.attr['value'].tensor)
       for node in graph.node
-      if node.op == 'Const'
+      if node.op == 'Const' and (name := node.name.replace('/', '_')) in known
     }
   except (DecodeError, TypeError, ValueError) as e:
     raise UserError(

@@ -44,10 +44,10 @@ def place(
   """
   wanted = {name: name_of(name) for name in models.names(abstract)}
   missing = [theirs for theirs in wanted.values() if theirs not in tensors]
-  extra = sorted(tensors.keys() - set(wanted.values()))
+  extra = sorted(tensors.keys() - wanted.values())
   if missing or extra:
     told = [
-      f'{len(names)} tensors {how} ({_shortened(names)})'
+      f'{len(names)} tensors {how} ({shortened(names)})'
       for names, how in ((missing, 'missing'), (extra, 'unexpected'))
       if names
     ]
@@ -72,6 +72,8 @@ def place(
   return jax.tree.structure(abstract).unflatten(leaves)
 
 
-def _shortened(names) -> str:
-  more = len(names) - SHOWN
-  return ', '.join(names[:SHOWN]) + (f' and {more} more' if more > 0 else '')
+def shortened(names, count: int = SHOWN) -> str:
+  """The first of some names, each of at most 100 letters, and 'N more'."""
+  more = len(names) - count
+  shown = ', '.join(name[:100] for name in names[:count])
+  return f'{shown} and {more} more' if more > 0 else shown

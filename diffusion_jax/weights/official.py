@@ -11,7 +11,9 @@ Reading them needs TensorFlow: pip install 'diffusion_jax[prepare]'. Only this
 and the preparation of data sets need it.
 """
 
+import functools
 import importlib.util
+import os
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -80,15 +82,11 @@ def read(path) -> Checkpoint:
       f'{path} needs TensorFlow to be read: pip install '
       "'diffusion_jax[prepare]', here or on another machine"
     )
-  import os
-
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   import tensorflow
 
   # TensorFlow's errors have no common class.
-  with errors.one_line(
-    Exception, lambda reason: f'{path} is damaged ({reason}): download it again'
-  ):
+  with errors.one_line(f'{path} is damaged (', '): download it again'):
     reader = tensorflow.train.load_checkpoint(str(path))
     names = set(reader.get_variable_to_shape_map())
     ours = {
@@ -129,10 +127,7 @@ def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
     for name in models.names(abstract)
     if name.startswith('up/')
   )
-
-  def name_in(name):
-    return name_of(name, depth)
-
+  name_in = functools.partial(name_of, depth=depth)
   # Kernels have our layout: HWIO, and [inputs, outputs].
   return named.place(tensors, abstract, name_in, lambda _, x: x, what)
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax.system import errors, files
-from diffusion_jax.system.errors import UserError
 
 _KINDS = {
   **{'Double': '<f8', 'Float': '<f4', 'Half': '<f2', 'Long': '<i8'},
@@ -42,20 +41,10 @@ def read(path) -> dict[str, np.ndarray]:
     UserError: there is no such file, it is something else or damaged, or it
       refers to names that weights do not need.
   """
-  path = files.at(path)
-  try:
-    data = path.read_bytes()
-  except OSError as e:
-    raise UserError(
-      f'{path} cannot be read ({e.strerror or e}): give a file of PyTorch '
-      'weights'
-    ) from e
+  data = files.content(path, 'give a file of PyTorch weights')
   with errors.one_line(
-    Exception,  # a damaged pickle may raise anything
-    lambda reason: (
-      f'{path} is not a PyTorch state dict ({reason}); nothing in it was '
-      'executed: give the weights as published'
-    ),
+    f'{path} is not a PyTorch state dict (',
+    '); nothing in it was executed: give the weights as published',
   ):
     state, storages = (_zipped if data[:4] == b'PK\3\4' else _stream)(data)
     tensors = {

@@ -74,10 +74,8 @@ def unet_of(config: Mapping) -> dict:
       f'data.image_size={list(size)}: DDPMPipeline only supports squares'
     )
   widths = [model['channels'] * m for m in model['multipliers']]
-  attends = [
-    size // 2**level in model['attention_resolutions']
-    for level in range(len(widths))
-  ]
+  maps = [size // 2**level for level in range(len(widths))]
+  attends = [at in model['attention_resolutions'] for at in maps]
   if widths[0] != model['channels']:
     raise UserError(
       f'model.multipliers={list(model["multipliers"])}: diffusers needs 1 for '
@@ -120,14 +118,14 @@ def scheduler_of(config: Mapping) -> dict:
     raise UserError(
       f'process.schedule={process["schedule"]}: only linear can be written'
     )
-  theirs = {ours: name for name, ours in PREDICTIONS.items()}
+  predictions = {ours: name for name, ours in PREDICTIONS.items()}
   variances = {ours: name for name, ours in VARIANCES.items()}
   return {
     '_class_name': 'DDPMScheduler',
     'num_train_timesteps': process['num_timesteps'],
     'beta_start': process['beta_start'],
     'beta_end': process['beta_end'],
-    'prediction_type': theirs[config['loss']['prediction']],
+    'prediction_type': predictions[config['loss']['prediction']],
     'variance_type': variances[sample['variance']],
     'clip_sample': sample['clip'],
     **{name: value for name, (_, value) in PROCESS.items()},
@@ -147,6 +145,7 @@ def network_of(settings: dict, path) -> dict:
   Raises:
     UserError: the network is not supported; the message names the setting.
   """
+  agree(path, '_class_name', settings.get('_class_name'), ['UNet2DModel'])
   _must_be(settings, DDPM, path)
   for name in ('sample_size', *LISTS):
     if name not in settings:
@@ -251,20 +250,19 @@ def process_of(settings: dict, path) -> dict:
   variance = settings.get('variance_type', 'fixed_small')
   agree(path, 'prediction_type', prediction, PREDICTIONS)
   agree(path, 'variance_type', variance, VARIANCES)
-  numbers = {
-    name: settings.get(name, default) for name, default in NUMBERS.items()
-  }
-  for name, value in numbers.items():
-    kinds = int if name == 'num_train_timesteps' else int | float
+
+  def number(name, kinds):
+    value = settings.get(name, NUMBERS[name])
     if not isinstance(value, kinds) or not 0 < value < LARGEST:
       raise UserError(f'{path}: {name} is {_shown(value)}: a number above 0')
-  steps, start, end = numbers.values()
+    return value
+
   return {
     'process': {
       'schedule': 'linear',
-      'num_timesteps': steps,
-      'beta_start': float(start),
-      'beta_end': float(end),
+      'num_timesteps': number('num_train_timesteps', int),
+      'beta_start': float(number('beta_start', int | float)),
+      'beta_end': float(number('beta_end', int | float)),
     },
     'loss': {'prediction': PREDICTIONS[prediction]},
     'sample': {

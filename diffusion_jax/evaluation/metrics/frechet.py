@@ -1,7 +1,8 @@
 """The Frechet distance between two sets of features (arXiv 1706.08500).
 
 For an Inception network's pooled features it is the FID, for its spatial
-features the sFID (arXiv 2103.03841). Few images make it too large, see `bias`.
+features the sFID (arXiv 2103.03841). Few images make it too large, by an order
+of 1 / N (arXiv 1911.07023).
 """
 
 from typing import NamedTuple
@@ -108,38 +109,10 @@ def _root(covariance):
   return vectors[:, kept] * np.sqrt(values[kept])
 
 
-def bias(a: Moments | Gaussian, count: int) -> float:
-  """Expected distance of `count` draws from their Gaussian, to order 1 / count.
-
-  With eigenvalues l_i of C, to second order in the Wishart noise of the
-  covariance and without any in the mean,
-
-    E d = [ sum_i l_i + sum_ij l_i l_j / (2 (l_i + l_j)) + sum_i l_i / 4 ] / N
-
-  which is (1 + (D + 1) / 4) tr C / N if all l_i are equal: it grows with D.
-  (For D = 1 it is s^2 / N + s^2 / (2 N), from the mean and the deviation.) The
-  distance between two sets from one Gaussian is the sum of their biases. The
-  formula holds for N far above the rank of C, and fails for N below it. The
-  order 1 / N is from arXiv 1911.07023; the terms are derived here.
-
-  Args:
-    a: the Gaussian, or moments of far more images than `count`.
-    count: N, number of images drawn from it.
-
-  Returns:
-    the expected distance, in units of squared features.
-  """
-  values = np.maximum(np.linalg.eigvalsh(a.covariance), 0)
-  values = values[values > 0]
-  pairs = values[:, None] * values / (values[:, None] + values)
-  return float((1.25 * values.sum() + pairs.sum() / 2) / count)
-
-
 def simulated_bias(a: Moments | Gaussian, count: int, seed: int = 0) -> float:
   """Distance of `count` draws from their Gaussian, found by drawing them once.
 
-  Unlike `bias`, it also holds for fewer images than dimensions. In hundreds of
-  dimensions, one set of draws is as good as many.
+  In hundreds of dimensions, one set of draws is as good as many.
 
   Args:
     a: the Gaussian.

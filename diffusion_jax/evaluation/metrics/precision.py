@@ -50,23 +50,20 @@ def precision_recall(
   *,
   k: int = K,
   density_k: int = DENSITY_K,
-  dtype=np.float32,
   block_size: int = 500,
 ) -> Precision:
   """Computes all four, in three passes over blocks of distances.
 
   The results depend on the numbers of images: compare them only at equal
-  numbers, and use as many samples as there are real images.
+  numbers, and use as many samples as there are real images. Distances are
+  float32: a point that is outside by less than 4e-6 of |a|^2 + |b|^2 counts as
+  inside, about one pair in thousands.
 
   Args:
     samples: [N, D] features.
     reference: [M, D] features of real images.
     k: neighbour that sets the radius for precision and recall.
     density_k: neighbour that sets the radius for density and coverage.
-    dtype: dtype of the distances. np.float32 runs on the device; a point that
-      is outside by less than 4e-6 of |a|^2 + |b|^2 counts as inside, about one
-      pair in thousands. np.float64 resolves 1e-14, runs on the host and takes
-      several times as long.
     block_size: rows per block; a block has block_size * max(N, M) numbers.
 
   Raises:
@@ -74,12 +71,12 @@ def precision_recall(
   """
   # Centring leaves distances unchanged and reduces rounding.
   center = np.mean(reference, 0, dtype=np.float64)
-  x, y = ((z - center).astype(dtype) for z in (samples, reference))
+  x, y = ((z - center).astype(np.float32) for z in (samples, reference))
   (x_radii,) = radii(x, (k,), block_size=block_size)
   y_radii, density_radii = radii(y, (k, density_k), block_size=block_size)
   in_y = density = 0
   in_x, covered = np.zeros((2, len(y)), bool)
-  shrink = 1 - TIE * np.finfo(dtype).eps
+  shrink = 1 - TIE * np.finfo(np.float32).eps
   for rows, squares in _squares(x, y, block_size, shrink):
     in_y += (squares <= y_radii).any(1).sum()
     in_x |= (squares <= x_radii[rows, None]).any(0)
@@ -100,12 +97,12 @@ def radii(
   """Squared distances to the k-th nearest other images of one set.
 
   Args:
-    x: [N, D] features, floats centred near 0.
+    x: [N, D] features, float32, centred near 0.
     ks: which neighbours, counted from 1.
     block_size: rows per block of distances.
 
   Returns:
-    [len(ks), N], in the dtype of x.
+    float32 [len(ks), N].
 
   Raises:
     UserError: there are fewer than k other images.
@@ -129,15 +126,12 @@ def _squares(x, y, block_size, shrink=1.0) -> Iterator:
 
   They have rounding errors; `shrink` lowers them by what may be rounding.
   """
-  x_norms, y_norms = (
-    np.square(z).sum(1) * z.dtype.type(shrink) for z in (x, y)
-  )
-  # XLA is faster than NumPy, but supports float64 only with x64 enabled.
-  in_float32 = y.dtype == np.float32
-  product, y = (_product, jnp.asarray(y)) if in_float32 else (_plain, y)
-  for first in range(0, len(x), block_size):
-    rows = np.arange(first, min(first + block_size, len(x)))
-    squares = -2 * np.asarray(product(x[rows], y))
+  x_norms, y_norms = (np.square(z).sum(1) * np.float32(shrink) for z in (x, y))
+  y = jnp.asarray(y)
+  for rows in np.split(
+    np.arange(len(x)), range(block_size, len(x), block_size)
+  ):
+    squares = -2 * np.asarray(_product(x[rows], y))
     squares += x_norms[rows, None]
     squares += y_norms
     yield rows, squares
@@ -146,7 +140,3 @@ def _squares(x, y, block_size, shrink=1.0) -> Iterator:
 @jax.jit
 def _product(a, b):
   return jnp.matmul(a, b.T, precision='highest')
-
-
-def _plain(a, b):
-  return a @ b.T
