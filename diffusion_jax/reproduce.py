@@ -162,20 +162,22 @@ def _task() -> task.Task:
     raise UserError('the config has no held-out images: give --nobits')
   workdir = declare.workdir()
   output = FLAGS.output or workdir / 'reproduction'
-  flags_of = (FLAGS[name] for name in JUDGING)
   same = ('num_samples', 'sampler', 'bits', 'minutes', 'train_minutes', 'curve')
+  metrics, is_published = _judge()
   asked = task.Task(
     config=config,
     workdir=workdir,
     directory=files.at(output).expanduser(),
     origin=origin,
-    judging=tuple(flag.serialize() for flag in flags_of if flag.value),
+    by_inception=FLAGS.features not in OTHERS,
+    published_judge=is_published,
+    metrics=metrics,
+    judging=tuple(FLAGS[n].serialize() for n in JUDGING if FLAGS[n].value),
     sampling_steps=plan.num_steps,
     evaluations=plan.evaluations,
     measure=FLAGS.measure and not origin,
     **{name: FLAGS[name].value for name in same},
     **_config(),
-    **_judge(),
   )
   _check_output(asked)
   _check_run(workdir, source)
@@ -233,19 +235,15 @@ def _check_run(workdir, source) -> None:
     )
 
 
-def _judge() -> dict:
-  """The task's metrics, and whether its judge is (the published) Inception.
+def _judge() -> tuple[tuple[str, ...], bool]:
+  """The metrics, and whether the judge is the published Inception.
 
   A hash tells: weights in the cache were checked when they were fetched. A .npz
   from elsewhere cannot be checked.
   """
   name = FLAGS.features
   if name in OTHERS:
-    return {
-      'metrics': ('fid',),
-      'by_inception': False,
-      'published_judge': False,
-    }
+    return ('fid',), False
   for tap in FLAGS.taps:
     if tap not in inception.DISTANCES:
       raise UserError(f'--taps={tap}: use some of {TAPS}')
@@ -269,11 +267,7 @@ def _judge() -> dict:
   is_published = name == 'inception' or (
     path.suffix == '.pth' and weights.checked(path) == weights.SHA256
   )
-  return {
-    'metrics': ('fid', 'is') if score else ('fid',),
-    'by_inception': True,
-    'published_judge': is_published,
-  }
+  return ('fid', 'is') if score else ('fid',), is_published
 
 
 # --- the output ---------------------------------------------------------------

@@ -47,11 +47,8 @@ def heldout_name(name: str) -> str:
 def heldout(card: dict) -> dict:
   """Result -> the corresponding number of the held-out images."""
   results = card['results']
-  return {
-    name: results[heldout_name(name)]
-    for name in results
-    if heldout_name(name) in results
-  }
+  names = {name: heldout_name(name) for name in results}
+  return {name: results[x] for name, x in names.items() if x in results}
 
 
 def subject_of(trained: Trained) -> dict:
@@ -131,20 +128,19 @@ def is_card(value) -> bool:
     case {'card': version, 'subject': subject, 'protocol': dict(),
           'results': dict(results)}:  # fmt: skip
       details = value.get('details', {})
-    case _:
-      return False
-  return (
-    version == VERSION
-    and is_subject(subject)
-    and has(details, caveats=list)
-    and all(isinstance(line, str) for line in details.get('caveats', ()))
-    and all(x is None or is_number(x) for x in results.values())
-    and all(
-      isinstance(x, list) and all(map(is_number, x))
-      for key, x in details.items()
-      if key.endswith('class_histogram')
-    )
-  )
+      return (
+        version == VERSION
+        and is_subject(subject)
+        and has(details, caveats=list)
+        and all(isinstance(line, str) for line in details.get('caveats', ()))
+        and all(x is None or is_number(x) for x in results.values())
+        and all(
+          isinstance(x, list) and all(map(is_number, x))
+          for key, x in details.items()
+          if key.endswith('class_histogram')
+        )
+      )
+  return False
 
 
 def name(subject_name: str, what: str, protocol: dict) -> str:

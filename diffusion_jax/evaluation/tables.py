@@ -286,20 +286,17 @@ def _classes(details):
     'samples': details['class_histogram'],
     'held-out': details.get('heldout_class_histogram'),
   }
-  return terminal.table(
-    ['class', *map(str, range(len(named['samples'])))],
-    [[what, *(f'{x:.1%}' for x in of)] for what, of in named.items() if of],
-  )
+  rows = [[what, *(f'{x:.1%}' for x in of)] for what, of in named.items() if of]
+  heads = ['class', *map(str, range(len(named['samples'])))]
+  return terminal.table(heads, rows)
 
 
 def _decoded(details):
   """Distortion by rate, as in table 4 of arXiv 2006.11239."""
   count = len(details['rate'])
   steps = sorted({-(-i * count // DECODED) for i in range(1, DECODED + 1)})
-  return terminal.table(
-    ['steps', 'bits/dim', 'RMSE of 255'],
-    [
-      [str(n), f'{details["rate"][n - 1]:.5f}', f'{details["rmse"][n - 1]:.5f}']
-      for n in reversed(steps)
-    ],
-  )
+  rows = [
+    [str(n), *(f'{details[key][n - 1]:.5f}' for key in ('rate', 'rmse'))]
+    for n in reversed(steps)
+  ]
+  return terminal.table(['steps', 'bits/dim', 'RMSE of 255'], rows)

@@ -64,30 +64,25 @@ def read(workdir) -> Facts:
     for path in sorted(workdir.glob('evaluations/*.json'))
     if (card := whole(path, _is_of_a_run))
   ]
+  cards.sort(key=_age)
   stores = [
     (path.parent, store)
     for path in sorted(workdir.glob('samples/*/store.json'))
     if (path.parent / 'grid.png').exists() and (store := whole(path, _is_drawn))
   ]
-  drawn = [
+  stores.sort(key=lambda x: (x[1]['step'], files.modified(x[0] / 'grid.png')))
+  drawn = sorted(
     (int(match[1]), path)
     for path in workdir.glob('samples/train_*.png')
     if (match := re.fullmatch(r'train_(\d+)\.png', path.name))
-  ]
-  origin = workdir / 'init_from.json'
+  )
   rows = _lines(workdir / 'metrics.jsonl', _is_row, problems)
+  rows.sort(key=lambda row: row['step'])
+  starts = _lines(workdir / 'starts.jsonl', _is_start, problems)
+  origin = workdir / 'init_from.json'
+  origin = whole(origin, _is_step) if origin.exists() else None
   return Facts(
-    workdir=workdir,
-    config=config,
-    rows=sorted(rows, key=lambda row: row['step']),
-    starts=_lines(workdir / 'starts.jsonl', _is_start, problems),
-    cards=sorted(cards, key=_age),
-    stores=sorted(
-      stores, key=lambda it: (it[1]['step'], files.modified(it[0] / 'grid.png'))
-    ),
-    drawn=sorted(drawn),
-    origin=whole(origin, _is_step) if origin.exists() else None,
-    problems=problems,
+    workdir, config, rows, starts, cards, stores, drawn, origin, problems
   )
 
 

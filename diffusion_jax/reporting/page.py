@@ -168,10 +168,8 @@ def _on_the_way(run):
   if sampler in samplers.SAMPLERS and evaluations:
     steps = range(evaluations - 1, -2, -1)  # the count is any grid's
     evaluations = samplers.create(sampler).evaluations(steps)
-  return {
-    'ema': True, 'seed': run.config.get('seed'),
-    'sampler': sampler, 'evaluations': evaluations,
-  }  # fmt: skip
+  how = {'sampler': sampler, 'evaluations': evaluations}
+  return {'ema': True, 'seed': run.config.get('seed'), **how}
 
 
 def _pictures(run, wanted, **how) -> list[dict]:

@@ -75,19 +75,14 @@ def thin(x, y):
   x, y = np.asarray(x), np.asarray(y)
   if len(x) <= NUM_POINTS:
     return x, y
-  kept = set()
-  for part in np.array_split(np.arange(len(x)), NUM_POINTS // 2):
-    kept |= {part[y[part].argmin()], part[y[part].argmax()]}
-  kept = sorted(kept)
+  parts = np.array_split(np.arange(len(x)), NUM_POINTS // 2)
+  ends = [part[[y[part].argmin(), y[part].argmax()]] for part in parts]
+  kept = np.unique(ends)
   return x[kept], y[kept]
 
 
 def lines(
-  title: str,
-  drawn: Sequence[Line],
-  *,
-  log: bool = False,
-  restarts: Sequence[int] = (),
+  title: str, drawn: Sequence[Line], *, log=False, restarts: Sequence[int] = ()
 ) -> str:
   """A plot of values over training steps.
 

@@ -78,8 +78,7 @@ def run(
           process.wait(min(every, deadline - now))
         watch()
     finally:
-      cut = process.poll() is None
-      if cut:
+      if cut := process.poll() is None:
         _end(process, stop, grace)
     out.seek(0)
     printed = out.read().decode(errors='replace')

@@ -116,12 +116,9 @@ def judge(task: Task, step: int, card: Mapping, bits: Mapping | None) -> dict:
     if name in results
   ]  # fmt: skip
   well = all(check['well'] for check in checks)
-  word = 'reproduced' if well else 'not reproduced'
-  return {
-    'verdict': 'no verdict' if reasons else word,
-    'checks': checks,
-    'reasons': reasons,
-  }
+  verdict = 'reproduced' if well else 'not reproduced'
+  verdict = 'no verdict' if reasons else verdict
+  return {'verdict': verdict, 'checks': checks, 'reasons': reasons}
 
 
 def rows(task: Task, card: Mapping, bits: Mapping | None) -> list[Row]:

@@ -162,8 +162,7 @@ class Pieces:
   def measure(self) -> None:
     """Measures this machine's rates, unless they are known already."""
     task, command = self.task, tasks.measure(self.task)
-    known = self._trained_at() or self._measured() is not None
-    if known or not task.measure:
+    if not task.measure or self._trained_at() or self._measured() is not None:
       return
     limit = min(MEASURE_SECS, MEASURING * 60 * task.minutes or math.inf)
     result = {}
@@ -324,8 +323,7 @@ class Pieces:
 
 def read(path) -> dict | None:
   """The object in a JSON file; None if the file is missing or damaged."""
-  try:
+  with contextlib.suppress(OSError, ValueError):
     value = json.loads(path.read_text())
-  except (OSError, ValueError):
-    return None
-  return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else None
+  return None
