@@ -203,9 +203,7 @@ def compare(places: Sequence[str]) -> list[list[dict]]:
   found = [grouped([read(path) for path in find(place)]) for place in places]
   common = [key for key in found[0] if all(key in groups for groups in found)]
   if common:
-    return [
-      [card for groups in found for card in groups[key]] for key in common
-    ]
+    return [[c for groups in found for c in groups[key]] for key in common]
   # The first place and one that differs from it, each with its first card.
   (place, one), *others = [
     (place, next(iter(groups.values()))[0])

@@ -145,9 +145,8 @@ def drawing(subject: dict, short: bool = False) -> str:
 
 def title(protocol: dict) -> str:
   """The title of the cards of a protocol."""
-  data = ', '.join(
-    value(protocol[key]) for key in ('data', 'split') if key in protocol
-  )
+  there = (value(protocol[k]) for k in ('data', 'split') if k in protocol)
+  data = ', '.join(there)
   if 'num_images' in protocol:
     what = bits.KINDS.get(protocol.get('bits'), '')
     return f'{number(protocol["num_images"])} images of {data}: {what}'

@@ -244,16 +244,14 @@ def _cost(run: Facts) -> list[tuple[str, str, str]]:
 def _num_images(config: dict) -> int | None:
   """The size of the training set; None if it is not on this machine."""
   try:
-    train, _ = data.splits(config)
+    return len(data.splits(config)[0])
   except (UserError, KeyError):
     return None
-  return len(train)
 
 
 def _origin(run: Facts) -> str:
   """A sentence about the run whose parameters this one started from, or ''."""
-  origin = run.origin
-  if not origin:
+  if not (origin := run.origin):
     return ''
   weights = 'raw' if origin.get('ema') is False else 'averaged'
   left = origin.get('left', [])
