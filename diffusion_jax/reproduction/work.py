@@ -304,7 +304,7 @@ class Pieces:
     if made:
       found = results.judge(task, step, made)
       written = results.collect(task, step, made, found, self.record['files'])
-      found |= zip(('files', 'left_out'), written, strict=True)
+      found = {'files': written[0], 'left_out': written[1], **found}
     hours = {
       name: cost.estimate(task, self.whole, peak)._asdict()
       for name, peak in cost.PLACES.items()
