@@ -242,7 +242,7 @@ def test_what_cannot_go_on_ends_it_and_is_told(tmp_path):
   result = run_in(environment, 'run', *POD, TYPE, *TRAIN)
   assert result.returncode == 2
   assert 'error: no such thing' in result.stdout
-  assert result.stderr.splitlines()[-1].startswith('error: pod: it cannot go')
+  assert result.stderr.splitlines()[-1].startswith('error: pod: a user error')
   assert verbs(tmp_path / 'cloud') == ['create', 'install', 'start', 'follow']
 
 

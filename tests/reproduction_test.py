@@ -437,9 +437,10 @@ def test_flops_of_inception():
 # --- stages -----------------------------------------------------------------
 
 CHILD = """
-import json, signal, sys, time
+import json, os, signal, sys, time
 def note(number, _):
-  open(sys.argv[1], 'w').write(signal.Signals(number).name)
+  open(sys.argv[1] + '.new', 'w').write(signal.Signals(number).name)
+  os.rename(sys.argv[1] + '.new', sys.argv[1])
   sys.exit(130)
 for number in (signal.SIGINT, signal.SIGTERM):
   signal.signal(number, note if sys.argv[2] != 'deaf' else signal.SIG_IGN)

@@ -14,7 +14,7 @@ from diffusion_jax import models
 from diffusion_jax.codecs import pixels
 from diffusion_jax.objectives import denoising
 from diffusion_jax.objectives.objective import branch
-from diffusion_jax.process import schedules
+from diffusion_jax.process import noise, schedules
 from diffusion_jax.runs import draw
 from diffusion_jax.training import optim, state, step
 
@@ -103,7 +103,7 @@ def test_times_are_uniform_over_all_steps():
   """Each of 10 bins of 10,000 draws holds 1000 within 5 standard deviations."""
   keys = step.example_keys(jax.random.key(0), 0, 10_000)
   t = denoising.uniform_times(branch(keys, 't'), 1000)
-  eps = denoising.noise(branch(keys, 'eps'), (3,))
+  eps = noise.normal(branch(keys, 'eps'), (3,))
   counts = np.bincount(np.asarray(t) // 100, minlength=10)
   assert t.min() >= 0
   assert t.max() <= 999
@@ -167,7 +167,7 @@ def test_steps_by_hand(trained):
   for k in range(2):
     keys = step.example_keys(jax.random.key(1), k, len(x0))
     t = denoising.uniform_times(branch(keys, 't'), 1000)
-    eps = denoising.noise(branch(keys, 'eps'), tiny.SHAPE)
+    eps = noise.normal(branch(keys, 'eps'), tiny.SHAPE)
     a = alpha_bar[t][:, None, None, None]
     xt = (np.sqrt(a) * x0 + np.sqrt(1 - a) * eps).astype(np.float32)
     loss, grads = copy(loss_and_grads(params, xt, t, eps))

@@ -1,12 +1,11 @@
 """Random numbers from a key per example and a label, independent of batches."""
 
 import jax
-import jax.numpy as jnp
 
 
-def normal(keys: jax.Array, shape) -> jax.Array:
-  """[B] keys -> standard normal float32 [B, *shape], with the keys as given."""
-  return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+def normal(keys: jax.Array, shape, dtype=float) -> jax.Array:
+  """[B] keys -> standard normal [B, *shape], with the keys as given."""
+  return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
 
 
 def draw(keys, label, shape=(), dtype=float, sample=jax.random.normal):

@@ -100,7 +100,7 @@ def drawer(
     def decode(x0):
       return ROUNDED[dtype](codec.decode(params, x0, decoding))
 
-    x = noise.normal(first, codec.shape)
+    x = noise.normal(first, codec.shape, jnp.float32)
     if took:
       x0, counts = sampler.run(denoiser, schedule, x)
       return decode(x0), counts

@@ -33,7 +33,7 @@ def noises(trained: Trained, seed: int, count: int) -> np.ndarray:
   @jax.jit
   def first(indices):
     keys, _ = draw.sample_keys(seed, indices)
-    return noise.normal(keys, trained.codec.shape)
+    return noise.normal(keys, trained.codec.shape, np.float32)
 
   return np.asarray(first(np.arange(count, dtype=np.uint32)))
 
