@@ -39,9 +39,13 @@ def per_example(values: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def alpha_sigma(schedule: Schedule, t, like, clean=0.0) -> tuple:
-  """(alpha, sigma) at t, [B] or a scalar, to multiply `like` [B, ...].
+  """(alpha, sigma) at t, to multiply an array.
 
-  `clean` is sigma at t = -1, see `Schedule.sigma`.
+  Args:
+    schedule: the noise schedule.
+    t: times, [B] or a scalar.
+    like: an array [B, ...] that they will multiply.
+    clean: sigma at t = -1, see `Schedule.sigma`.
   """
   dtype = jnp.result_type(like)  # JAX's dtype: no float64 by default
   alpha, sigma = schedule.alpha(t, dtype), schedule.sigma(t, dtype, clean)

@@ -16,12 +16,12 @@ def series(rows, name) -> tuple[list, list]:
   return [row['step'] for row in there], [row[name] for row in there]
 
 
-def raw(rows, name, label='', color='blue', style='line') -> Line:
+def _raw(rows, name, label='', color='blue', style='line') -> Line:
   """A metric as it was logged."""
   return Line(label, *series(rows, name), color, style)
 
 
-def smoothed(rows, name, label='', color='blue') -> Line:
+def _smoothed(rows, name, label='', color='blue') -> Line:
   """A metric, smoothed over the logged steps."""
   steps, values = series(rows, name)
   return Line(label, steps, plots.smooth(values) if values else [], color)
@@ -29,7 +29,7 @@ def smoothed(rows, name, label='', color='blue') -> Line:
 
 def noisy(rows, name, label='') -> list[Line]:
   """A metric as it was logged, faintly, and smoothed."""
-  return [raw(rows, name, style='faint'), smoothed(rows, name, label)]
+  return [_raw(rows, name, style='faint'), _smoothed(rows, name, label)]
 
 
 def charts(run: facts.Facts) -> list[dict]:
@@ -39,7 +39,7 @@ def charts(run: facts.Facts) -> list[dict]:
   distance, best, curve = _curve(run.cards)
   first = [math.ceil(q * timesteps / 4) for q in range(5)]
   quarters = [
-    smoothed(rows, f'loss_q{q}', f't {first[q - 1]}–{first[q] - 1}', f'q{q}')
+    _smoothed(rows, f'loss_q{q}', f't {first[q - 1]}–{first[q] - 1}', f'q{q}')
     for q in (1, 2, 3, 4)
   ]
   clip = run.config.get('optim', {}).get('clip_norm')
@@ -47,13 +47,13 @@ def charts(run: facts.Facts) -> list[dict]:
     (distance, best, True, curve),
     ('Loss', 'smoothed over logged steps', True, (
       *noisy(rows, 'loss', 'training'),
-      raw(rows, 'heldout_loss', 'held out', 'orange', 'marks'),
+      _raw(rows, 'heldout_loss', 'held out', 'orange', 'marks'),
     )),
     ('Loss by quarter of t', 'smoothed', True, quarters),
     ('Gradient norm', f'clipped at {clip}' if clip else '', True,
      noisy(rows, 'grad_norm')),
-    ('Parameter norm', '', True, [raw(rows, 'param_norm')]),
-    ('Learning rate', '', False, [raw(rows, 'learning_rate')]),
+    ('Parameter norm', '', True, [_raw(rows, 'param_norm')]),
+    ('Learning rate', '', False, [_raw(rows, 'learning_rate')]),
     ('Images per second', 'all devices', False,
      noisy(rows, 'images_per_sec')),
   )  # fmt: skip
