@@ -388,6 +388,7 @@ def test_samples_and_what_they_took(run):
   assert json.loads((output / 'store.json').read_text())['budget'] == 200
 
 
+@pytest.mark.slow
 def test_what_was_taken_is_drawn_again_where_it_is_missing(run, tmp_path):
   how = (f'--output={tmp_path / "o"}', '--num_samples=5', '--batch_size=2')
   whole = sample(run, *how)

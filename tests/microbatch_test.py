@@ -105,9 +105,8 @@ def test_the_numbers_are_those_of_the_whole_batch(x64, sizes, microbatches):
 wide = functools.cache(tiny.wide)
 
 
-@pytest.mark.parametrize(
-  'sizes', [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2)])
 def test_the_unet_agrees_to_rounding(sizes):
   """Metrics and the gradient as a whole to 1e-6, each of its leaves to 3e-6.
 

@@ -23,6 +23,10 @@ from diffusion_jax.training import optim, sharding, state
 pytestmark = pytest.mark.optimized
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
+SOME_SLOW = pytest.mark.parametrize(
+  'sizes',
+  [*(pytest.param(m, marks=pytest.mark.slow) for m in MESHES[:2]), MESHES[2]],
+)
 
 
 wide = functools.cache(tiny.wide)
@@ -132,10 +136,7 @@ def ran(*sizes) -> Ran:
   return Ran(losses, moments[0], compiled.as_text())
 
 
-@pytest.mark.parametrize(
-  'sizes',
-  [*(pytest.param(m, marks=pytest.mark.slow) for m in MESHES[:2]), MESHES[2]],
-)
+@SOME_SLOW
 def test_losses_are_the_same_on_every_mesh(sizes):
   """20 steps with dropout, to 3e-6: rounding differs, nothing else does."""
   alone = ran(1, 1, 1).losses
@@ -164,7 +165,7 @@ def errors(gradient) -> dict:
   return found
 
 
-@pytest.mark.parametrize('sizes', MESHES)
+@SOME_SLOW
 def test_every_gradient_is_the_same_on_every_mesh(sizes):
   """Each leaf to 1e-4 of its size; 2x2x2 is where XLA goes wrong by itself."""
   for name, error in errors(ran(*sizes).gradient).items():

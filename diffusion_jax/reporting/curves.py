@@ -16,8 +16,16 @@ def series(rows, name) -> tuple[list, list]:
   return [row['step'] for row in there], [row[name] for row in there]
 
 
-def _raw(rows, name, label='', color='blue', style='line') -> Line:
-  """A metric as it was logged."""
+def raw(rows, name, label='', color='blue', style='line') -> Line:
+  """A metric as it was logged.
+
+  Args:
+    rows: the logged rows.
+    name: the metric.
+    label: the line's label.
+    color: a key of `plots.COLORS`.
+    style: see `plots.Line`.
+  """
   return Line(label, *series(rows, name), color, style)
 
 
@@ -29,7 +37,7 @@ def _smoothed(rows, name, label='', color='blue') -> Line:
 
 def noisy(rows, name, label='') -> list[Line]:
   """A metric as it was logged, faintly, and smoothed."""
-  return [_raw(rows, name, style='faint'), _smoothed(rows, name, label)]
+  return [raw(rows, name, style='faint'), _smoothed(rows, name, label)]
 
 
 def charts(run: facts.Facts) -> list[dict]:
@@ -47,13 +55,13 @@ def charts(run: facts.Facts) -> list[dict]:
     (distance, best, True, curve),
     ('Loss', 'smoothed over logged steps', True, (
       *noisy(rows, 'loss', 'training'),
-      _raw(rows, 'heldout_loss', 'held out', 'orange', 'marks'),
+      raw(rows, 'heldout_loss', 'held out', 'orange', 'marks'),
     )),
     ('Loss by quarter of t', 'smoothed', True, quarters),
     ('Gradient norm', f'clipped at {clip}' if clip else '', True,
      noisy(rows, 'grad_norm')),
-    ('Parameter norm', '', True, [_raw(rows, 'param_norm')]),
-    ('Learning rate', '', False, [_raw(rows, 'learning_rate')]),
+    ('Parameter norm', '', True, [raw(rows, 'param_norm')]),
+    ('Learning rate', '', False, [raw(rows, 'learning_rate')]),
     ('Images per second', 'all devices', False,
      noisy(rows, 'images_per_sec')),
   )  # fmt: skip
