@@ -105,7 +105,8 @@ def main():
     )
   at = int(train_state.step)
   if at < config.num_steps:
-    terminal.say(_stopped(signals.name, at))
+    if distributed.is_first():  # one process requeues the job
+      terminal.say(_stopped(signals.name, at))
     return
   rows = metrics.read(workdir / 'metrics.jsonl')
   _finish(workdir, config.num_steps, rows[-1] if rows else {})
