@@ -1,6 +1,11 @@
 """Mistakes: one line, exit code 2, nothing written."""
 
+import errno
+import fcntl
 import json
+import os
+import subprocess
+import sys
 
 import binaries
 import pytest
@@ -247,6 +252,57 @@ def test_a_kill_before_the_config_was_whole_is_no_foreign_folder(tmp_path):
   (tmp_path / 'config.json.host-1.tmp').write_text('{"se')
   begin(tmp_path, digits.get_config())
   assert runs.read_config(tmp_path)['seed'] == 0
+
+
+def without(monkeypatch, number, *calls):
+  """A file system on which some calls of fcntl fail with an errno."""
+
+  def fail(*_):
+    raise OSError(number, os.strerror(number))
+
+  for call in calls:
+    monkeypatch.setattr(fcntl, call, fail)
+
+
+@pytest.mark.parametrize(
+  'number',
+  [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO, errno.EINVAL],
+)
+def test_a_file_system_without_locks_is_said(
+  tmp_path, monkeypatch, capsys, number
+):
+  without(monkeypatch, number, 'flock', 'lockf')
+  with runs.lock(tmp_path):
+    told = capsys.readouterr().err
+  assert len(told.splitlines()) == 1
+  assert f'without locks ({os.strerror(number)})' in told
+
+
+def test_where_flock_is_missing_a_posix_lock_is_taken(
+  tmp_path, monkeypatch, capsys
+):
+  without(monkeypatch, errno.ENOSYS, 'flock')
+  with runs.lock(tmp_path):
+    pass
+  assert not capsys.readouterr().err
+  hold = (
+    'import fcntl, sys; f = open(sys.argv[1], "a"); fcntl.lockf(f, 6); '
+    'print(flush=True); sys.stdin.read()'
+  )
+  other = subprocess.Popen(
+    [sys.executable, '-c', hold, tmp_path / runs.LOCK],
+    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+  )  # fmt: skip
+  with other:
+    assert other.stdout.readline()
+    with (
+      pytest.raises(UserError, match='another process trains there'),
+      runs.lock(tmp_path),
+    ):
+      pass
+    other.stdin.close()
+  with runs.lock(tmp_path):  # the other has ended
+    pass
 
 
 def test_progress_off_a_terminal_prints_lines(capsys):
