@@ -53,6 +53,15 @@ def get_config():
   # Pixels per side; files and TFDS sets are cropped to squares and resized.
   config.data.image_size = 32
   config.data.channels = 3  # 1 = grey, 3 = RGB
+  # For 'folder': 'folders' = sub-folders are classes, 'none' = no labels,
+  # 'auto' = as their names say, see docs/data.md.
+  config.data.classes = 'auto'
+  # Bits of a grey sample in image files, such as 12 for values up to 4095; 0 =
+  # as the file says.
+  config.data.bits = 0
+  # Leave broken images out, and train on the next whole one in their place.
+  # False = end the run, saved, with the name of the image.
+  config.data.skip_broken = False
   config.data.flip = True  # mirror training images with probability 1/2
 
   # Maps data to x0, the variable that is diffused.

@@ -31,6 +31,10 @@ declare.table(
     int,
     'Crop all images to squares and resize them to this many pixels.',
   ),
+  channels=(
+    int,
+    'Read all images with this many channels: 1 (grey) or 3 (RGB).',
+  ),
   card=(str, 'File to write the metric card to.'),
   batch_size=(64, 'Images per batch, over all devices.'),
 )
@@ -44,19 +48,18 @@ def main():
       return
   command.need('samples', 'reference')
   judging.check_flags()
-  command.at_least(batch_size=1, image_size=1)
+  command.at_least(batch_size=1, image_size=1, channels=1)
   if FLAGS.card:
     runs.usable_file('card', FLAGS.card)
   shown, source = (
-    judging.open_set(name, FLAGS.image_size)
+    judging.open_set(name, FLAGS.image_size, FLAGS.channels)
     for name in ('samples', 'reference')
   )
   shapes = [one[0]['image'].shape for one in (shown, source) if one]
   if len(set(shapes)) > 1:
     raise UserError(
-      f'{shown.description}, and {source.description}: both sets must have '
-      'images of one shape; --image_size=N crops and resizes all of them, and '
-      'the card records it'
+      f'{shown.description}, and {source.description}, cannot be compared; '
+      f'{_to_one_shape(shapes)}, and the card records it'
     )
   shape = shapes[0] if shapes else None
   judge = judges.judge_of(source, None, shape)
@@ -66,6 +69,7 @@ def main():
     'data': 'images' if source else 'statistics',
     'rounding': 'none',
     'image_size': FLAGS.image_size or 0,
+    **({'channels': FLAGS.channels} if FLAGS.channels else {}),
   }
   task = judging.task(judge, samples, reference, about=about, usual=['fid'])
   subject = {
@@ -84,6 +88,17 @@ def main():
   )
   told = f'\n\ncard: {path}' if path else ''
   terminal.report(card, f'{tables.text(card)}{told}', FLAGS.json)
+
+
+def _to_one_shape(shapes) -> str:
+  """The flags that make images of two shapes comparable."""
+  (*size, channels), (*other_size, other_channels) = shapes
+  remedies = []
+  if size != other_size:
+    remedies.append('--image_size=N crops and resizes all of them')
+  if channels != other_channels:
+    remedies.append('--channels=3 reads all of them as RGB')
+  return ' and '.join(remedies)
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ or saved.
 
 First it checks what fails most often on pods: the batch size, the data, the
 workdir, versions, TensorFlow. To compare all hosts, start it on every host, as
-training is.
+training is. --all_images decodes every image and lists the broken ones.
 
 --measure also runs both programs on this machine's devices for some seconds,
 with random images and new parameters, and reports the time per step.
@@ -63,6 +63,11 @@ flags.DEFINE_bool(
 flags.DEFINE_bool(
   'measure', False,
   'Also run and time both programs; only without --topology.',
+)  # fmt: skip
+flags.DEFINE_bool(
+  'all_images', False,
+  f'Decode all images, and list the broken ones; otherwise {checks.LOOKED_AT} '
+  'are looked at.',
 )  # fmt: skip
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
@@ -158,7 +163,7 @@ def _look(place) -> list[checks.Check]:
   """Runs the checks; raises UserError if any fails on the run's machine."""
   workdir = FLAGS.workdir and os.path.expanduser(FLAGS.workdir)
   batch = checks.Check('batch', True, _batch(place))
-  looked_at = [batch, *checks.run(place.config, workdir)]
+  looked_at = [batch, *checks.run(place.config, workdir, FLAGS.all_images)]
   failed = []
   for check in looked_at:
     told = f'{check.name}: {check.told}'

@@ -7,7 +7,8 @@ config.json, checkpoints/, metrics.jsonl, TensorBoard events, and sample grids
 (samples/) to the workdir.
 
 To resume from the newest checkpoint, run the same command again; only
-num_steps, *_every, microbatches, mesh.* and data.path may differ.
+num_steps, *_every, microbatches, mesh.*, data.path and data.skip_broken may
+differ.
 
 To fine-tune, give --init_from=runs/other. It copies the other run's parameters
 that match this config's network in name and shape, and starts at step 0 with a
@@ -25,7 +26,7 @@ from absl import flags
 
 from diffusion_jax import data, runs
 from diffusion_jax.cli import command, declare
-from diffusion_jax.data import pipeline
+from diffusion_jax.data import broken, pipeline, sources
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import finetune, programs, validation
 from diffusion_jax.system import distributed, environment, files, terminal
@@ -103,6 +104,7 @@ def main():
     train_state = _train(
       config, workdir, mesh, program, splits, train_state, checkpoints, signals
     )
+  broken.say_left_out(*splits)
   at = int(train_state.step)
   if at < config.num_steps:
     if distributed.is_first():  # one process requeues the job
@@ -146,6 +148,7 @@ def _say_start(workdir, config, start, splits, origin, begun, goes_on) -> None:
     else 'no images are held out, so there is no held-out loss '
     '(data.heldout_every=10 would hold out every tenth image)'
   )
+  sources.say_notes(source)
 
 
 def _train(

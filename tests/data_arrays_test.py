@@ -121,12 +121,6 @@ DAMAGED = {
     lambda p: np.savez(p, images=np.array([{}, {}], object)),
     ['pickled', 'images'],
   ),
-  'pickled labels': (
-    lambda p: np.savez(
-      p, images=random_images(2), labels=np.array(['a', None], object)
-    ),
-    ['pickled', 'labels'],
-  ),
   'no images': (
     lambda p: np.savez(p, x_train=random_images(2), y_train=[1, 2]),
     ['x_train, y_train', 'train_images'],
@@ -140,18 +134,6 @@ DAMAGED = {
     ['float64', 'uint8'],
   ),
   'zero images': (lambda p: np.savez(p, images=random_images(0)), ['no image']),
-  'missing labels': (
-    lambda p: np.savez(p, images=random_images(3), labels=[1, 2]),
-    ['3 images', '2 labels'],
-  ),
-  'negative labels': (
-    lambda p: np.savez(p, images=random_images(2), labels=[-7, 2]),
-    ['-7'],
-  ),
-  'names as labels': (
-    lambda p: np.savez(p, images=random_images(2), labels=['cat', 'dog']),
-    ['labels', 'integers'],
-  ),
   'a header that claims terabytes': (
     lambda p: write_npz(
       p, images=npy_bytes(random_images(2), claim=(10**10, 8, 8, 3))
@@ -178,6 +160,85 @@ def test_a_damaged_npz_is_answered_in_one_line(tmp_path, case):
   )
   for part in ['bad.npz', *must_name]:
     assert part in message
+
+
+@pytest.mark.parametrize(
+  ('labels', 'why'),
+  [
+    ([1, 2], '3 images, but 2 labels'),
+    ([-7, 2, 0], 'from -7 to 2'),
+    (['cat', 'dog', 'cat'], '<U3'),
+    ([0.0, 1.0, 2.0], 'float64'),
+    (np.eye(3, dtype=np.uint8), 'uint8 [3, 3]'),
+    (np.array(['a', None, 1], object), 'pickled'),
+    (np.array([True, False, True]), 'bool'),
+    ([2**40, 1, 2], 'from 1 to'),
+    (7, 'int64 []'),
+  ],
+)
+def test_labels_that_are_no_classes_are_left_out_with_a_note(
+  tmp_path, labels, why
+):
+  images = random_images(3)
+  np.savez(tmp_path / 'a.npz', images=images, labels=labels)
+  source = arrays(tmp_path / 'a.npz')
+  np.testing.assert_array_equal(all_images(source), images)
+  assert all_labels(source) == [-1] * 3
+  assert source.num_classes == 0
+  (note,) = source.notes
+  assert note.startswith('the labels are left out: ')
+  assert why in note
+
+
+def test_labels_of_one_split_that_are_no_classes(tmp_path):
+  images = random_images(4)
+  np.savez(
+    tmp_path / 'a.npz', train_images=images, train_labels=[0, 1, 2, 3],
+    test_images=images[:2], test_labels=[-1, -1],
+  )  # fmt: skip
+  for split in ('train', 'test'):
+    source = arrays(tmp_path / 'a.npz', split)
+    assert source.num_classes == 0
+    assert "'test_labels'" in source.notes[0]
+
+
+@pytest.mark.parametrize(
+  ('images', 'must'),
+  [
+    (np.zeros((2, 3, 8, 8), np.uint8), ['channels come first', 'np.moveaxis']),
+    (np.zeros((2, 8, 8, 3), np.float32), ['float32', '(images * 255)']),
+    (np.zeros((2, 3, 8, 8)), ['np.moveaxis', '(images * 255)']),
+    (np.zeros((2, 8, 8, 3), bool), ['bool', '* 255']),
+    (np.zeros((2, 8, 8, 3), np.int64), ['int64', 'astype(np.uint8)']),
+    (np.zeros((2, 8, 8), np.uint8), ['grey', 'set channels to 1']),
+    (np.zeros((8, 8, 3), np.uint8), ['images[None]']),
+    (np.zeros((2, 16, 16, 3), np.uint8), ['set image_size and channels']),
+  ],
+  ids=str,
+)
+def test_images_of_another_form_are_answered_with_what_to_do(
+  tmp_path, images, must
+):
+  np.save(tmp_path / 'a.npy', images)
+  message = error_line(
+    'arrays', path=str(tmp_path / 'a.npy'), image_size=8, channels=3
+  )
+  for part in must:
+    assert part in message
+
+
+def test_the_advice_on_channels_first_helps(tmp_path):
+  images = random_images(2)
+  np.save(tmp_path / 'a.npy', np.moveaxis(images, -1, 1))
+  first = np.load(tmp_path / 'a.npy')
+  np.save(tmp_path / 'a.npy', np.moveaxis(first, 1, -1))
+  np.testing.assert_array_equal(all_images(arrays(tmp_path / 'a.npy')), images)
+
+
+def test_arrays_of_0_and_1_are_said_to_be_dark(tmp_path):
+  np.save(tmp_path / 'a.npy', random_images(9) % 2)
+  (note,) = arrays(tmp_path / 'a.npy').notes
+  assert 'the brightest value of 9 images looked at is 1 of 255' in note
 
 
 @pytest.mark.parametrize(

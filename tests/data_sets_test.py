@@ -109,7 +109,7 @@ def test_sizes_are_those_of_the_image_as_it_is_shown(tmp_path):
   [grey(), grey() > 127, grey().astype(np.uint16) * 256, None],
   ids=['8 bits', '1 bit', '16 bits', 'with transparency'],
 )
-def test_the_first_image_says_whether_all_are_grey(tmp_path, first):
+def test_a_set_is_grey_if_all_its_images_are(tmp_path, first):
   save(tmp_path, b=grey())
   if first is None:
     Image.new('LA', (8, 8)).save(tmp_path / 'a.png')
@@ -120,13 +120,21 @@ def test_the_first_image_says_whether_all_are_grey(tmp_path, first):
   assert source[0]['image'].shape == (8, 8, 1)
 
   save(tmp_path, c=colour(8, 8))
-  message = refusal(tmp_path)
-  for part in ("'c.png'", 'colour', 'grey', 'channels=3'):
-    assert part in message
-  assert all_images(data.open_set(str(tmp_path), channels=3)).shape[-1] == 3
+  mixed = data.open_set(str(tmp_path))
+  assert all_images(mixed).shape == (3, 8, 8, 3)
+  assert '2 of 3 images looked at are grey, and read as RGB' in mixed.notes
   luma = np.asarray(Image.fromarray(colour(8, 8)).convert('L'))
   as_grey = data.open_set(str(tmp_path), channels=1)
   np.testing.assert_array_equal(as_grey[2]['image'][..., 0], luma)
+
+
+def test_the_order_of_names_does_not_decide_whether_a_set_is_grey(tmp_path):
+  """Nor does a sample: one of 200 is in colour, and every one is looked at."""
+  images = {f'{i:03d}': grey() for i in range(200)}
+  for odd in ('000', '101', '199'):
+    path = tmp_path / odd
+    source = data.open_set(str(save(path, **(images | {odd: colour(8, 8)}))))
+    assert source[0]['image'].shape == (8, 8, 3)
 
 
 def test_a_grey_image_among_colours_is_rgb_without_loss(tmp_path):
@@ -138,8 +146,26 @@ def test_a_grey_image_among_colours_is_rgb_without_loss(tmp_path):
 
 def test_colours_are_kept_where_only_the_size_is_given(tmp_path):
   save(tmp_path, a=grey(), b=colour(16, 16))
-  assert "'b.png'" in refusal(tmp_path, image_size=8)
-  assert "'b.png'" in refusal(tmp_path, channels=3)  # and the size otherwise
+  assert data.open_set(str(tmp_path), image_size=8)[1]['image'].shape[-1] == 3
+  assert "'b.png'" in refusal(tmp_path, channels=3)  # its size
+
+
+def test_train_and_test_inside_are_splits(tmp_path):
+  save(tmp_path / 'train', a=colour(8, 8), b=colour(8, 8))
+  save(tmp_path / 'test', c=colour(8, 8))
+  source = data.open_set(str(tmp_path))
+  assert (len(source), source.num_classes) == (2, 0)
+  assert "'test' is held out" in source.notes[0]
+  assert len(data.open_set(f'{tmp_path}@test')) == 1
+
+
+def test_notes_name_no_key_of_a_config_where_there_is_none(tmp_path):
+  for i in range(3):
+    save(tmp_path / f'0000{i}', a=grey() // 100)
+  source = data.open_set(str(tmp_path))
+  assert 'not as classes' in source.notes[0]
+  assert 'brightest' in source.notes[1]
+  assert not any('data.' in note for note in source.notes)
 
 
 # --- arrays ------------------------------------------------------------------
@@ -211,6 +237,16 @@ def test_an_array_is_not_resized(tmp_path):
   assert '[2, 16, 16, 3]' in message
   assert '[N, 8, 8, C]' in message
   assert '[N, S, S, 1]' in refusal(tmp_path / 'a.npy', channels=1)
+
+
+@pytest.mark.parametrize('axes', [3, 4])
+def test_a_grey_array_can_be_read_as_rgb(tmp_path, axes):
+  images = random_images(2, channels=1)
+  np.save(tmp_path / 'a.npy', images if axes == 4 else images[..., 0])
+  source = data.open_set(str(tmp_path / 'a.npy'), channels=3)
+  np.testing.assert_array_equal(all_images(source), np.repeat(images, 3, -1))
+  assert '2 images of 8x8x3' in source.description
+  assert source.notes == ('the images are grey, and read as RGB',)
 
 
 def npy(claim, content=b''):
@@ -303,13 +339,13 @@ def test_a_tfds_set_of_two_sizes_is_refused(tmp_path):
   assert "'valid'" in refusal('tfds:my_own@valid', path=str(tmp_path))
 
 
-def test_a_grey_tfds_set_refuses_colours(tmp_path):
+def test_a_tfds_set_is_grey_if_all_its_images_are(tmp_path):
   write_own(tmp_path, grey(), colour(8, 8))
   source = data.open_set('tfds:my_own@train[:1]', path=str(tmp_path))
   assert source[0]['image'].shape == (8, 8, 1)
-  message = refusal('tfds:my_own', path=str(tmp_path))
-  for part in ('image 1 of', 'my_own', 'colour', 'channels=3'):
-    assert part in message
+  source = data.open_set('tfds:my_own', path=str(tmp_path))
+  assert source[0]['image'].shape == (8, 8, 3)
+  assert source.notes == ('1 of 2 images looked at are grey, and read as RGB',)
 
 
 # --- mistakes ----------------------------------------------------------------
@@ -324,6 +360,7 @@ ALLOWED = ['a folder', '.npy', '.npz', 'digits', 'tfds:NAME']
     ('', {}, ["''", *ALLOWED]),
     ('none.npz', {}, ["'none.npz'", *ALLOWED]),
     ('{tmp}/notes.txt', {}, ['notes.txt', *ALLOWED]),
+    ('{tmp}/set.zip', {}, ['set.zip', 'unpack', *ALLOWED]),
     ('two\nlines\0', {}, ['two', *ALLOWED]),
     ('x' * 5000, {}, ALLOWED),
     ('digits@', {}, ["'digits@'", *ALLOWED]),
@@ -344,6 +381,7 @@ ALLOWED = ['a folder', '.npy', '.npz', 'digits', 'tfds:NAME']
 )
 def test_a_mistake_is_answered_in_one_line(tmp_path, text, kwargs, must):
   (tmp_path / 'notes.txt').write_text('no images')
+  (tmp_path / 'set.zip').write_bytes(b'PK')
   (tmp_path / 'empty').mkdir()
   save(tmp_path / 'full', a=colour(8, 8))
   save(tmp_path / 'broken', second=colour(8, 8))

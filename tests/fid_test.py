@@ -262,7 +262,7 @@ def test_people_read_it(there):
     ),
     (
       ['--samples={there}/a', '--reference={there}/grey.npy', *PIXELS],
-      'one shape',
+      'cannot be compared; --channels=3',
     ),
     (
       ['--samples={there}/few.npy', '--reference={there}/b', *PIXELS,

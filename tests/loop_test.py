@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from diffusion_jax.data import images
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, loop, metrics
 
@@ -233,9 +234,24 @@ def test_what_cannot_be_read_or_written_names_the_whole_one(
   with pytest.raises(UserError) as told:
     train(tmp_path, batches=batches(), every=every)
   assert str(told.value) == (
-    f'training stopped at step 13: {must.format(dir=tmp_path)} checkpoint 10 '
+    f'training stopped at step 13: {must.format(dir=tmp_path)} checkpoint 12 '
     'is complete; the same command resumes from it'
   )
+
+
+def test_what_is_done_before_a_broken_image_is_saved_once(tmp_path):
+  def batches(count):
+    yield from [None] * count
+    raise images.Broken('image a.png cannot be read')
+
+  for count, saved in ((12, [5, 10, 12]), (10, [5, 10]), (0, [])):
+    workdir = tmp_path / str(count)
+    workdir.mkdir()
+    with pytest.raises(UserError) as told:
+      train(workdir, batches=batches(count), every=loop.Every(checkpoint=5))
+    assert checkpoint.steps(workdir / 'checkpoints') == saved
+    for part in ('a.png', 'preflight --all_images', 'data.skip_broken=True'):
+      assert part in str(told.value)
 
 
 def test_a_save_that_fails_is_told_after_the_last_step_too(tmp_path):

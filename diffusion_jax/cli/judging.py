@@ -9,6 +9,7 @@ from absl import flags
 
 from diffusion_jax import data, runs
 from diffusion_jax.cli import command, declare, judges, run_data
+from diffusion_jax.data import sources
 from diffusion_jax.evaluation import bits, cards, features, measure, statistics
 from diffusion_jax.evaluation.features import Images, Judge
 from diffusion_jax.reporting import pictures
@@ -94,7 +95,7 @@ def open_set(
   Args:
     flag: the name of the flag.
     image_size: size to crop and resize all images to; None to leave them.
-    channels: 1 or 3; None for the number of the first image.
+    channels: 1 or 3; None for 1 if all images are grey, otherwise 3.
 
   Raises:
     UserError: there is no such set.
@@ -102,9 +103,11 @@ def open_set(
   text = FLAGS[flag].value
   if statistics.is_file(text, alone=_takes_images(FLAGS.metrics)):
     return None
-  return data.open_set(
+  source = data.open_set(
     text, path=FLAGS.data_path or '', image_size=image_size, channels=channels
   )
+  sources.say_notes(source)
+  return source
 
 
 def set_of(

@@ -4,7 +4,7 @@ from absl import flags
 
 from diffusion_jax import data
 from diffusion_jax.cli import declare
-from diffusion_jax.data import Source
+from diffusion_jax.data import Source, sources
 from diffusion_jax.evaluation import features
 from diffusion_jax.system.errors import UserError
 
@@ -28,9 +28,11 @@ def splits(config: dict) -> tuple[Source, Source | None]:
     )
   moved = {} if FLAGS.data_path is None else {'path': FLAGS.data_path}
   try:
-    return data.splits({**config['data'], **moved})
+    opened = data.splits({**config['data'], **moved})
   except UserError as e:
     raise UserError(f'{e} (--data_path sets the folder of the data)') from e
+  sources.say_notes(*opened)
+  return opened
 
 
 def images(

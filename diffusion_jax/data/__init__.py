@@ -13,10 +13,10 @@ needs it.
 import difflib
 from collections.abc import Mapping
 
-from diffusion_jax.data import pipeline, sets, sources
+from diffusion_jax.data import broken, layouts, pipeline, sets, sources
 from diffusion_jax.data.sets import open_set
 from diffusion_jax.data.sources import Source
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import UserError, one_of
 
 __all__ = ['Source', 'create', 'open_set', 'pipeline', 'splits']
 
@@ -29,6 +29,8 @@ def create(
   image_size: int | tuple[int, int],
   channels: int,
   heldout_every: int = 0,
+  classes: str = 'auto',
+  bits: int = 0,
 ) -> Source | None:
   """Opens a data set.
 
@@ -47,6 +49,10 @@ def create(
     heldout_every: for 'arrays' and 'folder': every n-th image is 'test' and the
       others are 'train'; 0 holds out none. Ignored if the set has its own test
       images.
+    classes: for 'folder', what its sub-folders mean: 'folders' = classes,
+      'none' = nothing, 'auto' = as in layouts.py.
+    bits: for image files, bits of a grey sample, up to 16; 0 = as the file
+      says.
 
   Returns:
     A `Source`, or None for split 'test' if no images are held out.
@@ -63,6 +69,8 @@ def create(
       f'data.heldout_every is {heldout_every}: use 0 (no held-out images) or '
       '2 and more (every n-th image)'
     )
+  one_of('data.classes', classes, layouts.CLASSES)
+  one_of('data.bits', bits, range(17))
   sources.check_local(path, f'data.path={path}')
   is_tfds = name.startswith('tfds:')
   if name not in sets.KINDS and not is_tfds:
@@ -79,7 +87,9 @@ def create(
     )
   if not path and name != 'digits' and not is_tfds:
     raise UserError(f'data.path is empty: data.name {name!r} needs a path')
-  wanted = sources.Wanted(split, image_size, channels, heldout_every)
+  wanted = sources.Wanted(
+    split, image_size, channels, heldout_every, classes, bits, has_config=True
+  )
   what = f'data.path {path!r}' if path else f'data.name {name!r}'
   return sets.open_kind(name, path, wanted, what)
 
@@ -89,17 +99,26 @@ def splits(config: Mapping) -> tuple[Source, Source | None]:
 
   Args:
     config: a run's `data`: name, path, train_split, heldout_split ('' for
-      none), heldout_every, image_size, channels.
+      none), heldout_every, image_size, channels, and optionally classes, bits
+      and skip_broken.
 
   Raises:
     UserError: as for `create`, or if there are no training images or the first
       image is damaged.
   """
-  taken = ('path', 'image_size', 'channels', 'heldout_every')
+  train, heldout = opened = both(config)
+  if config.get('skip_broken'):
+    train, heldout = (one and broken.left_out(one) for one in opened)
+  train[0]  # fails early if the first image is damaged
+  return train, heldout
+
+
+def both(config: Mapping) -> tuple[Source, Source | None]:
+  """Like `splits`, but reads no image and leaves none out."""
+  keys = ('path', 'image_size', 'channels', 'heldout_every', 'classes', 'bits')
+  taken = {key: config[key] for key in keys if key in config}
   train, heldout = (
-    create(config['name'], split=split, **{key: config[key] for key in taken})
-    if split
-    else None
+    create(config['name'], split=split, **taken) if split else None
     for split in (config['train_split'], config['heldout_split'])
   )
   if train is None:
@@ -107,5 +126,4 @@ def splits(config: Mapping) -> tuple[Source, Source | None]:
       f'data.train_split={config["train_split"]!r} of {config["name"]} holds '
       'no images: name the split to train on'
     )
-  train[0]  # fails early if the first image is damaged
   return train, heldout

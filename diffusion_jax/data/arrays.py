@@ -3,8 +3,8 @@
   .npy  uint8 [N, H, W, C], or [N, H, W] for one channel; memory-mapped.
   .npz  `train_images` and optionally `train_labels`, `test_images`,
         `test_labels`; or `images` (or `arr_0`) and optionally `labels`. Images
-        as above; labels are integers [N] or [N, 1], 0 or more. The images of
-        the requested split are read into memory.
+        as above; labels are integers [N] or [N, 1], 0 or more, and others are
+        left out. The images of the requested split are read into memory.
 
 Without `test_images`, 'test' is every `heldout_every`-th image.
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion_jax.data import sources
+from diffusion_jax.data import looks, sources
 from diffusion_jax.system import errors, npz
 from diffusion_jax.system.errors import UserError
 
@@ -42,13 +42,16 @@ def create(
   """
   file = Path(path).expanduser()
   if file.suffix not in ('.npy', '.npz'):
-    raise UserError(
-      f'{what} is not an array file: need one that ends in .npy or .npz'
+    remedy = (
+      "a folder of images is of data.name 'folder'"
+      if file.is_dir()
+      else 'need one that ends in .npy or .npz'
     )
+    raise UserError(f'{what} is not an array file: {remedy}')
   if not file.is_file():
     raise UserError(f'{what} is not a file: use a .npy or .npz')
 
-  labels, num_classes, has_test = None, 0, False
+  labels, num_classes, has_test, notes = None, 0, False, []
   with errors.one_line(
     f'{what} cannot be read: ', '; write it again with np.save or np.savez'
   ):
@@ -56,7 +59,9 @@ def create(
       images = _map_npy(file, what, wanted)
     else:
       with zipfile.ZipFile(file) as archive:
-        images, labels, num_classes, has_test = _read_npz(archive, what, wanted)
+        images, labels, num_classes, has_test, notes = _read_npz(
+          archive, what, wanted
+        )
 
   indices = np.arange(len(images))
   if not has_test:
@@ -65,21 +70,32 @@ def create(
       return None
   images.flags.writeable = False
   opened = file.open('rb') if file.suffix == '.npy' else None
-  size = file.stat().st_size
+  num_bytes = file.stat().st_size
 
   def read(index):
     # Reading a memory map past the end of its file would kill the process.
-    if opened and os.fstat(opened.fileno()).st_size < size:
+    if opened and os.fstat(opened.fileno()).st_size < num_bytes:
       raise UserError(
         f'{what} has become shorter since it was opened: write it again'
       )
     index = indices[index]
     image = np.array(images[index]) if opened else images[index]
+    if as_rgb:
+      image = np.repeat(image, 3, -1)
     return image, -1 if labels is None else labels[index]
 
-  shape = images.shape[1:]
-  name = f'arrays {path}, {wanted.split}'
-  return sources.create(name, len(indices), shape, num_classes, read)
+  *size, channels = images.shape[1:]
+  as_rgb = channels < (wanted.channels or 0)
+  notes += ['the images are grey, and read as RGB'] * as_rgb
+  notes += looks.arrays(lambda index: read(index)[0], len(indices))
+  return sources.create(
+    f'arrays {path}, {wanted.split}',
+    len(indices),
+    (*size, wanted.channels or channels),
+    num_classes,
+    read,
+    notes,
+  )
 
 
 def _map_npy(file: Path, what: str, wanted: sources.Wanted) -> np.ndarray:
@@ -93,8 +109,8 @@ def _map_npy(file: Path, what: str, wanted: sources.Wanted) -> np.ndarray:
 
 def _read_npz(
   archive: zipfile.ZipFile, what: str, wanted: sources.Wanted
-) -> tuple[np.ndarray, np.ndarray | None, int, bool]:
-  """The arrays of a split: images, labels, num_classes, has_test.
+) -> tuple[np.ndarray, np.ndarray | None, int, bool, list[str]]:
+  """The arrays of a split: images, labels, num_classes, has_test, notes.
 
   Without test images (has_test is False), the arrays of the whole set.
   """
@@ -121,19 +137,24 @@ def _read_npz(
   images = read(images_key, lambda *of: _shape_of_images(*of, wanted))
   if images.ndim == 3:
     images = images[..., None]
-  # The labels of both splits, so that both have the same number of classes.
-  labels = {
-    key: _as_labels(read(key, _check_labels), f'array {key!r} in {what}')
-    for key in (train_labels, 'test_labels')
-    if key in there
-  }
-  num_classes = max((int(x.max()) + 1 for x in labels.values()), default=0)
-  if labels_key in labels and len(labels[labels_key]) != len(images):
-    raise UserError(
-      f'{what} has {len(images)} {images_key}, but '
-      f'{len(labels[labels_key])} {labels_key}: need one label per image'
-    )
-  return images, labels.get(labels_key), num_classes, has_test
+  labels, num_classes, notes = None, 0, []
+  try:
+    # The labels of both splits, so that both have the same number of classes.
+    both = {
+      key: _as_labels(read(key, _check_labels), f'array {key!r} in {what}')
+      for key in (train_labels, 'test_labels')
+      if key in there
+    }
+    labels = both.get(labels_key)
+    if labels is not None and len(labels) != len(images):
+      raise UserError(
+        f'{what} has {len(images)} {images_key}, but {len(labels)} '
+        f'{labels_key}: need one label per image'
+      )
+    num_classes = max((int(x.max()) + 1 for x in both.values()), default=0)
+  except UserError as error:  # images can be used without labels
+    labels, notes = None, [f'the labels are left out: {error}']
+  return images, labels, num_classes, has_test, notes
 
 
 def _check_labels(header: npz.Header, where: str) -> None:
@@ -161,9 +182,14 @@ def _shape_of_images(
   """Checks for uint8 [N, H, W, C], N > 0, of the wanted size: [H, W, C]."""
   image_size, channels = wanted.image_size, wanted.channels
   given = header.shape
-  if len(given) == 3 and channels in (None, 1):
+  may_be_grey = channels in (None, 1) or (
+    channels == 3 and not wanted.has_config
+  )
+  if len(given) == 3 and may_be_grey:
     given = (*given, 1)
   shape = given[1:]
+  if may_be_grey and shape[2:] == (1,):
+    channels = 1
   is_image = len(given) == 4 and 0 not in shape
   if (
     header.dtype != np.uint8
@@ -172,15 +198,42 @@ def _shape_of_images(
     or channels not in (None, shape[2])
   ):
     height, width = image_size or ('S', 'S')
-    hint = (
-      'set image_size and channels to theirs, or convert the images'
-      if image_size or channels
-      else 'images must be square, channels last'
-    )
     raise UserError(
       f'{where} has {header.dtype} {list(header.shape)}, need uint8 '
-      f'[N, {height}, {width}, {channels or "C"}]: {hint}'
+      f'[N, {height}, {width}, {wanted.channels or "C"}]: '
+      f'{_remedy(header, wanted)}'
     )
   if not given[0]:
     raise UserError(f'{where} has no images: {list(given)}')
   return shape
+
+
+def _remedy(header: npz.Header, wanted: sources.Wanted) -> str:
+  """What to do with an array that does not hold the wanted images."""
+  shape, kind = header.shape, header.dtype.kind
+  remedies = []
+  if kind == 'f':
+    remedies.append(
+      'if the values are from 0 to 1, save (images * 255).round().astype'
+      '(np.uint8)'
+    )
+  elif kind == 'b':
+    remedies.append('save images.astype(np.uint8) * 255')
+  elif header.dtype != np.uint8:
+    remedies.append(
+      'if the values are from 0 to 255, save images.astype(np.uint8)'
+    )
+  if len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3):
+    remedies.append(
+      'the channels come first: save them channels last, with '
+      'np.moveaxis(images, 1, -1)'
+    )
+  elif len(shape) == 3 and shape[2] in (1, 3):
+    remedies.append('if it is one image, save images[None]')
+  elif len(shape) == 3 and wanted.channels == 3:
+    remedies.append('the images are grey: set channels to 1')
+  if remedies:
+    return '; '.join(remedies)
+  if wanted.image_size or wanted.channels:
+    return 'set image_size and channels to theirs, or convert the images'
+  return 'images must be square, channels last'

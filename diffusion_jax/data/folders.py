@@ -1,27 +1,51 @@
 """A folder of image files."""
 
+import collections
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from diffusion_jax.data import images, sources
+from diffusion_jax.data import images, layouts, looks, sources
 from diffusion_jax.system.errors import UserError
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
+SUFFIXES = (
+  '.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.webp', '.bmp', '.tif', '.tiff',
+  '.gif', '.ppm', '.pgm', '.pbm',
+)  # fmt: skip
+ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.xz', '.bz2', '.7z', '.rar')
+_OTHER_SETS = ('.npy', '.npz')
+
+
+class Found(NamedTuple):
+  """The files of a folder.
+
+  Attributes:
+    images: (path relative to the folder, with '/'; size in bytes), sorted.
+    labels: the labels of dataset.json, see layouts.py; None without one.
+    passed: suffix, or another reason -> number of files passed over.
+    links: number of images outside of the folder that links lead to.
+    lost: number of images that are links to nothing; they are in `images`.
+  """
+
+  images: list[tuple[str, int]]
+  labels: dict[str, object] | None
+  passed: collections.Counter
+  links: int
+  lost: int
 
 
 def create(
   path: str, wanted: sources.Wanted, what: str
 ) -> sources.Source | None:
-  """Opens a folder of png, jpg, jpeg, webp and bmp files.
+  """Opens a folder of image files.
 
-  Files are in the order of their relative path, as a string. With images
-  directly inside the folder, the set is unlabelled. Otherwise every sub-folder
-  that holds images, at any depth, is a class, labelled in the order of its
-  name. Names that start with a dot and files with other suffixes are skipped.
+  Files are in the order of their relative path, as a string. What sub-folders
+  mean is decided by layouts.py: splits, classes, or neither. Names that start
+  with a dot, files with other suffixes and empty files are passed over.
 
-  A symbolic link that leads out of the folder is refused. A linked sub-folder
-  inside it is skipped, because its images are already in the set.
+  Links to files and folders elsewhere are followed. A linked sub-folder whose
+  images are already in the set is skipped.
 
   An image is decoded when it is first read, by the rules of images.py, and
   kept if the set is not too large (sources.keep_in_memory). Reading a damaged
@@ -29,76 +53,158 @@ def create(
 
   Args:
     path: the folder.
-    wanted: the requested split, size and channels.
+    wanted: the requested split, size, channels, classes and bits.
     what: what to call the folder in errors.
 
   Returns:
-    A Source, or None for 'test' with heldout_every = 0.
+    A Source, or None for 'test' without held-out images. Its notes say what
+    the sub-folders mean, and what was passed over.
 
   Raises:
-    UserError: the folder is missing, has no images, has images both directly
-      inside and in sub-folders, or has links that lead out of it.
+    UserError: the folder is missing, has no images, or has images both beside
+      and in folders that look like classes.
   """
   images.check_channels(wanted.channels)
   root = Path(path).expanduser()
   if not root.is_dir():
-    raise UserError(f'{what} is not a folder')
+    raise UserError(f'{what} is not a folder{hint(root)}')
   try:
-    names = sorted(_image_names(root.resolve(), ''))
+    found = _find(root.resolve())
   except OSError as error:
     raise UserError(f'{what} cannot be read: {error.strerror}') from error
-  if not names:
-    raise UserError(
-      f'{what} has no images: need files that end in {", ".join(SUFFIXES)}'
-    )
-  classes = sorted({name.split('/')[0] for name in names if '/' in name})
-  if classes and any('/' not in name for name in names):
-    raise UserError(
-      f'{what} has images both directly inside and in sub-folders '
-      f'({classes[0]!r}): put all in sub-folders, one per class, or none'
-    )
-  label_of = {name: i for i, name in enumerate(classes)}
+  if not found.images:
+    raise UserError(_no_images(found, what))
+  names = [name for name, _ in found.images]
+  layout = layouts.understand(names, found.labels, what, wanted)
+  notes = [*layout.notes, *_told(found)]
+  if layout.splits:
+    names = layout.splits[wanted.split]
+    if wanted.heldout_every:
+      notes.append('data.heldout_every is ignored, as the folders hold out')
+  else:
+    indices = sources.heldout_indices(len(names), wanted)
+    if indices is None:
+      return None
+    names = [names[i] for i in indices]
 
-  indices = sources.heldout_indices(len(names), wanted)
-  if indices is None:
-    return None
-  names = [names[i] for i in indices]
-
-  def file_of(index):
+  def open_fn(index):
     return str(root / names[index]), f'{names[index]!r} in {path!r}'
 
-  rule = images.rule_of(*file_of(0), wanted.image_size, wanted.channels)
+  rule = images.rule_of(open_fn, len(names), wanted)
 
   def read(index):
-    label = label_of.get(names[index].split('/')[0], -1)
-    return images.read(*file_of(index), rule), label
+    image = images.read(*open_fn(index), rule)
+    return image, layout.label_of.get(names[index], -1)
 
-  name = f'folder {path}, {wanted.split}'
-  source = sources.create(name, len(names), rule.shape, len(classes), read)
+  notes += looks.files(open_fn, len(names), rule.channels, wanted)
+  source = sources.create(
+    f'folder {path}, {wanted.split}',
+    len(names),
+    rule.shape,
+    layout.num_classes,
+    read,
+    notes,
+  )
   return sources.keep_in_memory(source, rule.shape)
 
 
-def _image_names(root: Path, folder: str) -> Iterator[str]:
-  """Paths of the images in `root / folder`, relative to root, with '/'."""
-  with os.scandir(root / folder) as entries:
-    for entry in entries:
-      name = f'{folder}{entry.name}'
-      is_image = entry.name.lower().endswith(SUFFIXES)
-      if entry.name.startswith('.'):
+def _find(root: Path) -> Found:
+  """Lists a folder and its sub-folders; OSError if one cannot be read."""
+  names, passed = [], collections.Counter()
+  labels, links, lost = None, 0, 0
+  for name, entry, is_outside in _walk(root, '', root, {root}, passed):
+    # os.path's function: the entry's own raises if links form a cycle.
+    is_file = os.path.isfile(entry.path)
+    if entry.name == layouts.LABELS and is_file:
+      own = layouts.labels_in(Path(entry.path))
+      if own is not None:
+        folder = name.removesuffix(entry.name)
+        labels = (labels or {}) | {folder + key: own[key] for key in own}
         continue
-      if entry.is_symlink():
-        # os.path's functions: the others raise if links form a cycle.
-        is_folder = os.path.isdir(entry.path)
-        if not (is_image or is_folder):
-          continue
-        if not Path(os.path.realpath(entry.path)).is_relative_to(root):
-          raise UserError(
-            f'{name!r} in {str(root)!r} is a link that leads out of the '
-            'folder: copy the images into it, or give their folder instead'
-          )
-        if not is_folder:
-          yield name
-      elif entry.is_dir():
-        yield from _image_names(root, f'{name}/')
-      elif is_image and entry.is_file():
-        yield name
+    if not name.lower().endswith(SUFFIXES):
+      passed[os.path.splitext(name)[1].lower() or 'without a suffix'] += 1
+    elif is_file and not (size := entry.stat().st_size):
+      passed['empty'] += 1
+    elif is_file or entry.is_symlink():  # reading a lost one reports it
+      names.append((name, size if is_file else 0))
+      links += is_file and is_outside
+      lost += not is_file
+    else:
+      passed['no regular file'] += 1
+  return Found(sorted(names), labels, passed, links, lost)
+
+
+def _walk(
+  root: Path, folder: str, real: Path, seen: set[Path], passed
+) -> Iterator[tuple[str, os.DirEntry, bool]]:
+  """The files below `root / folder`: relative path, entry, whether outside.
+
+  Args:
+    root: the set's folder, resolved.
+    folder: a sub-folder of it, '' or with a '/' at the end.
+    real: the same folder, resolved.
+    seen: the root and the folders outside of it that were entered; none is
+      entered again.
+    passed: counts folders that are linked more than once.
+  """
+  with os.scandir(root / folder) as entries:
+    entries = sorted(entries, key=lambda entry: entry.name)
+  for entry in entries:
+    name = f'{folder}{entry.name}'
+    if entry.name.startswith('.'):
+      continue
+    target = real / entry.name
+    if entry.is_symlink():
+      target = Path(os.path.realpath(entry.path))
+    is_outside = not target.is_relative_to(root)
+    if not os.path.isdir(target):
+      yield name, entry, is_outside
+    elif not is_outside and entry.is_symlink():
+      continue  # its images are in the set already
+    elif target in seen:
+      passed['folder linked twice'] += 1
+    else:
+      if is_outside:
+        seen.add(target)
+      yield from _walk(root, f'{name}/', target, seen, passed)
+
+
+def _told(found: Found) -> list[str]:
+  """Notes on links and on what was passed over."""
+  notes = []
+  if found.links:
+    notes.append(f'{found.links} images are read through links to elsewhere')
+  if found.lost:
+    notes.append(
+      f'{found.lost} images are links that lead nowhere: fetch what they point '
+      'to, or remove them'
+    )
+  if found.passed:
+    number = found.passed.total()
+    kinds = ', '.join(f'{n} {kind}' for kind, n in found.passed.most_common(6))
+    verb = 'file is' if number == 1 else 'files are'
+    notes.append(f'{number} {verb} passed over: {kinds}')
+  return notes
+
+
+def _no_images(found: Found, what: str) -> str:
+  """The error for a folder without images: what it has, and what to do."""
+  kinds = [kind for kind, _ in found.passed.most_common(6)]
+  has = ', '.join(f'{found.passed[kind]} {kind}' for kind in kinds)
+  message = f'{what} has no images' + f', but {has}' * bool(has)
+  if any(kind in ARCHIVES for kind in kinds):
+    return f'{message}: unpack the archive, and give the folder of its images'
+  if any(kind in _OTHER_SETS for kind in kinds):
+    return f'{message}: give the .npy or .npz file itself'
+  if 'without a suffix' in kinds:
+    message += ' (names need a suffix, such as .png)'
+  return f'{message}: need files that end in {", ".join(SUFFIXES)}'
+
+
+def hint(path: Path) -> str:
+  """What to do with a path that is no folder; starts with ': ', or is ''."""
+  if path.name.lower().endswith(ARCHIVES):
+    return ': unpack the archive, and give the folder of its images'
+  if path.suffix in _OTHER_SETS:
+    return ": it is an array file, of data.name 'arrays'"
+  return '' if path.exists() else ': it does not exist'

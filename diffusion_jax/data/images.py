@@ -1,31 +1,51 @@
 """Decodes image files to uint8 arrays, with the same rules for every source.
 
-1. Orientation. The EXIF orientation is applied. Only the first frame of an
-   animation is read. Colour profiles are ignored.
-2. Colour. Transparency is composited over white. Palettes, CMYK and the like
-   become RGB. 16-bit samples keep their high byte. Then 3 channels are RGB,
-   and 1 channel is Pillow's 'L' (ITU-R 601 luma).
-3. Shape. The image is cropped to the largest centred square, or the largest
+1. Orientation. The EXIF orientation is applied, unless the EXIF block is
+   damaged. Only the first frame of an animation, or page of a TIFF, is read.
+   Colour profiles are ignored.
+2. Samples. 16-bit samples keep their high byte, and 12-bit samples of a TIFF
+   their 8 highest bits. With `bits`, grey samples have that many bits, whatever
+   the file says. Negative samples, larger ones and floats are refused.
+3. Colour. Transparency is composited over white. Palettes, CMYK and the like
+   become RGB. Then 3 channels are RGB, and 1 channel is Pillow's 'L' (ITU-R 601
+   luma).
+4. Shape. The image is cropped to the largest centred square, or the largest
    centred rectangle of the wanted proportions (an odd pixel is cut off on the
    right or at the bottom), and resized to image_size with Pillow's BICUBIC,
    which is antialiased. Smaller images are enlarged in the same way. An image
    that has the size already is not changed.
 
 Images for evaluation must not be changed silently. A `Rule` can therefore
-refuse images that would have to be resized, or would lose their colours.
+refuse images that would have to be resized.
 """
 
+import contextlib
 import dataclasses
-from typing import BinaryIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
+from diffusion_jax.data import sources
 from diffusion_jax.system.errors import UserError, one_line
 
 # Detected from the content, not the file name. Only these, to limit the
 # decoders that an untrusted file can reach.
-FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM')
+
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
+
+# EXIF orientation -> how to turn the stored image upright.
+_TURNS = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 
 _RESIZING = (
   "--image_size=N crops the centre square and resizes all (Pillow's bicubic)"
@@ -40,14 +60,13 @@ class Rule:
     image_size: (height, width), in pixels.
     channels: 1 (grey) or 3 (RGB).
     is_size_exact: refuse images of another size in place of resizing them.
-    is_grey_exact: with 1 channel, refuse images in colour in place of
-      converting them.
+    bits: bits of a grey sample, 1 to 16; 0 = as each file says.
   """
 
   image_size: tuple[int, int]
   channels: int
   is_size_exact: bool = False
-  is_grey_exact: bool = False
+  bits: int = 0
 
   @property
   def shape(self) -> tuple[int, int, int]:
@@ -60,41 +79,89 @@ def check_channels(channels: int | None) -> None:
     raise UserError(f'channels is {channels}: use 1 (grey) or 3 (RGB)')
 
 
-def rule_of(
-  first: str | BinaryIO,
-  name: str,
-  image_size: tuple[int, int] | None,
-  channels: int | None,
-) -> Rule:
-  """The rule of a set, with defaults from its first image.
+class Broken(UserError):
+  """An image that cannot be read; the message names it."""
+
+
+# Index of an image -> a path or a file open for reading bytes, and a name for
+# errors.
+Open = Callable[[int], tuple[str | BinaryIO, str]]
+
+
+def rule_of(open_fn: Open, count: int, wanted: sources.Wanted) -> Rule:
+  """The rule of a set; what is not wanted explicitly is as in the images.
+
+  Without `wanted.image_size`, all images must be squares of the first one's
+  size. Without `wanted.channels`, the set is grey if every image is; the
+  headers are read up to the first image in colour.
 
   Args:
-    first: the first image: a path, or a file open for reading bytes. It is read
-      only if image_size or channels is None.
-    name: what to call that image in errors.
-    image_size: (height, width), in pixels; None if all images must be squares
-      of the first one's size.
-    channels: 1 or 3; None for those of the first image. If that is grey, all
-      images must be.
+    open_fn: see `Open`.
+    count: number of images.
+    wanted: the requested size, channels and bits.
 
   Raises:
     UserError: the first image cannot be read, or is not square and image_size
       is None.
   """
-  if image_size is not None and channels is not None:
-    return Rule(image_size, channels)
-  with _one_line_errors(name):
-    image = _decode(first)
-    if image_size is None and image.width != image.height:
+  size, channels = wanted.image_size, wanted.channels
+  if size is None:
+    file, name = open_fn(0)
+    with _one_line_errors(name):
+      image = _decode(file)
+    if image.width != image.height:
       raise UserError(
         f'image {name} is {_size(image)} and must be square: {_RESIZING}'
       )
-  return Rule(
-    image_size or (image.height, image.width),
-    channels or (1 if _is_grey(image) else 3),
-    is_size_exact=image_size is None,
-    is_grey_exact=channels is None,
-  )
+    size = (image.height, image.width)
+  if channels is None:
+    heads = headers(open_fn, range(count))
+    channels = 1 if all(head.is_grey for head in heads) else 3
+  return Rule(size, channels, wanted.image_size is None, wanted.bits)
+
+
+class Header(NamedTuple):
+  """What the header of an image file says.
+
+  Attributes:
+    is_grey: whether the image is grey, with 1, 8 or 16 bits.
+    is_animated: whether it has several frames or pages.
+  """
+
+  is_grey: bool
+  is_animated: bool
+
+
+def headers(open_fn: Open, indices: Iterable[int]) -> Iterator[Header]:
+  """The headers of images; those that cannot be read are skipped.
+
+  Args:
+    open_fn: see `Open`.
+    indices: the images.
+  """
+  for index in indices:
+    with contextlib.suppress(Broken):
+      file, name = open_fn(index)
+      with _one_line_errors(name), Image.open(file, formats=FORMATS) as image:
+        header = Header(_is_grey(image), getattr(image, 'is_animated', False))
+      yield header
+
+
+def brightest(file: str | BinaryIO, name: str) -> tuple[int, int]:
+  """The largest sample of an image, and the bits of its samples, 8 or 16.
+
+  Args:
+    file: a path, or a file open for reading bytes.
+    name: what to call the image in errors.
+
+  Raises:
+    Broken: the image cannot be read.
+  """
+  with _one_line_errors(name):
+    image = _decode(file)
+    if _is_wide(image):
+      return int(np.asarray(image).max()), 16
+    return int(np.asarray(image.convert('RGB')).max()), 8
 
 
 def read(file: str | BinaryIO, name: str, rule: Rule) -> np.ndarray:
@@ -109,8 +176,8 @@ def read(file: str | BinaryIO, name: str, rule: Rule) -> np.ndarray:
     uint8 [height, width, channels].
 
   Raises:
-    UserError: the image cannot be read, is too large, or is refused by the
-      rule.
+    Broken: the image cannot be read, or is too large.
+    UserError: the rule refuses it.
   """
   height, width = rule.image_size
   with _one_line_errors(name):
@@ -120,18 +187,14 @@ def read(file: str | BinaryIO, name: str, rule: Rule) -> np.ndarray:
         f'image {name} is {_size(image)} and the first one {width}x{height}: '
         f'{_RESIZING}'
       )
-    if rule.is_grey_exact and rule.channels == 1 and not _is_grey(image):
-      raise UserError(
-        f'image {name} is in colour and the first one grey: channels=3 reads '
-        'all as RGB, channels=1 converts all to grey'
-      )
+    image = _eight_bits(image, rule.bits, name)
     return fit(image, rule.image_size, rule.channels)
 
 
 def fit(
   image: Image.Image, image_size: tuple[int, int], channels: int
 ) -> np.ndarray:
-  """Applies rules 2 and 3: uint8 [height, width, channels]."""
+  """Applies rules 3 and 4: uint8 [height, width, channels]."""
   image = _to_rgb(image)
   if channels == 1:
     image = image.convert('L')
@@ -150,7 +213,47 @@ def fit(
 def _decode(file: str | BinaryIO) -> Image.Image:
   """Applies rule 1."""
   with Image.open(file, formats=FORMATS) as image:
-    return ImageOps.exif_transpose(image)
+    image.load()
+    try:
+      turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF raises anything; the pixels are whole
+      turn = None
+    # TIFF declares samples of 12 bits, which Pillow holds in 16.
+    bits = getattr(image, 'tag_v2', {}).get(_BITS_PER_SAMPLE)
+    upright = image.copy() if turn is None else image.transpose(turn)
+    if image.mode.startswith('I;16') and bits == (12,):
+      upright = Image.fromarray(np.asarray(upright) << 4)
+    return upright
+
+
+def _eight_bits(image: Image.Image, bits: int, name: str) -> Image.Image:
+  """Applies rule 2.
+
+  Args:
+    image: any mode.
+    bits: bits of a grey sample; 0 = as the mode says.
+    name: what to call the image in errors.
+  """
+  if not _is_wide(image) and not (bits and image.mode == 'L'):
+    return image
+  samples = np.asarray(image)
+  low, high = samples.min(), samples.max()
+  bits = bits or 16
+  if image.mode == 'F' or low < 0 or high >= 2**bits:
+    found = f'samples from {low:g} to {high:g}'
+    raise UserError(
+      f'image {name} has {found}, not whole numbers of {bits} bits (0 to '
+      f'{2**bits - 1}): save it with 8 or 16 bits'
+    )
+  if bits > 8:
+    return Image.fromarray((samples >> (bits - 8)).astype(np.uint8))
+  spread = np.rint(samples * (255 / (2**bits - 1)))
+  return Image.fromarray(spread.astype(np.uint8))
+
+
+def _is_wide(image: Image.Image) -> bool:
+  """Whether samples have more than 8 bits."""
+  return image.mode.startswith('I') or image.mode == 'F'
 
 
 def _is_grey(image: Image.Image) -> bool:
@@ -163,10 +266,7 @@ def _size(image: Image.Image) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-  """Any mode -> 'RGB'; grey stays exactly grey."""
-  if image.mode.startswith('I'):  # 16-bit grey, which convert() would clip
-    high = np.asarray(image).astype(np.int32) >> 8
-    image = Image.fromarray(high.astype(np.uint8))
+  """Any mode of 8 bits -> 'RGB'; grey stays exactly grey."""
   if image.has_transparency_data:
     white = Image.new('RGBA', image.size, 'white')
     image = Image.alpha_composite(white, image.convert('RGBA'))
@@ -174,4 +274,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _one_line_errors(name: str):
-  return one_line(f'image {name} cannot be read: ', '; replace it or remove it')
+  return one_line(
+    f'image {name} cannot be read: ', '; replace it or remove it', Broken
+  )

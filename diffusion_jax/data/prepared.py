@@ -12,7 +12,7 @@ import shlex
 
 import tensorflow_datasets as tfds
 
-from diffusion_jax.data import images, sources
+from diffusion_jax.data import images, looks, sources
 from diffusion_jax.system.errors import UserError, one_line, quiet
 
 # name or name/config, optionally with a version. No namespace, which would
@@ -67,15 +67,16 @@ def create(
     raise UserError(f'{what} has no images')
 
   def record_of(index):
-    with one_line(f'image {index} of {what} cannot be read: '):
+    with one_line(f'image {index} of {what} cannot be read: ', '',
+                  images.Broken):  # fmt: skip
       return parser.deserialize_example_np(
         records[index], decoders={'image': tfds.decode.SkipDecoding()}
       )
 
-  first = io.BytesIO(record_of(0)['image'])  # tfds opens the files only now
-  rule = images.rule_of(
-    first, f'0 of {what}', wanted.image_size, wanted.channels
-  )
+  def open_fn(index):
+    return io.BytesIO(record_of(index)['image']), f'{index} of {what}'
+
+  rule = images.rule_of(open_fn, num_images, wanted)
 
   def read(index):
     record = record_of(index)
@@ -83,10 +84,13 @@ def create(
     image = images.read(file, f'{index} of {what}', rule)
     return image, record.get('label', -1)
 
-  read(0)
+  read(0)  # tfds opens the files only now
   num_classes = (needed['label'].num_classes or 0) if 'label' in needed else 0
   full_name = f'tfds:{builder.info.full_name}, {wanted.split}'
-  source = sources.create(full_name, num_images, rule.shape, num_classes, read)
+  notes = looks.files(open_fn, num_images, rule.channels, wanted)
+  source = sources.create(
+    full_name, num_images, rule.shape, num_classes, read, notes
+  )
   return sources.keep_in_memory(source, rule.shape)
 
 

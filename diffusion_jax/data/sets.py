@@ -35,9 +35,9 @@ def open_set(
       they are: all must be squares of the same size. With a number, files and
       TFDS sets are cropped to the centre square and resized (Pillow's bicubic);
       arrays and the digits must have that size.
-    channels: 1 (grey) or 3 (RGB). Files and TFDS sets are converted; arrays
-      must have that number, which can be any. None uses the first image's; if
-      that is grey, images in colour are refused.
+    channels: 1 (grey) or 3 (RGB). Files and TFDS sets are converted, and grey
+      arrays to RGB; other arrays must have that number, which can be any. None
+      takes files for grey if all are, otherwise for RGB.
 
   Returns:
     A `Source`, with labels if the set has them. Its first image has been read;
@@ -57,9 +57,9 @@ def open_set(
   kind = _kind(name)
   if not split or not kind:
     raise UserError(
-      f'{text!r} names no set of images: give a folder of image files or a '
-      '.npy or .npz file that exists, digits, or tfds:NAME, optionally with a '
-      'split, such as tfds:cifar10@test'
+      f'{text!r} names no set of images{_why_not(name)}: give a folder of '
+      'image files or a .npy or .npz file that exists, digits, or tfds:NAME, '
+      'optionally with a split, such as tfds:cifar10@test'
     )
   place = path if kind.startswith('tfds:') else name
   source = open_kind(kind, place, wanted, repr(name))
@@ -116,6 +116,14 @@ def _kind(name: str) -> str:
     return 'arrays'
   is_named = name == 'digits' or name.startswith('tfds:')
   return name if is_named and not os.path.exists(place) else ''
+
+
+def _why_not(name: str) -> str:
+  """A remark on a file that is no set of images, or ''."""
+  is_archive = os.path.isfile(
+    os.path.expanduser(name)
+  ) and name.lower().endswith(folders.ARCHIVES)
+  return ' (unpack the archive)' * is_archive
 
 
 def _parse(text: str) -> tuple[str, str]:

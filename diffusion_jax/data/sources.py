@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
 
 KEEP_BYTES = 2**30
@@ -22,14 +23,20 @@ class Wanted(NamedTuple):
     image_size: (height, width) of the images, in pixels; None for any square,
       for image files the first one's size.
     channels: number of channels, 1 or 3 for files; None for any, for image
-      files those of the first one.
+      files 1 if all are grey, otherwise 3.
     heldout_every: see `heldout_indices`.
+    classes: 'auto', 'folders' or 'none', see layouts.py.
+    bits: bits of a grey sample, see images.py.
+    has_config: whether a config's keys can be changed; messages then name them.
   """
 
   split: str
   image_size: tuple[int, int] | None
   channels: int | None
   heldout_every: int = 0
+  classes: str = 'auto'
+  bits: int = 0
+  has_config: bool = False
 
 
 def sides(name: str, image_size) -> tuple[int, int] | None:
@@ -68,12 +75,17 @@ class Source:
     read_fn: index in [0, num_images) -> (image, label).
     num_classes: labels are in [0, num_classes); 0 for an unlabelled set.
     description: one line for the log.
+    notes: what was understood, assumed or passed over, a sentence each.
+    broken: index of a broken image -> its error, for the images that were met
+      and left out, see `broken.left_out`.
   """
 
   num_images: int
   read_fn: Callable[[int], tuple[np.ndarray, int]]
   num_classes: int
   description: str
+  notes: tuple[str, ...] = ()
+  broken: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return self.num_images
@@ -92,6 +104,7 @@ def create(
   shape: tuple[int, int, int],
   num_classes: int,
   read_fn: Callable,
+  notes: Sequence[str] = (),
 ) -> Source:
   """Makes a Source with a description from its name and sizes.
 
@@ -101,11 +114,19 @@ def create(
     shape: (height, width, channels).
     num_classes: see `Source`.
     read_fn: see `Source`.
+    notes: see `Source`.
   """
   size = 'x'.join(map(str, shape))
   labels = f'{num_classes} classes' if num_classes else 'unlabelled'
   description = f'{name}: {num_images} images of {size}, {labels}'
-  return Source(num_images, read_fn, num_classes, description)
+  return Source(num_images, read_fn, num_classes, description, tuple(notes))
+
+
+def say_notes(*opened: Source | None) -> None:
+  """Prints the notes of sources on stderr, each once; None has none."""
+  notes = (note for source in opened if source for note in source.notes)
+  for note in dict.fromkeys(notes):
+    terminal.say(f'data: {note}')
 
 
 def keep_in_memory(source: Source, shape: tuple[int, int, int]) -> Source:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax import data
+from diffusion_jax.data import broken, sources
 from diffusion_jax.system import distributed, environment, files
 from diffusion_jax.system.errors import UserError
 
@@ -30,19 +31,21 @@ class Check(NamedTuple):
   told: str
 
 
-def run(config: Mapping, workdir) -> list[Check]:
+def run(config: Mapping, workdir, all_images: bool = False) -> list[Check]:
   """Checks the data, the workdir and the software on all processes.
 
   Args:
     config: the run's config.
     workdir: folder of the planned run; None skips this check. It is left
       unchanged.
+    all_images: whether to decode all images.
 
   Returns:
     the results, the same on all processes.
   """
   return [
     check('data', _data, config['data']),
+    *([check('images', _images, config['data'])] if all_images else []),
     *([check('workdir', _workdir, workdir)] if workdir else []),
     check('versions', _versions),
     check('TensorFlow', _tensorflow),
@@ -67,6 +70,7 @@ def _data(config) -> str:
   told = error = ''
   try:
     train, _ = data.splits(config)
+    sources.say_notes(train)
     count = min(LOOKED_AT, len(train))
     digest = hashlib.sha256()
     for i in np.arange(count) * len(train) // count:
@@ -85,6 +89,24 @@ def _data(config) -> str:
         'one of them to all hosts'
       )
   return every[0]
+
+
+def _images(config) -> str:
+  """Each process decodes all of its images."""
+  opened, wrong, count = (), '', 0
+  try:
+    opened = data.both(config)
+    count = sum(len(source) for source in opened if source)
+    if errors := broken.find(*opened):
+      skipping = ', or set data.skip_broken=True to leave them out'
+      wrong = (
+        f'{len(errors)} of {count:,} images are broken: '
+        f'{broken.listed(errors)}{skipping * (not config["skip_broken"])}'
+      )
+  except (OSError, UserError) as e:
+    wrong = str(e)
+  _gathered(None, wrong)
+  return f'all {count:,} can be read'
 
 
 def _workdir(workdir) -> str:

@@ -29,7 +29,9 @@ from diffusion_jax.system import files, terminal
 from diffusion_jax.system.errors import UserError
 
 # Keys that may differ from config.json when a run resumes, besides *_every.
-MAY_CHANGE = ('num_steps', 'microbatches', 'mesh', 'data.path')
+MAY_CHANGE = (
+  'num_steps', 'microbatches', 'mesh', 'data.path', 'data.skip_broken',
+)  # fmt: skip
 
 LOCK = '.lock'
 INIT = 'init_from.json'

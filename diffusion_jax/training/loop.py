@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from diffusion_jax.data import images
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics
 from diffusion_jax.training.state import TrainState
@@ -133,9 +134,16 @@ def train(
   """
   start = step = int(state.step)
   rows = Rows(writer, batch_size)
+
+  def keep():  # what is done up to now
+    if step - 1 > start and not due(step - 1, every.checkpoint):
+      rows.flush(keep=0)
+      writer.flush()
+      checkpoints.save(step - 1, state)
+
   try:
     for step in range(start + 1, num_steps + 1):
-      state, values = step_fn(state, next(batches))
+      state, values = step_fn(state, _next(batches, keep))
       evaluate = eval_fn is not None and due(step, every.eval)
       log = due(step, every.log) or evaluate
       if evaluate:
@@ -171,6 +179,20 @@ def train(
   return state
 
 
+def _next(batches: Iterator, keep: Callable[[], None]):
+  """The next batch; if its images cannot be read, keeps what is done.
+
+  Not with several processes: only one of them has met the image, and a
+  checkpoint needs them all.
+  """
+  try:
+    return next(batches)
+  except (OSError, UserError):
+    if jax.process_count() == 1:
+      keep()
+    raise
+
+
 def _diverged(error: Diverged, directory) -> str:
   """Says which checkpoint to resume from, and what to change."""
   kept = checkpoint.steps(directory)
@@ -189,4 +211,9 @@ def _reason(error: OSError | UserError, checkpoints) -> str:
   if isinstance(error, OSError) and error.strerror:
     # Unlike open(), a failed write names no file; all are in the workdir.
     return f'{error.strerror}: {error.filename or checkpoints.parent}'
+  if isinstance(error, images.Broken):
+    return (
+      f'{error} (preflight --all_images finds all such images, '
+      'data.skip_broken=True leaves them out)'
+    )
   return str(error)

@@ -1,0 +1,219 @@
+"""What the sub-folders of a set mean: splits, classes, or only a division.
+
+From the names of the images alone, in this order:
+
+1. One folder that holds all images is looked through, at any depth.
+2. Folders named `train` and `test` (or `val`) hold the splits. Also training,
+   testing, valid and validation, in any case. Other images are left out.
+3. A dataset.json of NVIDIA's tools ({"labels": [[NAME, CLASS], ...]}) has the
+   labels, and folders are no classes.
+4. Folders that only divide the set (shards) are no classes: they are numbered
+   as in `_are_shards`.
+5. Other folders are classes, in the order of their names. Images beside them
+   belong to no class, so that the meaning is unclear: an error.
+
+`classes` = 'folders' skips 3 and 4, 'none' ignores all labels.
+"""
+
+import collections
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusion_jax.data import sources
+from diffusion_jax.system.errors import UserError
+
+LABELS = 'dataset.json'
+CLASSES = ('auto', 'folders', 'none')
+SPLITS = {
+  'train': 'train', 'training': 'train', 'test': 'test', 'testing': 'test',
+  'val': 'val', 'valid': 'val', 'validation': 'val',
+}  # fmt: skip
+_SHOWN = 5  # names in a message
+_PART = re.compile(r'(part|shard|chunk|batch)s?[-_ ]?\d+', re.IGNORECASE)
+
+
+class Layout(NamedTuple):
+  """What the names of a set's images mean.
+
+  Attributes:
+    splits: 'train' and others -> their images; {} if folders name no splits.
+    label_of: image -> label, for images that have one.
+    num_classes: number of classes; 0 if the set is unlabelled.
+    notes: what was understood, a sentence each.
+  """
+
+  splits: dict[str, list[str]]
+  label_of: Mapping[str, int]
+  num_classes: int
+  notes: list[str]
+
+
+def understand(
+  names: Sequence[str], listed: Mapping[str, object] | None, what: str,
+  wanted: sources.Wanted,
+) -> Layout:  # fmt: skip
+  """Finds the splits and classes of a folder of images.
+
+  Args:
+    names: paths of the images relative to the folder, with '/', sorted.
+    listed: the labels of dataset.json, see `labels_in`; None without one.
+    what: what to call the folder in errors.
+    wanted: what was decided by hand: `classes`.
+
+  Raises:
+    UserError: images lie both beside and in folders that look like classes.
+  """
+  splits, depth, notes = _splits(names)
+  used = [name for part in splits.values() for name in part] or names
+  depth = _through(splits.get('train', names), depth)
+  if wanted.classes == 'none':
+    return Layout(splits, {}, 0, notes)
+  if listed is not None and wanted.classes == 'auto':
+    return _labelled(splits, listed, used, LABELS, notes)
+  folders, beside = collections.defaultdict(list), []
+  for name in used:
+    head, *rest = name.split('/')[depth:]
+    (folders[head] if rest else beside).append(name)
+  if not folders:
+    return Layout(splits, {}, 0, notes)
+  if beside and not splits:
+    raise UserError(
+      f'{what} has images both directly inside ({_shown(beside)}) and in '
+      f'sub-folders ({_shown(folders)}): put all in sub-folders, one per '
+      'class, or none'
+      + ', or set data.classes=none to take all without labels'
+      * wanted.has_config
+    )
+  if wanted.classes == 'auto' and _are_shards(folders):
+    remedy = '; data.classes=folders makes them classes' * wanted.has_config
+    told = (
+      f'{len(folders)} numbered folders ({_shown(folders)}) are taken as parts '
+      f'of the set, not as classes{remedy}'
+    )
+    return Layout(splits, {}, 0, [*notes, told])
+  label_of = {
+    name: label
+    for label, folder in enumerate(sorted(folders))
+    for name in folders[folder]
+  }
+  origin = f'the folders {_shown(folders)}'
+  return _labelled(splits, label_of, used, origin, notes)
+
+
+def labels_in(file: Path) -> dict[str, object] | None:
+  """The labels of a dataset.json: name of an image -> its label, any JSON.
+
+  Args:
+    file: the file.
+
+  Returns:
+    {} if it says that there are no labels; None if it is damaged or of another
+    kind.
+  """
+  try:
+    labels = json.loads(file.read_bytes())['labels']
+    return {name.replace('\\', '/'): label for name, label in labels or ()}
+  except (OSError, ValueError, LookupError, TypeError, AttributeError,
+          RecursionError):  # fmt: skip
+    return None
+
+
+def _splits(names) -> tuple[dict[str, list[str]], int, list[str]]:
+  """Folders that are splits, the depth below them, and notes."""
+  depth = _through(names, 0)
+  parts, others = collections.defaultdict(list), []
+  found = {}  # split -> its folder
+  for name in names:
+    head, *rest = name.split('/')[depth:]
+    split = SPLITS.get(head.lower()) if rest else None
+    (parts[split] if split else others).append(name)
+    found.setdefault(split, head)
+  if 'train' not in parts or len(parts) < 2:
+    return {}, depth, []
+  held = 'test' if 'test' in parts else 'val'
+  told = (
+    f'the folder {found["train"]!r} is taken for training '
+    f'({len(parts["train"])} images), {found[held]!r} is held out '
+    f'({len(parts[held])})'
+  )
+  others += parts['val'] if held == 'test' else []
+  if others:
+    told += f'; {len(others)} other images are left out ({_shown(others)})'
+  splits = {'train': parts['train'], 'test': parts[held]}
+  return splits, depth + 1, [told]
+
+
+def _through(names: Sequence[str], depth: int) -> int:
+  """The depth below the folders that hold all images, at least `depth`."""
+  ends = [name.split('/')[:-1] for name in (names[0], names[-1])]  # sorted
+  pairs = zip(*ends, strict=False)
+  shared = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+  return max(len(list(shared)), depth)
+
+
+def _are_shards(folders: Mapping[str, Sequence[str]]) -> bool:
+  """Whether folders only divide a set: 00000, 00001, ..., or part-0, part-1.
+
+  Numbers are shards if all have the same width, of five digits or more than
+  their count needs, and either the file names go on from folder to folder or
+  all folders but the last hold the same number of images. So the classes 0 to
+  9, or 000 to 199, stay classes, and wide numbers do if each folder of another
+  size numbers its images anew.
+
+  Args:
+    folders: name -> its images, sorted.
+  """
+  names = sorted(folders)
+  if all(_PART.fullmatch(name) for name in names):
+    return True
+  widths = {len(name) for name in names}
+  width = max(widths)
+  is_wide = width >= 5 or width > len(str(len(names) - 1))
+  if len(widths) > 1 or not is_wide or not all(map(str.isdecimal, names)):
+    return False
+  *sizes, last = (len(folders[name]) for name in names)
+  if len(set(sizes)) == 1 and last <= sizes[0]:
+    return True
+  files = [[_number(name) for name in folders[folder]] for folder in names]
+  pairs = itertools.pairwise(files)
+  return all(max(one) < min(other) for one, other in pairs)
+
+
+def _number(name: str) -> tuple[int, str]:
+  """A key that orders file names by the number at their end."""
+  stem = name.rpartition('/')[2].rpartition('.')[0]
+  return len(stem), stem
+
+
+def _labelled(splits, found, used, origin, notes) -> Layout:
+  """A labelled set if every image has a class, otherwise an unlabelled one."""
+  if not found:
+    told = f'{origin} has no labels, so that folders are not classes either'
+    return Layout(splits, {}, 0, [*notes, told])
+  label_of = {name: found[name] for name in used if name in found}
+  wrong = [
+    name
+    for name, label in label_of.items()
+    if type(label) is not int or not 0 <= label < 2**31
+  ]
+  if wrong or len(label_of) < len(used):
+    why = (
+      f'that of {wrong[0]!r} is {label_of[wrong[0]]}, not a class (0, 1, ...)'
+      if wrong
+      else f'{len(used) - len(label_of)} of {len(used)} images have none'
+    )
+    told = f'the labels of {origin} are left out: {why}'
+    return Layout(splits, {}, 0, [*notes, told])
+  count = max(label_of.values()) + 1
+  told = f'the labels are those of {origin}: {count} classes'
+  return Layout(splits, label_of, count, [*notes, told])
+
+
+def _shown(names) -> str:
+  """The first names, in order."""
+  shown = ', '.join(map(repr, sorted(names)[:_SHOWN]))
+  return shown + ', ...' * (len(names) > _SHOWN)

@@ -1,0 +1,120 @@
+"""Broken images: found beforehand, left out, or the end of a run."""
+
+import itertools
+
+import numpy as np
+import pytest
+from imagesets import all_images, folder
+from PIL import Image
+
+from diffusion_jax import data
+from diffusion_jax.data import broken, pipeline
+from diffusion_jax.planning import checks
+from diffusion_jax.system.errors import UserError
+
+
+def write(path, broken_ones, count=8):
+  """Image i is filled with 100 + i, but for broken ones."""
+  for i in range(count):
+    file = path / f'{i}.png'
+    Image.new('L', (8, 8), 100 + i).save(file)
+    if i in broken_ones:
+      file.write_bytes(file.read_bytes()[:50])
+  return {
+    'name': 'folder', 'path': str(path), 'image_size': 8, 'channels': 1,
+    'train_split': 'train', 'heldout_split': '', 'heldout_every': 0,
+    'skip_broken': True,
+  }  # fmt: skip
+
+
+def values(source):
+  return all_images(source)[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize('read_order', [1, -1])
+def test_the_next_whole_image_takes_the_place_of_a_broken_one(
+  tmp_path, capsys, read_order
+):
+  config = write(tmp_path, {2, 3, 7})
+  train, _ = data.splits(config)
+  for i in range(8)[::read_order]:
+    train[i]
+  assert values(train) == [100, 101, 104, 104, 104, 105, 106, 100]
+  assert sorted(train.broken) == [2, 3, 7]
+  told = capsys.readouterr().err
+  for i in (2, 3, 7):
+    assert told.count(f"'{i}.png'") == 1  # though it was read twice
+  broken.say_left_out(train, None)
+  told = capsys.readouterr().err
+  assert 'data: 3 broken images left out: ' in told
+  assert told.index("'2.png'") < told.index("'7.png'")
+
+
+def test_the_order_of_the_others_stays(tmp_path):
+  """Batches are equal but for the rows of the broken image."""
+  whole = data.splits(write(tmp_path, {}))[0]
+  before = pipeline.stream(whole, batch_size=5, seed=3, flip=False)
+  expected = [before[i]['image'][:, 0, 0, 0] for i in range(6)]
+  after, _ = data.splits(write(tmp_path, {4}))
+  stream = pipeline.stream(after, batch_size=5, seed=3, flip=False)
+  seen = [stream[i]['image'][:, 0, 0, 0] for i in range(6)]
+  np.testing.assert_array_equal(
+    seen, np.where(np.equal(expected, 104), 105, expected)
+  )
+
+
+def test_the_first_image_may_be_broken_too(tmp_path):
+  train, _ = data.splits(write(tmp_path, {0}))
+  assert values(train)[:2] == [101, 101]
+  with pytest.raises(UserError, match=r"'0\.png'.*cannot be read"):
+    data.splits(write(tmp_path, {0}) | {'skip_broken': False})
+
+
+def test_a_set_of_broken_images_is_an_error(tmp_path):
+  with pytest.raises(UserError, match='all images are broken'):
+    data.splits(write(tmp_path, range(8)))
+
+
+def test_what_is_refused_for_another_reason_is_not_left_out(tmp_path):
+  config = write(tmp_path, {1}) | {'bits': 4}
+  with pytest.raises(UserError, match='not whole numbers of 4 bits'):
+    data.splits(config)
+
+
+def test_all_images_are_decoded_beforehand(tmp_path):
+  config = write(tmp_path, {0, 5}) | {'skip_broken': False}
+  (check,) = (x for x in checks.run(config_of(config), None, True)
+              if x.name == 'images')  # fmt: skip
+  assert not check.well
+  for part in ('2 of 8 images are broken', "'0.png'", "'5.png'",
+               'data.skip_broken=True'):  # fmt: skip
+    assert part in check.told
+  for i in (0, 5):
+    Image.new('L', (8, 8), 9).save(tmp_path / f'{i}.png')
+  checked = checks.run(config_of(config), None, True)
+  assert checks.Check('images', True, 'all 8 can be read') in checked
+  assert 'images' not in {
+    x.name for x in checks.run(config_of(config), None, False)
+  }
+
+
+def config_of(data_config):
+  return {'data': data_config}
+
+
+def test_held_out_images_are_looked_at_too(tmp_path):
+  config = write(tmp_path, {3}) | {'heldout_split': 'test', 'heldout_every': 4}
+  train, heldout = data.both(config)
+  (error,) = broken.find(train, heldout)
+  assert "'3.png'" in error
+  _, heldout = data.splits(config)
+  assert values(heldout) == [107, 107]
+
+
+def test_many_broken_images_are_counted(tmp_path):
+  write(tmp_path, range(30), count=31)
+  errors = broken.find(folder(tmp_path, channels=1))
+  assert len(errors) == 30
+  shown = broken.listed(errors)
+  assert shown.endswith('; and 10 more')
+  assert len(list(itertools.chain(shown.split('cannot be read')))) == 21
