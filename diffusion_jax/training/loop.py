@@ -134,16 +134,9 @@ def train(
   """
   start = step = int(state.step)
   rows = Rows(writer, batch_size)
-
-  def keep():  # what is done up to now
-    if step - 1 > start and not due(step - 1, every.checkpoint):
-      rows.flush(keep=0)
-      writer.flush()
-      checkpoints.save(step - 1, state)
-
   try:
     for step in range(start + 1, num_steps + 1):
-      state, values = step_fn(state, _next(batches, keep))
+      state, values = step_fn(state, next(batches))
       evaluate = eval_fn is not None and due(step, every.eval)
       log = due(step, every.log) or evaluate
       if evaluate:
@@ -166,7 +159,9 @@ def train(
         break
     checkpoints.wait()
   except (OSError, UserError) as e:
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError, Diverged):
+      if isinstance(e, images.Broken) and int(state.step) == step - 1 > start:
+        _keep(state, rows, writer, checkpoints)
       checkpoints.wait()  # so that the message names a complete checkpoint
     raise UserError(
       f'training stopped at step {step}: {_reason(e, checkpoints.directory)}; '
@@ -179,18 +174,18 @@ def train(
   return state
 
 
-def _next(batches: Iterator, keep: Callable[[], None]):
-  """The next batch; if its images cannot be read, keeps what is done.
+def _keep(state, rows, writer, checkpoints) -> None:
+  """Saves the steps that were done before an image that cannot be read.
 
   Not with several processes: only one of them has met the image, and a
   checkpoint needs them all.
   """
-  try:
-    return next(batches)
-  except (OSError, UserError):
-    if jax.process_count() == 1:
-      keep()
-    raise
+  checkpoints.wait()
+  step, there = int(state.step), checkpoint.steps(checkpoints.directory)
+  if jax.process_count() == 1 and step not in there:
+    rows.flush(keep=0)
+    writer.flush()
+    checkpoints.save(step, state)
 
 
 def _diverged(error: Diverged, directory) -> str:
