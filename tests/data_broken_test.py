@@ -1,5 +1,6 @@
 """Broken images: found beforehand, left out, or the end of a run."""
 
+import errno
 import itertools
 
 import numpy as np
@@ -79,6 +80,25 @@ def test_what_is_refused_for_another_reason_is_not_left_out(tmp_path):
   config = write(tmp_path, {1}) | {'bits': 4}
   with pytest.raises(UserError, match='not whole numbers of 4 bits'):
     data.splits(config)
+
+
+@pytest.mark.parametrize(
+  'error',
+  [OSError(errno.EIO, 'I/O error'), MemoryError(), PermissionError(13, 'x')],
+)
+def test_an_image_that_cannot_be_read_at_the_moment_is_not_left_out(
+  tmp_path, monkeypatch, error
+):
+  """Or a run would depend on the state of a disk."""
+  train, _ = data.splits(write(tmp_path, {}))
+
+  def fail(*_, **__):
+    raise error
+
+  monkeypatch.setattr(Image, 'open', fail)
+  with pytest.raises(UserError, match=r"'3\.png' .*cannot be read"):
+    train[3]
+  assert not train.broken
 
 
 def test_all_images_are_decoded_beforehand(tmp_path):

@@ -91,6 +91,13 @@ SPLITS = {
   'classes within': (['train/x/a.png', 'train/y/b.png', 'test/y/c.png'], 2, 1),
   'images within': (['train/images/a.png', 'test/images/b.png'], 1, 1),
   'within images': (['images/train/a.png', 'images/val/b.png'], 1, 1),
+  'COCO': (['train2017/a.jpg', 'val2017/b.jpg'], 1, 1),
+  'ImageNet of 32 pixels': (['train_32x32/a.png', 'valid_32x32/b.png'], 1, 1),
+  'sets': (
+    ['training_set/x/a.png', 'training_set/y/a.png', 'test_set/x/b.png'],
+    2,
+    1,
+  ),
   'three': (['train/a.png', 'val/b.png', 'val/c.png', 'test/d.png'], 1, 1),
   'pictures beside': (['logo.png', 'train/a.png', 'test/b.png'], 1, 1),
 }
@@ -108,7 +115,20 @@ def test_folders_that_are_splits(case):
   assert f'is held out ({test})' in note
   left = len(names) - train - test
   assert (f'{left} other images are left out' in note) == bool(left)
-  assert layout.num_classes == 2 * (case == 'classes within')
+  assert layout.num_classes == 2 * (case in ('classes within', 'sets'))
+
+
+def test_shards_within_splits():
+  names = [f'train/{name}' for name in numbered(5, [4, 4, 4])]
+  names += [f'test/{name}' for name in numbered(5, [2])]
+  layout = understood(names)
+  assert (len(layout.splits['train']), len(layout.splits['test'])) == (12, 2)
+  assert layout.num_classes == 0
+
+
+def test_a_class_named_train_is_a_class():
+  layout = understood(['bus/a.png', 'car/b.png', 'train/c.png'])
+  assert (layout.splits, layout.num_classes) == ({}, 3)
 
 
 def test_a_class_of_the_same_name_has_the_same_label_in_both_splits():

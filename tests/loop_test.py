@@ -234,7 +234,7 @@ def test_what_cannot_be_read_or_written_names_the_whole_one(
   with pytest.raises(UserError) as told:
     train(tmp_path, batches=batches(), every=every)
   assert str(told.value) == (
-    f'training stopped at step 13: {must.format(dir=tmp_path)} checkpoint 10 '
+    f'training stopped at step 13: {must.format(dir=tmp_path)} checkpoint 12 '
     'is complete; the same command resumes from it'
   )
 

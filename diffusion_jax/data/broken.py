@@ -68,7 +68,7 @@ def find(*opened: sources.Source | None) -> list[str]:
     source, index = job
     try:
       source.read_fn(index)
-    except images.Broken as error:
+    except UserError as error:
       return str(error)
     return ''
 

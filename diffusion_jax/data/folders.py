@@ -113,8 +113,9 @@ def _find(root: Path) -> Found:
   names, passed = [], collections.Counter()
   labels, links, lost = None, 0, 0
   for name, entry, is_outside in _walk(root, '', root, {root}, passed):
-    # os.path's function: the entry's own raises if links form a cycle.
-    is_file = os.path.isfile(entry.path)
+    # For links os.path's function: the entry's raises if they form a cycle.
+    is_link = entry.is_symlink()
+    is_file = os.path.isfile(entry.path) if is_link else entry.is_file()
     if entry.name == layouts.LABELS and is_file:
       own = layouts.labels_in(Path(entry.path))
       if own is not None:
@@ -125,7 +126,7 @@ def _find(root: Path) -> Found:
       passed[os.path.splitext(name)[1].lower() or 'without a suffix'] += 1
     elif is_file and not (size := entry.stat().st_size):
       passed['empty'] += 1
-    elif is_file or entry.is_symlink():  # reading a lost one reports it
+    elif is_file or is_link:  # reading a lost one reports it
       names.append((name, size if is_file else 0))
       links += is_file and is_outside
       lost += not is_file
@@ -147,25 +148,28 @@ def _walk(
       entered again.
     passed: counts folders that are linked more than once.
   """
+  is_outside = not real.is_relative_to(root)
   with os.scandir(root / folder) as entries:
     entries = sorted(entries, key=lambda entry: entry.name)
   for entry in entries:
-    name = f'{folder}{entry.name}'
+    name, is_link = f'{folder}{entry.name}', entry.is_symlink()
     if entry.name.startswith('.'):
       continue
-    target = real / entry.name
-    if entry.is_symlink():
-      target = Path(os.path.realpath(entry.path))
-    is_outside = not target.is_relative_to(root)
-    if not os.path.isdir(target):
+    if not is_link and not entry.is_dir():
       yield name, entry, is_outside
-    elif not is_outside and entry.is_symlink():
+      continue
+    target = (
+      Path(os.path.realpath(entry.path)) if is_link else real / entry.name
+    )
+    leads_out = not target.is_relative_to(root)
+    if not os.path.isdir(target):
+      yield name, entry, leads_out
+    elif is_link and not leads_out:
       continue  # its images are in the set already
     elif target in seen:
       passed['folder linked twice'] += 1
     else:
-      if is_outside:
-        seen.add(target)
+      seen.update({target} if leads_out else ())
       yield from _walk(root, f'{name}/', target, seen, passed)
 
 

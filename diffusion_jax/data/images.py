@@ -21,6 +21,7 @@ refuse images that would have to be resized.
 
 import contextlib
 import dataclasses
+import errno
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -80,7 +81,10 @@ def check_channels(channels: int | None) -> None:
 
 
 class Broken(UserError):
-  """An image that cannot be read; the message names it."""
+  """An image that cannot be read, here or on any host; the message names it.
+
+  Not one that cannot be read at the moment, because of the disk or the memory.
+  """
 
 
 # Index of an image -> a path or a file open for reading bytes, and a name for
@@ -107,7 +111,7 @@ def rule_of(open_fn: Open, count: int, wanted: sources.Wanted) -> Rule:
   size, channels = wanted.image_size, wanted.channels
   if size is None:
     file, name = open_fn(0)
-    with _one_line_errors(name):
+    with reading(name):
       image = _decode(file)
     if image.width != image.height:
       raise UserError(
@@ -142,7 +146,7 @@ def headers(open_fn: Open, indices: Iterable[int]) -> Iterator[Header]:
   for index in indices:
     with contextlib.suppress(Broken):
       file, name = open_fn(index)
-      with _one_line_errors(name), Image.open(file, formats=FORMATS) as image:
+      with reading(name), Image.open(file, formats=FORMATS) as image:
         header = Header(_is_grey(image), getattr(image, 'is_animated', False))
       yield header
 
@@ -157,7 +161,7 @@ def brightest(file: str | BinaryIO, name: str) -> tuple[int, int]:
   Raises:
     Broken: the image cannot be read.
   """
-  with _one_line_errors(name):
+  with reading(name):
     image = _decode(file)
     if _is_wide(image):
       return int(np.asarray(image).max()), 16
@@ -180,7 +184,7 @@ def read(file: str | BinaryIO, name: str, rule: Rule) -> np.ndarray:
     UserError: the rule refuses it.
   """
   height, width = rule.image_size
-  with _one_line_errors(name):
+  with reading(name):
     image = _decode(file)
     if rule.is_size_exact and image.size != (width, height):
       raise UserError(
@@ -273,7 +277,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
   return image.convert('RGB')
 
 
-def _one_line_errors(name: str):
-  return one_line(
-    f'image {name} cannot be read: ', '; replace it or remove it', Broken
-  )
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+  """Turns the errors of reading an image into UserError, or Broken if it lasts.
+
+  Args:
+    name: what to call the image.
+  """
+  try:
+    with one_line(
+      f'image {name} cannot be read: ', '; replace it or remove it'
+    ):
+      yield
+  except UserError as error:
+    if _lasts(error.__cause__):
+      raise Broken(str(error)) from error.__cause__
+    raise
+
+
+def _lasts(cause: BaseException | None) -> bool:
+  """Whether an error is one of the file: Pillow's errors have no errno."""
+  if isinstance(cause, OSError):
+    return cause.errno in (None, errno.ENOENT, errno.ELOOP)
+  return cause is not None and not isinstance(cause, MemoryError)

@@ -3,8 +3,9 @@
 From the names of the images alone, in this order:
 
 1. One folder that holds all images is looked through, at any depth.
-2. Folders named `train` and `test` (or `val`) hold the splits. Also training,
-   testing, valid and validation, in any case. Other images are left out.
+2. Folders named `train` and `test` (or `val`) hold the splits; also training,
+   validation, test_set, train2017 and the like, see `_SPLIT`. Other images are
+   left out.
 3. A dataset.json of NVIDIA's tools ({"labels": [[NAME, CLASS], ...]}) has the
    labels, and folders are no classes.
 4. Folders that only divide the set (shards) are no classes: they are numbered
@@ -28,11 +29,11 @@ from diffusion_jax.system.errors import UserError
 
 LABELS = 'dataset.json'
 CLASSES = ('auto', 'folders', 'none')
-SPLITS = {
-  'train': 'train', 'training': 'train', 'test': 'test', 'testing': 'test',
-  'val': 'val', 'valid': 'val', 'validation': 'val',
-}  # fmt: skip
 _SHOWN = 5  # names in a message
+_SPLIT = re.compile(
+  r'(train|test|val)(ing|id|idation)?([-_ ]?(set|data|images?|\d[\dx]*))?',
+  re.IGNORECASE,
+)
 _PART = re.compile(r'(part|shard|chunk|batch)s?[-_ ]?\d+', re.IGNORECASE)
 
 
@@ -68,16 +69,14 @@ def understand(
     UserError: images lie both beside and in folders that look like classes.
   """
   splits, depth, notes = _splits(names)
+  train = splits.get('train', names)
   used = [name for part in splits.values() for name in part] or names
-  depth = _through(splits.get('train', names), depth)
+  depth = _through(train, depth)
   if wanted.classes == 'none':
     return Layout(splits, {}, 0, notes)
   if listed is not None and wanted.classes == 'auto':
     return _labelled(splits, listed, used, LABELS, notes)
-  folders, beside = collections.defaultdict(list), []
-  for name in used:
-    head, *rest = name.split('/')[depth:]
-    (folders[head] if rest else beside).append(name)
+  folders, beside = _grouped(train, depth)
   if not folders:
     return Layout(splits, {}, 0, notes)
   if beside and not splits:
@@ -95,6 +94,7 @@ def understand(
       f'of the set, not as classes{remedy}'
     )
     return Layout(splits, {}, 0, [*notes, told])
+  folders, _ = _grouped(used, depth)
   label_of = {
     name: label
     for label, folder in enumerate(sorted(folders))
@@ -129,7 +129,8 @@ def _splits(names) -> tuple[dict[str, list[str]], int, list[str]]:
   found = {}  # split -> its folder
   for name in names:
     head, *rest = name.split('/')[depth:]
-    split = SPLITS.get(head.lower()) if rest else None
+    match = _SPLIT.fullmatch(head) if rest else None
+    split = match and match[1].lower()
     (parts[split] if split else others).append(name)
     found.setdefault(split, head)
   if 'train' not in parts or len(parts) < 2:
@@ -145,6 +146,15 @@ def _splits(names) -> tuple[dict[str, list[str]], int, list[str]]:
     told += f'; {len(others)} other images are left out ({_shown(others)})'
   splits = {'train': parts['train'], 'test': parts[held]}
   return splits, depth + 1, [told]
+
+
+def _grouped(names, depth) -> tuple[dict[str, list[str]], list[str]]:
+  """Folder at a depth -> its images; and the images beside the folders."""
+  folders, beside = collections.defaultdict(list), []
+  for name in names:
+    head, *rest = name.split('/')[depth:]
+    (folders[head] if rest else beside).append(name)
+  return folders, beside
 
 
 def _through(names: Sequence[str], depth: int) -> int:

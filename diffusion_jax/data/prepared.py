@@ -67,8 +67,7 @@ def create(
     raise UserError(f'{what} has no images')
 
   def record_of(index):
-    with one_line(f'image {index} of {what} cannot be read: ', '',
-                  images.Broken):  # fmt: skip
+    with images.reading(f'{index} of {what}'):
       return parser.deserialize_example_np(
         records[index], decoders={'image': tfds.decode.SkipDecoding()}
       )
@@ -87,7 +86,10 @@ def create(
   read(0)  # tfds opens the files only now
   num_classes = (needed['label'].num_classes or 0) if 'label' in needed else 0
   full_name = f'tfds:{builder.info.full_name}, {wanted.split}'
-  notes = looks.files(open_fn, num_images, rule.channels, wanted)
+  notes = []
+  if 'label' in builder.info.features and 'label' not in needed:
+    notes.append('the labels are left out: they are not classes')
+  notes += looks.files(open_fn, num_images, rule.channels, wanted)
   source = sources.create(
     full_name, num_images, rule.shape, num_classes, read, notes
   )

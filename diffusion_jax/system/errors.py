@@ -35,9 +35,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_line(
-  before: str, after: str = '', error: type[UserError] = UserError
-) -> Iterator[None]:
+def one_line(before: str, after: str = '') -> Iterator[None]:
   """Turns the errors that damaged files cause into a UserError.
 
   Put only the reading of the file inside: every exception is turned into one,
@@ -46,7 +44,6 @@ def one_line(
   Args:
     before: the UserError's message up to the reason, which is one line.
     after: the rest of the message.
-    error: the kind of UserError.
 
   Raises:
     UserError: any exception was raised.
@@ -57,4 +54,4 @@ def one_line(
     raise
   except Exception as e:
     reason = ' '.join(str(e).split())[:200] or type(e).__name__
-    raise error(f'{before}{reason}{after}') from e
+    raise UserError(f'{before}{reason}{after}') from e

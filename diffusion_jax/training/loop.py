@@ -160,7 +160,7 @@ def train(
     checkpoints.wait()
   except (OSError, UserError) as e:
     with contextlib.suppress(UserError, Diverged):
-      if isinstance(e, images.Broken) and int(state.step) == step - 1 > start:
+      if int(state.step) == step - 1 > start:  # the batch cannot be read
         _keep(state, rows, writer, checkpoints)
       checkpoints.wait()  # so that the message names a complete checkpoint
     raise UserError(
