@@ -6,16 +6,18 @@ Any value of the config can be overridden: --config.optim.lr=1e-4. Writes
 config.json, checkpoints/, metrics.jsonl, TensorBoard events, and sample grids
 (samples/) to the workdir.
 
-To resume from the newest checkpoint, run the same command again; only
-num_steps, *_every, microbatches, mesh.*, data.path and data.skip_broken may
-differ.
+To resume from the newest checkpoint, run the same command again. What changes
+no trained number may differ, such as num_steps, *_every, microbatches, mesh.*,
+data.path and data.skip_broken. So may optim.*, ema.decay and batch_size: the
+run goes on, and starts.jsonl records what changed.
 
 To fine-tune, give --init_from=runs/other. It copies the other run's parameters
 that match this config's network in name and shape, and starts at step 0 with a
 new optimiser state. init_from.json in the workdir lists what was copied.
 
-SIGTERM and SIGUSR1 stop the run after the current step and save it. After
-SIGUSR1, a Slurm job is also requeued.
+Ctrl-C, SIGTERM and SIGUSR1 stop the run after the current step and save it.
+After SIGUSR1, a Slurm job is also requeued. A second Ctrl-C aborts at once. The
+exit code is 130 after Ctrl-C and 0 after the other two.
 """
 
 import contextlib
@@ -29,7 +31,7 @@ from diffusion_jax.cli import command, declare
 from diffusion_jax.data import broken, pipeline, sources
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import finetune, programs, validation
-from diffusion_jax.system import distributed, environment, files, terminal
+from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import (
   checkpoint,
@@ -109,7 +111,7 @@ def main():
   if at < config.num_steps:
     if distributed.is_first():  # one process requeues the job
       terminal.say(_stopped(signals.name, at))
-    return
+    return 130 * (signals.name == 'SIGINT')
   rows = metrics.read(workdir / 'metrics.jsonl')
   _finish(workdir, config.num_steps, rows[-1] if rows else {})
 
@@ -126,22 +128,22 @@ def _begin(stack, workdir, config, origin, begun) -> list[int]:
 
 def _say_start(workdir, config, start, splits, origin, begun, goes_on) -> None:
   """Records the start in the workdir, and prints what training starts from."""
-
-  def note():
-    runs.write_config(workdir, config)  # some values may have changed
-    runs.note_start(workdir, {'step': start, **environment.describe()})
-
-  distributed.on_first(note)
+  for line in distributed.on_first(
+    lambda: runs.begin(workdir, config, start, goes_on)
+  ):
+    terminal.say(line)
   source, heldout = splits
   if origin and not goes_on:
     for line in finetune.told(origin, begun, runs.to_plain(config)):
       terminal.say(line)
   elif FLAGS.init_from:
-    terminal.say(
-      f'resuming from step {start}: --init_from was applied when this run '
-      'started'
-    )
+    terminal.say('--init_from was applied when this run started')
   terminal.say(f'training on {source.description}')
+  if config.batch_size > len(source):
+    terminal.say(
+      f'batch_size={config.batch_size} is larger than the data set: each of '
+      f'the {len(source)} images is used several times in a step'
+    )
   terminal.say(
     f'held out: {heldout.description}'
     if heldout
@@ -176,11 +178,13 @@ def _train(
     every_secs=min(FLAGS.heartbeat_secs / 6, 10),
     tell=terminal.say,
   )
-  progress = terminal.Progress('training', config.num_steps, start)
+  progress = terminal.Progress(
+    'training', config.num_steps, start, begin='compiling the training step'
+  )
 
-  def on_step(row):
+  def on_step(finished, row):
     dog.step()
-    progress.update(note=f'loss {row["loss"]:.4f}' if row else '')
+    progress.reach(finished, f'loss {row["loss"]:.4f}' if row else '')
 
   with dog, progress:
     train_state = loop.train(
@@ -237,7 +241,8 @@ def _draw_grid(program, train_state, at, count, mesh, workdir, writer) -> None:
 
 
 def _stopped(name, at):
-  line = f'stopped by {name} at step {at}, which is saved; '
+  by = 'Ctrl-C' if name == 'SIGINT' else name
+  line = f'stopped by {by} at step {at}, which is saved; '
   job = os.environ.get('SLURM_JOB_ID')
   if name != 'SIGUSR1' or not job:
     return line + 'the same command resumes'

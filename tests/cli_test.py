@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import binaries
 import pytest
@@ -210,12 +211,14 @@ def begin(workdir, config):
 
 def test_a_run_goes_on_only_with_its_own_config(tmp_path):
   begin(tmp_path / 'w', digits.get_config())
+  (tmp_path / 'w' / 'checkpoints' / '5').mkdir(parents=True)
   begin(tmp_path / 'w', digits.get_config())
   with pytest.raises(UserError) as error:
     begin(tmp_path / 'w', changed(seed=77, **{'optim.lr': 7e-3}))
   text = str(error.value)
   assert 'seed: 0 there, 77 now' in text
-  assert 'optim.lr' in text
+  assert 'optim.lr' not in text
+  assert f'--workdir=NEW --init_from={tmp_path / "w"}' in text
   assert '\n' not in text
   assert runs.read_config(tmp_path / 'w')['seed'] == 0
 
@@ -224,13 +227,70 @@ def test_what_may_differ_may(tmp_path):
   begin(tmp_path, digits.get_config())
   new = {
     'num_steps': 9, 'log_every': 1, 'eval_every': 2, 'sample_every': 3,
-    'checkpoint_every': 4, 'mesh.data': 1, 'mesh.fsdp': 1, 'data.path': 'x',
+    'checkpoint_every': 4, 'mesh.data': 1, 'mesh.fsdp': 1, 'data.path': '/x',
     'microbatches': 2,
   }  # fmt: skip
   begin(tmp_path, changed(**new))
   assert runs.flatten(runs.read_config(tmp_path)).items() >= new.items()
   # Another split is another data set.
   assert not runs.may_change('data.heldout_every')
+
+
+@pytest.mark.parametrize(
+  ('values', 'may'),
+  [
+    ({'optim.lr': 1e-4, 'optim.decay': 'cosine', 'optim.decay_steps': 9}, True),
+    ({'optim.warmup_steps': 0, 'optim.b2': 0.99, 'optim.clip_norm': 2.0}, True),
+    ({'ema.decay': 0.9, 'batch_size': 32}, True),
+    ({'optim.clip_norm': 0.0}, False),
+    ({'optim.name': 'adamw'}, False),
+    ({'optim.part_lr.net': 1e-5}, False),
+    ({'optim.lr': 1e-4, 'model.channels': 64}, False),
+    ({'process.num_timesteps': 500}, False),
+    ({'data.heldout_every': 7}, False),
+  ],
+)
+def test_what_may_change_on_purpose(tmp_path, values, may):
+  begin(tmp_path, digits.get_config())
+  (tmp_path / 'checkpoints' / '40').mkdir(parents=True)
+  other = digits.get_config()
+  with other.unlocked():
+    other.update_from_flattened_dict(values)
+  if not may:
+    with pytest.raises(UserError, match='--init_from='):
+      runs.check(tmp_path, other)
+    return
+  runs.check(tmp_path, other)
+  resumed, broken = runs.begin(tmp_path, other, 40, goes_on=True)
+  assert resumed == f'resuming from checkpoint 40 of {tmp_path}'
+  assert broken.startswith('from step 40 on, the run differs from ')
+  noted = json.loads((tmp_path / 'starts.jsonl').read_text())
+  assert noted['step'] == 40
+  assert noted['changed'].keys() == values.keys()
+  for key, value in values.items():
+    assert key in broken
+    assert noted['changed'][key][1] == value
+  assert runs.flatten(runs.read_config(tmp_path)).items() >= values.items()
+  assert len(runs.begin(tmp_path, other, 41, goes_on=True)) == 1
+
+
+def test_a_run_without_a_checkpoint_takes_the_corrected_config(tmp_path):
+  begin(tmp_path, digits.get_config())
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 1.0}\n')
+  other = changed(seed=7, **{'model.channels': 64})
+  runs.check(tmp_path, other)
+  (line,) = runs.begin(tmp_path, other, 0, goes_on=False)
+  assert 'has no checkpoint yet, so it takes this config' in line
+  assert 'model.channels: 32 there, 64 now' in line
+  assert runs.read_config(tmp_path)['seed'] == 7
+
+
+def test_a_relative_data_path_is_kept_as_an_absolute_one(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for given, kept in (('photos', str(tmp_path / 'photos')), ('', ''),
+                      ('/a/b', '/a/b')):  # fmt: skip
+    runs.write_config(tmp_path, changed(**{'data.path': given}))
+    assert runs.read_config(tmp_path)['data']['path'] == kept
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path):
@@ -312,6 +372,16 @@ def test_progress_off_a_terminal_prints_lines(capsys):
   lines = capsys.readouterr().err.splitlines()
   assert lines[-1].startswith('counting: 10/10 things, ')
   assert lines[-1].endswith('left, loss 1')
+
+
+def test_progress_begins_with_what_takes_long(capsys):
+  with terminal.Progress('counting', 3, begin='boiling') as shown:
+    assert capsys.readouterr().err == 'boiling\n'
+    shown.reach(1)
+    time.sleep(0.01)
+    shown.reach(3, 'done')
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith('counting: 3/3 steps')
 
 
 def test_report_is_json_when_asked(capsys):

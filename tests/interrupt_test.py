@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import binaries
 import jax
@@ -62,7 +63,10 @@ def stopped(process, code) -> str:
   assert result.code == code, result
   assert not result.out
   # Before it, what runs and how far; nothing else.
-  told = ('training on ', 'held out: ', 'no images are held', 'training: ')
+  told = (
+    *('training on ', 'held out: ', 'no images are held', 'training: '),
+    *('compiling the training step', 'resuming from checkpoint '),
+  )
   *before, last = result.err.splitlines()
   assert all(line.startswith(told) for line in before), result.err
   return last
@@ -132,6 +136,90 @@ def test_sigterm_saves_and_ends_well(run, tmp_path):
   with runs.lock(workdir):
     pass  # it is free
   goes_on_as(run, workdir)
+
+
+def test_the_first_ctrl_c_saves_and_the_second_ends_it(run, tmp_path):
+  workdir = tmp_path / 'told'
+  flags = tiny.flags(workdir, num_steps=10**6, checkpoint_every=0)
+  process = binaries.start('train', *flags)
+  process.wait_until(lambda: at(workdir) >= 4)
+  process.send(signal.SIGINT)
+  result = process.end()
+  assert result.code == 130, result
+  before, _, last = result.err.strip().rpartition('\n')
+  assert before.endswith('saved; Ctrl-C again aborts')
+  step = at(workdir)
+  assert last == (
+    f'stopped by Ctrl-C at step {step}, which is saved; the same command '
+    'resumes'
+  )
+  assert kept(workdir) == [step]
+
+  process = binaries.start('train', *flags)
+  process.wait_until(lambda: at(workdir) > step)
+  os.kill(process.process.pid, signal.SIGSTOP)  # so that both arrive together
+  process.send(signal.SIGINT)
+  os.kill(process.process.pid, signal.SIGCONT)
+  process.wait_until(lambda: 'aborts' in told_so_far(process))
+  with contextlib.suppress(ProcessLookupError):
+    os.kill(process.process.pid, signal.SIGINT)
+  assert process.end().code in (130, -signal.SIGINT)
+  assert kept(workdir)[0] == step
+
+
+def told_so_far(process) -> str:
+  return Path(process.folder.name, 'err').read_text()
+
+
+class Several:
+  """Stands in for JAX's agreement of several processes on a step."""
+
+  def __init__(self, others):
+    self.others = others
+
+  def reached_preemption_sync_point(self, step):
+    return step == 3
+
+  def process_allgather(self, value):
+    return np.array([value, *self.others])
+
+
+@pytest.mark.parametrize(
+  ('own', 'others', 'name'),
+  [
+    ('SIGINT', [1], 'SIGINT'),
+    ('', [2], 'SIGINT'),
+    ('SIGTERM', [1], 'SIGTERM'),
+    ('SIGINT', [3], 'SIGUSR1'),
+    ('', [1], 'SIGTERM'),
+  ],
+)
+def test_processes_agree_on_the_signal(monkeypatch, own, others, name):
+  handlers = {number: signal.getsignal(number)
+              for number in (signal.SIGINT, signal.SIGUSR1)}  # fmt: skip
+  monkeypatch.setattr(preemption, 'multihost_utils', Several(others))
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  try:
+    signals = preemption.Signals()
+    signals.name = own
+    assert [signals.reached(step) for step in (1, 2, 3)] == [False, False, True]
+    assert signals.name == name
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+
+
+def test_ctrl_c_that_the_shell_ignores_stays_ignored():
+  before = {number: signal.getsignal(number) for number in
+            (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)}  # fmt: skip
+  try:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals = preemption.Signals()
+    assert not signals.reached(1)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def train(workdir, start=0, num_steps=20, loss_of=lambda k: 1 / (k + 1), **kw):
     every=kw.pop('every', loop.Every(log=1)),
     checkpoints=kept,
     writer=writer,
-    on_step=rows.append,
+    on_step=lambda finished, row: rows.append(row),
     **kw,
   )
   writer.close()
@@ -130,6 +130,41 @@ def test_metrics_are_fetched_one_step_late(tmp_path):
   for step in range(4):
     fetched = order.index(('fetched', step))
     assert order.index(('dispatched', step + 1)) < fetched
+
+
+@pytest.mark.parametrize('log', [1, 7, 0])
+def test_only_finished_steps_are_counted(tmp_path, log):
+  """At most AHEAD are dispatched before, and none before the first ends."""
+  finished, counted = [], []
+
+  class Value(float):
+    def __new__(cls, step):
+      value = super().__new__(cls, 1.0)
+      value.step = step
+      return value
+
+    def block_until_ready(self):
+      finished.append(self.step)
+      return self
+
+  def step_fn(state, batch):
+    step = state.step + 1
+    return State(step, {}), {'loss': Value(step), 'grad_norm': 1.0}
+
+  def on_step(step, row):
+    counted.append(step)
+    # What is fetched for a row has finished, too, and so has the last step.
+    assert step == max(finished) or log or step == 9
+
+  loop.train(
+    State(0, {}), step_fn=step_fn, batches=itertools.repeat(None),
+    num_steps=9, batch_size=1, every=loop.Every(log=log),
+    checkpoints=Kept(tmp_path), writer=metrics.Writer(tmp_path, 0),
+    on_step=on_step,
+  )  # fmt: skip
+  assert counted[0] == 1
+  for step, known in enumerate(counted, 1):
+    assert step - loop.AHEAD <= known <= step
 
 
 @pytest.mark.parametrize('log', [1, 7, 0])

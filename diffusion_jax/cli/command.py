@@ -49,11 +49,12 @@ def define_config(
   )  # fmt: skip
 
 
-def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
+def run(main: Callable[[], int | None], doc: str, required: Sequence[str] = ()):
   """Runs a binary's main. This is the last line of the binary's file.
 
   Args:
-    main: called without arguments after the flags are parsed and checked.
+    main: called without arguments after the flags are parsed and checked;
+      returns the exit code, None for 0.
     doc: the binary's docstring, which --help prints.
     required: names of flags that must be given.
   """
@@ -91,9 +92,10 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # Orbax writes pages at INFO
     try:
-      _call(main)
-    except KeyboardInterrupt:
-      told = '\ninterrupted; run the same command again to resume'
+      return _call(main)
+    except KeyboardInterrupt as e:
+      kept = ''.join(f'; {note}' for note in getattr(e, '__notes__', []))
+      told = f'\ninterrupted{kept}; run the same command again to resume'
       print(told, file=sys.stderr)
       # A normal exit would destroy objects that XLA may still use. Nothing is
       # left to save: all contexts have exited.
@@ -104,11 +106,12 @@ def run(main: Callable[[], None], doc: str, required: Sequence[str] = ()):
   app.run(wrapped, flags_parser=parse)
 
 
-def _call(main: Callable[[], None]) -> None:
-  """Calls a binary's main and handles its exceptions."""
+def _call(main: Callable[[], int | None]) -> int:
+  """Calls a binary's main and handles its exceptions; returns its exit code."""
   try:
-    main()
-    distributed.finish()
+    code = main() or 0
+    distributed.finish(code)
+    return code
   except UserError as e:
     terminal.fail(str(e))
   except Exception as e:

@@ -25,13 +25,17 @@ from collections.abc import Iterator
 from ml_collections import config_dict
 
 from diffusion_jax.runs import completion
-from diffusion_jax.system import files, terminal
+from diffusion_jax.system import environment, files, terminal
 from diffusion_jax.system.errors import UserError
+from diffusion_jax.training import checkpoint, optim
 
 # Keys that may differ from config.json when a run resumes, besides *_every.
 MAY_CHANGE = (
   'num_steps', 'microbatches', 'mesh', 'data.path', 'data.skip_broken',
 )  # fmt: skip
+# Keys that may change on purpose: the run goes on, but from there on it is not
+# the run that one config describes. The optimiser's state must keep its form.
+ON_PURPOSE = ('optim', 'ema', 'batch_size')
 
 LOCK = '.lock'
 INIT = 'init_from.json'
@@ -65,16 +69,28 @@ def may_change(key: str) -> bool:
   """Whether a run may resume with another value of this (dotted) key."""
   if '.' not in key and key.endswith('_every'):
     return True
-  return any(key == name or key.startswith(f'{name}.') for name in MAY_CHANGE)
+  return _is_among(key, MAY_CHANGE)
+
+
+def _is_among(key, names):
+  return any(key == name or key.startswith(f'{name}.') for name in names)
+
+
+def changes(old: dict, new: dict) -> dict[str, list]:
+  """Dotted key -> [old value, new value], for two plain configs."""
+  old, new = flatten(old), flatten(new)
+  return {
+    key: [old.get(key), new.get(key)]
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+  }
 
 
 def differences(old: dict, new: dict) -> dict[str, str]:
   """Dotted key -> 'key: VALUE there, VALUE now', for two plain configs."""
-  old, new = flatten(old), flatten(new)
   return {
-    key: f'{key}: {old.get(key)} there, {new.get(key)} now'
-    for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key)
+    key: f'{key}: {there} there, {now} now'
+    for key, (there, now) in changes(old, new).items()
   }
 
 
@@ -82,7 +98,8 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
   """Raises UserError unless a run of this config may start or resume here.
 
   The folder must be new, empty, or hold a run with a config that differs only
-  in keys that may change; the message names the others. Nothing is written.
+  in keys that may change; the message names the others. A run without any
+  checkpoint takes any config. Nothing is written.
   """
   usable_folder('workdir', workdir)
   path = files.at(workdir)
@@ -92,12 +109,12 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
       f'state: fine-tune with --init_from={workdir} in another folder'
     )
   if (path / 'config.json').exists():
-    differ = differences(read_config(workdir), to_plain(config))
-    other = [line for key, line in differ.items() if not may_change(key)]
-    if other:
+    refused = fixed(read_config(workdir), to_plain(config))
+    if refused and checkpoint.steps(path / 'checkpoints'):
       raise UserError(
         f'--workdir={workdir} holds a run of another config ('
-        f'{"; ".join(other)}): use the same values or another folder'
+        f'{"; ".join(refused)}): use the same values, or begin another run '
+        f'with its weights: --workdir=NEW --init_from={workdir}'
       )
   elif path.exists() and files.entries(path) - {LOCK, INIT}:
     raise UserError(
@@ -106,9 +123,27 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
     )
 
 
+def fixed(old: dict, new: dict) -> list[str]:
+  """The differences, as text, that a run cannot go on with."""
+  keeps_form = optim.same_form(old['optim'], new['optim'])
+  return [
+    line
+    for key, line in differences(old, new).items()
+    if not may_change(key)
+    and not (
+      _is_among(key, ON_PURPOSE)
+      and (keeps_form or not _is_among(key, optim.FORM))
+    )
+  ]
+
+
 def write_config(workdir, config: config_dict.ConfigDict) -> None:
-  """Writes config.json atomically."""
-  files.write_json(files.at(workdir) / 'config.json', to_plain(config))
+  """Writes config.json atomically; a relative data.path becomes absolute."""
+  plain = to_plain(config)
+  path = plain['data']['path']
+  if path and '://' not in path:
+    plain['data']['path'] = os.path.abspath(os.path.expanduser(path))
+  files.write_json(files.at(workdir) / 'config.json', plain)
 
 
 def converted_from(workdir) -> str | None:
@@ -126,6 +161,46 @@ def converted_from(workdir) -> str | None:
     return str(json.loads(path.read_text())['from'])
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise UserError(f'{path} is unreadable ({e}): convert again') from e
+
+
+def begin(
+  workdir, config: config_dict.ConfigDict, step: int, goes_on: bool
+) -> list[str]:
+  """Records a start in config.json and starts.jsonl.
+
+  Args:
+    workdir: the run's folder, which holds the config of the start before.
+    config: the config of this start.
+    step: the step that training starts from.
+    goes_on: whether it starts from a checkpoint of the run.
+
+  Returns:
+    Lines to print about a resumed run and about what has changed.
+  """
+  old, new = read_config(workdir), to_plain(config)
+  lines, facts = [], {'step': step}
+  if goes_on:
+    lines.append(f'resuming from checkpoint {step} of {workdir}')
+    broken = {
+      key: pair
+      for key, pair in changes(old, new).items()
+      if _is_among(key, ON_PURPOSE)
+    }
+    if broken:
+      facts['changed'] = broken
+      told = ', '.join(f'{key} {a} -> {b}' for key, (a, b) in broken.items())
+      lines.append(
+        f'from step {step} on, the run differs from an uninterrupted run of '
+        f'either config: {told} (recorded in starts.jsonl)'
+      )
+  elif other := fixed(old, new):
+    lines.append(
+      f'{workdir} has no checkpoint yet, so it takes this config '
+      f'({"; ".join(other)})'
+    )
+  write_config(workdir, config)
+  note_start(workdir, {**facts, **environment.describe()})
+  return lines
 
 
 def note_start(workdir, facts: dict) -> None:

@@ -174,15 +174,15 @@ def leave(code: int, alone: bool = False) -> None:
       os._exit(code)  # even if interrupted, for example by another Ctrl-C
 
 
-def finish() -> None:
-  """Exits with code 0 once all processes have got here.
+def finish(code: int = 0) -> None:
+  """Exits with this code once all processes have got here.
 
   Returns if this process has met no others. JAX's shutdown is not safe on a
   busy machine: it may abort a process that still uses process 0's service.
   """
   if _others is not None:
     gather(None)
-    leave(0)
+    leave(code)
 
 
 def _is_several():

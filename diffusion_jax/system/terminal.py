@@ -40,9 +40,15 @@ class Progress:
     done: the initial count.
     unit: the unit of the count.
     seconds: the time between lines without a terminal.
+    begin: shown in place of the count until the first update.
   """
 
-  def __init__(self, title, total, done=0, unit='steps', seconds=20.0):
+  def __init__(
+    self, title, total, done=0, unit='steps', seconds=20.0, begin=''
+  ):
+    self._before = contextlib.ExitStack()
+    if begin:
+      self._before.enter_context(waiting(begin, seconds))
     self._terminal = sys.stderr.isatty() and distributed.is_first()
     self._title, self._unit, self._seconds = title, unit, seconds
     self._done, self._first, self._total = done, done, total
@@ -54,16 +60,23 @@ class Progress:
       unit=f' {unit}',
       disable=not self._terminal,
       dynamic_ncols=True,
+      delay=1e-9 if begin else 0,  # shows nothing before the first update
     )
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
+    self._before.close()
     self._bar.close()
+
+  def reach(self, done: int, note: str = '') -> None:
+    """Sets the count."""
+    self.update(done - self._done, note)
 
   def update(self, count: int = 1, note: str = '') -> None:
     """Adds to the count; a note ('loss 0.03') is shown until the next one."""
+    self._before.close()
     self._done += count
     self._bar.update(count)
     if note:

@@ -27,6 +27,10 @@ def due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
+# Steps that may be dispatched before the oldest of them has finished. More gain
+# no speed, and what is shown would be ahead of what is done.
+AHEAD = 2
+
 # Metrics that must be finite in every step, if present.
 WATCHED = ('loss', 'grad_norm', 'param_norm', 'heldout_loss')
 
@@ -53,6 +57,7 @@ class Rows:
   def __init__(self, writer: metrics.Writer, examples_per_step: int):
     self._writer = writer
     self._examples = examples_per_step
+    self.finished = 0  # the newest step known to have finished
     self._waiting = []  # (step, whether to log, values on the device)
     self._then = None  # when the last logged step was found finished
     self._counted = 0
@@ -60,11 +65,17 @@ class Rows:
   def add(self, step: int, values: dict, log: bool) -> None:
     self._waiting.append((step, log, values))
 
+  def wait(self, ahead: int) -> None:
+    """Waits until at most `ahead` steps are unfinished."""
+    done = self._waiting[: len(self._waiting) - ahead]
+    if done:
+      self.finished, _, values = done[-1]
+      jax.block_until_ready(values)
+
   def flush(self, keep: int) -> dict:
     """Writes all but the last `keep` steps; returns the last row written.
 
-    Without a row to write, values are fetched only every 100 steps, so that the
-    host can run ahead.
+    Without a row to write, values are fetched only every 100 steps.
 
     Raises:
       Diverged: a watched metric is not finite.
@@ -75,6 +86,7 @@ class Rows:
       return row
     self._waiting = self._waiting[len(ready) :]
     for step, log, values in jax.device_get(ready):
+      self.finished = int(step)
       for name in WATCHED:
         if not np.isfinite(values.get(name, 0)):
           raise Diverged(name, values[name], int(step))
@@ -105,7 +117,7 @@ def train(
   writer: metrics.Writer,
   eval_fn: Callable[[TrainState], dict] | None = None,
   sample_fn: Callable[[TrainState, int], None] | None = None,
-  on_step: Callable[[dict], None] = lambda row: None,
+  on_step: Callable[[int, dict], None] = lambda finished, row: None,
   stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
   """Trains from the state's step to num_steps, or until told to stop.
@@ -124,7 +136,8 @@ def train(
     writer: the metrics writer.
     eval_fn: state -> values for the row.
     sample_fn: (state, step) -> None, draws a grid of samples.
-    on_step: called after each step with the newest row, usually {}.
+    on_step: (newest finished step, newest row, usually {}) -> None, called
+      after each dispatch.
     stop: step -> whether to stop after this step; called after each step.
 
   Raises:
@@ -149,7 +162,9 @@ def train(
       # not be saved, and the rows up to step k must be written before
       # checkpoint k, because a restart drops only later rows.
       row = rows.flush(keep=0 if save or draw else 1)
-      on_step(row)
+      # The first step shows whether the batch fits into memory.
+      rows.wait(ahead=AHEAD if step > start + 1 else 0)
+      on_step(rows.finished, row)
       if draw:  # before the checkpoint, or a kill in between loses the grid
         sample_fn(state, step)
       if save:

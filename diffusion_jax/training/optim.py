@@ -15,6 +15,8 @@ from diffusion_jax.system.errors import UserError
 
 OPTIMIZERS = ('adam', 'adamw')
 DECAYS = ('constant', 'cosine', 'linear')
+# The keys of a config that the form of the optimiser's state depends on.
+FORM = ('optim.name', 'optim.clip_norm', 'optim.part_lr')
 
 
 def learning_rate(
@@ -106,6 +108,15 @@ def create(
     steps += [_by_part({part: own / lr for part, own in part_lr.items()})]
   # A single step is not chained: older checkpoints have no tuple in that case.
   return optax.chain(*steps) if steps[1:] else adam
+
+
+def same_form(one: Mapping, other: Mapping) -> bool:
+  """Whether two configs' optimisers have states of the same form."""
+  forms = (
+    (config['name'], config['clip_norm'] > 0, bool(config['part_lr']))
+    for config in (one, other)
+  )
+  return len(set(forms)) == 1
 
 
 def decayed(params: Any) -> Any:
