@@ -65,8 +65,12 @@ class Rows:
   def add(self, step: int, values: dict, log: bool) -> None:
     self._waiting.append((step, log, values))
 
-  def wait(self, ahead: int) -> None:
-    """Waits until at most `ahead` steps are unfinished."""
+  def wait(self) -> None:
+    """Waits until at most AHEAD steps are unfinished; at first until none is.
+
+    The first step shows whether the batch fits into memory.
+    """
+    ahead = AHEAD if self.finished else 0
     done = self._waiting[: len(self._waiting) - ahead]
     if done:
       self.finished, _, values = done[-1]
@@ -136,8 +140,7 @@ def train(
     writer: the metrics writer.
     eval_fn: state -> values for the row.
     sample_fn: (state, step) -> None, draws a grid of samples.
-    on_step: (newest finished step, newest row, usually {}) -> None, called
-      after each dispatch.
+    on_step: called after each step with (newest finished step, newest row).
     stop: step -> whether to stop after this step; called after each step.
 
   Raises:
@@ -162,8 +165,7 @@ def train(
       # not be saved, and the rows up to step k must be written before
       # checkpoint k, because a restart drops only later rows.
       row = rows.flush(keep=0 if save or draw else 1)
-      # The first step shows whether the batch fits into memory.
-      rows.wait(ahead=AHEAD if step > start + 1 else 0)
+      rows.wait()
       on_step(rows.finished, row)
       if draw:  # before the checkpoint, or a kill in between loses the grid
         sample_fn(state, step)
