@@ -25,7 +25,7 @@ from diffusion_jax.system.errors import UserError
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(run_data)
-declare.shared('workdir', 'step', 'ema', 'json')
+declare.shared('accept_data', 'workdir', 'step', 'ema', 'json')
 declare.table(
   num_images=(
     256,

@@ -52,6 +52,7 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(drawing)
 flags.adopt_module_key_flags(judging)
 flags.adopt_module_key_flags(likelihoods)
+declare.shared('accept_data')
 declare.table(
   num_samples=(1000, 'Number of samples to judge.'),
   rounding=(

@@ -35,7 +35,7 @@ from diffusion_jax.system.errors import UserError
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(run_data)
-declare.shared('workdir', 'step', 'ema', 'json')
+declare.shared('accept_data', 'workdir', 'step', 'ema', 'json')
 declare.table(
   split=(('heldout', 'train'), 'Images of the run to invert.'),
   output=(str, 'Output folder; by default a new one in WORKDIR/inversions.'),

@@ -6,10 +6,10 @@ Any value of the config can be overridden: --config.optim.lr=1e-4. Writes
 config.json, checkpoints/, metrics.jsonl, TensorBoard events, and sample grids
 (samples/) to the workdir.
 
-To resume from the newest checkpoint, run the same command again. What changes
-no trained number may differ, such as num_steps, *_every, microbatches, mesh.*,
-data.path and data.skip_broken. So may optim.*, ema.decay and batch_size: the
-run goes on, and starts.jsonl records what changed.
+To resume from the newest checkpoint, run the same command again. Values that
+change no trained number may differ, see docs/resume.md. So may optim.*,
+ema.decay and batch_size: the run goes on, and starts.jsonl records what
+changed.
 
 To fine-tune, give --init_from=runs/other. It copies the other run's parameters
 that match this config's network in name and shape, and starts at step 0 with a
@@ -30,7 +30,7 @@ from diffusion_jax import data, runs
 from diffusion_jax.cli import command, declare
 from diffusion_jax.data import broken, pipeline, sources
 from diffusion_jax.reporting import pictures
-from diffusion_jax.runs import finetune, programs, validation
+from diffusion_jax.runs import dataset, finetune, programs, validation
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import (
@@ -38,6 +38,7 @@ from diffusion_jax.training import (
   loop,
   metrics,
   preemption,
+  saved,
   sharding,
   watchdog,
 )
@@ -60,7 +61,7 @@ flags.DEFINE_float(
   'its process.',
   lower_bound=0.1,
 )  # fmt: skip
-declare.shared('json')
+declare.shared('accept_data', 'json')
 
 
 def main():
@@ -69,8 +70,11 @@ def main():
   wrong = validation.check(config, jax.devices())
   if wrong:
     raise UserError(wrong[0])
-  splits = data.splits(config.data)
+  splits = distributed.everywhere(lambda: data.splits(config.data))
   runs.check(workdir, config)
+  known = dataset.check(
+    workdir, splits, config.data.heldout_split, FLAGS.accept_data
+  )
   origin = finetune.find(
     workdir, FLAGS.init_from, FLAGS.init_step, FLAGS.init_ema
   )
@@ -81,7 +85,7 @@ def main():
   # Nothing has been written yet: all checks come before this point.
   with contextlib.ExitStack() as stack:
     kept = distributed.on_first(
-      lambda: _begin(stack, workdir, config, origin, begun)
+      lambda: _begin(stack, workdir, config, known, origin, begun)
     )
     signals = preemption.Signals()
     checkpoints = stack.enter_context(
@@ -93,15 +97,14 @@ def main():
         program.recipe.origins,
       )
     )
-    if kept:
-      train_state = checkpoints.restore(kept[-1], program.abstract)
-    else:
-      train_state = program.create_state(mesh, begun.taken)
+    train_state = checkpoints.restore_newest(
+      program.abstract
+    ) or program.create_state(mesh, begun.taken)
     start = int(train_state.step)
     if start >= config.num_steps:
       _finish(workdir, start, {})
       return
-    _say_start(workdir, config, start, splits, origin, begun, bool(kept))
+    _say_start(workdir, config, start, splits, known, origin, begun, bool(kept))
     begun.taken.clear()  # the state has copies
     train_state = _train(
       config, workdir, mesh, program, splits, train_state, checkpoints, signals
@@ -116,21 +119,29 @@ def main():
   _finish(workdir, config.num_steps, rows[-1] if rows else {})
 
 
-def _begin(stack, workdir, config, origin, begun) -> list[int]:
+def _begin(stack, workdir, config, known, origin, begun) -> list[int]:
   """Locks the workdir; returns the steps that have a checkpoint."""
   stack.enter_context(runs.lock(workdir))
   if origin:
     finetune.record(workdir, origin, begun)
   if not (workdir / 'config.json').exists():
+    dataset.write(workdir, known)
     runs.write_config(workdir, config)
-  return checkpoint.steps(workdir / 'checkpoints')
+  kept = checkpoint.steps(workdir / 'checkpoints')
+  saved.note(workdir / 'checkpoints', max(kept, default=0))
+  return kept
 
 
-def _say_start(workdir, config, start, splits, origin, begun, goes_on) -> None:
+def _say_start(
+  workdir, config, start, splits, known, origin, begun, goes_on
+) -> None:
   """Records the start in the workdir, and prints what training starts from."""
-  for line in distributed.on_first(
-    lambda: runs.begin(workdir, config, start, goes_on)
-  ):
+
+  def record():
+    dataset.write(workdir, known)
+    return runs.begin(workdir, config, start, goes_on, known.change)
+
+  for line in distributed.on_first(record):
     terminal.say(line)
   source, heldout = splits
   if origin and not goes_on:

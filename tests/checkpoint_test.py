@@ -291,7 +291,7 @@ def test_what_is_held_is_kept_until_it_is_let_go(small, tmp_path, warned):
     assert save(kept, small) == [2, 5, 6]
     assert save(kept, small, 7) == [6, 7]
   assert sorted(path.name for path in tmp_path.iterdir()) == [
-    'checkpoints', 'held.json',
+    'checkpoints', 'held.json', 'saved.json',
   ]  # fmt: skip
   assert not warned
 

@@ -293,7 +293,7 @@ def test_a_run_is_told_from_another_and_from_no_run(bucket):
   runs.check(bucket, config)
   with pytest.raises(UserError, match='seed: 0 there, 1 now'):
     runs.check(bucket, ConfigDict({**config.to_dict(), 'seed': 1}))
-  (bucket.parent / 'b' / 'notes.txt').write_text('mine')
+  (bucket.parent / 'b' / 'photo.png').write_text('mine')
   with pytest.raises(UserError, match='is not empty and has no config'):
     runs.check(bucket.parent / 'b', config)
 

@@ -23,6 +23,11 @@ SHARED = {
   'step': (int, 'Checkpoint; by default the newest.'),
   'ema': (True, 'Use the averaged weights; --noema: the raw ones.'),
   'json': (False, 'Print the result as JSON.'),
+  'accept_data': (
+    False,
+    'Accept images that differ from those of the run, and held-out images '
+    'that are also training images.',
+  ),
   'data_path': (
     str,
     "Folder of the data, such as TFDS's data_dir; by default the config's.",

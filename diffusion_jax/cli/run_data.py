@@ -6,6 +6,7 @@ from diffusion_jax import data
 from diffusion_jax.cli import declare
 from diffusion_jax.data import Source, sources
 from diffusion_jax.evaluation import features
+from diffusion_jax.runs import dataset
 from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -19,7 +20,7 @@ def splits(config: dict) -> tuple[Source, Source | None]:
     config: the run's config.
 
   Raises:
-    UserError: they cannot be read.
+    UserError: they cannot be read, or are not those of the run in --workdir.
   """
   if not config['data']['name']:
     raise UserError(
@@ -32,6 +33,12 @@ def splits(config: dict) -> tuple[Source, Source | None]:
   except UserError as e:
     raise UserError(f'{e} (--data_path sets the folder of the data)') from e
   sources.say_notes(*opened)
+  dataset.check_known(
+    declare.workdir(),
+    opened,
+    config['data']['heldout_split'],
+    FLAGS.accept_data,
+  )
   return opened
 
 

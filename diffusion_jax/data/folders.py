@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusion_jax.data import images, layouts, looks, sources
+from diffusion_jax.data import identity, images, layouts, looks, sources
 from diffusion_jax.system.errors import UserError
 
 SUFFIXES = (
@@ -104,6 +104,7 @@ def create(
     layout.num_classes,
     read,
     notes,
+    identity.of_files(root, names, found.images),
   )
   return sources.keep_in_memory(source, rule.shape)
 

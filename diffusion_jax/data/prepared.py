@@ -12,7 +12,7 @@ import shlex
 
 import tensorflow_datasets as tfds
 
-from diffusion_jax.data import images, looks, sources
+from diffusion_jax.data import identity, images, looks, sources
 from diffusion_jax.system.errors import UserError, one_line, quiet
 
 # name or name/config, optionally with a version. No namespace, which would
@@ -63,6 +63,10 @@ def create(
       deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
     )
     num_images = len(records)
+    spans = [
+      (os.path.basename(part.filename), part.skip, part.skip + part.take)
+      for part in builder.info.splits[wanted.split].file_instructions
+    ]
   if not num_images:
     raise UserError(f'{what} has no images')
 
@@ -90,8 +94,14 @@ def create(
   if 'label' in builder.info.features and 'label' not in needed:
     notes.append('the labels are left out: they are not classes')
   notes += looks.files(open_fn, num_images, rule.channels, wanted)
+  contents = identity.Contents(
+    num_images,
+    lambda index: records[index][: identity.LOOKED_AT],
+    f'tfds:{builder.info.full_name}',
+    spans=spans,
+  )
   source = sources.create(
-    full_name, num_images, rule.shape, num_classes, read, notes
+    full_name, num_images, rule.shape, num_classes, read, notes, contents
   )
   return sources.keep_in_memory(source, rule.shape)
 

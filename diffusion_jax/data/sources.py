@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_jax.data import identity
 from diffusion_jax.system import terminal
-from diffusion_jax.system.errors import UserError
+from diffusion_jax.system.errors import UserError, one_line
 
 KEEP_BYTES = 2**30
 
@@ -78,6 +79,7 @@ class Source:
     notes: what was understood, assumed or passed over, a sentence each.
     broken: index of a broken image -> its error, for the images that were met
       and left out, see `broken.left_out`.
+    contents: what the set consists of; None takes the images themselves.
   """
 
   num_images: int
@@ -86,6 +88,7 @@ class Source:
   description: str
   notes: tuple[str, ...] = ()
   broken: Mapping[int, str] = dataclasses.field(default_factory=dict)
+  contents: identity.Contents | None = None
 
   def __len__(self) -> int:
     return self.num_images
@@ -97,6 +100,30 @@ class Source:
     image, label = self.read_fn(index)
     return {'image': image, 'label': np.int32(label)}
 
+  @functools.cached_property
+  def identity(self) -> dict:
+    """What a run remembers of these images, see identity.py.
+
+    Raises:
+      UserError: a file is gone or cannot be read.
+    """
+    with one_line(f'{self.description}: '):
+      return identity.of(contents_of(self))
+
+
+def contents_of(source: Source) -> identity.Contents:
+  """What a set consists of; without files, its images and labels."""
+  if source.contents:
+    return source.contents
+
+  def read(index):
+    image, label = source.read_fn(index)
+    return np.int32(label).tobytes() + np.ascontiguousarray(image).tobytes()
+
+  image, _ = source.read_fn(0)
+  shape = 'x'.join(map(str, image.shape))
+  return identity.Contents(len(source), read, f'{image.dtype} {shape}')
+
 
 def create(
   name: str,
@@ -105,6 +132,7 @@ def create(
   num_classes: int,
   read_fn: Callable,
   notes: Sequence[str] = (),
+  contents: identity.Contents | None = None,
 ) -> Source:
   """Makes a Source with a description from its name and sizes.
 
@@ -115,11 +143,19 @@ def create(
     num_classes: see `Source`.
     read_fn: see `Source`.
     notes: see `Source`.
+    contents: see `Source`.
   """
   size = 'x'.join(map(str, shape))
   labels = f'{num_classes} classes' if num_classes else 'unlabelled'
   description = f'{name}: {num_images} images of {size}, {labels}'
-  return Source(num_images, read_fn, num_classes, description, tuple(notes))
+  return Source(
+    num_images,
+    read_fn,
+    num_classes,
+    description,
+    notes=tuple(notes),
+    contents=contents,
+  )
 
 
 def say_notes(*opened: Source | None) -> None:

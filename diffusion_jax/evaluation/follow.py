@@ -15,17 +15,23 @@ from diffusion_jax import runs
 from diffusion_jax.evaluation import cards
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint, held
+from diffusion_jax.training import checkpoint, held, saved
 
 
 def wait_for_first(workdir, poll_secs: float) -> None:
-  """Waits until a run has a checkpoint; it need not have started."""
+  """Waits until a run has a checkpoint; it need not have started.
+
+  Raises:
+    UserError: the run has lost its checkpoints.
+  """
   config, directory = workdir / 'config.json', workdir / 'checkpoints'
 
+  def look():
+    saved.check(directory)
+    return config.exists() and bool(checkpoint.steps(directory))
+
   def is_there():
-    return distributed.on_first(
-      lambda: config.exists() and bool(checkpoint.steps(directory))
-    )
+    return distributed.on_first(look)
 
   if not is_there():
     with terminal.waiting(f'waiting for the first checkpoint in {workdir}'):

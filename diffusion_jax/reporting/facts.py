@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from diffusion_jax import runs
 from diffusion_jax.evaluation import cards as metric_cards
-from diffusion_jax.system import files
+from diffusion_jax.system import files, jsonl
 
 
 class Facts(NamedTuple):
@@ -96,23 +96,14 @@ def _parsed(text: str, is_well: Callable[[Any], bool]):
 def _lines(path: files.Path, is_well, problems: list[str]) -> list[dict]:
   """The objects of a JSON lines file; invalid lines become problems."""
   try:
-    text = path.read_bytes().decode(errors='replace')
+    good, bad = jsonl.parse(path.read_bytes(), is_well)
   except FileNotFoundError:
     return []
   except OSError as e:
     problems.append(f'{path.name} cannot be read ({e.strerror}): skipped')
     return []
-  good, bad = [], []
-  for number, line in enumerate(text.split('\n'), 1):
-    if not line:
-      continue
-    try:
-      good.append(_parsed(line, is_well))
-    except (ValueError, RecursionError):
-      bad.append(number)
   if bad:
-    some = f'line {bad[0]}' + f' and {len(bad) - 1} more' * (len(bad) > 1)
-    problems.append(f'{path.name} is damaged in {some}: skipped')
+    problems.append(f'{path.name} {jsonl.damage(bad)}: skipped')
   return good
 
 

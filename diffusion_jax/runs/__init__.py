@@ -1,11 +1,14 @@
 """The layout of a run's folder, config.json, and checks of output folders.
 
 config.json            the resolved config
+data.json              what the training images are, see dataset.py
 init_from.json         the run that the parameters came from, see finetune.py
 converted.json         the source of converted weights
 checkpoints/           one folder per step
+saved.json             the newest saved step, see training/saved.py
 held.json              checkpoints not to be deleted, see training/held.py
-starts.jsonl           one object per start: time, step, versions, devices
+starts.jsonl           one object per start: time, step, versions, devices,
+                       config
 heartbeats/            of multi-process runs, see training/watchdog.py
 metrics.jsonl          one object per line; TensorBoard event files next to it
 samples/               grids of training (train_*.png) and sample stores
@@ -24,22 +27,26 @@ from collections.abc import Iterator
 
 from ml_collections import config_dict
 
-from diffusion_jax.runs import completion
-from diffusion_jax.system import environment, files, terminal
+from diffusion_jax.runs import completion, folder
+from diffusion_jax.system import environment, files, jsonl, terminal
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint, optim
+from diffusion_jax.training import checkpoint, optim, saved
 
-# Keys that may differ from config.json when a run resumes, besides *_every.
+# Keys that may differ from config.json when a run resumes, besides *_every:
+# they change no number that is trained.
 MAY_CHANGE = (
-  'num_steps', 'microbatches', 'mesh', 'data.path', 'data.skip_broken',
-)  # fmt: skip
+  *('num_steps', 'microbatches', 'mesh', 'keep_last', 'eval_images', 'sample'),
+  *('data.path', 'data.heldout_split', 'data.skip_broken'),
+)
 # Keys that may change on purpose: the run goes on, but from there on it is not
 # the run that one config describes. The optimiser's state must keep its form.
 ON_PURPOSE = ('optim', 'ema', 'batch_size')
 
+STARTS = 'starts.jsonl'
 LOCK = '.lock'
 INIT = 'init_from.json'
 CONVERTED = 'converted.json'
+PARTS = ('data', 'model', 'process', 'loss', 'sample')  # of any run's config
 
 
 def flatten(config: dict, prefix: str = '') -> dict:
@@ -97,9 +104,10 @@ def differences(old: dict, new: dict) -> dict[str, str]:
 def check(workdir, config: config_dict.ConfigDict) -> None:
   """Raises UserError unless a run of this config may start or resume here.
 
-  The folder must be new, empty, or hold a run with a config that differs only
-  in keys that may change; the message names the others. A run without any
-  checkpoint takes any config. Nothing is written.
+  The folder must be new, hold nothing that is in the way (see folder.py), or
+  hold a run with its checkpoints and a config that differs only in keys that
+  may change; the message names the others. A run that has saved nothing takes
+  any config. Nothing is written.
   """
   usable_folder('workdir', workdir)
   path = files.at(workdir)
@@ -108,7 +116,8 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
       f'--workdir={workdir} holds converted weights, without an optimiser '
       f'state: fine-tune with --init_from={workdir} in another folder'
     )
-  if (path / 'config.json').exists():
+  saved.check(path / 'checkpoints')
+  if (path / 'config.json').exists() or _noted_config(path):
     refused = fixed(read_config(workdir), to_plain(config))
     if refused and checkpoint.steps(path / 'checkpoints'):
       raise UserError(
@@ -116,10 +125,11 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
         f'{"; ".join(refused)}): use the same values, or begin another run '
         f'with its weights: --workdir=NEW --init_from={workdir}'
       )
-  elif path.exists() and files.entries(path) - {LOCK, INIT}:
+  elif there := folder.in_the_way(path):
+    more = f' and {len(there) - 1} more' * (len(there) > 1)
     raise UserError(
-      f'--workdir={workdir} is not empty and has no config.json: use a new '
-      'folder'
+      f'--workdir={workdir} is not empty and has no config.json: {there[0]}'
+      f'{more} is in the way; use a new folder'
     )
 
 
@@ -164,7 +174,11 @@ def converted_from(workdir) -> str | None:
 
 
 def begin(
-  workdir, config: config_dict.ConfigDict, step: int, goes_on: bool
+  workdir,
+  config: config_dict.ConfigDict,
+  step: int,
+  goes_on: bool,
+  data_change: str = '',
 ) -> list[str]:
   """Records a start in config.json and starts.jsonl.
 
@@ -173,14 +187,18 @@ def begin(
     config: the config of this start.
     step: the step that training starts from.
     goes_on: whether it starts from a checkpoint of the run.
+    data_change: how the images differ from those of the start before, or ''.
 
   Returns:
     Lines to print about a resumed run and about what has changed.
   """
   old, new = read_config(workdir), to_plain(config)
-  lines, facts = [], {'step': step}
+  lines, facts = [], {'step': step, 'config': new}
+  if data_change:
+    facts['data'] = data_change
   if goes_on:
     lines.append(f'resuming from checkpoint {step} of {workdir}')
+    lines += _new_meaning(old, new, step)
     broken = {
       key: pair
       for key, pair in changes(old, new).items()
@@ -203,13 +221,20 @@ def begin(
   return lines
 
 
+def _new_meaning(old: dict, new: dict, step: int) -> list[str]:
+  """Says if the held-out loss is over other images from a step on."""
+  keys = ('eval_images', 'data.heldout_split')
+  told = [line for key, line in differences(old, new).items() if key in keys]
+  return [
+    f'{line}: heldout_loss is over other images after step {step}'
+    for line in told
+  ]
+
+
 def note_start(workdir, facts: dict) -> None:
   """Appends a line to starts.jsonl with the time and facts of a start."""
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-  folder, put = files.growing(workdir, 'starts.jsonl')
-  with (folder / 'starts.jsonl').open('a') as file:
-    file.write(json.dumps({'time': now, **facts}) + '\n')
-  put('starts.jsonl')
+  jsonl.append(workdir, STARTS, {'time': now, **facts})
 
 
 @contextlib.contextmanager
@@ -224,15 +249,15 @@ def lock(workdir) -> Iterator[None]:
     UserError: another process trains there, or the folder cannot be written.
   """
   try:
-    folder = files.make(workdir)
+    made = files.make(workdir)
   except OSError as e:
     raise UserError(
       f'--workdir={workdir} cannot be created ({e.strerror})'
     ) from e
-  if files.in_bucket(folder):
+  if files.in_bucket(made):
     yield
     return
-  with (folder / LOCK).open('a') as file:
+  with (made / LOCK).open('a') as file:
     try:
       _lock(file)
     except BlockingIOError as e:
@@ -273,20 +298,32 @@ def read_config(workdir, flag: str = 'workdir') -> dict:
     UserError: the folder holds no run.
   """
   path = files.at(workdir) / 'config.json'
-  if not path.is_file():
-    raise UserError(
-      f'--{flag}={workdir} holds no run (no config.json): train first'
-    )
   try:
     config = json.loads(path.read_text())
-  except (OSError, ValueError) as e:
-    raise UserError(f'{path} is unreadable ({e})') from e
-  parts = ('data', 'model', 'process', 'loss', 'sample')
-  missing = [part for part in parts if part not in config]
-  if missing:
-    raise UserError(f'{path} is not a run config: it has no {missing[0]!r}')
+    lacking = next((part for part in PARTS if part not in config), None)
+    if not isinstance(config, dict) or lacking:
+      raise ValueError(f'not a run config: it has no {lacking!r}')
+  except (OSError, ValueError, TypeError, RecursionError) as e:
+    config = _noted_config(path.parent)
+    if config is None and not path.is_file():
+      raise UserError(
+        f'--{flag}={workdir} holds no run (no config.json): train first'
+      ) from e
+    if config is None:
+      raise UserError(
+        f'{path} is unreadable ({e}): copy it from a backup, or from a run '
+        'of the same config'
+      ) from e
+    terminal.say_once(f'{path} is unreadable ({e}): {STARTS} has its content')
   completion.complete(config)  # keys that are newer than the run
   return config
+
+
+def _noted_config(workdir) -> dict | None:
+  """The config of the newest start; None if no start has noted one."""
+  starts = jsonl.read(workdir / STARTS, saved.has_step)
+  configs = [start['config'] for start in starts if 'config' in start]
+  return configs[-1] if configs else None
 
 
 def usable_folder(flag: str, directory) -> None:

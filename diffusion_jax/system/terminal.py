@@ -1,6 +1,7 @@
 """Terminal output of the binaries: one-line errors, progress and tables."""
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -153,6 +154,12 @@ def say(text: str) -> None:
   """Prints a status line on stderr; results go to stdout."""
   if distributed.is_first():
     print(text, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+  """Prints a status line the first time that it is given."""
+  say(text)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

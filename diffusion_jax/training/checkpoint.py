@@ -19,11 +19,18 @@ from absl import logging as absl
 from orbax.checkpoint import v1 as ocp
 
 from diffusion_jax import models
-from diffusion_jax.system import files
+from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checksum, held
+from diffusion_jax.training import checksum, held, saved
 from diffusion_jax.training.state import TrainState
-from diffusion_jax.training.stored import FROZEN, SUMS, Stored, hush, steps
+from diffusion_jax.training.stored import (
+  FROZEN,
+  SUMS,
+  Damaged,
+  Stored,
+  hush,
+  steps,
+)
 
 
 def _hush() -> None:
@@ -129,6 +136,7 @@ class Checkpoints:
       (step, saving), self._saving = self._saving, None
       with _writing(step):
         saving.result()
+      saved.note(self.directory, step)
 
   def restore(self, step: int, abstract: TrainState) -> TrainState:
     """Restores the state at `step`, with the shardings of `abstract`.
@@ -140,6 +148,45 @@ class Checkpoints:
     stored = Stored(self._checkpointer, self.directory, step)
     stored.trained_with(self._frozen)
     return TrainState(**stored.load(abstract._asdict()))
+
+  def restore_newest(self, abstract: TrainState) -> TrainState | None:
+    """Restores the newest whole checkpoint; None if there is no checkpoint.
+
+    Damaged newer ones are renamed to STEP.damaged, with a word, so that the
+    steps after the whole one can be saved again. Call it in all processes.
+
+    Raises:
+      UserError: all checkpoints are damaged, or as for `restore`.
+    """
+    damaged = []
+    for step in reversed(steps(self.directory)):
+      state = wrong = None
+      try:
+        state = self.restore(step, abstract)
+      except Damaged as e:
+        wrong = [e.what, str(e)]
+      if told := next(filter(None, distributed.gather(wrong)), None):
+        damaged.append((step, *told))
+        continue
+      if damaged:
+        distributed.on_first(lambda: self._set_aside(damaged, step))  # noqa: B023
+        self._checkpointer.reload()
+      return state
+    if damaged:
+      raise UserError(damaged[0][2])
+    return None
+
+  def _set_aside(self, damaged: list[tuple[int, str, str]], whole: int) -> None:
+    for step, what, told in damaged:
+      path = self.directory / str(step)
+      if files.in_bucket(path):  # which cannot rename
+        raise UserError(told)
+      count = len(list(self.directory.glob(f'{step}.damaged*')))
+      place = path.rename(f'{path}.damaged{count or ""}')
+      terminal.say(
+        f'{what}: it is now {place.name}, and the run goes on from checkpoint '
+        f'{whole}'
+      )
 
 
 def newest(directory) -> str:
@@ -163,6 +210,7 @@ def find_step(directory, step: int | None, flag: str = 'step') -> int:
   """
   there = steps(directory)
   if not there:
+    saved.check(directory)
     raise UserError(
       f'{directory} holds no checkpoint: train first, at least to the first '
       'multiple of checkpoint_every'

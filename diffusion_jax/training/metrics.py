@@ -9,28 +9,28 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-from diffusion_jax.system import files
+from diffusion_jax.system import files, jsonl
 
 ROWS = 'metrics.jsonl'
 EVERY = 30  # seconds
 
 
 def read(path) -> list[dict]:
-  """Reads the complete lines of a metrics file; [] if there is no file.
+  """Reads the whole rows of a metrics file, see system/jsonl.py."""
+  return jsonl.read(path, is_row)
 
-  A last line cut off by a kill is skipped.
-  """
-  path = files.at(path)
-  if not path.exists():
-    return []
-  lines = path.read_text().split('\n')
-  return [json.loads(line) for line in lines[:-1]]  # the rest after the last \n
+
+def is_row(value: dict) -> bool:
+  """Whether an object is a row: numbers, among them its step."""
+  numbers = (type(number) in (int, float) for number in value.values())
+  return type(value.get('step')) is int and all(numbers)
 
 
 def truncate(path, step: int) -> None:
-  """Drops the lines after `step`, which will be computed again.
+  """Drops the rows after `step`, which will be computed again.
 
-  The file is replaced atomically: a kill leaves either the old or the new one.
+  Damaged lines are dropped as well. The file is replaced atomically: a kill
+  leaves either the old or the new one.
   """
   path = files.at(path)
   if not path.exists():

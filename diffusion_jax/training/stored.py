@@ -1,7 +1,9 @@
 """Reading of a checkpoint on disk, verified, with one-line errors."""
 
 import contextlib
+import errno
 import logging
+import re
 from collections.abc import Iterator
 
 import jax
@@ -17,6 +19,20 @@ from diffusion_jax.training import checksum
 SUMS = 'checksums'
 FROZEN = 'frozen'
 WHOLE = 'commit_success.txt'  # marks a complete checkpoint in a bucket
+OUTSIDE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+STEP = re.compile('0|[1-9][0-9]*')  # the names that Orbax takes
+
+
+class Damaged(UserError):
+  """A checkpoint that cannot be read, as against one of another model.
+
+  Attributes:
+    what: the message without its remedy.
+  """
+
+  def __init__(self, what: str, remedy: str):
+    super().__init__(f'{what}: {remedy}')
+    self.what = what
 
 
 def steps(directory) -> list[int]:
@@ -33,8 +49,8 @@ def steps(directory) -> list[int]:
   return sorted(
     int(entry.name)
     for entry in directory.iterdir()
-    if entry.name.isdecimal()
-    and (not files.in_bucket(entry) or (entry / WHOLE).exists())
+    if STEP.fullmatch(entry.name)
+    and ((entry / WHOLE).exists() if files.in_bucket(entry) else entry.is_dir())
   )
 
 
@@ -132,11 +148,11 @@ class Stored:
       error = e
       while error.__cause__:  # the innermost has the reason
         error = error.__cause__
-      if isinstance(error, MemoryError | PermissionError):
+      if isinstance(error, OUTSIDE):
         raise error from None  # nothing is wrong with the checkpoint
-      raise UserError(self._unreadable(error)) from e
+      raise self._unreadable(error) from e
 
-  def _unreadable(self, error) -> str:
+  def _unreadable(self, error) -> UserError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     others = [s for s in steps(self._directory) if s != self._step]
     remedy = (
@@ -145,7 +161,11 @@ class Stored:
       if others
       else 'there is no other checkpoint'
     )
-    return f'checkpoint {self._step} is unreadable ({reason[:120]}): {remedy}'
+    what = f'checkpoint {self._step} is unreadable ({reason[:120]})'
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore
+    if code and int(code[1]) != errno.ENOENT:
+      return UserError(f'{what}: {remedy}')  # a disk that fails
+    return Damaged(what, remedy)
 
 
 def hush() -> None:

@@ -1,0 +1,189 @@
+"""The images that a run is trained on, as it remembers them in data.json:
+
+  {"train": identity, "heldout": identity or null, "heldout_split": its name}
+
+See data/identity.py for an identity. Data that change in the middle of a run
+would change the order of all images, and which ones are held out; data that
+differ between hosts would be trained on as a mixture of both.
+"""
+
+import json
+from typing import NamedTuple
+
+from diffusion_jax.data import identity, sources
+from diffusion_jax.data.sources import Source
+from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system.errors import UserError
+from diffusion_jax.training import saved
+
+DATA = 'data.json'
+ACCEPT = 'accept it with --accept_data'
+
+Splits = tuple[Source, Source | None]
+
+
+class Known(NamedTuple):
+  """What a start has found out about its images.
+
+  Attributes:
+    facts: the content of data.json.
+    change: how the images differ from the run's, if that is accepted, or ''.
+  """
+
+  facts: dict
+  change: str = ''
+
+
+def check(workdir, splits: Splits, heldout_split: str, accept: bool) -> Known:
+  """Compares images with those of the other hosts, and with those of the run.
+
+  Call it in all processes. Nothing is written.
+
+  Args:
+    workdir: the run's folder, new or existing.
+    splits: the training images and the held-out ones, if any.
+    heldout_split: the name of the split that is held out. Images of another
+      split than that of the run are not compared.
+    accept: whether images may differ from those of the run, and held-out images
+      may be training images.
+
+  Raises:
+    UserError: in all processes; images differ, or held-out images are training
+      images.
+  """
+  facts = distributed.everywhere(lambda: _facts(splits, heldout_split))
+  _same_on_all_hosts(distributed.gather(facts))
+
+  def compare():
+    begun = saved.newest(files.at(workdir) / 'checkpoints') > 0
+    then = read(workdir) if begun else None
+    change = _change(then or facts, facts, splits)
+    if change and not accept:
+      raise UserError(f'{change}: restore them, or {ACCEPT}')
+    if change:
+      terminal.say(f'{change}: accepted')
+    if then is None and begun:
+      terminal.say(
+        f'the run has no whole {DATA}: the images of now are taken as its own'
+      )
+    if then is None or change:
+      _check_heldout(splits, accept)
+    return [facts, change]
+
+  return Known(*distributed.on_first(compare))
+
+
+def check_known(
+  workdir, splits: Splits, heldout_split: str, accept: bool
+) -> None:
+  """Compares images with those of a run, if it remembers any.
+
+  Call it in all processes; the arguments are those of `check`.
+
+  Raises:
+    UserError: they differ, and `accept` is false.
+  """
+
+  def compare():
+    then = read(workdir)
+    told = then and _change(then, _facts(splits, heldout_split), splits)
+    if told and not accept:
+      raise UserError(
+        f'{told}: give the folder of the images of the run with --data_path, '
+        f'or {ACCEPT}'
+      )
+
+  distributed.everywhere(compare)
+
+
+def read(workdir) -> dict | None:
+  """Reads data.json; None, with a word if it is damaged, if there is none."""
+  path = files.at(workdir) / DATA
+  if not path.exists():
+    return None
+  try:
+    facts = json.loads(path.read_text())
+    for name in ('train', 'heldout'):
+      if facts[name] is not None or name == 'train':
+        identity.difference(facts[name], facts[name], '', '')
+    return {'heldout_split': '', **facts}
+  except (ValueError, LookupError, TypeError, AttributeError) as e:
+    terminal.say_once(f'{path} is damaged ({e!r}) and is left out')
+    return None
+
+
+def write(workdir, known: Known) -> None:
+  """Writes data.json, if it has changed."""
+  path = files.at(workdir) / DATA
+  if known.facts != read(workdir):
+    files.write_json(path, known.facts)
+
+
+def _facts(splits, heldout_split) -> dict:
+  train, heldout = splits
+  return {
+    'train': train.identity,
+    'heldout': heldout and heldout.identity,
+    'heldout_split': heldout_split if heldout else '',
+  }
+
+
+def _same_on_all_hosts(every: list[dict]) -> None:
+  for index, there in enumerate(every[1:], 1):
+    told = _difference(every[0], there, 'in process 0', f'in process {index}')
+    if there['heldout_split'] != every[0]['heldout_split']:
+      told = f'only one of processes 0 and {index} has held-out images'
+    if told:
+      raise UserError(
+        f'the images are not the same on all hosts: {told}: copy the same '
+        'images to all of them'
+      )
+
+
+def _change(then: dict, now: dict, splits: Splits) -> str:
+  """How the images differ from those of the run, in a sentence; or ''."""
+  names = frozenset(
+    name
+    for source in splits
+    if source and source.contents
+    for name in source.contents.names
+  )
+  told = _difference(then, now, 'then', 'now', names)
+  return told and f'the images are not those of the run: {told}'
+
+
+def _difference(a: dict, b: dict, in_a, in_b, names=()) -> str:
+  """How the images of two data.json differ, in a phrase; '' if they do not.
+
+  All images first: one that is missing may move others between the splits.
+  """
+  kinds = ['train']
+  if a['heldout'] and b['heldout'] and a['heldout_split'] == b['heldout_split']:
+    kinds.append('heldout')
+  whole = [identity.together([facts[k] for k in kinds]) for facts in (a, b)]
+  return identity.difference(*whole, in_a, in_b, names)
+
+
+def _check_heldout(splits, accept: bool) -> None:
+  """Raises UserError if held-out images are training images.
+
+  One in ten of those looked at is too many. Fewer are duplicates within the
+  set, as in many sets from the web, and get a word.
+  """
+  train, heldout = splits
+  if heldout is None:
+    return
+  contents = map(sources.contents_of, (heldout, train))
+  found, looked_for, example = identity.shared(*contents)
+  if not found:
+    return
+  told = (
+    f'{found:,} of {looked_for:,} held-out images are also training images '
+    f'({example})'
+  )
+  if 10 * found >= looked_for and not accept:
+    raise UserError(
+      f'{told}: hold out others (data.heldout_split, data.heldout_every), or '
+      f'{ACCEPT}'
+    )
+  terminal.say(told)

@@ -1,0 +1,89 @@
+"""The newest step that a run has saved, noted next to its checkpoints.
+
+A folder of checkpoints can be gone, empty, a dead link, or not mounted. The
+note tells such a run from one that was killed before its first checkpoint was
+complete, which begins again.
+"""
+
+import contextlib
+import json
+import math
+import os
+
+from diffusion_jax.system import distributed, files, jsonl
+from diffusion_jax.system.errors import UserError
+from diffusion_jax.training import metrics
+from diffusion_jax.training.stored import steps
+
+SAVED = 'saved.json'
+
+
+def note(directory, step: int) -> None:
+  """Writes in saved.json that the checkpoint of a step is complete.
+
+  Args:
+    directory: the folder of the checkpoints.
+    step: the step; 0 at the start of a run.
+  """
+  if distributed.is_first():
+    files.write_json(files.absolute(directory).parent / SAVED, {'step': step})
+
+
+def newest(directory) -> int:
+  """The newest step that had a complete checkpoint, 0 if none is known.
+
+  Args:
+    directory: the folder of the checkpoints.
+  """
+  if there := steps(directory):
+    return there[-1]
+  workdir = files.absolute(directory).parent
+  with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+    return int(_json(workdir / SAVED)['step'])
+  # Runs that are older than the note, or lost it: a later start had a
+  # checkpoint, and so had a run that went on after a multiple of
+  # checkpoint_every, or ended.
+  starts = jsonl.read(workdir / 'starts.jsonl', has_step)
+  found = max((start['step'] for start in starts), default=0)
+  with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+    config = _json(workdir / 'config.json')
+    due = min(config['checkpoint_every'] or math.inf, config['num_steps'])
+    rows = metrics.read(workdir / metrics.ROWS)
+    last = max((row['step'] for row in rows), default=0)
+    found = max(found, last if last >= due else 0)
+  return found
+
+
+def has_step(value: dict) -> bool:
+  """Whether an object is the note of a start: it has a step."""
+  return type(value.get('step')) is int
+
+
+def check(directory) -> None:
+  """Raises UserError if a run has lost its checkpoints.
+
+  Args:
+    directory: the folder of the checkpoints.
+  """
+  directory = files.absolute(directory)
+  if steps(directory):
+    return
+  broken = os.path.islink(directory) and not directory.exists()
+  step = newest(directory)
+  if not (step or broken):
+    return
+  if broken:
+    state = f'a broken link to {os.readlink(directory)}'
+  elif not directory.exists():
+    state = 'gone'
+  else:
+    state = 'without a checkpoint'
+  come = f'the run had come to step {step}, but ' if step else ''
+  raise UserError(
+    f'{come}{directory} is {state}: restore or mount it, or train in a new '
+    'workdir'
+  )
+
+
+def _json(path):
+  return json.loads(path.read_text())
