@@ -314,7 +314,8 @@ def test_what_is_in_the_way_is_named(tmp_path, name):
   path = tmp_path / name
   path.mkdir(parents=True) if name.endswith('/') else path.write_text('')
   (tmp_path / 'log.txt').write_text('')
-  with pytest.raises(UserError, match=f'{name.split("/")[0]} is in the way'):
+  first = name.split('/')[0]
+  with pytest.raises(UserError, match=f'in the way: {first}'):
     runs.check(tmp_path, digits.get_config())
 
 

@@ -326,7 +326,7 @@ def test_what_is_damaged_is_left_out_and_told(full):
   put(full, {**card(), 'card': 2}, 'newer')
   put(full, card(results__frechet='low'), 'words')
   with (full / 'metrics.jsonl').open('a') as file:
-    file.write('{"step": 30, "loss": 12.75}\n[]\n{"step": 40, "lo')
+    file.write('{"step": 30, "loss": 12.75}\n[]\n{"step": 40, "lo\n')
   with (full / 'starts.jsonl').open('a') as file:
     file.write('{"step": "x"}\n')
   grid = full / 'samples' / 'some_name' / 'grid.png'

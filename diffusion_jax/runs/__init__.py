@@ -127,9 +127,10 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
       )
   elif there := folder.in_the_way(path):
     more = f' and {len(there) - 1} more' * (len(there) > 1)
+    restore = 'copy it from a backup, or ' * ('checkpoints' in there)
     raise UserError(
-      f'--workdir={workdir} is not empty and has no config.json: {there[0]}'
-      f'{more} is in the way; use a new folder'
+      f'--workdir={workdir} is not empty and has no config.json (in the way: '
+      f'{there[0]}{more}): {restore}use a new folder'
     )
 
 

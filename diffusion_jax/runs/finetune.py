@@ -68,7 +68,10 @@ def recorded(workdir) -> Origin | None:
       raise ValueError('it holds something else')
     return origin
   except (OSError, ValueError, KeyError, TypeError) as e:
-    raise UserError(f'{path} is unreadable ({e}): give a new workdir') from e
+    raise UserError(
+      f'{path} is unreadable ({e}): remove it; a run with a checkpoint resumes '
+      'without --init_from'
+    ) from e
 
 
 def find(
