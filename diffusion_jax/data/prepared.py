@@ -63,10 +63,7 @@ def create(
       deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
     )
     num_images = len(records)
-    spans = [
-      (os.path.basename(part.filename), part.skip, part.skip + part.take)
-      for part in builder.info.splits[wanted.split].file_instructions
-    ]
+    contents = _contents(builder, wanted.split, records)
   if not num_images:
     raise UserError(f'{what} has no images')
 
@@ -94,16 +91,23 @@ def create(
   if 'label' in builder.info.features and 'label' not in needed:
     notes.append('the labels are left out: they are not classes')
   notes += looks.files(open_fn, num_images, rule.channels, wanted)
-  contents = identity.Contents(
-    num_images,
-    lambda index: records[index][: identity.LOOKED_AT],
-    f'tfds:{builder.info.full_name}',
-    spans=spans,
-  )
   source = sources.create(
     full_name, num_images, rule.shape, num_classes, read, notes, contents
   )
   return sources.keep_in_memory(source, rule.shape)
+
+
+def _contents(builder, split: str, records) -> identity.Contents:
+  """The encoded records of a split, and where they lie in the set's files."""
+  return identity.Contents(
+    len(records),
+    lambda index: records[index][: identity.LOOKED_AT],
+    f'tfds:{builder.info.full_name}',
+    spans=[
+      (os.path.basename(part.filename), part.skip, part.skip + part.take)
+      for part in builder.info.splits[split].file_instructions
+    ],
+  )
 
 
 def _needed(builder, name: str) -> dict:
