@@ -334,8 +334,10 @@ def test_another_meaning_of_the_held_out_loss_is_told(tmp_path):
   config = digits.get_config()
   runs.write_config(tmp_path, config)
   config.eval_images = 7
-  assert 'other images after step 9' in runs.new_meaning(tmp_path, config, 9)
-  assert not runs.new_meaning(tmp_path, config, 0)
-  runs.write_config(tmp_path, config)
+  (_, told) = runs.begin(tmp_path, config, 9, True)
+  assert told.endswith('heldout_loss is over other images after step 9')
   config.keep_last = 7
-  assert not runs.new_meaning(tmp_path, config, 9)
+  assert len(runs.begin(tmp_path, config, 9, True, 'other images')) == 1
+  last = jsonl.read(tmp_path / 'starts.jsonl')[-1]
+  assert last['data'] == 'other images'
+  assert last['config'] == runs.to_plain(config)
