@@ -3,6 +3,7 @@
 import errno
 import itertools
 
+import binaries
 import numpy as np
 import pytest
 from imagesets import all_images, folder
@@ -12,6 +13,7 @@ from diffusion_jax import data
 from diffusion_jax.data import broken, pipeline
 from diffusion_jax.planning import checks
 from diffusion_jax.system.errors import UserError
+from diffusion_jax.training import metrics
 
 
 def write(path, broken_ones, count=8):
@@ -138,3 +140,42 @@ def test_many_broken_images_are_counted(tmp_path):
   shown = broken.listed(errors)
   assert shown.endswith('; and 10 more')
   assert len(list(itertools.chain(shown.split('cannot be read')))) == 21
+
+
+def training(path, workdir, *flags):
+  return binaries.run(
+    'train', '--config=digits', '--config.data.name=folder',
+    f'--config.data.path={path}', '--config.data.heldout_every=0',
+    '--config.batch_size=2', '--config.model.channels=8',
+    '--config.model.num_groups=4', '--config.model.num_blocks=1',
+    '--config.num_steps=8', '--config.log_every=1', '--config.sample_every=0',
+    '--config.checkpoint_every=100', f'--workdir={workdir}', *flags,
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_that_meets_a_broken_image(tmp_path):
+  """It is saved, and goes on with the next image in its place."""
+  images, workdir = tmp_path / 'images', tmp_path / 'run'
+  images.mkdir()
+  train, _ = data.splits(write(images, {}, count=16))
+  stream = pipeline.stream(train, batch_size=2, seed=0, flip=False)
+  step = 6  # its batch is stream[step - 1]
+  odd = int(stream[step - 1]['image'][0, 0, 0, 0]) - 100
+  whole = (images / f'{odd}.png').read_bytes()
+  (images / f'{odd}.png').write_bytes(whole[:50])
+  result = training(images, workdir)
+  assert result.code == 2
+  last = result.err.splitlines()[-1]
+  for part in (f'training stopped at step {step}', f"'{odd}.png'",
+               f'checkpoint {step - 1} is complete', 'preflight --all_images',
+               'data.skip_broken=True'):  # fmt: skip
+    assert part in last
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  assert [row['step'] for row in rows] == list(range(1, step))
+  result = training(images, workdir, '--config.data.skip_broken=True')
+  assert result.code == 0, result.err
+  assert f"left out: image '{odd}.png'" in result.err
+  assert 'data: 1 broken image left out: ' in result.err
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  assert [row['step'] for row in rows] == list(range(1, 9))

@@ -1,5 +1,6 @@
 """Folders of image files, and the one rule from a file to an array."""
 
+import io
 import os
 import struct
 
@@ -14,7 +15,7 @@ from imagesets import (
   numbered,
   random_images,
 )
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from diffusion_jax import data
 from diffusion_jax.data import pipeline, sources
@@ -409,6 +410,44 @@ def test_a_damaged_exif_block_does_not_matter(tmp_path, suffix, exif):
   image = Image.new('RGB', (8, 8), (100, 100, 100))
   image.save(tmp_path / f'a.{suffix}', exif=exif, dpi=(72, 72))
   assert abs(only_image(tmp_path) - 100.0).max() < 3
+
+
+def remarks(kind):
+  """A PNG whose remark Pillow refuses."""
+  info = PngImagePlugin.PngInfo()
+  text = 'x' * (3_000_000 if kind == 'long' else 3)
+  info.add_text('prompt', text, zip=True)
+  exif = Image.Exif()
+  exif[0x010E] = 'described'
+  exif[0x0112] = 3
+  stream = io.BytesIO()
+  image = Image.new('LA', (8, 8), (100, 255))
+  image.putpixel((0, 0), (200, 255))
+  image.save(stream, 'png', pnginfo=info, exif=exif)
+  content = bytearray(stream.getvalue())
+  if kind != 'long':
+    content[content.index(kind) + 2] ^= 255
+  return bytes(content)
+
+
+@pytest.mark.parametrize('kind', ['long', b'prompt', b'described'])
+def test_remarks_that_are_damaged_or_long_do_not_matter(tmp_path, kind):
+  (tmp_path / 'a.png').write_bytes(remarks(kind))
+  corner = (0, 0) if kind == b'described' else (7, 7)  # turned, if it is said
+  assert only_image(tmp_path, channels=1)[corner] == 200
+  assert data.open_set(str(tmp_path))[0]['image'].shape == (8, 8, 1)
+  content = (tmp_path / 'a.png').read_bytes()
+  (tmp_path / 'a.png').write_bytes(content.replace(b'IDAT', b'IDAX'))
+  with pytest.raises(UserError, match=r"'a\.png'"):
+    only_image(tmp_path)
+
+
+def test_a_file_of_another_format_is_answered_with_those_that_are_read(
+  tmp_path,
+):
+  (tmp_path / 'a.jpg').write_bytes(b'\0\0\0\x20ftypheic' + bytes(100))
+  with pytest.raises(UserError, match='it is none of PNG, JPEG, WEBP, BMP'):
+    only_image(tmp_path)
 
 
 def test_links_within_the_folder(tmp_path):

@@ -1,8 +1,9 @@
 """Decodes image files to uint8 arrays, with the same rules for every source.
 
 1. Orientation. The EXIF orientation is applied, unless the EXIF block is
-   damaged. Only the first frame of an animation, or page of a TIFF, is read.
-   Colour profiles are ignored.
+   damaged. Remarks in a PNG that are damaged or very long are ignored. Only the
+   first frame of an animation, or page of a TIFF, is read. Colour profiles are
+   ignored.
 2. Samples. 16-bit samples keep their high byte, and 12-bit samples of a TIFF
    their 8 highest bits. With `bits`, grey samples have that many bits, whatever
    the file says. Negative samples, larger ones and floats are refused.
@@ -22,11 +23,14 @@ refuse images that would have to be resized.
 import contextlib
 import dataclasses
 import errno
+import io
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from diffusion_jax.data import sources
 from diffusion_jax.system.errors import UserError, one_line
@@ -35,6 +39,7 @@ from diffusion_jax.system.errors import UserError, one_line
 # decoders that an untrusted file can reach.
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM')
 
+_PNG = b'\x89PNG\r\n\x1a\n'
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
 
 # EXIF orientation -> how to turn the stored image upright.
@@ -146,8 +151,8 @@ def headers(open_fn: Open, indices: Iterable[int]) -> Iterator[Header]:
   for index in indices:
     with contextlib.suppress(Broken):
       file, name = open_fn(index)
-      with reading(name), Image.open(file, formats=FORMATS) as image:
-        header = Header(_is_grey(image), getattr(image, 'is_animated', False))
+      with reading(name):
+        header = _header(file)
       yield header
 
 
@@ -214,8 +219,27 @@ def fit(
   return np.asarray(image).reshape(height, width, channels)
 
 
+def _header(file: str | BinaryIO) -> Header:
+  try:
+    with Image.open(file, formats=FORMATS) as image:
+      return Header(_is_grey(image), getattr(image, 'is_animated', False))
+  except Exception:  # a PNG may be readable without its remarks
+    return Header(_is_grey(_decode(file)), False)
+
+
 def _decode(file: str | BinaryIO) -> Image.Image:
   """Applies rule 1."""
+  try:
+    return _upright(file)
+  except Exception as error:
+    if bare := _without_remarks(file):
+      return _upright(bare)
+    if isinstance(error, UnidentifiedImageError):
+      raise ValueError(f'it is none of {", ".join(FORMATS)}') from error
+    raise
+
+
+def _upright(file: str | BinaryIO) -> Image.Image:
   with Image.open(file, formats=FORMATS) as image:
     image.load()
     try:
@@ -228,6 +252,29 @@ def _decode(file: str | BinaryIO) -> Image.Image:
     if image.mode.startswith('I;16') and bits == (12,):
       upright = Image.fromarray(np.asarray(upright) << 4)
     return upright
+
+
+def _without_remarks(file: str | BinaryIO) -> BinaryIO | None:
+  """A PNG without the chunks that its pixels do not need; None for others.
+
+  Pillow refuses files with a damaged remark, or one above a megabyte.
+  """
+  if isinstance(file, str):
+    content = Path(file).read_bytes()
+  else:
+    file.seek(0)
+    content = file.read()
+  if not content.startswith(_PNG):
+    return None
+  kept, at = [_PNG], len(_PNG)
+  while at < len(content):  # length, name, data, checksum
+    end = at + 12 + int.from_bytes(content[at : at + 4])
+    name, checksum = content[at + 4 : at + 8], content[end - 4 : end]
+    is_whole = zlib.crc32(content[at + 4 : end - 4]) == int.from_bytes(checksum)
+    if name[:1].isupper() or name == b'tRNS' or (name == b'eXIf' and is_whole):
+      kept.append(content[at:end])
+    at = end
+  return io.BytesIO(b''.join(kept))
 
 
 def _eight_bits(image: Image.Image, bits: int, name: str) -> Image.Image:

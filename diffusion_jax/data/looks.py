@@ -35,15 +35,17 @@ def files(
     for number, what in facts
     if number
   ]
+  if wanted.bits and grey == len(heads):
+    return notes
   peak, bits = 0, 8
-  for index in () if wanted.bits else looked:
+  for index in looked:
     with contextlib.suppress(images.Broken):
       found, bits = images.brightest(*open_fn(index))
       peak = max(peak, found)
     if peak >> (bits - 8) >= DARK:
       return notes
-  key = wanted.has_config and grey == len(heads)
-  return notes + ([] if wanted.bits else [_dark(peak, bits, len(looked), key)])
+  has_key = wanted.has_config and grey == len(heads)
+  return [*notes, _dark(peak, bits, len(looked), has_key)]
 
 
 def arrays(read_fn, count: int) -> list[str]:
@@ -67,11 +69,11 @@ def spread(count: int, at_most: int = LOOKED_AT) -> list[int]:
   return [int(index) for index in chosen]
 
 
-def _dark(peak: int, bits: int, count: int, key: bool) -> str:
+def _dark(peak: int, bits: int, count: int, has_key: bool) -> str:
   high = peak >> (bits - 8)
   found = f'the brightest value of {count} images looked at is {high} of 255'
   remedy = 'scale them to 0 to 255 if they are not meant to be dark'
-  if key:
+  if has_key:
     own = max(peak.bit_length(), 1)
     remedy = f'if their samples have {own} bits, set data.bits={own}'
   return f'{found}, so most of the range is unused: {remedy}'
