@@ -2,8 +2,8 @@ r"""Shows how a config's mesh shards the parameters, and the bytes per device.
 
   python -m diffusion_jax.layout --config=cifar10 --config.mesh.fsdp=8
 
-Prints a table of the parameters and one of the bytes of the training state
-between two steps; activations are not included. It needs no devices, allocates
+Prints the bytes of the training state between two steps; activations are not
+included. --all also lists every parameter. It needs no devices, allocates
 nothing and compiles nothing.
 """
 
@@ -31,6 +31,7 @@ flags.DEFINE_integer(
   'use them all, otherwise the product of its sizes.',
   lower_bound=1,
 )
+flags.DEFINE_bool('all', False, 'Also list every parameter.')
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 
@@ -88,19 +89,20 @@ def _lies(leaf) -> dict:
 
 def _shown(mesh, rows, totals):
   count = mesh.size
-  yield from terminal.table(
-    ['parameter', 'shape', 'split over', 'bytes each'],
-    [
-      (
-        row['name'],
-        ' '.join(map(str, row['shape'])),
-        ' '.join(axis or '-' for axis in row['split']),
-        f'{row["device_bytes"]:,}',
-      )
-      for row in rows
-    ],
-  )
-  yield ''
+  if FLAGS.all:
+    yield from terminal.table(
+      ['parameter', 'shape', 'split over', 'bytes each'],
+      [
+        (
+          row['name'],
+          ' '.join(map(str, row['shape'])),
+          ' '.join(axis or '-' for axis in row['split']),
+          f'{row["device_bytes"]:,}',
+        )
+        for row in rows
+      ],
+    )
+    yield ''
   yield f'{page.mesh(mesh.shape)} = {count} device{"s" * (count > 1)}'
   yield from terminal.table(
     ['bytes', 'total', f'total / {count}', 'per device', 'ratio'],
@@ -115,6 +117,9 @@ def _shown(mesh, rows, totals):
       for name, total in totals.items()
     ],
   )
+  if not FLAGS.all:
+    split = sum(any(row['split']) for row in rows)
+    yield f'{len(rows)} parameters, {split} of them split; --all lists them'
 
 
 if __name__ == '__main__':

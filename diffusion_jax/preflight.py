@@ -43,7 +43,8 @@ flags.adopt_module_key_flags(distributed)
 flags.DEFINE_string(
   'topology', None,
   f'TPU slice to compile for, as CHIP:SIZES with {", ".join(chips.CHIPS)}, '
-  "such as v5e:4x4 or v4:2x2x2; by default this machine's devices.",
+  'such as v5e:4x4 or v4:2x2x2, or under its name in Google Cloud, such as '
+  "v5litepod-16; by default this machine's devices.",
 )  # fmt: skip
 flags.DEFINE_string('workdir', None, 'Folder of the planned run, to check.')
 flags.DEFINE_bool(

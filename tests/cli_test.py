@@ -10,12 +10,13 @@ import time
 
 import binaries
 import pytest
+from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
 from configs import celebahq256, cifar10, digits, lsun
-from diffusion_jax import runs
-from diffusion_jax.cli import config_files
-from diffusion_jax.runs import validation
+from diffusion_jax import runs, samplers
+from diffusion_jax.cli import command, config_files
+from diffusion_jax.runs import completion, validation
 from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
 
@@ -117,7 +118,9 @@ def test_a_config_without_a_key_is_told_which():
     ((DIGITS, '--config.model.name=unt'), ['unt', 'unet']),
     ((DIGITS, '--config.num_step=3'), ['--config.num_step=3', 'num_steps?']),
     ((DIGITS, '--config.model.multipliers=(1,"a")'), ['whole numbers']),
-    ((DIGITS, DIGITS), ['--config is given 2 times']),
+    ((DIGITS, '--config.learning_rate=1'), ['did you mean optim.lr?']),
+    ((DIGITS, '--config.sample.sampler=dpm++'), ['did you mean dpmpp_2m?']),
+    ((DIGITS, '--lr=1'), ['did you mean --config.optim.lr?']),
     ((DIGITS, '--config.data.path=/nope'), ['/nope', 'embedded']),
     (('--config=README.md',), ['README.md', 'no such']),
     ((DIGITS, '--wrkdir=x'), ['wrkdir', 'workdir']),
@@ -198,6 +201,79 @@ def test_configs_of_ones_own_come_first(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert config_files.find_config('digits.py') == 'digits.py'
   assert config_files.find_config('nothing') is None
+
+
+@pytest.mark.parametrize(
+  ('key', 'meant'),
+  [
+    ('lr', 'optim.lr'),
+    ('optim.learning_rate', 'optim.lr'),
+    ('batch', 'batch_size'),
+    ('epochs', 'num_steps'),
+    ('steps', 'num_steps'),
+    ('ema_decay', 'ema.decay'),
+    ('image_size', 'data.image_size'),
+    ('resolution', 'data.image_size'),
+    ('model.dim', 'model.channels'),
+    ('dropout', 'model.dropout'),
+    ('weight-decay', 'optim.weight_decay'),
+    ('num_step', 'num_steps'),
+    ('modle', 'model'),
+    ('optim.warmup_step', 'optim.warmup_steps'),
+    ('qqqq', None),
+  ],
+)
+def test_what_is_meant_by_an_unknown_key(key, meant):
+  assert completion.suggest(key) == meant
+
+
+def test_every_alias_leads_to_a_key_or_a_sampler():
+  known = runs.flatten(digits.get_config().to_dict())
+  assert set(completion.ALIASES.values()) <= known.keys()
+  assert not known.keys() & completion.ALIASES.keys()
+  assert set(samplers.ALIASES.values()) <= samplers.SAMPLERS.keys()
+  assert not samplers.ALIASES.keys() & samplers.SAMPLERS.keys()
+
+
+@pytest.mark.parametrize(
+  ('value', 'meant'),
+  [
+    ('dpm++', 'dpmpp_2m'),
+    ('DPM++ 2M', 'dpmpp_2m'),
+    ('euler_a', 'ancestral'),
+    ('DDPM', 'ancestral'),
+    ('DDIM', 'ddim'),
+    ('uni_pc', 'unipc'),
+  ],
+)
+def test_what_is_meant_by_an_unknown_sampler(value, meant):
+  with pytest.raises(UserError, match=f'did you mean {meant}\\?'):
+    samplers.options(value)
+
+
+@pytest.mark.parametrize(
+  ('given', 'kept', 'said'),
+  [
+    ('--seed=1 --seed=2', '--seed=2', '--seed is given 2 times'),
+    ('--seed 1 --seed=2', '--seed=2', 'the last one counts, --seed=2'),
+    ('--seed=1 --json --seed 2', '--json --seed 2', 'counts, --seed 2'),
+    ('--ema --noema', '--noema', '--ema is given 2 times'),
+    ('--config.a.b=1 --config.a.b=3', '--config.a.b=3', '--config.a.b is'),
+    ('--seed=1 --seed=1', '--seed=1', ''),
+    ('--seed=1 x --json x', '--seed=1 x --json x', ''),
+  ],
+)
+def test_the_last_of_the_same_flags_counts(
+  monkeypatch, capsys, given, kept, said
+):
+  values = absl_flags.FlagValues()
+  absl_flags.DEFINE_integer('seed', 0, '', flag_values=values)
+  absl_flags.DEFINE_bool('json', False, '', flag_values=values)
+  absl_flags.DEFINE_bool('ema', True, '', flag_values=values)
+  monkeypatch.setattr(command.flags, 'FLAGS', values)
+  assert command._last(['train', *given.split()]) == ['train', *kept.split()]
+  assert said in capsys.readouterr().err
+  assert said or not capsys.readouterr().err
 
 
 # --- workdirs -----------------------------------------------------------------

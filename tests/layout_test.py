@@ -80,7 +80,8 @@ def test_fsdp_divides_the_papers_network():
 
 def test_the_table_reads_well():
   result = binaries.run(
-    'layout', CIFAR10, '--config.mesh.fsdp=4', '--config.mesh.tensor=2'
+    *('layout', CIFAR10, '--config.mesh.fsdp=4', '--config.mesh.tensor=2'),
+    '--all',
   )
   assert result.code == 0, result.err
   lines = result.out.splitlines()
@@ -88,6 +89,17 @@ def test_the_table_reads_well():
   assert 'data 1 x fsdp 4 x tensor 2 = 8 devices' in lines
   (row,) = (line.split() for line in lines if 'down/1/blocks/0/conv1/k' in line)
   assert ' '.join(row[1:]) == '3 3 128 256 - - fsdp tensor 147,456'
+
+
+def test_without_all_it_prints_the_summary():
+  result = binaries.run('layout', CIFAR10, '--config.mesh.fsdp=4',
+                        '--num_devices=4')  # fmt: skip
+  head, *lines, last = result.out.splitlines()
+  assert head == 'data 1 x fsdp 4 x tensor 1 = 4 devices'
+  assert [line.split()[0] for line in lines] == [
+    'bytes', 'parameters', 'EMA', 'optimiser', 'state',
+  ]  # fmt: skip
+  assert last.endswith('split; --all lists them')
 
 
 @pytest.mark.parametrize(

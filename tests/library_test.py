@@ -34,6 +34,34 @@ def trained(folder):
   return diffusion_jax.load(folder / 'runs' / 'digits')
 
 
+def test_it_prints_in_one_line(trained):
+  text = repr(trained)
+  assert '\n' not in text
+  assert len(text) < 200 + len(str(trained.workdir))
+  for word in ('step=30', 'ema=True', '4,', 'parameters', '(8, 8, 1)'):
+    assert word in text
+
+
+@pytest.mark.parametrize(
+  ('mistake', 'must'),
+  [
+    (lambda t: diffusion_jax.load('/nothing'), 'workdir=/nothing holds no run'),
+    (lambda t: t.at(11), 'step=11: there is no such checkpoint'),
+    (lambda t: t.sample(sampler='dpm++'), 'did you mean dpmpp_2m?'),
+    (lambda t: t.sample(num_samples=0), 'num_samples=0'),
+    (
+      lambda t: t.sample(sampler='predictor_corrector', corrector_steps=0),
+      'use sampler=ancestral',
+    ),
+  ],
+)
+def test_mistakes_in_python_name_arguments_and_no_flags(trained, mistake, must):
+  with pytest.raises(UserError) as error:
+    mistake(trained)
+  assert must in str(error.value)
+  assert '--' not in str(error.value)
+
+
 def test_the_readmes_lines_run(folder, monkeypatch):
   text = (binaries.ROOT / 'README.md').read_text()
   (block,) = re.findall(r'```python\n(import.*?)```', text, re.S)

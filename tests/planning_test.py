@@ -329,12 +329,32 @@ def test_slices():
 
 
 @pytest.mark.parametrize(
+  ('names', 'same'),
+  [
+    ('v5e-16 v5litepod-16 V5E-16 tpu-v5-lite-podslice-16', 'v5e:4x4'),
+    ('v5e-8 v5litepod-8', 'v5e:2x4'),
+    ('v5e-1', 'v5e:1x1'),
+    ('v4-8', 'v4:2x2x1'),
+    ('v4-32 tpu-v4-podslice:2x2x4', 'v4:2x2x4'),
+    ('v5p-64 tpu-v5p-slice:2x4x4', 'v5p:2x4x4'),
+    ('v6e-256 tpu-v6e-slice:16x16', 'v6e:16x16'),
+  ],
+)
+def test_slices_have_several_names(names, same):
+  for name in names.split():
+    assert chips.parse(name) == chips.parse(same)
+    assert chips.parse(name).name == same
+
+
+@pytest.mark.parametrize(
   ('name', 'must'),
   [
     ('v9:2x2', 'v4, v5e, v5p, v6e'), ('v5e', 'have 2 axes, such as v5e:2x2'),
     ('v5e:2x2x2', 'have 2 axes'), ('v4:8', 'such as v4:2x2x2'),
     ('v5e:16x32', 'have at most 256'), ('v5e:0x4', 'have 2 axes'),
     ('v5e:axb', 'have 2 axes'), ('', 'v4, v5e'),
+    ('v5e-12', 'only powers of two'), ('v4-9', 'give the sizes'),
+    ('v5e-512', 'have at most 256'), ('h100-8', 'v4, v5e'),
   ],
 )  # fmt: skip
 def test_slices_that_there_are_not(name, must):

@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from diffusion_jax.cli import config_files
+from diffusion_jax.runs import completion
 from diffusion_jax.system import distributed, numerics, terminal
 from diffusion_jax.system.errors import UserError
 
@@ -60,15 +61,11 @@ def run(main: Callable[[], int | None], doc: str, required: Sequence[str] = ()):
   """
   sys.modules['__main__'].__doc__ = doc
   numerics.fix()
-  sys.argv = _resolve_config(sys.argv)
+  sys.argv = _resolve_config(_last(sys.argv))
 
   def parse(argv):
     if any(word in ('--help', '-h', '-help', '--helpfull') for word in argv):
       _help(doc, full='--helpfull' in argv)
-    names = [word.split('=')[0] for word in argv[1:] if word[:2] == '--']
-    for name in sorted(set(names)):
-      if names.count(name) > 1:
-        terminal.fail(f'{name} is given {names.count(name)} times')
     try:
       rest = flags.FLAGS(argv)
       if rest[1:]:
@@ -152,14 +149,19 @@ def _one_line(error: Exception, argv: Sequence[str]) -> str:
     # ml_collections quotes its two lines, 'KEY\nDid you mean ...', twice.
     text = str(error.args[0]).replace('\\n', ' ')
     key = re.search(r'\w+', text)[0]
-    hint = re.search(r'Did you mean \W*(\w+)', text)
     given = next((w for w in argv if key in w.split('=')[0].split('.')), key)
+    names = given.split('=')[0].split('.')
+    meant = completion.suggest('.'.join(names[1 : names.index(key) + 1]) or key)
     return f'{given}: there is no config key {key!r}' + (
-      f'; did you mean {hint[1]}?' if hint else ''
+      f'; did you mean {meant}?' if meant else ''
     )
   text = ' '.join(line.strip() for line in str(error).splitlines())
   if isinstance(error, flags.UnrecognizedFlagError):
     text = text.replace(' ?', '?') + '; see --help'
+    # Not where absl suggests a flag that the binary has.
+    if 'config' in flags.FLAGS and 'Did you mean' not in text:
+      meant = completion.suggest(error.flagname)
+      text += f'; did you mean --config.{meant}?' * bool(meant)
   return text
 
 
@@ -181,6 +183,37 @@ def _resolve_config(argv: list[str]) -> list[str]:
       word = f'--config={config_files.through(found)}{colon}{argument}'
     resolved.append(word)
   return resolved
+
+
+def _last(argv: list[str]) -> list[str]:
+  """Keeps the last of the flags that are given twice, as absl and shells do.
+
+  So a flag of an alias or a script can be overridden.
+  """
+  groups, words = [], iter(argv[1:])
+  for word in words:
+    name, given, _ = word.lstrip('-').partition('=')
+    bare = next((n for n in (name, name.removeprefix('no')) if _switch(n)), '')
+    spaced = word[0:1] == '-' and not given and not bare
+    group = [word, *([next(words, '')] if spaced else [])]
+    groups.append((bare or name if word[:1] == '-' else object(), group))
+  last = dict(groups)
+  for name, group in last.items():
+    before = [other for same, other in groups if same == name][:-1]
+    if any(other != group for other in before):
+      terminal.say(
+        f'--{name} is given {len(before) + 1} times: the last one counts, '
+        f'{" ".join(group)}'
+      )
+  kept = [
+    word for name, group in groups if last[name] is group for word in group
+  ]
+  return [*argv[:1], *kept]
+
+
+def _switch(name: str) -> bool:
+  """Whether it is a flag without a value."""
+  return name in flags.FLAGS and flags.FLAGS[name].boolean
 
 
 def need(*names: str) -> None:

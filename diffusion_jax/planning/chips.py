@@ -89,19 +89,32 @@ class Slice(NamedTuple):
     return math.prod(self.shape)
 
 
+# What Google Cloud and GKE call the chips.
+KINDS = {
+  **{'v5litepod': 'v5e', 'v5lite': 'v5e', 'v5-lite-podslice': 'v5e'},
+  **{'v4-podslice': 'v4', 'v5p-slice': 'v5p', 'v6e-slice': 'v6e'},
+}
+CORES = ('v4', 'v5p')  # 'v4-32' counts cores, two in a chip
+
+
 def parse(name: str) -> Slice:
-  """'v5e:4x4' -> the slice.
+  """'v5e:4x4', 'v5e-16' or 'v5litepod-16' -> the slice.
 
   Raises:
     UserError: there is no such chip, or its slices have other axes.
   """
-  kind, _, sizes = name.partition(':')
+  text = name.strip().lower().removeprefix('tpu-')
+  by_number = re.fullmatch(r'(.+)-(\d+)', text)
+  given, sizes = by_number.groups() if by_number else text.partition(':')[::2]
+  kind = KINDS.get(given, given)
   if kind not in CHIPS:
     raise UserError(
       f'--topology={name}: give a chip ({", ".join(CHIPS)}) and a slice, such '
-      'as v5e:4x4 or v4:2x2x2'
+      'as v5e:4x4, v5e-16 or v4:2x2x2'
     )
   chip = CHIPS[kind]
+  if by_number:
+    sizes = _usual(name, kind, int(sizes))
   if not re.fullmatch(r'[1-9]\d{0,3}(x[1-9]\d{0,3})*', sizes) or (
     sizes.count('x') + 1 != chip.axes
   ):
@@ -109,13 +122,29 @@ def parse(name: str) -> Slice:
       f'--topology={name}: slices of {kind} have {chip.axes} axes, such as '
       f'{kind}:{"x".join(["2"] * chip.axes)}'
     )
-  where = Slice(name, chip, tuple(map(int, sizes.split('x'))))
+  where = Slice(f'{kind}:{sizes}', chip, tuple(map(int, sizes.split('x'))))
   if where.size > chip.most:
     raise UserError(
       f'--topology={name}: {where.size} chips, but slices of {kind} have at '
       f'most {chip.most}'
     )
   return where
+
+
+def _usual(name: str, kind: str, number: int) -> str:
+  """The usual sizes of a slice of so many chips, or cores: '4x4'."""
+  count = number // 2 if kind in CORES else number
+  if (
+    count < 1 or count & (count - 1) or count * (1 + (kind in CORES)) != number
+  ):
+    raise UserError(
+      f'--topology={name}: only powers of two have a usual shape; give the '
+      f'sizes, such as {kind}:{"x".join(["2"] * CHIPS[kind].axes)}'
+    )
+  doublings, axes = count.bit_length() - 1, CHIPS[kind].axes
+  sizes = [2 ** ((doublings + axis) // axes) for axis in range(axes)]
+  # Up to a host of four chips, the longer axes are the first ones.
+  return 'x'.join(map(str, sizes if count > 4 else sizes[::-1]))
 
 
 def devices(where: Slice) -> list:

@@ -288,12 +288,12 @@ def _lock(file) -> None:
       raise BlockingIOError(*e.args) from e
 
 
-def read_config(workdir, flag: str = 'workdir') -> dict:
+def read_config(workdir, flag: str = '--workdir') -> dict:
   """Reads the config of the run in a workdir.
 
   Args:
     workdir: the run's folder.
-    flag: the flag that gave the folder, for the message.
+    flag: the flag or argument that gave the folder, for the message.
 
   Raises:
     UserError: the folder holds no run.
@@ -308,7 +308,7 @@ def read_config(workdir, flag: str = 'workdir') -> dict:
     config = _noted_config(path.parent)
     if config is None and not path.is_file():
       raise UserError(
-        f'--{flag}={workdir} holds no run (no config.json): train first'
+        f'{flag}={workdir} holds no run (no config.json): train first'
       ) from e
     if config is None:
       raise UserError(

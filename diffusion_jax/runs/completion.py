@@ -24,6 +24,64 @@ CHOICES = {
 }
 
 
+# What other projects, and habits, call a key.
+ALIASES = {
+  name: key
+  for key, names in {
+    'batch_size': 'batch bs train_batch_size per_device_batch_size',
+    'num_steps': 'steps max_steps total_steps train_steps num_train_steps '
+    'iterations iters epochs num_epochs max_epochs duration kimg',
+    'microbatches': 'gradient_accumulation_steps accumulate_grad_batches accum '
+    'grad_accum num_microbatches',
+    'checkpoint_every': 'save_every save_steps save_interval ckpt_every '
+    'checkpointing_steps snap',
+    'sample_every': 'vis_every image_every',
+    'data.image_size': 'resolution size res img_size',
+    'data.name': 'dataset dataset_name',
+    'data.path': 'data_path data_dir dataset_path train_data_dir root folder',
+    'data.channels': 'image_channels in_channels out_channels',
+    'data.flip': 'random_flip hflip mirror xflip horizontal_flip',
+    'ema.decay': 'ema_decay ema_rate ema_beta decay ema_max_decay',
+    'model.channels': 'channels width dim base_channels model_channels '
+    'num_channels ch',
+    'model.multipliers': 'dim_mults ch_mult channel_mult channel_mults',
+    'model.num_blocks': 'num_res_blocks layers_per_block',
+    'model.attention_resolutions': 'attn_resolutions attention attn',
+    'model.dtype': 'precision mixed_precision fp16 bf16 half use_fp16',
+    'optim.lr': 'learning_rate lrate',
+    'optim.name': 'optimizer optimiser',
+    'optim.warmup_steps': 'warmup lr_warmup_steps num_warmup_steps',
+    'optim.decay': 'lr_schedule lr_scheduler scheduler',
+    'optim.clip_norm': 'grad_clip max_grad_norm clip gradient_clip_val '
+    'gradient_clip',
+    'loss.prediction': 'prediction_type objective parameterization '
+    'parametrization target predict',
+    'process.schedule': 'beta_schedule noise_schedule',
+    'process.num_timesteps': 'timesteps diffusion_steps num_train_timesteps',
+    'sample.sampler': 'solver',
+    'sample.num_images': 'num_samples n_samples',
+  }.items()
+  for name in names.split()
+}  # fmt: skip
+
+
+def suggest(key: str) -> str | None:
+  """The key that is probably meant by an unknown one, both dotted."""
+  known, groups = [], [((), default.get_config())]
+  while groups:
+    path, group = groups.pop(0)
+    known += ['.'.join((*path, name)) for name in group]
+    groups += [((*path, k), v) for k, v in group.items() if _is_group(v)]
+  last = key.rpartition('.')[2].lower().replace('-', '_')
+  there = [name for name in known if name.rpartition('.')[2] == last]
+  if len(there) == 1:
+    return there[0]
+  ends = {name.rpartition('.')[2]: name for name in reversed(known)}
+  close = difflib.get_close_matches(key, known, 1)
+  close += [ends[end] for end in difflib.get_close_matches(last, ends, 1)]
+  return ALIASES.get(last, *close[:1] or [None])
+
+
 def complete(config: MutableMapping) -> None:
   """Adds missing keys to a config, in place.
 
@@ -63,10 +121,9 @@ def _unknown(config, known, path=()) -> Iterator[str]:
   for key, value in _items(config):
     name = '.'.join((*path, key))
     if key not in known:
-      close = difflib.get_close_matches(key, list(known), 1)
-      hint = '.'.join((*path, *close))
+      meant = suggest(name)
       yield f'there is no config key {name!r}' + (
-        f'; did you mean {hint}?' if close else ''
+        f'; did you mean {meant}?' if meant else ''
       )
     elif _is_group(value) != _is_group(known[key]):
       kinds = ('one value', 'a group of keys')

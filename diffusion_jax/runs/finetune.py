@@ -122,8 +122,8 @@ def find(
     there, step, ema = before
   if begun or not (init_from or before):
     return None
-  runs.read_config(there, 'init_from')
-  found = checkpoint.find_step(_checkpoints(there), step, 'init_step')
+  runs.read_config(there, '--init_from')
+  found = checkpoint.find_step(_checkpoints(there), step, '--init_step')
   return Origin(str(there), found, ema)
 
 

@@ -46,7 +46,7 @@ def _compile(recipe: recipe.Recipe, mesh: Mesh) -> Compiled:
   return Compiled(denoise, drawer)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Trained:
   """A trained network: a denoiser, its schedule, and methods to sample.
 
@@ -69,6 +69,13 @@ class Trained:
   params: dict
   mesh: Mesh
   compiled: Compiled
+
+  def __repr__(self):
+    count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+    return (
+      f"Trained('{self.workdir}', step={self.step}, ema={self.ema}, "
+      f'{count:,} parameters, images {self.image_shape})'
+    )
 
   @property
   def model(self) -> models.Model:
@@ -125,7 +132,7 @@ class Trained:
       UserError: there is no such checkpoint, or it is damaged.
     """
     directory = self.workdir / 'checkpoints'
-    step = checkpoint.find_step(directory, step)
+    step = checkpoint.find_step(directory, step, 'step')
     shapes = jax.eval_shape(self.recipe.init, jax.random.key(0))
     params = checkpoint.load_params(
       directory, step, sharding.abstract(shapes, self.mesh), ema=self.ema
@@ -257,7 +264,7 @@ def load(
     UserError: there is no run or no such checkpoint, or it is damaged.
   """
   workdir = files.at(workdir).expanduser()
-  config = runs.read_config(workdir)
+  config = runs.read_config(workdir, 'workdir')
   mesh = mesh or sharding.make_mesh()
   made = recipe.create(config)
   compiled = _compile(made, mesh)

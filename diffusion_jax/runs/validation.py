@@ -9,6 +9,7 @@ from ml_collections import config_dict
 from diffusion_jax import models, runs
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import completion
+from diffusion_jax.system.errors import hint
 from diffusion_jax.training import optim, sharding
 
 LARGEST_BATCH = 10**8  # XLA aborts where a size overflows
@@ -48,6 +49,14 @@ NAMES = {
   'optim.decay': optim.DECAYS,
 }
 
+# What other projects call them.
+ALIASES = {
+  **{'epsilon': 'eps', 'noise': 'eps', 'v_prediction': 'v', 'velocity': 'v'},
+  **{'sample': 'x0', 'x_start': 'x0', 'start_x': 'x0', 'bf16': 'bfloat16'},
+  **{'fp32': 'float32', 'fixed_small': 'fixedsmall', 'beta': 'fixedlarge'},
+  **{'none': 'constant', 'ddpm': 'unet', 'linspace': 'linear'},
+}
+
 
 def check(config: config_dict.ConfigDict, devices: Sequence) -> list[str]:
   """The problems of a config on these devices, a line each; [] if valid.
@@ -80,6 +89,7 @@ def _network(config):
   flat = runs.flatten(config.to_dict())
   for key, known in NAMES.items():
     told = f'{key}={flat[key]!r}: one of {", ".join(known)}'
+    told += hint(flat[key], known, ALIASES)
     yield flat[key] in known, told
   yield from _limits(config, OF_NETWORK)
   yield from _model(config.model, config.data)

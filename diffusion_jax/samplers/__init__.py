@@ -95,6 +95,19 @@ _ALL = (
 ABOUT = {about.create.__name__: about for about in _ALL}
 SAMPLERS = {name: about.create for name, about in ABOUT.items()}
 
+# What diffusers, k-diffusion and others call them.
+ALIASES = {
+  **dict.fromkeys(('ddpm', 'euler_a', 'euler_ancestral'), 'ancestral'),
+  **dict.fromkeys(('dpm++', 'dpmpp', 'dpm++_2m', 'dpm_solver++'), 'dpmpp_2m'),
+  **dict.fromkeys(('dpmsolver++', 'dpmsolver_multistep'), 'dpmpp_2m'),
+  **dict.fromkeys(('dpm++_2s', 'dpmsolver_singlestep'), 'dpmpp_2s'),
+  **dict.fromkeys(('dpm++_sde', 'dpm++_2m_sde'), 'dpmpp_2m_sde'),
+  **dict.fromkeys(('edm', 'k_heun'), 'heun'),
+  **dict.fromkeys(('k_euler', 'ode'), 'euler'),
+  **dict.fromkeys(('pc', 'langevin'), 'predictor_corrector'),
+  **{'pndm': 'plms', 'dpm': 'dpm_solver', 'dpm_solver_2': 'dpm_solver'},
+}
+
 
 def table() -> list[tuple[str, ...]]:
   """The table of --sampler=list: a header, and a row for each sampler."""
@@ -125,7 +138,7 @@ def takes(name: str) -> dict[str, inspect.Parameter]:
   Raises:
     UserError: an unknown name.
   """
-  create_fn = SAMPLERS[one_of('sampler', name, SAMPLERS)]
+  create_fn = SAMPLERS[one_of('sampler', name, SAMPLERS, ALIASES)]
   return dict(inspect.signature(create_fn).parameters)
 
 

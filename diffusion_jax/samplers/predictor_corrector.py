@@ -31,7 +31,7 @@ def predictor_corrector(snr: float = 0.16, corrector_steps: int = 1) -> Sampler:
   if corrector_steps < 1 or corrector_steps % 1:
     raise UserError(
       f'corrector_steps={corrector_steps}: a whole number, at least 1; for '
-      'none use --sampler=ancestral'
+      'none use sampler=ancestral'
     )
 
   def evaluations(grid):

@@ -1,7 +1,8 @@
 """User errors: the exception, and helpers that keep the report to one line."""
 
 import contextlib
-from collections.abc import Collection, Iterator
+import difflib
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from absl import logging
@@ -15,11 +16,41 @@ class UserError(ValueError):
   """
 
 
-def one_of(option: str, value: Any, allowed: Collection) -> Any:
-  """Returns the value of an option; raises UserError unless it is allowed."""
+def hint(
+  value: Any, allowed: Collection, aliases: Mapping | None = None
+) -> str:
+  """'; did you mean X?' for a value like an allowed one, otherwise ''.
+
+  Args:
+    value: the value that is not allowed.
+    allowed: the allowed values; only words can be alike.
+    aliases: other projects' names -> allowed values.
+  """
+  plain = str(value).lower().strip().replace('-', '_').replace(' ', '_')
+  words = [word for word in allowed if isinstance(word, str)]
+  close = difflib.get_close_matches(plain.replace('+', 'p'), words, 1)
+  meant = [*filter(None, [(aliases or {}).get(plain)]), *close]
+  return f'; did you mean {meant[0]}?' if meant else ''
+
+
+def one_of(
+  option: str, value: Any, allowed: Collection, aliases: Mapping | None = None
+) -> Any:
+  """Returns the value of an option if it is allowed.
+
+  Args:
+    option: the option's name.
+    value: its value.
+    allowed: the allowed values.
+    aliases: other projects' names -> allowed values, for the message.
+
+  Raises:
+    UserError: it is not.
+  """
   if value not in allowed:
     known = ', '.join(map(str, allowed))
-    raise UserError(f'{option}={value!r}: one of {known}')
+    meant = hint(value, allowed, aliases)
+    raise UserError(f'{option}={value!r}: one of {known}{meant}')
   return value
 
 

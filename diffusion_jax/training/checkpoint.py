@@ -197,13 +197,13 @@ def newest(directory) -> str:
   return f'checkpoint {there[-1]} is complete; the same command resumes from it'
 
 
-def find_step(directory, step: int | None, flag: str = 'step') -> int:
+def find_step(directory, step: int | None, flag: str = '--step') -> int:
   """Returns `step` if it has a checkpoint; by default the newest step.
 
   Args:
     directory: the folder of the checkpoints.
     step: the step; None = the newest.
-    flag: the flag that gave the step, for the message.
+    flag: the flag or argument that gave the step, for the message.
 
   Raises:
     UserError: there is no such checkpoint; the message lists the existing ones.
@@ -219,7 +219,7 @@ def find_step(directory, step: int | None, flag: str = 'step') -> int:
     return there[-1]
   if step not in there:
     raise UserError(
-      f'--{flag}={step}: there is no such checkpoint in {directory}; there are '
+      f'{flag}={step}: there is no such checkpoint in {directory}; there are '
       f'{", ".join(map(str, there))}'
     )
   return step

@@ -88,8 +88,8 @@ class Stored:
     missing = 'params' in parts and 'params' not in self.tree
     if missing and 'ema_params' in self.tree:
       raise UserError(
-        f'{self} was converted and has averaged parameters only: use those, '
-        'without --noema or --noinit_ema'
+        f'{self} was converted and has averaged parameters only: use those '
+        '(ema=True, --ema or --init_ema)'
       )
 
   def trained_with(self, frozen: dict) -> None:
