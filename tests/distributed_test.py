@@ -1,5 +1,6 @@
 """Several processes: how they meet, and that they do what one does."""
 
+import errno
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import pytest
 import tiny
 
 from diffusion_jax.runs import store
-from diffusion_jax.system import distributed, farewell
+from diffusion_jax.system import cluster, distributed, farewell, meeting
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics, sharding
 
@@ -33,7 +34,7 @@ def meet_all(calls, seconds=10, address=None):
   def join(place, total, index, after):
     time.sleep(after)
     try:
-      distributed.meet(address, total, index, seconds)
+      meeting.meet(address, total, index, seconds)
     except UserError as e:
       raised[place] = str(e)
 
@@ -84,7 +85,7 @@ def test_one_that_was_killed_and_started_again_is_let_in():
 
   def join(index):
     try:
-      distributed.meet(f'localhost:{port}', 3, index, 10)
+      meeting.meet(f'localhost:{port}', 3, index, 10)
     except UserError as e:
       raised.append(str(e))
 
@@ -108,7 +109,13 @@ def test_a_port_in_use():
   with socket.create_server(('', 0)) as server:
     address = f'localhost:{server.getsockname()[1]}'
     with pytest.raises(UserError, match='cannot be used'):
-      distributed.meet(address, 2, 0, 1)
+      meeting.meet(address, 2, 0, 1)
+
+
+def slurm(**values):
+  """The variables of a Slurm step."""
+  usual = {'JOB_ID': 8195, 'STEP_NODELIST': 'a1', 'PROCID': 2, 'LOCALID': 0}
+  return {f'SLURM_{k}': str(v) for k, v in {**usual, **values}.items()}
 
 
 @pytest.mark.parametrize(
@@ -116,17 +123,191 @@ def test_a_port_in_use():
   [
     ('tpu', 'tpu'), ('a1,b2', 'a1'), ('a[01-15],b2', 'a01'),
     ('a[07,09-15]', 'a07'), ('b2,a[01-15]', 'b2'), ('gpu-3[4]', 'gpu-34'),
+    ('n[2-3].cluster.org', 'n2.cluster.org'), ('r[1-2]n[3,5-6]', 'r1n3'),
+    ('cn-0[1-2],x', 'cn-01'), ('10.0.0.1', '10.0.0.1'),
   ],
 )  # fmt: skip
-def test_slurm_names_the_first_host(monkeypatch, nodes, host):
-  for name, value in (
-    ('JOB_ID', '8195'), ('STEP_NODELIST', nodes), ('NTASKS', '4'),
-    ('PROCID', '2'),
-  ):  # fmt: skip
-    monkeypatch.setenv(f'SLURM_{name}', value)
-  assert distributed._by_slurm() == (f'{host}:61443', 4, 2)
-  monkeypatch.setenv('SLURM_NTASKS', '1')
-  assert distributed._by_slurm() is None
+def test_slurm_names_the_first_host(nodes, host):
+  place = cluster.find(slurm(STEP_NODELIST=nodes, NTASKS=4))
+  assert place[1:4] == (4, 2, f'{host}:61443')
+
+
+@pytest.mark.parametrize(
+  'environment',
+  [
+    {},
+    slurm(NTASKS=1),
+    # `srun --pty bash` in an allocation of four tasks
+    slurm(NTASKS=4, STEP_NUM_TASKS=1, PROCID=0),
+    # A batch script, and what someone exported by hand.
+    {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '0'},
+    slurm(NTASKS='4(x2)'),
+    slurm(JOB_ID='', NTASKS=4),
+    {'WORLD_SIZE': '4', 'RANK': '1'},
+    {'RANK': '1', 'MASTER_ADDR': 'a', 'MASTER_PORT': '1'},
+    {'OMPI_COMM_WORLD_SIZE': '1', 'OMPI_COMM_WORLD_RANK': '0'},
+  ],
+)
+def test_who_runs_alone(environment):
+  assert cluster.find(environment) is None
+
+
+def test_steps_of_one_job_use_different_ports():
+  ports = [
+    cluster.find(slurm(NTASKS=4, STEP_ID=step)).coordinator for step in range(9)
+  ]
+  assert len(set(ports)) == 9
+  assert ports[0] == 'a1:61443'
+
+
+MPI = {
+  'OMPI_COMM_WORLD_SIZE': '8', 'OMPI_COMM_WORLD_RANK': '5',
+  'OMPI_COMM_WORLD_LOCAL_SIZE': '4', 'OMPI_COMM_WORLD_LOCAL_RANK': '1',
+}  # fmt: skip
+TORCH = {
+  'WORLD_SIZE': '8', 'RANK': '5', 'LOCAL_WORLD_SIZE': '4', 'LOCAL_RANK': '1',
+  'MASTER_ADDR': 'fe80::1', 'MASTER_PORT': '29500',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('environment', 'host'),
+  [
+    (TORCH, '[fe80::1]:29500'),
+    # Its agent uses the port.
+    ({**TORCH, 'TORCHELASTIC_RUN_ID': 'none'}, '[fe80::1]:29501'),
+    ({**MPI, 'OMPI_MCA_orte_hnp_uri': '15.0;tcp://10.9.0.1,10.8.0.1:3491'},
+     '10.9.0.1'),
+    # Each of mpiexec's daemons is a task of Slurm.
+    ({**slurm(NTASKS=2, PROCID=1), 'SLURM_JOB_NODELIST': 'n[3-4]', **MPI},
+     'n3'),
+    ({**MPI, 'OMPI_COMM_WORLD_LOCAL_SIZE': '8'}, 'localhost'),
+    ({'PMI_SIZE': '8', 'PMI_RANK': '5', 'MPI_LOCALNRANKS': '8',
+      'MPI_LOCALRANKID': '1'}, 'localhost'),
+    (MPI, 'None'),
+  ],
+)  # fmt: skip
+def test_other_launchers_tell_the_place(environment, host):
+  place = cluster.find(environment)
+  assert place[1:3] == (8, 5)
+  assert str(place.coordinator).startswith(host)
+  assert place.local_index == 1
+
+
+def place(local_count, local_index=1):
+  return cluster.Place('Slurm', 8, 5, 'a:1', local_count, local_index)
+
+
+@pytest.mark.parametrize(
+  ('found', 'environment', 'gpus'),
+  [
+    (None, {'CUDA_VISIBLE_DEVICES': '0,1'}, None),
+    # Each has its own: --gpus-per-task
+    (place(4), {'CUDA_VISIBLE_DEVICES': '0'}, None),
+    (place(4), {'CUDA_VISIBLE_DEVICES': 'GPU-8f2e'}, None),
+    (place(2), {'CUDA_VISIBLE_DEVICES': '0,1', 'SLURM_GPUS_ON_NODE': '4'},
+     None),
+    (place(2), {'CUDA_VISIBLE_DEVICES': '0,1', 'SLURM_GPUS_PER_TASK': '2'},
+     None),
+    # All see all: --gpus-per-node
+    (place(4), {'CUDA_VISIBLE_DEVICES': '0,1,2,3'}, [1]),
+    (place(None), {'CUDA_VISIBLE_DEVICES': '0,1,2,3'}, [1]),
+    (place(2), {'CUDA_VISIBLE_DEVICES': '0,1,2,3'}, [2, 3]),
+    (place(2), {'CUDA_VISIBLE_DEVICES': '4,5,6,7', 'SLURM_GPUS_PER_TASK': '2'},
+     [2, 3]),  # --gpu-bind=none
+    (place(2), {'SLURM_GPUS_ON_NODE': '8'}, [4, 5, 6, 7]),
+    # One process for all of a node's.
+    (place(1, 0), {'CUDA_VISIBLE_DEVICES': '0,1,2,3'}, None),
+    # Nothing is known, or nothing is to be seen.
+    (place(4), {}, [1]),
+    (place(4), {'CUDA_VISIBLE_DEVICES': ''}, None),
+    (place(4), {'JAX_LOCAL_DEVICE_IDS': '3'}, None),
+    (place(4), {'CUDA_VISIBLE_DEVICES': '0,1', 'JAX_PLATFORMS': 'cpu'}, None),
+  ],
+)  # fmt: skip
+def test_gpus_of_a_process(found, environment, gpus):
+  assert cluster.devices(found, environment) == gpus
+
+
+def test_more_processes_than_gpus_is_one_line():
+  with pytest.raises(UserError, match='4 processes on this host see 2 GPUs'):
+    cluster.devices(place(4), {'CUDA_VISIBLE_DEVICES': '0,1'})
+
+
+@pytest.mark.parametrize(
+  ('text', 'node', 'count'),
+  [('4(x2)', 1, 4), ('4(x2),1', 2, 1), ('2,3', 1, 3), ('', 0, None),
+   ('2', 7, None)],
+)  # fmt: skip
+def test_slurm_tells_the_tasks_of_a_node(text, node, count):
+  environment = slurm(NTASKS=8, STEP_TASKS_PER_NODE=text, NODEID=node)
+  assert cluster.find(environment).local_count == count
+
+
+@pytest.fixture
+def launched(monkeypatch):
+  """Sets flags and variables, and returns the place that is found."""
+
+  def find(environment, **given):
+    for name in (*TORCH, *MPI):
+      monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+      monkeypatch.setenv(name, value)
+    for name in ('coordinator', 'num_processes', 'process_id'):
+      monkeypatch.setattr(distributed.FLAGS[name], 'value', given.get(name))
+    return distributed._place()
+
+  if not distributed.FLAGS.is_parsed():
+    distributed.FLAGS.mark_as_parsed()
+  return find
+
+
+def test_flags_go_before_a_launcher(launched):
+  assert launched(TORCH, num_processes=1) is None
+  assert launched(TORCH, coordinator='b:9').coordinator == 'b:9'
+  all_three = {'coordinator': 'b:9', 'num_processes': 2, 'process_id': 1}
+  assert launched(TORCH, **all_three) == ('', 2, 1, 'b:9', 4, 1)
+  assert launched(MPI, coordinator='b:9')[1:4] == (8, 5, 'b:9')
+  with pytest.raises(UserError, match='give --coordinator=HOST:PORT, or'):
+    launched(MPI)
+  with pytest.raises(UserError, match=r'in brackets, \[::1\]:9'):
+    launched({}, **{**all_three, 'coordinator': '::1:9'})
+
+
+def test_a_missing_task_of_a_launcher_is_no_flag():
+  """The message must not ask for flags that nobody needs there."""
+  started = distributed._started(cluster.find(slurm(NTASKS=4)))
+  address = f'localhost:{binaries.free_port()}'
+  with pytest.raises(UserError, match='started by Slurm, whose variables name'):
+    meeting.meet(address, 4, 0, 0.1, started)
+  with pytest.raises(UserError, match='--num_processes=1 runs this one alone'):
+    meeting.meet(address, 4, 2, 0.1, started)
+
+
+def test_a_name_that_no_host_has():
+  for host in ('no-such-host.invalid', 'x' * 70):
+    with pytest.raises(UserError, match='does not know the name') as error:
+      meeting.meet(f'{host}:8476', 2, 1, 0.5)
+    assert '--coordinator=HOST:PORT' in str(error.value)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason='no IPv6 here')
+def test_hosts_that_speak_ipv6_only():
+  address = f'[::1]:{binaries.free_port()}'
+  assert meet_all([(2, 0, 0), (2, 1, 0)], address=address) == [None, None]
+
+
+def test_hosts_without_ipv6(monkeypatch):
+  create = socket.create_server
+
+  def fail(address, **how):
+    if how.get('family') == socket.AF_INET6:
+      raise OSError(errno.EADDRNOTAVAIL, 'Cannot assign requested address')
+    return create(address, **how)
+
+  monkeypatch.setattr(socket, 'has_dualstack_ipv6', lambda: True)
+  monkeypatch.setattr(socket, 'create_server', fail)
+  assert meet_all([(2, 0, 0), (2, 1, 0)]) == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -155,10 +336,13 @@ def test_alone_nobody_is_asked():
 # --- leaving -----------------------------------------------------------------
 
 
-def see_off(others, seconds):
-  """Process 0's farewell; returns how long it took."""
+def part(index, others, seconds, code=2, heard=None):
+  """A process's farewell; returns how long it took."""
+  for other in others:
+    other.setblocking(False)
   started = time.monotonic()
-  farewell.see_off(others, 2, seconds)
+  bond = farewell.Bond(index, others, heard or threading.Event())
+  farewell.part(bond, code, seconds)
   return time.monotonic() - started
 
 
@@ -172,7 +356,7 @@ def closing(connection, after):
 def test_process_0_waits_for_all_others():
   here, there = zip(*(socket.socketpair() for _ in range(3)), strict=True)
   threads = [closing(s, 0.3 * i) for i, s in enumerate(there)]
-  assert 0.5 < see_off(here, 60) < 50
+  assert 0.5 < part(0, here, 60) < 50
   for thread in threads:
     thread.join()
 
@@ -180,7 +364,7 @@ def test_process_0_waits_for_all_others():
 def test_process_0_does_not_wait_for_one_that_never_goes():
   (here, there), (left, gone) = socket.socketpair(), socket.socketpair()
   gone.close()
-  assert 0.5 <= see_off([here, left], 0.5) < 30
+  assert 0.5 <= part(0, [here, left], 0.5) < 30
   assert there.recv(9) == b'2\n'
 
 
@@ -190,28 +374,57 @@ def test_process_0_does_not_wait_for_those_that_were_killed():
   left.send(b'unread')
   gone.close()
   closing(there, 0).join()
-  assert see_off([here, left], 60) < 50
-  assert see_off([], 60) < 50
+  assert part(0, [here, left], 60) < 50
+  assert part(0, [], 60) < 50
+
+
+def bound(others, index, seconds):
+  """What binds a process: (bond, [(who, code)], set at the end)."""
+  ended, event = [], threading.Event()
+
+  def end(who, code):
+    ended.append((who, code))
+    event.set()
+
+  return farewell.bind(others, index, end, seconds), ended, event
 
 
 def test_the_others_follow_process_0_after_a_while():
   first, other = socket.socketpair()
-  ended = []
-  event = threading.Event()
-  farewell.follow(other, lambda code: (ended.append(code), event.set()), 0.3)
+  bond, ended, event = bound([other], 1, 0.3)
   started = time.monotonic()
-  assert see_off([first], 0) < 30
+  assert part(0, [first], 0) < 30
   assert event.wait(60)
-  assert ended == [2]
+  assert bond.heard.is_set()
+  assert ended == [(0, 2)]
   assert time.monotonic() - started >= 0.3
 
 
-def test_a_process_0_that_dies_is_left_to_jax():
+def test_process_0_follows_one_of_the_others():
+  """And tells it, so that it need not wait any longer."""
+  here, there = zip(*(socket.socketpair() for _ in range(2)), strict=True)
+  _, ended, event = bound(here, 0, 0.3)
+  last, _, _ = bound([there[1]], 2, 60)
+  threading.Timer(1, lambda: part(0, here, 0)).start()
+  assert part(2, [there[1]], 60, code=130, heard=last.heard) < 50
+  assert event.wait(60)
+  assert ended == [(2, 130)]
+
+
+def test_a_good_end_takes_nobody_along():
   first, other = socket.socketpair()
-  ended = []
-  farewell.follow(other, ended.append, 0)
+  bond, ended, _ = bound([first], 0, 0)
+  assert part(1, [other], 60, code=0) < 50
+  other.close()
+  assert bond.heard.wait(60)
+  assert not ended
+
+
+def test_a_process_that_dies_is_left_to_jax():
+  first, other = socket.socketpair()
+  bond, ended, _ = bound([other], 1, 0)
   first.close()
-  time.sleep(0.3)
+  assert bond.heard.wait(60)
   assert not ended
 
 
@@ -224,7 +437,7 @@ def test_a_pod_where_process_0_is_out_of_reach(monkeypatch):
   for index in (0, 1):
     monkeypatch.setattr(distributed, 'index', lambda index=index: index)
     distributed._join_in_pod()
-  assert distributed._others is None
+  assert distributed._bond is None
 
 
 def test_a_pod_knows_an_address_of_process_0():
@@ -387,14 +600,12 @@ def test_mistakes_and_crashes(how, code, told, who):
   """Of both, and of one while the other waits for it in a collective."""
   results = end_all(f'--how={how}', f'--who={who}')
   for index, result in enumerate(results):
+    assert result.code == code, results
     if str(index) in who:
-      assert result.code == code, results
       assert told in result.err
-  if who == '0':
-    assert results[1].code == code, results
-    assert 'process 0 exited with code' in results[1].err
-  # Process 0 learns from the collective that the other has gone.
-  assert who != '1' or results[0].code == 1, results
+    else:
+      assert f'process {who} exited with code {code}' in result.err
+      assert 'Traceback' not in result.err
 
 
 @pytest.mark.slow
