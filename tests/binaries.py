@@ -139,6 +139,8 @@ def _child(binary, arguments, devices, folder, environment):
   os.environ.update(environment)
   os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'
   jax.config.update(OPTIONS.lower(), os.environ[OPTIONS] == 'True')
+  if 'JAX_PLATFORMS' in environment:
+    jax.config.update('jax_platforms', environment['JAX_PLATFORMS'])
   for stream, name in ((1, 'out'), (2, 'err')):
     path = os.path.join(folder, name)
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)

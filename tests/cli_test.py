@@ -9,6 +9,7 @@ import sys
 import time
 
 import binaries
+import jax
 import pytest
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
@@ -274,6 +275,76 @@ def test_the_last_of_the_same_flags_counts(
   assert command._last(['train', *given.split()]) == ['train', *kept.split()]
   assert said in capsys.readouterr().err
   assert said or not capsys.readouterr().err
+
+
+# --- the machine ------------------------------------------------------------
+
+
+def raised(error):
+  """The error as it arrives at the top, with its traceback."""
+  try:
+    raise error
+  except Exception as e:
+    return e
+
+
+@pytest.mark.parametrize(
+  ('error', 'must'),
+  [
+    (jax.errors.JaxRuntimeError(
+      'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G '
+      'of 15.75G hbm.\nTotal'), 'out of memory'),
+    (jax.errors.JaxRuntimeError(
+      'INTERNAL: Failed call: CUDA_ERROR_OUT_OF_MEMORY: out of memory'),
+     'CUDA_ERROR_OUT_OF_MEMORY'),
+    (MemoryError(), 'out of memory of the host'),
+    (RuntimeError("Unable to initialize backend 'tpu': no libtpu"),
+     'no libtpu'),
+    (RuntimeError("Unable to initialize backend 'cuad': Backend 'cuad' is not "
+                  'in the list of known backends'), 'cuad'),
+    (RuntimeError('Unknown backend: gpu'), "pip install '.[cuda]'"),
+    (OSError(errno.ENOTCONN, 'Transport endpoint is not connected', '/mnt/x'),
+     'not connected: /mnt/x'),
+    (OSError(errno.ESTALE, 'Stale file handle', '/nfs/x'), 'Stale'),
+    (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"),
+     'set TMPDIR'),
+  ],
+)  # fmt: skip
+def test_errors_of_the_machine_are_one_line(error, must):
+  told = command._of_machine(raised(error))
+  assert must in told
+  assert '\n' not in told
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    AssertionError(), RuntimeError('a bug'), ValueError('memory'),
+    FileNotFoundError(errno.ENOENT, 'No such file', 'x'), KeyError('backend'),
+  ],
+)  # fmt: skip
+def test_bugs_are_not_the_machine(error):
+  assert command._of_machine(raised(error)) == ''
+
+
+def test_the_cause_of_an_error_counts():
+  error = RuntimeError('a worker failed')
+  error.__cause__ = MemoryError()
+  assert 'out of memory' in command._of_machine(error)
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'cuad,tpu'])
+def test_a_platform_that_is_not_there_is_one_line(tmp_path, platform):
+  for binary, flags in (
+    ('train', [DIGITS, f'--workdir={tmp_path / "w"}']),
+    ('fid', ['--samples=digits', '--reference=digits', '--features=pixels']),
+  ):
+    result = binaries.run(binary, *flags, JAX_PLATFORMS=platform)
+    assert result.code == 2, result
+    last = result.err.strip().splitlines()[-1]
+    assert last.startswith(f'error: JAX_PLATFORMS={platform}: no such device')
+    assert 'Traceback' not in result.err
+  assert not (tmp_path / 'w').exists()
 
 
 # --- workdirs -----------------------------------------------------------------

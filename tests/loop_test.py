@@ -1,9 +1,11 @@
 """The loop and the metrics file, with a step that costs nothing."""
 
+import errno
 import itertools
 import json
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
@@ -345,3 +347,38 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
       ]
   for row in lines(tmp_path):
     assert ('loss', row['step'], np.float32(row['loss'])) in found
+
+
+FULL = jax.errors.JaxRuntimeError(
+  'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 98765 bytes.\n'
+  'BufferAssignment OOM Debugging.'
+)
+
+
+@pytest.mark.parametrize(
+  ('error', 'must'),
+  [
+    (FULL, 'out of memory (allocate 98765 bytes)'),
+    (MemoryError('Unable to allocate 3.4 GiB for an array'),
+     'out of memory of the host (Unable to allocate 3.4 GiB'),
+    (OSError(errno.ENOMEM, 'Cannot allocate memory'), 'out of memory'),
+  ],
+)  # fmt: skip
+def test_no_memory_is_one_line_and_names_what_is_kept(tmp_path, error, must):
+  def loss_of(step):
+    if step == 7:
+      raise error
+    return 1.0
+
+  with pytest.raises(UserError) as raised:
+    train(tmp_path, loss_of=loss_of, every=loop.Every(log=1, checkpoint=5))
+  told = str(raised.value)
+  assert told.startswith('training stopped at step 8: ' + must)
+  for word in ('microbatches', 'batch_size', '--largest_batch', 'checkpoint 5'):
+    assert word in told
+  assert '\n' not in told
+
+
+def test_a_bug_in_a_step_stays_one(tmp_path):
+  with pytest.raises(ZeroDivisionError):
+    train(tmp_path, loss_of=lambda step: 1 / 0)

@@ -6,6 +6,7 @@ absl's flags, ml_collections, a check, a file. A bug keeps its traceback.
 
 import errno
 import multiprocessing
+import os
 import re
 import sys
 import textwrap
@@ -17,7 +18,7 @@ from ml_collections import config_flags
 
 from diffusion_jax.cli import config_files
 from diffusion_jax.runs import completion
-from diffusion_jax.system import distributed, numerics, terminal
+from diffusion_jax.system import distributed, errors, numerics, terminal
 from diffusion_jax.system.errors import UserError
 
 flags.disclaim_key_flags()  # --config belongs to the binary
@@ -28,7 +29,9 @@ FLAG_ERRORS = (flags.Error, AttributeError, LookupError, TypeError, ValueError)
 # Errors of the file system, which are never bugs.
 DISK = (
   *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
-  *(errno.EACCES, errno.EPERM),
+  *(errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK),
+  *(errno.ESTALE, errno.ENOTCONN, errno.ENAMETOOLONG, errno.EMFILE),
+  *(errno.ENFILE, errno.ETIMEDOUT, errno.EXDEV),
 )
 
 
@@ -112,11 +115,45 @@ def _call(main: Callable[[], int | None]) -> int:
   except UserError as e:
     terminal.fail(str(e))
   except Exception as e:
-    if isinstance(e, OSError) and e.errno in DISK:
-      terminal.fail(f'{e.strerror}: {e.filename}' if e.filename else e.strerror)
+    if told := _of_machine(e):
+      terminal.fail(told)
     traceback.print_exc()
     distributed.leave(1)
     sys.exit(1)
+
+
+def _of_machine(error: Exception) -> str:
+  """The line about an error of the machine, which is no bug; otherwise ''."""
+  if told := errors.out_of_memory(error):
+    return f'{told}: {_smaller()}'
+  if told := errors.no_device(error):
+    wanted = os.environ.get('JAX_PLATFORMS')
+    what = f'JAX_PLATFORMS={wanted}' if wanted else 'the devices'
+    return (
+      f'{what}: no such device can be used ({told}); check its driver and that '
+      "JAX is installed for it, as with pip install '.[cuda]' or '.[tpu]', or "
+      'set JAX_PLATFORMS=cpu'
+    )
+  if isinstance(error, OSError) and error.errno in DISK:
+    at = f': {error.filename}' if error.filename else ''
+    return f'{error.strerror}{at}'
+  if isinstance(error, FileNotFoundError) and 'temporary' in str(error):
+    return (
+      f'{error.strerror or error}: set TMPDIR to a folder that can be written'
+    )
+  return ''
+
+
+def _smaller() -> str:
+  """What to do about memory, by the flags of this binary."""
+  if 'batch_size' in flags.FLAGS:
+    size = flags.FLAGS.batch_size
+    return f'give a smaller --batch_size (now {size}), or use more devices'
+  config = flags.FLAGS.config if 'config' in flags.FLAGS else None
+  if config is None:
+    return 'use a machine with more memory'
+  now = f'microbatches={config.microbatches}, batch_size={config.batch_size}'
+  return f'{errors.FIT}; now {now}'
 
 
 def _help(doc: str, full: bool) -> None:

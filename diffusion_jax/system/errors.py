@@ -2,10 +2,29 @@
 
 import contextlib
 import difflib
+import errno
+import re
+import traceback
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from absl import logging
+
+# Of the many messages of XLA and its plugins, what those about memory and those
+# about missing devices have in common.
+_MEMORY = re.compile('RESOURCE_EXHAUSTED|out of memory|OUT_OF_MEMORY', re.I)
+_DEVICES = re.compile(
+  "unable to initialize backend|backend '.*' failed to initialize|"
+  'unknown backend|not in the list of known backends',
+  re.I,
+)
+_BYTES = re.compile(r'(?:allocat\w+|requires) ([\d.]+ ?\w*)')
+
+# What to do when a training step does not fit.
+FIT = (
+  'raise microbatches, or lower batch_size (preflight --largest_batch finds '
+  'the largest that fits)'
+)
 
 
 class UserError(ValueError):
@@ -52,6 +71,44 @@ def one_of(
     meant = hint(value, allowed, aliases)
     raise UserError(f'{option}={value!r}: one of {known}{meant}')
   return value
+
+
+def out_of_memory(error: BaseException) -> str:
+  """'out of memory (...)' if this error or its cause says so, otherwise ''."""
+  for one in _causes(error):
+    if isinstance(one, UserError):
+      return ''
+    if isinstance(one, MemoryError) or (
+      isinstance(one, OSError) and one.errno == errno.ENOMEM
+    ):
+      return f'out of memory of the host ({_line(one)})'
+    if isinstance(one, RuntimeError | ValueError) and _MEMORY.search(str(one)):
+      wanted = _BYTES.search(str(one))
+      return f'out of memory ({wanted[0] if wanted else _line(one)})'
+  return ''
+
+
+def no_device(error: BaseException) -> str:
+  """Why JAX found no device, if the error is about that; otherwise ''."""
+  for one in _causes(error):
+    frames = traceback.extract_tb(one.__traceback__)
+    # An assertion is all that JAX says if no plugin of a platform is installed.
+    where = frames[-1].filename if frames else ''
+    if isinstance(one, AssertionError) and where.endswith('xla_bridge.py'):
+      return 'JAX found none'
+    if isinstance(one, RuntimeError) and _DEVICES.search(str(one)):
+      return _line(one)
+  return ''
+
+
+def _causes(error) -> Iterator[BaseException]:
+  while error is not None:
+    yield error
+    error = error.__cause__
+
+
+def _line(error: BaseException) -> str:
+  return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
 @contextlib.contextmanager

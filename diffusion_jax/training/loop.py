@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from diffusion_jax.data import images
+from diffusion_jax.system import errors
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics
 from diffusion_jax.training.state import TrainState
@@ -145,8 +146,8 @@ def train(
 
   Raises:
     UserError: the loss is not finite (the message names the newest checkpoint
-      known to be good, which is kept), or a file cannot be read or written (the
-      message names the newest complete checkpoint).
+      known to be good, which is kept), a file cannot be read or written, or
+      memory runs out (the message names the newest complete checkpoint).
   """
   start = step = int(state.step)
   rows = Rows(writer, batch_size)
@@ -175,19 +176,22 @@ def train(
       if last:
         break
     checkpoints.wait()
-  except (OSError, UserError) as e:
+  except Diverged as e:
+    writer.flush()
+    checkpoints.wait()
+    raise UserError(_diverged(e, checkpoints.directory)) from e
+  except Exception as e:
+    reason = _reason(e, checkpoints.directory)
+    if not reason:
+      raise
     with contextlib.suppress(UserError, Diverged):
       if int(state.step) == step - 1 > start:  # the batch cannot be read
         _keep(state, rows, writer, checkpoints)
       checkpoints.wait()  # so that the message names a complete checkpoint
     raise UserError(
-      f'training stopped at step {step}: {_reason(e, checkpoints.directory)}; '
+      f'training stopped at step {step}: {reason}; '
       f'{checkpoint.newest(checkpoints.directory)}'
     ) from e
-  except Diverged as e:
-    writer.flush()
-    checkpoints.wait()
-    raise UserError(_diverged(e, checkpoints.directory)) from e
   return state
 
 
@@ -219,7 +223,10 @@ def _diverged(error: Diverged, directory) -> str:
   )
 
 
-def _reason(error: OSError | UserError, checkpoints) -> str:
+def _reason(error: Exception, checkpoints) -> str:
+  """Why training cannot go on; '' for a bug."""
+  if told := errors.out_of_memory(error):
+    return f'{told}: {errors.FIT}'
   if isinstance(error, OSError) and error.strerror:
     # Unlike open(), a failed write names no file; all are in the workdir.
     return f'{error.strerror}: {error.filename or checkpoints.parent}'
@@ -228,4 +235,4 @@ def _reason(error: OSError | UserError, checkpoints) -> str:
       f'{error} (preflight --all_images finds all such images, '
       'data.skip_broken=True leaves them out)'
     )
-  return str(error)
+  return str(error) if isinstance(error, OSError | UserError) else ''
