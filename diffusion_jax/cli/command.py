@@ -115,6 +115,7 @@ def _call(main: Callable[[], int | None]) -> int:
   except UserError as e:
     terminal.fail(str(e))
   except Exception as e:
+    distributed.begin_to_leave()
     if told := _of_machine(e):
       terminal.fail(told)
     traceback.print_exc()

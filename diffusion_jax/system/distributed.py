@@ -48,7 +48,6 @@ flags.DEFINE_integer(
 
 # The connections to the other processes; None if this process has met none.
 _bond: farewell.Bond | None = None
-# Whoever leaves takes it for good: the first of two threads decides the code.
 _leaving = threading.RLock()
 
 
@@ -102,7 +101,7 @@ def _join(num_processes, index, address, seconds, started=None):
 
 def _follow(other, code):
   """Exits because another process does."""
-  _leaving.acquire()
+  begin_to_leave()
   with contextlib.suppress(OSError):
     print(
       f'process {other} exited with code {code}; this process exits, too',
@@ -178,6 +177,15 @@ def index() -> int:
   return jax.process_index() if _is_several() else 0
 
 
+def begin_to_leave() -> None:
+  """Lets no other thread end the process; waits for the end if one does.
+
+  The first thread decides what is printed and the exit code. Another may fail
+  only because processes are leaving.
+  """
+  _leaving.acquire()  # for good
+
+
 def leave(code: int, alone: bool = False) -> None:
   """Exits at once in a multi-process run; otherwise returns.
 
@@ -190,7 +198,7 @@ def leave(code: int, alone: bool = False) -> None:
   """
   if alone or _bond or _is_several():
     try:
-      _leaving.acquire()
+      begin_to_leave()
       with contextlib.suppress(OSError):
         sys.stderr.flush()
         sys.stdout.flush()

@@ -25,6 +25,7 @@ def fail(message: str) -> None:
   Python's normal exit waits for all threads, and the threads of a failed save
   can take minutes.
   """
+  distributed.begin_to_leave()
   print(f'error: {message}', file=sys.stderr, flush=True)
   if path := os.environ.get(ERROR_FILE):
     with contextlib.suppress(OSError):
