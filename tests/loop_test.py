@@ -356,15 +356,17 @@ FULL = jax.errors.JaxRuntimeError(
 
 
 @pytest.mark.parametrize(
-  ('error', 'must'),
+  ('error', 'kept', 'must'),
   [
-    (FULL, 'out of memory (allocate 98765 bytes)'),
-    (MemoryError('Unable to allocate 3.4 GiB for an array'),
+    (FULL, 5, 'out of memory (allocate 98765 bytes)'),
+    (MemoryError('Unable to allocate 3.4 GiB for an array'), 7,
      'out of memory of the host (Unable to allocate 3.4 GiB'),
-    (OSError(errno.ENOMEM, 'Cannot allocate memory'), 'out of memory'),
+    (OSError(errno.ENOMEM, 'Cannot allocate memory'), 7, 'out of memory'),
   ],
 )  # fmt: skip
-def test_no_memory_is_one_line_and_names_what_is_kept(tmp_path, error, must):
+def test_no_memory_is_one_line_and_names_what_is_kept(
+  tmp_path, error, kept, must
+):
   def loss_of(step):
     if step == 7:
       raise error
@@ -374,8 +376,9 @@ def test_no_memory_is_one_line_and_names_what_is_kept(tmp_path, error, must):
     train(tmp_path, loss_of=loss_of, every=loop.Every(log=1, checkpoint=5))
   told = str(raised.value)
   assert told.startswith('training stopped at step 8: ' + must)
-  for word in ('microbatches', 'batch_size', '--largest_batch', 'checkpoint 5'):
+  for word in ('microbatches', 'batch_size', '--largest_batch'):
     assert word in told
+  assert f'; checkpoint {kept} is complete' in told
   assert '\n' not in told
 
 

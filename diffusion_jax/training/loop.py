@@ -145,9 +145,8 @@ def train(
     stop: step -> whether to stop after this step; called after each step.
 
   Raises:
-    UserError: the loss is not finite (the message names the newest checkpoint
-      known to be good, which is kept), a file cannot be read or written, or
-      memory runs out (the message names the newest complete checkpoint).
+    UserError: the loss is not finite, a file cannot be read or written, or
+      memory runs out; the message names the checkpoint to resume from.
   """
   start = step = int(state.step)
   rows = Rows(writer, batch_size)
@@ -181,11 +180,13 @@ def train(
     checkpoints.wait()
     raise UserError(_diverged(e, checkpoints.directory)) from e
   except Exception as e:
-    reason = _reason(e, checkpoints.directory)
-    if not reason:
+    if not (reason := _reason(e, checkpoints.directory)):
       raise
     with contextlib.suppress(UserError, Diverged):
-      if int(state.step) == step - 1 > start:  # the batch cannot be read
+      # The batch cannot be read; a step that failed has used up the state.
+      if (
+        not isinstance(e, RuntimeError) and int(state.step) == step - 1 > start
+      ):
         _keep(state, rows, writer, checkpoints)
       checkpoints.wait()  # so that the message names a complete checkpoint
     raise UserError(
