@@ -183,27 +183,28 @@ def train(
     if not (reason := _reason(e, checkpoints.directory)):
       raise
     with contextlib.suppress(UserError, Diverged):
-      # The batch cannot be read; a step that failed has used up the state.
-      if (
-        not isinstance(e, RuntimeError) and int(state.step) == step - 1 > start
-      ):
-        _keep(state, rows, writer, checkpoints)
+      if step - 1 > start:
+        _keep(e, step - 1, state, rows, writer, checkpoints)
       checkpoints.wait()  # so that the message names a complete checkpoint
+    newest = checkpoint.newest(checkpoints.directory)
     raise UserError(
-      f'training stopped at step {step}: {reason}; '
-      f'{checkpoint.newest(checkpoints.directory)}'
+      f'training stopped at step {step}: {reason}; {newest}'
     ) from e
   return state
 
 
-def _keep(state, rows, writer, checkpoints) -> None:
+def _keep(error, step, state, rows, writer, checkpoints) -> None:
   """Saves the steps that were done before an image that cannot be read.
+
+  A step that fails uses up the state.
 
   Not with several processes: only one of them has met the image, and a
   checkpoint needs them all.
   """
+  if isinstance(error, RuntimeError) or int(state.step) != step:
+    return
   checkpoints.wait()
-  step, there = int(state.step), checkpoint.steps(checkpoints.directory)
+  there = checkpoint.steps(checkpoints.directory)
   if jax.process_count() == 1 and step not in there:
     rows.flush(keep=0)
     writer.flush()
