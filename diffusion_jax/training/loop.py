@@ -186,10 +186,8 @@ def train(
       if step - 1 > start:
         _keep(e, step - 1, state, rows, writer, checkpoints)
       checkpoints.wait()  # so that the message names a complete checkpoint
-    newest = checkpoint.newest(checkpoints.directory)
-    raise UserError(
-      f'training stopped at step {step}: {reason}; {newest}'
-    ) from e
+    told = f'{reason}; {checkpoint.newest(checkpoints.directory)}'
+    raise UserError(f'training stopped at step {step}: {told}') from e
   return state
 
 
