@@ -281,9 +281,12 @@ def test_a_classifier_learns_and_says_how_often_it_is_right(judge_file):
   assert x.shape == (100, 64)
   accuracy = np.mean(logits.argmax(1) == labels)
   assert accuracy > 0.7
-  assert classifier.accuracy(judge, test) == pytest.approx(accuracy)
+  score = classifier.score(judge, test)
+  assert score.accuracy == pytest.approx(accuracy)
+  assert score.guessed == np.bincount(labels).max()
+  assert score.is_skill
   unlabelled = dataclasses.replace(test, read_fn=lambda i: (images[i], -1))
-  assert classifier.accuracy(judge, unlabelled) is None
+  assert classifier.score(judge, unlabelled) is None
 
 
 def test_a_classifier_is_the_same_each_time(judge_file, tmp_path):
@@ -293,6 +296,61 @@ def test_a_classifier_is_the_same_each_time(judge_file, tmp_path):
   first = classifier.load(judge_file, (8, 8, 1))
   second = classifier.load(again, (8, 8, 1))
   assert first.protocol == second.protocol
+
+
+def test_an_interrupted_training_goes_on_to_the_same_end(judge_file, tmp_path):
+  path, source = tmp_path / 'judge.npz', first_images(digits('train'), 200)
+  done = []
+
+  def interrupt(count):
+    done.append(count)
+    if sum(done) == 70:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    classifier.train(path, source, num_steps=100, on_steps=interrupt)
+  (part,) = tmp_path.iterdir()
+  kept = part.read_bytes()
+  done.clear()
+  classifier.train(path, source, num_steps=100, on_steps=done.append)
+  assert done == [50] + [1] * 50
+  assert list(tmp_path.iterdir()) == [path]
+  whole, again = (
+    classifier.load(file, (8, 8, 1)).protocol for file in (judge_file, path)
+  )
+  assert again == whole
+
+  # Progress that is damaged, or of another training, is not used.
+  for content, steps in ((kept[:-100], 3), (b'', 3), (kept, 4)):
+    part.write_bytes(content)
+    done.clear()
+    classifier.train(path, source, num_steps=steps, on_steps=done.append)
+    assert done == [1] * steps
+
+
+@pytest.mark.parametrize(
+  ('count', 'steps'),
+  [(10, 300), (200, 300), (300, 450), (1000, 1500), (1438, 1500)],
+)
+def test_small_sets_take_fewer_steps(count, steps):
+  """The digits, 1,438 images, take as many as ever."""
+  assert classifier.num_steps_for(count) == steps
+
+
+@pytest.mark.parametrize(
+  ('right', 'guessed', 'count', 'is_skill'),
+  [
+    (9, 5, 10, False),  # 11 of 1,024 guesses are as good
+    (10, 5, 10, True),  # 1 of 1,024
+    (4, 2, 4, False),  # 1 of 16: too few images to say
+    (0, 5, 10, False),
+    (10, 10, 10, False),  # one class
+    (40, 20, 100, True),
+    (24, 20, 100, False),
+  ],
+)
+def test_skill_is_more_than_guessing(right, guessed, count, is_skill):
+  assert classifier.Score(right, guessed, count).is_skill == is_skill
 
 
 @pytest.mark.parametrize('size', [4, 8, 28, 32])

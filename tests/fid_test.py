@@ -107,8 +107,9 @@ def test_inceptions_distance_and_everything_else_of_one_pass(there, tmp_path):
   assert card['results']['fid_64'] == pytest.approx(
     scipy_distance(*features), rel=1e-2
   )
-  (few, _) = card['details']['caveats']
+  (few, _, noise) = card['details']['caveats']
   assert '30 images in 64 dimensions' in few
+  assert 'the samples look like noise' in noise
   protocol = card['protocol']
   assert protocol['convention'] == 'tf1'
   assert protocol['rounding'] == 'none'

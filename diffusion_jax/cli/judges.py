@@ -64,6 +64,9 @@ def judge_of(
 ) -> features.Judge:
   """The network that --features selects; trains a classifier if needed.
 
+  Without --features it is a classifier of the data, if that can judge them, and
+  the pixels otherwise.
+
   Args:
     source: the training images, or None.
     heldout: images to measure a classifier's accuracy on, or None.
@@ -72,13 +75,13 @@ def judge_of(
     folder: folder of the classifiers of these data, or None.
 
   Raises:
-    UserError: there is no such network, or it does not take such images.
+    UserError: there is no such network, it does not take such images, or it was
+      asked for and is no better than chance.
   """
-  labelled = source and source.num_classes and folder
-  name = FLAGS.features or ('classifier' if labelled else 'pixels')
   if image_shape is None:
     protocol = {'features': 'of the files'}
     return features.Judge(None, {}, {'statistics': 'frechet'}, '', protocol, {})
+  name = FLAGS.features or _usual(source, image_shape, folder)
   if name == 'pixels':
     return features.pixels(image_shape)
   if _is_inception(name):
@@ -93,8 +96,31 @@ def judge_of(
       f'--features={name} knows {judge.protocol["num_classes"]} classes, but '
       f'the data have {num_classes}: give another classifier'
     )
-  right = classifier.accuracy(judge, heldout) if heldout else None
+  score = classifier.score(judge, heldout) if heldout else None
+  if score and not score.is_skill:
+    if FLAGS.features == 'classifier':
+      raise UserError(
+        f'--features=classifier: {score.doubt()}; give --features=pixels'
+      )
+    if not FLAGS.features:
+      terminal.say(f'{score.doubt()}; the samples are judged by their pixels')
+      return features.pixels(image_shape)
+    terminal.say(f'warning: --features={name}: {score.doubt()}')
+  right = score.accuracy if score else None
   return judge._replace(details={**judge.details, 'classifier_accuracy': right})
+
+
+def _usual(source, image_shape, folder) -> str:
+  """The default of --features; says why a labelled set is judged by pixels."""
+  if not (source and source.num_classes and folder):
+    return 'pixels'
+  if reason := classifier.unfit(source.num_classes, image_shape):
+    terminal.say(
+      f'{reason}: the samples are judged by their pixels; --features=inception '
+      '--download gives the FID'
+    )
+    return 'pixels'
+  return 'classifier'
 
 
 def _is_inception(name) -> bool:
@@ -143,23 +169,21 @@ def _train_classifier(folder, source, image_shape):
   if not (source and source.num_classes):
     what = source.description if source else 'there are only statistics'
     raise UserError(f'--features=classifier: {what}; give --features=pixels')
-  for what, value, most in (
-    ('pixels', max(image_shape), classifier.LARGEST),
-    ('classes', source.num_classes, classifier.MOST_CLASSES),
-  ):
-    if value > most:
-      raise UserError(
-        f'--features=classifier is for at most {most} {what}, not {value}: '
-        'give --features=pixels'
-      )
+  if reason := classifier.unfit(source.num_classes, image_shape):
+    raise UserError(f'--features=classifier: {reason}; give --features=pixels')
 
   def train():
     digest = classifier.fingerprint(source)
     path = folder / f'classifier_{digest[:8]}.npz'
     if not path.exists():
-      terminal.say(f'training a classifier on {source.description}, once')
-      with terminal.Progress('classifier', classifier.NUM_STEPS) as progress:
-        classifier.train(path, source, on_step=progress.update)
+      steps = classifier.num_steps_for(len(source))
+      terminal.say(
+        f'training a classifier of the {source.num_classes} classes first: '
+        f'{steps} steps of {classifier.BATCH} images, kept in {path}; '
+        '--features=pixels needs none'
+      )
+      with terminal.Progress('classifier', steps) as progress:
+        classifier.train(path, source, on_steps=progress.update)
     return str(path)
 
   return files.at(distributed.on_first(train))

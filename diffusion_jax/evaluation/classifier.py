@@ -4,14 +4,17 @@ It is trained once and saved in the run's folder. Its features are those of its
 hidden layer. Its accuracy is measured on held-out images.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.special
 from flax import traverse_util
 
 from diffusion_jax import models
@@ -19,14 +22,19 @@ from diffusion_jax.codecs.pixels import to_float
 from diffusion_jax.data import Source
 from diffusion_jax.evaluation import features, kept
 from diffusion_jax.models.classifier import Classifier
-from diffusion_jax.system import errors
+from diffusion_jax.system import errors, files
+from diffusion_jax.system.npz import DAMAGED
 
 NUM_STEPS = 1500
 BATCH = 128
 LEARNING_RATE = 2e-3
+LEAST_STEPS = 300
+PLENTY = 1000  # images that take all steps
+KEEP_EVERY = 50  # steps
 LARGEST = 64  # pixels: the largest images for this small network
 
 MOST_CLASSES = 1000
+SIGNIFICANT = 0.01
 
 FACTS = 'facts'  # the entry of a file that is not a parameter
 
@@ -40,31 +48,90 @@ def network(*shape) -> models.Model:
   return models.fence(lambda keys: Classifier(*shape, rngs=keys))
 
 
+def num_steps_for(num_images: int) -> int:
+  """The number of training steps for a set of images.
+
+  A small set is learnt sooner: below PLENTY images the steps are fewer in
+  proportion, but at least LEAST_STEPS.
+
+  Args:
+    num_images: the size of the set.
+  """
+  return min(NUM_STEPS, max(LEAST_STEPS, NUM_STEPS * num_images // PLENTY))
+
+
+def unfit(num_classes: int, image_shape) -> str:
+  """Why no classifier judges such data, in words; '' if one does.
+
+  Args:
+    num_classes: of the data; 0 without labels.
+    image_shape: (H, W, C) of the images.
+  """
+  if num_classes < 2:
+    return f'the data have {num_classes} class' + 'es' * (num_classes == 0)
+  if max(image_shape) > LARGEST:
+    return (
+      f'a classifier takes at most {LARGEST} pixels, not {max(image_shape)}'
+    )
+  if num_classes > MOST_CLASSES:
+    return (
+      f'a classifier takes at most {MOST_CLASSES} classes, not {num_classes}'
+    )
+  return ''
+
+
 def train(
   path,
   source: Source,
   *,
-  num_steps: int = NUM_STEPS,
-  on_step: Callable[[], None] = lambda: None,
+  num_steps: int | None = None,
+  on_steps: Callable[[int], None] = lambda count: None,
 ) -> None:
   """Trains a classifier on a labelled source and saves it in `path` (.npz).
 
   It uses Adam with a cosine learning rate. Images are shifted by up to a
   sixteenth of their size, or one pixel if that is larger. It runs on one
   device, so the same data give the same parameters on any mesh of one kind of
-  machine.
+  machine. Every KEEP_EVERY steps the progress is saved next to `path`; an
+  interrupted training continues from there, with the same result.
 
   Args:
     path: the file, written atomically.
     source: the images to train on.
-    num_steps: number of steps, of 128 images each.
-    on_step: called after each step.
+    num_steps: number of steps, of 128 images each; by default
+      `num_steps_for(len(source))`.
+    on_steps: called with the number of steps just done.
   """
+  num_steps = num_steps or num_steps_for(len(source))
   images, labels = map(jnp.asarray, _arrays(source))
   model = network(images.shape[1:], source.num_classes)
   init_key, root = jax.random.split(jax.random.key(0))
-  params = model.init(init_key)
   optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, num_steps))
+  step = _step(model, optimizer, images, labels, root)
+  params = model.init(init_key)
+  path = files.at(path)
+  part = path.with_name(f'{path.name}.part')
+  state = {'params': params, 'optimizer': optimizer.init(params)}
+  first, state = _continued(part, num_steps, state)
+  if first:
+    on_steps(first)
+  for number in range(first, num_steps):
+    state = step(state, number)
+    on_steps(1)
+    if (number + 1) % KEEP_EVERY == 0 and number + 1 < num_steps:
+      _keep(part, number + 1, num_steps, state)
+  facts = {
+    'image_shape': images.shape[1:],
+    'num_classes': source.num_classes,
+    'trained_on': source.description,
+  }
+  flat = traverse_util.flatten_dict(jax.device_get(state['params']), sep='/')
+  kept.write(path, {**flat, FACTS: json.dumps(facts)})
+  part.unlink(missing_ok=True)
+
+
+def _step(model, optimizer, images, labels, root):
+  """(state, number of the step) -> state."""
   shift = max(1, images.shape[1] // 16)
 
   def shifted(key, image):
@@ -74,7 +141,7 @@ def train(
 
   # Not a scan: on a CPU, XLA's convolutions are slow inside a scan.
   @jax.jit
-  def step(params, state, number):
+  def step(state, number):
     keys = jax.random.split(jax.random.fold_in(root, number), 3)
     chosen = jax.random.randint(keys[0], (BATCH,), 0, len(images))
     each = jax.random.split(keys[1], BATCH)
@@ -85,20 +152,36 @@ def train(
       loss = optax.softmax_cross_entropy_with_integer_labels
       return loss(logits, labels[chosen]).mean()
 
-    updates, state = optimizer.update(jax.grad(loss_fn)(params), state)
-    return optax.apply_updates(params, updates), state
+    params = state['params']
+    updates, moments = optimizer.update(
+      jax.grad(loss_fn)(params), state['optimizer']
+    )
+    return {
+      'params': optax.apply_updates(params, updates),
+      'optimizer': moments,
+    }
 
-  state = optimizer.init(params)
-  for number in range(num_steps):
-    params, state = step(params, state, number)
-    on_step()
-  facts = {
-    'image_shape': images.shape[1:],
-    'num_classes': source.num_classes,
-    'trained_on': source.description,
-  }
-  flat = traverse_util.flatten_dict(jax.device_get(params), sep='/')
-  kept.write(path, {**flat, FACTS: json.dumps(facts)})
+  return step
+
+
+def _keep(part, done, num_steps, state) -> None:
+  """Saves the progress of a training."""
+  leaves = jax.device_get(jax.tree.leaves(state))
+  steps = {'steps': np.array([done, num_steps])}
+  kept.write(part, {**{str(i): x for i, x in enumerate(leaves)}, **steps})
+
+
+def _continued(part, num_steps, state) -> tuple[int, dict]:
+  """(steps done, state) of an interrupted training, or (0, state)."""
+  leaves, tree = jax.tree.flatten(state)
+  with contextlib.suppress(*DAMAGED):
+    found = kept.read(part)
+    done, total = found.pop('steps').tolist()
+    again = [found.pop(str(i)) for i in range(len(leaves))]
+    kinds = [[(x.shape, x.dtype) for x in one] for one in (again, leaves)]
+    if total == num_steps and not found and kinds[0] == kinds[1]:
+      return done, tree.unflatten(again)
+  return 0, state
 
 
 def fingerprint(source: Source) -> str:
@@ -115,8 +198,46 @@ def fingerprint(source: Source) -> str:
   return digest.hexdigest()
 
 
-def accuracy(judge: features.Judge, source: Source) -> float | None:
-  """A judge's accuracy; None unless all images have labels.
+class Score(NamedTuple):
+  """How often a classifier is right on held-out images.
+
+  Attributes:
+    right: number of images that it classifies correctly.
+    guessed: number that the most frequent class alone gets right.
+    count: number of images.
+  """
+
+  right: int
+  guessed: int
+  count: int
+
+  @property
+  def accuracy(self) -> float:
+    return self.right / self.count
+
+  @property
+  def is_skill(self) -> bool:
+    """Whether guessing would be right as often in less than 1% of the cases.
+
+    Guesses of the most frequent class are right independently, with that
+    class's share as their probability, so the number of right ones is binomial.
+    """
+    share = self.guessed / self.count
+    # The probability of more than right - 1 right guesses.
+    chance = scipy.special.bdtrc(self.right - 1, self.count, share)
+    return bool(chance < SIGNIFICANT)
+
+  def doubt(self) -> str:
+    """Why a classifier without skill cannot judge, in words."""
+    return (
+      f'the classifier is right on {self.right} of {self.count} held-out '
+      'images, which is no better than chance: guessing the most frequent '
+      f'class is right on {self.guessed}'
+    )
+
+
+def score(judge: features.Judge, source: Source) -> Score | None:
+  """Counts how often a judge is right; None unless all images have labels.
 
   Args:
     judge: a judge from `load`.
@@ -130,7 +251,8 @@ def accuracy(judge: features.Judge, source: Source) -> float | None:
     np.argmax(apply(judge.params, part)[judge.logits], axis=1)
     for part in np.array_split(images, -(-len(images) // 1024))
   ]
-  return float(np.mean(np.concatenate(taken) == labels))
+  right = np.count_nonzero(np.concatenate(taken) == labels)
+  return Score(int(right), int(np.bincount(labels).max()), len(labels))
 
 
 def load(path, image_shape: tuple[int, int, int]) -> features.Judge:

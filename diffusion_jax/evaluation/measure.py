@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.evaluation import features, looks, statistics
+from diffusion_jax.evaluation import features, looks, noise, statistics
 from diffusion_jax.evaluation.metrics import (
   frechet,
   inception_score,
@@ -241,9 +241,15 @@ def measure(
       for head, name in (('', 'samples'), ('heldout_', 'heldout'))
       if (one := seen.get(name))
     }
-  sets = (samples, task.reference, task.heldout)
-  counts = [one.count for one in sets if isinstance(one, features.Images)]
-  if caveats := counts and _caveats(task, min(counts), seen['samples'], train):
+  sets = (samples, task.heldout, task.reference)
+  images = [one for one in sets if isinstance(one, features.Images)]
+  caveats = []
+  if images:
+    least = min(one.count for one in images)
+    caveats = _caveats(task, least, seen['samples'], train)
+  if isinstance(samples, features.Images) and len(images) > 1:
+    caveats += noise.caveats(*images[:2])
+  if caveats:
     details['caveats'] = caveats
   return Measured(
     {name: float(value) for name, value in results.items()},
