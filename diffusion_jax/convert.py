@@ -4,9 +4,10 @@ r"""Imports published weights as a run, and exports a run's weights.
   python -m diffusion_jax.convert --from=runs/cifar10 --to=my-ddpm
 
 --from is one of
-  a diffusers folder, of a pipeline or a UNet2DModel, as safetensors or the
-    older .bin (no code in it is executed). It sets the network, the noise
-    schedule, the variance and the clipping;
+  a diffusers folder, of a pipeline, a UNet2DModel or a training checkpoint, as
+    safetensors or the older .bin (no code in it is executed), or a file of
+    weights in it. It sets the network, the noise schedule, the variance and the
+    clipping;
   a checkpoint of DDPM's authors, such as .../model.ckpt-790000. Give the config
     of its network: --config=cifar10, celebahq256, lsun:church, ... It is read
     with TensorFlow: pip install 'diffusion_jax[prepare]';
@@ -35,7 +36,7 @@ from diffusion_jax.training import checkpoint, sharding
 from diffusion_jax.weights import diffusers, official
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('from', None, 'Folder or checkpoint to convert.')
+flags.DEFINE_string('from', None, 'Folder, file or checkpoint to convert.')
 flags.DEFINE_string('to', None, 'Output folder, new or empty.')
 command.define_config(
   "Import: the config whose data the run gets and, for DDPM's own "
@@ -44,7 +45,8 @@ command.define_config(
 flags.DEFINE_integer(
   'step', None,
   'Export: the checkpoint; by default the newest. Import: the training step '
-  "of the weights; by default 0, or the one in the name of DDPM's own.",
+  "of the weights; by default 0, or the one in the name of DDPM's own or of "
+  'checkpoint-N.',
   lower_bound=0,
 )  # fmt: skip
 flags.DEFINE_bool(
@@ -67,9 +69,9 @@ def main():
   else:
     raise UserError(
       f'--from={source} is neither the workdir of a run, nor a diffusers '
-      f'folder (with {diffusers.INDEX} or a config.json), nor a TensorFlow '
-      'checkpoint (with a .index): give one that is on this machine, as '
-      'nothing is downloaded'
+      f'folder (with {diffusers.INDEX} or a config.json), nor a file of its '
+      'weights, nor a TensorFlow checkpoint (with a .index): give one that is '
+      'on this machine, as nothing is downloaded'
     )
   terminal.report(result, f'{told}: {target}', FLAGS.json)
 
@@ -109,10 +111,41 @@ def _export(source, target) -> tuple[dict, str]:
 
 def _import_folder(source, target) -> tuple[dict, str]:
   found = diffusers.read(source)
-  config = _config_with(found.config)
-  net = diffusers.to_params(found.tensors, _abstract(config), str(source))
-  facts = {'format': 'diffusers', 'sha256': found.sha256}
-  return _write(target, config, {NET: net}, None, FLAGS.step or 0, facts)
+  parts, assumed = _assumed(found)
+  config = _config_with(parts)
+  abstract = _abstract(config)
+  params, raw = (
+    tensors and {NET: diffusers.to_params(tensors, abstract, str(source))}
+    for tensors in (found.tensors, found.raw)
+  )
+  notes = [*found.notes, *assumed]
+  for note in notes:
+    terminal.say(f'{source}: {note}')
+  step = found.step or 0 if FLAGS.step is None else FLAGS.step
+  facts = {
+    'format': 'diffusers',
+    'sha256': found.sha256,
+    'files': found.names,
+    'notes': notes,
+  }
+  return _write(target, config, params, raw, step, facts)
+
+
+def _assumed(found) -> tuple[dict, list[str]]:
+  """The folder's parts of the config, and what is assumed of the others."""
+  if found.has_scheduler:
+    return found.config, []
+  told = 'there is no scheduler, so the noise schedule and the prediction are'
+  if FLAGS.config is not None:
+    parts = {part: found.config[part] for part in ('data', 'model')}
+    return parts, [f'{told} those of --config']
+  process, sample = found.config['process'], found.config['sample']
+  return found.config, [
+    f'{told} assumed: linear betas from {process["beta_start"]} to '
+    f'{process["beta_end"]} in {process["num_timesteps"]} steps, '
+    f'{found.config["loss"]["prediction"]}, variance {sample["variance"]}; '
+    '--config=NAME --config.process.beta_end=... sets others'
+  ]
 
 
 def _import_official(source, target) -> tuple[dict, str]:

@@ -11,44 +11,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from folders_of_diffusers import DESCRIBED, WEIGHTS, folder_of, tiny_folder
 from parity import pipelines, unet
 
 from diffusion_jax import load, models
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import diffusers, official, settings
-
-WEIGHTS = 'unet/diffusion_pytorch_model.safetensors'
-DESCRIBED = pipelines.described_golden()
-
-
-def folder_of(name, path, tensors=None, flat=False, **changes):
-  """A folder as diffusers writes it, of random weights.
-
-  Args:
-    name: of the network.
-    path: of the folder, new.
-    tensors: others than random ones.
-    flat: everything at the top, as old folders have it.
-    **changes: of the settings of network or scheduler.
-  """
-  there = DESCRIBED[name]
-  if tensors is None:
-    tensors = pipelines.random_tensors(there['tensors'])
-  for part, file in (('unet', 'config'), ('scheduler', 'scheduler_config')):
-    folder = path if flat else path / part
-    folder.mkdir(parents=True, exist_ok=True)
-    mine = {k: v for k, v in changes.items() if k in there[part]}
-    (folder / f'{file}.json').write_text(json.dumps({**there[part], **mine}))
-  (path / 'model_index.json').write_text(json.dumps(there['index']))
-  weights = path / (WEIGHTS.split('/')[1] if flat else WEIGHTS)
-  safetensors.numpy.save_file(tensors, weights, {'format': 'pt'})
-  return path
-
-
-def tiny_folder(path, **changes):
-  """Of the network whose images are known."""
-  tensors = diffusers.to_tensors(unet.weights_of(unet.TINY))
-  return folder_of('tiny', path, tensors, **changes)
 
 
 def convert(*arguments):
@@ -298,12 +266,12 @@ def spoil(folder, how):
     path.write_bytes(
       struct.pack('<Q', len(told)) + told + content[8 + length :]
     )
-  elif how == 'bfloat16':
-    # As numbers of the other half precision they are of the right size.
-    halves = {key: x.astype(np.float16) for key, x in tensors.items()}
-    content = safetensors.numpy.save(halves)
+  elif how == 'float8':
+    # As bytes they are of the right size.
+    small = {key: x.astype(np.uint8) for key, x in tensors.items()}
+    content = safetensors.numpy.save(small)
     (length,) = struct.unpack('<Q', content[:8])
-    told = content[8 : 8 + length].replace(b'"F16"', b'"BF16"')
+    told = content[8 : 8 + length].replace(b'"U8"', b'"F8_E4M3"')
     data = content[8 + length :]
     path.write_bytes(struct.pack('<Q', len(told)) + told + data)
   elif how == 'both':
@@ -331,7 +299,7 @@ def spoil(folder, how):
     ('extra', 'unexpected (class_embedding.weight)'),
     ('other', 'conv_in.weight has the shape [6, 1, 3, 3]'),
     ('integers', 'conv_in.weight is int64'),
-    ('bfloat16', 'has the dtype BF16'),
+    ('float8', 'has the dtype F8_E4M3'),
     ('both', 'attentions.0.query.bias also exists under its current name'),
   ],
 )

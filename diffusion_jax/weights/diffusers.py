@@ -6,14 +6,16 @@ A folder holds a `UNet2DModel` and the settings of a scheduler:
   unet/config.json  unet/diffusion_pytorch_model.safetensors
   scheduler/scheduler_config.json
 
-Older folders have all files at the top level; others hold only a `UNet2DModel`.
+Older folders have all files at the top level; others hold only a `UNet2DModel`,
+or unet_ema/ with its averaged weights. `places` finds the parts, and `states`
+reads the weights.
+
 A folder is read as parts of a run's config, and parameters that are renamed to
 ours; writing them again gives bitwise the same numbers. `settings` defines
 which networks can be read: the google/ddpm-* ones, and others of the same
 architecture with any width, depth and size. diffusers is not needed.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -22,15 +24,12 @@ import numpy as np
 import safetensors.numpy
 
 from diffusion_jax import models
-from diffusion_jax.system import errors, files
+from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.weights import named, pytorch, settings
+from diffusion_jax.weights import named, places, settings, states
 
-INDEX = 'model_index.json'
-WEIGHTS = 'diffusion_pytorch_model.safetensors'
-# Next to WEIGHTS, or in place of it; read by weights.pytorch, which executes
-# nothing.
-PICKLED = 'diffusion_pytorch_model.bin'
+INDEX = places.PIPELINE
+WEIGHTS = states.WEIGHTS
 PIPELINES = ('DDPMPipeline', 'DDIMPipeline', 'PNDMPipeline')
 
 # Our names -> theirs; each rule is applied to the result of those above it.
@@ -69,55 +68,81 @@ class Folder(NamedTuple):
   Attributes:
     config: parts of a run's config: 'data' (image_size and channels only),
       'model', 'process', 'loss', and 'sample' (variance and clip only).
-    tensors: name in the file -> array.
-    sha256: the hash of the weights file.
+    tensors: name in the file -> array: the averaged weights, or the only ones.
+    raw: the same for raw weights next to averaged ones; None without.
+    sha256: the hash of the files of `tensors`.
+    names: the names of those files.
+    has_scheduler: whether the folder has a scheduler; if not, 'process', 'loss'
+      and 'sample' are diffusers' defaults: DDPM's, but the small variance.
+    step: the training step in the folder's name, or None.
+    notes: what was taken and assumed, one line each.
   """
 
   config: dict
   tensors: dict[str, np.ndarray]
+  raw: dict[str, np.ndarray] | None
   sha256: str
+  names: list[str]
+  has_scheduler: bool
+  step: int | None
+  notes: list[str]
 
 
 def is_folder(path) -> bool:
-  """Whether a folder has the files of a diffusers model."""
-  path = files.at(path)
-  if (path / INDEX).is_file() or (path / 'unet').is_dir():
-    return True
-  config = path / 'config.json'
-  return config.is_file() and '_class_name' in _json(config)
+  """Whether `read` finds a diffusers model at a path."""
+  return places.model_in(path) is not None
 
 
 def read(path) -> Folder:
   """Reads a folder.
 
   Args:
-    path: the folder of a pipeline, or of a `UNet2DModel` only. In that case the
-      scheduler is diffusers' default: DDPM's, but with the small variance.
+    path: the folder of a pipeline or of a `UNet2DModel`, a file of weights, or
+      a folder around a model, see `places.model_in`.
 
   Raises:
     UserError: the folder is something else, damaged, or holds an unsupported
       network; the message names the setting.
   """
-  path = files.at(path)
-  unet = path / 'unet' if (path / 'unet').is_dir() else path
-  scheduler = path / 'scheduler' / 'scheduler_config.json'
-  if not scheduler.exists():
-    scheduler = path / 'scheduler_config.json'
-  if (path / INDEX).exists():
-    kind = _json(path / INDEX).get('_class_name')
-    settings.agree(path / INDEX, '_class_name', kind, PIPELINES)
-  network = unet / 'config.json'
-  config = settings.network_of(_json(network), network)
-  process = _json(scheduler) if scheduler.exists() else {}
-  config |= settings.process_of(process, scheduler)
-  tensors, digest = _tensors(unet)
+  place = places.find(path)
+  if place.index.exists():
+    kind = _json(place.index).get('_class_name')
+    settings.agree(place.index, '_class_name', kind, PIPELINES)
+  config = _network(place.network)
+  process = _json(place.scheduler) if place.scheduler else {}
+  config |= settings.process_of(process, place.scheduler)
+  state = states.read(place.weights)
+  raw, notes = state.raw, [*place.notes, *state.notes]
+  if place.raw:
+    if _network(place.raw) != _network(place.network):
+      raise UserError(
+        f'{place.raw} and {place.network} have settings of different networks: '
+        'give the one that you mean'
+      )
+    other = states.read(place.raw)
+    raw, notes = other.tensors, [*notes, *other.notes]
   blocks = config['model']['num_blocks'] * len(config['model']['multipliers'])
-  if blocks > len(tensors):
+  if blocks > len(state.tensors):
     raise UserError(
-      f'{unet}: the settings are for {blocks} blocks, but the file holds '
-      f'{len(tensors)} tensors: they do not belong together'
+      f'{place.network}: the settings are for {blocks} blocks, but the file '
+      f'holds {len(state.tensors)} tensors: they do not belong together'
     )
-  return Folder(config, tensors, digest)
+  return Folder(
+    config,
+    state.tensors,
+    raw,
+    state.sha256,
+    state.names,
+    place.scheduler is not None,
+    place.step,
+    list(dict.fromkeys(notes)),
+  )
+
+
+def _network(folder) -> dict:
+  """The settings of a network, as parts of a run's config."""
+  path = folder / places.SETTINGS
+  return settings.network_of(_json(path), path)
 
 
 def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
@@ -199,29 +224,6 @@ def _to_ours(name: str, array: np.ndarray) -> np.ndarray:
   if name.endswith('shortcut/kernel') and array.shape[2:] == (1, 1):
     return array[:, :, 0, 0].T
   return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-
-
-def _tensors(unet) -> tuple[dict[str, np.ndarray], str]:
-  found = [p for p in (unet / WEIGHTS, unet / PICKLED) if p.is_file()]
-  if not found:
-    raise UserError(
-      f'{unet} has no weights: give a folder with {WEIGHTS} (or {PICKLED}) in '
-      'it'
-    )
-  path = found[0]
-  content = path.read_bytes()
-  digest = hashlib.sha256(content).hexdigest()
-  if path.name == PICKLED:
-    return pytorch.read(path), digest
-  with errors.one_line(
-    f'{path} is not a complete safetensors file (', '): download it again'
-  ):
-    try:
-      return safetensors.numpy.load(content), digest
-    except KeyError as e:  # a dtype that NumPy does not have
-      raise UserError(
-        f'{path} has the dtype {e.args[0]}: save it in float32 or float16'
-      ) from e
 
 
 def _json(path) -> dict:

@@ -72,6 +72,15 @@ def place(
   return jax.tree.structure(abstract).unflatten(leaves)
 
 
+def from_bfloat16(halves: np.ndarray) -> np.ndarray:
+  """float32 of bfloat16 numbers, which are its upper 16 bits.
+
+  Args:
+    halves: their bits, uint16.
+  """
+  return (halves.astype('<u4') << 16).view('<f4')
+
+
 def shortened(names, count: int = SHOWN) -> str:
   """The first of some names, each of at most 100 letters, and 'N more'."""
   more = len(names) - count

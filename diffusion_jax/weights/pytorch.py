@@ -15,16 +15,23 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax.system import errors, files
+from diffusion_jax.weights import named
 
 _KINDS = {
   **{'Double': '<f8', 'Float': '<f4', 'Half': '<f2', 'Long': '<i8'},
   **{'Int': '<i4', 'Short': '<i2', 'Char': 'i1', 'Byte': 'u1', 'Bool': '?'},
 }
 STORAGES = {f'{kind}Storage': dtype for kind, dtype in _KINDS.items()}
+_BFLOAT16 = '<u2'  # of no other kind
+STORAGES['BFloat16Storage'] = _BFLOAT16
 
 # The magic number of the older layout, and its only version.
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
+
+MOST_DICTS = 8  # within each other
+MOST_ENTRIES = 10**6
+LONGEST = 1000  # letters of a name
 
 
 def read(path) -> dict[str, np.ndarray]:
@@ -34,8 +41,10 @@ def read(path) -> dict[str, np.ndarray]:
     path: the file, in either layout.
 
   Returns:
-    {name: array}, in the file's order; the arrays are read-only. Entries that
-    are not tensors are left out.
+    {name: array}, in the file's order; the arrays are read-only views, and
+    float32 copies of bfloat16. Entries that are not tensors are left out. Names
+    in nested dicts are joined by dots: 'model.weight' for {'model': {'weight':
+    ...}}.
 
   Raises:
     UserError: there is no such file, it is something else or damaged, or it
@@ -48,13 +57,37 @@ def read(path) -> dict[str, np.ndarray]:
   ):
     state, storages = (_zipped if data[:4] == b'PK\3\4' else _stream)(data)
     tensors = {
-      name: _array(value, storages)
-      for name, value in (state if isinstance(state, dict) else {}).items()
-      if isinstance(name, str) and isinstance(value, _Tensor)
+      name: named.from_bfloat16(array) if array.dtype == _BFLOAT16 else array
+      for name, value in _flattened(state)
+      for array in [_array(value, storages)]
     }
     if not tensors:
       raise ValueError('it holds no named tensors')
   return tensors
+
+
+def _flattened(state) -> list[tuple[str, '_Tensor']]:
+  """(name, tensor) of all tensors in dicts, to a depth of MOST_DICTS.
+
+  Raises:
+    ValueError: a small file claims to be huge, by dicts that contain each
+      other or by long names.
+  """
+  found, waiting, count = [], [(None, state, 0)], 0
+  while waiting:
+    name, value, depth = waiting.pop()
+    count += 1
+    if count > MOST_ENTRIES or len(name or '') > LONGEST:
+      raise ValueError('it has too many or too long names')
+    if isinstance(value, _Tensor) and name is not None:
+      found.append((name, value))
+    elif isinstance(value, dict) and depth < MOST_DICTS:
+      waiting += [
+        (key if name is None else f'{name}.{key}', inner, depth + 1)
+        for key, inner in reversed(value.items())
+        if isinstance(key, str)
+      ]
+  return found
 
 
 class _Storage(NamedTuple):
