@@ -241,15 +241,7 @@ def measure(
       for head, name in (('', 'samples'), ('heldout_', 'heldout'))
       if (one := seen.get(name))
     }
-  sets = (samples, task.heldout, task.reference)
-  images = [one for one in sets if isinstance(one, features.Images)]
-  caveats = []
-  if images:
-    least = min(one.count for one in images)
-    caveats = _caveats(task, least, seen['samples'], train)
-  if isinstance(samples, features.Images) and len(images) > 1:
-    caveats += noise.caveats(*images[:2])
-  if caveats:
+  if caveats := _caveats(task, samples, seen['samples'], train):
     details['caveats'] = caveats
   return Measured(
     {name: float(value) for name, value in results.items()},
@@ -333,10 +325,15 @@ def _of_a_set(task, one, train, near) -> dict:
   return results
 
 
-def _caveats(task, count, samples, train) -> list[str]:
-  """Caveats about the numbers, one line each; the smaller set has `count`."""
+def _caveats(task, samples, seen, train) -> list[str]:
+  """Caveats about the numbers, one line each."""
+  sets = (samples, task.heldout, task.reference)
+  images = [one for one in sets if isinstance(one, features.Images)]
+  if not images:
+    return []
+  count = min(one.count for one in images)
   told = []
-  if not all(isinstance(x, frechet.Moments) for x in samples.moments.values()):
+  if not all(isinstance(x, frechet.Moments) for x in seen.moments.values()):
     told.append('the number of samples behind the statistics is not known')
   if {'fid', 'sfid'} & set(task.metrics):
     for tap, name in task.judge.taps.items():
@@ -350,8 +347,10 @@ def _caveats(task, count, samples, train) -> list[str]:
   if 'kid' in task.metrics:
     told += kid.caveats(count, task.options.kid_subset_size)
   if 'is' in task.metrics:
-    sums = samples.sums
+    sums = seen.sums
     told += inception_score.caveats(
       int(sums.count.sum()), sums.p.shape[1], task.options.is_splits
     )
+  if isinstance(samples, features.Images) and len(images) > 1:
+    told += noise.caveats(*images[:2])
   return told
