@@ -66,7 +66,11 @@ def model_in(path, depth: int = 0) -> files.Path | None:
 
 
 def find(path) -> Place:
-  """The parts of the model at a path that `model_in` accepts."""
+  """The parts of the model at a path that `model_in` accepts.
+
+  Raises:
+    UserError: a file of weights has no settings next to it.
+  """
   given = files.absolute(path)
   model = model_in(given)
   notes = [] if model == given else [f'the model is that in {model}']
