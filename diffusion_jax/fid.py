@@ -84,7 +84,7 @@ def main():
     path,
     batch_size=FLAGS.batch_size,
     mesh=sharding.make_mesh(),
-    sample_cache=judges.cache(),
+    sample_cache=judges.cache() if judge.keys else None,
   )
   told = f'\n\ncard: {path}' if path else ''
   terminal.report(card, f'{tables.text(card)}{told}', FLAGS.json)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import pwd
 import subprocess
 import sys
 import time
@@ -16,9 +17,9 @@ from ml_collections import ConfigDict
 
 from configs import celebahq256, cifar10, digits, lsun
 from diffusion_jax import runs, samplers
-from diffusion_jax.cli import command, config_files
+from diffusion_jax.cli import command, config_files, judges
 from diffusion_jax.runs import completion, validation
-from diffusion_jax.system import terminal
+from diffusion_jax.system import files, terminal
 from diffusion_jax.system.errors import UserError
 
 DIGITS = '--config=configs/digits.py'
@@ -314,6 +315,42 @@ def test_errors_of_the_machine_are_one_line(error, must):
   told = command._of_machine(raised(error))
   assert must in told
   assert '\n' not in told
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+  """No HOME, and no entry for the user, as in containers."""
+
+  def getpwuid(uid):
+    raise KeyError(f'uid not found: {uid}')
+
+  monkeypatch.setattr(pwd, 'getpwuid', getpwuid)
+  for name in ('HOME', 'XDG_CACHE_HOME'):
+    monkeypatch.delenv(name, raising=False)
+  if not absl_flags.FLAGS.is_parsed():
+    absl_flags.FLAGS.mark_as_parsed()
+
+
+def test_a_home_that_is_not_there(homeless, monkeypatch, tmp_path):
+  """The cache is asked for only where something is kept."""
+  monkeypatch.setattr(absl_flags.FLAGS['cache'], 'value', None)
+  with pytest.raises(UserError, match='HOME is not set: give --cache=DIR'):
+    judges.cache()
+  monkeypatch.setattr(absl_flags.FLAGS['features'], 'value', 'pixels')
+  assert not judges.judge_of(None, None, (8, 8, 1)).keys
+  monkeypatch.setattr(absl_flags.FLAGS['cache'], 'value', str(tmp_path / 'c'))
+  assert judges.cache() == tmp_path / 'c'
+  with pytest.raises(RuntimeError) as raised:
+    files.at('~/run').expanduser()
+  assert 'give the whole path' in command._of_machine(raised.value)
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+  (tmp_path / 'file').touch()
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+  monkeypatch.setattr(absl_flags.FLAGS['cache'], 'value', None)
+  with pytest.raises(UserError, match='--cache='):
+    judges.cache()
 
 
 @pytest.mark.parametrize(

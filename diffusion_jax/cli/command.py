@@ -138,6 +138,8 @@ def _of_machine(error: Exception) -> str:
   if isinstance(error, OSError) and error.errno in DISK:
     at = f': {error.filename}' if error.filename else ''
     return f'{error.strerror}{at}'
+  if isinstance(error, RuntimeError) and 'home directory' in str(error):
+    return "'~' in a path needs HOME, which is not set: give the whole path"
   if isinstance(error, FileNotFoundError) and 'temporary' in str(error):
     return (
       f'{error.strerror or error}: set TMPDIR to a folder that can be written'

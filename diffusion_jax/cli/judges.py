@@ -2,6 +2,7 @@
 
 from absl import flags
 
+from diffusion_jax import runs
 from diffusion_jax.cli import declare
 from diffusion_jax.data import Source
 from diffusion_jax.evaluation import classifier, features, inception, kept
@@ -43,8 +44,20 @@ declare.table(
 
 
 def cache() -> files.Path:
-  """The folder for features and weights."""
-  return files.cache(FLAGS.cache)
+  """The folder for features and weights.
+
+  Raises:
+    UserError: it cannot be written, or there is no home for the default.
+  """
+  try:
+    folder = files.cache(FLAGS.cache)
+  except RuntimeError as e:  # neither HOME nor an entry of the user
+    raise UserError(
+      'features and weights are kept in the home folder, but HOME is not set: '
+      'give --cache=DIR'
+    ) from e
+  runs.usable_folder('cache', folder)
+  return folder
 
 
 def download() -> None:
@@ -85,6 +98,7 @@ def judge_of(
   if name == 'pixels':
     return features.pixels(image_shape)
   if _is_inception(name):
+    cache()  # to know before anything is read whether it can be written
     return _inception(name)
   path = files.at(name).expanduser()
   if name == 'classifier':

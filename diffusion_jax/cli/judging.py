@@ -73,7 +73,6 @@ def check_flags() -> None:
     if metric not in measure.METRICS:
       known = ', '.join([*measure.METRICS, *bits.KINDS])
       raise UserError(f'--metrics={metric} is not known: use {known}')
-  runs.usable_folder('cache', judges.cache())
   if FLAGS.write_statistics:
     runs.usable_file('write_statistics', FLAGS.write_statistics)
   name = FLAGS.features
@@ -189,9 +188,10 @@ def carry_out(
     the metric card, with the reference in its details.
   """
   there, known = {}, None
-  if isinstance(task.reference, Images):
+  cache = judges.cache() if task.judge.keys else None
+  if cache and isinstance(task.reference, Images):
     digest = task.about['reference_sha256']
-    there = statistics.paths(judges.cache(), task.judge, digest)
+    there = statistics.paths(cache, task.judge, digest)
     known = statistics.cached(there)
   # All hosts must take the same branch, even if only some see the folder.
   is_known = all(distributed.gather(known is not None))
@@ -199,7 +199,7 @@ def carry_out(
   sets = (samples, task.heldout or {}, used or task.reference)
   total = sum(map(statistics.count_of, sets))
   with terminal.Progress('judging', total, unit='images') as progress:
-    how |= {'cache': judges.cache(), 'on_images': progress.update}
+    how |= {'cache': cache, 'on_images': progress.update}
     found = measure.measure(task, samples, known=used, **how)
   reference = described('reference', task.reference)
   details = {'reference': reference, **found.details}
