@@ -1,5 +1,6 @@
 """Runs that moved, filled up or broke: what is whole goes on, with a word."""
 
+import errno
 import json
 import os
 import shutil
@@ -149,6 +150,19 @@ def test_a_run_without_its_checkpoints_is_no_new_run(tmp_path, how):
       ask()
     assert '\n' not in str(error.value)
     assert ('broken link' in str(error.value)) == (how == 'dead link')
+
+
+@pytest.mark.parametrize('code', [errno.ENOTCONN, errno.ESTALE, errno.EIO])
+def test_a_mount_that_has_died_is_named(tmp_path, monkeypatch, code):
+  config = a_run(tmp_path)
+
+  def steps(directory):
+    raise OSError(code, os.strerror(code), str(directory))
+
+  monkeypatch.setattr(saved, 'steps', steps)
+  with pytest.raises(UserError, match='checkpoints cannot be read') as error:
+    runs.check(tmp_path, config)
+  assert os.strerror(code) in str(error.value)
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):

@@ -60,14 +60,20 @@ def has_step(value: dict) -> bool:
 
 
 def check(directory) -> None:
-  """Raises UserError if a run has lost its checkpoints.
+  """Raises UserError if a run has lost its checkpoints, or they are not read.
 
   Args:
     directory: the folder of the checkpoints.
   """
   directory = files.absolute(directory)
-  if steps(directory):
-    return
+  try:
+    if steps(directory):
+      return
+  except OSError as e:  # a mount that has died, say
+    raise UserError(
+      f'{directory} cannot be read ({e.strerror or e}): mount it again, or '
+      'train in a new workdir'
+    ) from e
   broken = os.path.islink(directory) and not directory.exists()
   step = newest(directory)
   if not (step or broken):
