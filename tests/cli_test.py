@@ -549,6 +549,14 @@ def test_where_flock_is_missing_a_posix_lock_is_taken(
     pass
 
 
+def test_progress_waits_for_a_slow_second_step(capsys):
+  with terminal.Progress('counting', 10, seconds=-1) as progress:
+    progress.reach(1)
+    progress.reach(1)
+    progress.reach(2)
+  assert 'counting: 2/10' in capsys.readouterr().err
+
+
 def test_progress_off_a_terminal_prints_lines(capsys):
   with terminal.Progress('counting', 10, 4, 'things', seconds=0) as progress:
     for _ in range(6):

@@ -88,8 +88,10 @@ class Progress:
     if self._start is None:
       # The first update includes compilation and would distort the rate.
       self._start, self._first = now, self._done
-    elif not self._terminal and (
-      now - self._last > self._seconds or self._done == self._total
+    elif (
+      not self._terminal
+      and self._done > self._first
+      and (now - self._last > self._seconds or self._done == self._total)
     ):
       self._last = now
       rate = (self._done - self._first) / (now - self._start)
