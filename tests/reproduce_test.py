@@ -228,7 +228,7 @@ def test_an_output_among_what_belongs_to_others(tmp_path):
 
 def test_a_workdir_of_another_run(tmp_path):
   workdir = tmp_path / 'run'
-  workdir.mkdir()
+  (workdir / 'checkpoints' / '1').mkdir(parents=True)
   runs.write_config(workdir, digits.get_config())
   message = binaries.run('reproduce', *flags(workdir)).message
   assert 'holds a run of another config' in message
