@@ -102,6 +102,7 @@ def test_a_damaged_config_is_read_from_the_starts(tmp_path, capsys, text):
   runs.note_start(tmp_path, {'step': 0, 'config': runs.to_plain(config)})
   assert runs.read_config(tmp_path) == runs.to_plain(config)
   assert 'starts.jsonl has its content' in capsys.readouterr().err
+  (tmp_path / 'checkpoints/1').mkdir(parents=True)
   runs.check(tmp_path, config)
   with pytest.raises(UserError, match='seed: 0 there, 7 now'):
     runs.check(tmp_path, ConfigDict({**config.to_dict(), 'seed': 7}))
