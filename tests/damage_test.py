@@ -90,7 +90,11 @@ def test_a_line_is_appended_behind_a_torn_one(tmp_path):
 # --- the config --------------------------------------------------------------
 
 
-@pytest.mark.parametrize('text', ['', '\0' * 99, '{"data": ', '[1]', '5', None])
+@pytest.mark.parametrize(
+  'text',
+  ['', '\0' * 99, '{"data": ', '[1]', '5', None],
+  ids=['empty', 'zeros', 'torn', 'list', 'number', 'gone'],
+)
 def test_a_damaged_config_is_read_from_the_starts(tmp_path, capsys, text):
   config = digits.get_config()
   path = tmp_path / 'config.json'
