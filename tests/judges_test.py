@@ -62,6 +62,11 @@ def test_the_default_judge_is_one_that_can_judge(
   assert '--features=pixels' in str(error.value)
 
 
+def test_data_without_labels_are_judged_by_pixels_with_a_word(tmp_path, capsys):
+  source = dataclasses.replace(labelled(6, 2), num_classes=0)
+  pixels_is_said(tmp_path, capsys, source, None, 'the data have no labels')
+
+
 def test_a_classifier_of_meaningless_classes_does_not_judge(
   tmp_path, capsys, few_steps
 ):

@@ -125,8 +125,8 @@ def judge_of(
 
 
 def _usual(source, image_shape, folder) -> str:
-  """The default of --features; says why a labelled set is judged by pixels."""
-  if not (source and source.num_classes and folder):
+  """The default of --features; says why a run is judged by pixels."""
+  if not (source and folder):
     return 'pixels'
   if reason := classifier.unfit(source.num_classes, image_shape):
     terminal.say(

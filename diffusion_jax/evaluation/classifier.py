@@ -68,7 +68,7 @@ def unfit(num_classes: int, image_shape) -> str:
     image_shape: (H, W, C) of the images.
   """
   if num_classes < 2:
-    return f'the data have {num_classes} class' + 'es' * (num_classes == 0)
+    return f'the data have {"1 class" if num_classes else "no labels"}'
   if max(image_shape) > LARGEST:
     return (
       f'a classifier takes at most {LARGEST} pixels, not {max(image_shape)}'
