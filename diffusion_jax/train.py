@@ -22,6 +22,8 @@ exit code is 130 after Ctrl-C and 0 after the other two.
 
 import contextlib
 import os
+import signal
+import sys
 
 import jax
 from absl import flags
@@ -61,6 +63,13 @@ flags.DEFINE_float(
   'its process.',
   lower_bound=0.1,
 )  # fmt: skip
+flags.DEFINE_float(
+  'stop_secs', 30,
+  'After a signal that stops the run: exit without saving if the step takes '
+  'longer than this many seconds; ten times as long while samples are drawn or '
+  'the held-out loss is computed.',
+  lower_bound=1,
+)  # fmt: skip
 declare.shared('accept_data', 'json')
 
 
@@ -87,7 +96,7 @@ def main():
     kept = distributed.on_first(
       lambda: _begin(stack, workdir, config, known, origin, begun)
     )
-    signals = preemption.Signals()
+    signals = preemption.Signals(FLAGS.stop_secs, _give_up)
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(
         workdir / 'checkpoints',
@@ -97,6 +106,7 @@ def main():
         program.recipe.origins,
       )
     )
+    stack.callback(signals.rest)
     train_state = checkpoints.restore_newest(
       program.abstract
     ) or program.create_state(mesh, begun.taken)
@@ -212,9 +222,13 @@ def _train(
       ),
       checkpoints=checkpoints,
       writer=writer,
-      eval_fn=lambda now: _heldout_loss(program, now, heldout, config, mesh),
-      sample_fn=lambda now, at: _draw_grid(
-        program, now, at, config.sample.num_images, mesh, workdir, writer
+      eval_fn=signals.patiently(
+        lambda now: _heldout_loss(program, now, heldout, config, mesh)
+      ),
+      sample_fn=signals.patiently(
+        lambda now, at: _draw_grid(
+          program, now, at, config.sample.num_images, mesh, workdir, writer
+        )
       ),
       on_step=on_step,
       stop=signals.reached,
@@ -253,16 +267,33 @@ def _draw_grid(program, train_state, at, count, mesh, workdir, writer) -> None:
 
 def _stopped(name, at):
   by = 'Ctrl-C' if name == 'SIGINT' else name
-  line = f'stopped by {by} at step {at}, which is saved; '
+  return f'stopped by {by} at step {at}, which is saved; {_resumes(name)}'
+
+
+def _resumes(name):
   job = os.environ.get('SLURM_JOB_ID')
   if name != 'SIGUSR1' or not job:
-    return line + 'the same command resumes'
+    return 'the same command resumes'
   failed = preemption.requeue(job)
   if not failed:
-    return line + f'Slurm job {job} is requeued'
-  return line + (
+    return f'Slurm job {job} is requeued'
+  return (
     f'Slurm job {job} cannot be requeued ({failed}): the same command resumes'
   )
+
+
+def _give_up(name, seconds):
+  """Ends a process whose main thread is stuck in a step."""
+  distributed.begin_to_leave()
+  resumes = _resumes(name if distributed.is_first() else '')
+  with contextlib.suppress(OSError):
+    print(
+      f'stopped by {name}, without saving: the step did not end within '
+      f'{seconds:.0f} s (--stop_secs); {resumes} from the last checkpoint',
+      file=sys.stderr,
+      flush=True,
+    )
+  distributed.leave(128 + signal.Signals[name], alone=True)
 
 
 def _finish(workdir, at, row):

@@ -560,7 +560,7 @@ def binaries_lock(workdir):
   return runs.lock(workdir)
 
 
-def end_all(*flags, send=(), began=None):
+def end_all(*flags, send=(), began=None, number=signal.SIGINT):
   """Runs tests/ending.py in two processes; returns how they ended."""
   processes = binaries.start_several(
     'ending', *flags, *([f'--began={began}'] if began else [])
@@ -568,7 +568,7 @@ def end_all(*flags, send=(), began=None):
   if began:
     processes[0].wait_until(began.exists)
   for index in send:
-    processes[index].send(signal.SIGINT)
+    processes[index].send(number)
   results = [process.end() for process in processes]
   for result in results:
     assert 'Fatal' not in result.err, result.err
@@ -581,6 +581,19 @@ def test_ctrl_c_ends_all_with_one_code(tmp_path):
   results = end_all('--how=loop', send=(0, 1), began=tmp_path / 'began')
   assert [r.code for r in results] == [130, 130], results
   assert 'run the same command again to resume' in results[0].err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('who', [0, 1])
+def test_sigterm_ends_a_process_that_waits_for_ever(tmp_path, who):
+  """In a collective that the other never joins; and then the other, too."""
+  results = end_all(
+    '--how=hang', f'--who={1 - who}', send=(who,), began=tmp_path / 'began',
+    number=signal.SIGTERM,
+  )  # fmt: skip
+  assert [r.code for r in results] == [143, 143], results
+  assert 'stopped by SIGTERM' in results[who].err
+  assert f'process {who} exited with code 143' in results[1 - who].err
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """A binary of the tests: several processes that end in one way or another.
 
-  --how=mistake|crash|loop|end --who=0,1
+  --how=mistake|crash|hang|loop|end --who=0,1
 
-Those named in --who make the mistake, or crash; the others go on with
+Those named in --who make the mistake, crash or hang; the others go on with
 collectives, which wait for all. `loop` goes on until a signal comes, and `end`
 ends well, those in --who some seconds later.
 """
@@ -17,7 +17,7 @@ from diffusion_jax.system import distributed
 from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('how', None, 'mistake, crash, loop or end.')
+flags.DEFINE_string('how', None, 'mistake, crash, hang, loop or end.')
 flags.DEFINE_list('who', [], 'Indices of processes.')
 flags.DEFINE_string('began', None, 'A file, made once all have joined.')
 flags.adopt_module_key_flags(distributed)
@@ -35,6 +35,8 @@ def main():
   if named:
     if FLAGS.how == 'mistake':
       raise UserError('it is the way it is')
+    if FLAGS.how == 'hang':
+      time.sleep(10_000)
     raise RuntimeError('a bug')
   while True:
     distributed.gather(1)

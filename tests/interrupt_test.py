@@ -5,12 +5,14 @@ run that was left alone.
 """
 
 import contextlib
+import faulthandler
 import os
 import random
 import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -278,6 +280,62 @@ def test_fewer_and_fewer_devices(run, tmp_path):
   np.testing.assert_allclose(
     list(moved.values()), list(alone.values()), rtol=3e-6
   )
+
+
+@pytest.fixture
+def signals():
+  """Makes Signals in this process: (signals, [(name, seconds)], given up)."""
+  numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+  before = [signal.getsignal(number) for number in numbers]
+  ended = threading.Event()
+
+  def make(stop_secs):
+    told = []
+
+    def give_up(*given):
+      told.append(given)
+      ended.set()
+
+    return preemption.Signals(stop_secs, give_up), told, ended
+
+  yield make
+  for number, handler in zip(numbers, before, strict=True):
+    faulthandler.unregister(number)
+    signal.signal(number, handler)
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
+def test_a_step_that_never_ends_is_given_up(signals, name):
+  one, told, ended = signals(0.2)
+  one.reached(1)
+  os.kill(os.getpid(), signal.Signals[name])
+  assert ended.wait(60)
+  assert told[0][0] == name
+  assert told[0][1] >= 0.2
+
+
+def test_a_step_that_ends_in_time_is_not_given_up(signals):
+  one, told, ended = signals(0.5)
+  assert not one.reached(1)
+  os.kill(os.getpid(), signal.SIGTERM)
+  assert one.reached(2)
+  assert not ended.wait(1)
+  assert not told
+
+
+def test_slow_steps_have_more_time(signals):
+  one, told, ended = signals(0.1)
+  one.reached(1)
+  one._longest = 1.0
+  os.kill(os.getpid(), signal.SIGTERM)
+  assert ended.wait(60)
+  assert told[0][1] >= 3
+  one, told, ended = signals(0.1)
+  ended.clear()
+  one.patiently(
+    lambda: (os.kill(os.getpid(), signal.SIGTERM), ended.wait(60))
+  )()
+  assert told[0][1] >= 1
 
 
 # --- disks and data ---------------------------------------------------------

@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from diffusion_jax.system import cluster, farewell, meeting
+from diffusion_jax.system import cluster, farewell, interrupts, meeting
 from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -87,8 +88,22 @@ def initialize() -> None:
     heartbeat_timeout_seconds=FLAGS.heartbeat_secs,
     shutdown_timeout_seconds=FLAGS.heartbeat_secs,
   )
+  # JAX now handles SIGTERM, which only training asks it about.
+  interrupts.watch(signal.SIGTERM, _stop)
   if not place and _is_several():
     _join_in_pod()
+
+
+def _stop():
+  """Ends this process on SIGTERM, wherever its main thread is."""
+  begin_to_leave()
+  with contextlib.suppress(OSError):
+    print(
+      'stopped by SIGTERM; run the same command again to resume',
+      file=sys.stderr,
+      flush=True,
+    )
+  leave(128 + signal.SIGTERM, alone=True)
 
 
 def _join(num_processes, index, address, seconds, started=None):

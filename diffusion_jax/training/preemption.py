@@ -6,13 +6,19 @@ then requeued. The first Ctrl-C saves, too; the second ends the process at once.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
+import threading
+import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from diffusion_jax.system import interrupts
 
 # If several signals arrive, the later one of this list counts.
 NAMES = ('', 'SIGTERM', 'SIGINT', 'SIGUSR1')
@@ -28,17 +34,70 @@ class Signals:
   already: JAX then handles SIGTERM, notifies all processes and agrees on a step
   that none of them has passed yet.
 
+  A step may also never end, where it waits for a host that is gone. After a
+  signal a thread waits for its end, and gives up in the end.
+
+  Args:
+    stop_secs: how long the step may take from the signal on, unless steps take
+      a third of that anyway.
+    give_up: called in that thread with the name of the signal and the seconds
+      waited; ends the process.
+
   Attributes:
     name: the signal received, one of NAMES. Once `reached` has returned True,
       it is the same in every process.
   """
 
-  def __init__(self):
+  def __init__(
+    self,
+    stop_secs: float = 30.0,
+    give_up: Callable[[str, float], None] = lambda name, seconds: None,
+  ):
+    self._stop_secs, self._give_up = stop_secs, give_up
+    self._began, self._longest, self._times = None, 0.0, 1
+    self._saving, self._waiting = threading.Event(), threading.Lock()
     self.name = ''
     self._several = jax.process_count() > 1
     if not self._several:
       signal.signal(signal.SIGTERM, self._note)
     signal.signal(signal.SIGUSR1, self._note)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+      self._watch(number)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+      self._watch(signal.SIGINT)
+
+  def rest(self) -> None:
+    """Call when no more steps are to come: a signal then waits for the end."""
+    self._saving.set()
+
+  def _watch(self, number):
+    interrupts.watch(number, functools.partial(self._wait, number))
+
+  def patiently(self, fn: Callable) -> Callable:
+    """The function, during which a signal waits ten times as long."""
+
+    def called(*args):
+      self._times = 10
+      try:
+        return fn(*args)
+      finally:
+        self._times = 1
+
+    return called
+
+  def _wait(self, number) -> None:
+    """Waits for the end of the step, and gives up if it takes too long."""
+    start = time.monotonic()
+    with self._waiting:  # one thread is enough
+      while True:
+        most = max(self._stop_secs * self._times, 3 * self._longest)
+        waited = time.monotonic() - max(start, self._began or start)
+        if waited >= most:
+          break
+        if self._saving.wait(min(most - waited, 1.0)):
+          return
+      name = max(self.name, signal.Signals(number).name, key=NAMES.index)
+      self._give_up(name, waited)
 
   def _note(self, number, _):
     self.name = max(self.name, signal.Signals(number).name, key=NAMES.index)
@@ -60,10 +119,18 @@ class Signals:
     # A shell may have told a background job to ignore it.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
       signal.signal(signal.SIGINT, self._note)
+      self._watch(signal.SIGINT)
+    now = time.monotonic()
+    if self._began:  # the first step also compiles
+      self._longest = max(self._longest, now - self._began)
+    self._began = now
     if not self._several:
+      if self.name:
+        self.rest()
       return bool(self.name)
     if not multihost_utils.reached_preemption_sync_point(step):
       return False
+    self.rest()
     here = np.int32(NAMES.index(self.name or 'SIGTERM'))
     self.name = NAMES[multihost_utils.process_allgather(here).max()]
     return True

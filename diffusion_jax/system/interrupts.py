@@ -1,0 +1,33 @@
+"""Signals that end a process even while its main thread is blocked.
+
+Python runs its signal handlers in the main thread, between two instructions.
+A main thread that waits for other hosts inside XLA may never get there.
+"""
+
+import faulthandler
+import os
+import threading
+from collections.abc import Callable
+
+
+def watch(number: int, call: Callable[[], None]) -> None:
+  """Calls a function in a thread whenever a signal arrives.
+
+  The signal's handler runs as well. A later call for the same signal replaces
+  an earlier one.
+
+  Args:
+    number: the signal; its handler must have been set before.
+    call: takes nothing.
+  """
+  faulthandler.unregister(number)
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  # Its handler is written in C and only writes stacks to a file, here a pipe.
+  faulthandler.register(number, writer, all_threads=True, chain=True)
+
+  def wait():
+    while os.read(reader, 2**16):
+      call()
+
+  threading.Thread(target=wait, daemon=True).start()
