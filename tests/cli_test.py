@@ -581,3 +581,74 @@ def test_report_is_json_when_asked(capsys):
   assert json.loads(capsys.readouterr().out) == {'a': 1}
   terminal.report({'a': 1}, 'text', as_json=False)
   assert capsys.readouterr().out == 'text\n'
+
+
+# --- terminals ----------------------------------------------------------------
+
+WORK = """
+import contextlib, os, sys
+from diffusion_jax.system import terminal
+terminal.prepare()
+terminal.say('Fréchet \\udce9')
+with terminal.Progress('work', 3, seconds=0) as progress:
+  for _ in range(3):
+    progress.update(note='é')
+with open(sys.argv[1], 'w') as file:  # after it, nothing may be written there
+  for number in (1, 2):
+    with contextlib.suppress(OSError):
+      os.write(number, b'of a library')
+  file.write('done')
+terminal.write('Fréchet \\udce9')
+"""
+
+
+def work(tmp_path, redirect, **environment):
+  """Runs WORK in a shell: (its exit code, what it wrote on stdout)."""
+  (tmp_path / 'work.py').write_text(WORK)
+  done = subprocess.run(
+    ['bash', '-c', f'"$0" work.py done {redirect}', sys.executable],
+    cwd=tmp_path, capture_output=True, timeout=600,
+    env={**os.environ, 'PYTHONPATH': str(binaries.ROOT), **environment},
+  )  # fmt: skip
+  assert (tmp_path / 'done').read_text() == 'done', done.stderr
+  assert b'Traceback' not in done.stderr
+  return done.returncode, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('redirect', 'code'),
+  [
+    ('2>&-', 0), ('>&-', 0), ('>&- 2>&- <&-', 0), ('2>/dev/full', 0),
+    ('>/dev/full', 2), ('2>&1 | true; exit ${PIPESTATUS[0]}', 0),
+  ],
+)  # fmt: skip
+def test_output_that_nobody_takes_loses_no_work(tmp_path, redirect, code):
+  assert work(tmp_path, redirect)[0] == code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'utf-8'])
+def test_characters_that_a_terminal_lacks_are_escaped(tmp_path, encoding):
+  code, out = work(tmp_path, '', PYTHONIOENCODING=encoding, TERM='dumb')
+  assert code == 0
+  assert b'Fr' in out
+  assert out.rstrip().endswith(b'\\udce9')
+
+
+def test_status_lines_that_cannot_be_written_end_nothing():
+  reader, writer = os.pipe()
+  os.close(reader)
+  with terminal._Unheard(writer, 'w') as file:
+    assert file.write(b'lost') == 4
+  with open('/dev/full', 'wb') as full:
+    file = terminal._Unheard(full.fileno(), 'w', closefd=False)
+    assert file.write(b'lost') == 4
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch):
+  monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+  monkeypatch.setenv('TERM', 'dumb')
+  assert not terminal._is_terminal()
+  monkeypatch.setenv('TERM', 'xterm')
+  assert terminal._is_terminal()

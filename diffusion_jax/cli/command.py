@@ -63,6 +63,7 @@ def run(main: Callable[[], int | None], doc: str, required: Sequence[str] = ()):
     required: names of flags that must be given.
   """
   sys.modules['__main__'].__doc__ = doc
+  terminal.prepare()
   numerics.fix()
   sys.argv = _resolve_config(_last(sys.argv))
 

@@ -38,7 +38,8 @@ def write(workdir) -> list[str]:
   runs.usable_folder('workdir', run.workdir)
   page = render(run)
   with files.replacing(run.workdir / 'report.html') as file:
-    file.write(page.encode())
+    # Names of files need not be text.
+    file.write(page.encode(errors='backslashreplace'))
   for line in run.problems:
     terminal.say(line)
   return run.problems

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import json
 import os
 import sys
@@ -19,6 +20,44 @@ from diffusion_jax.system import distributed
 ERROR_FILE = 'DIFFUSION_JAX_ERROR_FILE'
 
 
+class _Unheard(io.FileIO):
+  """A file whose write errors are ignored."""
+
+  def write(self, data) -> int:
+    try:
+      return super().write(data)
+    except OSError:  # no reader, a full disk, a terminal that is gone
+      return len(data)
+
+
+def prepare() -> None:
+  """Makes stdout and stderr usable, whatever the shell made of them.
+
+  What is closed leads nowhere, characters that an encoding lacks are escaped,
+  and status lines that cannot be written do not end the work. Call it first.
+  """
+  for number in range(3):
+    try:
+      os.fstat(number)
+    except OSError:  # or the next file to be opened would receive all output
+      os.open(os.devnull, os.O_RDWR)
+  if sys.stdout is None:
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, 'w'))
+  if hasattr(sys.stdout, 'reconfigure'):
+    sys.stdout.reconfigure(errors='backslashreplace')
+  sys.stderr = io.TextIOWrapper(
+    _Unheard(2, 'w', closefd=False),
+    encoding=getattr(sys.stderr, 'encoding', None),
+    errors='backslashreplace',
+    write_through=True,
+  )
+
+
+def _is_terminal() -> bool:
+  """Whether stderr is a terminal that can draw a line again."""
+  return sys.stderr.isatty() and os.environ.get('TERM') != 'dumb'
+
+
 def fail(message: str) -> None:
   """Prints one line on stderr and exits with code 2 at once.
 
@@ -29,7 +68,7 @@ def fail(message: str) -> None:
   print(f'error: {message}', file=sys.stderr, flush=True)
   if path := os.environ.get(ERROR_FILE):
     with contextlib.suppress(OSError):
-      Path(path).write_text(message)
+      Path(path).write_bytes(message.encode(errors='backslashreplace'))
   distributed.leave(2, alone=True)
 
 
@@ -51,7 +90,7 @@ class Progress:
     self._before = contextlib.ExitStack()
     if begin:
       self._before.enter_context(waiting(begin, seconds))
-    self._terminal = sys.stderr.isatty() and distributed.is_first()
+    self._terminal = _is_terminal() and distributed.is_first()
     self._title, self._unit, self._seconds = title, unit, seconds
     self._done, self._first, self._total = done, done, total
     self._note, self._start, self._last = '', None, time.monotonic()
@@ -111,7 +150,7 @@ def waiting(title: str, seconds: float = 20.0) -> Iterator[None]:
     title: the task.
     seconds: the time between lines without a terminal.
   """
-  terminal, start = sys.stderr.isatty(), time.monotonic()
+  terminal, start = _is_terminal(), time.monotonic()
 
   def told():
     return f'{title}: {time.monotonic() - start:.0f} s'
