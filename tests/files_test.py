@@ -3,6 +3,7 @@
 tests/bucket_test.py does the same through the real packages, and takes minutes.
 """
 
+import errno
 import itertools
 import json
 import time
@@ -393,3 +394,17 @@ def test_no_name_in_a_file_leads_out_of_a_run(tmp_path):
   after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
   changed = {path for path in after if after[path] != before.get(path)}
   assert changed == {workdir, workdir / 'report.html'}
+
+
+def test_a_file_system_without_memory_maps(tmp_path, monkeypatch):
+  path = tmp_path / 'images.npy'
+  np.save(path, np.arange(12, dtype=np.uint8).reshape(3, 2, 2, 1))
+
+  def no_maps(*_, **__):
+    raise OSError(errno.ENODEV, 'No such device')
+
+  monkeypatch.setattr(np, 'memmap', no_maps)
+  monkeypatch.setattr(np.lib.format, 'open_memmap', no_maps)
+  assert files.mapped(path).ravel().tolist() == list(range(12))
+  with pytest.raises(FileNotFoundError):
+    files.mapped(tmp_path / 'nothing.npy')

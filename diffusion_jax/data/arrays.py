@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_jax.data import looks, sources
-from diffusion_jax.system import errors, npz
+from diffusion_jax.system import errors, files, npz
 from diffusion_jax.system.errors import UserError
 
 
@@ -104,7 +104,7 @@ def _map_npy(file: Path, what: str, wanted: sources.Wanted) -> np.ndarray:
     header = npz.read_header(stream, what)
   shape = _shape_of_images(header, what, wanted)
   npz.check_bytes(header, file.stat().st_size, what)
-  return np.load(file, mmap_mode='r', allow_pickle=False).reshape(-1, *shape)
+  return files.map_or_read(file).reshape(-1, *shape)
 
 
 def _read_npz(

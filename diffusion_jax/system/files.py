@@ -7,6 +7,7 @@ uploaded completely.
 """
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import json
@@ -208,10 +209,20 @@ def mapped(path) -> np.ndarray:
   """
   path = at(path)
   if not in_bucket(path):
-    return np.load(path, mmap_mode='r', allow_pickle=False)
+    return map_or_read(path)
   with tempfile.NamedTemporaryFile() as copy:  # stays on disk while mapped
     _objects().get_file(str(path), copy.name)
     return np.load(copy.name, mmap_mode='r', allow_pickle=False)
+
+
+def map_or_read(path) -> np.ndarray:
+  """Memory-maps a local .npy; reads it where the file system has no maps."""
+  try:
+    return np.load(path, mmap_mode='r', allow_pickle=False)
+  except OSError as e:
+    if e.errno not in (errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP):
+      raise
+    return np.load(path, allow_pickle=False)
 
 
 def entries(directory) -> set[str]:
