@@ -8,7 +8,7 @@ import numpy as np
 from absl import flags
 
 from diffusion_jax import data, runs
-from diffusion_jax.cli import command, declare, judges, run_data
+from diffusion_jax.cli import command, declare, given, judges, run_data
 from diffusion_jax.data import sources
 from diffusion_jax.evaluation import bits, cards, features, measure, statistics
 from diffusion_jax.evaluation.features import Images, Judge
@@ -33,8 +33,9 @@ declare.table(
   reference=(
     str,
     'The images to compare with: a folder of images, a .npz or .npy of them, '
-    'tfds:NAME@SPLIT, digits, or a .npz of statistics (mu, sigma). For a run, '
-    'by default its training images.',
+    'a sample store, tfds:NAME@SPLIT, digits, or a .npz of statistics (mu, '
+    'sigma) or of features (pool_3). For a run, by default its training '
+    'images.',
   ),
   write_statistics=(
     str,
@@ -100,9 +101,10 @@ def open_set(
     UserError: there is no such set.
   """
   text = FLAGS[flag].value
+  given.check(flag, text)
   if statistics.is_file(text, alone=_takes_images(FLAGS.metrics)):
     return None
-  source = data.open_set(
+  source = given.store_of(text, image_size, channels) or data.open_set(
     text, path=FLAGS.data_path or '', image_size=image_size, channels=channels
   )
   sources.say_notes(source)

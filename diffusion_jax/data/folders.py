@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusion_jax.data import identity, images, layouts, looks, sources
+from diffusion_jax.data import (
+  identity,
+  images,
+  layouts,
+  looks,
+  overviews,
+  sources,
+)
 from diffusion_jax.system.errors import UserError
 
 SUFFIXES = (
@@ -74,9 +81,10 @@ def create(
     raise UserError(f'{what} cannot be read: {error.strerror}') from error
   if not found.images:
     raise UserError(_no_images(found, what))
-  names = [name for name, _ in found.images]
+  left = _overviews(root, found, wanted)
+  names = [name for name, _ in found.images if name not in left]
   layout = layouts.understand(names, found.labels, what, wanted)
-  notes = [*layout.notes, *_told(found)]
+  notes = [*layout.notes, *_told(found), *left.values()]
   if layout.splits:
     names = layout.splits[wanted.split]
     if wanted.heldout_every:
@@ -107,6 +115,19 @@ def create(
     identity.of_files(root, names, found.images),
   )
   return sources.keep_in_memory(source, rule.shape)
+
+
+def _overviews(root, found, wanted) -> dict[str, str]:
+  """Name of a picture to leave out of a set for evaluation -> a note."""
+  if wanted.has_config:  # a set to train on is read as it is
+    return {}
+  names = overviews.find(
+    found.images,
+    lambda name: images.size_of(str(root / name)),
+    wanted.image_size is not None,
+  )
+  told = 'is left out: it is much larger than the others, an overview of them'
+  return {name: f'{name!r} {told}' for name in names}
 
 
 def _find(root: Path) -> Found:

@@ -156,6 +156,17 @@ def headers(open_fn: Open, indices: Iterable[int]) -> Iterator[Header]:
       yield header
 
 
+def size_of(file: str | BinaryIO) -> tuple[int, int] | None:
+  """(width, height) of an image file, as stored; None if it is broken."""
+  with (
+    contextlib.suppress(UserError),
+    reading(str(file)),
+    Image.open(file, formats=FORMATS) as image,
+  ):
+    return image.size
+  return None
+
+
 def brightest(file: str | BinaryIO, name: str) -> tuple[int, int]:
   """The largest sample of an image, and the bits of its samples, 8 or 16.
 

@@ -7,10 +7,10 @@ cache, where they are stored under the hashes of the images and of the network.
 import jax
 import numpy as np
 
-from diffusion_jax.evaluation import features, kept
+from diffusion_jax.evaluation import features, kept, stored_features
 from diffusion_jax.evaluation.features import VERSION, Images, Judge
 from diffusion_jax.evaluation.metrics.frechet import Gaussian
-from diffusion_jax.system import errors, files
+from diffusion_jax.system import errors, files, terminal
 
 Statistics = dict[str, Gaussian]  # by tap
 Set = Images | Statistics  # a set of images, or what replaces it
@@ -18,20 +18,29 @@ Set = Images | Statistics  # a set of images, or what replaces it
 # The names of the spatial features in the files of arXiv 2105.05233.
 KEYS = {'spatial': ('mu_s', 'sigma_s')}
 PLAIN = 'mu', 'sigma'
+PAIRS = (PLAIN, ('mean', 'cov'), ('m', 's'))  # as different tools name them
 
 MOST = 8192  # most dimensions of statistics in a file
+INCEPTION = 2048  # dimensions that are usually those of its last features
 
 
 def is_file(path, alone: bool = False) -> bool:
-  """Whether a path is a .npz with mu and sigma.
+  """Whether a path is a .npz with mu and sigma, or holds features.
 
   Args:
     path: any path, which need not exist.
     alone: return False if the file also holds images, as the files of arXiv
       2105.05233 do.
   """
-  there = kept.names(path)
-  return {'mu', 'sigma'} <= {*there} and not (alone and 'arr_0' in there)
+  if _pair_in(path):
+    return not (alone and 'arr_0' in kept.names(path))
+  return stored_features.find(path) is not None
+
+
+def _pair_in(path) -> tuple[str, str] | None:
+  """The names of the mean and the covariance in a file."""
+  there = {*kept.names(path)}
+  return next((pair for pair in PAIRS if there >= {*pair}), None)
 
 
 def read(path, judge: Judge, image_shape) -> Statistics:
@@ -125,10 +134,11 @@ def read_gaussian(
   """Reads statistics written by `write`, pytorch-fid or another tool.
 
   The file may come from anywhere: nothing is unpickled, and the size is
-  limited. Other arrays in the file are not read.
+  limited. Other arrays in the file are not read. If the file holds features,
+  see `stored_features`, the statistics are computed from them.
 
   Args:
-    path: the .npz file.
+    path: the .npz file, or a .npy of features.
     dim: the required D; None accepts any.
     keys: the names of the mean and the covariance; ('mu_s', 'sigma_s') are
       those of the spatial features in the reference files of arXiv 2105.05233.
@@ -137,7 +147,36 @@ def read_gaussian(
     UserError: there is no such file, it holds something else, or statistics of
       another D.
   """
+  pair = _pair_in(path) if keys == PLAIN else keys
+  stored = None if pair else stored_features.find(path)
+  if stored:
+    mean, covariance = _computed(stored)
+    has = f'{path} has {stored}'
+  else:
+    mean, covariance = _read(path, pair or PLAIN)
+    has = f'{path} has {len(mean)} dimensions'
+  if dim is not None and len(mean) != dim:
+    inception = ', which --features=inception is' * (len(mean) == INCEPTION)
+    raise errors.UserError(
+      f'{has}, but the features here have {dim}: judge with the network that '
+      f'the file is of{inception}, or give statistics of the same network'
+    )
+  return Gaussian(mean, (covariance + covariance.T) / 2)
 
+
+def _computed(stored) -> tuple[np.ndarray, np.ndarray]:
+  """The mean and the covariance of features; says so."""
+  moments = stored_features.moments(stored)
+  few = '; these are fewer than dimensions, so the distance is far too large'
+  terminal.say(
+    f'{stored.path}: mean and covariance are computed from {stored}'
+    + few * (moments.count <= len(moments.mean))
+  )
+  return moments.mean, moments.covariance
+
+
+def _read(path, keys) -> tuple[np.ndarray, np.ndarray]:
+  """The mean and the covariance in a file, float64."""
   there = ' '.join(', '.join(kept.names(path)[:10]).split())
   with errors.one_line(
     f'{path} holds no readable statistics (',
@@ -154,12 +193,7 @@ def read_gaussian(
       f'{path} {wrong}: statistics are {keys[0]} [D] and a symmetric '
       f'{keys[1]} [D, D] of finite numbers; compute them again'
     )
-  if dim is not None and len(mean) != dim:
-    raise errors.UserError(
-      f'{path} has {len(mean)} dimensions, but the features here have {dim}: '
-      'give statistics of the same network'
-    )
-  return Gaussian(mean, (covariance + covariance.T) / 2)
+  return mean, covariance
 
 
 def _wrong(mean, covariance):
