@@ -20,7 +20,7 @@ WORDS = re.compile(
   re.IGNORECASE,
 )
 FACTOR = 2
-AREA = 4
+AREA = 8
 MOST = 3
 COMPARED = 8  # other images whose size is read
 
