@@ -311,9 +311,10 @@ def test_an_older_run_goes_on(tmp_path, name):
   (tmp_path / 'config.json').write_text(json.dumps(older))
   runs.check(tmp_path, config)
   assert runs.read_config(tmp_path) == runs.to_plain(config)
+  (tmp_path / 'checkpoints' / '5').mkdir(parents=True)
   with config.unlocked():
-    config.optim.weight_decay = 0.5
-  with pytest.raises(UserError, match=r'weight_decay: 0\.0 there, 0\.5 now'):
+    config.loss.name = 'other'
+  with pytest.raises(UserError, match=r'loss.name: denoising there, other now'):
     runs.check(tmp_path, config)
 
 

@@ -14,6 +14,7 @@ import tiny
 from configs import digits
 from diffusion_jax.planning import checks, page
 from diffusion_jax.runs import programs
+from diffusion_jax.system import distributed
 from diffusion_jax.training import sharding
 
 TINY = [
@@ -175,6 +176,48 @@ def test_tensorflow_is_noticed(monkeypatch):
   assert checks.run(config, None)[-1].well
   monkeypatch.setitem(sys.modules, 'tensorflow', object())
   assert not checks.run(config, None)[-1].well
+
+
+@pytest.mark.parametrize(
+  ('libtpu', 'well'), [('0.0.42.1', True), ('0.0.42', True), ('0.0.4', False),
+                       ('0.0.40', False), ('0.0.420', False)],
+)  # fmt: skip
+def test_another_libtpu_than_jax_needs_is_noticed(monkeypatch, libtpu, well):
+  versions = {'libtpu': libtpu, 'jax': '1.2.3'}
+  monkeypatch.setattr(checks, '_version_of', versions.get)
+  monkeypatch.setattr(
+    checks.importlib.metadata, 'requires',
+    lambda name: ['numpy>=2', 'libtpu==0.0.42.*; extra == "tpu"'],
+  )  # fmt: skip
+  check = checks.check('libtpu', checks._libtpu)
+  assert check.well == well
+  assert well or "pip install 'jax[tpu]==1.2.3'" in check.told
+
+
+@pytest.mark.parametrize(
+  ('there', 'platforms', 'chips', 'quiet'),
+  [
+    ({'libtpu'}, '', False, True),
+    ({'libtpu'}, '', True, False),
+    ({'libtpu'}, 'tpu', False, False),
+    ({'libtpu', 'jax_plugins'}, '', False, False),
+    (set(), '', False, False),
+  ],
+)
+def test_libtpu_without_tpus_is_left_out(
+  monkeypatch, there, platforms, chips, quiet
+):
+  set_to = []
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  monkeypatch.setattr(distributed, '_has_chips', lambda: chips)
+  monkeypatch.setattr(
+    distributed.importlib.util, 'find_spec', lambda name: name in there
+  )
+  monkeypatch.setattr(
+    distributed.jax.config, 'update', lambda *given: set_to.append(given)
+  )
+  distributed.skip_libtpu()
+  assert set_to == [('jax_platforms', 'cpu')] * quiet
 
 
 class Processes:

@@ -65,6 +65,7 @@ def run(main: Callable[[], int | None], doc: str, required: Sequence[str] = ()):
   sys.modules['__main__'].__doc__ = doc
   terminal.prepare()
   numerics.fix()
+  distributed.skip_libtpu()
   sys.argv = _resolve_config(_last(sys.argv))
 
   def parse(argv):

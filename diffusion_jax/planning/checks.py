@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import importlib.metadata
+import re
 import sys
 import uuid
 from collections.abc import Callable, Mapping
@@ -48,6 +50,7 @@ def run(config: Mapping, workdir, all_images: bool = False) -> list[Check]:
     *([check('images', _images, config['data'])] if all_images else []),
     *([check('workdir', _workdir, workdir)] if workdir else []),
     check('versions', _versions),
+    *([check('libtpu', _libtpu)] if _version_of('libtpu') else []),
     check('TensorFlow', _tensorflow),
   ]
 
@@ -181,6 +184,29 @@ def _versions() -> str:
   shown = ', '.join(f'{name} {here[name]}' for name in ('python', 'jax'))
   same = f', the same on all {len(every)} processes' if len(every) > 1 else ''
   return shown + same
+
+
+def _libtpu() -> str:
+  """Whether libtpu is the version that this JAX is made for."""
+  here, wrong = _version_of('libtpu'), ''
+  needs = ' '.join(importlib.metadata.requires('jax') or [])
+  wanted = re.search(r'libtpu==([\d.]+)', needs)  # 'libtpu==0.0.42.*'
+  series = wanted[1].rstrip('.') if wanted else here
+  if not f'{here}.'.startswith(f'{series}.'):
+    jax = _version_of('jax')
+    wrong = (
+      f'{here} is installed, but jax {jax} needs {series}: pip install '
+      f"'jax[tpu]=={jax}'"
+    )
+  _gathered(None, wrong)
+  return here
+
+
+def _version_of(package) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
 
 
 def _tensorflow() -> str:

@@ -302,7 +302,29 @@ def _started(place) -> str | None:
 def _on_tpu():
   """Whether JAX will find TPUs here, and through them the other hosts."""
   wanted = os.environ.get('JAX_PLATFORMS', 'tpu').split(',')
-  chips = [*Path('/dev').glob('accel*'), *Path('/dev/vfio').glob('[0-9]*')]
   return (
-    'tpu' in wanted and bool(chips) and bool(importlib.util.find_spec('libtpu'))
+    'tpu' in wanted
+    and _has_chips()
+    and bool(importlib.util.find_spec('libtpu'))
   )
+
+
+def _has_chips():
+  return any(Path('/dev').glob('accel*')) or any(
+    Path('/dev/vfio').glob('[0-9]*')
+  )
+
+
+def skip_libtpu() -> None:
+  """Leaves libtpu out where it is installed but there are no TPUs.
+
+  It would print pages of errors at the start of every command. With a plugin
+  for GPUs JAX must choose for itself.
+  """
+  if (
+    importlib.util.find_spec('libtpu')
+    and not importlib.util.find_spec('jax_plugins')
+    and not os.environ.get('JAX_PLATFORMS')
+    and not _has_chips()
+  ):
+    jax.config.update('jax_platforms', 'cpu')
