@@ -576,6 +576,14 @@ def test_progress_begins_with_what_takes_long(capsys):
   assert line.startswith('counting: 3/3 steps')
 
 
+def test_ctrl_c_tells_what_is_kept():
+  stopped = KeyboardInterrupt()
+  shown = terminal.Progress('drawing', 9, unit='images', kept='out')
+  shown.update(4)
+  shown.__exit__(KeyboardInterrupt, stopped, None)
+  assert stopped.__notes__ == ['4 images are kept in out']
+
+
 def test_report_is_json_when_asked(capsys):
   terminal.report({'a': 1}, 'text', as_json=True)
   assert json.loads(capsys.readouterr().out) == {'a': 1}

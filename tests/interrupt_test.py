@@ -485,4 +485,6 @@ def test_ctrl_c_while_images_are_drawn_is_one_line(run, tmp_path):
   ended = drawing.end()
   assert ended.code == 130, ended
   assert 'Fatal' not in ended.err
-  assert ended.err.strip().endswith('run the same command again to resume')
+  assert ended.err.strip().endswith(
+    f'images are kept in {output}; run the same command again to resume'
+  )

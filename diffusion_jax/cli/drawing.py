@@ -217,7 +217,8 @@ def fill(
     return rows, images, np.stack(counts, 1).astype(np.int32)
 
   with terminal.Progress(
-    'sampling', num_samples, num_samples - len(absent), 'images'
+    *('sampling', num_samples, num_samples - len(absent), 'images'),
+    kept=str(output),
   ) as progress:
     store.fill(output, absent, batch_size, local, progress.update)
   distributed.on_first(lambda: None)

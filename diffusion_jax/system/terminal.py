@@ -82,12 +82,13 @@ class Progress:
     unit: the unit of the count.
     seconds: the time between lines without a terminal.
     begin: shown in place of the count until the first update.
+    kept: where what is done is kept; told after Ctrl-C.
   """
 
   def __init__(
-    self, title, total, done=0, unit='steps', seconds=20.0, begin=''
+    self, title, total, done=0, unit='steps', seconds=20.0, begin='', kept=''
   ):
-    self._before = contextlib.ExitStack()
+    self._before, self._kept = contextlib.ExitStack(), kept
     if begin:
       self._before.enter_context(waiting(begin, seconds))
     self._terminal = _is_terminal() and distributed.is_first()
@@ -107,7 +108,9 @@ class Progress:
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, _, raised, __):
+    if self._kept and isinstance(raised, KeyboardInterrupt):
+      raised.add_note(f'{self._done} {self._unit} are kept in {self._kept}')
     self._before.close()
     self._bar.close()
 
