@@ -21,7 +21,6 @@ evaluate needs --reference.
 """
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -212,13 +211,16 @@ def _write(target, config, params, raw, step, facts) -> tuple[dict, str]:
     'raw': raw is not None,
     'environment': environment.describe(),
   }
+  if name := models.not_finite(params) or models.not_finite(raw or {}):
+    raise UserError(
+      f'--from={FLAGS["from"].value}: the weights {name} are not finite: give '
+      'an earlier checkpoint, or download it again'
+    )
   config.num_steps = max(step, 1)  # marks training as finished
   files.write_json(target / runs.CONVERTED, facts)
   files.remove(target / 'checkpoints')
   checkpoint.save_params(target / 'checkpoints', step, params, raw)
   runs.write_config(target, config)
-  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
-    terminal.say('warning: some of the weights are not finite')
   count = models.count(params)
   return {'path': str(target), 'step': step, 'parameters': count}, (
     f'{count:,} parameters, step {step}, as a run to sample and evaluate'

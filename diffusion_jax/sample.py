@@ -6,10 +6,13 @@ r"""Draws images from a trained run.
 The default sampler is DDPM's own with 1000 ancestral steps. Images are written
 to a sample store, by default a folder in WORKDIR/samples named after the
 settings. An interrupted job resumes, and a larger --num_samples draws only the
-missing images. The folder also gets samples.npz (`arr_0`, uint8), grid.png, the
-pictures that flags ask for, and with --sampler=adaptive evaluations.npy, the
-number of network evaluations for each image.
+missing images. The folder also gets samples.npz (`arr_0`, uint8) with all of
+its images, grid.png, the pictures that flags ask for, and with
+--sampler=adaptive evaluations.npy, the number of network evaluations for each
+image.
 """
+
+import itertools
 
 import numpy as np
 from absl import flags
@@ -131,15 +134,23 @@ def _cost(plan, output):
 
 
 def _write(output, plan):
-  """Writes the files made from the images in the store."""
-  images = store.load(output, FLAGS.num_samples)
-  store.write_npz(output, images)
+  """Writes the files made from the images in the store, of which many may be.
+
+  samples.npz and evaluations.npy have all of the store, the others those asked
+  for.
+  """
+  store.write_npz(output)
   if plan.adaptive:
+    count = min(store.drawn(output), store.drawn(output / store.TOOK))
     with files.replacing(output / 'evaluations.npy') as file:
-      np.save(file, drawing.took(output, FLAGS.num_samples).evaluations)
-  pictures.save(output / 'grid.png', pictures.grid(images[: FLAGS.grid_images]))
+      np.save(file, drawing.took(output, count).evaluations)
+  shown = min(FLAGS.grid_images, FLAGS.num_samples)
+  pictures.save(output / 'grid.png', pictures.grid(store.load(output, shown)))
   if FLAGS.png:
     files.make(output / 'png')
+    images = itertools.chain.from_iterable(
+      store.stream(output, 0, FLAGS.num_samples, store.BLOCK)
+    )
     for i, image in enumerate(images):
       pictures.save(output / 'png' / f'{i:06d}.png', image)
 

@@ -33,7 +33,7 @@ from diffusion_jax.cli import command, declare
 from diffusion_jax.data import broken, pipeline, sources
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import dataset, finetune, programs, validation
-from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system import distributed, files, numerics, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import (
   checkpoint,
@@ -210,7 +210,9 @@ def _train(
   with dog, progress:
     train_state = loop.train(
       train_state,
-      step_fn=lambda now, batch: program.step_fn(now, program.frozen, batch),
+      step_fn=numerics.guarded()(
+        lambda now, batch: program.step_fn(now, program.frozen, batch)
+      ),
       batches=dog.waiting(batches),
       num_steps=config.num_steps,
       batch_size=config.batch_size,
@@ -257,7 +259,11 @@ def _draw_grid(program, train_state, at, count, mesh, workdir, writer) -> None:
   """Draws samples as a picture in the workdir and in TensorBoard."""
   params = {**program.frozen, **train_state.ema_params}
   indices = sharding.padded_indices(count, mesh)
-  images = sharding.to_host(program.draw_fn(params, indices))
+  images, is_finite = program.draw_fn(params, indices)
+  if not is_finite:
+    terminal.say(f'the samples of step {at} are not finite: no grid is drawn')
+    return
+  images = sharding.to_host(images)
   if distributed.is_first():
     picture = pictures.grid(images[:count])
     folder = files.make(workdir / 'samples')

@@ -23,6 +23,19 @@ def convert(*arguments):
   return binaries.run('convert', *arguments)
 
 
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+  tensors = dict(diffusers.to_tensors(unet.weights_of(unet.TINY)))
+  name = next(name for name in tensors if name.startswith('mid_block'))
+  tensors[name] = np.array(tensors[name])
+  tensors[name].flat[3] = value
+  folder_of('tiny', tmp_path / 'theirs', tensors)
+  result = convert(f'--from={tmp_path}/theirs', f'--to={tmp_path}/run')
+  assert 'the weights net/mid' in result.message
+  assert 'are not finite' in result.message
+  assert not (tmp_path / 'run').exists()
+
+
 def converted(path, target, *arguments):
   result = convert(f'--from={path}', f'--to={target}', *arguments)
   assert result.code == 0, result.err

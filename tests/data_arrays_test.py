@@ -1,6 +1,7 @@
 """Arrays: .npy and .npz files, good and damaged."""
 
 import io
+import tracemalloc
 import zipfile
 
 import binaries
@@ -80,6 +81,34 @@ def test_npz_with_unnamed_images(tmp_path):
   np.savez(tmp_path / 'a.npz', random_images(3))
   source = arrays(tmp_path / 'a.npz')
   np.testing.assert_array_equal(all_images(source), random_images(3))
+
+
+@pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
+def test_images_that_are_not_compressed_are_not_read_into_memory(
+  tmp_path, save
+):
+  images = np.zeros((20_000, 8, 8, 3), np.uint8)
+  images[1234] = 77
+  save(tmp_path / 'a.npz', labels=np.arange(20_000) % 3, images=images)
+  tracemalloc.start()
+  try:
+    source = arrays(tmp_path / 'a.npz')
+    _, most = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  assert (most > images.nbytes) == (save is np.savez_compressed)
+  image, label = source.read_fn(1234)
+  assert image.min() == image.max() == 77
+  assert label == 1234 % 3
+
+
+def test_a_npz_that_is_cut_while_it_is_open_is_one_line(tmp_path):
+  np.savez(tmp_path / 'a.npz', images=random_images(1000))
+  source = arrays(tmp_path / 'a.npz')
+  with (tmp_path / 'a.npz').open('r+b') as file:
+    file.truncate(100)
+  with pytest.raises(UserError, match='has become shorter'):
+    source.read_fn(999)
 
 
 def write_npz(path, **members):

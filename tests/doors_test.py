@@ -309,21 +309,21 @@ def test_samples_are_of_their_labels_and_decoded():
   """Float data of the codec's shape; nothing is clipped; labels matter."""
   run = alone()
   indices = np.arange(8, dtype=np.uint32)
-  null = np.asarray(run.programs.draw_fn(run.params, indices))
+  null = np.asarray(run.programs.draw_fn(run.params, indices)[0])
   assert null.shape == (8, 6)
   assert null.dtype == np.float32
   rotation = np.asarray(run.frozen['codec']['rotation'])
   np.testing.assert_allclose(null @ rotation @ rotation.T, null, atol=1e-5)
   zero, one = (
     np.asarray(
-      run.programs.draw_fn(run.params, indices, {'label': np.full(8, label)})
+      run.programs.draw_fn(run.params, indices, {'label': np.full(8, label)})[0]
     )
     for label in (0, 1)
   )
   assert np.abs(zero - one).max() > 1e-3
   assert np.abs(zero - null).max() > 1e-3
   mesh = Run((8, 1, 1))
-  again = mesh.programs.draw_fn(
+  again, _ = mesh.programs.draw_fn(
     {**mesh.frozen, **jax.device_get(run.state.ema_params)},
     sharding.put_batch(indices, mesh.mesh),
   )
@@ -394,7 +394,7 @@ def test_pictures_need_not_be_square():
   batch = sharding.put_batch({'image': images}, mesh)
   state, metrics = program.step_fn(state, {}, batch)
   assert np.isfinite(metrics['loss'])
-  drawn = program.draw_fn(state.ema_params, np.arange(2, dtype=np.uint32))
+  drawn, _ = program.draw_fn(state.ema_params, np.arange(2, dtype=np.uint32))
   assert drawn.shape == (2, 16, 8, 1)
   assert drawn.dtype == np.uint8
 

@@ -205,6 +205,108 @@ def test_statistics_of_sfid_go_out_and_in(there, tmp_path):
     np.testing.assert_array_equal(again[tap].covariance, gaussian.covariance)
 
 
+def judge_of(**protocol):
+  """A judge of 3 features; nothing is computed with it."""
+  usual = {
+    'features': 'inception', 'convention': 'tf1', 'resize': 'bilinear to 299',
+    'features_sha256': 'abc',
+  }  # fmt: skip
+  return features.Judge(
+    lambda params, images: {'2048': np.zeros((len(images), 3))},
+    {}, {'2048': 'fid'}, '', {**usual, **protocol}, {},
+  )  # fmt: skip
+
+
+GAUSSIAN = frechet.Gaussian(np.arange(3.0), np.eye(3))
+
+
+@pytest.mark.parametrize(
+  ('protocol', 'told'),
+  [
+    ({'convention': 'pytorch-fid'}, 'convention: tf1 there, pytorch-fid here'),
+    ({'features_sha256': 'fed'}, 'weights: abc there, fed here'),
+    ({'resize': 'none'}, 'resize: bilinear to 299 there, none here'),
+    ({'features': 'classifier'}, 'features: inception there, classifier here'),
+  ],
+)
+def test_statistics_of_unlike_features_are_refused(tmp_path, protocol, told):
+  path = tmp_path / 'statistics.npz'
+  made = statistics.describe(judge_of(), 7)
+  statistics.write(path, {'2048': GAUSSIAN}, made)
+  assert statistics.origin(path) == made
+  assert made['mu']['num_images'] == 7
+  read = statistics.read(path, judge_of(), None)
+  np.testing.assert_array_equal(read['2048'].mean, GAUSSIAN.mean)
+  with pytest.raises(UserError, match=told) as error:
+    statistics.read(path, judge_of(**protocol), None)
+  assert str(path) in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_statistics_of_another_tap_or_number_of_images(tmp_path):
+  """Of 3 features both; the number of images makes no difference."""
+  path = tmp_path / 'statistics.npz'
+  statistics.write(path, {'2048': GAUSSIAN}, statistics.describe(judge_of(), 7))
+  other = judge_of()._replace(taps={'768': 'fid_768'})
+  with pytest.raises(UserError, match='tap: 2048 there, 768 here'):
+    statistics.read(path, other, None)
+  there, here = (statistics.describe(judge_of(), n) for n in (7, 9))
+  statistics.check_alike(path, there, here)
+
+
+@pytest.mark.parametrize(
+  'damaged', ['', '{', '[1]', '{"mu": 3}', '[' * 10_000, 'x' * 100_000, 5.0]
+)
+def test_a_record_that_cannot_be_read_is_none(tmp_path, damaged):
+  path = tmp_path / 'statistics.npz'
+  np.savez(path, mu=GAUSSIAN.mean, sigma=GAUSSIAN.covariance, made_with=damaged)
+  assert statistics.origin(path) == {}
+  statistics.read(path, judge_of(), None)
+
+
+def test_what_statistics_were_made_with_is_on_the_card(there, tmp_path):
+  written = tmp_path / 'written.npz'
+  how = ('--samples={there}/a.npz', *PIXELS)
+  card_of(there, *how, '--reference={there}/b.npz',
+          f'--write_statistics={written}')  # fmt: skip
+  known = card_of(
+    there, *how, f'--reference={written}',
+    f'--write_statistics={tmp_path}/again.npz',
+  )  # fmt: skip
+  facts = known['details']['reference_made_with']['mu']
+  assert facts['features'] == 'pixels'
+  assert facts['num_images'] == 30
+  assert not any('does not say' in x for x in known['details']['caveats'])
+  assert statistics.origin(tmp_path / 'again.npz') == {'mu': facts}
+
+  with np.load(written) as arrays:
+    unknown = {name: arrays[name] for name in ('mu', 'sigma')}
+  np.savez(tmp_path / 'unknown.npz', **unknown)
+  of_others = f'--reference={tmp_path}/unknown.npz'
+  card = card_of(
+    there, *how, of_others, f'--write_statistics={tmp_path}/again.npz'
+  )
+  assert card['details']['reference_made_with'] == {}
+  assert card['details']['caveats'][-1].endswith(
+    'unknown.npz does not say which network and convention it was made with; '
+    'pixels is assumed'
+  )
+  assert statistics.origin(tmp_path / 'again.npz') == {}  # still unknown
+  both = fid(there, f'--samples={written}', of_others)
+  assert both.code == 0, both.err
+  assert 'the same as those of the other file are assumed' in both.out
+
+
+def test_two_files_of_unlike_statistics_are_refused(there, tmp_path):
+  for name, convention in (('a', 'tf1'), ('b', 'pytorch-fid')):
+    made = statistics.describe(judge_of(convention=convention))
+    statistics.write(tmp_path / f'{name}.npz', {'2048': GAUSSIAN}, made)
+  result = fid(
+    there, f'--samples={tmp_path}/a.npz', f'--reference={tmp_path}/b.npz'
+  )
+  assert 'convention: tf1 there, pytorch-fid here' in result.message
+
+
 @pytest.mark.parametrize('value', [np.nan, np.inf])
 def test_numbers_that_are_not_finite_have_no_distance(there, tmp_path, value):
   mesh, judge = mesh_of(1), features.pixels((8, 8, 3))

@@ -254,7 +254,7 @@ def test_a_store(bucket):
   np.testing.assert_array_equal(store.load(directory, 10), images)
   parts = list(store.stream(directory, 2, 9, 2))
   np.testing.assert_array_equal(np.concatenate(parts), images[2:9])
-  path = store.write_npz(directory, images)
+  path = store.write_npz(directory)
   with path.open('rb') as file, np.load(file) as archive:
     np.testing.assert_array_equal(archive['arr_0'], images)
   with pytest.raises(UserError, match='holds samples with seed=0, not 1'):

@@ -1,5 +1,6 @@
 """The library: `diffusion_jax.load`, as the README shows it."""
 
+import dataclasses
 import json
 import re
 
@@ -16,9 +17,9 @@ from diffusion_jax import samplers
 from diffusion_jax.codecs import pixels
 from diffusion_jax.guidance import clipping
 from diffusion_jax.process import gaussian
-from diffusion_jax.runs import draw
+from diffusion_jax.runs import draw, trajectories
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import sharding
+from diffusion_jax.training import checkpoint, sharding
 
 
 @pytest.fixture(scope='module')
@@ -201,6 +202,62 @@ def test_checkpoint_after_checkpoint_compiles_once(folder, trained):
   assert last.at().weights_sha256 == trained.weights_sha256
   with pytest.raises(UserError, match='there are 10, 20, 25, 30'):
     trained.at(7)
+
+
+@pytest.mark.parametrize(
+  ('part', 'value'), [('ema_params', np.nan), ('params', np.inf)]
+)
+def test_a_checkpoint_that_is_not_finite_is_refused(
+  folder, tmp_path, part, value
+):
+  """By whatever loads it, with the first bad parameter's name."""
+  tiny.trained(tmp_path / 'run')
+  directory = tmp_path / 'run' / 'checkpoints'
+  own = trained_params(folder, 30)
+  bad = jax.tree.map(np.copy, own)
+  bad['net']['conv_out']['kernel'].flat[5] = value
+  given = {'ema_params': own, 'params': own, part: bad}
+  checkpoint.save_params(directory, 31, given['ema_params'], given['params'])
+  told = 'checkpoint 31 in .* not finite, the first is net/conv_out/kernel: use'
+  ema = part == 'ema_params'
+  with pytest.raises(UserError, match=told):
+    diffusion_jax.load(tmp_path / 'run', ema=ema)
+  diffusion_jax.load(tmp_path / 'run', ema=not ema)
+  diffusion_jax.load(tmp_path / 'run', 30, ema=ema)  # another checkpoint
+  # Fine-tuning would start from them.
+  shapes = jax.eval_shape(lambda: own)
+  abstract = sharding.abstract(shapes, tiny.one_device())
+  with pytest.raises(UserError, match=told):
+    checkpoint.load_common(directory, 31, abstract, ema=ema)
+
+
+def trained_params(folder, step):
+  params = diffusion_jax.load(folder / 'runs' / 'digits', step).params
+  return jax.tree.map(np.array, params)
+
+
+@pytest.mark.parametrize('dtype', ['uint8', 'float32'])
+@pytest.mark.parametrize('sampler', ['ddim', 'adaptive'])
+def test_samples_that_are_not_finite_are_refused(trained, dtype, sampler):
+  """Finite weights that overflow: the pixels would be black or white."""
+  huge = jax.tree.map(lambda x: x * 1e30, trained.params)
+  wild = dataclasses.replace(trained, params=huge)
+  how = {'sampler': sampler, 'clip': False}
+  how |= {} if sampler == 'adaptive' else {'num_steps': 2}
+  with pytest.raises(UserError, match='pixels that are not finite: use'):
+    wild.sample(2, dtype=dtype, **how)
+  draw_fn = wild.drawer(wild.plan(**how), dtype=dtype)
+  with pytest.raises(UserError, match='pixels that are not finite: use'):
+    draw_fn(np.arange(2))
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_trajectories_that_are_not_finite_are_refused(trained, value):
+  x0 = np.zeros((2, *trained.image_shape), np.float32)
+  trajectories.to_images(trained, x0)
+  x0[1, 2, 3] = value
+  with pytest.raises(UserError, match='pixels that are not finite: use'):
+    trajectories.to_images(trained, x0)
 
 
 def test_any_mesh(folder, trained):

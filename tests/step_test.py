@@ -16,7 +16,7 @@ from diffusion_jax.objectives import denoising
 from diffusion_jax.objectives.objective import branch
 from diffusion_jax.process import noise, schedules
 from diffusion_jax.runs import draw
-from diffusion_jax.training import optim, state, step
+from diffusion_jax.training import metrics, optim, state, step
 
 SCHEDULE = schedules.linear(1000)
 
@@ -247,9 +247,28 @@ def test_dropout_is_on_in_training_alone(trained, mesh):
 def test_quarters_add_up_to_the_loss():
   t = jnp.array([0, 249, 250, 499, 500, 999])
   values = jnp.array([1.0, 3.0, 5.0, 7.0, 9.0, 11.0])
-  quarters = denoising.by_quarter(values, t, 1000)
-  assert [float(quarters[f'loss_q{q}']) for q in (1, 2, 3, 4)] == [2, 6, 9, 11]
-  assert jnp.isnan(denoising.by_quarter(values[:1], t[:1], 1000)['loss_q4'])
+
+  def quarters(values, t):
+    found = jax.device_get(denoising.by_quarter(values, t, 1000))
+    return metrics.divided({'loss': np.float32(6), **found})
+
+  expected = {'loss': 6, 'loss_q1': 2, 'loss_q2': 6, 'loss_q3': 9}
+  assert quarters(values, t) == {**expected, 'loss_q4': 11}
+  with jax.debug_nans(True):  # an empty quarter is left out, not NaN
+    assert quarters(values[:5], t[:5]) == expected
+    assert quarters(values[:1], t[:1]) == {'loss': 6, 'loss_q1': 1}
+
+
+def test_quarters_are_bitwise_the_means_on_the_device():
+  values = jax.random.uniform(jax.random.key(0), (64,))
+  t = jnp.arange(64) * 15
+  found = metrics.divided(
+    jax.device_get(jax.jit(denoising.by_quarter)(values, t, 1000))
+  )
+  means = jax.jit(lambda q: jnp.mean(values, where=4 * t // 1000 == q))
+  assert [found[f'loss_q{q + 1}'] for q in range(4)] == list(
+    map(means, range(4))
+  )
 
 
 def test_the_state_carries_no_key_and_shares_no_buffer(mesh):

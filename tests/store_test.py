@@ -1,6 +1,8 @@
 """The sample store: every image drawn once, whatever happens on the way."""
 
 import json
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +214,7 @@ def test_the_npz_holds_one_array(tmp_path):
   path = open_new(tmp_path / 'store')
   store.fill(path, store.missing(path, 12), 5, Artist())
   before = tree(path)
-  written = store.write_npz(path, store.load(path, 12))
+  written = store.write_npz(path)
   assert written == path / 'samples.npz'
   with np.load(written, allow_pickle=False) as arrays:
     assert arrays.files == ['arr_0']
@@ -221,6 +223,72 @@ def test_the_npz_holds_one_array(tmp_path):
   assert tree(path).keys() - before.keys() == {'samples.npz'}
   # It lies in the store, and does not keep the store from being opened.
   assert_complete(open_new(path), 12)
+
+
+def in_npz(path):
+  with np.load(path / 'samples.npz', allow_pickle=False) as arrays:
+    return arrays['arr_0']
+
+
+def test_the_npz_grows_with_the_store_and_never_shrinks(tmp_path):
+  path = open_new(tmp_path / 'store')
+  for count, batch in ((5, 2), (12, 5), (3, 3)):
+    store.fill(path, store.missing(path, count), batch, Artist())
+    store.write_npz(path)
+    most = max(count, store.drawn(path))
+    np.testing.assert_array_equal(in_npz(path), pictures_of(np.arange(most)))
+  assert most == 12
+  # A part that is deleted takes nothing from the file.
+  store.parts(path)[1][2].unlink()
+  assert store.drawn(path) == 2
+  store.write_npz(path)
+  np.testing.assert_array_equal(in_npz(path), pictures_of(np.arange(12)))
+
+
+def test_a_damaged_npz_is_written_again(tmp_path):
+  path = open_new(tmp_path / 'store')
+  store.fill(path, store.missing(path, 4), 4, Artist())
+  for content in (b'', b'PK', b'not a zip'):
+    (path / 'samples.npz').write_bytes(content)
+    store.write_npz(path)
+    np.testing.assert_array_equal(in_npz(path), pictures_of(np.arange(4)))
+
+
+def test_the_npz_is_that_of_numpy(tmp_path):
+  path = open_new(tmp_path / 'store')
+  store.fill(path, store.missing(path, 12), 5, Artist())
+  np.savez(tmp_path / 'numpy.npz', store.load(path, 12))
+  files = [store.write_npz(path), tmp_path / 'numpy.npz']
+  ours, numpys = (zipfile.ZipFile(file).read('arr_0.npy') for file in files)
+  assert ours == numpys
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+  """Of 32 MB, in parts of 1 MB, at most a few parts are in memory."""
+  path = open_new(tmp_path / 'store')
+  block = np.zeros((4096, 16, 16, 1), np.uint8)
+  for i in range(32):
+    store.save(path, np.arange(len(block)) + i * len(block), block)
+  tracemalloc.start()
+  try:
+    store.write_npz(path)
+    streamed = store.stream(path, 0, 32 * len(block), 1000)
+    assert sum(map(len, streamed)) == 32 * len(block)
+    assert tracemalloc.get_traced_memory()[1] < 4 * block.nbytes
+  finally:
+    tracemalloc.stop()
+
+
+def test_the_record_of_rounding_is_kept_and_not_compared(tmp_path):
+  path = tmp_path / 'store'
+  assert store.open_store(path, PROTOCOL, {'jax': '1'}) == {}
+  assert store.open_store(path, PROTOCOL, {'jax': '2'}) == {'jax': '1'}
+  assert store.open_store(path, PROTOCOL) == {'jax': '1'}
+  with pytest.raises(UserError, match='seed=0, not 1'):
+    store.open_store(path, {**PROTOCOL, 'seed': 1}, {'jax': '1'})
+  # A store of an older version has no record.
+  assert store.open_store(tmp_path / 'old', PROTOCOL) == {}
+  assert store.open_store(tmp_path / 'old', PROTOCOL, {'jax': '2'}) == {}
 
 
 # --- images that are not rounded ---------------------------------------------

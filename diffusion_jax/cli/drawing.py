@@ -20,7 +20,7 @@ from diffusion_jax.samplers import grid
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.samplers.adaptive import Took
 from diffusion_jax.samplers.plan import Plan
-from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system import distributed, files, numerics, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
@@ -178,15 +178,17 @@ def fill(
   Raises:
     UserError: the folder holds something else.
   """
-  facts = protocol(trained, plan, dtype)
+  facts, now = protocol(trained, plan, dtype), numerics.describe()
 
   def begin():
-    store.open_store(output, facts)
+    before = store.open_store(output, facts, now)
     absent = store.missing(output, num_samples)
     if plan.adaptive:
       beside = output / store.TOOK
       store.open_store(beside, {'dtype': 'int32'})
       absent = np.union1d(absent, store.missing(beside, num_samples))
+    if len(absent) and (line := numerics.warning(before, now)):
+      terminal.say(line)
     return absent.tolist()
 
   absent = distributed.on_first(begin)

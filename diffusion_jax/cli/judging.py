@@ -130,6 +130,29 @@ def set_of(
   return statistics.read(FLAGS[flag].value, judge, image_shape)
 
 
+def _origins(task: measure.Task, samples: statistics.Set) -> dict[str, dict]:
+  """Flag -> what the statistics that it names were made with."""
+  sets = {'samples': samples, 'reference': task.reference}
+  return {
+    flag: statistics.origin(FLAGS[flag].value)
+    for flag, given in sets.items()
+    if not isinstance(given, Images)
+  }
+
+
+def _unknown(flag: str, judge: Judge) -> str:
+  """A caveat about statistics that do not say what they were made with."""
+  told = (
+    f'{FLAGS[flag].value} does not say which network and convention it was '
+    'made with'
+  )
+  if not judge.apply:
+    return f'{told}; the same as those of the other file are assumed'
+  facts = judge.about(next(iter(judge.taps)))
+  convention = f', convention {x}' if (x := facts.get('convention')) else ''
+  return f'{told}; {facts["features"]}{convention} is assumed'
+
+
 def task(
   judge: Judge,
   samples: statistics.Set,
@@ -155,6 +178,10 @@ def task(
   metrics = FLAGS.metrics or usual
   if 'sfid' in metrics and 'spatial' not in judge.taps:
     raise UserError('the metric sfid needs --features=inception')
+  if not judge.apply:  # two files, which must be of one network
+    path, other = FLAGS.samples, FLAGS.reference
+    there, here = map(statistics.origin, (path, other))
+    statistics.check_alike(path, there, here)
   options = measure.Options(*(FLAGS[x].value for x in measure.Options._fields))
   asked = measure.Task(judge, reference, metrics, options, heldout)
   measure.check(asked, samples)
@@ -205,13 +232,23 @@ def carry_out(
     found = measure.measure(task, samples, known=used, **how)
   reference = described('reference', task.reference)
   details = {'reference': reference, **found.details}
+  origins = _origins(task, samples)
+  details |= {f'{flag}_made_with': origin for flag, origin in origins.items()}
+  if unknown := [flag for flag, origin in origins.items() if not origin]:
+    caveats = [_unknown(flag, task.judge) for flag in unknown]
+    details['caveats'] = details.get('caveats', []) + caveats
   card = cards.create(subject, task.protocol, found.results, details)
 
   def keep():
     if known is None:
       statistics.keep(there, found.statistics)
     if FLAGS.write_statistics:
-      statistics.write(FLAGS.write_statistics, found.statistics)
+      made_with = (
+        statistics.describe(task.judge, task.reference.count)
+        if isinstance(task.reference, Images)
+        else origins['reference']
+      )
+      statistics.write(FLAGS.write_statistics, found.statistics, made_with)
     if path and FLAGS.neighbours and found.nearest:
       picture = path.with_name(f'{path.stem}_neighbours.png')
       _draw_neighbours(picture, found, samples, task.reference)

@@ -4,7 +4,8 @@
   .npz  `train_images` and optionally `train_labels`, `test_images`,
         `test_labels`; or `images` (or `arr_0`) and optionally `labels`. Images
         as above; labels are integers [N] or [N, 1], 0 or more, and others are
-        left out. The images of the requested split are read into memory.
+        left out. The images of the requested split are memory-mapped, or read
+        into memory if they are compressed.
 
 Without `test_images`, 'test' is every `heldout_every`-th image.
 
@@ -69,7 +70,7 @@ def create(
     if indices is None:
       return None
   images.flags.writeable = False
-  opened = file.open('rb') if file.suffix == '.npy' else None
+  opened = file.open('rb') if isinstance(images, np.memmap) else None
   num_bytes = file.stat().st_size
 
   def read(index):
@@ -132,7 +133,8 @@ def _read_npz(
   labels_key = 'test_labels' if own_test else train_labels
 
   def read(key, check):
-    return npz.read_member(archive, key, f'array {key!r} in {what}', check)
+    where = f'array {key!r} in {what}'
+    return npz.read_member(archive, key, where, check, mapped=True)
 
   images = read(images_key, lambda *of: _shape_of_images(*of, wanted))
   if images.ndim == 3:

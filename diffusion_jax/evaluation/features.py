@@ -56,6 +56,17 @@ class Judge(NamedTuple):
   details: dict
   keys: dict[str, str] = {}  # noqa: RUF012
 
+  def about(self, tap: str) -> dict[str, str]:
+    """What the numbers of one tap depend on, whatever the other taps."""
+    known = ('features', 'convention', 'resize')
+    key = self.keys.get(tap, self.protocol.get('features_sha256', ''))
+    return {
+      **{name: self.protocol[name] for name in known if name in self.protocol},
+      'tap': tap,
+      'weights': key.rpartition('_')[2][:16],
+      'version': VERSION,
+    }
+
 
 def pixels(image_shape: tuple[int, int, int]) -> Judge:
   """A judge whose features are the pixels in [-1, 1], averaged to <= 16x16.

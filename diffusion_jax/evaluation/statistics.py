@@ -2,7 +2,13 @@
 
 They are a mean and a covariance at each tap, from a user's file or from the
 cache, where they are stored under the hashes of the images and of the network.
+
+Files that this project writes say which network and convention they were made
+with (`made_with`, JSON by the name of the mean), so that unlike statistics are
+not compared. Those of other tools do not say it.
 """
+
+import json
 
 import jax
 import numpy as np
@@ -11,6 +17,7 @@ from diffusion_jax.evaluation import features, kept, stored_features
 from diffusion_jax.evaluation.features import VERSION, Images, Judge
 from diffusion_jax.evaluation.metrics.frechet import Gaussian
 from diffusion_jax.system import errors, files, terminal
+from diffusion_jax.system.npz import DAMAGED
 
 Statistics = dict[str, Gaussian]  # by tap
 Set = Images | Statistics  # a set of images, or what replaces it
@@ -19,6 +26,7 @@ Set = Images | Statistics  # a set of images, or what replaces it
 KEYS = {'spatial': ('mu_s', 'sigma_s')}
 PLAIN = 'mu', 'sigma'
 PAIRS = (PLAIN, ('mean', 'cov'), ('m', 's'))  # as different tools name them
+MADE_WITH = 'made_with'
 
 MOST = 8192  # most dimensions of statistics in a file
 INCEPTION = 2048  # dimensions that are usually those of its last features
@@ -52,7 +60,8 @@ def read(path, judge: Judge, image_shape) -> Statistics:
     image_shape: (H, W, C) of the images to judge; None if there are none.
 
   Raises:
-    UserError: the file holds something else, or statistics of other features.
+    UserError: the file holds something else, or statistics of other features,
+      as far as it says which.
   """
   plain = [tap for tap in judge.taps if tap not in KEYS]
   if len(plain) > 1:
@@ -65,6 +74,8 @@ def read(path, judge: Judge, image_shape) -> Statistics:
     image = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
     outputs = jax.eval_shape(judge.apply, judge.params, image)
   path = files.at(path).expanduser()
+  if judge.apply:
+    check_alike(path, origin(path), describe(judge))
   dims = {tap: output.shape[1] for tap, output in outputs.items()}
   return {
     tap: read_gaussian(path, dims.get(tap), KEYS.get(tap, PLAIN))
@@ -91,19 +102,81 @@ def keep(there: dict[str, files.Path], given: Statistics) -> None:
     kept.write(path, arrays, np.savez_compressed)
 
 
-def write(path, given: Statistics) -> None:
+def write(path, given: Statistics, made_with: dict | None = None) -> None:
   """Writes statistics of the first tap, and of the spatial features if any.
 
   Args:
     path: a .npz for `read`, written atomically in pytorch-fid's format: it will
-      hold mu [D] and sigma [D, D], float64, but not the number of images.
+      hold mu [D] and sigma [D, D], float64.
     given: the statistics.
+    made_with: what they were made with, see `describe`, if that is known.
   """
   arrays = {}
-  for tap in (next(iter(given)), *KEYS):
-    if tap in given:
-      arrays |= zip(KEYS.get(tap, PLAIN), given[tap], strict=True)
+  for tap in _written(given):
+    arrays |= zip(KEYS.get(tap, PLAIN), given[tap], strict=True)
+  if made_with:
+    arrays[MADE_WITH] = json.dumps(made_with)
   kept.write(files.at(path).expanduser(), arrays, np.savez_compressed)
+
+
+def _written(taps) -> list[str]:
+  """The taps that a file has room for."""
+  first = next(iter(taps))
+  return [first, *(tap for tap in KEYS if tap in taps and tap != first)]
+
+
+def describe(judge: Judge, num_images: int | None = None) -> dict[str, dict]:
+  """What the statistics in a file of `write` were made with.
+
+  Args:
+    judge: the network.
+    num_images: the number of images, if that is known.
+
+  Returns:
+    name of the mean -> its facts, see `Judge.about`, as JSON.
+  """
+  count = {} if num_images is None else {'num_images': num_images}
+  return {
+    KEYS.get(tap, PLAIN)[0]: {**judge.about(tap), **count}
+    for tap in _written(judge.taps)
+  }
+
+
+def origin(path) -> dict[str, dict]:
+  """What a file says about its statistics, see `describe`; {} if nothing."""
+  path = files.at(path).expanduser()
+  try:
+    found = json.loads(str(kept.read(path, [MADE_WITH], 2**16)[MADE_WITH]))
+  except DAMAGED:
+    return {}
+  is_known = isinstance(found, dict)
+  return found if is_known and all(map(_is_facts, found.values())) else {}
+
+
+def _is_facts(value) -> bool:
+  return isinstance(value, dict)
+
+
+def check_alike(path, there: dict[str, dict], here: dict[str, dict]) -> None:
+  """Raises UserError if two descriptions are of unlike features.
+
+  Args:
+    path: the file of the first, for the message.
+    there: a result of `origin`.
+    here: a result of `origin` or `describe`.
+  """
+  unlike = {
+    f'{name}: {a[name]} there, {b[name]} here'
+    for a, b in ((there[mean], here[mean]) for mean in there.keys() & here)
+    for name in a.keys() & b.keys() - {'num_images'}
+    if a[name] != b[name]
+  }
+  if unlike:
+    raise errors.UserError(
+      f'{path} holds statistics of other features ({"; ".join(sorted(unlike))})'
+      ': judge with the network and convention that they were made with, or '
+      'compute them again from images'
+    )
 
 
 def sha256_of(given: Set) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from diffusion_jax.models.unet import UNet
@@ -84,6 +85,21 @@ def named(params) -> dict:
 def names(params) -> list[str]:
   """The names of all parameters, in the order of `jax.tree.leaves`."""
   return list(named(params))
+
+
+@jax.jit
+def _is_finite(array: jax.Array) -> jax.Array:
+  return jnp.isfinite(array).all()
+
+
+def not_finite(params) -> str | None:
+  """The name of the first parameter that is not finite; None if all are.
+
+  Args:
+    params: a tree of arrays, which may be sharded.
+  """
+  # One at a time, as for checksums.
+  return next((n for n, x in named(params).items() if not _is_finite(x)), None)
 
 
 def differences(there, here, look: Callable) -> list[dict]:

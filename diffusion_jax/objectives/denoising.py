@@ -8,7 +8,7 @@ import numpy as np
 
 from diffusion_jax.codecs.codec import Codec
 from diffusion_jax.conditioning import Conditioner
-from diffusion_jax.objectives.objective import Aux, Objective, branch
+from diffusion_jax.objectives.objective import Aux, Mean, Objective, branch
 from diffusion_jax.process import gaussian, noise, schedules
 
 GOLDEN = 2654435769  # 2**32 divided by the golden ratio
@@ -96,9 +96,15 @@ def squared_error(network_fn, schedule, kind: str, x0, t, eps) -> jax.Array:
   return jnp.mean(jnp.square(error), axis=tuple(range(1, x0.ndim)))
 
 
-def by_quarter(values: jax.Array, t: jax.Array, num_timesteps: int) -> dict:
-  """The mean of values [B] over each quarter of t [B]; NaN if empty."""
+def by_quarter(
+  values: jax.Array, t: jax.Array, num_timesteps: int
+) -> dict[str, Mean]:
+  """The mean of values [B] over each quarter of t [B], which may be empty."""
   quarter = 4 * t // num_timesteps
   return {
-    f'loss_q{q + 1}': jnp.mean(values, where=quarter == q) for q in range(4)
+    f'loss_q{q + 1}': Mean(
+      jnp.sum(values, where=quarter == q),
+      jnp.sum(quarter == q, dtype=values.dtype),
+    )
+    for q in range(4)
   }

@@ -28,6 +28,18 @@ class Aux(NamedTuple):
   sums: dict[str, Any]
 
 
+class Mean(NamedTuple):
+  """A mean over rows that may be none: the host divides, so no device sees 0/0.
+
+  Attributes:
+    total: scalar, the sum of the values.
+    count: scalar, the number of values, 0 or more.
+  """
+
+  total: Any
+  count: Any
+
+
 class Objective(NamedTuple):
   """An objective; training minimises the mean of its values over the batch.
 
@@ -40,7 +52,8 @@ class Objective(NamedTuple):
     heldout: (params, extras, rows, keys, index [B]) -> values [B]: the loss of
       held-out examples, given with their indices, always with the same noise,
       so that checkpoints are comparable.
-    metrics: (values, by_row, sums) -> {name: scalar}, metrics to report.
+    metrics: (values, by_row, sums) -> {name: scalar or Mean}, metrics to
+      report.
     extras: the initial state of the objective, a dict of arrays.
     update: (extras, sums) -> extras, updates that state after each step.
   """

@@ -8,7 +8,7 @@ checkpoints/           one folder per step
 saved.json             the newest saved step, see training/saved.py
 held.json              checkpoints not to be deleted, see training/held.py
 starts.jsonl           one object per start: time, step, versions, devices,
-                       config
+                       config, the settings that numbers depend on
 heartbeats/            of multi-process runs, see training/watchdog.py
 metrics.jsonl          one object per line; TensorBoard event files next to it
 samples/               grids of training (train_*.png) and sample stores
@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from ml_collections import config_dict
 
 from diffusion_jax.runs import completion, folder
-from diffusion_jax.system import environment, files, jsonl, terminal
+from diffusion_jax.system import environment, files, jsonl, numerics, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, optim, saved
 
@@ -217,8 +217,11 @@ def begin(
       f'{workdir} has no checkpoint yet, so it takes this config '
       f'({"; ".join(other)})'
     )
+  before, now = last_start(workdir), environment.describe()
+  if line := numerics.warning(before.get('numerics', {}), now['numerics']):
+    lines.append(line)
   write_config(workdir, config)
-  note_start(workdir, {**facts, **environment.describe()})
+  note_start(workdir, {**facts, **now})
   return lines
 
 
@@ -236,6 +239,11 @@ def note_start(workdir, facts: dict) -> None:
   """Appends a line to starts.jsonl with the time and facts of a start."""
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
   jsonl.append(workdir, STARTS, {'time': now, **facts})
+
+
+def last_start(workdir) -> dict:
+  """The facts of the newest start that can be read; {} if there is none."""
+  return [{}, *jsonl.read(files.at(workdir) / STARTS)][-1]
 
 
 @contextlib.contextmanager

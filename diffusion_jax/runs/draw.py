@@ -16,7 +16,7 @@ from diffusion_jax.process import noise
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.samplers.solve import solve
-from diffusion_jax.system.errors import one_of
+from diffusion_jax.system.errors import UserError, one_of
 
 
 def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -75,10 +75,10 @@ def drawer(
       evaluation each (arXiv 2006.11239, section 4.3); x for clean data.
 
   Returns:
-    draw(params, indices [B], rows={}) -> data [B, ...]. `params` holds all
-    parts, and `rows` the data that a condition is computed from. With `frames`,
-    a pair of the data and [F, B, ...]; with `took`, a pair of the data and
-    `adaptive.Took`.
+    draw(params, indices [B], rows={}) -> (data [B, ...], is_finite), see
+    `checked`. `params` holds all parts, and `rows` the data that a condition is
+    computed from. With `frames`, the data are a pair of them and [F, B, ...];
+    with `took`, a pair of them and `adaptive.Took`.
 
   Raises:
     UserError: an unknown dtype, or one that does not fit the data.
@@ -98,12 +98,16 @@ def drawer(
     decoding = jax.vmap(lambda key: jax.random.fold_in(key, 2**32 - 1))(later)
 
     def decode(x0):
-      return ROUNDED[dtype](codec.decode(params, x0, decoding))
+      data = codec.decode(params, x0, decoding)
+      # Clipping and rounding would hide what is not finite.
+      finite = jnp.isfinite(x0).all() & jnp.isfinite(data).all()
+      return ROUNDED[dtype](data), finite
 
     x = noise.normal(first, codec.shape, jnp.float32)
     if took:
       x0, counts = sampler.run(denoiser, schedule, x)
-      return decode(x0), counts
+      data, is_finite = decode(x0)
+      return (data, counts), is_finite
     out = solve(sampler, denoiser, schedule, grid, x, later, frames)
     if not frames:
       return decode(out)
@@ -114,6 +118,26 @@ def drawer(
       noised, clean = jnp.split(kept, [len(times)])
       guesses = jax.lax.map(lambda frame: denoiser(*frame).x0, (noised, times))
       kept = jnp.concatenate([guesses, clean])
-    return decode(x), jax.vmap(decode)(kept)
+    data, is_finite = decode(x)
+    shown, are_finite = jax.vmap(decode)(kept)
+    return (data, shown), is_finite & are_finite.all()
 
   return draw
+
+
+def checked(data, is_finite):
+  """Returns drawn data if they are finite.
+
+  Args:
+    data: any.
+    is_finite: a scalar, whether x0 and the data were finite before rounding.
+
+  Raises:
+    UserError: they were not, and would be black or white pixels.
+  """
+  if not is_finite:
+    raise UserError(
+      'the samples have pixels that are not finite: use another checkpoint, '
+      'more sampling steps, or clipping'
+    )
+  return data

@@ -32,7 +32,8 @@ class Programs(NamedTuple):
       the state is donated.
     loss_fn: (params, extras, batch, weight, first) -> the weighted sum of the
       held-out loss, see `step.heldout_loss`.
-    draw_fn: (params, indices) -> samples, with the config's `sample` settings.
+    draw_fn: (params, indices) -> (samples, whether they are finite), with the
+      config's `sample` settings.
   """
 
   recipe: recipe.Recipe

@@ -4,7 +4,9 @@ A sample is identified by (run, seed, index), see `draw`, so the batch, the mesh
 and the order it is drawn in do not matter. A store is a folder that holds the
 samples of one protocol:
 
-  store.json                      what the images depend on, and their dtype
+  store.json                      what the images depend on, and their dtype;
+                                  'numerics' records what may change the
+                                  rounding
   parts/000000000-000000063.npy   [n, H, W, C], indices as in the name
   took/                           a nested store, for adaptive samplers
 
@@ -14,27 +16,37 @@ written atomically. An interrupted job draws only the missing samples when it is
 run again, with any batch size, and so does a job that asks for more samples.
 """
 
+import itertools
 import json
 import re
+import zipfile
 from collections.abc import Iterator
 
 import numpy as np
 
-from diffusion_jax.system import files
+from diffusion_jax.system import files, npz
 from diffusion_jax.system.errors import UserError
 
 PART = re.compile(r'(\d+)-(\d+)\.npy')
 TOOK = 'took'
 DEFAULTS = {'dtype': 'uint8'}  # for keys missing in a store.json
+NUMERICS = 'numerics'
+ARRAY = 'arr_0'  # in samples.npz, as np.savez names it
+BLOCK = 4096  # most images written to it at once
 
 
-def open_store(directory, protocol: dict) -> None:
+def open_store(directory, protocol: dict, numerics: dict | None = None) -> dict:
   """Creates the store, or checks that it holds samples of the same protocol.
 
   Args:
     directory: the store's folder; created if needed.
     protocol: everything that the images depend on, JSON-serializable; 'dtype'
       is the images' dtype, by default 'uint8'.
+    numerics: what may change their rounding, see `numerics.describe`; a new
+      store records it.
+
+  Returns:
+    `numerics` of the first samples; {} if there are none, or no record.
 
   Raises:
     UserError: the store has another protocol (the message names the field that
@@ -45,6 +57,7 @@ def open_store(directory, protocol: dict) -> None:
   protocol = json.loads(json.dumps(protocol))
   if path.exists():
     stored, asked = _read_protocol(path), {**DEFAULTS, **protocol}
+    before = stored.pop(NUMERICS, {})
     names = sorted(stored.keys() | asked.keys())
     for name in sorted(names, key='sampler'.__ne__):  # the sampler first
       if stored.get(name) != asked.get(name):
@@ -52,14 +65,16 @@ def open_store(directory, protocol: dict) -> None:
           f'{directory} holds samples with {name}={_short(stored.get(name))}, '
           f'not {_short(asked.get(name))}: choose another --output'
         )
-    return
+    return before
   # A kill may have left a folder without a store.
   if directory.exists() and files.entries(directory):
     raise UserError(
       f'{directory} is not empty and not a sample store: choose another '
       '--output'
     )
-  files.write_json(path, protocol)
+  recorded = {NUMERICS: numerics} if numerics else {}
+  files.write_json(path, {**protocol, **recorded})
+  return {}
 
 
 def _short(value) -> str:
@@ -88,6 +103,16 @@ def parts(directory) -> list[tuple[int, int, files.Path]]:
     if match := PART.fullmatch(path.name):
       found.append((int(match[1]), int(match[2]) + 1, path))
   return found
+
+
+def drawn(directory) -> int:
+  """The number of samples that are drawn, up to the first that is missing."""
+  count = 0
+  for first, end, _ in parts(directory):  # in order of their first samples
+    if first > count:
+      break
+    count = max(count, end)
+  return count
 
 
 def missing(directory, num_samples: int) -> np.ndarray:
@@ -154,11 +179,14 @@ def stream(
       f'{directory} lacks {len(absent)} of {end} samples, the first is number '
       f'{absent[0]}: draw them first'
     )
-  there, at, shape = parts(directory), first, None
+  at, shape = first, None
   dtype = np.dtype(_read_protocol(files.at(directory) / 'store.json')['dtype'])
-  while at < end:
-    # Parts may overlap if jobs have used different batch sizes.
-    start, stop, path = next(p for p in there if p[0] <= at < p[1])
+  # Parts may overlap if jobs have used different batch sizes.
+  for start, stop, path in parts(directory):
+    if at >= end:
+      return
+    if stop <= at:
+      continue
     block = _read_part(path, stop - start, shape, dtype)
     shape = block.shape[1:]
     block = block[at - start : end - start]
@@ -209,9 +237,48 @@ def fill(directory, absent, batch_size: int, draw_fn, on_batch=None) -> None:
       on_batch(len(indices))
 
 
-def write_npz(directory, images: np.ndarray) -> files.Path:
-  """Writes all samples to `samples.npz` (`arr_0`), the format of FID tools."""
+def write_npz(directory) -> files.Path:
+  """Writes all samples to `samples.npz` (`arr_0`), the format of FID tools.
+
+  It is written part by part, and never becomes smaller: a file with more images
+  than the store has without a gap is kept.
+
+  Args:
+    directory: the folder of a store that holds sample 0.
+
+  Raises:
+    UserError: a part is damaged.
+  """
   path = files.at(directory) / 'samples.npz'
-  with files.replacing(path) as file:
-    np.savez(file, images)
+  count = drawn(directory)
+  if _count_in(path) > count:
+    return path
+  blocks = stream(directory, 0, count, BLOCK)
+  first = next(blocks)
+  header = {
+    'descr': np.lib.format.dtype_to_descr(first.dtype),
+    'fortran_order': False,
+    'shape': (count, *first.shape[1:]),
+  }
+  with (
+    files.replacing(path) as file,
+    zipfile.ZipFile(file, 'w') as archive,
+    archive.open(f'{ARRAY}.npy', 'w', force_zip64=True) as member,
+  ):
+    np.lib.format.write_array_header_1_0(member, header)
+    for block in itertools.chain([first], blocks):
+      member.write(np.ascontiguousarray(block))
   return path
+
+
+def _count_in(path) -> int:
+  """The number of images in a samples.npz; 0 if it is missing or damaged."""
+  try:
+    with (
+      files.at(path).open('rb') as file,
+      zipfile.ZipFile(file) as archive,
+      archive.open(f'{ARRAY}.npy') as member,
+    ):
+      return npz.read_header(member, str(path)).shape[0]
+  except npz.DAMAGED:
+    return 0

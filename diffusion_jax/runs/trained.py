@@ -129,7 +129,8 @@ class Trained:
       step: the step of the checkpoint; by default the newest.
 
     Raises:
-      UserError: there is no such checkpoint, or it is damaged.
+      UserError: there is no such checkpoint, it is damaged, or its parameters
+        are not finite.
     """
     directory = self.workdir / 'checkpoints'
     step = checkpoint.find_step(directory, step, 'step')
@@ -189,7 +190,8 @@ class Trained:
       the data and `samplers.adaptive.Took`, [M] each. It compiles once per M.
 
     Raises:
-      UserError: an unknown dtype.
+      UserError: an unknown dtype. The function raises it for data that are not
+        finite.
     """
     draw_fn = self.compiled.drawer(
       json.dumps(how), frames=tuple(frames), **options
@@ -197,7 +199,8 @@ class Trained:
 
     @numerics.fixed()
     def draw_batch(indices):
-      return draw_fn(self.params, sharding.padded_indices(indices, self.mesh))
+      rows = sharding.padded_indices(indices, self.mesh)
+      return draw.checked(*draw_fn(self.params, rows))
 
     return draw_batch
 
@@ -229,7 +232,8 @@ class Trained:
       An array [num_samples, H, W, C] of the dtype.
 
     Raises:
-      UserError: an unknown name, or a number out of range.
+      UserError: an unknown name, a number out of range, or data that are not
+        finite.
     """
     for name, value, least in (
       ('num_samples', num_samples, 1), ('first', first, 0),
@@ -240,7 +244,7 @@ class Trained:
     how = json.dumps(self.plan(**options))
     draw_fn = self.compiled.drawer(how, frames=(), dtype=dtype)
     return sharding.in_batches(
-      functools.partial(draw_fn, self.params),
+      lambda rows: draw.checked(*draw_fn(self.params, rows)),
       np.arange(first, first + num_samples, dtype=np.uint32),
       sharding.rounded(min(batch_size, num_samples), self.mesh),
       self.mesh,
@@ -261,7 +265,8 @@ def load(
       on every device, and samples are divided over the devices.
 
   Raises:
-    UserError: there is no run or no such checkpoint, or it is damaged.
+    UserError: there is no run or no such checkpoint, it is damaged, or its
+      parameters are not finite.
   """
   workdir = files.at(workdir).expanduser()
   config = runs.read_config(workdir, 'workdir')

@@ -39,11 +39,16 @@ def noises(trained: Trained, seed: int, count: int) -> np.ndarray:
 
 
 def to_images(trained: Trained, x0: np.ndarray) -> np.ndarray:
-  """x0 [N, ...] -> uint8 images [N, H, W, C]."""
+  """x0 [N, ...] -> uint8 images [N, H, W, C].
+
+  Raises:
+    UserError: x0 is not finite.
+  """
   keys = jax.random.split(jax.random.key(0), len(x0))
-  return np.asarray(
-    draw.ROUNDED['uint8'](trained.codec.decode(trained.params, x0, keys))
+  data = draw.checked(
+    trained.codec.decode(trained.params, x0, keys), np.isfinite(x0).all()
   )
+  return np.asarray(draw.ROUNDED['uint8'](data))
 
 
 def to_x0(trained: Trained, images: np.ndarray) -> np.ndarray:

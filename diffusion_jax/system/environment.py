@@ -1,4 +1,4 @@
-"""Describes the environment of a result: versions, revision and devices."""
+"""Describes the environment of a result: versions, devices and settings."""
 
 import importlib.metadata
 import platform
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from diffusion_jax.system import numerics
+
 PACKAGES = (
   *('diffusion_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint'),
   *('grain', 'numpy', 'scipy', 'diffrax', 'libtpu'),
@@ -14,7 +16,10 @@ PACKAGES = (
 
 
 def describe() -> dict:
-  """Versions, git revision (None outside a checkout) and devices, as JSON."""
+  """Versions, revision, devices and settings that numbers depend on, as JSON.
+
+  The git revision is None outside a checkout.
+  """
   devices = jax.devices()
   return {
     'versions': {
@@ -25,6 +30,7 @@ def describe() -> dict:
     'device': devices[0].device_kind,
     'num_devices': len(devices),
     'num_processes': jax.process_count(),
+    'numerics': numerics.describe(),
   }
 
 

@@ -6,6 +6,7 @@ the file before any memory is allocated.
 
 import io
 import math
+import struct
 import tokenize
 import zipfile
 import zlib
@@ -42,6 +43,7 @@ def read_member(
   name: str,
   where: str,
   check_fn: Callable[[Header, str], None],
+  mapped: bool = False,
 ) -> np.ndarray:
   """Reads one array of a .npz file after checking its header.
 
@@ -50,6 +52,8 @@ def read_member(
     name: the name of the array.
     where: what to call the array in errors.
     check_fn: called with (header, where); raises if the array is unsuitable.
+    mapped: whether to memory-map the array unless it is compressed, so that it
+      may be larger than the memory. The archive must be a local file.
 
   Raises:
     UserError: the array is damaged, or compressed in a way NumPy does not use.
@@ -71,7 +75,26 @@ def read_member(
       'compressed ones: the file is damaged'
     )
   with archive.open(info) as stream:
-    return np.lib.format.read_array(stream, allow_pickle=False)
+    is_plain = info.compress_type == zipfile.ZIP_STORED and header.order == 'C'
+    if not (mapped and is_plain):
+      return np.lib.format.read_array(stream, allow_pickle=False)
+    while stream.read(2**20):  # raises BadZipFile if a bit has flipped
+      pass
+  return np.memmap(
+    archive.filename,
+    header.dtype,
+    'r',
+    _start(archive, info) + header.offset,
+    header.shape,
+  )
+
+
+def _start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+  """The position of a member's bytes in the file."""
+  fixed = 30  # bytes, the last four are the lengths of the name and of the rest
+  archive.fp.seek(info.header_offset)
+  lengths = struct.unpack('<HH', archive.fp.read(fixed)[-4:])
+  return info.header_offset + fixed + sum(lengths)
 
 
 def read_header(stream: BinaryIO, where: str) -> Header:

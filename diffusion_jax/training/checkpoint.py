@@ -259,11 +259,22 @@ def load_params(directory, step: int, abstract, *, ema: bool = True):
     ema: whether to load the averaged or the raw parameters.
 
   Raises:
-    UserError: the checkpoint is damaged or holds another model.
+    UserError: the checkpoint is damaged, holds another model, or has
+      parameters that are not finite.
   """
   part = 'ema_params' if ema else 'params'
   with _stored(directory, step) as stored:
-    return stored.load({part: abstract})[part]
+    params = stored.load({part: abstract})[part]
+    _check_finite(params, stored)
+    return params
+
+
+def _check_finite(params, stored: Stored) -> None:
+  if name := models.not_finite(params):
+    raise UserError(
+      f'{stored} has parameters that are not finite, the first is {name}: use '
+      'another checkpoint'
+    )
 
 
 def load_common(
@@ -285,7 +296,8 @@ def load_common(
     two: its shape in the checkpoint and in the model, None if missing.
 
   Raises:
-    UserError: the checkpoint is damaged, or there is no common parameter.
+    UserError: the checkpoint is damaged, there is no common parameter, or one
+      is not finite.
   """
   part = 'ema_params' if ema else 'params'
   with _stored(directory, step, 'init_step') as stored:
@@ -307,6 +319,7 @@ def load_common(
       wanted.get(name, ...) for name in models.names(tree)
     )
     loaded = models.named(stored.read({part: chosen})[part])
+    _check_finite({name: loaded[name] for name in wanted}, stored)
   for row in left:
     row['name'] = prefix + row['name']
   return {prefix + name: loaded[name] for name in wanted}, left

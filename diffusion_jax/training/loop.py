@@ -92,6 +92,7 @@ class Rows:
     self._waiting = self._waiting[len(ready) :]
     for step, log, values in jax.device_get(ready):
       self.finished = int(step)
+      values = metrics.divided(values)
       for name in WATCHED:
         if not np.isfinite(values.get(name, 0)):
           raise Diverged(name, values[name], int(step))

@@ -9,6 +9,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
+from diffusion_jax.objectives.objective import Mean
 from diffusion_jax.system import files, jsonl
 
 ROWS = 'metrics.jsonl'
@@ -38,6 +39,19 @@ def truncate(path, step: int) -> None:
   kept = [json.dumps(row) + '\n' for row in read(path) if row['step'] <= step]
   with files.replacing(path) as file:
     file.write(''.join(kept).encode())
+
+
+def divided(values: dict) -> dict:
+  """A step's metrics on the host, as numbers; means over nothing are left out.
+
+  Args:
+    values: name -> a number, or a `Mean` of NumPy scalars.
+  """
+  return {
+    name: value.total / value.count if isinstance(value, Mean) else value
+    for name, value in values.items()
+    if not isinstance(value, Mean) or value.count
+  }
 
 
 class Mute:
@@ -75,7 +89,7 @@ class Writer:
       self._event(step + 1, session_log=start)
 
   def write(self, step: int, values: dict) -> None:
-    """Writes a row; NaN values (means over nothing) are left out."""
+    """Writes a row; values that are not finite are left out."""
     values = {'loss': values['loss'], **values}  # loss first, for readability
     values = {k: float(v) for k, v in values.items() if math.isfinite(v)}
     self._file.write(json.dumps({'step': step, **values}) + '\n')

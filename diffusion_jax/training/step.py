@@ -89,8 +89,9 @@ def train_step(
       other. More pieces need less memory; results differ only by rounding.
 
   Returns:
-    The state after the update, and float32 metrics: the loss and the gradient
-    norm before the update, `param_norm` after it.
+    The state after the update, and float32 metrics, each a scalar or a
+    `Mean`: the loss and the gradient norm before the update, `param_norm` after
+    it.
   """
 
   def loss_fn(params, piece):
