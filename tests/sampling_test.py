@@ -63,7 +63,7 @@ def test_a_uint8_store_says_what_it_always_said(run):
   plain, unrounded = told
   assert list(plain) == [
     'step', 'ema', 'weights_sha256', 'model', 'process', 'loss', 'image_shape',
-    'sampler', 'eta', 'clip', 'seed', 'grid',
+    'sampler', 'eta', 'clip', 'seed', 'grid', 'numerics',
   ]  # fmt: skip
   assert unrounded == {**plain, 'dtype': 'float32'}
 

@@ -36,7 +36,7 @@ ROUNDING = {
   'jax_exec_time_optimization_effort': 0.0,
   'jax_explicit_x64_dtypes': 'WARN',
   'jax_optimization_level': 'UNKNOWN',
-  'jax_softmax_custom_jvp': True,
+  'jax_softmax_custom_jvp': False,
   'jax_use_direct_linearize': True,
   'jax_use_shardy_partitioner': True,
 }
@@ -102,7 +102,8 @@ def unusual() -> dict[str, str]:
   """The settings of this process that change the rounding, by variable."""
   found = {}
   for name, usual in ROUNDING.items():
-    value = getattr(jax.config, name, usual)
+    # Some are attributes, which see contexts; JAX's flags are not.
+    value = getattr(jax.config, name, jax.config.values.get(name, usual))
     text = str(getattr(value, 'name', value))  # an enum's value is a number
     if text != str(usual):
       found[name.upper()] = text
