@@ -1,8 +1,15 @@
-"""No variable of the shell, and no setting of a program, changes a number."""
+"""No variable of the shell, and no setting of a program, changes a number.
 
+Those that change the rounding are recorded and reported, and those that find
+faults find none.
+"""
+
+import contextlib
+import json
 import os
 import subprocess
 import sys
+import types
 
 import binaries
 import jax
@@ -12,8 +19,10 @@ import pytest
 import tiny
 
 import diffusion_jax
+from diffusion_jax import runs
 from diffusion_jax.system import numerics
 from diffusion_jax.system.errors import UserError
+from diffusion_jax.training import metrics
 
 HOW = {'num_samples': 3, 'num_steps': 2, 'sampler': 'ancestral'}
 CHANGES = {
@@ -44,7 +53,7 @@ numpy.save(sys.argv[2], images)
 def run(*command, **environment):
   result = subprocess.run(
     [sys.executable, *map(str, command)],
-    cwd=binaries.ROOT, capture_output=True, text=True, timeout=300,
+    cwd=binaries.ROOT, capture_output=True, text=True, timeout=600,
     env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
   )  # fmt: skip
   assert result.returncode == 0, result.stderr
@@ -81,6 +90,168 @@ def test_a_shell_changes_no_samples_of_the_library(plain, tmp_path, shell):
   np.testing.assert_array_equal(
     np.load(tmp_path / 'images.npy'), diffusion_jax.load(plain).sample(**HOW)
   )
+
+
+def test_a_start_records_what_its_numbers_depend_on(plain):
+  found = runs.last_start(plain)['numerics']
+  assert found == {**numerics.describe(), **found}
+  assert found['jax'] == jax.__version__
+  assert found['device'] == 'cpu'
+  assert found['JAX_DEFAULT_PRNG_IMPL'] == 'threefry2x32'
+  assert found['JAX_ENABLE_X64'] == 'False'
+
+
+def test_a_run_that_goes_on_under_another_jax_says_so(tmp_path):
+  tiny.trained(tmp_path / 'run')
+  place = tmp_path / 'run' / 'starts.jsonl'
+  start = runs.last_start(tmp_path / 'run')
+  start['numerics']['jax'] = '0.1.2'
+  place.write_text(json.dumps(start) + '\n{"torn')
+  more = {'num_steps': 31, 'sample_every': 0}
+  result = binaries.run('train', *tiny.flags(tmp_path / 'run', **more))
+  assert result.code == 0, result.err
+  (told,) = [x for x in result.err.splitlines() if 'numbers may' in x]
+  assert told == (
+    'from here on, numbers may differ by rounding: jax is '
+    f'{jax.__version__} (was 0.1.2)'
+  )
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'told'),
+  [
+    ('XLA_FLAGS', '--xla_cpu_enable_fast_math=true', True),
+    ('XLA_FLAGS', '--xla_dump_to=/tmp/x', False),
+    ('XLA_FLAGS', '--xla_force_host_platform_device_count=8', False),
+    ('NVIDIA_TF32_OVERRIDE', '0', True),
+    ('NPY_DISABLE_CPU_FEATURES', 'AVX512F', True),
+    ('PYTHONHASHSEED', '5', False),
+    ('JAX_PLATFORMS', 'cpu', False),
+  ],
+)
+def test_variables_that_change_the_rounding(monkeypatch, name, value, told):
+  for variable in numerics.VARIABLES:
+    monkeypatch.delenv(variable, raising=False)
+  before = numerics.describe()
+  monkeypatch.setenv(name, value)
+  now = numerics.describe()
+  changes = {name: value} if told else {}
+  assert now == {**before, **changes}
+  line = numerics.warning(before, now)
+  assert (f'{name} is {value} (was unset)' in line) == told
+  assert (f'{name}={value}' in numerics.warning({}, now)) == told
+  assert not numerics.warning(now, now)  # it has been said
+
+
+def test_settings_of_a_program_that_change_the_rounding():
+  for change, told in (
+    (jax.default_matmul_precision('bfloat16'), 'MATMUL_PRECISION=bfloat16'),
+    (jax.disable_jit(), 'JAX_DISABLE_JIT=True'),
+    (jax.softmax_custom_jvp(True), 'JAX_SOFTMAX_CUSTOM_JVP=True'),
+  ):
+    assert told not in numerics.warning({}, {})
+    with change:
+      assert told in numerics.warning({}, {})
+
+
+def draw_no_grid(workdir):
+  """In a process of its own, because binaries' flags would collide."""
+  from diffusion_jax import train
+
+  state = types.SimpleNamespace(ema_params={})
+  program = types.SimpleNamespace(
+    frozen={}, draw_fn=lambda params, indices: (None, np.False_)
+  )
+  with contextlib.redirect_stderr((workdir / 'told').open('w')):
+    train._draw_grid(program, state, 7, 4, tiny.one_device(), workdir, None)
+
+
+def test_a_grid_that_is_not_finite_is_left_out_with_a_word(tmp_path):
+  process = binaries.CONTEXT.Process(target=draw_no_grid, args=(tmp_path,))
+  process.start()
+  process.join()
+  assert process.exitcode == 0
+  assert (tmp_path / 'told').read_text() == (
+    'the samples of step 7 are not finite: no grid is drawn\n'
+  )
+  assert not (tmp_path / 'samples').exists()
+
+
+# --- switches that find faults ------------------------------------------------
+
+SWITCHES = (
+  'JAX_DEBUG_NANS',
+  'JAX_DEBUG_INFS',
+  'JAX_DEBUG_KEY_REUSE',
+  'JAX_ENABLE_CHECKS',
+  'JAX_CHECK_TRACER_LEAKS',
+  'JAX_DISABLE_JIT',
+  'JAX_NUMPY_RANK_PROMOTION=raise',
+  'JAX_TRANSFER_GUARD=disallow',
+  'JAX_TRANSFER_GUARD_HOST_TO_DEVICE=log',
+  'JAX_LOG_COMPILES',
+  'JAX_EXPLAIN_CACHE_MISSES',
+)
+
+
+@contextlib.contextmanager
+def searching():
+  with (
+    jax.debug_nans(True),
+    jax.debug_infs(True),
+    jax.debug_key_reuse(True),
+    jax.enable_checks(True),
+    jax.numpy_rank_promotion('raise'),
+  ):
+    yield
+
+
+def test_a_healthy_step_passes_every_search():
+  """Of 8 images, some quarters of the times have none."""
+  state, step_fn, batch = tiny.run(tiny.one_device())
+  found = set()
+  with searching():
+    for _ in range(4):
+      with jax.transfer_guard('disallow'):
+        state, values = step_fn(state, batch)
+      found.add(frozenset(metrics.divided(jax.device_get(values))))
+  assert len(found) > 1  # a quarter was empty
+
+
+def test_the_library_passes_every_search(plain):
+  expected = diffusion_jax.load(plain).sample(**HOW)
+  with searching(), jax.transfer_guard('disallow'):
+    np.testing.assert_array_equal(
+      diffusion_jax.load(plain).sample(**HOW), expected
+    )
+
+
+def test_the_step_keeps_the_shells_guard(monkeypatch):
+  """`fix` lifts it, because most transfers are meant."""
+  add = numerics.guarded()(jax.jit(lambda x: x + 1))
+  on_device = jnp.ones(3)
+  add(np.ones(3, np.float32))
+  monkeypatch.setenv('JAX_TRANSFER_GUARD_HOST_TO_DEVICE', 'disallow')
+  np.testing.assert_array_equal(add(on_device), [2, 2, 2])
+  with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
+    add(np.ones(3, np.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('switch', SWITCHES)
+def test_a_switch_finds_no_fault(tmp_path, switch):
+  name, _, value = switch.partition('=')
+  shell = {name: value or '1'}
+  changes = {
+    'num_steps': 2, 'batch_size': 2, 'eval_every': 2, 'eval_images': 2,
+    'sample_every': 2, 'sample.num_steps': 2, 'sample.num_images': 2,
+    'keep_every': 0,
+  }  # fmt: skip
+  workdir = tmp_path / 'run'
+  run('-m', 'diffusion_jax.train', *tiny.flags(workdir, **changes), **shell)
+  assert len(tiny.losses(workdir)) == 2
+  run('-m', 'diffusion_jax.sample', f'--workdir={workdir}', '--sampler=ddim',
+      '--num_steps=2', '--num_samples=2', **shell)  # fmt: skip
 
 
 def draw():

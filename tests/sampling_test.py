@@ -12,6 +12,7 @@ from absl.testing import flagsaver
 from diffusion_jax import samplers
 from diffusion_jax.cli import drawing
 from diffusion_jax.runs import store
+from diffusion_jax.system import numerics
 from diffusion_jax.system.errors import UserError
 
 # Times so late that most pixels are neither black nor white.
@@ -66,6 +67,22 @@ def test_a_uint8_store_says_what_it_always_said(run):
     'sampler', 'eta', 'clip', 'seed', 'grid', 'numerics',
   ]  # fmt: skip
   assert unrounded == {**plain, 'dtype': 'float32'}
+
+
+def test_a_store_that_grows_under_another_jax_says_so(tmp_path, capsys):
+  flags.FLAGS.output = str(tmp_path / 'mine')
+  fill(1)
+  assert 'rounding: jax' not in capsys.readouterr().err
+  place = tmp_path / 'mine' / 'store.json'
+  told = json.loads(place.read_text())
+  assert told['numerics'] == numerics.describe()
+  told['numerics']['jax'] = '0.1.2'
+  place.write_text(json.dumps(told))
+  fill(2)
+  assert 'rounding: jax is' in (line := capsys.readouterr().err)
+  assert '(was 0.1.2)' in line
+  fill(2)  # nothing is drawn
+  assert not capsys.readouterr().err
 
 
 def test_one_folder_takes_one_dtype(tmp_path):
