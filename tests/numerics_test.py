@@ -226,6 +226,25 @@ def test_the_library_passes_every_search(plain):
     )
 
 
+@pytest.mark.parametrize(
+  'setting',
+  [
+    lambda: jax.enable_x64(True),
+    lambda: jax.numpy_dtype_promotion('strict'),
+    lambda: jax.transfer_guard('disallow'),
+  ],
+)
+def test_a_programs_settings_do_not_change_the_denoiser(plain, setting):
+  trained = diffusion_jax.load(plain)
+  x = np.random.default_rng(0).normal(size=(2, *trained.image_shape))
+  x = jnp.asarray(x, jnp.float32)
+  expected = trained.denoise(x, 7)
+  with setting():
+    found = trained.denoise(x, 7)
+  assert found.x0.dtype == np.float32
+  np.testing.assert_array_equal(found.x0, expected.x0)
+
+
 def test_the_step_keeps_the_shells_guard(monkeypatch):
   """`fix` lifts it, because most transfers are meant."""
   add = numerics.guarded()(jax.jit(lambda x: x + 1))

@@ -245,6 +245,18 @@ def test_the_npz_grows_with_the_store_and_never_shrinks(tmp_path):
   np.testing.assert_array_equal(in_npz(path), pictures_of(np.arange(12)))
 
 
+@pytest.mark.parametrize(
+  ('indices', 'expected'),
+  [
+    ([7], [(7, 8)]),
+    ([0, 1, 2], [(0, 3)]),
+    ([0, 2, 3, 9], [(0, 1), (2, 4), (9, 10)]),
+  ],
+)
+def test_runs_of_consecutive_indices(indices, expected):
+  assert store.consecutive(np.array(indices)) == expected
+
+
 def test_a_damaged_npz_is_written_again(tmp_path):
   path = open_new(tmp_path / 'store')
   store.fill(path, store.missing(path, 4), 4, Artist())

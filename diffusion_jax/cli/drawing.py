@@ -187,13 +187,16 @@ def fill(
       beside = output / store.TOOK
       store.open_store(beside, {'dtype': 'int32'})
       absent = np.union1d(absent, store.missing(beside, num_samples))
-    if len(absent) and (line := numerics.warning(before, now)):
+    if not len(absent):
+      return []
+    if line := numerics.warning(before, now):
       terminal.say(line)
-    return absent.tolist()
+    return store.consecutive(absent)
 
-  absent = distributed.on_first(begin)
-  if not absent:
+  runs_of_absent = distributed.on_first(begin)
+  if not runs_of_absent:
     return 0
+  absent = np.concatenate([np.arange(*run) for run in runs_of_absent])
   batch_size = min(FLAGS.batch_size, len(absent))
   terminal.say(
     f'drawing {len(absent)} images with {plan.cost()} each, '

@@ -123,17 +123,21 @@ def missing(directory, num_samples: int) -> np.ndarray:
   return np.flatnonzero(absent)
 
 
+def consecutive(indices: np.ndarray) -> list[tuple[int, int]]:
+  """(first, last + 1) of each run of consecutive indices [n], n > 0."""
+  cuts = np.flatnonzero(np.diff(indices) != 1)
+  firsts, lasts = indices[[0, *(cuts + 1)]], indices[[*cuts, -1]]
+  return list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))
+
+
 def save(directory, indices, images: np.ndarray) -> None:
   """Saves images [n, H, W, C]; one part per run of consecutive indices."""
-  folder = files.make(files.at(directory) / 'parts')
-  indices = np.asarray(indices)
-  cuts = np.flatnonzero(np.diff(indices) != 1) + 1
-  for rows, block in zip(
-    np.split(indices, cuts), np.split(images, cuts), strict=True
-  ):
-    path = folder / f'{rows[0]:09d}-{rows[-1]:09d}.npy'
+  folder, at = files.make(files.at(directory) / 'parts'), 0
+  for first, end in consecutive(np.asarray(indices)):
+    path = folder / f'{first:09d}-{end - 1:09d}.npy'
     with files.replacing(path) as file:
-      np.save(file, block, allow_pickle=False)
+      np.save(file, images[at : at + end - first], allow_pickle=False)
+    at += end - first
 
 
 def load(directory, num_samples: int) -> np.ndarray:

@@ -102,6 +102,7 @@ class Trained:
     """(H, W, C) of the data."""
     return runs.image_shape(self.config['data'])
 
+  @numerics.fixed()
   def denoise(
     self, xt: jax.Array, t: jax.Array, cond: dict | None = None
   ) -> gaussian.Denoised:
