@@ -154,6 +154,21 @@ def test_settings_of_a_program_that_change_the_rounding():
       assert told in numerics.warning({}, {})
 
 
+def test_processes_that_would_round_differently_are_refused():
+  here = numerics.describe()
+  numerics.check_alike([here, dict(here), {**here, 'device': 'another'}])
+  for change, told in (
+    (
+      {'jaxlib': '0.1.2'},
+      f'jaxlib is {here["jaxlib"]} in process 0, but 0.1.2',
+    ),
+    ({'XLA_FLAGS': '--fast'}, 'XLA_FLAGS is unset in process 0, but --fast'),
+  ):
+    with pytest.raises(UserError, match=f'{told} in process 2: give') as error:
+      numerics.check_alike([here, here, {**here, **change}])
+    assert '\n' not in str(error.value)
+
+
 def draw_no_grid(workdir):
   """In a process of its own, because binaries' flags would collide."""
   from diffusion_jax import train

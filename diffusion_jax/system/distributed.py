@@ -24,7 +24,13 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from diffusion_jax.system import cluster, farewell, interrupts, meeting
+from diffusion_jax.system import (
+  cluster,
+  farewell,
+  interrupts,
+  meeting,
+  numerics,
+)
 from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -56,7 +62,8 @@ def initialize() -> None:
   """Joins the other processes, if any. Call first in a binary.
 
   Raises:
-    UserError: the flags are inconsistent, or a process is missing.
+    UserError: the flags are inconsistent, a process is missing, or the
+      processes have unlike versions or settings that numbers depend on.
   """
   place = _place()
   if place:
@@ -92,6 +99,7 @@ def initialize() -> None:
   interrupts.watch(signal.SIGTERM, _stop)
   if not place and _is_several():
     _join_in_pod()
+  numerics.check_alike(gather(numerics.describe()))
 
 
 def _stop():

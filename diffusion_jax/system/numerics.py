@@ -125,6 +125,22 @@ def describe() -> dict[str, str]:
   }
 
 
+def check_alike(found: list[dict[str, str]]) -> None:
+  """Raises UserError if the processes of a run would round differently.
+
+  Args:
+    found: `describe` of each process.
+  """
+  for i, one in enumerate(found):
+    for name in sorted({*found[0], *one} - {'device'}):
+      first, other = (x.get(name, 'unset') for x in (found[0], one))
+      if first != other:
+        raise UserError(
+          f'{name} is {first} in process 0, but {other} in process {i}: give '
+          'all processes the same versions and variables'
+        )
+
+
 def warning(before: dict[str, str], now: dict[str, str]) -> str:
   """A line about numbers that may differ by rounding; '' if there is nothing.
 
