@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from imagesets import folder, numbered, png, random_images, write_tfds
+from PIL import Image
 
 from diffusion_jax import data
 from diffusion_jax.data import identity, sources
@@ -106,6 +107,16 @@ def test_a_million_names_are_one_digest():
   )
 
 
+def test_large_files_are_known_by_more_than_their_first_rows(tmp_path):
+  """Scans with a white border begin alike and have the same size."""
+  page = np.full((200, 200, 3), 255, np.uint8)
+  for i in range(3):
+    page[130:132] = i
+    Image.fromarray(page).save(tmp_path / f'{i}.ppm')
+  sample = folder(tmp_path).identity['sample']
+  assert len(set(sample.values())) == 3
+
+
 # --- a run that goes on ------------------------------------------------------
 
 
@@ -140,6 +151,26 @@ def test_other_images_are_refused_and_named(tmp_path, damage, must, capsys):
   assert 'accepted' in capsys.readouterr().err
   dataset.write(run, known)
   assert not change_of(run, opened(a))
+
+
+@pytest.mark.parametrize('changed', ['train_images', 'test_images'])
+def test_numbered_images_of_both_splits_are_compared(tmp_path, changed):
+  arrays = {'train_images': random_images(9), 'test_images': random_images(9)}
+
+  def both():
+    np.savez(tmp_path / 'a.npz', **arrays)
+    kwargs = {'path': str(tmp_path / 'a.npz'), 'image_size': 8, 'channels': 3}
+    return tuple(
+      data.create('arrays', split=split, **kwargs)
+      for split in ('train', 'test')
+    )
+
+  arrays['test_images'] = random_images(9, seed=1)
+  run = begun(tmp_path / 'run', both())
+  assert not change_of(run, both())
+  arrays[changed] = 255 - arrays[changed]
+  told = change_of(run, both())
+  assert "image 0' has another content then than now" in told
 
 
 def test_before_the_first_checkpoint_the_images_may_be_corrected(tmp_path):
@@ -242,6 +273,18 @@ def test_arrays_whose_test_images_are_training_images(tmp_path):
   kwargs = {'path': str(tmp_path / 'a.npz'), 'image_size': 8, 'channels': 3}
   both = (data.create('arrays', split=s, **kwargs) for s in ('train', 'test'))
   with pytest.raises(UserError, match='17 of 17'):
+    leaked(*both)
+
+
+def test_labels_do_not_hide_that_images_are_the_same(tmp_path):
+  images = random_images(50)
+  np.savez(
+    tmp_path / 'a.npz', train_images=images, train_labels=np.arange(50) % 3,
+    test_images=images[:20],
+  )  # fmt: skip
+  kwargs = {'path': str(tmp_path / 'a.npz'), 'image_size': 8, 'channels': 3}
+  both = (data.create('arrays', split=s, **kwargs) for s in ('train', 'test'))
+  with pytest.raises(UserError, match='20 of 20'):
     leaked(*both)
 
 

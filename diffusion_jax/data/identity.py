@@ -14,12 +14,13 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 SAMPLED = 64  # images of a set whose contents are compared, evenly spaced
-LOOKED_AT = 2**16  # first bytes of each that are read
+LOOKED_AT = 2**16  # bytes of each that are read
+PIECES = 4  # of a longer file: the first rows may be a border, and all alike
 COMPARED = 100_000  # training images that may be compared with held-out ones
 THREADS = 16  # that wait for a network disk
 
@@ -29,7 +30,7 @@ class Contents(NamedTuple):
 
   Attributes:
     num_images: N.
-    read_fn: index -> the first LOOKED_AT bytes of an image.
+    read_fn: index -> the content of an image, or LOOKED_AT bytes of it.
     kind: what else identifies the set: a shape, or a name and a version.
     names: the name of each image, in order; empty if they are numbered.
     sizes_fn: () -> int64 [N], bytes; None if sizes say nothing.
@@ -67,7 +68,7 @@ def of_files(
   def read(index):
     try:
       with open(os.path.join(root, names[index]), 'rb') as file:
-        return file.read(LOOKED_AT)
+        return _pieces(file)
     except FileNotFoundError:  # a link to nothing is a broken image
       return b''
 
@@ -79,6 +80,18 @@ def of_files(
   return Contents(
     len(names), read, names=[name[start:] for name in names], sizes_fn=sizes
   )
+
+
+def _pieces(file: BinaryIO) -> bytes:
+  """The content of a file, or pieces evenly spaced from its start to its end."""
+  size = os.fstat(file.fileno()).st_size
+  if size <= LOOKED_AT:
+    return file.read()
+  length, content = LOOKED_AT // PIECES, []
+  for k in range(PIECES):
+    file.seek(k * (size - length) // (PIECES - 1))
+    content.append(file.read(length))
+  return b''.join(content)
 
 
 def of(contents: Contents) -> dict:
@@ -147,10 +160,19 @@ def _all_names(of: dict) -> Collection[str]:
 
 
 def together(identities: Sequence[dict]) -> dict:
-  """The identity of several sets as one, as far as their number and names."""
+  """The identity of several sets as one, as far as their number and names.
+
+  Numbered images of a later set that have the name of an earlier one are named
+  'other image 0', ...
+  """
+  sample = {}
+  for one in identities:
+    there = frozenset(sample)
+    for name, digest in one['sample'].items():
+      sample[f'other {name}' if name in there else name] = digest
   return {
     'images': sum(one['images'] for one in identities),
-    'sample': {n: d for one in identities for n, d in one['sample'].items()},
+    'sample': sample,
     **{
       key: ' and '.join(dict.fromkeys(one[key] for one in identities))
       for key in ('kind', 'names', 'sizes')

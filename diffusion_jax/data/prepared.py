@@ -84,7 +84,7 @@ def create(
     image = images.read(file, f'{index} of {what}', rule)
     return image, record.get('label', -1)
 
-  read(0)  # tfds opens the files only now
+  record_of(0)  # tfds opens the files only now
   num_classes = (needed['label'].num_classes or 0) if 'label' in needed else 0
   full_name = f'tfds:{builder.info.full_name}, {wanted.split}'
   notes = []
@@ -101,7 +101,7 @@ def _contents(builder, split: str, records) -> identity.Contents:
   """The encoded records of a split, and where they lie in the set's files."""
   return identity.Contents(
     len(records),
-    lambda index: records[index][: identity.LOOKED_AT],
+    lambda index: records[index],
     f'tfds:{builder.info.full_name}',
     spans=[
       (os.path.basename(part.filename), part.skip, part.skip + part.take)

@@ -111,14 +111,15 @@ class Source:
       return identity.of(contents_of(self))
 
 
-def contents_of(source: Source) -> identity.Contents:
+def contents_of(source: Source, with_labels=True) -> identity.Contents:
   """What a set consists of; without files, its images and labels."""
   if source.contents:
     return source.contents
 
   def read(index):
     image, label = source.read_fn(index)
-    return np.int32(label).tobytes() + np.ascontiguousarray(image).tobytes()
+    labelled = np.int32(label).tobytes() * with_labels
+    return labelled + np.ascontiguousarray(image).tobytes()
 
   image, _ = source.read_fn(0)
   shape = 'x'.join(map(str, image.shape))

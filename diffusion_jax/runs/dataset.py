@@ -173,7 +173,7 @@ def _check_heldout(splits, accept: bool) -> None:
   train, heldout = splits
   if heldout is None:
     return
-  contents = map(sources.contents_of, (heldout, train))
+  contents = (sources.contents_of(part, False) for part in (heldout, train))
   found, looked_for, example = identity.shared(*contents)
   if not found:
     return
