@@ -120,6 +120,21 @@ def test_all_images_are_decoded_beforehand(tmp_path):
   }
 
 
+def test_leaving_out_is_proposed_only_for_what_it_helps_with(tmp_path):
+  config = write(tmp_path, {0}, count=3) | {'skip_broken': False}
+
+  def told():
+    checked = {x.name: x for x in checks.run(config_of(config), None, True)}
+    return checked['images'].told
+
+  Image.new('F', (8, 8), 1.5).save(tmp_path / '1.tiff')
+  assert '2 of 4 images are broken' in told()
+  assert told().endswith('to leave the damaged ones out')
+  Image.new('L', (8, 8), 9).save(tmp_path / '0.png')
+  assert 'has samples from 1.5' in told()
+  assert 'skip_broken' not in told()
+
+
 def config_of(data_config):
   return {'data': data_config}
 
@@ -128,7 +143,7 @@ def test_held_out_images_are_looked_at_too(tmp_path):
   config = write(tmp_path, {3}) | {'heldout_split': 'test', 'heldout_every': 4}
   train, heldout = data.both(config)
   (error,) = broken.find(train, heldout)
-  assert "'3.png'" in error
+  assert "'3.png'" in str(error)
   _, heldout = data.splits(config)
   assert values(heldout) == [107, 107]
 
@@ -173,6 +188,7 @@ def test_a_run_that_meets_a_broken_image(tmp_path):
     assert part in last
   rows = metrics.read(workdir / 'metrics.jsonl')
   assert [row['step'] for row in rows] == list(range(1, step))
+  assert 'then resume with --accept_data' in last
   result = training(images, workdir, '--config.data.skip_broken=True')
   assert result.code == 0, result.err
   assert f"left out: image '{odd}.png'" in result.err

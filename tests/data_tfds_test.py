@@ -81,6 +81,27 @@ def test_the_rules_for_tfds_are_those_for_folders(tmp_path):
   )
 
 
+def test_a_broken_first_record_is_left_out(tmp_path):
+  import tensorflow_datasets as tfds
+
+  files = [b'no image', *map(png, random_images(2))]
+  write_tfds(
+    tmp_path,
+    'my_own',
+    '1.0.0',
+    {'image': tfds.features.Image(shape=(None, None, 3))},
+    {'train': [{'image': file} for file in files]},
+  )
+  config = {
+    'name': 'tfds:my_own', 'path': str(tmp_path), 'image_size': 8,
+    'channels': 3, 'train_split': 'train', 'heldout_split': '',
+  }  # fmt: skip
+  with pytest.raises(UserError, match='cannot be read'):
+    data.splits(config)
+  train, _ = data.splits(config | {'skip_broken': True})
+  np.testing.assert_array_equal(train[0]['image'], train[1]['image'])
+
+
 def test_a_set_of_ones_own_without_labels_and_test(tmp_path):
   import tensorflow_datasets as tfds
 

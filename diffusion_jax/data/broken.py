@@ -54,8 +54,8 @@ def say_left_out(*opened: sources.Source | None) -> None:
     terminal.say(f'data: {number} left out: {listed(there)}')
 
 
-def find(*opened: sources.Source | None) -> list[str]:
-  """Decodes all images: the errors of the broken ones, in order.
+def find(*opened: sources.Source | None) -> list[UserError]:
+  """Decodes all images: the errors of those that fail, in order.
 
   Args:
     *opened: the sources; None has no images.
@@ -69,8 +69,8 @@ def find(*opened: sources.Source | None) -> list[str]:
     try:
       source.read_fn(index)
     except UserError as error:
-      return str(error)
-    return ''
+      return error
+    return None
 
   errors = []
   progress = terminal.Progress('decoding', len(jobs), unit='images')
@@ -78,12 +78,12 @@ def find(*opened: sources.Source | None) -> list[str]:
     for start in range(0, len(jobs), _AT_ONCE):
       for error in pool.map(look, jobs[start : start + _AT_ONCE]):
         progress.update()
-        errors += [error] * bool(error)
+        errors += [error] if error else []
   return errors
 
 
 def listed(errors) -> str:
   """The first ones, in order, and how many more there are."""
-  shown = '; '.join(sorted(errors)[:_SHOWN])
+  shown = '; '.join(sorted(map(str, errors))[:_SHOWN])
   more = len(errors) - _SHOWN
   return shown + f'; and {more} more' * (more > 0)

@@ -83,7 +83,7 @@ def of_files(
 
 
 def _pieces(file: BinaryIO) -> bytes:
-  """The content of a file, or pieces evenly spaced from its start to its end."""
+  """The content of a file, or evenly spaced pieces, the last one at its end."""
   size = os.fstat(file.fileno()).st_size
   if size <= LOOKED_AT:
     return file.read()

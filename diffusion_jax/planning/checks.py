@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax import data
-from diffusion_jax.data import broken, sources
+from diffusion_jax.data import broken, images, sources
 from diffusion_jax.system import distributed, environment, files
 from diffusion_jax.system.errors import UserError
 
@@ -101,15 +101,23 @@ def _images(config) -> str:
     opened = data.both(config)
     count = sum(len(source) for source in opened if source)
     if errors := broken.find(*opened):
-      skipping = ', or set data.skip_broken=True to leave them out'
       wrong = (
         f'{len(errors)} of {count:,} images are broken: '
-        f'{broken.listed(errors)}{skipping * (not config["skip_broken"])}'
+        f'{broken.listed(errors)}{_skipping(config, errors)}'
       )
   except (OSError, UserError) as e:
     wrong = str(e)
   _gathered(None, wrong)
   return f'all {count:,} can be read'
+
+
+def _skipping(config, errors) -> str:
+  """The remedy of leaving images out, which does not help with refused ones."""
+  damaged = sum(isinstance(error, images.Broken) for error in errors)
+  if config['skip_broken'] or not damaged:
+    return ''
+  them = 'them' if damaged == len(errors) else 'the damaged ones'
+  return f', or set data.skip_broken=True to leave {them} out'
 
 
 def _workdir(workdir) -> str:
