@@ -296,7 +296,7 @@ def signals():
       told.append(given)
       ended.set()
 
-    return preemption.Signals(stop_secs, give_up), told, ended
+    return preemption.Signals(stop_secs=stop_secs, give_up=give_up), told, ended
 
   yield make
   for number, handler in zip(numbers, before, strict=True):
