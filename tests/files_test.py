@@ -25,7 +25,7 @@ from diffusion_jax.reporting import facts, page, pictures
 from diffusion_jax.runs import finetune, store
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint, held, loop, metrics
+from diffusion_jax.training import checkpoint, held, loop, metrics, stored
 
 
 class Memory(MemoryFileSystem):
@@ -292,6 +292,7 @@ def test_a_run_is_told_from_another_and_from_no_run(bucket):
   runs.check(bucket, config)
   runs.write_config(bucket, config)
   runs.check(bucket, config)
+  (bucket / 'checkpoints' / '40' / stored.WHOLE).write_text('{}')
   with pytest.raises(UserError, match='seed: 0 there, 1 now'):
     runs.check(bucket, ConfigDict({**config.to_dict(), 'seed': 1}))
   (bucket.parent / 'b' / 'photo.png').write_text('mine')

@@ -11,6 +11,7 @@ import re
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -65,6 +66,7 @@ def run(main: Callable[[], int | None], doc: str, required: Sequence[str] = ()):
   sys.modules['__main__'].__doc__ = doc
   terminal.prepare()
   numerics.fix()
+  warnings.filterwarnings('ignore', module='PIL')  # of remarks in image files
   distributed.skip_libtpu()
   sys.argv = _resolve_config(_last(sys.argv))
 
@@ -152,9 +154,9 @@ def _of_machine(error: Exception) -> str:
 def _smaller() -> str:
   """What to do about memory, by the flags of this binary."""
   if 'batch_size' in flags.FLAGS:
-    size = flags.FLAGS.batch_size
+    size = flags.FLAGS['batch_size'].value
     return f'give a smaller --batch_size (now {size}), or use more devices'
-  config = flags.FLAGS.config if 'config' in flags.FLAGS else None
+  config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
   if config is None:
     return 'use a machine with more memory'
   now = f'microbatches={config.microbatches}, batch_size={config.batch_size}'

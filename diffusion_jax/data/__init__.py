@@ -114,7 +114,11 @@ def splits(config: Mapping) -> tuple[Source, Source | None]:
 
 
 def both(config: Mapping) -> tuple[Source, Source | None]:
-  """Like `splits`, but reads no image and leaves none out."""
+  """Like `splits`, but reads no image and leaves none out.
+
+  Raises:
+    UserError: as for `create`, or if there are no training images.
+  """
   keys = ('path', 'image_size', 'channels', 'heldout_every', 'classes', 'bits')
   taken = {key: config[key] for key in keys if key in config}
   train, heldout = (

@@ -78,7 +78,13 @@ def check_known(
 ) -> None:
   """Compares images with those of a run, if it remembers any.
 
-  Call it in all processes; the arguments are those of `check`.
+  Call it in all processes.
+
+  Args:
+    workdir: the run's folder.
+    splits: the training and held-out images.
+    heldout_split: the name of the held-out split.
+    accept: whether to go on with other images.
 
   Raises:
     UserError: they differ, and `accept` is false.

@@ -6,6 +6,7 @@ A main thread that waits for other hosts inside XLA may never get there.
 
 import faulthandler
 import os
+import signal
 import threading
 from collections.abc import Callable
 
@@ -17,10 +18,13 @@ def watch(number: int, call: Callable[[], None]) -> None:
   an earlier one.
 
   Args:
-    number: the signal; its handler must have been set before.
+    number: the signal; its handler must have been set before. Call this in
+      the main thread.
     call: takes nothing.
   """
-  faulthandler.unregister(number)
+  handler = signal.getsignal(number)  # None: a handler written in C
+  if faulthandler.unregister(number) and handler is not None:
+    signal.signal(number, handler)  # unregistering restores an older one
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
   # Its handler is written in C and only writes stacks to a file, here a pipe.
