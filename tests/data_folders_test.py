@@ -321,6 +321,27 @@ def test_links_to_nothing_are_counted_and_named_when_read(tmp_path):
     source[1]
 
 
+def test_folders_of_the_system_are_no_classes(tmp_path):
+  for name in ('a.png', '@eaDir/a.png/THUMB.png', 'lost+found/x.png'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.new('L', (8, 8), 200).save(tmp_path / name)
+  assert len(folder(tmp_path)) == 1
+
+
+def test_a_sub_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+  (tmp_path / 'private').mkdir()
+  scan = os.scandir
+
+  def scandir(path):
+    if str(path).endswith('private'):
+      raise PermissionError(13, 'Permission denied', str(path))
+    return scan(path)
+
+  monkeypatch.setattr(os, 'scandir', scandir)
+  message = error_line('folder', path=str(tmp_path), image_size=8, channels=3)
+  assert message.endswith(f'Permission denied: {tmp_path / "private"}')
+
+
 def test_files_that_are_passed_over_are_counted(tmp_path):
   for name in ('a.txt', 'b.TXT', 'c.csv', 'LICENSE', 'empty.png', '.b.png'):
     (tmp_path / name).write_text('' if name == 'empty.png' else 'x')
@@ -352,7 +373,8 @@ def test_a_folder_without_images_says_what_it_has(tmp_path, names, must):
 
 def test_a_path_that_is_no_folder_says_what_to_do(tmp_path):
   for name, part in [
-    ('set.zip', 'unpack'), ('set.npz', "data.name 'arrays'"), ('x', ''),
+    ('set.zip', 'unpack'), ('set.npz', "data.name 'arrays'"),
+    ('a.png', 'give the folder that has the file'),
   ]:  # fmt: skip
     (tmp_path / name).write_bytes(b'x')
     path = str(tmp_path / name)

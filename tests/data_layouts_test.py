@@ -49,6 +49,8 @@ MEANINGS = {
   'digits without zeros': (numbered(1, [5, 7] * 50), 100),
   'classes of three digits': (numbered(3, [2] * 200), 200),
   'traffic signs': (numbered(5, [21, 222, 225], restart=True), 3),
+  'classes from 01 on': (numbered(2, [20] * 10, first=1), 10),
+  'years of equal size': (numbered(4, [20] * 3, first=2019), 3),
   'years': (['2019/a.png', '2020/b.png', 'misc/c.png'], 3),
 }
 
@@ -99,6 +101,17 @@ SPLITS = {
     1,
   ),
   'three': (['train/a.png', 'val/b.png', 'val/c.png', 'test/d.png'], 1, 1),
+  'two domains': (
+    ['trainA/a.png', 'trainB/a.png', 'testA/a.png', 'testB/a.png'],
+    2,
+    2,
+  ),
+  'DIV2K': (['DIV2K_train_HR/a.png', 'DIV2K_valid_HR/b.png'], 1, 1),
+  'within each class': (
+    ['x/train/a.png', 'x/test/b.png', 'y/train/c.png', 'y/mask/d.png'],
+    2,
+    1,
+  ),
   'pictures beside': (['logo.png', 'train/a.png', 'test/b.png'], 1, 1),
 }
 
@@ -111,11 +124,12 @@ def test_folders_that_are_splits(case):
   assert len(layout.splits['test']) == test
   assert all('train' in name.lower() for name in layout.splits['train'])
   note = layout.notes[0]
-  assert f'is taken for training ({train} images)' in note
-  assert f'is held out ({test})' in note
+  assert f'taken for training ({train} images)' in note
+  assert f'held out ({test})' in note
   left = len(names) - train - test
   assert (f'{left} other images are left out' in note) == bool(left)
-  assert layout.num_classes == 2 * (case in ('classes within', 'sets'))
+  labelled = ('classes within', 'sets', 'within each class')
+  assert layout.num_classes == 2 * (case in labelled)
 
 
 def test_shards_within_splits():
@@ -139,7 +153,15 @@ def test_a_class_of_the_same_name_has_the_same_label_in_both_splits():
 
 
 @pytest.mark.parametrize(
-  'names', [['train/a.png'], ['test/a.png', 'val/b.png'], ['train/a', 'x/b']]
+  'names',
+  [
+    ['train/a.png'],
+    ['test/a.png', 'val/b.png'],
+    ['train/a', 'x/b'],
+    ['steam_train/a', 'test_tube/b', 'bus/c'],
+    ['ape/train/a', 'ape/test/b', 'dog/c'],
+    ['contest/a', 'strain/b'],
+  ],
 )
 def test_folders_that_are_no_splits(names):
   assert understood(names).splits == {}
@@ -157,6 +179,37 @@ def test_splits_are_opened(tmp_path):
   assert all_images(train)[:, 0, 0, 0].tolist() == [100, 101]
   assert all_images(heldout)[:, 0, 0, 0].tolist() == [102]
   assert any('heldout_every' in note for note in train.notes)
+
+
+@pytest.mark.parametrize(
+  ('pictures', 'others'),
+  [
+    ('images', ['masks']),
+    ('JPEGImages', ['SegmentationClass', 'SegmentationObject']),
+    ('images', ['annotations/trimaps']),
+    ('train/images', ['train/labels']),
+    ('data/Photos', ['data/depth', 'data/ground_truth']),
+  ],
+)
+def test_masks_beside_images_are_no_images(tmp_path, pictures, others):
+  for i, name in enumerate([pictures, *others]):
+    (tmp_path / name).mkdir(parents=True)
+    Image.new('L', (8, 8), 100 + i).save(tmp_path / name / 'a.png')
+  source = folder(tmp_path, channels=1)
+  assert all_images(source)[:, 0, 0, 0].tolist() == [100]
+  for other in others:
+    told = [note for note in source.notes if f"the folder '{other[:5]}" in note]
+    assert 'is left out; data.classes=folders takes it too' in told[0]
+  taken = folder(tmp_path, channels=1, classes='folders')
+  assert len(taken) == 1 + len(others)
+
+
+@pytest.mark.parametrize('names', [('masks', 'hats'), ('images', 'dogs')])
+def test_classes_with_such_names_are_classes(tmp_path, names):
+  for name in names:
+    (tmp_path / name).mkdir()
+    Image.new('L', (8, 8), 100).save(tmp_path / name / 'a.png')
+  assert folder(tmp_path, channels=1).num_classes == 2
 
 
 def test_images_beside_classes_are_refused_or_taken_without_labels(tmp_path):

@@ -21,6 +21,11 @@ SUFFIXES = (
   '.gif', '.ppm', '.pgm', '.pbm',
 )  # fmt: skip
 ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.xz', '.bz2', '.7z', '.rar')
+# What systems add to a folder of a user.
+_SYSTEM = (
+  'lost+found', '__MACOSX', '@eaDir', '#recycle', '$RECYCLE.BIN',
+  'System Volume Information',
+)  # fmt: skip
 _OTHER_SETS = ('.npy', '.npz')
 
 
@@ -49,7 +54,8 @@ def create(
 
   Files are in the order of their relative path, as a string. What sub-folders
   mean is decided by layouts.py: splits, classes, or neither. Names that start
-  with a dot, files with other suffixes and empty files are passed over.
+  with a dot, folders of the system (lost+found, @eaDir and the like), files
+  with other suffixes and empty files are passed over.
 
   Links to files and folders elsewhere are followed. A linked sub-folder whose
   images are already in the set is skipped.
@@ -78,13 +84,17 @@ def create(
   try:
     found = _find(root.resolve())
   except OSError as error:
-    raise UserError(f'{what} cannot be read: {error.strerror}') from error
+    raise UserError(
+      f'{what} cannot be read: {error.strerror}: {error.filename}'
+    ) from error
   if not found.images:
     raise UserError(_no_images(found, what))
   left = _overviews(root, found, wanted)
   names = [name for name, _ in found.images if name not in left]
+  beside = layouts.annotations(names, wanted)
+  names = [name for name in names if not name.startswith(tuple(beside))]
   layout = layouts.understand(names, found.labels, what, wanted)
-  notes = [*layout.notes, *_told(found), *left.values()]
+  notes = [*layout.notes, *_told(found), *left.values(), *beside.values()]
   if layout.splits:
     names = layout.splits[wanted.split]
     if wanted.heldout_every:
@@ -175,7 +185,7 @@ def _walk(
     entries = sorted(entries, key=lambda entry: entry.name)
   for entry in entries:
     name, is_link = f'{folder}{entry.name}', entry.is_symlink()
-    if entry.name.startswith('.'):
+    if entry.name.startswith('.') or entry.name in _SYSTEM:
       continue
     if not is_link and not entry.is_dir():
       yield name, entry, is_outside
@@ -233,4 +243,6 @@ def hint(path: Path) -> str:
     return ': unpack the archive, and give the folder of its images'
   if path.suffix in _OTHER_SETS:
     return ": it is an array file, of data.name 'arrays'"
-  return '' if path.exists() else ': it does not exist'
+  if path.is_file():
+    return ': give the folder that has the file'
+  return ': it does not exist'

@@ -5,7 +5,8 @@ From the names of the images alone, in this order:
 1. One folder that holds all images is looked through, at any depth.
 2. Folders named `train` and `test` (or `val`) hold the splits; also training,
    validation, test_set, train2017 and the like, see `_SPLIT`. Other images are
-   left out.
+   left out. The folders may also be inside of each class. If all folders have
+   such a word in their names (trainA, DIV2K_valid_HR), they are splits too.
 3. A dataset.json of NVIDIA's tools ({"labels": [[NAME, CLASS], ...]}) has the
    labels, and folders are no classes.
 4. Folders that only divide the set (shards) are no classes: they are numbered
@@ -13,7 +14,9 @@ From the names of the images alone, in this order:
 5. Other folders are classes, in the order of their names. Images beside them
    belong to no class, so that the meaning is unclear: an error.
 
-`classes` = 'folders' skips 3 and 4, 'none' ignores all labels.
+Before that, `annotations` finds folders of masks and the like.
+
+`classes` = 'folders' skips 3, 4 and `annotations`; 'none' ignores all labels.
 """
 
 import collections
@@ -32,6 +35,15 @@ CLASSES = ('auto', 'folders', 'none')
 _SHOWN = 5  # names in a message
 _SPLIT = re.compile(
   r'(train|test|val)(ing|id|idation)?([-_ ]?(set|data|images?|\d[\dx]*))?',
+  re.IGNORECASE,
+)
+_LIKE_A_SPLIT = re.compile(
+  r'(?:.*[^a-zA-Z])?(?i:(train|test|val)(ing|id|idation)?)(?![a-z]).*'
+)
+_PICTURES = re.compile(r'(jpeg)?images?|imgs?|photos?|pictures?', re.IGNORECASE)
+_ANNOTATIONS = re.compile(
+  r'masks?|labels?|(annot|segment)ations?\w*|ground[-_ ]?truths?|gt|trimaps?'
+  r'|depths?|thumb(nail)?s?',
   re.IGNORECASE,
 )
 _PART = re.compile(r'(part|shard|chunk|batch)s?[-_ ]?\d+', re.IGNORECASE)
@@ -122,30 +134,91 @@ def labels_in(file: Path) -> dict[str, object] | None:
     return None
 
 
+def annotations(names: Sequence[str], wanted: sources.Wanted) -> dict[str, str]:
+  """Folders of masks, labels or thumbnails beside a folder of the images.
+
+  Args:
+    names: paths of the images relative to the set's folder, with '/'.
+    wanted: what was decided by hand: `classes`.
+
+  Returns:
+    Path of such a folder, with '/' at its end -> a note; {} unless all folders
+    beside the one of the images are of that kind.
+  """
+  inside = collections.defaultdict(set)  # folder -> its sub-folders
+  for folder in {name.rpartition('/')[0] for name in names}:
+    while folder:
+      parent, _, last = folder.rpartition('/')
+      inside[parent].add(last)
+      folder = parent
+  left = {}
+  remedy = '; data.classes=folders takes it too' * wanted.has_config
+  for parent, folders in sorted(inside.items()):
+    others = {name for name in folders if _ANNOTATIONS.fullmatch(name)}
+    pictures = [*folders - others]
+    if len(pictures) == 1 and _PICTURES.fullmatch(pictures[0]):
+      for name in sorted(others):
+        path = f'{parent}/{name}/'.removeprefix('/')
+        left[path] = (
+          f'the folder {path!r} beside {pictures[0]!r} is left out{remedy}'
+        )
+  return {} if wanted.classes == 'folders' else left
+
+
 def _splits(names) -> tuple[dict[str, list[str]], int, list[str]]:
   """Folders that are splits, the depth below them, and notes."""
   depth = _through(names, 0)
-  parts, others = collections.defaultdict(list), []
-  found = {}  # split -> its folder
-  for name in names:
-    head, *rest = name.split('/')[depth:]
-    match = _SPLIT.fullmatch(head) if rest else None
-    split = match and match[1].lower()
-    (parts[split] if split else others).append(name)
-    found.setdefault(split, head)
-  if 'train' not in parts or len(parts) < 2:
+  found = [
+    division
+    for division in _divisions(names, depth)
+    if 'train' in division[-1]
+    and ('test' in division[-1] or 'val' in division[-1])
+  ]
+  if not found:
     return {}, depth, []
+  at, below, parts = found[0]
   held = 'test' if 'test' in parts else 'val'
   told = (
-    f'the folder {found["train"]!r} is taken for training '
-    f'({len(parts["train"])} images), {found[held]!r} is held out '
+    f'{_folders_are(parts["train"], at)} taken for training '
+    f'({len(parts["train"])} images), {_folders_are(parts[held], at)} held out '
     f'({len(parts[held])})'
   )
-  others += parts['val'] if held == 'test' else []
+  others = parts.get('', []) + (parts.get('val', []) if held == 'test' else [])
   if others:
     told += f'; {len(others)} other images are left out ({_shown(others)})'
-  splits = {'train': parts['train'], 'test': parts[held]}
-  return splits, depth + 1, [told]
+  return {'train': parts['train'], 'test': parts[held]}, below, [told]
+
+
+def _divisions(names, depth):
+  """Ways to divide a set: depth of the folders, depth below, split -> images.
+
+  Images of no split are those of ''.
+  """
+  yield depth, depth + 1, _parted(names, depth, _SPLIT)
+  parts = _parted(names, depth, _LIKE_A_SPLIT)
+  if '' not in parts:
+    yield depth, depth + 1, parts
+  parts = _parted(names, depth + 1, _SPLIT)  # within each class
+  train, _ = _grouped(parts.get('train', []), depth)
+  folders, beside = _grouped(names, depth)
+  if not beside and train.keys() == folders.keys():
+    yield depth + 1, depth, parts
+
+
+def _parted(names, at, pattern) -> dict[str, list[str]]:
+  parts = collections.defaultdict(list)
+  for name in names:
+    folder, *rest = name.split('/')[at:] or ['']  # '' of those above
+    match = pattern.fullmatch(folder) if rest else None
+    parts[match[1].lower() if match else ''].append(name)
+  return dict(parts)
+
+
+def _folders_are(names, at) -> str:
+  found = {name.split('/')[at] for name in names}
+  return f'the folder{"s" * (len(found) > 1)} {_shown(found)} ' + (
+    'are' if len(found) > 1 else 'is'
+  )
 
 
 def _grouped(names, depth) -> tuple[dict[str, list[str]], list[str]]:
@@ -169,10 +242,10 @@ def _are_shards(folders: Mapping[str, Sequence[str]]) -> bool:
   """Whether folders only divide a set: 00000, 00001, ..., or part-0, part-1.
 
   Numbers are shards if all have the same width, of five digits or more than
-  their count needs, and either the file names go on from folder to folder or
-  all folders but the last hold the same number of images. So the classes 0 to
-  9, or 000 to 199, stay classes, and wide numbers do if each folder of another
-  size numbers its images anew.
+  the largest of them needs, and either the file names go on from folder to
+  folder or all folders but the last hold the same number of images. So the
+  classes 0 to 9, 01 to 10, or 000 to 199, stay classes, and wide numbers do if
+  each folder of another size numbers its images anew.
 
   Args:
     folders: name -> its images, sorted.
@@ -181,9 +254,9 @@ def _are_shards(folders: Mapping[str, Sequence[str]]) -> bool:
   if all(_PART.fullmatch(name) for name in names):
     return True
   widths = {len(name) for name in names}
-  width = max(widths)
-  is_wide = width >= 5 or width > len(str(len(names) - 1))
-  if len(widths) > 1 or not is_wide or not all(map(str.isdecimal, names)):
+  if len(widths) > 1 or not all(map(str.isdecimal, names)):
+    return False
+  if len(names[0]) < min(5, 1 + len(str(int(names[-1])))):
     return False
   *sizes, last = (len(folders[name]) for name in names)
   if len(set(sizes)) == 1 and last <= sizes[0]:
@@ -202,7 +275,7 @@ def _number(name: str) -> tuple[int, str]:
 def _labelled(splits, found, used, origin, notes) -> Layout:
   """A labelled set if every image has a class, otherwise an unlabelled one."""
   if not found:
-    told = f'{origin} has no labels, so that folders are not classes either'
+    told = f'{origin} has no labels, so folders are not classes either'
     return Layout(splits, {}, 0, [*notes, told])
   label_of = {name: found[name] for name in used if name in found}
   wrong = [
