@@ -265,10 +265,14 @@ def test_all_torn_is_one_line_and_changes_nothing(made, tmp_path):
     os.truncate(largest(path), 10)
   with (
     checkpoint.Checkpoints(place) as kept,
-    pytest.raises(UserError, match='checkpoint 3 is unreadable'),
+    pytest.raises(UserError, match='checkpoint 3 is unreadable') as error,
   ):
     kept.restore_newest(made[1])
   assert checkpoint.steps(place) == [1, 2, 3]
+  # No remedy is another damaged one, nor a flag that training does not have.
+  told = str(error.value)
+  assert 'so are 2 older ones: copy a checkpoint from a backup' in told
+  assert '--step' not in told
 
 
 def test_whole_checkpoints_are_never_set_aside(made, tmp_path, monkeypatch):

@@ -96,7 +96,7 @@ def test_a_start_records_what_its_numbers_depend_on(plain):
   found = runs.last_start(plain)['numerics']
   assert found == {**numerics.describe(), **found}
   assert found['jax'] == jax.__version__
-  assert found['device'] == 'cpu'
+  assert found['device'].startswith('cpu: ')
   assert found['JAX_DEFAULT_PRNG_IMPL'] == 'threefry2x32'
   assert found['JAX_ENABLE_X64'] == 'False'
 
@@ -141,6 +141,15 @@ def test_variables_that_change_the_rounding(monkeypatch, name, value, told):
   assert (f'{name} is {value} (was unset)' in line) == told
   assert (f'{name}={value}' in numerics.warning({}, now)) == told
   assert not numerics.warning(now, now)  # it has been said
+
+
+def test_fewer_threads_and_another_cpu_change_the_rounding(monkeypatch):
+  before = numerics.describe()
+  monkeypatch.setenv('NPROC', '61')
+  now = numerics.describe()
+  assert now['device'].endswith(', threads: 61')
+  assert 'device is cpu: ' in numerics.warning(before, now)
+  numerics.check_alike([before, now])  # hosts may differ in them
 
 
 def test_settings_of_a_program_that_change_the_rounding():

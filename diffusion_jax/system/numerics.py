@@ -13,6 +13,8 @@ differs from that of earlier results.
 
 import contextlib
 import os
+import platform
+import re
 from collections.abc import Iterator
 
 import jax
@@ -119,10 +121,33 @@ def describe() -> dict[str, str]:
   return {
     'jax': jax.__version__,
     'jaxlib': jaxlib.__version__,
-    'device': jax.devices()[0].device_kind,
+    'device': _device(),
     **{name.upper(): str(value) for name, value in SETTINGS.items()},
     **unusual(),
   }
+
+
+def _device() -> str:
+  """The kind of device; of a CPU its model and how many threads XLA uses.
+
+  Both change the order in which sums are taken.
+  """
+  kind = jax.devices()[0].device_kind
+  if kind != 'cpu':
+    return kind
+  try:
+    with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
+      found = re.search(r'^model name\s*:\s*(.+)$', file.read(), re.MULTILINE)
+  except OSError:  # not Linux
+    found = None
+  try:
+    threads = len(os.sched_getaffinity(0))
+  except AttributeError:  # not Linux
+    threads = os.cpu_count()
+  # XLA reads this variable first.
+  threads = os.environ.get('NPROC') or threads
+  model = found[1].strip() if found else platform.machine()
+  return f'{kind}: {model}, threads: {threads}'
 
 
 def check_alike(found: list[dict[str, str]]) -> None:

@@ -145,7 +145,7 @@ class Checkpoints:
       UserError: the checkpoint is damaged, holds another model, or was trained
         with other frozen parts.
     """
-    stored = Stored(self._checkpointer, self.directory, step)
+    stored = Stored(self._checkpointer, self.directory, step, flag='')
     stored.trained_with(self._frozen)
     return TrainState(**stored.load(abstract._asdict()))
 
@@ -173,7 +173,11 @@ class Checkpoints:
         self._checkpointer.reload()
       return state
     if damaged:
-      raise UserError(damaged[0][2])
+      more = f'; so are {len(damaged) - 1} older ones' * (len(damaged) > 1)
+      raise UserError(
+        f'{damaged[0][1]}{more}: copy a checkpoint from a backup to '
+        f'{self.directory}, or train in a new workdir'
+      )
     return None
 
   def _set_aside(self, damaged: list[tuple[int, str, str]], whole: int) -> None:

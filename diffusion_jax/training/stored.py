@@ -61,7 +61,8 @@ class Stored:
     checkpointer: Orbax's checkpointer of the directory.
     directory: the folder of the checkpoints.
     step: the step of the checkpoint.
-    flag: the flag that selects another step, for the messages.
+    flag: the flag that selects another step, for the messages; '' if there is
+      none, as in training.
 
   Raises:
     UserError: the checkpoint is damaged.
@@ -155,12 +156,16 @@ class Stored:
   def _unreadable(self, error) -> UserError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     others = [s for s in steps(self._directory) if s != self._step]
-    remedy = (
-      f'move {self._directory}/{self._step} away to resume from {others[-1]}, '
-      f'or choose another with --{self._flag} ({", ".join(map(str, others))})'
-      if others
-      else 'there is no other checkpoint'
-    )
+    remedy = 'there is no other checkpoint'
+    if others:
+      remedy = (
+        f'move {self._directory}/{self._step} away to resume from {others[-1]}'
+      )
+    if others and self._flag:
+      remedy += (
+        f', or choose another with --{self._flag} '
+        f'({", ".join(map(str, others))})'
+      )
     what = f'checkpoint {self._step} is unreadable ({reason[:120]})'
     code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore
     if code and int(code[1]) != errno.ENOENT:

@@ -53,7 +53,8 @@ def read(path) -> dict[str, np.ndarray]:
   data = files.content(path, 'give a file of PyTorch weights')
   with errors.one_line(
     f'{path} is not a PyTorch state dict (',
-    '); nothing in it was executed: give the weights as published',
+    '); nothing in it was executed: give the weights as published, or save the '
+    'state dict alone: torch.save(model.state_dict(), FILE)',
   ):
     state, storages = (_zipped if data[:4] == b'PK\3\4' else _stream)(data)
     tensors = {
