@@ -15,9 +15,9 @@ To fine-tune, give --init_from=runs/other. It copies the other run's parameters
 that match this config's network in name and shape, and starts at step 0 with a
 new optimiser state. init_from.json in the workdir lists what was copied.
 
-Ctrl-C, SIGTERM and SIGUSR1 stop the run after the current step and save it.
-After SIGUSR1, a Slurm job is also requeued. A second Ctrl-C aborts at once. The
-exit code is 130 after Ctrl-C and 0 after the other two.
+Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal (SIGHUP) stop the run after the
+current step and save it. After SIGUSR1, a Slurm job is also requeued. A second
+Ctrl-C aborts at once. The exit code is 130 after Ctrl-C and 0 after the others.
 """
 
 import contextlib

@@ -191,15 +191,17 @@ class Several:
   ('own', 'others', 'name'),
   [
     ('SIGINT', [1], 'SIGINT'),
-    ('', [2], 'SIGINT'),
+    ('', [3], 'SIGINT'),
     ('SIGTERM', [1], 'SIGTERM'),
-    ('SIGINT', [3], 'SIGUSR1'),
+    ('SIGTERM', [2], 'SIGHUP'),
+    ('SIGINT', [4], 'SIGUSR1'),
     ('', [1], 'SIGTERM'),
   ],
 )
 def test_processes_agree_on_the_signal(monkeypatch, own, others, name):
   handlers = {number: signal.getsignal(number)
-              for number in (signal.SIGINT, signal.SIGUSR1)}  # fmt: skip
+              for number in (signal.SIGINT, signal.SIGUSR1,
+                             signal.SIGHUP)}  # fmt: skip
   monkeypatch.setattr(preemption, 'multihost_utils', Several(others))
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   try:
@@ -214,7 +216,8 @@ def test_processes_agree_on_the_signal(monkeypatch, own, others, name):
 
 def test_ctrl_c_that_the_shell_ignores_stays_ignored():
   before = {number: signal.getsignal(number) for number in
-            (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)}  # fmt: skip
+            (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM,
+             signal.SIGHUP)}  # fmt: skip
   try:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signals = preemption.Signals()
@@ -286,7 +289,7 @@ def test_fewer_and_fewer_devices(run, tmp_path):
 @pytest.fixture
 def signals():
   """Makes Signals in this process: (signals, [(name, seconds)], given up)."""
-  numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+  numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
   before = [signal.getsignal(number) for number in numbers]
   ended = threading.Event()
 
@@ -303,6 +306,21 @@ def signals():
   for number, handler in zip(numbers, before, strict=True):
     faulthandler.unregister(number)
     signal.signal(number, handler)
+
+
+def test_a_closed_terminal_saves_the_run(signals):
+  one, _, _ = signals(60)
+  assert not one.reached(1)
+  os.kill(os.getpid(), signal.SIGHUP)
+  assert one.reached(2)
+  assert one.name == 'SIGHUP'
+
+
+def test_a_closed_terminal_that_nohup_ignores_stays_ignored(signals):
+  signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  one, _, _ = signals(60)
+  os.kill(os.getpid(), signal.SIGHUP)
+  assert not one.reached(1)
 
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])

@@ -1,8 +1,9 @@
-"""Preemption: on SIGTERM, SIGUSR1 or Ctrl-C, a run saves and exits.
+"""Preemption: on SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, a run saves and exits.
 
 Clusters send SIGTERM some time before they kill a job. Slurm sends SIGUSR1
 before a job's time limit if requested (`sbatch --signal=USR1@300`); the job is
-then requeued. The first Ctrl-C saves, too; the second ends the process at once.
+then requeued. A terminal that is closed sends SIGHUP, which `nohup` ignores.
+The first Ctrl-C saves, too; the second ends the process at once.
 """
 
 import contextlib
@@ -21,12 +22,12 @@ from jax.experimental import multihost_utils
 from diffusion_jax.system import interrupts
 
 # If several signals arrive, the later one of this list counts.
-NAMES = ('', 'SIGTERM', 'SIGINT', 'SIGUSR1')
+NAMES = ('', 'SIGTERM', 'SIGHUP', 'SIGINT', 'SIGUSR1')
 AGAIN = b'\nstopping after this step, which is saved; Ctrl-C again aborts\n'
 
 
 class Signals:
-  """Records SIGTERM and SIGUSR1 from now on, and Ctrl-C from the first step on.
+  """Records signals from now on, and Ctrl-C from the first step on.
 
   Until the first step there is nothing to save, so Ctrl-C ends the process.
   Python runs signal handlers between bytecode instructions, so a compilation or
@@ -60,8 +61,12 @@ class Signals:
     self._several = jax.process_count() > 1
     if not self._several:
       signal.signal(signal.SIGTERM, self._note)
-    signal.signal(signal.SIGUSR1, self._note)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    noted = [signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+      noted.append(signal.SIGHUP)
+    for number in noted:
+      signal.signal(number, self._note)
+    for number in (signal.SIGTERM, *noted):
       self._watch(number)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
       self._watch(signal.SIGINT)
