@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from diffusion_jax import models, runs
 from diffusion_jax.cli import command, config_files
 from diffusion_jax.models import NET
-from diffusion_jax.runs import recipe, validation
+from diffusion_jax.runs import folder, recipe, validation
 from diffusion_jax.runs.trained import load
 from diffusion_jax.system import environment, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -36,7 +36,9 @@ from diffusion_jax.weights import diffusers, official
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('from', None, 'Folder, file or checkpoint to convert.')
-flags.DEFINE_string('to', None, 'Output folder, new or empty.')
+flags.DEFINE_string(
+  'to', None, 'Output folder, new or with nothing but logs and notes in it.'
+)
 command.define_config(
   "Import: the config whose data the run gets and, for DDPM's own "
   'checkpoints, whose network they hold.'
@@ -57,7 +59,8 @@ flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 def main():
   source = files.at(FLAGS['from'].value).expanduser()
   target = files.at(FLAGS.to).expanduser()
-  is_run = (source / 'checkpoints').is_dir()
+  # A folder of diffusers may have a folder checkpoints, too.
+  is_run = not diffusers.is_folder(source) and _is_run(source)
   _check_target(source, target)
   if is_run:
     result, told = _export(source, target)
@@ -75,13 +78,22 @@ def main():
   terminal.report(result, f'{told}: {target}', FLAGS.json)
 
 
+def _is_run(source) -> bool:
+  """Whether a path is a run, be it one that has lost its checkpoints."""
+  notes = (source / name for name in (runs.STARTS, runs.CONVERTED))
+  return (source / 'checkpoints').is_dir() or any(x.is_file() for x in notes)
+
+
 def _check_target(source, target) -> None:
   runs.usable_folder('to', target)
-  there = files.entries(target) if target.exists() else set()
+  there = folder.foreign(target)
   # The remains of an interrupted import are overwritten.
   unfinished = {runs.CONVERTED} <= there <= {runs.CONVERTED, 'checkpoints'}
   if there and not unfinished:
-    raise UserError(f'--to={target} is not empty: give a new folder')
+    raise UserError(
+      f'--to={target} is not empty (in the way: {min(there)}): give a new '
+      'folder'
+    )
   if files.resolved(source) in files.parents(files.resolved(target)):
     raise UserError(f'--to={target} is inside --from: give another folder')
 
@@ -91,6 +103,7 @@ def _export(source, target) -> tuple[dict, str]:
     raise UserError(
       '--config is for imports; a run has its own: leave --config out'
     )
+  runs.read_config(source, '--from')
   trained = load(source, FLAGS.step, FLAGS.ema, mesh=sharding.make_mesh())
   params = jax.tree.map(sharding.to_host, trained.params)
   diffusers.write(target, trained.config, params[NET])

@@ -14,7 +14,8 @@ import tiny
 from folders_of_diffusers import DESCRIBED, WEIGHTS, folder_of, tiny_folder
 from parity import pipelines, unet
 
-from diffusion_jax import load, models
+from diffusion_jax import load, models, runs
+from diffusion_jax.configs import digits
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import diffusers, official, settings
 
@@ -390,6 +391,12 @@ def test_what_cannot_be_converted_is_told(tmp_path):
   bare = shutil.copytree(folder, tmp_path / 'bare')
   (bare / WEIGHTS).unlink()
   (tmp_path / 'model.ckpt-3.index').write_bytes(b'')
+  lost = tmp_path / 'lost'  # a run without its checkpoints
+  runs.write_config(lost, digits.get_config())
+  runs.note_start(lost, {'step': 20})
+  full = tmp_path / 'full'
+  full.mkdir()
+  (full / 'photo.png').write_bytes(b'')
   target = f'--to={tmp_path}/new'
   for arguments, must in (
     ([f'--from={tmp_path}/nothing', target], 'neither the workdir of a run'),
@@ -400,6 +407,8 @@ def test_what_cannot_be_converted_is_told(tmp_path):
     ([f'--from={broken}', target], 'cannot be read'),
     ([f'--from={bare}', target], 'has no weights'),
     ([f'--from={folder}', f'--to={folder}'], 'is not empty'),
+    ([f'--from={folder}', f'--to={full}'], 'in the way: photo.png'),
+    ([f'--from={lost}', target], 'the run had come to step 20'),
     ([f'--from={folder}', f'--to={folder}/in'], 'is inside --from'),
     ([f'--from={folder}', target, '--config=cifar10'], 'images of 32x32x3'),
     ([f'--from={folder}', target, '--step=-1'], '--step'),

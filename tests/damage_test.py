@@ -176,6 +176,17 @@ def test_a_mount_that_has_died_is_named(tmp_path, monkeypatch, code):
   assert os.strerror(code) in str(error.value)
 
 
+def test_converted_weights_without_their_checkpoint_are_converted_again(
+  tmp_path,
+):
+  (tmp_path / 'converted.json').write_text('{"from": "there", "step": 0}')
+  runs.write_config(tmp_path, digits.get_config())
+  with pytest.raises(UserError, match=r'is gone: .* convert the weights'):
+    checkpoint.find_step(tmp_path / 'checkpoints', None)
+  with pytest.raises(UserError, match='--init_from'):  # not to be trained
+    runs.check(tmp_path, digits.get_config())
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
   config = a_run(tmp_path, step=0)
   (tmp_path / 'checkpoints/10.orbax-checkpoint-tmp').mkdir(parents=True)

@@ -420,7 +420,16 @@ def test_another_protocol_is_refused_in_one_line(tmp_path, change, said):
   assert tree(path) == before
 
 
-@pytest.mark.parametrize('name', ['notes.txt', 'parts/a.npy', '.hidden'])
+@pytest.mark.parametrize('name', ['sample.log', '.DS_Store', 'lost+found/x'])
+def test_a_store_begins_beside_what_a_launch_leaves(tmp_path, name):
+  (tmp_path / name).parent.mkdir(exist_ok=True)
+  (tmp_path / name).write_text('mine')
+  store.fill(open_new(tmp_path), store.missing(tmp_path, 10), 4, Artist())
+  assert store.drawn(tmp_path) == 10
+  assert (tmp_path / name).read_text() == 'mine'
+
+
+@pytest.mark.parametrize('name', ['a.png', 'parts/a.npy', 'metrics.jsonl'])
 def test_a_foreign_folder_is_refused_and_untouched(tmp_path, name):
   (tmp_path / name).parent.mkdir(exist_ok=True)
   (tmp_path / name).write_text('mine')

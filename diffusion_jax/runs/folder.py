@@ -1,4 +1,4 @@
-"""What may lie in a folder in which a run begins."""
+"""What may lie in a folder in which a run, or another output, begins."""
 
 import re
 
@@ -21,23 +21,29 @@ BESIDE = re.compile(
 )
 
 
+def foreign(path: files.Path) -> set[str]:
+  """The names in a folder that are neither logs nor notes, see BESIDE.
+
+  Args:
+    path: the folder; none if it does not exist.
+  """
+  if not path.exists():
+    return set()
+  return {x for x in files.entries(path) if not BESIDE.fullmatch(x)}
+
+
 def in_the_way(path: files.Path) -> list[str]:
   """The names in a folder that a new run must not mix with.
 
   Args:
     path: the folder; [] if there is none.
   """
-  if not path.exists():
-    return []
   return sorted(
     name
-    for name in files.entries(path) - BEGUN
-    if not BESIDE.fullmatch(name)
-    and not (name == 'checkpoints' and _is_empty(path / name))
+    for name in foreign(path) - BEGUN
+    if not (name == 'checkpoints' and _is_empty(path / name))
   )
 
 
 def _is_empty(folder) -> bool:
-  return folder.is_dir() and not any(
-    not BESIDE.fullmatch(name) for name in files.entries(folder)
-  )
+  return folder.is_dir() and not foreign(folder)

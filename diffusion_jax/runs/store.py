@@ -24,6 +24,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from diffusion_jax.runs import folder
 from diffusion_jax.system import files, npz
 from diffusion_jax.system.errors import UserError
 
@@ -66,11 +67,12 @@ def open_store(directory, protocol: dict, numerics: dict | None = None) -> dict:
           f'not {_short(asked.get(name))}: choose another --output'
         )
     return before
-  # A kill may have left a folder without a store.
-  if directory.exists() and files.entries(directory):
+  # A kill may have left a folder without a store; a launch, a log.
+  if there := sorted(folder.foreign(directory)):
+    more = f' and {len(there) - 1} more' * (len(there) > 1)
     raise UserError(
-      f'{directory} is not empty and not a sample store: choose another '
-      '--output'
+      f'{directory} is not empty and not a sample store (in the way: '
+      f'{there[0]}{more}): choose another --output'
     )
   recorded = {NUMERICS: numerics} if numerics else {}
   files.write_json(path, {**protocol, **recorded})
@@ -95,11 +97,11 @@ def _read_protocol(path) -> dict:
 
 def parts(directory) -> list[tuple[int, int, files.Path]]:
   """(first index, last index + 1, file) of every part, in order."""
-  folder = files.at(directory) / 'parts'
-  if not folder.is_dir():
+  place = files.at(directory) / 'parts'
+  if not place.is_dir():
     return []
   found = []
-  for path in sorted(folder.iterdir()):
+  for path in sorted(place.iterdir()):
     if match := PART.fullmatch(path.name):
       found.append((int(match[1]), int(match[2]) + 1, path))
   return found
@@ -132,9 +134,9 @@ def consecutive(indices: np.ndarray) -> list[tuple[int, int]]:
 
 def save(directory, indices, images: np.ndarray) -> None:
   """Saves images [n, H, W, C]; one part per run of consecutive indices."""
-  folder, at = files.make(files.at(directory) / 'parts'), 0
+  place, at = files.make(files.at(directory) / 'parts'), 0
   for first, end in consecutive(np.asarray(indices)):
-    path = folder / f'{first:09d}-{end - 1:09d}.npy'
+    path = place / f'{first:09d}-{end - 1:09d}.npy'
     with files.replacing(path) as file:
       np.save(file, images[at : at + end - first], allow_pickle=False)
     at += end - first

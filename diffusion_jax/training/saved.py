@@ -76,7 +76,8 @@ def check(directory) -> None:
     ) from e
   broken = os.path.islink(directory) and not directory.exists()
   step = newest(directory)
-  if not (step or broken):
+  is_converted = (directory.parent / 'converted.json').exists()
+  if not (step or broken or is_converted):
     return
   if broken:
     state = f'a broken link to {os.readlink(directory)}'
@@ -85,9 +86,11 @@ def check(directory) -> None:
   else:
     state = 'without a checkpoint'
   come = f'the run had come to step {step}, but ' if step else ''
+  remedy = (
+    'convert the weights again' if is_converted else ('train in a new workdir')
+  )
   raise UserError(
-    f'{come}{directory} is {state}: restore or mount it, or train in a new '
-    'workdir'
+    f'{come}{directory} is {state}: restore or mount it, or {remedy}'
   )
 
 
