@@ -226,6 +226,7 @@ def test_a_folder_with_pickled_weights(tmp_path):
 # --- a workdir ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_came_in_is_sampled_judged_and_begun_with(tmp_path):
   run = tiny.trained(tmp_path / 'run')
   folder = converted(run, tmp_path / 'folder')

@@ -83,7 +83,8 @@ def test_a_shell_changes_neither_training_nor_grids(plain, tmp_path, shell):
   assert (tmp_path / 'samples' / grid.name).read_bytes() == grid.read_bytes()
 
 
-@pytest.mark.parametrize('shell', IN_PROCESSES)
+@pytest.mark.slow
+@pytest.mark.parametrize('shell', SHELLS)
 def test_a_shell_changes_no_samples_of_the_library(plain, tmp_path, shell):
   """And the library leaves the program's settings as they are."""
   run('-c', LIBRARY, plain, tmp_path / 'images.npy', **SHELLS[shell])

@@ -164,6 +164,7 @@ def test_default_is_the_papers_sampler_and_stores_have_names(run):
   shutil.rmtree(path)
 
 
+@pytest.mark.slow
 def test_any_checkpoint_of_the_run(run, tmp_path):
   drawn = {}
   for step in (10, 20):

@@ -206,7 +206,13 @@ def collectives(text) -> dict:
   return total
 
 
-@pytest.mark.parametrize(('sizes', 'gathers'), [((8, 1, 1), 0), ((1, 8, 1), 1)])
+@pytest.mark.parametrize(
+  ('sizes', 'gathers'),
+  [
+    ((1, 8, 1), 1),
+    pytest.param((8, 1, 1), 0, marks=pytest.mark.slow),
+  ],
+)
 def test_devices_exchange_what_theory_says(sizes, gathers):
   """In a step, of P bytes of parameters, of which S are split over 'fsdp':
 
