@@ -190,6 +190,22 @@ def test_one_bright_image_is_enough(tmp_path):
   assert folder(tmp_path, channels=1).notes == ()
 
 
+def test_images_that_cannot_be_read_are_not_called_dark(tmp_path):
+  (tmp_path / 'a.png').write_bytes(b'no image')
+  Image.new('F', (8, 8), 0.5).save(tmp_path / 'b.tif')
+  assert folder(tmp_path, channels=1).notes == ()
+
+
+def test_the_brightest_image_counts_whatever_its_bits(tmp_path):
+  Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(tmp_path / 'a.png')
+  Image.new('L', (8, 8), 10).save(tmp_path / 'b.png')
+  (note,) = folder(tmp_path, channels=1).notes
+  assert '15 of 255' in note
+  assert 'data.bits=12' in note
+  source = folder(tmp_path, channels=1, bits=12)
+  assert [source[i]['image'].max() for i in (0, 1)] == [4000 >> 4, 10]
+
+
 def test_packed_samples_of_12_bits_in_a_tiff(tmp_path):
   """The file says 12 bits, so that nothing has to be assumed."""
   samples = np.arange(64).reshape(8, 8) * 64

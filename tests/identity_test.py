@@ -191,7 +191,7 @@ def test_without_a_whole_note_the_images_of_now_are_the_runs(
   run = begun(tmp_path / 'run', splits)
   (run / 'data.json').write_text(text)
   known = dataset.check(run, splits, 'test', False)
-  assert 'the images of now are taken' in capsys.readouterr().err
+  assert 'the images found now are taken' in capsys.readouterr().err
   dataset.write(run, known)
   assert dataset.read(run) == known.facts
 

@@ -50,7 +50,8 @@ def create(
     )
     raise UserError(f'{what} is not an array file: {remedy}')
   if not file.is_file():
-    raise UserError(f'{what} is not a file: use a .npy or .npz')
+    found = 'is not a file' if file.exists() else 'does not exist'
+    raise UserError(f'{what} {found}: give a .npy or .npz file')
 
   labels, num_classes, has_test, notes = None, 0, False, []
   with errors.one_line(

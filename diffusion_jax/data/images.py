@@ -6,7 +6,8 @@
    ignored.
 2. Samples. 16-bit samples keep their high byte, and 12-bit samples of a TIFF
    their 8 highest bits. With `bits`, grey samples have that many bits, whatever
-   the file says. Negative samples, larger ones and floats are refused.
+   the file says; but not more than 8 in a file of 8 bits. Negative samples,
+   larger ones and floats are refused.
 3. Colour. Transparency is composited over white. Palettes, CMYK and the like
    become RGB. Then 3 channels are RGB, and 1 channel is Pillow's 'L' (ITU-R 601
    luma).
@@ -176,9 +177,12 @@ def brightest(file: str | BinaryIO, name: str) -> tuple[int, int]:
 
   Raises:
     Broken: the image cannot be read.
+    UserError: its samples are floats, which have no range.
   """
   with reading(name):
     image = _decode(file)
+    if image.mode == 'F':
+      raise UserError(f'image {name} has floats')
     if _is_wide(image):
       return int(np.asarray(image).max()), 16
     return int(np.asarray(image.convert('RGB')).max()), 8
@@ -296,7 +300,7 @@ def _eight_bits(image: Image.Image, bits: int, name: str) -> Image.Image:
     bits: bits of a grey sample; 0 = as the mode says.
     name: what to call the image in errors.
   """
-  if not _is_wide(image) and not (bits and image.mode == 'L'):
+  if not _is_wide(image) and not (0 < bits < 8 and image.mode == 'L'):
     return image
   samples = np.asarray(image)
   low, high = samples.min(), samples.max()

@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 
 from diffusion_jax.data import images, sources
+from diffusion_jax.system.errors import UserError
 
 LOOKED_AT = 64  # images at most
 DARK = 64  # no pixel of a normal set is below this in all images
@@ -35,17 +36,17 @@ def files(
     for number, what in facts
     if number
   ]
-  if wanted.bits and grey == len(heads):
+  if not heads or (wanted.bits and grey == len(heads)):
     return notes
-  peak, bits = 0, 8
+  peaks = set()  # (of 255, as stored)
   for index in looked:
-    with contextlib.suppress(images.Broken):
-      found, bits = images.brightest(*open_fn(index))
-      peak = max(peak, found)
-    if peak >> (bits - 8) >= DARK:
-      return notes
+    with contextlib.suppress(UserError):  # reading it will tell
+      peak, bits = images.brightest(*open_fn(index))
+      peaks.add((peak >> (bits - 8), peak))
+      if max(peaks)[0] >= DARK:
+        return notes
   has_key = wanted.has_config and grey == len(heads)
-  return [*notes, _dark(peak, bits, len(looked), has_key)]
+  return [*notes, _dark(*max(peaks), len(looked), has_key)] if peaks else notes
 
 
 def arrays(read_fn, count: int) -> list[str]:
@@ -60,7 +61,7 @@ def arrays(read_fn, count: int) -> list[str]:
     peak = max(peak, int(read_fn(index).max()))
     if peak >= DARK:
       return []
-  return [_dark(peak, 8, len(looked), False)]
+  return [_dark(peak, peak, len(looked), False)]
 
 
 def spread(count: int, at_most: int = LOOKED_AT) -> list[int]:
@@ -69,11 +70,12 @@ def spread(count: int, at_most: int = LOOKED_AT) -> list[int]:
   return [int(index) for index in chosen]
 
 
-def _dark(peak: int, bits: int, count: int, has_key: bool) -> str:
-  high = peak >> (bits - 8)
+def _dark(high: int, peak: int, count: int, has_key: bool) -> str:
+  """The note on a dark set, from its brightest value: of 255, and as stored."""
   found = f'the brightest value of {count} images looked at is {high} of 255'
   remedy = 'scale them to 0 to 255 if they are not meant to be dark'
   if has_key:
     own = max(peak.bit_length(), 1)
-    remedy = f'if their samples have {own} bits, set data.bits={own}'
+    s = 's' * (own > 1)
+    remedy = f'if their samples have {own} bit{s}, set data.bits={own}'
   return f'{found}, so most of the range is unused: {remedy}'

@@ -64,7 +64,8 @@ def check(workdir, splits: Splits, heldout_split: str, accept: bool) -> Known:
       terminal.say(f'{change}: accepted')
     if then is None and begun:
       terminal.say(
-        f'the run has no whole {DATA}: the images of now are taken as its own'
+        f'the run has no whole {DATA}: the images found now are taken as its '
+        'own'
       )
     if then is None or change:
       _check_heldout(splits, accept)
