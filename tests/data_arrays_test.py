@@ -77,6 +77,25 @@ def test_npz_with_a_test_set_of_its_own(tmp_path, save):
   assert train.num_classes == test.num_classes == 4
 
 
+def test_npz_with_the_names_of_keras(tmp_path):
+  images, labels = random_images(6, channels=1)[..., 0], np.arange(6) % 3
+  np.savez(
+    tmp_path / 'mnist.npz', x_train=images[:4], y_train=labels[:4],
+    x_test=images[4:], y_test=labels[4:],
+  )  # fmt: skip
+  for split, part in (('train', slice(4)), ('test', slice(4, 6))):
+    source = data.create(
+      'arrays',
+      path=str(tmp_path / 'mnist.npz'),
+      split=split,
+      image_size=8,
+      channels=1,
+    )
+    np.testing.assert_array_equal(all_images(source)[..., 0], images[part])
+    assert all_labels(source) == list(labels[part])
+    assert source.num_classes == 3
+
+
 def test_npz_with_unnamed_images(tmp_path):
   np.savez(tmp_path / 'a.npz', random_images(3))
   source = arrays(tmp_path / 'a.npz')
@@ -151,8 +170,8 @@ DAMAGED = {
     ['pickled', 'images'],
   ),
   'no images': (
-    lambda p: np.savez(p, x_train=random_images(2), y_train=[1, 2]),
-    ['x_train, y_train', 'train_images'],
+    lambda p: np.savez(p, X=random_images(2), y=[1, 2]),
+    ['X, y', 'train_images'],
   ),
   'other size': (
     lambda p: np.savez(p, images=random_images(2, size=16)),

@@ -2,10 +2,11 @@
 
   .npy  uint8 [N, H, W, C], or [N, H, W] for one channel; memory-mapped.
   .npz  `train_images` and optionally `train_labels`, `test_images`,
-        `test_labels`; or `images` (or `arr_0`) and optionally `labels`. Images
-        as above; labels are integers [N] or [N, 1], 0 or more, and others are
-        left out. The images of the requested split are memory-mapped, or read
-        into memory if they are compressed.
+        `test_labels`; or `x_train` and so on, as Keras names them; or `images`
+        (or `arr_0`) and optionally `labels`. Images as above; labels are
+        integers [N] or [N, 1], 0 or more, and others are left out. The images
+        of the requested split are memory-mapped, or read into memory if they
+        are compressed.
 
 Without `test_images`, 'test' is every `heldout_every`-th image.
 
@@ -21,6 +22,15 @@ import numpy as np
 from diffusion_jax.data import looks, sources
 from diffusion_jax.system import errors, files, npz
 from diffusion_jax.system.errors import UserError
+
+# Images to train on -> their labels, the test images, and the labels of those.
+_TEST = ('test_images', 'test_labels')
+_KEYS = {
+  'train_images': ('train_labels', *_TEST),
+  'x_train': ('y_train', 'x_test', 'y_test'),
+  'images': ('labels', *_TEST),
+  'arr_0': ('labels', *_TEST),
+}
 
 
 def create(
@@ -120,18 +130,18 @@ def _read_npz(
   if packed > Path(archive.filename).stat().st_size:
     raise ValueError(f'it claims {packed} bytes of data, but is smaller')
   there = [i.filename.removesuffix('.npy') for i in archive.infolist()]
-  found = [k for k in ('train_images', 'images', 'arr_0') if k in there]
+  found = [key for key in _KEYS if key in there]
   if not found:
     keys = ' '.join(', '.join(there[:10]).split()) or 'nothing'
     raise UserError(
       f'{what} holds {keys}: needs train_images (and train_labels, '
       'test_images, test_labels), or images (and labels)'
     )
-  has_test = 'test_images' in there
-  train_labels = 'train_labels' if found[0] == 'train_images' else 'labels'
+  train_labels, test_images, test_labels = _KEYS[found[0]]
+  has_test = test_images in there
   own_test = has_test and wanted.split == 'test'
-  images_key = 'test_images' if own_test else found[0]
-  labels_key = 'test_labels' if own_test else train_labels
+  images_key = test_images if own_test else found[0]
+  labels_key = test_labels if own_test else train_labels
 
   def read(key, check):
     where = f'array {key!r} in {what}'
@@ -145,7 +155,7 @@ def _read_npz(
     # The labels of both splits, so that both have the same number of classes.
     both = {
       key: _as_labels(read(key, _check_labels), f'array {key!r} in {what}')
-      for key in (train_labels, 'test_labels')
+      for key in (train_labels, test_labels)
       if key in there
     }
     labels = both.get(labels_key)
