@@ -176,6 +176,22 @@ def test_a_mount_that_has_died_is_named(tmp_path, monkeypatch, code):
   assert os.strerror(code) in str(error.value)
 
 
+def test_checkpoints_that_are_a_file_are_told_before_training(tmp_path):
+  runs.write_config(tmp_path, digits.get_config())
+  (tmp_path / 'checkpoints').write_text('')
+  with pytest.raises(UserError, match='checkpoints is a file'):
+    runs.check(tmp_path, digits.get_config())
+
+
+def test_a_damaged_config_of_a_run_that_never_began_may_be_deleted(tmp_path):
+  (tmp_path / 'config.json').write_text('')
+  (tmp_path / 'data.json').write_text('{}')
+  with pytest.raises(UserError, match='or delete it, as there is no check'):
+    runs.check(tmp_path, digits.get_config())
+  (tmp_path / 'config.json').unlink()
+  runs.check(tmp_path, digits.get_config())
+
+
 def test_converted_weights_without_their_checkpoint_are_converted_again(
   tmp_path,
 ):

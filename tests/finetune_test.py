@@ -307,6 +307,17 @@ def narrow():
   return network(channels=8, multipliers=(1, 2), num_groups=4)
 
 
+def test_a_recorded_origin_that_is_gone_has_remedies(tmp_path):
+  """The command does not name it, so neither does a flag of the message."""
+  origin = {'workdir': str(tmp_path / 'gone'), 'step': 5, 'ema': True}
+  (tmp_path / runs.INIT).write_text(json.dumps(origin))
+  with pytest.raises(UserError, match='was started from the averaged') as error:
+    finetune.find(tmp_path, None, None, True)
+  assert f'or delete {tmp_path}/{runs.INIT}' in str(error.value)
+  (tmp_path / runs.INIT).unlink()
+  assert finetune.find(tmp_path, None, None, True) is None
+
+
 @pytest.mark.parametrize(
   ('flags', 'changes', 'must'),
   [

@@ -1,10 +1,13 @@
 """What users give as a set of images: stores, runs, features, pickles."""
 
+import shutil
+
 import numpy as np
 import pytest
 from judges import brightness, random_features, random_images
 
 from diffusion_jax.cli import given
+from diffusion_jax.data import sets
 from diffusion_jax.evaluation import features, statistics, stored_features
 from diffusion_jax.evaluation.metrics import frechet
 from diffusion_jax.runs import store
@@ -182,6 +185,16 @@ def test_a_store_without_samples(tmp_path):
   path = store_in(tmp_path / 'store', random_images(0))
   with pytest.raises(UserError, match='without samples: draw them first'):
     given.store_of(str(path))
+
+
+def test_a_store_whose_parts_are_deleted_still_has_its_npz(tmp_path):
+  path = store_in(tmp_path / 'store', random_images(9))
+  whole = store.write_npz(path)
+  shutil.rmtree(path / 'parts')
+  with pytest.raises(UserError, match=f'without samples: give {whole}'):
+    given.store_of(str(path))
+  given.check('reference', str(whole))
+  assert len(sets.open_set(str(whole))) == 9
 
 
 def test_a_run_is_no_set(tmp_path):

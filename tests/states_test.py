@@ -388,6 +388,20 @@ def test_shards_that_lack_a_tensor(folder, tensors):
   assert 'lists more.weight, which its shards do not hold' in refused(folder)
 
 
+def test_shards_without_an_index(folder, tensors):
+  """One of them is not the network, so none is proposed."""
+  shards_of(folder, tensors).unlink()
+  message = refused(folder)
+  assert f'without their index, such as {NAME}.index.json' in message
+  assert 'give one of them' not in message
+
+
+def test_weights_that_are_a_link_to_nothing(folder):
+  (folder / WEIGHTS).unlink()
+  (folder / WEIGHTS).symlink_to('../../blobs/gone')
+  assert 'cannot be read (No such file or directory)' in refused(folder)
+
+
 def test_a_pointer_of_git_lfs(folder):
   (folder / WEIGHTS).write_text(
     'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n'

@@ -88,9 +88,11 @@ def store_of(text: str, image_size=None, channels=None) -> Source | None:
   for first, end, _ in parts:  # up to the first gap
     count = max(count, end) if first <= count else count
   if not count:
+    whole = path / 'samples.npz'
+    give = f'give {whole}, or ' * whole.is_file()
     raise UserError(
-      f'{text} is a sample store without samples: draw them first, with the '
-      'command that made it'
+      f'{text} is a sample store without samples: {give}draw them first, with '
+      'the command that made it'
     )
   owner = np.zeros(count, np.int32)
   for i, (first, end, _) in enumerate(parts):

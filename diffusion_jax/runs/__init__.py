@@ -117,6 +117,7 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
       f'state: fine-tune with --init_from={workdir} in another folder'
     )
   saved.check(path / 'checkpoints')
+  usable_folder('workdir', path / 'checkpoints')
   if (path / 'config.json').exists() or _noted_config(path):
     refused = fixed(read_config(workdir), to_plain(config))
     if refused and checkpoint.steps(path / 'checkpoints'):
@@ -319,9 +320,11 @@ def read_config(workdir, flag: str = '--workdir') -> dict:
         f'{flag}={workdir} holds no run (no config.json): train first'
       ) from e
     if config is None:
+      alone = not checkpoint.steps(path.parent / 'checkpoints')
+      delete = ', or delete it, as there is no checkpoint' * alone
       raise UserError(
         f'{path} is unreadable ({e}): copy it from a backup, or from a run '
-        'of the same config'
+        f'of the same config{delete}'
       ) from e
     terminal.say_once(f'{path} is unreadable ({e}): {STARTS} has its content')
   completion.complete(config)  # keys that are newer than the run

@@ -122,8 +122,17 @@ def find(
     there, step, ema = before
   if begun or not (init_from or before):
     return None
-  runs.read_config(there, '--init_from')
-  found = checkpoint.find_step(_checkpoints(there), step, '--init_step')
+  try:
+    runs.read_config(there, '--init_from')
+    found = checkpoint.find_step(_checkpoints(there), step, '--init_step')
+  except UserError as e:
+    if init_from:
+      raise
+    raise UserError(
+      f'{workdir} was started from {describe(before)}, which cannot be read '
+      f'({e}): restore it, give another --init_from, or delete '
+      f'{workdir}/{runs.INIT}'
+    ) from e
   return Origin(str(there), found, ema)
 
 

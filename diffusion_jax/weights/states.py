@@ -27,6 +27,7 @@ WEIGHTS = STEM + SAFE
 INDEX = '.index.json'
 # In order: the first that exists is read.
 USUAL = (WEIGHTS, WEIGHTS + INDEX, f'{STEM}.bin', f'{STEM}.bin{INDEX}')
+SHARD = r'-\d+-of-(?!0*1\.)\d+\.'  # of several
 VARIANT = rf'{STEM}\.(?!.*-of-\d)([\w-]+)({SAFE}|\.bin)'
 
 # Each network that `settings` supports has exactly one parameter of this name.
@@ -176,6 +177,11 @@ def _found_in(folder) -> tuple[files.Path, list[str]]:
     safe,
     pickled,
   ):
+    if shards := [name for name in names if re.search(SHARD, name)]:
+      raise UserError(
+        f'{folder} holds shards ({named.shortened(shards)}) without their '
+        f'index, such as {WEIGHTS}{INDEX}: download it, too'
+      )
     if len(names) == 1:
       return folder / names[0], [f'the weights are those of {names[0]}']
     if names:
@@ -223,7 +229,7 @@ def _shards(index, digest) -> tuple[list[str], dict[str, np.ndarray]]:
 
 def _tensors(path, digest) -> dict[str, np.ndarray]:
   """The tensors of one file; adds its bytes to the hash."""
-  content = files.content(path, 'give the folder of a diffusers model')
+  content = files.content(path, 'download it again, or give another file')
   digest.update(content)
   if content.startswith(POINTER):
     raise UserError(
