@@ -188,7 +188,7 @@ def test_a_run_that_meets_a_broken_image(tmp_path):
     assert part in last
   rows = metrics.read(workdir / 'metrics.jsonl')
   assert [row['step'] for row in rows] == list(range(1, step))
-  assert 'then resume with --accept_data' in last
+  assert 'the same command then needs --accept_data' in last
   result = training(images, workdir, '--config.data.skip_broken=True')
   assert result.code == 0, result.err
   assert f"left out: image '{odd}.png'" in result.err

@@ -18,6 +18,7 @@ from imagesets import (
 from PIL import Image, PngImagePlugin
 
 from diffusion_jax import data
+from diffusion_jax.data import images as images_module
 from diffusion_jax.data import pipeline, sources
 from diffusion_jax.system.errors import UserError
 
@@ -356,6 +357,15 @@ def test_a_sub_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr(os, 'scandir', scandir)
   message = error_line('folder', path=str(tmp_path), image_size=8, channels=3)
   assert message.endswith(f'Permission denied: {tmp_path / "private"}')
+
+
+def test_a_link_to_itself_is_a_broken_image(tmp_path):
+  Image.new('L', (8, 8), 200).save(tmp_path / 'a.png')
+  (tmp_path / 'b.png').symlink_to('b.png')
+  source = folder(tmp_path)
+  assert len(source.identity['sample']) == 2
+  with pytest.raises(images_module.Broken, match=r"'b\.png'"):
+    source[1]
 
 
 def test_files_that_are_passed_over_are_counted(tmp_path):

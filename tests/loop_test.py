@@ -287,7 +287,8 @@ def test_what_is_done_before_a_broken_image_is_saved_once(tmp_path):
     with pytest.raises(UserError) as told:
       train(workdir, batches=batches(count), every=loop.Every(checkpoint=5))
     assert checkpoint.steps(workdir / 'checkpoints') == saved
-    for part in ('a.png', 'preflight --all_images', 'data.skip_broken=True'):
+    for part in ('a.png', '--accept_data', 'preflight --all_images',
+                 'data.skip_broken=True'):  # fmt: skip
       assert part in str(told.value)
 
 

@@ -9,6 +9,7 @@ a set of a million files is identified in seconds:
    "sample": {name of an image: digest of its content}}
 """
 
+import errno
 import functools
 import hashlib
 import os
@@ -69,8 +70,10 @@ def of_files(
     try:
       with open(os.path.join(root, names[index]), 'rb') as file:
         return _pieces(file)
-    except FileNotFoundError:  # a link to nothing is a broken image
-      return b''
+    except OSError as error:
+      if error.errno in (errno.ENOENT, errno.ELOOP):
+        return b''  # a link to nothing is a broken image
+      raise
 
   @functools.cache
   def sizes():

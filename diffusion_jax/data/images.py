@@ -250,7 +250,10 @@ def _decode(file: str | BinaryIO) -> Image.Image:
     if bare := _without_remarks(file):
       return _upright(bare)
     if isinstance(error, UnidentifiedImageError):
-      raise ValueError(f'it is none of {", ".join(FORMATS)}') from error
+      kinds = ', '.join(FORMATS)
+      raise ValueError(
+        f'it is none of {kinds}, or a variant that Pillow does not read'
+      ) from error
     raise
 
 

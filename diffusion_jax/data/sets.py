@@ -24,8 +24,9 @@ def open_set(
 
   Args:
     text: the set, optionally followed by a split, as in 'tfds:cifar10@test':
-      'train' (the default; all images of a folder), 'test', or for TFDS any of
-      its split strings. A folder or file of the exact name takes precedence:
+      'train' (the default; all images of a folder without splits, see
+      layouts.py), 'test', or for TFDS any of its split strings. A folder or
+      file of the exact name takes precedence:
         DIR             a folder of image files, see folders.py;
         FILE.npy, .npz  uint8 images, see arrays.py;
         digits          scikit-learn's 8x8 digits;

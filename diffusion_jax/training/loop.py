@@ -233,7 +233,8 @@ def _reason(error: Exception, checkpoints) -> str:
     return f'{error.strerror}: {error.filename or checkpoints.parent}'
   if isinstance(error, images.Broken):
     return (
-      f'{error}, then resume with --accept_data (preflight --all_images finds '
-      'all such images; data.skip_broken=True leaves them out)'
+      f'{error} (the same command then needs --accept_data; preflight '
+      '--all_images finds all such images; data.skip_broken=True leaves them '
+      'out)'
     )
   return str(error) if isinstance(error, OSError | UserError) else ''
