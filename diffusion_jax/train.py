@@ -137,9 +137,7 @@ def _begin(stack, workdir, config, known, origin, begun) -> list[int]:
   if not (workdir / 'config.json').exists():
     dataset.write(workdir, known)
     runs.write_config(workdir, config)
-  kept = checkpoint.steps(workdir / 'checkpoints')
-  saved.note(workdir / 'checkpoints', max(kept, default=0))
-  return kept
+  return saved.note_start(workdir / 'checkpoints')
 
 
 def _say_start(

@@ -286,6 +286,21 @@ def test_a_torn_checkpoint_is_set_aside(made, tmp_path, capsys, how):
     assert int(kept.restore_newest(made[1]).step) == 3
 
 
+def test_a_newer_checkpoint_that_is_gone_is_told(made, tmp_path, capsys):
+  """It may have been moved away on purpose: the run goes on."""
+  place = shutil.copytree(made[0], tmp_path / 'checkpoints')
+  saved.note(place, 3)
+  assert saved.note_start(place) == [1, 2, 3]
+  assert not capsys.readouterr().err
+  shutil.rmtree(place / '3')
+  assert saved.note_start(place) == [1, 2]
+  told = capsys.readouterr().err
+  assert 'checkpoint 3 had been saved, but is no longer in' in told
+  assert 'the steps after 2 are trained again' in told
+  assert saved.note_start(place) == [1, 2]
+  assert not capsys.readouterr().err
+
+
 def test_all_torn_is_one_line_and_changes_nothing(made, tmp_path):
   place = shutil.copytree(made[0], tmp_path / 'checkpoints')
   for path in list(place.iterdir()):

@@ -10,7 +10,7 @@ import json
 import math
 import os
 
-from diffusion_jax.system import distributed, files, jsonl
+from diffusion_jax.system import distributed, files, jsonl, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import metrics
 from diffusion_jax.training.stored import steps
@@ -27,6 +27,28 @@ def note(directory, step: int) -> None:
   """
   if distributed.is_first():
     files.write_json(files.absolute(directory).parent / SAVED, {'step': step})
+
+
+def note_start(directory) -> list[int]:
+  """Notes the newest step at a start, and says if a newer one has been saved.
+
+  Args:
+    directory: the folder of the checkpoints.
+
+  Returns:
+    the steps that have a checkpoint.
+  """
+  there, step = steps(directory), 0
+  newest_there = max(there, default=0)
+  with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+    step = int(_json(files.absolute(directory).parent / SAVED)['step'])
+  if step > newest_there:
+    terminal.say(
+      f'checkpoint {step} had been saved, but is no longer in {directory}: the '
+      f'steps after {newest_there} are trained again'
+    )
+  note(directory, newest_there)
+  return there
 
 
 def newest(directory) -> int:
