@@ -409,7 +409,7 @@ def test_what_cannot_be_converted_is_told(tmp_path):
     ([f'--from={bare}', target], 'has no weights'),
     ([f'--from={folder}', f'--to={folder}'], 'is not empty'),
     ([f'--from={folder}', f'--to={full}'], 'in the way: photo.png'),
-    ([f'--from={lost}', target], 'the run had come to step 20'),
+    ([f'--from={lost}', target], 'the run had reached step 20'),
     ([f'--from={folder}', f'--to={folder}/in'], 'is inside --from'),
     ([f'--from={folder}', target, '--config=cifar10'], 'images of 32x32x3'),
     ([f'--from={folder}', target, '--step=-1'], '--step'),

@@ -157,7 +157,7 @@ def test_a_run_without_its_checkpoints_is_no_new_run(tmp_path, how):
     lambda: checkpoint.find_step(tmp_path / 'run/checkpoints', None),
     lambda: follow.wait_for_first(tmp_path / 'run', 0.01),
   ):
-    with pytest.raises(UserError, match='the run had come to step 30') as error:
+    with pytest.raises(UserError, match='the run had reached step 30') as error:
       ask()
     assert '\n' not in str(error.value)
     assert ('broken link' in str(error.value)) == (how == 'dead link')
@@ -215,12 +215,12 @@ def test_an_older_run_is_judged_by_its_rows_and_starts(tmp_path):
   runs.check(tmp_path, config)  # killed at 30, the first one is due at 1000
   config.checkpoint_every = 25
   runs.write_config(tmp_path, config)
-  with pytest.raises(UserError, match='come to step 30'):
+  with pytest.raises(UserError, match='reached step 30'):
     runs.check(tmp_path, config)
   config.checkpoint_every = 1000
   runs.write_config(tmp_path, config)
   runs.note_start(tmp_path, {'step': 20})
-  with pytest.raises(UserError, match='come to step 20'):
+  with pytest.raises(UserError, match='reached step 20'):
     runs.check(tmp_path, config)
 
 
@@ -233,7 +233,7 @@ def test_the_binaries_tell_of_lost_checkpoints(tmp_path):
     binaries.run('train', *tiny.flags(run, num_steps=31)),
     binaries.run('sample', f'--workdir={run}', '--num_samples=1'),
   ):
-    assert 'the run had come to step 30' in result.message
+    assert 'the run had reached step 30' in result.message
   assert {p: p.read_bytes() for p in run.rglob('*') if p.is_file()} == before
   (run / 'checkpoints').symlink_to(tmp_path / 'elsewhere')
   tiny.train(run, num_steps=31)

@@ -102,17 +102,16 @@ def check(directory) -> None:
   if not (step or broken or is_converted):
     return
   if broken:
-    state = f'a broken link to {os.readlink(directory)}'
+    state = f'is a broken link to {os.readlink(directory)}'
   elif not directory.exists():
-    state = 'gone'
+    state = 'is gone'
   else:
-    state = 'without a checkpoint'
-  come = f'the run had come to step {step}, but ' if step else ''
-  remedy = (
-    'convert the weights again' if is_converted else ('train in a new workdir')
-  )
+    state = 'holds no checkpoint'
+  reached = f'the run had reached step {step}, but ' if step else ''
+  again = 'convert the weights again'
+  remedy = again if is_converted else 'train in a new workdir'
   raise UserError(
-    f'{come}{directory} is {state}: restore or mount it, or {remedy}'
+    f'{reached}{directory} {state}: restore or mount it, or {remedy}'
   )
 
 
