@@ -68,6 +68,23 @@ def test_the_page_has_the_numbers_of_the_config(images):
   ]  # fmt: skip
 
 
+def test_the_page_says_which_image_sizes_need_what():
+  text = PAGE.read_text()
+  for size, changes in (
+    (16, {}), (32, {}), (64, {}), (128, {}),
+    (96, {'attention_resolutions': (12,)}),
+    (256, {'multipliers': (1, 1, 2, 2, 2)}),
+  ):  # fmt: skip
+    config = folder.get_config('300')
+    config.data.image_size = size
+    assert bool(validation.check(config, range(1))) == bool(changes)
+    for key, value in changes.items():
+      assert f"{key}='{value}'".replace(', ', ',') in text
+      config.model[key] = value
+    assert f'{size}' in text
+    assert validation.check(config, range(1)) == []
+
+
 def test_another_number_of_images_is_refused():
   with pytest.raises(UserError, match='one of 300, 3000, 30000'):
     folder.get_config('500')

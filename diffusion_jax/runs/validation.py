@@ -154,7 +154,7 @@ def _model(model, data):
     yield (
       resolution in maps,
       f'model.attention_resolutions has {resolution}, but the maps are of size '
-      f'{", ".join(map(str, maps))}',
+      f'{", ".join(map(str, maps))}: give some of these, or () for none',
     )
 
 
