@@ -59,6 +59,18 @@ def test_features_in_a_npy_and_compressed_ones(pool, tmp_path):
   np.testing.assert_allclose(first.covariance, second.covariance, rtol=1e-5)
 
 
+@pytest.mark.parametrize('shape', [(6,), (6, 1, 1)])
+def test_features_in_the_order_of_fortran(pool, shape):
+  """As NumPy saves an array that was transposed."""
+  x, path = pool
+  np.savez(path, pool_3=np.asfortranarray(x.reshape(-1, *shape)))
+  found = statistics.read_gaussian(path, 6)
+  np.testing.assert_allclose(found.mean, x.mean(0), rtol=1e-6)
+  np.testing.assert_allclose(
+    found.covariance, np.cov(x, rowvar=False), rtol=1e-5, atol=1e-6
+  )
+
+
 def test_few_features_are_told(pool, capsys):
   x, path = pool
   np.savez(path, pool_3=x[:5])

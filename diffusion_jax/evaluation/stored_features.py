@@ -2,7 +2,7 @@
 
 Tools save the output of a network for each image under one of NAMES, as .npz or
 .npy, [N, D]. The mean and the covariance are computed from them block by block,
-so that memory does not grow with N.
+so that memory does not grow with N, except for arrays in Fortran's order.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def find(path) -> Stored | None:
       header = npz.read_header(file, str(path))
       rest = header.shape[1:]
       is_flat = bool(rest) and sorted(rest)[:-1] == [1] * (len(rest) - 1)
-      if header.dtype.kind == 'f' and header.order == 'C' and is_flat:
+      if header.dtype.kind == 'f' and is_flat:
         return Stored(path, name, header)
   return None
 
@@ -86,10 +86,14 @@ def moments(stored: Stored) -> frechet.Moments:
   ):
     npz.check_bytes(stored.header, num_bytes, str(path))
     file.read(stored.header.offset)
-    for first in range(0, count, ROWS):
-      rows = min(ROWS, count - first)
+    # Fortran's order has all rows of a dimension together.
+    order = stored.header.order
+    most = count if order == 'F' else ROWS
+    for first in range(0, count, most):
+      rows = min(most, count - first)
       content = file.read(rows * dims * itemsize)
-      block = np.frombuffer(content, stored.header.dtype).reshape(rows, dims)
+      block = np.frombuffer(content, stored.header.dtype)
+      block = block.reshape(rows, dims, order=order)
       if not np.isfinite(block).all():
         raise UserError(
           f'{path} has {stored} with numbers that are not finite: compute them '
