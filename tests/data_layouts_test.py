@@ -106,6 +106,13 @@ SPLITS = {
     2,
     2,
   ),
+  'evaluation': (['training/a.png', 'evaluation/b.png'], 1, 1),
+  'held out': (['train/a.png', 'held_out/b.png', 'dev/c.png'], 1, 1),
+  'Food-11': (
+    ['training/a', 'validation/b', 'validation/c', 'evaluation/d'],
+    1,
+    2,
+  ),
   'DIV2K': (['DIV2K_train_HR/a.png', 'DIV2K_valid_HR/b.png'], 1, 1),
   'within each class': (
     ['x/train/a.png', 'x/test/b.png', 'y/train/c.png', 'y/mask/d.png'],

@@ -3,10 +3,11 @@
 From the names of the images alone, in this order:
 
 1. One folder that holds all images is looked through, at any depth.
-2. Folders named `train` and `test` (or `val`) hold the splits; also training,
-   validation, test_set, train2017 and the like, see `_SPLIT`. Other images are
-   left out. The folders may also be inside of each class. If all folders have
-   such a word in their names (trainA, DIV2K_valid_HR), they are splits too.
+2. Folders named `train` and `test` (or `val`, `eval`, `dev`, `heldout`) hold
+   the splits; also training, validation, test_set, train2017 and the like.
+   Other images are left out. The folders may also be inside of each class. If
+   all folders have such a word in their names (trainA, DIV2K_valid_HR), they
+   are splits too.
 3. A dataset.json of NVIDIA's tools ({"labels": [[NAME, CLASS], ...]}) has the
    labels, and folders are no classes.
 4. Folders that only divide the set (shards) are no classes: they are numbered
@@ -33,13 +34,14 @@ from diffusion_jax.system.errors import UserError
 LABELS = 'dataset.json'
 CLASSES = ('auto', 'folders', 'none')
 _SHOWN = 5  # names in a message
+_HELD_OUT = ('test', 'val', 'eval', 'dev', 'heldout', 'holdout')  # best first
+_WORD = (
+  r'(train|test|val|eval|dev|h[eo]ld[-_ ]?out)(ing|id|idation|uation|elopment)?'
+)
 _SPLIT = re.compile(
-  r'(train|test|val)(ing|id|idation)?([-_ ]?(set|data|images?|\d[\dx]*))?',
-  re.IGNORECASE,
+  rf'{_WORD}([-_ ]?(set|data|images?|\d[\dx]*))?', re.IGNORECASE
 )
-_LIKE_A_SPLIT = re.compile(
-  r'(?:.*[^a-zA-Z])?(?i:(train|test|val)(ing|id|idation)?)(?![a-z]).*'
-)
+_LIKE_A_SPLIT = re.compile(rf'(?:.*[^a-zA-Z])?(?i:{_WORD})(?![a-z]).*')
 _PICTURES = re.compile(r'(jpeg)?images?|imgs?|photos?|pictures?', re.IGNORECASE)
 _ANNOTATIONS = re.compile(
   r'masks?|labels?|(annot|segment)ations?\w*|ground[-_ ]?truths?|gt|trimaps?'
@@ -169,21 +171,25 @@ def _splits(names) -> tuple[dict[str, list[str]], int, list[str]]:
   """Folders that are splits, the depth below them, and notes."""
   depth = _through(names, 0)
   found = [
-    division
-    for division in _divisions(names, depth)
-    if 'train' in division[-1]
-    and ('test' in division[-1] or 'val' in division[-1])
+    (at, below, parts, held)
+    for at, below, parts in _divisions(names, depth)
+    for held in _HELD_OUT
+    if 'train' in parts and held in parts
   ]
   if not found:
     return {}, depth, []
-  at, below, parts = found[0]
-  held = 'test' if 'test' in parts else 'val'
+  at, below, parts, held = found[0]
   told = (
     f'{_folders_are(parts["train"], at)} taken for training '
     f'({len(parts["train"])} images), {_folders_are(parts[held], at)} held out '
     f'({len(parts[held])})'
   )
-  others = parts.get('', []) + (parts.get('val', []) if held == 'test' else [])
+  others = [
+    name
+    for part in parts
+    if part not in ('train', held)
+    for name in parts[part]
+  ]
   if others:
     told += f'; {len(others)} other images are left out ({_shown(others)})'
   return {'train': parts['train'], 'test': parts[held]}, below, [told]
@@ -210,7 +216,8 @@ def _parted(names, at, pattern) -> dict[str, list[str]]:
   for name in names:
     folder, *rest = name.split('/')[at:] or ['']  # '' of those above
     match = pattern.fullmatch(folder) if rest else None
-    parts[match[1].lower() if match else ''].append(name)
+    split = re.sub('[-_ ]', '', match[1]).lower() if match else ''
+    parts[split].append(name)
   return dict(parts)
 
 
