@@ -15,6 +15,7 @@ import binaries
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL
 import pytest
 import tiny
 
@@ -100,6 +101,7 @@ def test_a_start_records_what_its_numbers_depend_on(plain):
   assert found['device'].startswith('cpu: ')
   assert found['JAX_DEFAULT_PRNG_IMPL'] == 'threefry2x32'
   assert found['JAX_ENABLE_X64'] == 'False'
+  assert runs.last_start(plain)['versions']['pillow'] == PIL.__version__
 
 
 def test_a_run_that_goes_on_under_another_jax_says_so(tmp_path):

@@ -12,6 +12,7 @@ from diffusion_jax.system import numerics
 PACKAGES = (
   *('diffusion_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint'),
   *('grain', 'numpy', 'scipy', 'diffrax', 'libtpu'),
+  *('pillow', 'tensorflow-datasets'),  # which decode and resize images
 )
 
 
