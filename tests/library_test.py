@@ -313,6 +313,7 @@ def test_batch_and_mesh_change_no_sample(folder, trained, devices, batch_size):
   [
     (lambda t: t.sample(0), 'num_samples=0'),
     (lambda t: t.sample(1, first=-1), 'first=-1'),
+    (lambda t: t.sample(2, first=2**32 - 1), 'is at most 2'),
     (lambda t: t.sample(1, batch_size=0), 'batch_size=0'),
     (lambda t: t.sample(1, sampler='magic'), 'magic'),
     (lambda t: t.sample(1, sampler='ddim', eta=2.0), 'eta=2.0'),
@@ -326,6 +327,22 @@ def test_mistakes_are_one_line(trained, call, said):
   with pytest.raises(UserError, match=said) as error:
     call(trained)
   assert '\n' not in str(error.value)
+
+
+def test_a_dtype_of_numpy(trained):
+  how = {'sampler': 'ddim', 'num_steps': 2}
+  np.testing.assert_array_equal(
+    trained.sample(2, dtype=np.uint8, **how), trained.sample(2, **how)
+  )
+  floats = trained.sample(2, dtype=np.dtype('float32'), **how)
+  assert floats.dtype == np.float32
+
+
+def test_a_folder_inside_a_run_is_not_the_run(folder):
+  run = folder / 'runs' / 'digits'
+  for inner in ('checkpoints', 'checkpoints/30'):
+    with pytest.raises(UserError, match=f'give {run}, which does'):
+      diffusion_jax.load(run / inner)
 
 
 def test_no_run(tmp_path):

@@ -316,8 +316,11 @@ def read_config(workdir, flag: str = '--workdir') -> dict:
   except (OSError, ValueError, TypeError, RecursionError) as e:
     config = _noted_config(path.parent)
     if config is None and not path.is_file():
+      around = files.parents(files.absolute(workdir))[:2]
+      run = next((p for p in around if (p / 'config.json').is_file()), None)
+      remedy = f'give {run}, which does' if run else 'train first'
       raise UserError(
-        f'{flag}={workdir} holds no run (no config.json): train first'
+        f'{flag}={workdir} holds no run (no config.json): {remedy}'
       ) from e
     if config is None:
       alone = not checkpoint.steps(path.parent / 'checkpoints')

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.guidance import clipping
@@ -85,6 +86,8 @@ def drawer(
   """
   codec, schedule = recipe.codec, recipe.schedule
   known = ROUNDED if codec.levels == 256 else {'float32': ROUNDED['float32']}
+  if isinstance(dtype, type | np.dtype):  # such as np.uint8
+    dtype = np.dtype(dtype).name
   dtype = one_of('dtype', dtype or next(iter(known)), known)
   sampler, grid = plan.create(), plan.grid
 

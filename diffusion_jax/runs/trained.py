@@ -242,6 +242,8 @@ class Trained:
     ):  # fmt: skip
       if value < least:
         raise UserError(f'{name}={value}: at least {least}')
+    if first + num_samples > 2**32:
+      raise UserError(f'first={first}: first + num_samples is at most 2**32')
     how = json.dumps(self.plan(**options))
     draw_fn = self.compiled.drawer(how, frames=(), dtype=dtype)
     return sharding.in_batches(
