@@ -401,6 +401,23 @@ def test_what_changes_no_trained_number_may_change(key):
   assert runs.may_change(key)
 
 
+@pytest.mark.parametrize(
+  ('key', 'value', 'is_kept'),
+  [
+    ('lr', 1e-5, True),
+    ('clip_norm', 5.0, True),
+    ('clip_norm', 0.0, False),
+    ('name', 'adamw', False),
+    ('part_lr', {'net': 1e-4}, False),
+  ],
+)
+def test_the_optimiser_keeps_the_form_of_its_state(key, value, is_kept):
+  """As docs/resume.md says."""
+  old = runs.to_plain(digits.get_config())
+  new = {**old, 'optim': {**old['optim'], key: value}}
+  assert (runs.fixed(old, new) == []) == is_kept
+
+
 def test_another_meaning_of_the_held_out_loss_is_told(tmp_path):
   config = digits.get_config()
   runs.write_config(tmp_path, config)

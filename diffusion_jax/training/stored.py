@@ -166,7 +166,7 @@ class Stored:
         f', or choose another with --{self._flag} '
         f'({", ".join(map(str, others))})'
       )
-    what = f'checkpoint {self._step} is unreadable ({reason[:120]})'
+    what = f'checkpoint {self._step} is unreadable ({reason[:120].strip()})'
     code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore
     if code and int(code[1]) != errno.ENOENT:
       return UserError(f'{what}: {remedy}')  # a disk that fails
