@@ -85,6 +85,22 @@ def test_the_page_says_which_image_sizes_need_what():
     assert validation.check(config, range(1)) == []
 
 
+def test_oblong_images_are_set_as_the_page_says(tmp_path):
+  lines = re.search(r'`(with config.*?)`', PAGE.read_text(), re.S)[1]
+  assert len(lines.split(':')) == 2
+  file = tmp_path / 'oblong.py'
+  file.write_text(
+    'from diffusion_jax.configs import folder\n\n\ndef get_config():\n'
+    f"  config = folder.get_config('300')\n  {' '.join(lines.split())}\n"
+    f"  config.data.path = '{photos(tmp_path / 'pictures', 20)}'\n"
+    '  return config\n'
+  )
+  config = config_files.load(str(file))
+  assert validation.check(config, range(1)) == []
+  train, _ = data.splits(config.data)
+  assert train[0]['image'].shape == (64, 96, 3)
+
+
 def test_another_number_of_images_is_refused():
   with pytest.raises(UserError, match='one of 300, 3000, 30000'):
     folder.get_config('500')
