@@ -189,7 +189,7 @@ OTHERS = {
 def test_other_pickles_are_refused(tmp_path, layout, name):
   path = tmp_path / 'weights.pth'
   path.write_bytes(layout(OTHERS[name]))
-  refusal(path)
+  assert 'or save only the state dict with torch.save' in refusal(path)
 
 
 def text(value: str) -> bytes:

@@ -53,8 +53,8 @@ def read(path) -> dict[str, np.ndarray]:
   data = files.content(path, 'give a file of PyTorch weights')
   with errors.one_line(
     f'{path} is not a PyTorch state dict (',
-    '); nothing in it was executed: give the weights as published, or save the '
-    'state dict alone: torch.save(model.state_dict(), FILE)',
+    '); nothing in it was executed: give the weights as published, or save '
+    'only the state dict with torch.save',
   ):
     state, storages = (_zipped if data[:4] == b'PK\3\4' else _stream)(data)
     tensors = {
