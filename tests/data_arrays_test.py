@@ -77,6 +77,15 @@ def test_npz_with_a_test_set_of_its_own(tmp_path, save):
   assert train.num_classes == test.num_classes == 4
 
 
+def test_test_images_go_before_every_nth(tmp_path):
+  images = random_images(6)
+  np.savez(tmp_path / 'a.npz', train_images=images[:4], test_images=images[4:])
+  kwargs = {'path': str(tmp_path / 'a.npz'), 'image_size': 8, 'channels': 3}
+  source = data.create('arrays', heldout_every=2, **kwargs)
+  assert len(source) == 4
+  assert any('heldout_every is ignored' in note for note in source.notes)
+
+
 def test_npz_with_the_names_of_keras(tmp_path):
   images, labels = random_images(6, channels=1)[..., 0], np.arange(6) % 3
   np.savez(

@@ -1,6 +1,7 @@
 """Prepared TFDS sets, written and read without TensorFlow."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from imagesets import (
   random_images,
   write_tfds,
 )
+from ml_collections import ConfigDict
 from PIL import Image
 
 from diffusion_jax import data
@@ -79,6 +81,40 @@ def test_the_rules_for_tfds_are_those_for_folders(tmp_path):
     all_images(tfds_source(tmp_path / 'tfds', **size)),
     all_images(folder(tmp_path / 'files', **size)),
   )
+
+
+def test_what_train_proposes_holds_images_out(tmp_path):
+  import tensorflow_datasets as tfds
+
+  from diffusion_jax import train
+
+  write_tfds(
+    tmp_path,
+    'my_own',
+    '1.0.0',
+    {'image': tfds.features.Image(shape=(None, None, 3))},
+    {'train': [{'image': png(image)} for image in random_images(20)]},
+  )
+  config = ConfigDict(
+    {
+      'name': 'tfds:my_own',
+      'path': str(tmp_path),
+      'image_size': 8,
+      'channels': 3,
+      'train_split': 'train',
+      'heldout_split': 'test',
+    }
+  )
+  assert data.splits(config)[1] is None
+  told = train._not_held_out(config)
+  proposed = re.findall(r"data\.(\w+)='(.*?)'", told)
+  assert len(proposed) == 2
+  config.update(dict(proposed))
+  assert [len(source) for source in data.splits(config)] == [18, 2]
+  config.heldout_split = ''
+  assert 'data.heldout_split is empty' in train._not_held_out(config)
+  config.name, config.heldout_split = 'folder', 'test'
+  assert 'data.heldout_every=10' in train._not_held_out(config)
 
 
 def test_a_broken_first_record_is_left_out(tmp_path):

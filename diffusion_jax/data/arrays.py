@@ -99,6 +99,8 @@ def create(
   *size, channels = images.shape[1:]
   as_rgb = channels < (wanted.channels or 0)
   notes += ['the images are grey, and read as RGB'] * as_rgb
+  if has_test and wanted.heldout_every:
+    notes.append('data.heldout_every is ignored, as the file has test images')
   notes += looks.arrays(lambda index: read(index)[0], len(indices))
   return sources.create(
     f'arrays {path}, {wanted.split}',
