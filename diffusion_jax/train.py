@@ -166,22 +166,9 @@ def _say_start(
   terminal.say(
     f'held out: {heldout.description}'
     if heldout
-    else f'there is no held-out loss: {_not_held_out(config.data)}'
+    else f'there is no held-out loss: {data.not_held_out(config.data)}'
   )
   sources.say_notes(source)
-
-
-def _not_held_out(data_config) -> str:
-  """Why there are no held-out images, and how to have some."""
-  if not data_config.heldout_split:
-    return "data.heldout_split is empty ('test' is usual)"
-  remedy = 'data.heldout_every=10 would hold out every tenth image'
-  if data_config.name.startswith('tfds:'):
-    remedy = (
-      "data.train_split='train[:90%]' and data.heldout_split='train[90%:]' "
-      'would hold out a tenth'
-    )
-  return f'no images are held out ({remedy})'
 
 
 def _train(

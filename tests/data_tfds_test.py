@@ -86,8 +86,6 @@ def test_the_rules_for_tfds_are_those_for_folders(tmp_path):
 def test_what_train_proposes_holds_images_out(tmp_path):
   import tensorflow_datasets as tfds
 
-  from diffusion_jax import train
-
   write_tfds(
     tmp_path,
     'my_own',
@@ -106,15 +104,15 @@ def test_what_train_proposes_holds_images_out(tmp_path):
     }
   )
   assert data.splits(config)[1] is None
-  told = train._not_held_out(config)
+  told = data.not_held_out(config)
   proposed = re.findall(r"data\.(\w+)='(.*?)'", told)
   assert len(proposed) == 2
   config.update(dict(proposed))
   assert [len(source) for source in data.splits(config)] == [18, 2]
   config.heldout_split = ''
-  assert 'data.heldout_split is empty' in train._not_held_out(config)
+  assert 'data.heldout_split is empty' in data.not_held_out(config)
   config.name, config.heldout_split = 'folder', 'test'
-  assert 'data.heldout_every=10' in train._not_held_out(config)
+  assert 'data.heldout_every=10' in data.not_held_out(config)
 
 
 def test_a_broken_first_record_is_left_out(tmp_path):

@@ -18,7 +18,7 @@ from diffusion_jax.data.sets import open_set
 from diffusion_jax.data.sources import Source
 from diffusion_jax.system.errors import UserError, one_of
 
-__all__ = ['Source', 'create', 'open_set', 'pipeline', 'splits']
+__all__ = ['Source', 'create', 'not_held_out', 'open_set', 'pipeline', 'splits']
 
 
 def create(
@@ -131,3 +131,20 @@ def both(config: Mapping) -> tuple[Source, Source | None]:
       'no images: name the split to train on'
     )
   return train, heldout
+
+
+def not_held_out(config: Mapping) -> str:
+  """Why a run has no held-out images, and how to have some, for its log.
+
+  Args:
+    config: the run's `data`.
+  """
+  if not config['heldout_split']:
+    return "data.heldout_split is empty ('test' is usual)"
+  remedy = 'data.heldout_every=10 would hold out every tenth image'
+  if config['name'].startswith('tfds:'):
+    remedy = (
+      "data.train_split='train[:90%]' and data.heldout_split='train[90%:]' "
+      'would hold out a tenth'
+    )
+  return f'no images are held out ({remedy})'
