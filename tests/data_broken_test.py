@@ -88,16 +88,19 @@ def test_what_is_refused_for_another_reason_is_not_left_out(tmp_path):
   'error',
   [OSError(errno.EIO, 'I/O error'), MemoryError(), PermissionError(13, 'x')],
 )
+@pytest.mark.parametrize(
+  ('owner', 'function'), [(Image, 'open'), (Image.Image, 'getexif')]
+)
 def test_an_image_that_cannot_be_read_at_the_moment_is_not_left_out(
-  tmp_path, monkeypatch, error
+  tmp_path, monkeypatch, error, owner, function
 ):
-  """Or a run would depend on the state of a disk."""
+  """Nor is it turned another way: a run would depend on the state of a disk."""
   train, _ = data.splits(write(tmp_path, {}))
 
   def fail(*_, **__):
     raise error
 
-  monkeypatch.setattr(Image, 'open', fail)
+  monkeypatch.setattr(owner, function, fail)
   with pytest.raises(UserError, match=r"'3\.png' .*cannot be read"):
     train[3]
   assert not train.broken

@@ -262,8 +262,10 @@ def _upright(file: str | BinaryIO) -> Image.Image:
     image.load()
     try:
       turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # damaged EXIF raises anything; the pixels are whole
-      turn = None
+    except Exception as error:  # damaged EXIF raises anything
+      if not _lasts(error):  # a fault of the disk, not of the file
+        raise
+      turn = None  # the pixels are whole
     # TIFF declares samples of 12 bits, which Pillow holds in 16.
     bits = getattr(image, 'tag_v2', {}).get(_BITS_PER_SAMPLE)
     upright = image.copy() if turn is None else image.transpose(turn)
