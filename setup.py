@@ -30,6 +30,7 @@ setup(
     'absl-py>=2.3',
     'diffrax>=0.7.2',
     'etils[epath]>=1.15',  # gs://, which Orbax reaches by it too
+    'filelock>=3.16',  # JAX locks its cache of compiled programs by it
     'flax>=0.12.8',
     'fsspec>=2026.9',
     'grain>=0.2.18',

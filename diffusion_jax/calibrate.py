@@ -19,7 +19,7 @@ from diffusion_jax.evaluation import features
 from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.runs import calibration
 from diffusion_jax.runs.trained import load
-from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -46,6 +46,7 @@ def main():
   config = runs.read_config(workdir)
   folder = workdir / 'calibration'
   runs.usable_folder('workdir', folder)
+  compilation.keep()
   images = run_data.images(config, 'train', FLAGS.num_images)
   trained = load(workdir, FLAGS.step, FLAGS.ema)
   place = calibration.path(workdir, trained.step, trained.ema)

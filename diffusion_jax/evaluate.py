@@ -45,7 +45,7 @@ from diffusion_jax.evaluation import cards, features, follow, sweep, tables
 from diffusion_jax.reporting import page, plots
 from diffusion_jax.runs import store
 from diffusion_jax.samplers import plan as plans
-from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -102,6 +102,7 @@ def main():
       return
   command.need('workdir')
   drawing.check_flags(num_samples=2, poll_secs=0.1)
+  compilation.keep()
   if FLAGS['sweep'].present or FLAGS['sweep_evaluations'].present:
     _check_sweep()
   if likelihoods.are_asked():

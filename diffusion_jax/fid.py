@@ -17,7 +17,7 @@ from absl import flags
 from diffusion_jax import runs
 from diffusion_jax.cli import command, declare, judges, judging
 from diffusion_jax.evaluation import statistics, tables
-from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
@@ -49,6 +49,7 @@ def main():
   command.need('samples', 'reference')
   judging.check_flags()
   command.at_least(batch_size=1, image_size=1, channels=1)
+  compilation.keep()
   if FLAGS.card:
     runs.usable_file('card', FLAGS.card)
   shown, source = (

@@ -29,7 +29,7 @@ from diffusion_jax.runs.trained import load
 from diffusion_jax.samplers import grid as grids
 from diffusion_jax.samplers import inversion
 from diffusion_jax.samplers import plan as plans
-from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -78,6 +78,7 @@ def main():
   output = FLAGS.output or workdir / 'inversions' / _name(step, plan)
   output = files.at(output).expanduser()
   runs.usable_output(output, 'inversions')
+  compilation.keep()
   images = run_data.images(config, FLAGS.split, FLAGS.num_images, at_most=False)
   trained = load(workdir, step, FLAGS.ema)
   _invert(trained, plan, images, output)

@@ -20,7 +20,7 @@ from absl import flags
 from diffusion_jax.cli import command, declare, drawing
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import store, trajectories
-from diffusion_jax.system import distributed, files, terminal
+from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
@@ -75,6 +75,7 @@ def main():
       f'--interpolate={FLAGS.interpolate} needs two samples: give '
       f'--num_samples=2 or more, not {FLAGS.num_samples}'
     )
+  compilation.keep()
   trained, plan, output = drawing.chosen(check=_check_plan)
   drawn = drawing.fill(trained, plan, output, FLAGS.num_samples)
   if distributed.is_first():

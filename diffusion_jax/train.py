@@ -33,7 +33,13 @@ from diffusion_jax.cli import command, declare
 from diffusion_jax.data import broken, pipeline, sources
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import dataset, finetune, programs, validation
-from diffusion_jax.system import distributed, files, numerics, terminal
+from diffusion_jax.system import (
+  compilation,
+  distributed,
+  files,
+  numerics,
+  terminal,
+)
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import (
   checkpoint,
@@ -87,6 +93,7 @@ def main():
   origin = finetune.find(
     workdir, FLAGS.init_from, FLAGS.init_step, FLAGS.init_ema
   )
+  compilation.keep()
   mesh = sharding.make_mesh(**config.mesh)
   program = programs.create(config, mesh)
   begun = finetune.load(origin, program.abstract.params)

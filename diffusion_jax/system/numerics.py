@@ -121,13 +121,13 @@ def describe() -> dict[str, str]:
   return {
     'jax': jax.__version__,
     'jaxlib': jaxlib.__version__,
-    'device': _device(),
+    'device': device(),
     **{name.upper(): str(value) for name, value in SETTINGS.items()},
     **unusual(),
   }
 
 
-def _device() -> str:
+def device() -> str:
   """The kind of device; of a CPU its model and how many threads XLA uses.
 
   Both change the order in which sums are taken.
