@@ -12,12 +12,16 @@ KINDS = (
 COMPUTATION = re.compile(
   r'^(ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}', re.M | re.S
 )
+# Fusions and `async-start` have calls, a while loop has body and condition.
 CALL = re.compile(
-  r'(?:calls|body|condition|called_computations|branch_computations)='
-  r'(?:\{([^}]*)\}|%?([\w.-]+))'
+  r'(?:calls|body|condition|called_computations|branch_computations|'
+  r'true_computation|false_computation)=(?:\{([^}]*)\}|%?([\w.-]+))'
 )
+# Other operations apply a computation to scalars.
+APPLIED = re.compile(r' call\(.*to_apply=%?([\w.-]+)')
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 OP = re.compile(rf'= (.*?) ({"|".join(KINDS)})(?:-start)?\(')
+FUSION = re.compile(r' fusion\(.*calls=%?([\w.-]+)')
 ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
 
 
@@ -49,9 +53,17 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
     text: `compiled.as_text()`.
     num_devices: number of devices of the program.
   """
-  bodies, entry = _computations(text)
+  bodies, entry = computations(text)
+  # On TPUs an asynchronous operation is printed again in fusions, with the
+  # channel it has outside, or with one of their own.
+  fused = {
+    name
+    for lines in bodies.values()
+    for name in FUSION.findall('\n'.join(lines))
+  }
   counts, sizes, seen = Counter(), Counter(), set()
-  for name, times in _times(bodies, entry).items():
+  every = _times(bodies, entry)
+  for name in sorted(every, key=fused.__contains__):
     for line in bodies[name]:
       match = OP.search(line)
       if not match:
@@ -61,26 +73,39 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
       if 'all-reduce-scatter' in name:
         kind = 'reduce-scatter'  # several may share a channel
       elif channel:
-        # Each part of an asynchronous operation is printed.
-        if (kind, channel[1]) in seen:
+        if name in fused and (kind, channel[1]) in seen:
           continue
         seen.add((kind, channel[1]))
       size = _result_bytes(kind, line, match[1])
       if match[2] == 'reduce-scatter':
         size *= group
-      counts[kind, group] += times
-      sizes[kind, group] += times * size
+      counts[kind, group] += every[name]
+      sizes[kind, group] += every[name] * size
   return [
     Collective(kind, group, counts[kind, group], sizes[kind, group])
     for kind, group in sorted(sizes, key=sizes.get, reverse=True)
   ]
 
 
-def _computations(text):
-  """{name: lines} of the computations, and the name of the entry."""
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """{name: lines} of a program's computations, and the name of the entry."""
   found = COMPUTATION.findall(text)
   bodies = {name: body.splitlines() for _, name, body in found}
   return bodies, next(name for entry, name, _ in found if entry)
+
+
+def called(line: str) -> list[str]:
+  """Names of the computations that an instruction runs, but not of scalars."""
+  names = APPLIED.findall(line)
+  for several, one in CALL.findall(line):
+    names += (several or one).replace('%', '').split(', ')
+  return names
+
+
+def trips(line: str) -> int | None:
+  """How often a loop runs; None if XLA does not know it, or for other lines."""
+  found = TRIPS.search(line)
+  return int(found[1]) if found else None
 
 
 def _times(bodies, entry) -> Counter:
@@ -90,23 +115,26 @@ def _times(bodies, entry) -> Counter:
   def visit(name, count):
     times[name] += count
     for line in bodies[name]:
-      loops = TRIPS.search(line)
-      for several, one in CALL.findall(line):
-        for called in (several or one).replace('%', '').split(', '):
-          if called in bodies:
-            visit(called, count * (int(loops[1]) if loops else 1))
+      for inner in called(line):
+        if inner in bodies:
+          visit(inner, count * (trips(line) or 1))
 
   visit(entry, 1)
   return times
 
 
-def _result_bytes(kind, line, shapes) -> int:
-  """Bytes of an operation's result; for a start operation, its final result."""
-  arrays = [
+def array_bytes(shapes: str) -> list[int]:
+  """Bytes of each array in the text of a shape: '(f32[8,2]{1,0}, s4[])'."""
+  return [
     math.prod(int(size) for size in sizes.split(',') if size)
     * (1 if name == 'pred' else -(-int(bits) // 8))
     for name, bits, sizes in ARRAY.findall(shapes)
   ]
+
+
+def _result_bytes(kind, line, shapes) -> int:
+  """Bytes of an operation's result; for a start operation, its final result."""
+  arrays = array_bytes(shapes)
   if f'{kind}-start(' in line and kind != 'all-reduce':
     # Inputs come first, and a permutation ends with two counters.
     half = 1 if kind == 'collective-permute' else len(arrays) // 2
