@@ -190,6 +190,9 @@ def _train(
     seed=config.seed,
     flip=config.data.flip,
     start_step=start,
+    end_step=config.num_steps,
+    early=loop.EARLY if jax.process_count() > 1 else 0,
+    warn=signals.warn,
     sharding=sharding.batch_sharding(mesh),
   )
   first = distributed.is_first()
@@ -238,6 +241,7 @@ def _train(
       ),
       on_step=on_step,
       stop=signals.reached,
+      met=lambda: signals.error,
     )
     writer.close()
   return train_state

@@ -160,8 +160,8 @@ def test_many_broken_images_are_counted(tmp_path):
   assert len(list(itertools.chain(shown.split('cannot be read')))) == 21
 
 
-def training(path, workdir, *flags):
-  return binaries.run(
+def training(path, workdir, *flags, run=binaries.run):
+  return run(
     'train', '--config=digits', '--config.data.name=folder',
     f'--config.data.path={path}', '--config.data.heldout_every=0',
     '--config.batch_size=2', '--config.model.channels=8',
@@ -171,21 +171,26 @@ def training(path, workdir, *flags):
   )  # fmt: skip
 
 
-@pytest.mark.slow
-def test_a_run_that_meets_a_broken_image(tmp_path):
-  """It is saved, and goes on with the next image in its place."""
-  images, workdir = tmp_path / 'images', tmp_path / 'run'
+def break_one(images, step, row=0) -> str:
+  """16 images, of which the one of this step and row is cut off; its name."""
   images.mkdir()
   train, _ = data.splits(write(images, {}, count=16))
   stream = pipeline.stream(train, batch_size=2, seed=0, flip=False)
-  step = 6  # its batch is stream[step - 1]
-  odd = int(stream[step - 1]['image'][0, 0, 0, 0]) - 100
+  odd = int(stream[step - 1]['image'][row, 0, 0, 0]) - 100
   whole = (images / f'{odd}.png').read_bytes()
   (images / f'{odd}.png').write_bytes(whole[:50])
+  return f'{odd}.png'
+
+
+@pytest.mark.slow
+def test_a_run_that_meets_a_broken_image(tmp_path):
+  """It is saved, and goes on with the next image in its place."""
+  images, workdir, step = tmp_path / 'images', tmp_path / 'run', 6
+  odd = break_one(images, step)
   result = training(images, workdir)
   assert result.code == 2
   last = result.err.splitlines()[-1]
-  for part in (f'training stopped at step {step}', f"'{odd}.png'",
+  for part in (f'training stopped at step {step}', f"'{odd}'",
                f'checkpoint {step - 1} is complete', 'preflight --all_images',
                'data.skip_broken=True'):  # fmt: skip
     assert part in last
@@ -194,7 +199,56 @@ def test_a_run_that_meets_a_broken_image(tmp_path):
   assert 'the same command then needs --accept_data' in last
   result = training(images, workdir, '--config.data.skip_broken=True')
   assert result.code == 0, result.err
-  assert f"left out: image '{odd}.png'" in result.err
+  assert f"left out: image '{odd}'" in result.err
   assert 'data: 1 broken image left out: ' in result.err
   rows = metrics.read(workdir / 'metrics.jsonl')
   assert [row['step'] for row in rows] == list(range(1, 9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('row', [0, 1])
+def test_two_processes_of_which_one_meets_a_broken_image(tmp_path, row):
+  """Both stop after the same step before it, which is saved."""
+  images, workdir = tmp_path / 'images', tmp_path / 'run'
+  odd = break_one(images, 8, row)
+  results = training(images, workdir, run=binaries.run_several)
+  assert [r.code for r in results] == [2, 2], results
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  step = len(rows)
+  assert 0 < step < 8
+  assert [row['step'] for row in rows] == list(range(1, step + 1))
+  for result in results:
+    last = result.err.splitlines()[-1]
+    for part in (f'training stopped at step {step}: image ', f"'{odd}'",
+                 f'checkpoint {step} is complete'):  # fmt: skip
+      assert part in last
+  results = training(
+    images, workdir, '--config.data.skip_broken=True', run=binaries.run_several
+  )
+  assert [r.code for r in results] == [0, 0], [r.err for r in results]
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  assert [row['step'] for row in rows] == list(range(1, 9))
+
+
+def test_an_error_is_told_some_batches_before_it_is_raised():
+  def batches(error_at, error):
+    for i in range(10):
+      if i == error_at:
+        raise error
+      yield i
+
+  warned, seen = [], []
+  batched = pipeline._warned(
+    batches(7, UserError('odd')), 4, lambda e: warned.append((str(e), *seen))
+  )
+  with pytest.raises(UserError, match='odd'):
+    seen.extend(batched)
+  assert seen == list(range(7))
+  assert warned == [('odd', 0, 1, 2)]  # four are left
+  warned.clear()
+  with pytest.raises(UserError):  # too early to stop before it
+    list(pipeline._warned(batches(2, UserError('odd')), 4, warned.append))
+  with pytest.raises(KeyError):  # a bug is raised in its place
+    list(pipeline._warned(batches(7, KeyError('bug')), 4, warned.append))
+  assert not warned
+  assert list(pipeline._warned(batches(None, None), 4, None)) == [*range(10)]

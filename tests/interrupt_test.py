@@ -5,6 +5,7 @@ run that was left alone.
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import random
@@ -24,6 +25,7 @@ import tiny
 from PIL import Image
 
 from diffusion_jax import runs
+from diffusion_jax.system import interrupts
 from diffusion_jax.training import checkpoint, preemption
 
 
@@ -356,6 +358,19 @@ def test_slow_steps_have_more_time(signals):
     lambda: (os.kill(os.getpid(), signal.SIGTERM), ended.wait(60))
   )()
   assert told[0][1] >= 1
+
+
+def test_a_handler_written_in_c_survives_a_second_watch():
+  """JAX's of SIGTERM, say, which tells the other processes."""
+  libc = ctypes.CDLL(None)
+  libc.signal.restype = ctypes.c_void_p
+  libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
+  own = ctypes.cast(libc.abs, ctypes.c_void_p).value
+  before = libc.signal(signal.SIGUSR2, own)
+  for _ in range(3):
+    interrupts.watch(signal.SIGUSR2, lambda: None)
+  faulthandler.unregister(signal.SIGUSR2)
+  assert libc.signal(signal.SIGUSR2, before) == own
 
 
 # --- disks and data ---------------------------------------------------------

@@ -12,11 +12,13 @@ compared to 0.3 ms here, and its shuffle iterates over 2**16 indices: with
 twenty images that takes a millisecond per record.
 """
 
+import collections
 import functools
+import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import jax
@@ -37,9 +39,12 @@ def batches(
   flip: bool,
   sharding: jax.sharding.NamedSharding,
   start_step: int = 0,
+  end_step: int = sys.maxsize,
+  early: int = 0,
+  warn: Callable[[Exception], None] = lambda error: None,
   num_threads: int | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
-  """Infinite shuffled training batches as global arrays.
+  """Shuffled training batches as global arrays.
 
   Args:
     source: the source, from data.create.
@@ -49,6 +54,11 @@ def batches(
     sharding: sharding over the batch axis, e.g. P(('data', 'fsdp')). Each
       process reads the rows that its own devices hold.
     start_step: number of the first batch.
+    end_step: number of the batch after the last.
+    early: number of batches to hold in memory, so that an error is known that
+      many batches before it is raised.
+    warn: called with such an error, an OSError or a UserError; not if fewer
+      batches are left.
     num_threads: number of batches to read concurrently; None chooses by the
       number of CPU cores, 0 reads in the caller's thread.
 
@@ -68,7 +78,9 @@ def batches(
     raise UserError(f'start_step is {start_step}: use 0 or more')
   iterator = _read_ahead(dataset, num_threads)
   iterator.set_state({'next_index': start_step})
-  return _place(iterator, sharding, batch_size)
+  return _place(
+    iterator, sharding, batch_size, end_step - start_step, early, warn
+  )
 
 
 def heldout(
@@ -242,12 +254,34 @@ def _place(
   iterator: grain.DatasetIterator,
   sharding: jax.sharding.NamedSharding,
   batch_size: int,
+  count: int,
+  early: int,
+  warn: Callable[[Exception], None],
 ) -> Iterator[dict[str, jax.Array]]:
+  chosen = itertools.islice(iterator, count)
   try:
-    for batch in iterator:
+    for batch in _warned(chosen, early, warn):
       yield put_rows(batch, sharding, batch_size)
   finally:
     iterator.close()
+
+
+def _warned(
+  batches: Iterator, early: int, warn: Callable[[Exception], None]
+) -> Iterator:
+  """The same batches, read `early` ones ahead; see `batches`."""
+  waiting = collections.deque()
+  try:
+    for batch in batches:
+      waiting.append(batch)
+      if len(waiting) > early:
+        yield waiting.popleft()
+  except (OSError, UserError) as error:
+    if len(waiting) == early:
+      warn(error)
+    yield from waiting
+    raise
+  yield from waiting
 
 
 def _coins(key: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -22,8 +22,9 @@ def watch(number: int, call: Callable[[], None]) -> None:
       the main thread.
     call: takes nothing.
   """
-  handler = signal.getsignal(number)  # None: a handler written in C
-  if faulthandler.unregister(number) and handler is not None:
+  # Of a handler written in C, such as JAX's, Python knows None or an older one.
+  handler = signal.getsignal(number)
+  if faulthandler.unregister(number) and callable(handler):
     signal.signal(number, handler)  # unregistering restores an older one
   reader, writer = os.pipe()
   os.set_blocking(writer, False)

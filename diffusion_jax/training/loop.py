@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from diffusion_jax.data import images
-from diffusion_jax.system import errors
+from diffusion_jax.system import distributed, errors
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics
 from diffusion_jax.training.state import TrainState
@@ -31,6 +31,9 @@ def due(step: int, every: int) -> bool:
 # Steps that may be dispatched before the oldest of them has finished. More gain
 # no speed, and what is shown would be ahead of what is done.
 AHEAD = 2
+# Of several processes one that stops has done AHEAD + 1 steps fewer than the
+# others, at most, and all stop one step later.
+EARLY = AHEAD + 2
 
 # Metrics that must be finite in every step, if present.
 WATCHED = ('loss', 'grad_norm', 'param_norm', 'heldout_loss')
@@ -125,6 +128,7 @@ def train(
   sample_fn: Callable[[TrainState, int], None] | None = None,
   on_step: Callable[[int, dict], None] = lambda finished, row: None,
   stop: Callable[[int], bool] = lambda step: False,
+  met: Callable[[], Exception | None] = lambda: None,
 ) -> TrainState:
   """Trains from the state's step to num_steps, or until told to stop.
 
@@ -144,10 +148,10 @@ def train(
     sample_fn: (state, step) -> None, draws a grid of samples.
     on_step: called after each step with (newest finished step, newest row).
     stop: step -> whether to stop after this step; called after each step.
+    met: returns the error for which this process had all stop, or None.
 
   Raises:
-    UserError: the loss is not finite, a file cannot be read or written, or
-      memory runs out; the message names the checkpoint to resume from.
+    UserError: training cannot go on; it names the checkpoint to resume from.
   """
   start = step = int(state.step)
   rows = Rows(writer, batch_size)
@@ -163,8 +167,7 @@ def train(
       save = due(step, every.checkpoint) or last
       draw = sample_fn is not None and due(step, every.sample)
       # One step late, except before saving or sampling: a diverged state must
-      # not be saved, and the rows up to step k must be written before
-      # checkpoint k, because a restart drops only later rows.
+      # not be saved, and a restart drops only the rows after its checkpoint.
       row = rows.flush(keep=0 if save or draw else 1)
       rows.wait()
       on_step(rows.finished, row)
@@ -176,6 +179,7 @@ def train(
       if last:
         break
     checkpoints.wait()
+    _tell_all(met(), checkpoints.directory)
   except Diverged as e:
     writer.flush()
     checkpoints.wait()
@@ -192,12 +196,19 @@ def train(
   return state
 
 
+def _tell_all(error: Exception | None, directory) -> None:
+  """Raises a UserError in all processes if there is an error in any of them."""
+  for reason in distributed.gather(error and _reason(error, directory)):
+    if reason:
+      raise UserError(reason) from error
+
+
 def _keep(error, step, state, rows, writer, checkpoints) -> None:
   """Saves the steps that were done before an image that cannot be read.
 
   A step that fails uses up the state.
 
-  Not with several processes: only one of them has met the image, and a
+  Several processes have stopped together before, see `Signals.warn`: a
   checkpoint needs them all.
   """
   if isinstance(error, RuntimeError) or int(state.step) != step:

@@ -23,6 +23,9 @@ from diffusion_jax.system import interrupts
 
 # If several signals arrive, the later one of this list counts.
 NAMES = ('', 'SIGTERM', 'SIGHUP', 'SIGINT', 'SIGUSR1')
+# Seconds in which all processes learn that one of them stops. JAX looks once a
+# second whether there was a signal.
+AGREE = 8.0
 AGAIN = b'\nstopping after this step, which is saved; Ctrl-C again aborts\n'
 
 
@@ -47,6 +50,7 @@ class Signals:
   Attributes:
     name: the signal received, one of NAMES. Once `reached` has returned True,
       it is the same in every process.
+    error: the error that `warn` was called with, or None.
   """
 
   def __init__(
@@ -57,7 +61,7 @@ class Signals:
     self._stop_secs, self._give_up = stop_secs, give_up
     self._began, self._longest, self._times = None, 0.0, 1
     self._saving, self._waiting = threading.Event(), threading.Lock()
-    self.name = ''
+    self.name, self.error = '', None
     self._several = jax.process_count() > 1
     if not self._several:
       signal.signal(signal.SIGTERM, self._note)
@@ -74,6 +78,20 @@ class Signals:
   def rest(self) -> None:
     """Call when no more steps are to come: a signal then waits for the end."""
     self._saving.set()
+
+  def warn(self, error: Exception) -> None:
+    """Stops a multi-process run before an error that only this one will raise.
+
+    Returns once the others have had time to learn of it. They wait for this
+    process meanwhile, and so all stop after one of the next steps, which this
+    process must still be able to do.
+
+    Args:
+      error: of a batch after these steps.
+    """
+    self.error = error
+    os.kill(os.getpid(), signal.SIGTERM)  # JAX notifies the other processes
+    self.patiently(time.sleep)(AGREE)
 
   def _watch(self, number):
     interrupts.watch(number, functools.partial(self._wait, number))
