@@ -16,8 +16,7 @@ from diffusion_jax import models
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, held, optim, sharding, state
 
-# Few arrays, for each takes its time, but some large enough to be split.
-NETWORK = tiny.model(channels=64, multipliers=(1,), attention_resolutions=())
+NETWORK = tiny.few_arrays()
 OPTIMIZER = optim.create(1e-3, 5, 1.0)
 
 
@@ -94,7 +93,7 @@ def one_line(error, *must):
 
 
 def test_another_model_is_named_not_loaded(saved):
-  wider = tiny.model(channels=128, multipliers=(1,), attention_resolutions=())
+  wider = tiny.few_arrays(width=128)
   with pytest.raises(UserError) as error:
     restore(saved[0], 7, network=wider)
   one_line(error, 'checkpoint 7', 'another model', 'conv_in')

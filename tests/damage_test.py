@@ -247,7 +247,7 @@ def test_the_binaries_tell_of_lost_checkpoints(tmp_path):
 def made(tmp_path_factory):
   """(folder, abstract, state) of checkpoints at 1, 2 and 3."""
   place = tmp_path_factory.mktemp('made') / 'checkpoints'
-  abstract, _ = tiny.program(tiny.one_device())
+  abstract, _ = tiny.program(tiny.one_device(), network=tiny.few_arrays())
   start = tiny.random_state(abstract)
   with checkpoint.Checkpoints(place) as kept:
     for step in (1, 2, 3):
@@ -320,7 +320,7 @@ def test_all_torn_is_one_line_and_changes_nothing(made, tmp_path):
 def test_whole_checkpoints_are_never_set_aside(made, tmp_path, monkeypatch):
   """Not for a lack of memory, nor for another network."""
   place = shutil.copytree(made[0], tmp_path / 'checkpoints')
-  wider, _ = tiny.program(tiny.one_device(), network=tiny.model(channels=16))
+  wider, _ = tiny.program(tiny.one_device(), network=tiny.few_arrays(width=128))
   with checkpoint.Checkpoints(place) as kept:
     with pytest.raises(UserError, match='another model'):
       kept.restore_newest(wider)

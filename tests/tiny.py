@@ -51,6 +51,30 @@ def wide(**kwargs):
   )  # fmt: skip
 
 
+def few_arrays(channels=1, width=64):
+  """A network for tests of files: each array of a checkpoint takes its time.
+
+  Its middle is large enough to be split. It cannot be applied.
+  """
+
+  def layer(key, *shape):
+    bias, kernel = jax.random.split(key)
+    return {
+      'bias': jax.random.normal(bias, shape[-1:]),
+      'kernel': jax.random.normal(kernel, shape),
+    }
+
+  def init(key):
+    first, middle, last = jax.random.split(key, 3)
+    return {
+      'conv_in': layer(first, 3, 3, channels, width),
+      'middle': layer(middle, 3, 3, width, width),
+      'conv_out': layer(last, 3, 3, width, channels),
+    }
+
+  return models.Model(init, None)
+
+
 def recipe(
   network=None, shape=SHAPE, schedule=None, prediction='eps'
 ) -> recipes.Recipe:
