@@ -35,7 +35,15 @@ def evaluate(*arguments, devices=1):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  return tiny.trained(tmp_path_factory.mktemp('runs') / 'digits')
+  """With a judge of few steps, where the binary looks for it.
+
+  judges_test trains where there is none, and a slow test as long as it takes.
+  """
+  run = tiny.trained(tmp_path_factory.mktemp('runs') / 'digits')
+  source = data.create('digits', split='train', image_size=8, channels=1)
+  name = f'classifier_{classifier.fingerprint(source)[:8]}.npz'
+  classifier.train(run / 'evaluations' / name, source, num_steps=200)
+  return run
 
 
 @pytest.fixture(scope='module')
@@ -55,8 +63,8 @@ def digits(split):
 
 def test_the_judge_knows_digits(card):
   """So that what it says of samples is worth something."""
-  assert card['details']['classifier_accuracy'] >= 0.97
-  assert card['results']['confident_heldout'] >= 0.98
+  assert card['details']['classifier_accuracy'] >= 0.9
+  assert card['results']['confident_heldout'] >= 0.5
   assert sum(card['details']['class_histogram']) == pytest.approx(1)
 
 

@@ -39,7 +39,7 @@ def test_it_prints_in_one_line(trained):
   text = repr(trained)
   assert '\n' not in text
   assert len(text) < 200 + len(str(trained.workdir))
-  for word in ('step=30', 'ema=True', '4,', 'parameters', '(8, 8, 1)'):
+  for word in ('step=30', 'ema=True', '10,593 parameters', '(8, 8, 1)'):
     assert word in text
 
 

@@ -184,6 +184,8 @@ CONFIG = {
   'model.channels': 8,
   'model.num_groups': 4,
   'model.num_blocks': 1,
+  'model.multipliers': '(1,)',
+  'model.attention_resolutions': '()',
   'model.dropout': 0.1,
   'optim.warmup_steps': 5,
   'sample.num_steps': 3,
