@@ -18,25 +18,21 @@ compiles, is not one of the rounds.
 """
 
 import functools
-import importlib.util
-import os
-import platform
-import re
 import tempfile
-import time
 from pathlib import Path
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rounds
 from absl import flags
 
 from diffusion_jax import load, models, runs
 from diffusion_jax.cli import command, config_files
 from diffusion_jax.runs import draw, validation
 from diffusion_jax.samplers import plan
-from diffusion_jax.system import environment, files, terminal
+from diffusion_jax.system import files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, sharding
 from diffusion_jax.weights import diffusers as folders
@@ -58,18 +54,14 @@ NOISE = 'diffusers.pipelines.ddim.pipeline_ddim.randn_tensor'
 
 def main():
   sizes, config, how = _checked()
-  load_before = round(os.getloadavg()[0], 2)
-  if load_before > os.cpu_count() / 2:
-    terminal.say(
-      f'warning: the load is {load_before} on {os.cpu_count()} cores: figures '
-      'from a busy machine are meaningless'
-    )
+  here = rounds.machine('torch', 'diffusers')
+  rounds.warn_if_busy(here)
   with tempfile.TemporaryDirectory() as folder:
     trained, pipeline = both(config, Path(folder))
   terminal.say('comparing images from the same noise')
   result = {
-    **_machine(pipeline),
-    'load_before': load_before,
+    **here,
+    **_torch(pipeline),
     'image_shape': trained.image_shape,
     'model': trained.config['model'],
     'num_steps': how.num_steps,
@@ -164,19 +156,18 @@ def difference(trained, pipeline, how, size: int) -> float:
 def measured(trained, pipeline, how, size: int) -> dict:
   """Both comparisons at one batch size: medians and spread."""
   drawer, indices = trained.drawer(how, dtype='float32'), np.arange(size)
-  calls = alternating(
-    {
-      'ours': functools.partial(ours, trained, how, size),
-      'diffusers': functools.partial(theirs, pipeline, how, size),
-      'draw': lambda: drawer(indices),
-      **network_alone(trained, how, size),
-    }
-  )
-  seconds = {name: times[1:] for name, times in calls.items()}
+  calls = {
+    'ours': functools.partial(ours, trained, how, size),
+    'diffusers': functools.partial(theirs, pipeline, how, size),
+    'draw': lambda: jax.block_until_ready(drawer(indices)),
+    **network_alone(trained, how, size),
+  }
+  first = rounds.alternating(calls, 1)
+  seconds = rounds.alternating(calls, FLAGS.rounds)
   alone, drawn = ('one by one', 'one scan'), seconds['draw']
   return {
     'batch_size': size,
-    'compile_seconds': float(calls['ours'][0] - np.median(seconds['ours'])),
+    'compile_seconds': float(first['ours'][0] - np.median(seconds['ours'])),
     'images_per_sec': {
       name: _summary(size / seconds[name]) for name in ('ours', 'diffusers')
     },
@@ -198,7 +189,8 @@ def network_alone(trained, how, size: int) -> dict:
 
   # Each takes the output of the one before, as in a draw: none overlap.
   def one_by_one():
-    return functools.reduce(lambda x, t: once(params, x, t), times, x)
+    out = functools.reduce(lambda x, t: once(params, x, t), times, x)
+    return jax.block_until_ready(out)
 
   @jax.jit
   def scan(params, x, times):
@@ -206,25 +198,10 @@ def network_alone(trained, how, size: int) -> dict:
 
   return {
     'one by one': one_by_one,
-    'one scan': functools.partial(scan, params, x, jnp.stack(times)),
+    'one scan': lambda: jax.block_until_ready(
+      scan(params, x, jnp.stack(times))
+    ),
   }
-
-
-def alternating(calls: dict) -> dict[str, np.ndarray]:
-  """Times calls alternately, so that other load affects all of them.
-
-  Every second round is reversed, so that no call always follows the same one.
-
-  Returns:
-    {name: seconds of the first call, then of each round [1 + rounds]}.
-  """
-  seconds = {name: [] for name in calls}
-  for i in range(1 + FLAGS.rounds):
-    for name in list(calls)[:: 1 if i % 2 else -1]:
-      start = time.perf_counter()
-      jax.block_until_ready(calls[name]())
-      seconds[name].append(time.perf_counter() - start)
-  return {name: np.array(times) for name, times in seconds.items()}
 
 
 def _summary(values) -> dict:
@@ -235,14 +212,8 @@ def _summary(values) -> dict:
 
 def _checked() -> tuple:
   command.at_least(rounds=1)
-  for name in ('torch', 'diffusers'):
-    if not importlib.util.find_spec(name):
-      raise UserError(f"{name} is not installed: pip install '.[parity]'")
-  sizes = FLAGS.batch_sizes
-  if not sizes or not all(size.isdecimal() and int(size) for size in sizes):
-    raise UserError(
-      f'--batch_sizes={",".join(sizes)}: whole numbers from 1 on, as 1,16'
-    )
+  rounds.need('torch', 'diffusers')
+  sizes = rounds.numbers('batch_sizes', FLAGS.batch_sizes)
   config = FLAGS.config.copy_and_resolve_references()
   if wrong := validation.check_network(config):
     raise UserError(wrong[0])
@@ -253,26 +224,15 @@ def _checked() -> tuple:
   if FLAGS.output:
     runs.usable_file('output', FLAGS.output)
   how = plan.for_run(runs.to_plain(config), num_steps=FLAGS.num_steps, **HOW)
-  return [int(size) for size in sizes], config, how
+  return sizes, config, how
 
 
-def _machine(pipeline) -> dict:
-  import diffusers
+def _torch(pipeline) -> dict:
   import torch
 
-  here = environment.describe()
-  here['versions'] |= {
-    'torch': torch.__version__, 'diffusers': diffusers.__version__
-  }  # fmt: skip
-  info = Path('/proc/cpuinfo')
-  text = info.read_text() if info.exists() else ''
-  names = re.findall('^model name.*: (.*)', text, re.M)
   return {
-    'cpu': names[0] if names else platform.processor(),
-    'cpu_cores': os.cpu_count(),
     'torch_threads': torch.get_num_threads(),
     'torch_device': str(pipeline.device),
-    **here,
   }
 
 
@@ -284,7 +244,7 @@ def _shown(result):
   ).format(**result)
   batches = result['batches']
   rows = [
-    (f'{name}{unit}', *(_spread(batch[kind][name]) for batch in batches))
+    (f'{name}{unit}', *(rounds.spread(batch[kind][name]) for batch in batches))
     for kind, unit in (('images_per_sec', ', images/s'), ('ratios', ''))
     for name in batches[0][kind]
   ]
@@ -294,10 +254,6 @@ def _shown(result):
     [f'{result["num_steps"]} steps, {result["rounds"]} rounds', *heads],
     [*rows, ('compilation', *compiled)],
   )
-
-
-def _spread(found: dict) -> str:
-  return '{median:#.4g} ({min:#.4g} to {max:#.4g})'.format(**found)
 
 
 if __name__ == '__main__':

@@ -11,7 +11,8 @@ import sys
 import binaries
 import pytest
 
-SAMPLING = binaries.ROOT / 'benchmarks' / 'sampling.py'
+FOLDER = binaries.ROOT / 'benchmarks'
+SAMPLING = FOLDER / 'sampling.py'
 NARROW = (
   '--config=digits', '--config.model.channels=8', '--config.model.num_groups=4',
   '--num_steps=2', '--rounds=1', '--batch_sizes=1',
@@ -24,10 +25,11 @@ def run(*arguments, before='') -> subprocess.CompletedProcess:
     f'{before}\nimport runpy, sys\nsys.argv = sys.argv[1:]\n'
     f"runpy.run_path(sys.argv[0], run_name='__main__')"
   )
+  paths = [binaries.ROOT, FOLDER, os.environ.get('PYTHONPATH', '')]
   return subprocess.run(
     [sys.executable, '-c', program, SAMPLING, *arguments],
     capture_output=True, text=True, timeout=300,
-    env={**os.environ, 'PYTHONPATH': str(binaries.ROOT)},
+    env={**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, paths))},
   )  # fmt: skip
 
 
