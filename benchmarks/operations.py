@@ -3,7 +3,7 @@
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,36 +77,47 @@ def joined(
   return list(groups.values())
 
 
-def tables(found: Sequence[Operation], images: int) -> list[str]:
-  """The ten most expensive operations by time and by bytes, as text.
+def summary(found: Sequence[Operation], images: int) -> dict:
+  """The ten most expensive operations by time and by bytes, as JSON.
 
   Args:
     found: the operations of a program.
     images: images in a call.
   """
-  seconds = sum(one.seconds for one in found)
-  moved = sum(one.bytes for one in found)
-  count = sum(one.count for one in found)
+  return {
+    'images': images,
+    'kernels': sum(one.count for one in found),
+    'seconds': sum(one.seconds for one in found),
+    'bytes': sum(one.bytes for one in found),
+    **{
+      f'by {name}': [
+        one._asdict()
+        for one in sorted(found, key=lambda one: -getattr(one, name))[:MOST]
+      ]
+      for name in ('seconds', 'bytes')
+    },
+  }
+
+
+def tables(found: Mapping) -> list[str]:
+  """A summary as text."""
+  images = found['images']
   lines = [
-    f'{count} kernels, {seconds * 1e3:.4g} ms and {moved / images / 1e6:.1f} '
-    'MB an image in all'
+    f'{found["kernels"]} kernels, {found["seconds"] * 1e3:.4g} ms and '
+    f'{found["bytes"] / images / 1e6:.1f} MB an image in all'
   ]
-  for title, share, total in (
-    ('by time', lambda one: one.seconds, seconds),
-    ('by bytes', lambda one: one.bytes, moved),
-  ):
-    most = sorted(found, key=share, reverse=True)[:MOST]
+  for name in ('seconds', 'bytes'):
     rows = [
       (
-        f'{one.kind}: {_short(one.source)} {one.shape}'[:70],
-        str(one.count),
-        f'{one.seconds * 1e3:.2f}',
-        f'{one.bytes / images / 1e6:.2f}',
-        f'{share(one) / total:.1%}' if total else '-',
+        f'{one["kind"]}: {_short(one["source"])} {one["shape"]}'[:70],
+        str(one['count']),
+        f'{one["seconds"] * 1e3:.2f}',
+        f'{one["bytes"] / images / 1e6:.2f}',
+        f'{one[name] / found[name]:.1%}' if found[name] else '-',
       )
-      for one in most
+      for one in found[f'by {name}']
     ]
-    heads = (title, 'kernels', 'ms', 'MB an image', 'share')
+    heads = (f'most {name}', 'kernels', 'ms', 'MB an image', 'share')
     lines += ['', *terminal.table(heads, rows)]
   return lines
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+import operations
 import ours_step
 import rounds
 from ml_collections import ConfigDict
@@ -83,6 +84,7 @@ def measured(
   count: int = 7,
   secs: float = 1.0,
   vs: str | None = None,
+  profile: bool = False,
 ) -> dict:
   """A row: both sides of one thing at one size.
 
@@ -95,6 +97,7 @@ def measured(
     count: the number of rounds.
     secs: the least time of a round; calls are repeated until then.
     vs: the other side, None or THEIRS.
+    profile: whether to add our most expensive operations.
   """
   begin, dtype = time.monotonic(), config.model.dtype
   if dtype not in rates:
@@ -150,6 +153,9 @@ def measured(
   if vs:
     # Of the two times of a round: a slowdown of a whole round cancels.
     row['ratio'] = rounds.quartiles(seconds['ours'] / seconds[vs])
+  if profile:
+    found = operations.profiled(ours.call, ours.program)
+    row['operations'] = operations.summary(found, size)
   return {**row, 'row_seconds': time.monotonic() - begin}
 
 

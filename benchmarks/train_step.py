@@ -17,12 +17,17 @@ matrix product in the same dtype, measured in the same run. Products with
 padding are not counted, and neither is anything but products; what a program
 really executes does not matter.
 
+--profile adds the ten most expensive operations of our side, by time, from a
+profile of three calls, and by bytes, from the compiled program: what each
+kernel reads and writes. Operations that are alike are one.
+
 Each row is printed, and kept in the file of --json, as it ends. --minutes ends
 the benchmark before a row that could not end in time.
 """
 
 import os
 
+import operations
 import ours_step
 import rounds
 import step_rows
@@ -46,6 +51,9 @@ flags.DEFINE_enum('vs', None, [step_rows.THEIRS], 'What to compare with.')
 flags.DEFINE_integer('rounds', 7, 'Number of timed rounds.')
 flags.DEFINE_float(
   'secs', 1.0, 'Seconds of a round, at least: steps are repeated until then.'
+)
+flags.DEFINE_bool(
+  'profile', False, 'Also print the ten most expensive operations of ours.'
 )
 flags.DEFINE_float('minutes', None, 'End within so many minutes.')
 flags.DEFINE_string('json', None, 'JSON file for the result.')
@@ -75,8 +83,11 @@ def main():
     row = step_rows.measured(
       what, config, now, rates, clock,
       count=FLAGS.rounds, secs=FLAGS.secs, vs=FLAGS.vs,
+      profile=FLAGS.profile,
     )  # fmt: skip
     table.add(row, list(step_rows.lines(row)))
+    if FLAGS.profile:
+      terminal.write('\n'.join([*operations.tables(row['operations']), '']))
   terminal.write(step_rows.last(rows))
 
 
