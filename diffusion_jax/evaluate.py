@@ -205,15 +205,18 @@ def _check_sweep():
 def _sweep(workdir):
   entries = {text: sweep.parse(text) for text in FLAGS.sweep}
   budgets = sweep.budgets(FLAGS.sweep_evaluations)
-  step, plan_of, network = drawing.prepared()
   timesteps = runs.read_config(workdir)['process']['num_timesteps']
 
-  planned = [
-    (text, budget, sweep.longest(text, plan_of, budget, timesteps))
-    for text in entries
-    for budget in budgets
-  ]
-  trained = network()
+  def read(step):
+    plan_of, network = drawing.prepared(step)
+    planned = [
+      (text, budget, sweep.longest(text, plan_of, budget, timesteps))
+      for text in entries
+      for budget in budgets
+    ]
+    return step, planned, network()
+
+  step, planned, trained = declare.of_run(read)
   task = _task(workdir, trained)
   cells = []
   for i, (text, budget, plan) in enumerate(planned, 1):

@@ -72,16 +72,21 @@ def main():
       f'--num_images=2 or more, not {FLAGS.num_images}'
     )
   workdir = declare.workdir()
-  config, step = declare.run()
+  config = runs.read_config(workdir)
   how = {name: FLAGS[name].value for name in ('num_steps', 'grid', 'clip')}
   plan = plans.for_run(config, sampler='ddim', **how)
-  output = FLAGS.output or workdir / 'inversions' / _name(step, plan)
-  output = files.at(output).expanduser()
-  runs.usable_output(output, 'inversions')
   compilation.keep()
-  images = run_data.images(config, FLAGS.split, FLAGS.num_images, at_most=False)
-  trained = load(workdir, step, FLAGS.ema)
-  _invert(trained, plan, images, output)
+
+  def read(step):
+    output = FLAGS.output or workdir / 'inversions' / _name(step, plan)
+    output = files.at(output).expanduser()
+    runs.usable_output(output, 'inversions')
+    images = run_data.images(
+      config, FLAGS.split, FLAGS.num_images, at_most=False
+    )
+    return load(workdir, step, FLAGS.ema), plan, images, output
+
+  _invert(*declare.of_run(read))
 
 
 def _name(step, plan) -> str:

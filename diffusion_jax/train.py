@@ -96,7 +96,9 @@ def main():
   compilation.keep()
   mesh = sharding.make_mesh(**config.mesh)
   program = programs.create(config, mesh)
-  begun = finetune.load(origin, program.abstract.params)
+  origin, begun = finetune.load(
+    origin, program.abstract.params, FLAGS.init_step
+  )
 
   # Nothing has been written yet: all checks come before this point.
   with contextlib.ExitStack() as stack:

@@ -11,13 +11,14 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
+import diffusion_jax
 from configs import digits
 from diffusion_jax import runs
 from diffusion_jax.evaluation import follow
-from diffusion_jax.runs import folder
+from diffusion_jax.runs import finetune, folder, recipe
 from diffusion_jax.system import jsonl, numerics
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint, metrics, saved
+from diffusion_jax.training import checkpoint, metrics, saved, sharding
 
 ROWS = [{'step': k, 'loss': k / 8} for k in range(1, 6)]
 LINES = [json.dumps(row).encode() + b'\n' for row in ROWS]
@@ -284,6 +285,70 @@ def test_a_torn_checkpoint_is_set_aside(made, tmp_path, capsys, how):
   assert (place / '3.damaged').is_dir()
   with checkpoint.Checkpoints(place) as kept:
     assert int(kept.restore_newest(made[1]).step) == 3
+
+
+@pytest.fixture(scope='module')
+def torn(tmp_path_factory):
+  """A finished run whose newest checkpoint is cut off."""
+  run = tiny.trained(tmp_path_factory.mktemp('torn') / 'run')
+  BREAK['cut'](run / 'checkpoints' / '30')
+  return run
+
+
+USED = 'checkpoint 25 is used in its place'
+
+
+def test_the_library_loads_the_newest_whole_checkpoint(torn, capsys):
+  trained = diffusion_jax.load(torn)
+  assert trained.step == 25
+  told = capsys.readouterr().err
+  assert 'checkpoint 30 is unreadable' in told
+  assert USED in told
+  assert trained.at(None).step == 25
+  capsys.readouterr()
+  with pytest.raises(UserError, match='checkpoint 30 is unreadable'):
+    trained.at(30)
+  assert trained.at(20).step == 20
+  assert not capsys.readouterr().err
+  assert checkpoint.steps(torn / 'checkpoints') == [10, 20, 25, 30]
+
+
+def test_fine_tuning_starts_from_the_newest_whole_checkpoint(torn, capsys):
+  origin = finetune.find(torn.parent / 'new', str(torn), None, True)
+  assert origin.step == 30
+  init = recipe.create(runs.read_config(torn)).init
+  abstract = sharding.abstract(
+    jax.eval_shape(init, jax.random.key(0)), tiny.one_device()
+  )
+  found, begun = finetune.load(origin, abstract)
+  assert found == origin._replace(step=25)
+  assert begun.taken
+  assert not begun.left
+  assert USED in capsys.readouterr().err
+  with pytest.raises(UserError, match='checkpoint 30 is unreadable'):
+    finetune.load(origin, abstract, 30)
+  # Not a newer one than that of an earlier start.
+  found, _ = finetune.load(origin._replace(step=20), abstract)
+  assert found.step == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['once', 'sweep', 'invert'])
+def test_commands_take_the_newest_whole_checkpoint(torn, how):
+  few = [f'--workdir={torn}', '--batch_size=8']
+  judge = ['--num_samples=8', '--features=pixels', '--rounding=round']
+  binary, flags, step = {
+    'once': ('evaluate', [*judge, '--grid=500,100'], 'step25'),
+    'sweep': ('evaluate', [*judge, '--sweep=ddim', '--sweep_evaluations=2'],
+              'step 25'),
+    'invert': ('invert', ['--num_images=4', '--num_steps=2'], 'step25'),
+  }[how]  # fmt: skip
+  result = binaries.run(binary, *few, *flags)
+  assert result.code == 0, result.err
+  assert USED in result.err
+  assert step in result.out
+  result = binaries.run(binary, *few, *flags, '--step=30')
+  assert 'checkpoint 30 is unreadable' in result.message
 
 
 def test_a_newer_checkpoint_that_is_gone_is_told(made, tmp_path, capsys):

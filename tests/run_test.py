@@ -220,15 +220,20 @@ def test_sampling_of_no_run(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_set_aside_or_named(run, tmp_path):
-  """Training goes on from the one before; samples are of the one asked for."""
+  """Training goes on from the one before; samples are of that one, too."""
   workdir = tmp_path / 'damaged'
   shutil.copytree(run, workdir)
   for path in (workdir / 'checkpoints' / '30').rglob('*'):
     if path.is_file():
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  result = binaries.run('sample', f'--workdir={workdir}', '--num_samples=1')
+  few = ['--num_samples=1', '--grid=500']
+  result = binaries.run('sample', f'--workdir={workdir}', '--step=30', *few)
   assert 'checkpoint 30 is unreadable' in result.message
-  sample(workdir, '--step=25', '--num_samples=1', '--grid=500')
+  result = binaries.run('sample', f'--workdir={workdir}', *few)
+  assert result.code == 0, result.err
+  assert 'checkpoint 30 is unreadable' in result.err
+  assert 'checkpoint 25 is used in its place' in result.err
+  assert '1 images from step 25' in result.out
   again = tiny.train(workdir)
   assert 'checkpoint 30 is unreadable' in again.err
   assert tiny.losses(workdir) == tiny.losses(run)

@@ -1,8 +1,10 @@
 """Declares flags from tables, including those that several binaries share."""
 
+from collections.abc import Callable
+from typing import Any
+
 from absl import flags
 
-from diffusion_jax import runs
 from diffusion_jax.system import distributed, files
 from diffusion_jax.training import checkpoint
 
@@ -60,13 +62,17 @@ def workdir() -> files.Path:
   return files.at(flags.FLAGS.workdir).expanduser()
 
 
-def run() -> tuple[dict, int]:
-  """(config, checkpoint step) of the run that --workdir and --step name.
+def of_run(read: Callable[[int], Any]) -> Any:
+  """Reads the checkpoint of the run that --workdir and --step name.
+
+  Args:
+    read: step -> what is read of the checkpoint. It is called again with an
+      older one if the newest is damaged and --step is not given.
 
   Raises:
-    UserError: there is no run or no such checkpoint.
+    UserError: there is no such checkpoint.
   """
-  config, folder = runs.read_config(workdir()), workdir() / 'checkpoints'
-  return config, distributed.on_first(
-    lambda: checkpoint.find_step(folder, flags.FLAGS.step)
-  )
+  folder, step = workdir() / 'checkpoints', flags.FLAGS.step
+  if step is None:
+    return checkpoint.read_newest(folder, read)
+  return read(distributed.on_first(lambda: checkpoint.find_step(folder, step)))

@@ -102,21 +102,31 @@ def check_flags(**least) -> None:
     raise UserError('--output is empty: give a folder, or leave the flag out')
 
 
-def prepared() -> tuple[int, Callable[[dict], Plan], Callable[[], Trained]]:
-  """Returns (checkpoint step, fn from `asked` to a plan, fn to load the net).
+def prepared(
+  step: int,
+) -> tuple[Callable[[dict], Plan], Callable[[], Trained]]:
+  """Returns (fn from `asked` to a plan, fn to load the network).
 
   Plans are made before the weights are read, so that mistakes are reported at
   once.
 
+  Args:
+    step: the step of a checkpoint, see `declare.of_run`.
+
   Raises:
-    UserError: there is no run or no such checkpoint. The two functions raise it
-      if the plan or the calibration is not possible.
+    UserError: there is no run. The two functions raise it if the plan or the
+      calibration is not possible.
   """
   workdir = declare.workdir()
-  config, step = declare.run()
+  config = runs.read_config(workdir)
+
+  @functools.cache
+  def loaded():
+    return load(workdir, step, FLAGS.ema)
 
   @functools.cache
   def calibrated():
+    loaded()  # before a calibration of damaged weights is missed
     timesteps = config['process']['num_timesteps']
     kept = distributed.on_first(
       lambda: calibration.read(workdir, step, FLAGS.ema, timesteps)
@@ -127,12 +137,12 @@ def prepared() -> tuple[int, Callable[[dict], Plan], Callable[[], Trained]]:
     return plans.for_run(config, calibration=calibrated, seed=FLAGS.seed, **how)
 
   def network():
-    trained = load(workdir, step, FLAGS.ema)
+    trained = loaded()
     if calibrated.cache_info().currsize:
       calibration.check(calibrated(), trained)
     return trained
 
-  return step, plan, network
+  return plan, network
 
 
 def chosen(
@@ -148,13 +158,18 @@ def chosen(
   Raises:
     UserError: the flags are not valid; nothing has been written.
   """
-  step, plan_of, network = prepared()
-  plan = plan_of(asked())
-  check(plan)
-  own = declare.workdir() / 'samples' / name(step, plan, dtype)
-  output = files.at(FLAGS.output or own).expanduser()
-  runs.usable_output(output)
-  return network(), plan, output
+
+  def read(step):
+    plan_of, network = prepared(step)
+    plan = plan_of(asked())
+    check(plan)
+    own = declare.workdir() / 'samples' / name(step, plan, dtype)
+    output = files.at(FLAGS.output or own).expanduser()
+    runs.usable_output(output)
+    return network(), plan, output
+
+  runs.read_config(declare.workdir())
+  return declare.of_run(read)
 
 
 def fill(

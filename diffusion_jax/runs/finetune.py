@@ -136,14 +136,31 @@ def find(
   return Origin(str(there), found, ema)
 
 
-def load(origin: Origin | None, abstract) -> Begun:
-  """Loads the parameters of an origin, see `checkpoint.load_common`."""
+def load(
+  origin: Origin | None, abstract, step: int | None = None
+) -> tuple[Origin | None, Begun]:
+  """Loads the parameters of an origin, see `checkpoint.load_common`.
+
+  Args:
+    origin: the origin, or None.
+    abstract: the new run's parameters.
+    step: the step that the user has named, or None: if its checkpoint is
+      damaged, the parameters are those of an older one, with a word.
+
+  Returns:
+    the origin of the parameters, and the parameters.
+  """
   if origin is None:
-    return Begun({}, [])
-  found = checkpoint.load_common(
-    _checkpoints(origin.workdir), origin.step, abstract, ema=origin.ema
-  )
-  return Begun(*found)
+    return None, Begun({}, [])
+  folder = _checkpoints(origin.workdir)
+
+  def read(at):
+    found = checkpoint.load_common(folder, at, abstract, ema=origin.ema)
+    return origin._replace(step=at), Begun(*found)
+
+  if step is None:
+    return checkpoint.read_newest(folder, read, origin.step)
+  return read(origin.step)
 
 
 def record(workdir, origin: Origin, begun: Begun) -> None:

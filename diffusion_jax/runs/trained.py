@@ -127,21 +127,25 @@ class Trained:
     run compiles only once.
 
     Args:
-      step: the step of the checkpoint; by default the newest.
+      step: the step of the checkpoint; by default the newest that is not
+        damaged.
 
     Raises:
       UserError: there is no such checkpoint, it is damaged, or its parameters
         are not finite.
     """
     directory = self.workdir / 'checkpoints'
-    step = checkpoint.find_step(directory, step, 'step')
     shapes = jax.eval_shape(self.recipe.init, jax.random.key(0))
-    params = checkpoint.load_params(
-      directory, step, sharding.abstract(shapes, self.mesh), ema=self.ema
-    )
-    return dataclasses.replace(
-      self, step=step, params={**self.recipe.frozen, **params}
-    )
+    abstract = sharding.abstract(shapes, self.mesh)
+
+    def read(at):
+      params = checkpoint.load_params(directory, at, abstract, ema=self.ema)
+      params = {**self.recipe.frozen, **params}
+      return dataclasses.replace(self, step=at, params=params)
+
+    if step is None:
+      return checkpoint.read_newest(directory, read)
+    return read(checkpoint.find_step(directory, step, 'step'))
 
   @functools.cached_property
   def weights_sha256(self) -> str:
@@ -262,7 +266,7 @@ def load(
 
   Args:
     workdir: the run's folder, local or gs://BUCKET/FOLDER.
-    step: the step of the checkpoint; by default the newest.
+    step: the step of the checkpoint; by default the newest that is not damaged.
     ema: whether to load the averaged or the raw weights.
     mesh: the devices to load the parameters to; by default they are replicated
       on every device, and samples are divided over the devices.

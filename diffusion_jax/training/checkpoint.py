@@ -11,7 +11,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,27 +159,15 @@ class Checkpoints:
     Raises:
       UserError: all checkpoints are damaged, or as for `restore`.
     """
-    damaged = []
-    for step in reversed(steps(self.directory)):
-      state = wrong = None
-      try:
-        state = self.restore(step, abstract)
-      except Damaged as e:
-        wrong = [e.what, str(e)]
-      if told := next(filter(None, distributed.gather(wrong)), None):
-        damaged.append((step, *told))
-        continue
-      if damaged:
-        distributed.on_first(lambda: self._set_aside(damaged, step))  # noqa: B023
-        self._checkpointer.reload()
-      return state
+    step, state, damaged = _newest_whole(
+      self.directory,
+      steps(self.directory),
+      lambda at: self.restore(at, abstract),
+    )
     if damaged:
-      more = f'; so are {len(damaged) - 1} older ones' * (len(damaged) > 1)
-      raise UserError(
-        f'{damaged[0][1]}{more}: copy a checkpoint from a backup to '
-        f'{self.directory}, or train in a new workdir'
-      )
-    return None
+      distributed.on_first(lambda: self._set_aside(damaged, step))
+      self._checkpointer.reload()
+    return state
 
   def _set_aside(self, damaged: list[tuple[int, str, str]], whole: int) -> None:
     for step, what, told in damaged:
@@ -227,6 +216,59 @@ def find_step(directory, step: int | None, flag: str = '--step') -> int:
       f'{", ".join(map(str, there))}'
     )
   return step
+
+
+def read_newest(
+  directory, read: Callable[[int], Any], at_most: int | None = None
+) -> Any:
+  """Reads the newest checkpoint; if it is damaged, an older one, with a word.
+
+  Call it in all processes.
+
+  Args:
+    directory: the folder of the checkpoints.
+    read: step -> what is read of it; raises what `load_params` raises.
+    at_most: the step to begin with; by default the newest.
+
+  Raises:
+    UserError: there is no checkpoint, or all are damaged.
+  """
+
+  def find():
+    newest_there = find_step(directory, None)
+    first = newest_there if at_most is None else at_most
+    return [step for step in steps(directory) if step <= first]
+
+  there = distributed.on_first(find)
+  step, found, damaged = _newest_whole(directory, there, read)
+  for _, what, _ in damaged:
+    terminal.say(f'{what}: checkpoint {step} is used in its place')
+  return found
+
+
+def _newest_whole(directory, there, read) -> tuple[int, Any, list]:
+  """(step, what is read of it, [(step, what is wrong, message)] of newer ones).
+
+  The step is None if there is no checkpoint.
+  """
+  damaged = []
+  for step in reversed(there):
+    found = wrong = None
+    try:
+      found = read(step)
+    except Damaged as e:
+      wrong = [e.what, str(e)]
+    if told := next(filter(None, distributed.gather(wrong)), None):
+      damaged.append((step, *told))
+      continue
+    return step, found, damaged
+  if damaged:
+    more = f'; so are {len(damaged) - 1} older ones' * (len(damaged) > 1)
+    raise UserError(
+      f'{damaged[0][1]}{more}: copy a checkpoint from a backup to {directory}, '
+      'or train in a new workdir'
+    )
+  return None, None, []
 
 
 def save_params(directory, step: int, ema_params, params=None) -> None:
