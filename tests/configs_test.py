@@ -299,6 +299,88 @@ def test_what_is_no_config_is_told(tmp_path):
       load(broken)
 
 
+@pytest.mark.parametrize(
+  ('line', 'reason'),
+  [
+    ('config.data.image_size = (64, 48)',
+     'image_size must be int, not tuple, or set it to a pair inside `with '
+     'config.ignore_type():`'),
+    ('config.num_steps = 1e5', 'num_steps must be int, not float'),
+    ('config.optim = 3', 'optim must be a group of keys, not int'),
+    ('config.optimm.lr = 1',
+     "there is no config key 'optimm'; did you mean optim?"),
+    ('config.num_steps = STEPS', "NameError: name 'STEPS' is not defined"),
+    ('import nothing_here',
+     "ModuleNotFoundError: No module named 'nothing_here'"),
+    ('config.num_steps = 1 // 0', 'ZeroDivisionError: '),
+  ],
+)  # fmt: skip
+def test_what_a_users_file_raises_is_one_line(tmp_path, line, reason):
+  path = written(tmp_path, line)
+  with pytest.raises(UserError) as error:
+    load(path)
+  told = str(error.value)
+  assert told.startswith(f'--config={path}: line 5, {line!r}: {reason}')
+  assert '\n' not in told
+
+
+def test_errors_of_syntax_name_their_own_file(tmp_path, monkeypatch):
+  path = tmp_path / 'mine.py'
+  path.write_text('def get_config(:\n')
+  with pytest.raises(UserError, match=f"{path}, line 1, 'def get_config"):
+    load(path)
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'of_mine.py').write_text('\n\nx = = 1\n')
+  path.write_text('import of_mine\n')
+  with pytest.raises(UserError, match=r"of_mine\.py, line 3, 'x = = 1': inv"):
+    load(path)
+
+
+def test_a_bug_in_the_package_keeps_its_traceback(tmp_path, monkeypatch):
+  def fail():
+    raise ValueError('a bug')
+
+  monkeypatch.setattr(config_files.completion, 'complete', lambda _: fail())
+  with pytest.raises(ValueError, match='a bug'):
+    load(written(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ('line', 'told'),
+  [
+    ("config.num_steps = '100'", "num_steps='100' must be int, not str"),
+    ('config.seed = True', 'seed=True must be int, not bool'),
+    ('config.data = ConfigDict({"image_size": (8, "8")})',
+     "data.image_size=(8, '8') must be int, not tuple"),
+    ('config.model = ConfigDict({"multipliers": 2})',
+     'model.multipliers=2 must be tuple, not int'),
+  ],
+)  # fmt: skip
+def test_types_without_the_default_config_are_checked(tmp_path, line, told):
+  path = written(tmp_path, line, start='ConfigDict()')
+  with pytest.raises(UserError) as error:
+    load(path)
+  assert str(error.value).startswith(f'--config={path}: {told}')
+
+
+def test_values_of_fitting_types_are_taken(tmp_path):
+  lines = (
+    'config.data = ConfigDict({"image_size": (16, 8)})',
+    'config.model = ConfigDict({"multipliers": [1, 2]})',
+    'config.optim = ConfigDict({"lr": 1})',
+    'config.num_steps = placeholder(int)',
+  )
+  path = written(tmp_path, *lines, start='ConfigDict()')
+  path.write_text(
+    'from ml_collections.config_dict import placeholder\n' + path.read_text()
+  )
+  config = load(path)
+  assert tuple(config.data.image_size) == (16, 8)
+  with config.unlocked():
+    config.num_steps = 7
+  assert config.num_steps == 7
+
+
 @pytest.mark.parametrize('name', EACH, ids=':'.join)
 def test_an_older_run_goes_on(tmp_path, name):
   """Its config.json has none of the younger keys; they have their defaults."""

@@ -268,6 +268,7 @@ def test_it_happens_once(source, tuned, tmp_path):
   before_a_checkpoint = tmp_path / 'early'
   shutil.copytree(workdir, before_a_checkpoint)
   shutil.rmtree(before_a_checkpoint / 'checkpoints')
+  (before_a_checkpoint / 'saved.json').write_text('{"step": 0}')
 
   # Killed before its first checkpoint, and the source has gone on since.
   shutil.copytree(other / 'checkpoints' / '20', other / 'checkpoints' / '40')
@@ -278,7 +279,8 @@ def test_it_happens_once(source, tuned, tmp_path):
   # Killed later: the source is not even looked at.
   shutil.rmtree(other)
   result = train(workdir, f'--init_from={other}', num_steps=6)
-  assert 'resuming from step 3: --init_from was applied' in result.err
+  assert 'resuming from checkpoint 3 of ' in result.err
+  assert '--init_from was applied when this run started' in result.err
   assert rows(workdir) == rows(tuned)
 
 

@@ -24,6 +24,10 @@ from diffusion_jax.runs import completion
 from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
 
+# What ml_collections says of a value of another type than the key's.
+CAST = re.compile(
+  "field '(.+?)'.* type <class '(.+?)'>.* type <class '(.+?)'>", re.DOTALL
+)
 KEY = re.compile(r'  (config\.[\w.]+) = .*?(  # .*)?')
 
 
@@ -68,7 +72,7 @@ def load(given: str) -> ConfigDict:
       f'--config={given}: its get_config() returns {config!r:.50}, not a '
       'ConfigDict'
     )
-  wrong = completion.unknown(config)
+  wrong = completion.unknown(config) or completion.of_other_types(config)
   if wrong:
     raise UserError(f'--config={given}: {wrong[0]}')
   completion.complete(config)
@@ -76,15 +80,55 @@ def load(given: str) -> ConfigDict:
 
 
 def _call(path, *arguments):
-  get_config = runpy.run_path(path).get('get_config')
-  if get_config is None:
-    raise UserError(f'--config={path} has no function get_config()')
-  if arguments and not inspect.signature(get_config).parameters:
-    raise UserError(
-      f'--config={path}:{arguments[0]}: this config takes no argument: give '
-      f'--config={path}'
+  try:
+    get_config = runpy.run_path(path).get('get_config')
+    if get_config is None:
+      raise UserError(f'--config={path} has no function get_config()')
+    if arguments and not inspect.signature(get_config).parameters:
+      raise UserError(
+        f'--config={path}:{arguments[0]}: this config takes no argument: give '
+        f'--config={path}'
+      )
+    return get_config(*arguments)
+  except UserError:
+    raise
+  except Exception as e:
+    if not (told := _of_user(path, e)):
+      raise
+    raise UserError(f'--config={path}: {told}') from e
+
+
+def _of_user(path, error: Exception) -> str:
+  """Where a user's own file failed, and why; '' for a bug in this package."""
+  if Path(path).resolve().parent in (
+    Path(f).resolve() for f in configs.__path__
+  ):
+    return ''
+  if isinstance(error, SyntaxError):
+    line = (error.text or '').strip()
+    return f'{error.filename}, line {error.lineno}, {line!r}: {error.msg}'
+  *_, last = frames = traceback.extract_tb(error.__traceback__)
+  own = [frame for frame in frames if frame.filename == path]
+  if not own:
+    return ''
+  reason = _of_key(error) if 'ml_collections' in last.filename else ''
+  reason = reason or ' '.join(f'{type(error).__name__}: {error}'.split())
+  return f'line {own[-1].lineno}, {own[-1].line!r}: {reason}'
+
+
+def _of_key(error: Exception) -> str:
+  """What is wrong with a key, from the messages of ml_collections."""
+  text = str(error.args[0]) if error.args else ''
+  if isinstance(error, AttributeError | KeyError) and (
+    key := re.search(r'\w+', text)
+  ):
+    meant = completion.suggest(key[0])
+    return f'there is no config key {key[0]!r}' + (
+      f'; did you mean {meant}?' if meant else ''
     )
-  return get_config(*arguments)
+  if found := CAST.search(text):
+    return f'{found[1]} {completion.mistyped(*found.groups())}'
+  return ''
 
 
 def _read(path, *arguments):

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from diffusion_jax.configs import default
 
@@ -107,6 +107,56 @@ def lacking(config: Mapping) -> list[str]:
 def unknown(config: Mapping) -> list[str]:
   """The problems with a config's keys, a line each; [] if valid."""
   return list(_unknown(config, default.get_config()))
+
+
+def of_other_types(config: Mapping) -> list[str]:
+  """The keys with values of another type than by default, a line each."""
+  return list(_of_other_types(config, default.get_config()))
+
+
+def mistyped(key: str, given: str, allowed: str) -> str:
+  """'must be int, not str', and what else may help.
+
+  Args:
+    key: the key.
+    given: the name of the value's type.
+    allowed: the name of the default value's type.
+  """
+  given, allowed = (
+    'a group of keys' if name.endswith('ConfigDict') else name
+    for name in (given, allowed)
+  )
+  pair = ', or set it to a pair inside `with config.ignore_type():`'
+  return f'must be {allowed}, not {given}' + pair * (key == 'image_size')
+
+
+def _of_other_types(config, known, path=()) -> Iterator[str]:
+  for key, value in _items(config):
+    usual = known.get(key)
+    if _is_group(usual):
+      if _alike(key, value, usual):
+        yield from _of_other_types(value, usual, (*path, key))
+    # Not a placeholder, nor a key of an empty group.
+    elif not (
+      usual is None
+      or isinstance(value, FieldReference)
+      or _fits(key, value, usual)
+    ):
+      told = mistyped(key, type(value).__name__, type(usual).__name__)
+      yield f'{".".join((*path, key))}={value!r:.50} {told}'
+
+
+def _fits(key, value, usual) -> bool:
+  """Whether a value is of the type of a key's default value."""
+  if isinstance(value, tuple | list):
+    if key == 'image_size':
+      usual = (usual,)
+    return isinstance(usual, tuple) and all(
+      _fits('', inner, usual[0]) for inner in value
+    )
+  allowed = (int, float) if isinstance(usual, float) else type(usual)
+  is_flag = isinstance(value, bool), isinstance(usual, bool)
+  return isinstance(value, allowed) and len({*is_flag}) == 1
 
 
 def _lacking(config, known, path=()) -> Iterator[tuple[tuple, Any]]:
