@@ -4,7 +4,7 @@ r"""Trains a diffusion model.
 
 Any value of the config can be overridden: --config.optim.lr=1e-4. Writes
 config.json, checkpoints/, metrics.jsonl, TensorBoard events, and sample grids
-(samples/) to the workdir.
+(samples/) to the workdir. --profile adds a profile of chosen steps.
 
 To resume from the newest checkpoint, run the same command again. Values that
 change no trained number may differ, see docs/resume.md. So may optim.*,
@@ -46,6 +46,7 @@ from diffusion_jax.training import (
   loop,
   metrics,
   preemption,
+  profiling,
   saved,
   sharding,
   watchdog,
@@ -76,6 +77,11 @@ flags.DEFINE_float(
   'the held-out loss is computed.',
   lower_bound=1,
 )  # fmt: skip
+flags.DEFINE_string(
+  'profile', None,
+  'Profile these steps, such as 200:210, the ten steps after step 200, into '
+  'profile/ in the workdir, see docs/speed.md.',
+)  # fmt: skip
 declare.shared('accept_data', 'json')
 
 
@@ -87,6 +93,7 @@ def main():
     raise UserError(wrong[0])
   splits = distributed.everywhere(lambda: data.splits(config.data))
   runs.check(workdir, config)
+  profiling.check(FLAGS.profile, workdir, config.num_steps)
   known = dataset.check(
     workdir, splits, config.data.heldout_split, FLAGS.accept_data
   )
@@ -216,11 +223,14 @@ def _train(
     dog.step()
     progress.reach(finished, f'loss {row["loss"]:.4f}' if row else '')
 
-  with dog, progress:
+  steps = profiling.parse(FLAGS.profile)
+  with dog, progress, profiling.profiled(steps, start, workdir) as profiled:
     train_state = loop.train(
       train_state,
-      step_fn=numerics.guarded()(
-        lambda now, batch: program.step_fn(now, program.frozen, batch)
+      step_fn=profiled(
+        numerics.guarded()(
+          lambda now, batch: program.step_fn(now, program.frozen, batch)
+        )
       ),
       batches=dog.waiting(batches),
       num_steps=config.num_steps,
