@@ -2,12 +2,12 @@ r"""Checks that a run fits, and predicts its cost, before you rent chips.
 
   python -m diffusion_jax.preflight --config=cifar10 --topology=v5e:4x4
 
-Compiles the real training step and the sampling program, either for a TPU slice
-that you need not have (v4, v5e, v5p or v6e; the compiler comes with pip install
-'diffusion_jax[tpu]') or, without --topology, for this machine's devices. Prints
-the bytes per chip against its memory, the FLOPs, the communication between
-chips, and the time per step at the chips' published rates. Nothing is trained
-or saved.
+Compiles the real training step and the sampling program, either for TPUs or
+GPUs that you need not have (the compilers come with pip install
+'diffusion_jax[tpu]' and 'diffusion_jax[cuda]') or, without --topology, for this
+machine's devices. Prints the bytes per chip against its memory, the FLOPs, the
+kernels and the bytes that they move, the communication between chips, and the
+time per step at the chips' published rates. Nothing is trained or saved.
 
 First it checks what fails most often on pods: the batch size, the data, the
 workdir, versions, TensorFlow. To compare all hosts, start it on every host, as
@@ -17,6 +17,7 @@ training is. --all_images decodes every image and lists the broken ones.
 with random images and new parameters, and reports the time per step.
 """
 
+import functools
 import math
 import os
 from concurrent import futures
@@ -29,7 +30,18 @@ from ml_collections import config_dict
 
 from diffusion_jax import runs
 from diffusion_jax.cli import command
-from diffusion_jax.planning import checks, chips, compiled, page, rates, timing
+from diffusion_jax.evaluation import features
+from diffusion_jax.models import inception
+from diffusion_jax.planning import (
+  checks,
+  chips,
+  compiled,
+  page,
+  rates,
+  room,
+  slices,
+  timing,
+)
 from diffusion_jax.planning.compiled import Compiled, device_bytes
 from diffusion_jax.planning.page import gib
 from diffusion_jax.runs import programs, validation
@@ -42,9 +54,11 @@ command.define_config()
 flags.adopt_module_key_flags(distributed)
 flags.DEFINE_string(
   'topology', None,
-  f'TPU slice to compile for, as CHIP:SIZES with {", ".join(chips.CHIPS)}, '
-  'such as v5e:4x4 or v4:2x2x2, or under its name in Google Cloud, such as '
-  "v5litepod-16; by default this machine's devices.",
+  f'TPU slice to compile for, as CHIP:SIZES with {", ".join(chips.TPUS)}, '
+  'such as v5e:4x4 or v4:2x2x2; or the GPUs of a host, or hosts x GPUs, with '
+  f'{", ".join(chips.GPUS)}, such as h100:8 or h100:2x8; or a name in the '
+  "cloud, such as v5litepod-16 or a3-highgpu-8g; by default this machine's "
+  'devices.',
 )  # fmt: skip
 flags.DEFINE_string('workdir', None, 'Folder of the planned run, to check.')
 flags.DEFINE_bool(
@@ -57,6 +71,9 @@ flags.DEFINE_integer(
   'sample_batch_size', 256, 'Images per sampling batch, over all devices.',
   lower_bound=1,
 )  # fmt: skip
+flags.DEFINE_bool(
+  'judging', False, 'Also compile Inception up to the features of FID.'
+)
 flags.DEFINE_bool(
   'largest_batch', False, 'Find the largest batch_size that fits. This '
   'compiles the training step about six times.',
@@ -81,7 +98,7 @@ class Place(NamedTuple):
     mesh: the devices.
     program: the functions to compile.
     limit: memory of a device, in bytes.
-    where: the TPU slice; None for this machine.
+    where: the TPU slice or the GPUs; None for this machine.
     fast: whether to compile at low effort.
   """
 
@@ -89,7 +106,7 @@ class Place(NamedTuple):
   mesh: jax.sharding.Mesh
   program: programs.Programs
   limit: int
-  where: chips.Slice | None
+  where: slices.Slice | None
   fast: bool
 
   @property
@@ -103,6 +120,11 @@ class Place(NamedTuple):
     return self.where.name if self.where else f'{self.mesh.size} {self.device}'
 
   @property
+  def notes(self) -> list[str]:
+    """What is not known because the devices are not here."""
+    return self.where.notes if self.where else []
+
+  @property
   def rows(self) -> int:
     """Number of devices that a batch is split over."""
     return self.mesh.shape['data'] * self.mesh.shape['fsdp']
@@ -112,9 +134,14 @@ class Place(NamedTuple):
     """Images per sampling batch: the flag, rounded up to the mesh."""
     return -(-FLAGS.sample_batch_size // self.rows) * self.rows
 
+  @property
+  def judged(self) -> int:
+    """Images that Inception judges at once, as evaluation does."""
+    return -(-features.BLOCK // self.rows) * self.rows
+
 
 def main():
-  where = chips.parse(FLAGS.topology) if FLAGS.topology is not None else None
+  where = slices.parse(FLAGS.topology) if FLAGS.topology is not None else None
   if not where:
     distributed.initialize()
   elif FLAGS.coordinator:
@@ -122,12 +149,12 @@ def main():
   if FLAGS.measure and (where or FLAGS.largest_batch):
     other = 'topology' if where else 'largest_batch'
     raise UserError(f'--measure is for this machine: leave --{other} out')
-  devices = chips.devices(where) if where else jax.devices()
+  devices = slices.devices(where) if where else jax.devices()
   if wrong := validation.check(FLAGS.config, devices):
     raise UserError(wrong[0])
   config = FLAGS.config
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  limit = where.chip.memory if where else _memory()
+  limit = where.memory if where else _memory()
   fast = FLAGS.fast and devices[0].platform == 'tpu'
   program = programs.create(config, mesh)
   place = Place(config, mesh, program, limit, where, fast)
@@ -135,14 +162,17 @@ def main():
   if FLAGS.largest_batch:
     _largest(place)
     return
-  train, sample = _compile_both(place)
+  train, sample, judge = _compile_all(place)
   if train.total > train.limit:
     raise _too_large(place, config.batch_size, train.total, train.limit)
-  if sample and sample.total > sample.limit:
-    what = f'--sample_batch_size={place.sampled}'
-    raise _no_room(place, what, sample.total, sample.limit, 'draw fewer')
+  what = f'--sample_batch_size={place.sampled}'
+  for one, flag, advice in (
+    (sample, what, 'draw fewer'), (judge, '--judging', 'use larger chips')
+  ):  # fmt: skip
+    if one and one.total > one.limit:
+      raise room.does_not_fit(flag, place.name, one.total, one.limit, advice)
   distributed.gather(None)  # wait for the other processes
-  result = _result(place, train, sample)
+  result = _result(place, train, sample, judge)
   if FLAGS.measure:
     result['measured'] = timing.measure(
       config, mesh, program, train, sample, place.sampled
@@ -191,20 +221,29 @@ def _batch(place) -> str:
 # --- compiling ----------------------------------------------------------------
 
 
-def _compile_both(place) -> tuple:
-  """Compiles the training step and, unless --nosampling, the sampling program.
+def _compile_all(place) -> list[Compiled | None]:
+  """Compiles the programs of training and, if asked for, sampling and judging.
 
   In parallel, because XLA compiles a program mostly on one core. If the
-  training step does not fit, the result of the other is not awaited.
+  training step does not fit, the results of the others are not awaited.
   """
-  also = f', and the sampling program, {place.sampled} images'
-  with _compiling(place, place.config.batch_size, also * FLAGS.sampling):
+  also = ''
+  if FLAGS.sampling:
+    also += f', and the sampling program, {place.sampled} images'
+  if FLAGS.judging:
+    also += f', and Inception, {place.judged} images'
+  with _compiling(place, place.config.batch_size, also):
     pool = futures.ThreadPoolExecutor()
     train = pool.submit(_compile_step, place, place.config.batch_size)
-    sample = pool.submit(_compile_sampling, place) if FLAGS.sampling else None
+    others = [
+      pool.submit(compile_one, place) if wanted else None
+      for compile_one, wanted in (
+        (_compile_sampling, FLAGS.sampling), (_compile_judging, FLAGS.judging)
+      )
+    ]  # fmt: skip
     step = train.result()
     fits = step.total <= step.limit
-    return step, sample.result() if sample and fits else None
+    return [step, *(one.result() if one and fits else None for one in others)]
 
 
 def _compiling(place, batch_size, also=''):
@@ -227,6 +266,20 @@ def _compile_sampling(place) -> Compiled:
   program = place.program
   args = program.abstract.ema_params, indices
   return compiled.compile(program.draw_fn, args, place.limit, place.fast)
+
+
+def _compile_judging(place) -> Compiled:
+  taps = ['2048']
+  shape = (place.judged, *runs.image_shape(place.config.data))
+  params = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding.replicated(place.mesh)
+    ),
+    inception.parameters(taps),
+  )
+  fn = jax.jit(functools.partial(inception.apply, taps=taps))
+  args = params, _rows(place, shape, jnp.uint8)
+  return compiled.compile(fn, args, place.limit, place.fast)
 
 
 def _rows(place, shape, dtype):
@@ -263,7 +316,9 @@ def _largest(place) -> None:
     },
     f'{place.name}: batch_size={fits.count * unit} fits ({gib(fits.used)} per '
     f'chip), {does_not.count * unit} does not ({gib(does_not.used)} of '
-    f'{gib(does_not.limit)})' + page.ESTIMATE * place.fast,
+    f'{gib(does_not.limit)})'
+    + page.ESTIMATE * place.fast
+    + ''.join(f'\n{note}' for note in place.notes),
     FLAGS.json,
   )
 
@@ -271,37 +326,15 @@ def _largest(place) -> None:
 # --- results ----------------------------------------------------------------
 
 
-def _no_room(place, what, used, limit, advice) -> UserError:
-  return UserError(
-    f'{what} does not fit {place.name}: {gib(used)} per chip, '
-    f'{gib(used - limit)} more than its {gib(limit)}; {advice}'
+def _too_large(place, batch_size, used, limit) -> UserError:
+  state = device_bytes(place.program.abstract)
+  mesh = place.mesh.shape
+  return room.too_large(
+    batch_size, place.name, used, limit, state, place.config, mesh
   )
 
 
-def _too_large(place, batch_size, used, limit) -> UserError:
-  """The error for a batch that does not fit, with possible remedies."""
-  config, parts = place.config, place.rows
-  each, pieces = batch_size // parts, config.microbatches
-  state = device_bytes(place.program.abstract)
-  remedies = []
-  # The rest is activations, proportional to the images in a microbatch.
-  share = (0.9 * limit - state) / max(used - state, 1)
-  at_once = int(each / pieces * share)
-  if at_once >= 1:
-    smaller = [m for m in range(pieces + 1, each + 1) if each % m == 0]
-    fitting = [m for m in smaller if each // m <= at_once]
-    remedies += [f'--config.microbatches={m}' for m in fitting[:1]]
-    remedies.append(f'--config.batch_size={at_once * pieces * parts}')
-  if place.mesh.shape['data'] > 1 and state > 0.2 * limit:
-    remedies.append(f'--config.mesh.data=1 --config.mesh.fsdp={parts}')
-  if config.model.dtype == 'float32':
-    remedies.append('--config.model.dtype=bfloat16')
-  remedies.append('more or larger chips')
-  advice = f'to make it fit, try {", or ".join(remedies)}'
-  return _no_room(place, f'batch_size={batch_size}', used, limit, advice)
-
-
-def _result(place, train, sample) -> dict:
+def _result(place, train, sample, judge) -> dict:
   config, state, count = place.config, place.program.abstract, place.sampled
   parts = {
     'parameters': device_bytes(state.params),
@@ -321,6 +354,7 @@ def _result(place, train, sample) -> dict:
     'fast': place.fast,
     'memory': place.limit,
     'fits': True,  # otherwise an error was raised
+    'notes': place.notes,
     'train': compiled.describe(
       train, {**parts, 'batch': config.batch_size // place.rows * image},
       config.batch_size, place.mesh.size,
@@ -336,7 +370,15 @@ def _result(place, train, sample) -> dict:
         place.mesh.size,
       ),
     }  # fmt: skip
-  if place.where and train.flops:
+  if judge:
+    result['judge'] = {
+      'batch_size': place.judged,
+      **compiled.describe(
+        judge, {'batch': place.judged // place.rows * image}, place.judged,
+        place.mesh.size,
+      ),
+    }  # fmt: skip
+  if place.where:
     predicted = rates.predict(place.where, train)
     seconds = predicted['seconds']
     result['predicted'] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from diffusion_jax.planning import chips
+from diffusion_jax.planning import slices
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / 'scaling.json'
@@ -92,7 +92,7 @@ def memory(config, topology, batch, *flags) -> dict:
 def costs(config, topology, batch) -> dict:
   """A row: hours of the paper's run, at the share that it reached."""
   found = result(config, topology, batch)
-  rate = SHARE * chips.parse(topology).chip.flops * found['num_devices']
+  rate = SHARE * slices.parse(topology).chip.flops * found['num_devices']
   images, sample = found['num_steps'] * batch, found['sample']
   train = images * found['train']['product_flops_per_image'] / rate / 3600
   once = sample['product_flops_per_image'] / sample['num_steps']

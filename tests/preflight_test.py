@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from configs import digits
-from diffusion_jax.planning import checks, page
+from diffusion_jax.planning import checks, page, slices
 from diffusion_jax.runs import programs
 from diffusion_jax.system import distributed
 from diffusion_jax.training import sharding
@@ -23,6 +23,7 @@ TINY = [
   '--config.sample.num_steps=3',
 ]  # fmt: skip
 HAS_LIBTPU = importlib.util.find_spec('libtpu') is not None
+HAS_CUDA = slices.has_cuda()
 
 
 def preflight(*flags, devices=1, limit=300):
@@ -122,6 +123,9 @@ def last_line(result):
     (['--config.batch_size=13', '--config.mesh.fsdp=1'], 'not a multiple'),
     (['--sample_batch_size=0'], 'sample_batch_size'),
     (['--topology='], 'v4, v5e, v5p, v6e'),
+    (['--topology=h100:2x16'], 'such as h100:8 or h100:2x8'),
+    (['--topology=rtx4090'], 'a100, a100-40gb, h100, h200, b200, l4'),
+    (['--topology=h100', '--measure'], 'leave --topology out'),
     (['--config.batch_size=1000000000000000'], 'at most 100000000'),
     (['--heartbeat_secs=0'], 'heartbeat_secs'),
   ],
@@ -139,6 +143,12 @@ def test_without_the_compiler_for_tpus():
 def test_a_workdir_with_too_long_a_name(tmp_path):
   message = last_line(preflight(f'--workdir={tmp_path / ("x" * 300)}'))
   assert 'cannot be written (File name too long)' in message
+
+
+@pytest.mark.skipif(HAS_CUDA, reason='the CUDA plugin is installed')
+def test_without_the_compiler_for_gpus():
+  message = preflight('--topology=h100:8').message
+  assert "pip install 'diffusion_jax[cuda]'" in message
 
 
 def test_data_that_are_not_here():
@@ -341,3 +351,59 @@ def test_of_a_slice():
   assert found['xla_flops_per_image'] == pytest.approx(
     found['product_flops_per_image'], rel=0.1
   )
+
+
+# --- with the compiler for GPUs -----------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_CUDA, reason="needs pip install '.[cuda]'")
+@pytest.mark.parametrize('platforms', ['cpu', '', 'cuda'])
+def test_of_gpus(platforms):
+  """Eight H100s, whatever JAX_PLATFORMS says: convolutions are theory.
+
+  Of n convolutions of 3x3 in the network there are n forward, n gradients of
+  kernels, and n - 1 of inputs, because nobody asks for that of the images.
+  """
+  result = binaries.run(
+    'preflight', *TINY, '--config.batch_size=16', '--topology=8xh100',
+    '--config.model.dtype=bfloat16', '--sample_batch_size=16', '--json',
+    JAX_PLATFORMS=platforms, limit=900,
+  )  # fmt: skip
+  assert result.code == 0, result.err
+  found = json.loads(result.out)
+  assert found['device'] == 'NVIDIA H100 80GB HBM3'
+  assert found['num_devices'] == 8
+  assert len(found['notes']) == 2
+  train = found['train']
+  parts = {**train['bytes']}
+  assert parts.pop('total') == sum(parts.values())
+  assert train['aliased'] > 0.99 * train['outputs']
+  (sums,) = train['collectives']
+  assert (sums['kind'], sums['group']) == ('all-reduce', 8)
+  # Gradients are bfloat16 where the compute is.
+  assert 0.4 < sums['bytes'] / parts['parameters'] < 1.1
+  config = digits.get_config()
+  config.model.update(channels=8, num_groups=4, num_blocks=1)
+  program = programs.create(
+    config, sharding.make_mesh(devices=jax.devices()[:1])
+  )
+  leaves = jax.tree.leaves(program.abstract.params)
+  convolutions = sum(leaf.shape[:2] == (3, 3) for leaf in leaves)
+  count = {kind['name']: kind['count'] for kind in train['kernels']}
+  assert count['convolution'] == convolutions
+  assert count['convolution, gradient of the kernel'] == convolutions
+  assert count['convolution, gradient of the input'] == convolutions - 1
+  # Three steps of sampling are three evaluations.
+  count = {kind['name']: kind['count'] for kind in found['sample']['kernels']}
+  assert count['convolution'] == 3 * convolutions
+  predicted = found['predicted']
+  assert predicted['compute_seconds'] == pytest.approx(
+    2 * train['product_flops_per_image'] / 989.4e12
+  )
+  assert predicted['memory_seconds'] == pytest.approx(
+    2 * train['kernel_bytes_per_image'] / 3352e9
+  )
+  text = '\n'.join(page.lines(found))
+  assert 'not known without a GPU' in text
+  assert 'gradient of the kernel' in text

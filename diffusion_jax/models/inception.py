@@ -150,6 +150,17 @@ def shapes(taps: Sequence[str] = ('logits',)) -> dict[str, tuple[int, ...]]:
   return dict(_shapes(tuple(taps)))
 
 
+def parameters(taps: Sequence[str]) -> dict[str, dict]:
+  """Abstract parameters that taps need: {name: {'w', 'b'}}, float32."""
+  return {
+    name: {
+      'w': jax.ShapeDtypeStruct(shape, jnp.float32),
+      'b': jax.ShapeDtypeStruct(shape[-1:], jnp.float32),
+    }
+    for name, shape in shapes(taps).items()
+  }
+
+
 @functools.cache
 def _shapes(taps: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
   found = {}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from diffusion_jax.planning import flops, hlo
+from diffusion_jax.planning import flops, hlo, kernels
 
 # libtpu's compiler at low effort. Memory is then an estimate: 8% lower in total
 # than at full effort for the CIFAR-10 step (fsdp 4 on v5e:2x2), 22% lower for
@@ -33,9 +33,10 @@ class Compiled(NamedTuple):
     products: {'convolutions', 'matrix products'} -> FLOPs of the whole program
       over all devices, see `flops.products`.
     flops: all FLOPs on one device, as counted by XLA; None if it does not
-      report them, or if a loop has products, because it counts a loop's body
-      once.
+      report them (for GPUs), or if a loop has products, because it counts a
+      loop's body once.
     bytes_accessed: bytes moved between device and memory, likewise.
+    kinds: kernels of each kind on one device, see `kernels.by_kind`.
     collectives: see `hlo.collectives`.
     seconds: compilation time.
     program: the executable, to be called if the devices are present.
@@ -50,6 +51,7 @@ class Compiled(NamedTuple):
   products: Mapping = types.MappingProxyType({})
   flops: float | None = None
   bytes_accessed: float | None = None
+  kinds: Sequence[kernels.Group] = ()
   collectives: Sequence[hlo.Collective] = ()
   seconds: float = 0.0
   program: jax.stages.Compiled | None = None
@@ -59,6 +61,19 @@ class Compiled(NamedTuple):
     """Total bytes while the program runs."""
     added = self.outputs - self.aliased
     return self.arguments + added + self.temporaries + self.code
+
+  @property
+  def traffic(self) -> float:
+    """Bytes to and from memory: XLA's count, or of the kernels' operands."""
+    if self.bytes_accessed is not None:
+      return self.bytes_accessed
+    return sum(kind.bytes for kind in self.kinds)
+
+  def work(self, num_devices: int) -> float:
+    """FLOPs on one of the devices: XLA's count, or of the products alone."""
+    if self.flops is not None:
+      return self.flops
+    return sum(self.products.values()) / num_devices
 
 
 def device_bytes(tree) -> int:
@@ -92,6 +107,7 @@ def compile(fn, args, limit: int, fast: bool = False) -> Compiled:
   if flops.has_loops(traced.jaxpr):
     cost = {}
   num_devices = jax.tree.leaves(args)[0].sharding.mesh.size
+  text = program.as_text()
   return Compiled(
     limit,
     memory.argument_size_in_bytes,
@@ -102,7 +118,8 @@ def compile(fn, args, limit: int, fast: bool = False) -> Compiled:
     dict(flops.products(traced.jaxpr)),
     cost.get('flops'),
     cost.get('bytes accessed'),
-    hlo.collectives(program.as_text(), num_devices),
+    kernels.by_kind(kernels.kernels(text)),
+    hlo.collectives(text, num_devices),
     time.monotonic() - start,
     program,
   )
@@ -147,6 +164,10 @@ def describe(
     'products': found.products,
     'xla_flops_per_image': found.flops and found.flops * num_devices / images,
     'bytes_accessed': found.bytes_accessed,
+    'kernels': [kind._asdict() for kind in found.kinds],
+    'kernel_bytes_per_image': sum(kind.bytes for kind in found.kinds)
+    * num_devices
+    / images,
     'aliased': found.aliased,
     'outputs': found.outputs,
     'collectives': [one._asdict() for one in found.collectives],

@@ -30,14 +30,12 @@ def lines(result: dict) -> Iterator[str]:
     f'{name}: {result["num_devices"]} {result["device"]}, '
     f'{mesh(result["mesh"])}, {result["dtype"]}'
   )
-  kinds = [kind for kind in ('train', 'sample') if kind in result]
+  kinds = [kind for kind in ('train', 'sample', 'judge') if kind in result]
   for kind in kinds:
     yield from ['', *_program(kind, result)]
   if 'predicted' in result:
     yield from ['', *_predicted(result)]
-  elif result['topology']:
-    yield ''
-    yield 'no time is predicted: XLA counts the loop over microbatches once'
+  yield from result['notes']
   if 'measured' in result:
     yield from ['', *_measured(result['measured'])]
   total = max(result[kind]['bytes']['total'] for kind in kinds)
@@ -55,6 +53,8 @@ def _program(kind, result):
       f'training, batch {result["batch_size"]} in {result["microbatches"]} '
       f'microbatch{"es" * (result["microbatches"] > 1)}'
     )
+  elif kind == 'judge':
+    yield f'judging by Inception, {program["batch_size"]} images at once'
   else:
     yield (
       f'sampling, {program["batch_size"]} images at once, '
@@ -77,6 +77,9 @@ def _program(kind, result):
       )
     share = program['aliased'] / program['outputs']
     yield f'{share:.2%} of the outputs reuse donated arguments'
+  if not program['bytes_accessed']:  # XLA has no count of its own
+    images = program.get('batch_size', result['batch_size'])
+    yield from _kernels(program, images / result['num_devices'])
   if program['collectives']:
     yield from terminal.table(
       ['communication', 'in groups of', 'operations', 'bytes per chip'],
@@ -92,6 +95,28 @@ def _program(kind, result):
   yield f'compiled in {program["compile_seconds"]:.0f} s'
 
 
+def _kernels(program, images):
+  """The kinds of kernels, and what they move for each image."""
+  kinds = program['kernels']
+  whole = sum(kind['bytes'] for kind in kinds)
+  yield (
+    f'{program["kernel_bytes_per_image"] / 1e6:,.1f} MB per image are operands '
+    f'and results of {sum(kind["count"] for kind in kinds):,} kernels'
+  )
+  yield from terminal.table(
+    ['kernels', 'number', 'MB per image', 'share'],
+    [
+      (
+        kind['name'],
+        f'{kind["count"]:,}',
+        f'{kind["bytes"] / images / 1e6:,.1f}',
+        f'{kind["bytes"] / whole:.1%}',
+      )
+      for kind in kinds
+    ],
+  )
+
+
 def _predicted(result):
   predicted = result['predicted']
   yield (
@@ -104,7 +129,8 @@ def _predicted(result):
     f'{1e3 * predicted["seconds"]:.2f} ms if only computation and memory '
     f'overlap: {predicted["images_per_sec_per_chip"]:,.0f} images/s per chip, '
     f'{predicted["hours"]:.1f} hours for the run, efficiency '
-    f'{predicted["efficiency"]:.0%}; no chip reaches its published rates'
+    f'{predicted["efficiency"]:.0%}; these are lower bounds, for no chip '
+    'reaches its published rates'
   )
 
 

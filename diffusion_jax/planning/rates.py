@@ -3,20 +3,22 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from diffusion_jax.planning.chips import Chip, Slice
 from diffusion_jax.planning.compiled import Compiled
+from diffusion_jax.planning.slices import Slice
 
 
 def predict(where: Slice, program: Compiled) -> dict[str, float]:
   """The time per step at published rates, which no program reaches.
 
   It assumes that computation overlaps with memory traffic but not with
-  communication, that a group of all chips uses all links and a smaller one
-  those along one axis, and that an axis that is not a ring has half the rate.
+  communication. Of TPUs, a group of all chips uses all links and a smaller one
+  those along one axis, and an axis that is not a ring has half the rate. Of
+  GPUs, a group that fits into a host is in one, and a larger one uses the
+  network adapters of all its GPUs.
 
   Args:
     where: the slice.
-    program: a program with FLOPs and bytes counted by XLA.
+    program: a program.
 
   Returns:
     'compute_seconds' for the FLOPs, 'memory_seconds' for the memory traffic,
@@ -24,8 +26,8 @@ def predict(where: Slice, program: Compiled) -> dict[str, float]:
     two plus the third; 'efficiency', the share of it without communication.
   """
   chip = where.chip
-  compute = program.flops / chip.flops
-  memory = program.bytes_accessed / chip.memory_rate
+  compute = program.work(where.size) / chip.flops
+  memory = program.traffic / chip.memory_rate
   exchange = sum(
     _traffic(one.kind, one.group) * one.bytes / _rate(where, one.group)
     for one in program.collectives
@@ -49,7 +51,11 @@ def _traffic(kind: str, group: int) -> float:
 
 
 def _rate(where: Slice, group: int) -> float:
-  chip: Chip = where.chip
+  """Bytes per second that a chip of a group sends."""
+  chip = where.chip
+  if chip.card and group > where.shape[-1]:
+    each = group * where.shape[-1] / where.size  # GPUs of a host in the group
+    return min(chip.link_rate, each * chip.card.network_rate)
   closed = all(size % chip.closed == 0 for size in where.shape)
   axes = 1.0 if group == where.size else 1 / chip.axes
   return chip.link_rate * axes * (1.0 if closed else 0.5)

@@ -25,8 +25,11 @@ INCEPTION_FLOPS = 10.95e9
 # Chips for rent -> peak FLOPs per second of all of them. The number in a TPU's
 # name counts two cores per chip for v4, and chips for later ones.
 PLACES = {
-  **{f'1 {name}': peak for name, peak in chips.GPUS.items()},
-  '8 H100': 8 * chips.GPUS['H100'],
+  **{
+    f'1 {name.upper()}': chips.CHIPS[name].flops
+    for name in ('a100', 'h100', 'h200')
+  },
+  '8 H100': 8 * chips.CHIPS['h100'].flops,
   'TPU v4-8': 4 * chips.CHIPS['v4'].flops,
   'TPU v5e-8': 8 * chips.CHIPS['v5e'].flops,
   'TPU v6e-8': 8 * chips.CHIPS['v6e'].flops,
