@@ -89,6 +89,8 @@ flags.DEFINE_bool(
 )  # fmt: skip
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
+TAPS = ('2048',)  # of Inception, the features of FID
+
 
 class Place(NamedTuple):
   """A config and the devices it is compiled for.
@@ -269,17 +271,19 @@ def _compile_sampling(place) -> Compiled:
 
 
 def _compile_judging(place) -> Compiled:
-  taps = ['2048']
   shape = (place.judged, *runs.image_shape(place.config.data))
-  params = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=sharding.replicated(place.mesh)
-    ),
-    inception.parameters(taps),
-  )
-  fn = jax.jit(functools.partial(inception.apply, taps=taps))
-  args = params, _rows(place, shape, jnp.uint8)
+  args = _weights(place), _rows(place, shape, jnp.uint8)
+  fn = jax.jit(functools.partial(inception.apply, taps=TAPS))
   return compiled.compile(fn, args, place.limit, place.fast)
+
+
+def _weights(place) -> dict:
+  """Inception's abstract parameters, the same on all devices."""
+  where = sharding.replicated(place.mesh)
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    inception.parameters(TAPS),
+  )
 
 
 def _rows(place, shape, dtype):
@@ -371,13 +375,15 @@ def _result(place, train, sample, judge) -> dict:
       ),
     }  # fmt: skip
   if judge:
+    judged = place.judged
+    parts = {
+      'weights': device_bytes(_weights(place)),
+      'batch': judged // place.rows * image,
+    }
     result['judge'] = {
-      'batch_size': place.judged,
-      **compiled.describe(
-        judge, {'batch': place.judged // place.rows * image}, place.judged,
-        place.mesh.size,
-      ),
-    }  # fmt: skip
+      'batch_size': judged,
+      **compiled.describe(judge, parts, judged, place.mesh.size),
+    }
   if place.where:
     predicted = rates.predict(place.where, train)
     seconds = predicted['seconds']

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 import threading
 
@@ -12,7 +13,9 @@ import pytest
 import tiny
 
 from configs import digits
+from diffusion_jax.models import inception
 from diffusion_jax.planning import checks, page, slices
+from diffusion_jax.reproduction import cost
 from diffusion_jax.runs import programs
 from diffusion_jax.system import distributed
 from diffusion_jax.training import sharding
@@ -81,6 +84,23 @@ def test_of_this_machine(tmp_path):
   assert any(line.split()[:2] == ['total', total] for line in lines)
   assert 'ok        batch: 16 images on mesh data 2' in result.err
   assert 'compiling the training step, 16 images' in result.err
+
+
+@pytest.mark.slow
+def test_judging_is_inception():
+  result = preflight('--nosampling', '--judging', '--json')
+  assert result.code == 0, result.err
+  found = json.loads(result.out)
+  judge = found['judge']
+  assert judge['batch_size'] == 256
+  shapes = inception.shapes(['2048']).values()
+  weights = sum(math.prod(shape) + shape[-1] for shape in shapes)
+  assert judge['bytes']['weights'] == 4 * weights
+  assert judge['bytes']['padding'] == 0
+  assert judge['product_flops_per_image'] == pytest.approx(
+    cost.INCEPTION_FLOPS, rel=0.01
+  )
+  assert 'judging by Inception, 256 images at once' in page.lines(found)
 
 
 @pytest.mark.slow
