@@ -14,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-state=.worker  # lock, pid, ended (the exit code), log
+state=.worker  # pid, ended (the exit code), log, and the locks
 
 fail() {
   echo "error: $HOSTNAME: $1" >&2
@@ -23,7 +23,23 @@ fail() {
 
 # The trainer itself holds the lock, so neither a kill nor a reboot leaves a
 # stale one.
-running() { ! flock --nonblock --shared "$state/lock" true; }
+running() { ! flock --nonblock --shared "$locks/lock" true; }
+
+# The folder of the locks: a local one where the file system of $state has none
+# (NFS, Lustre, FUSE), since it is this host that trains.
+locks_of() {
+  local code=0
+  command -v flock >/dev/null || fail 'flock is missing: install util-linux'
+  flock --nonblock --shared "$state/lock" true 2>/dev/null || code=$?
+  if [ "$code" -le 1 ]; then  # 1: it is taken
+    echo "$state"
+    return
+  fi
+  local there
+  there=${TMPDIR:-/tmp}/diffusion_jax.$UID.$(pwd -P | cksum | cut -d' ' -f1)
+  mkdir -p "$there"
+  echo "$there"
+}
 
 install() {
   ! running || fail 'training is running here: stop it first'
@@ -39,7 +55,7 @@ install() {
 }
 
 start() {
-  exec 8>"$state/starting"
+  exec 8>"$locks/starting"
   flock 8  # one after the other
   if running; then
     echo "$HOSTNAME: training is already running here"
@@ -53,7 +69,7 @@ start() {
 
 hold() {
   local child='' told='' code=0
-  exec 9>"$state/lock"  # which the child inherits
+  exec 9>"$locks/lock"  # which the child inherits
   flock --timeout 1 9 || fail 'training is already running here'
   rm -f "$state/ended"
   echo $$ >"$state/pid"
@@ -109,4 +125,5 @@ case ${1:-} in
   *) fail "'${1:-}' is not a command; see --help" ;;
 esac
 mkdir -p "$state"
+locks=$(locks_of)
 "$@"

@@ -345,8 +345,35 @@ def test_status_says_how_it_ended(worker, code, status):
   assert (folder / '.worker' / 'log').exists()
 
 
-def test_never_two_trainers(worker):
+def without_locks(folder, monkeypatch):
+  """A flock that fails in this folder as on a file system without locks."""
+  real = shutil.which('flock')
+  for name in ('bin', 'tmp'):
+    (folder / name).mkdir()
+  cloud.write(
+    folder / 'bin' / 'flock',
+    f"""
+for word; do
+  case $word in
+    [89]) path=$(readlink /proc/$$/fd/$word) ;;
+    *) path=$(realpath -m -- "$word") ;;
+  esac
+  case $path in
+    {folder}/.worker/*) echo 'flock: No locks available' >&2; exit 71 ;;
+  esac
+done
+exec {real} "$@"
+""",
+  )
+  monkeypatch.setenv('PATH', f'{folder}/bin:{os.environ["PATH"]}')
+  monkeypatch.setenv('TMPDIR', str(folder / 'tmp'))
+
+
+@pytest.mark.parametrize('has_locks', [True, False])
+def test_never_two_trainers(worker, monkeypatch, has_locks):
   call, trains, folder = worker
+  if not has_locks:
+    without_locks(folder, monkeypatch)
   trains(f'echo $$ >>{folder}/pids; exec sleep 60')
   starts = [
     subprocess.Popen(
