@@ -30,7 +30,7 @@ from absl import flags
 
 from diffusion_jax import data, runs
 from diffusion_jax.cli import command, declare
-from diffusion_jax.data import broken, pipeline, sources
+from diffusion_jax.data import broken, pipeline, resident, sources
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import dataset, finetune, programs, validation
 from diffusion_jax.system import (
@@ -92,6 +92,8 @@ def main():
   if wrong:
     raise UserError(wrong[0])
   splits = distributed.everywhere(lambda: data.splits(config.data))
+  if config.data.on_device:
+    distributed.everywhere(lambda: resident.check(splits[0]))
   runs.check(workdir, config)
   profiling.check(FLAGS.profile, workdir, config.num_steps)
   known = dataset.check(
@@ -193,17 +195,7 @@ def _train(
   """The training loop with metrics, samples, checkpoints and the watchdog."""
   source, heldout = splits
   start = int(train_state.step)
-  batches = pipeline.batches(
-    source,
-    batch_size=config.batch_size,
-    seed=config.seed,
-    flip=config.data.flip,
-    start_step=start,
-    end_step=config.num_steps,
-    early=loop.EARLY if jax.process_count() > 1 else 0,
-    warn=signals.warn,
-    sharding=sharding.batch_sharding(mesh),
-  )
+  step_fn, batches = _feed(config, mesh, program, source, start, signals)
   first = distributed.is_first()
   writer = metrics.Writer(workdir, start) if first else metrics.Mute()
   dog = watchdog.Watchdog(
@@ -223,15 +215,13 @@ def _train(
     dog.step()
     progress.reach(finished, f'loss {row["loss"]:.4f}' if row else '')
 
-  steps = profiling.parse(FLAGS.profile)
-  with dog, progress, profiling.profiled(steps, start, workdir) as profiled:
+  profiled = profiling.profiled(
+    profiling.parse(FLAGS.profile), start, workdir, config.steps_per_dispatch
+  )
+  with dog, progress, profiled as wrapped:
     train_state = loop.train(
       train_state,
-      step_fn=profiled(
-        numerics.guarded()(
-          lambda now, batch: program.step_fn(now, program.frozen, batch)
-        )
-      ),
+      step_fn=wrapped(numerics.guarded()(step_fn)),
       batches=dog.waiting(batches),
       num_steps=config.num_steps,
       batch_size=config.batch_size,
@@ -243,6 +233,7 @@ def _train(
       ),
       checkpoints=checkpoints,
       writer=writer,
+      per_dispatch=config.steps_per_dispatch,
       eval_fn=signals.patiently(
         lambda now: _heldout_loss(program, now, heldout, config, mesh)
       ),
@@ -252,11 +243,46 @@ def _train(
         )
       ),
       on_step=on_step,
-      stop=signals.reached,
+      # JAX agrees on a number that grows by one in every call.
+      stop=lambda at: signals.reached(-(-at // config.steps_per_dispatch)),
       met=lambda: signals.error,
     )
     writer.close()
   return train_state
+
+
+def _feed(config, mesh, program, source, start, signals):
+  """(step_fn, batches): a call of step_fn takes the next of the batches."""
+  count, on_device = config.steps_per_dispatch, config.data.on_device
+  order = {
+    'batch_size': config.batch_size,
+    'seed': config.seed,
+    'flip': config.data.flip,
+    'start_step': start,
+    'end_step': config.num_steps,
+    'sharding': sharding.batch_sharding(mesh),
+  }
+  if on_device:
+    with terminal.waiting(f'placing {len(source)} images on the devices'):
+      images = distributed.everywhere(lambda: resident.read(source))
+    images = resident.place(images, mesh)
+    batches = resident.orders(source, **order, stacked=count)
+  else:
+    images = None
+    batches = pipeline.batches(
+      source,
+      **order,
+      stacked=count if count > 1 else 0,
+      early=loop.EARLY * count if jax.process_count() > 1 else 0,
+      warn=signals.warn,
+    )
+
+  def step_fn(now, batch):
+    if images is None and count == 1:
+      return program.step_fn(now, program.frozen, batch)
+    return program.steps_fn(now, program.frozen, batch, images)
+
+  return step_fn, batches
 
 
 def _heldout_loss(program, train_state, source, config, mesh) -> dict:

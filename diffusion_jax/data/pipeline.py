@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 import grain
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from diffusion_jax.data.sources import Source
 from diffusion_jax.system.errors import UserError
@@ -37,11 +38,12 @@ def batches(
   batch_size: int,
   seed: int,
   flip: bool,
-  sharding: jax.sharding.NamedSharding,
+  sharding: NamedSharding,
   start_step: int = 0,
   end_step: int = sys.maxsize,
   early: int = 0,
   warn: Callable[[Exception], None] = lambda error: None,
+  stacked: int = 0,
   num_threads: int | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
   """Shuffled training batches as global arrays.
@@ -59,6 +61,8 @@ def batches(
       many batches before it is raised.
     warn: called with such an error, an OSError or a UserError; not if fewer
       batches are left.
+    stacked: how many batches to stack to arrays [stacked, B, ...]; 0 = none.
+      A stack ends before a multiple of it, so the first may have fewer.
     num_threads: number of batches to read concurrently; None chooses by the
       number of CPU cores, 0 reads in the caller's thread.
 
@@ -74,13 +78,36 @@ def batches(
   dataset = stream(
     source, batch_size=batch_size, seed=seed, flip=flip, rows=rows
   )
+  return placed(
+    dataset, batch_size=batch_size, sharding=sharding, start_step=start_step,
+    end_step=end_step, early=early, warn=warn, stacked=stacked,
+    num_threads=num_threads,
+  )  # fmt: skip
+
+
+def placed(
+  dataset: grain.MapDataset,
+  *,
+  batch_size: int,
+  sharding: NamedSharding,
+  start_step: int = 0,
+  end_step: int = sys.maxsize,
+  early: int = 0,
+  warn: Callable[[Exception], None] = lambda error: None,
+  stacked: int = 0,
+  num_threads: int | None = None,
+) -> Iterator[dict[str, jax.Array]]:
+  """Reads a dataset ahead; element k has this process's rows of batch k.
+
+  The arguments are those of `batches`.
+  """
   if start_step < 0:
     raise UserError(f'start_step is {start_step}: use 0 or more')
   iterator = _read_ahead(dataset, num_threads)
   iterator.set_state({'next_index': start_step})
-  return _place(
-    iterator, sharding, batch_size, end_step - start_step, early, warn
-  )
+  chosen = itertools.islice(iterator, end_step - start_step)
+  groups = _stacks(_warned(chosen, early, warn), start_step, stacked)
+  return _place(iterator, groups, sharding, batch_size, stacked > 0)
 
 
 def heldout(
@@ -148,6 +175,40 @@ def stream(
   Raises:
     UserError: batch_size or seed is out of range.
   """
+
+  def read(order):
+    batch, mirrored = _read(source, order['index']), order['mirrored']
+    batch['image'][mirrored] = batch['image'][mirrored, :, ::-1]
+    return batch
+
+  return orders(
+    len(source), batch_size=batch_size, seed=seed, flip=flip, rows=rows
+  ).map(read)
+
+
+def orders(
+  num_images: int,
+  *,
+  batch_size: int,
+  seed: int,
+  flip: bool,
+  rows: np.ndarray | slice = slice(None),
+) -> grain.MapDataset:
+  """Which images the batches of `stream` consist of.
+
+  Args:
+    num_images: the number of images of the source.
+    batch_size: rows of the global batch.
+    seed: 0 or more.
+    flip: whether to mirror images with probability 1/2.
+    rows: the rows of each batch.
+
+  Returns:
+    An infinite dataset: 'index' int32 [R] of the images, 'mirrored' bool [R].
+
+  Raises:
+    UserError: batch_size or seed is out of range.
+  """
   _check_batch_size(batch_size)
   if seed < 0:
     raise UserError(f'seed is {seed}: use 0 or more')
@@ -157,31 +218,26 @@ def stream(
   def order(epoch):
     # A batch spans at most two epochs, unless the set is very small.
     seed_sequence = np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))
-    indices = np.arange(len(source), dtype=np.uint32)  # 4 bytes per image
+    indices = np.arange(num_images, dtype=np.uint32)  # 4 bytes per image
     return np.random.default_rng(seed_sequence).permutation(indices)
 
   flips = np.random.SeedSequence(seed, spawn_key=(_FLIP,))
   flip_key = flips.generate_state(1, np.uint64)
 
-  def read(step):
+  def of(step):
     positions = step * batch_size + rows
-    epochs, offsets = np.divmod(positions, len(source))
-    indices = np.empty_like(offsets)
+    epochs, offsets = np.divmod(positions, num_images)
+    indices = np.empty(len(rows), np.int32)
     for epoch in np.unique(epochs):
       chosen = epochs == epoch
       indices[chosen] = order(int(epoch))[offsets[chosen]]
-    batch = _read(source, indices)
-    if flip:
-      mirrored = _coins(flip_key, positions)
-      batch['image'][mirrored] = batch['image'][mirrored, :, ::-1]
-    return batch
+    coins = _coins(flip_key, positions) & flip
+    return {'index': indices, 'mirrored': coins}
 
-  return grain.MapDataset.range(sys.maxsize).map(read)
+  return grain.MapDataset.range(sys.maxsize).map(of)
 
 
-def local_rows(
-  sharding: jax.sharding.NamedSharding, batch_size: int
-) -> np.ndarray:
+def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
   """The rows of a global batch that this process's devices hold.
 
   The rows need not be contiguous: on a TPU slice the devices of a host may be
@@ -210,7 +266,9 @@ def local_rows(
   return np.unique(np.concatenate([np.arange(batch_size)[s] for s in slices]))
 
 
-def put_rows(tree, sharding: jax.sharding.NamedSharding, batch_size: int):
+def put_rows(
+  tree, sharding: NamedSharding, batch_size: int, stacked: bool = False
+):
   """This process's rows of a batch, as NumPy arrays -> global arrays.
 
   Args:
@@ -218,13 +276,18 @@ def put_rows(tree, sharding: jax.sharding.NamedSharding, batch_size: int):
       in every process.
     sharding: sharding over the batch axis.
     batch_size: rows of the global batch.
+    stacked: whether the arrays are [K, R, ...], of K batches.
   """
-  return jax.tree.map(
-    lambda array: jax.make_array_from_process_local_data(
-      sharding, array, (batch_size, *array.shape[1:])
-    ),
-    tree,
-  )
+  where, at = sharding, 0
+  if stacked:
+    where = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    at = 1
+
+  def put(array):
+    shape = (*array.shape[:at], batch_size, *array.shape[at + 1 :])
+    return jax.make_array_from_process_local_data(where, array, shape)
+
+  return jax.tree.map(put, tree)
 
 
 def _read(source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -252,18 +315,27 @@ def _read_ahead(
 
 def _place(
   iterator: grain.DatasetIterator,
-  sharding: jax.sharding.NamedSharding,
+  batches: Iterator,
+  sharding: NamedSharding,
   batch_size: int,
-  count: int,
-  early: int,
-  warn: Callable[[Exception], None],
+  stacked: bool,
 ) -> Iterator[dict[str, jax.Array]]:
-  chosen = itertools.islice(iterator, count)
   try:
-    for batch in _warned(chosen, early, warn):
-      yield put_rows(batch, sharding, batch_size)
+    for batch in batches:
+      yield put_rows(batch, sharding, batch_size, stacked)
   finally:
     iterator.close()
+
+
+def _stacks(batches: Iterator, step: int, size: int) -> Iterator:
+  """Stacks batches, see `batches`."""
+  if not size:
+    yield from batches
+    return
+  count = size - step % size
+  while group := list(itertools.islice(batches, count)):
+    yield jax.tree.map(lambda *rows: np.stack(rows), *group)
+    count = size
 
 
 def _warned(

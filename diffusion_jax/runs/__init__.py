@@ -36,7 +36,8 @@ from diffusion_jax.training import checkpoint, optim, saved
 # they change no number that is trained.
 MAY_CHANGE = (
   *('num_steps', 'microbatches', 'mesh', 'keep_last', 'eval_images', 'sample'),
-  *('data.path', 'data.heldout_split', 'data.skip_broken'),
+  *('data.path', 'data.heldout_split', 'data.skip_broken', 'data.on_device'),
+  'steps_per_dispatch',
 )
 # Keys that may change on purpose: the run goes on, but from there on it is not
 # the run that one config describes. The optimiser's state must keep its form.

@@ -30,6 +30,8 @@ class Programs(NamedTuple):
     frozen: name -> parameters of the parts that are not trained.
     step_fn: (state, frozen, batch) -> (state, metrics), see `step.train_step`;
       the state is donated.
+    steps_fn: (state, frozen, batches, resident) -> (state, metrics), several
+      updates, see `step.train_steps`; the state is donated.
     loss_fn: (params, extras, batch, weight, first) -> the weighted sum of the
       held-out loss, see `step.heldout_loss`.
     draw_fn: (params, indices) -> (samples, whether they are finite), with the
@@ -42,6 +44,7 @@ class Programs(NamedTuple):
   abstract: state.TrainState
   frozen: dict[str, Any]
   step_fn: Callable
+  steps_fn: Callable
   loss_fn: Callable
   draw_fn: Callable
 
@@ -78,29 +81,35 @@ def create(
   objective = made.objective
   abstract = state.abstract_state(made.init, optimizer, mesh, objective.extras)
   common = {'objective': objective, 'mesh': mesh}
-  step_fn = jax.jit(
-    functools.partial(
-      step.train_step,
-      key=step_key,
-      optimizer=optimizer,
-      learning_rate=optim.learning_rate(**config['optim']),
-      ema_decay=config['ema']['decay'],
-      microbatches=config['microbatches'],
-      **common,
-    ),
-    donate_argnums=0,
-    out_shardings=(
-      jax.tree.map(lambda leaf: leaf.sharding, abstract),
-      sharding.replicated(mesh),
-    ),
+  train_step = functools.partial(
+    step.train_step,
+    key=step_key,
+    optimizer=optimizer,
+    learning_rate=optim.learning_rate(**config['optim']),
+    ema_decay=config['ema']['decay'],
+    microbatches=config['microbatches'],
+    **common,
+  )
+  train_steps = functools.partial(step.train_steps, step_fn=train_step)
+  step_fn, steps_fn = (
+    jax.jit(
+      fn,
+      donate_argnums=0,
+      out_shardings=(
+        jax.tree.map(lambda leaf: leaf.sharding, abstract),
+        sharding.replicated(mesh),
+      ),
+    )
+    for fn in (train_step, train_steps)
   )
   loss_fn = jax.jit(
     functools.partial(step.heldout_loss, key=heldout_key, **common)
   )
   draw_fn = jax.jit(draw.drawer(made, mesh, how))
   return Programs(
-    made, optimizer, init_key, abstract, made.frozen, step_fn, loss_fn, draw_fn
-  )
+    made, optimizer, init_key, abstract, made.frozen, step_fn, steps_fn,
+    loss_fn, draw_fn,
+  )  # fmt: skip
 
 
 def _plan(

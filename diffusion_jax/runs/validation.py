@@ -17,6 +17,7 @@ LARGEST_BATCH = 10**8  # XLA aborts where a size overflows
 # regex of dotted keys: (the allowed values in words, whether a value is one)
 OF_RUN = {
   'num_steps|microbatches|keep_last': ('at least 1', lambda x: x >= 1),
+  'steps_per_dispatch': ('at least 1', lambda x: x >= 1),
   'batch_size|sample.num_images': ('at least 1', lambda x: x >= 1),
   'batch_size': (f'at most {LARGEST_BATCH}', lambda x: x <= LARGEST_BATCH),
   'seed': ('below 2**32', lambda x: x < 2**32),
@@ -66,6 +67,7 @@ def check(config: config_dict.ConfigDict, devices: Sequence) -> list[str]:
   return _lacking(config) or _broken(
     *_limits(config, OF_RUN),
     *_mesh(config, len(devices)),
+    *_dispatch(config),
     *_network(config),
   )
 
@@ -126,6 +128,19 @@ def _mesh(config, num_devices):
     f'batch_size={batch} is not a multiple of {what} = {sizes} = {parts}: '
     f'use {below} or {below + parts}',
   )
+
+
+def _dispatch(config):
+  """A dispatch cannot be interrupted to log, evaluate, sample or save."""
+  count = max(config.steps_per_dispatch, 1)
+  names = ('num_steps', *(key for key in config if key.endswith('_every')))
+  for name in names:
+    yield (
+      config[name] % count == 0,
+      f'steps_per_dispatch={count} does not divide {name}={config[name]}: use '
+      f'{math.gcd(count, config[name])}, or {name}='
+      f'{-(-config[name] // count) * count}',
+    )
 
 
 def _model(model, data):

@@ -28,7 +28,7 @@ def due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-# Steps that may be dispatched before the oldest of them has finished. More gain
+# Dispatches that may be made before the oldest of them has finished. More gain
 # no speed, and what is shown would be ahead of what is done.
 AHEAD = 2
 # Of several processes one that stops has done AHEAD + 1 steps fewer than the
@@ -51,7 +51,10 @@ class Diverged(Exception):
 
 
 class Rows:
-  """Passes metrics to the writer, one step late.
+  """Passes metrics to the writer, one dispatch late.
+
+  The row of step k has the loss of the k-th update, counted from 1, and the
+  held-out values of the parameters after it.
 
   The values stay on the device until the next step has been dispatched, so that
   the host does not block on the current step. The loss of every step is
@@ -62,28 +65,37 @@ class Rows:
     self._writer = writer
     self._examples = examples_per_step
     self.finished = 0  # the newest step known to have finished
-    self._waiting = []  # (step, whether to log, values on the device)
+    self._waiting = []  # (steps, whether to log, values on the device)
     self._then = None  # when the last logged step was found finished
     self._counted = 0
 
-  def add(self, step: int, values: dict, log: bool) -> None:
-    self._waiting.append((step, log, values))
+  def add(self, steps: range, values: dict, log: bool) -> None:
+    """Adds the steps of a dispatch.
+
+    Args:
+      steps: the steps.
+      values: metrics on the device: of one step scalars, of several [steps];
+        a scalar among those is of the last step.
+      log: whether the last step is to be written.
+    """
+    self._waiting.append((steps, log, values))
 
   def wait(self) -> None:
-    """Waits until at most AHEAD steps are unfinished; at first until none is.
+    """Waits until at most AHEAD dispatches are unfinished; at first for all.
 
     The first step shows whether the batch fits into memory.
     """
     ahead = AHEAD if self.finished else 0
     done = self._waiting[: len(self._waiting) - ahead]
     if done:
-      self.finished, _, values = done[-1]
+      steps, _, values = done[-1]
+      self.finished = steps[-1]
       jax.block_until_ready(values)
 
   def flush(self, keep: int) -> dict:
-    """Writes all but the last `keep` steps; returns the last row written.
+    """Writes all but the last `keep` dispatches; returns the last row written.
 
-    Without a row to write, values are fetched only every 100 steps.
+    Without a row to write, values are fetched only every 100 dispatches.
 
     Raises:
       Diverged: a watched metric is not finite.
@@ -93,16 +105,18 @@ class Rows:
     if keep and len(ready) < 100 and not any(log for _, log, _ in ready):
       return row
     self._waiting = self._waiting[len(ready) :]
-    for step, log, values in jax.device_get(ready):
-      self.finished = int(step)
-      values = metrics.divided(values)
-      for name in WATCHED:
-        if not np.isfinite(values.get(name, 0)):
-          raise Diverged(name, values[name], int(step))
-      self._counted += self._examples
+    fetched = jax.device_get([values for *_, values in ready])
+    for (steps, log, _), stacked in zip(ready, fetched, strict=True):
+      for step in steps:
+        self.finished = step
+        values = metrics.divided(_of_step(stacked, step, steps))
+        for name in WATCHED:
+          if not np.isfinite(values.get(name, 0)):
+            raise Diverged(name, values[name], step)
+        self._counted += self._examples
       if log:
         row = {**values, **self._rate()}
-        self._writer.write(int(step), row)
+        self._writer.write(steps[-1], row)
     return row
 
   def _rate(self) -> dict:
@@ -112,6 +126,16 @@ class Rows:
     )
     self._then, self._counted = now, 0
     return rate
+
+
+def _of_step(stacked: dict, step: int, steps: range) -> dict:
+  """One step's metrics, from those of a dispatch on the host."""
+  index = step - steps[0]
+  return {
+    name: jax.tree.map(lambda x: x[index] if np.ndim(x) else x, value)
+    for name, value in stacked.items()
+    if step == steps[-1] or np.ndim(jax.tree.leaves(value)[0])
+  }
 
 
 def train(
@@ -124,6 +148,7 @@ def train(
   every: Every,
   checkpoints: checkpoint.Checkpoints,
   writer: metrics.Writer,
+  per_dispatch: int = 1,
   eval_fn: Callable[[TrainState], dict] | None = None,
   sample_fn: Callable[[TrainState, int], None] | None = None,
   on_step: Callable[[int, dict], None] = lambda finished, row: None,
@@ -132,42 +157,41 @@ def train(
 ) -> TrainState:
   """Trains from the state's step to num_steps, or until told to stop.
 
-  The metrics row of step k has the loss of the k-th update, counted from 1, and
-  the held-out values of the parameters after that update.
-
   Args:
     state: the initial state; donated to the first step.
-    step_fn: the jitted training step.
-    batches: global batches, from the state's step on.
+    step_fn: the jitted training step, or several.
+    batches: what step_fn takes, from the state's step on.
     num_steps: the step to train to.
     batch_size: images per step, over all devices.
     every: the intervals of logging, evaluation, sampling and checkpoints.
     checkpoints: where the state is saved, also at the end.
     writer: the metrics writer.
+    per_dispatch: steps of a call of step_fn, which ends at a multiple of it.
     eval_fn: state -> values for the row.
     sample_fn: (state, step) -> None, draws a grid of samples.
-    on_step: called after each step with (newest finished step, newest row).
-    stop: step -> whether to stop after this step; called after each step.
+    on_step: called after each dispatch with (newest finished step, newest row).
+    stop: step -> whether to stop after it; called after each dispatch.
     met: returns the error for which this process had all stop, or None.
 
   Raises:
     UserError: training cannot go on; it names the checkpoint to resume from.
   """
-  start = step = int(state.step)
+  start = done = int(state.step)
   rows = Rows(writer, batch_size)
   try:
-    for step in range(start + 1, num_steps + 1):
+    while done < num_steps:
       state, values = step_fn(state, next(batches))
+      step = done + per_dispatch - done % per_dispatch
       evaluate = eval_fn is not None and due(step, every.eval)
       log = due(step, every.log) or evaluate
       if evaluate:
         values = {**values, **eval_fn(state)}
-      rows.add(step, values, log)
+      rows.add(range(done + 1, step + 1), values, log)
       last = stop(step) or step == num_steps
       save = due(step, every.checkpoint) or last
       draw = sample_fn is not None and due(step, every.sample)
-      # One step late, except before saving or sampling: a diverged state must
-      # not be saved, and a restart drops only the rows after its checkpoint.
+      # One dispatch late, except before saving or sampling: a diverged state
+      # must not be saved, and a restart drops only rows after its checkpoint.
       row = rows.flush(keep=0 if save or draw else 1)
       rows.wait()
       on_step(rows.finished, row)
@@ -178,6 +202,7 @@ def train(
         checkpoints.save(step, state)
       if last:
         break
+      done = step
     checkpoints.wait()
     _tell_all(met(), checkpoints.directory)
   except Diverged as e:
@@ -188,11 +213,11 @@ def train(
     if not (reason := _reason(e, checkpoints.directory)):
       raise
     with contextlib.suppress(UserError, Diverged):
-      if step - 1 > start:
-        _keep(e, step - 1, state, rows, writer, checkpoints)
+      if done > start:
+        _keep(e, done, state, rows, writer, checkpoints)
       checkpoints.wait()  # so that the message names a complete checkpoint
     told = f'{reason}; {checkpoint.newest(checkpoints.directory)}'
-    raise UserError(f'training stopped at step {step}: {told}') from e
+    raise UserError(f'training stopped at step {done + 1}: {told}') from e
   return state
 
 

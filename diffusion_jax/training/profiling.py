@@ -94,7 +94,7 @@ def profiled(
         running.enter_context(_written(at, lambda: at, workdir))
         begun = True
       state, values = step_fn(state, batch)
-      at += per_call
+      at += per_call - at % per_call
       if begun and at >= steps.last:
         jax.block_until_ready(state)
         running.close()

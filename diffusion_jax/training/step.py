@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from diffusion_jax.data.resident import take
 from diffusion_jax.objectives.objective import Aux, Objective
 from diffusion_jax.training import sharding
 from diffusion_jax.training.state import TrainState
@@ -131,6 +132,30 @@ def train_step(
   return TrainState(
     state.step + 1, params, ema_params, opt_state, extras
   ), metrics
+
+
+def train_steps(
+  state: TrainState, frozen: dict, batches, resident=None, *, step_fn: Callable
+) -> tuple[TrainState, dict]:
+  """Several updates in one program.
+
+  Args:
+    state: the state before the updates.
+    frozen: name -> parameters of the parts that are not trained.
+    batches: [K, B, ...] rows of data, or their orders, see `resident.orders`.
+    resident: all images, of which `batches` are orders, see `resident.place`.
+    step_fn: (state, frozen, batch) -> (state, metrics), one update.
+
+  Returns:
+    The state after K updates, and their metrics [K].
+  """
+
+  def one(state, batch):
+    if resident is not None:
+      batch = take(resident, batch)
+    return step_fn(state, frozen, batch)
+
+  return jax.lax.scan(one, state, batches)
 
 
 def heldout_loss(

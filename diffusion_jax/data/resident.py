@@ -1,0 +1,104 @@
+"""All training images on the devices, from which the training step takes rows.
+
+The host then sends the order of the images only, 5 bytes an image. Every device
+holds all images: to take rows of a batch needs no communication on any mesh.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from diffusion_jax.data import pipeline
+from diffusion_jax.data.sources import Source
+from diffusion_jax.system.errors import UserError
+
+# The part of a device's memory that images may take: the rest is needed.
+PART = 0.5
+
+
+def check(source: Source) -> None:
+  """Raises UserError if the images are too many for the devices' memory."""
+  needed = len(source) * (source[0]['image'].nbytes + 4)
+  there = min(map(_memory, jax.local_devices()))
+  if needed > PART * there:
+    raise UserError(
+      f'data.on_device=True: {len(source)} images take {needed / 1e9:.1f} GB '
+      f'of the {there / 1e9:.1f} GB of each device, of which {PART:.0%} are '
+      'for images: set it to False'
+    )
+
+
+def _memory(device) -> int:
+  """Bytes; of a CPU those of the machine, divided among its devices."""
+  found = (device.memory_stats() or {}).get('bytes_limit')
+  if found:
+    return found
+  pages, size = os.sysconf('SC_PHYS_PAGES'), os.sysconf('SC_PAGE_SIZE')
+  return pages * size // jax.local_device_count()
+
+
+def read(source: Source) -> dict[str, np.ndarray]:
+  """All images: {'image': uint8 [N, H, W, C], 'label': int32 [N]}.
+
+  Raises:
+    UserError: an image is broken.
+  """
+  image = np.empty((len(source), *source[0]['image'].shape), np.uint8)
+  label = np.empty(len(source), np.int32)
+  for i in range(len(source)):
+    record = source[i]
+    image[i], label[i] = record['image'], record['label']
+  return {'image': image, 'label': label}
+
+
+def place(images: dict[str, np.ndarray], mesh: jax.sharding.Mesh):
+  """Places all images, from `read`, on each device."""
+  where = NamedSharding(mesh, PartitionSpec())
+  return jax.tree.map(
+    lambda rows: jax.make_array_from_process_local_data(where, rows), images
+  )
+
+
+def orders(
+  source: Source,
+  *,
+  batch_size: int,
+  seed: int,
+  flip: bool,
+  sharding: NamedSharding,
+  start_step: int = 0,
+  end_step: int = sys.maxsize,
+  stacked: int = 1,
+) -> Iterator[dict[str, jax.Array]]:
+  """The orders of the batches that `pipeline.batches` would read.
+
+  The arguments are those of `pipeline.batches`.
+
+  Returns:
+    An iterator of {'index': int32 [K, B], 'mirrored': bool [K, B]}.
+  """
+  rows = pipeline.local_rows(sharding, batch_size)
+  dataset = pipeline.orders(
+    len(source), batch_size=batch_size, seed=seed, flip=flip, rows=rows
+  )
+  return pipeline.placed(
+    dataset, batch_size=batch_size, sharding=sharding, start_step=start_step,
+    end_step=end_step, stacked=stacked,
+  )  # fmt: skip
+
+
+def take(images: dict[str, jax.Array], order: dict) -> dict[str, jax.Array]:
+  """Inside a jitted step: the rows of a batch, as the loader would make them.
+
+  Args:
+    images: all images, from `place`.
+    order: 'index' int32 [B] and 'mirrored' bool [B].
+  """
+  rows = jax.tree.map(lambda x: x[order['index']], images)
+  image, mirrored = rows['image'], order['mirrored'][:, None, None, None]
+  return rows | {'image': jnp.where(mirrored, image[:, :, ::-1], image)}
