@@ -254,31 +254,28 @@ def _train(
 def _feed(config, mesh, program, source, start, signals):
   """(step_fn, batches): a call of step_fn takes the next of the batches."""
   count, on_device = config.steps_per_dispatch, config.data.on_device
-  order = {
-    'batch_size': config.batch_size,
-    'seed': config.seed,
-    'flip': config.data.flip,
-    'start_step': start,
-    'end_step': config.num_steps,
-    'sharding': sharding.batch_sharding(mesh),
-  }
+  images = None
   if on_device:
     with terminal.waiting(f'placing {len(source)} images on the devices'):
       images = distributed.everywhere(lambda: resident.read(source))
     images = resident.place(images, mesh)
-    batches = resident.orders(source, **order, stacked=count)
-  else:
-    images = None
-    batches = pipeline.batches(
-      source,
-      **order,
-      stacked=count if count > 1 else 0,
-      early=loop.EARLY * count if jax.process_count() > 1 else 0,
-      warn=signals.warn,
-    )
+  one = count == 1 and not on_device
+  batches = pipeline.batches(
+    source,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    flip=config.data.flip,
+    start_step=start,
+    end_step=config.num_steps,
+    early=loop.EARLY * count if jax.process_count() > 1 else 0,
+    warn=signals.warn,
+    stacked=0 if one else count,
+    read=not on_device,
+    sharding=sharding.batch_sharding(mesh),
+  )
 
   def step_fn(now, batch):
-    if images is None and count == 1:
+    if one:
       return program.step_fn(now, program.frozen, batch)
     return program.steps_fn(now, program.frozen, batch, images)
 

@@ -63,7 +63,9 @@ def test_the_devices_take_the_rows_that_the_loader_reads(flip):
   how = ordered(mesh, flip=flip, end_step=9)
   images = resident.place(resident.read(source()), mesh)
   assert images['image'].is_fully_replicated
-  orders = resident.orders(source(), **how, start_step=1, stacked=3)
+  orders = pipeline.batches(
+    source(), **how, start_step=1, stacked=3, read=False
+  )
   take = jax.jit(resident.take)
   taken = [
     take(images, jax.tree.map(lambda x, i=i: x[i], order))
@@ -125,7 +127,7 @@ def test_several_steps_train_the_same_as_single_ones(sizes, microbatches):
     assert int(state.step) == 6
 
   check(pipeline.batches(source(), **how, stacked=3))
-  check(resident.orders(source(), **how, stacked=3), images)
+  check(pipeline.batches(source(), **how, stacked=3, read=False), images)
 
 
 # --- loop -------------------------------------------------------------------

@@ -6,12 +6,13 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from jax.sharding import NamedSharding
 
 from diffusion_jax import models, runs
 from diffusion_jax.configs import digits
 from diffusion_jax.runs import validation
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import optim
+from diffusion_jax.training import optim, sharding
 
 PARAMS = {
   'net': {
@@ -33,6 +34,29 @@ def updates(optimizer, *gradients):
     update, state = optimizer.update(gradient, state, PARAMS)
     found.append(update)
   return found
+
+
+@pytest.mark.parametrize('norm', [optim.global_norm, optim._norm_of_stacks])
+def test_the_norm_is_that_of_all_numbers(norm):
+  rng = np.random.default_rng(0)
+  shapes = {'a/bias': (5,), 'b/bias': (5,), 'b/scale': (5,), 'k/kernel': (3, 5)}
+  tree = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+  want = np.linalg.norm(np.concatenate([x.ravel() for x in tree.values()]))
+  np.testing.assert_allclose(jax.jit(norm)(tree), want, rtol=1e-6)
+
+
+def test_a_stack_keeps_the_split_of_its_arrays():
+  """No device holds all of an array, as FSDP promises."""
+  mesh = sharding.make_mesh(1, 8, 1)
+  tree = {
+    name: jax.ShapeDtypeStruct(
+      (256, 256), jnp.float32, sharding=NamedSharding(mesh, jax.P(None, 'fsdp'))
+    )
+    for name in ('a/kernel', 'b/kernel')
+  }
+  text = jax.jit(optim._norm_of_stacks).lower(tree).compile().as_text()
+  assert 'all-gather' not in text
+  assert 'all-reduce' in text
 
 
 def test_the_default_is_ddpms_adam_bitwise():

@@ -44,6 +44,7 @@ def batches(
   early: int = 0,
   warn: Callable[[Exception], None] = lambda error: None,
   stacked: int = 0,
+  read: bool = True,
   num_threads: int | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
   """Shuffled training batches as global arrays.
@@ -63,44 +64,21 @@ def batches(
       batches are left.
     stacked: how many batches to stack to arrays [stacked, B, ...]; 0 = none.
       A stack ends before a multiple of it, so the first may have fewer.
+    read: whether to read the images, not only their order, see `orders`.
     num_threads: number of batches to read concurrently; None chooses by the
       number of CPU cores, 0 reads in the caller's thread.
 
   Returns:
-    An iterator of {'image': uint8 [B, H, W, C], 'label': int32 [B]}; `close()`
-    stops it early.
+    An iterator of {'image': uint8 [B, H, W, C], 'label': int32 [B]}, or of
+    {'index': int32 [B], 'mirrored': bool [B]}; `close()` stops it early.
 
   Raises:
     UserError: batch_size, seed or start_step is out of range, or batch_size
       cannot be divided over the mesh.
   """
   rows = local_rows(sharding, batch_size)
-  dataset = stream(
-    source, batch_size=batch_size, seed=seed, flip=flip, rows=rows
-  )
-  return placed(
-    dataset, batch_size=batch_size, sharding=sharding, start_step=start_step,
-    end_step=end_step, early=early, warn=warn, stacked=stacked,
-    num_threads=num_threads,
-  )  # fmt: skip
-
-
-def placed(
-  dataset: grain.MapDataset,
-  *,
-  batch_size: int,
-  sharding: NamedSharding,
-  start_step: int = 0,
-  end_step: int = sys.maxsize,
-  early: int = 0,
-  warn: Callable[[Exception], None] = lambda error: None,
-  stacked: int = 0,
-  num_threads: int | None = None,
-) -> Iterator[dict[str, jax.Array]]:
-  """Reads a dataset ahead; element k has this process's rows of batch k.
-
-  The arguments are those of `batches`.
-  """
+  how = {'batch_size': batch_size, 'seed': seed, 'flip': flip, 'rows': rows}
+  dataset = stream(source, **how) if read else orders(len(source), **how)
   if start_step < 0:
     raise UserError(f'start_step is {start_step}: use 0 or more')
   iterator = _read_ahead(dataset, num_threads)

@@ -5,15 +5,12 @@ holds all images: to take rows of a batch needs no communication on any mesh.
 """
 
 import os
-import sys
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffusion_jax.data import pipeline
 from diffusion_jax.data.sources import Source
 from diffusion_jax.system.errors import UserError
 
@@ -22,7 +19,14 @@ PART = 0.5
 
 
 def check(source: Source) -> None:
-  """Raises UserError if the images are too many for the devices' memory."""
+  """Checks that all images fit into the memory of each device.
+
+  Args:
+    source: the training images.
+
+  Raises:
+    UserError: they do not.
+  """
   needed = len(source) * (source[0]['image'].nbytes + 4)
   there = min(map(_memory, jax.local_devices()))
   if needed > PART * there:
@@ -45,8 +49,8 @@ def _memory(device) -> int:
 def read(source: Source) -> dict[str, np.ndarray]:
   """All images: {'image': uint8 [N, H, W, C], 'label': int32 [N]}.
 
-  Raises:
-    UserError: an image is broken.
+  Args:
+    source: the training images.
   """
   image = np.empty((len(source), *source[0]['image'].shape), np.uint8)
   label = np.empty(len(source), np.int32)
@@ -57,39 +61,16 @@ def read(source: Source) -> dict[str, np.ndarray]:
 
 
 def place(images: dict[str, np.ndarray], mesh: jax.sharding.Mesh):
-  """Places all images, from `read`, on each device."""
+  """Places all images on each device, as global arrays.
+
+  Args:
+    images: from `read`.
+    mesh: the devices.
+  """
   where = NamedSharding(mesh, PartitionSpec())
   return jax.tree.map(
     lambda rows: jax.make_array_from_process_local_data(where, rows), images
   )
-
-
-def orders(
-  source: Source,
-  *,
-  batch_size: int,
-  seed: int,
-  flip: bool,
-  sharding: NamedSharding,
-  start_step: int = 0,
-  end_step: int = sys.maxsize,
-  stacked: int = 1,
-) -> Iterator[dict[str, jax.Array]]:
-  """The orders of the batches that `pipeline.batches` would read.
-
-  The arguments are those of `pipeline.batches`.
-
-  Returns:
-    An iterator of {'index': int32 [K, B], 'mirrored': bool [K, B]}.
-  """
-  rows = pipeline.local_rows(sharding, batch_size)
-  dataset = pipeline.orders(
-    len(source), batch_size=batch_size, seed=seed, flip=flip, rows=rows
-  )
-  return pipeline.placed(
-    dataset, batch_size=batch_size, sharding=sharding, start_step=start_step,
-    end_step=end_step, stacked=stacked,
-  )  # fmt: skip
 
 
 def take(images: dict[str, jax.Array], order: dict) -> dict[str, jax.Array]:

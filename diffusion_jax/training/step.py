@@ -9,7 +9,7 @@ import optax
 
 from diffusion_jax.data.resident import take
 from diffusion_jax.objectives.objective import Aux, Objective
-from diffusion_jax.training import sharding
+from diffusion_jax.training import optim, sharding
 from diffusion_jax.training.state import TrainState
 
 
@@ -123,8 +123,8 @@ def train_step(
   )
   metrics = {
     'loss': jnp.mean(values),
-    'grad_norm': optax.global_norm(grads),
-    'param_norm': optax.global_norm(params),
+    'grad_norm': optim.global_norm(grads),
+    'param_norm': optim.global_norm(params),
     'learning_rate': jnp.asarray(learning_rate(state.step), jnp.float32),
     **objective.metrics(values, *aux),
   }
