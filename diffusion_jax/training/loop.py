@@ -170,7 +170,7 @@ def train(
     eval_fn: state -> values for the row.
     sample_fn: (state, step) -> None, draws a grid of samples.
     on_step: called after each dispatch with (newest finished step, newest row).
-    stop: step -> whether to stop after it; called after each dispatch.
+    stop: step -> whether to stop; called after each dispatch.
     met: returns the error for which this process had all stop, or None.
 
   Raises:
@@ -182,13 +182,12 @@ def train(
     while done < num_steps:
       state, values = step_fn(state, next(batches))
       step = done + per_dispatch - done % per_dispatch
-      evaluate = eval_fn is not None and due(step, every.eval)
-      log = due(step, every.log) or evaluate
-      if evaluate:
+      if evaluate := eval_fn is not None and due(step, every.eval):
         values = {**values, **eval_fn(state)}
+      log = due(step, every.log) or evaluate
       rows.add(range(done + 1, step + 1), values, log)
       last = stop(step) or step == num_steps
-      save = due(step, every.checkpoint) or last
+      save = last or due(step, every.checkpoint)
       draw = sample_fn is not None and due(step, every.sample)
       # One dispatch late, except before saving or sampling: a diverged state
       # must not be saved, and a restart drops only rows after its checkpoint.
@@ -216,8 +215,8 @@ def train(
       if done > start:
         _keep(e, done, state, rows, writer, checkpoints)
       checkpoints.wait()  # so that the message names a complete checkpoint
-    told = f'{reason}; {checkpoint.newest(checkpoints.directory)}'
-    raise UserError(f'training stopped at step {done + 1}: {told}') from e
+    reason = f'{reason}; {checkpoint.newest(checkpoints.directory)}'
+    raise UserError(f'training stopped at step {done + 1}: {reason}') from e
   return state
 
 
