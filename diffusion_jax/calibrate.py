@@ -101,7 +101,11 @@ def _pass(trained, images, about, place):
     f'seed{FLAGS.seed}',
   ])  # fmt: skip
   work = images.count * trained.schedule.num_timesteps
-  with terminal.Progress('calibrating', work, unit='evaluations') as progress:
+  with terminal.Progress(
+    *('calibrating', work),
+    unit='evaluations',
+    kept=lambda _: f'finished batches are kept in {parts}',
+  ) as progress:
     found = passes.measure(
       Batches(trained, images, parts, FLAGS.batch_size, progress.update),
       FLAGS.seed,

@@ -574,10 +574,10 @@ def test_progress_begins_with_what_takes_long(capsys):
 
 def test_ctrl_c_tells_what_is_kept():
   stopped = KeyboardInterrupt()
-  shown = terminal.Progress('drawing', 9, unit='images', kept='out')
+  shown = terminal.Progress('drawing', 9, kept=lambda done: f'{done} are kept')
   shown.update(4)
   shown.__exit__(KeyboardInterrupt, stopped, None)
-  assert stopped.__notes__ == ['4 images are kept in out']
+  assert stopped.__notes__ == ['4 are kept']
 
 
 def test_report_is_json_when_asked(capsys):

@@ -9,8 +9,9 @@ from absl.testing import flagsaver
 from judges import random_images, source_of
 
 from diffusion_jax import data
-from diffusion_jax.cli import judges
-from diffusion_jax.evaluation import classifier
+from diffusion_jax.cli import judges, judging
+from diffusion_jax.evaluation import classifier, features
+from diffusion_jax.evaluation import measure as measure_module
 from diffusion_jax.system.errors import UserError
 
 
@@ -19,6 +20,53 @@ def judge_of(folder, source, heldout, *arguments):
   with flagsaver.flagsaver():
     flags.FLAGS(['test', *arguments])
     return judges.judge_of(source, heldout, shape, folder)
+
+
+def test_ctrl_c_while_a_classifier_is_trained(tmp_path, monkeypatch):
+  def train(path, source, on_steps):
+    on_steps(classifier.KEEP_EVERY + 20)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(classifier, 'train', train)
+  source = labelled(200, 2)
+  with pytest.raises(KeyboardInterrupt) as stopped:
+    judge_of(tmp_path, source, None, '--features=classifier')
+  (note,) = stopped.value.__notes__
+  assert note.startswith(f'50 steps are kept in {tmp_path}/classifier_')
+  assert note.endswith('.npz.part')
+
+
+@pytest.mark.parametrize(
+  ('cache', 'samples', 'told'),
+  [
+    ('cache', 'cache', 'the features of 7 images are kept in cache'),
+    ('cache', 'out', 'the features of 7 images are kept in out and cache'),
+    (None, None, 'no features of pixels are kept: judging begins again'),
+    (None, 'out', 'the samples are kept in out, but no features of pixels are '
+     'kept: judging begins again'),
+  ],
+)  # fmt: skip
+def test_ctrl_c_while_images_are_judged(monkeypatch, cache, samples, told):
+  def measure(task, samples, **how):
+    how['on_images'](7)
+    raise KeyboardInterrupt
+
+  judge = features.pixels((8, 8, 1))
+  if cache:
+    judge = judge._replace(keys={'pixels': 'pixels'})
+    monkeypatch.setattr(judges, 'cache', lambda: cache)
+  images = features.images_of(source_of(random_images(9, (8, 8, 1))))
+  monkeypatch.setattr(judging.measure, 'measure', measure)
+  monkeypatch.setattr(judging.statistics, 'paths', lambda *_: {})
+  monkeypatch.setattr(judging.statistics, 'cached', lambda _: None)
+  task = measure_module.Task(
+    judge, images, ['fid'], about={'reference_sha256': 'x'}
+  )
+  with flagsaver.flagsaver():
+    flags.FLAGS(['test'])
+    with pytest.raises(KeyboardInterrupt) as stopped:
+      judging.carry_out(task, images, {}, None, sample_cache=samples)
+  assert stopped.value.__notes__ == [told]
 
 
 @pytest.fixture

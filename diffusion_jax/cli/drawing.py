@@ -238,7 +238,7 @@ def fill(
 
   with terminal.Progress(
     *('sampling', num_samples, num_samples - len(absent), 'images'),
-    kept=str(output),
+    kept=lambda done: f'{done} images are kept in {output}',
   ) as progress:
     store.fill(output, absent, batch_size, local, progress.update)
   distributed.on_first(lambda: None)

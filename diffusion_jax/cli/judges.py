@@ -196,7 +196,13 @@ def _train_classifier(folder, source, image_shape):
         f'{steps} steps of {classifier.BATCH} images, kept in {path}; '
         '--features=pixels needs none'
       )
-      with terminal.Progress('classifier', steps) as progress:
+      part = classifier.part_of(path)
+      with terminal.Progress(
+        *('classifier', steps),
+        kept=lambda done: (
+          f'{classifier.kept_of(done)} steps are kept in {part}'
+        ),
+      ) as progress:
         classifier.train(path, source, on_steps=progress.update)
     return str(path)
 

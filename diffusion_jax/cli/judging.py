@@ -4,6 +4,8 @@ Shared by the binaries that judge images.
 `flags.adopt_module_key_flags(judging)` makes these flags a binary's own.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from absl import flags
 
@@ -227,7 +229,9 @@ def carry_out(
   used = known if is_known and not _takes_images(task.metrics) else None
   sets = (samples, task.heldout or {}, used or task.reference)
   total = sum(map(statistics.count_of, sets))
-  with terminal.Progress('judging', total, unit='images') as progress:
+  with terminal.Progress(
+    'judging', total, unit='images', kept=_kept(task.judge, cache, **how)
+  ) as progress:
     how |= {'cache': cache, 'on_images': progress.update}
     found = measure.measure(task, samples, known=used, **how)
   reference = described('reference', task.reference)
@@ -257,6 +261,20 @@ def carry_out(
 
   distributed.on_first(keep)
   return card
+
+
+def _kept(judge: Judge, cache, sample_cache, **_) -> Callable[[int], str]:
+  """What is kept after an interruption, see `terminal.Progress`."""
+
+  def told(done):
+    if cache:
+      there = ' and '.join(dict.fromkeys(map(str, (sample_cache, cache))))
+      return f'the features of {done} images are kept in {there}'
+    name = judge.protocol['features']
+    drawn = f'the samples are kept in {sample_cache}, but ' * bool(sample_cache)
+    return f'{drawn}no features of {name} are kept: judging begins again'
+
+  return told
 
 
 def _takes_images(metrics) -> bool:

@@ -109,8 +109,12 @@ def _card(trained, images, how, about) -> dict:
   folder = f'{name}_{trained.weights_sha256[:8]}'
   work = images.count * bits.work(how)
   unit = 'images' if how.kind == 'bpd_ode' else 'evaluations'
-  with terminal.Progress(how.kind, work, unit=unit) as progress:
-    place = trained.workdir / 'likelihoods' / folder
+  place = trained.workdir / 'likelihoods' / folder
+  with terminal.Progress(
+    *(how.kind, work),
+    unit=unit,
+    kept=lambda _: f'finished batches are kept in {place}',
+  ) as progress:
     found = bits.measure(
       Batches(trained, images, place, FLAGS.batch_size, progress.update), how
     )

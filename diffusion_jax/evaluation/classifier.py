@@ -110,7 +110,7 @@ def train(
   step = _step(model, optimizer, images, labels, root)
   params = model.init(init_key)
   path = files.at(path)
-  part = path.with_name(f'{path.name}.part')
+  part = part_of(path)
   state = {'params': params, 'optimizer': optimizer.init(params)}
   first, state = _continued(part, num_steps, state)
   if first:
@@ -128,6 +128,16 @@ def train(
   flat = traverse_util.flatten_dict(jax.device_get(state['params']), sep='/')
   kept.write(path, {**flat, FACTS: json.dumps(facts)})
   part.unlink(missing_ok=True)
+
+
+def part_of(path) -> files.Path:
+  """The file of an unfinished training of the classifier of this file."""
+  return files.at(path).with_name(f'{files.at(path).name}.part')
+
+
+def kept_of(done: int) -> int:
+  """How many of the steps done are in that file."""
+  return done - done % KEEP_EVERY
 
 
 def _step(model, optimizer, images, labels, root):

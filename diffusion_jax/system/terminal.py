@@ -82,11 +82,11 @@ class Progress:
     unit: the unit of the count.
     seconds: the time between lines without a terminal.
     begin: shown in place of the count until the first update.
-    kept: where what is done is kept; told after Ctrl-C.
+    kept: count -> what is kept of it and where, told after Ctrl-C; or None.
   """
 
   def __init__(
-    self, title, total, done=0, unit='steps', seconds=20.0, begin='', kept=''
+    self, title, total, done=0, unit='steps', seconds=20.0, begin='', kept=None
   ):
     self._before, self._kept = contextlib.ExitStack(), kept
     if begin:
@@ -110,7 +110,7 @@ class Progress:
 
   def __exit__(self, _, raised, __):
     if self._kept and isinstance(raised, KeyboardInterrupt):
-      raised.add_note(f'{self._done} {self._unit} are kept in {self._kept}')
+      raised.add_note(self._kept(self._done))
     self._before.close()
     self._bar.close()
 
