@@ -164,7 +164,13 @@ def test_it_is_the_plain_loop_of_each_sample(x64, rtol):
   assert len(set(took.evaluations.tolist())) > 1
 
 
-@pytest.mark.parametrize('budget', [3, 4, 10, 17, 24, 25, 26, 40])
+@pytest.mark.parametrize(
+  'budget',
+  [
+    *(3, 17, 25, 26),
+    *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 10, 24, 40)),
+  ],
+)
 def test_a_budget_is_held_and_what_comes_of_it(x64, budget):
   """Who is cut short gets x0 of where it last began a step."""
   calls = []

@@ -212,6 +212,7 @@ def test_cards_of_one_protocol_stand_in_one_table(run, card):
   }
 
 
+@pytest.mark.slow
 def test_a_judge_of_another_run(run, card, tmp_path):
   """So that cards of two machines can be compared."""
   other = tmp_path / 'other'

@@ -259,6 +259,18 @@ def first_images(source, count):
   return dataclasses.replace(source, num_images=count)
 
 
+def train_few(path, on_steps=lambda count: None):
+  """20 steps: enough to compare files."""
+  source = first_images(digits('train'), 200)
+  classifier.train(path, source, num_steps=20, on_steps=on_steps)
+  return path
+
+
+@pytest.fixture(scope='module')
+def few_steps_file(tmp_path_factory):
+  return train_few(tmp_path_factory.mktemp('few') / 'classifier.npz')
+
+
 @pytest.fixture(scope='module')
 def judge_file(tmp_path_factory):
   """A classifier of 200 digits: 100 steps do, to test everything but skill."""
@@ -289,34 +301,36 @@ def test_a_classifier_learns_and_says_how_often_it_is_right(judge_file):
   assert classifier.score(judge, unlabelled) is None
 
 
-def test_a_classifier_is_the_same_each_time(judge_file, tmp_path):
+def test_a_classifier_is_the_same_each_time(few_steps_file, tmp_path):
   """So that two runs on one machine are judged by equal networks."""
-  again = tmp_path / 'again.npz'
-  classifier.train(again, first_images(digits('train'), 200), num_steps=100)
-  first = classifier.load(judge_file, (8, 8, 1))
+  again = train_few(tmp_path / 'again.npz')
+  first = classifier.load(few_steps_file, (8, 8, 1))
   second = classifier.load(again, (8, 8, 1))
   assert first.protocol == second.protocol
 
 
-def test_an_interrupted_training_goes_on_to_the_same_end(judge_file, tmp_path):
+def test_an_interrupted_training_goes_on_to_the_same_end(
+  few_steps_file, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(classifier, 'KEEP_EVERY', 8)
   path, source = tmp_path / 'judge.npz', first_images(digits('train'), 200)
   done = []
 
   def interrupt(count):
     done.append(count)
-    if sum(done) == 70:
+    if sum(done) == 13:
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    classifier.train(path, source, num_steps=100, on_steps=interrupt)
+    train_few(path, interrupt)
   (part,) = tmp_path.iterdir()
   kept = part.read_bytes()
   done.clear()
-  classifier.train(path, source, num_steps=100, on_steps=done.append)
-  assert done == [50] + [1] * 50
+  train_few(path, done.append)
+  assert done == [8] + [1] * 12
   assert list(tmp_path.iterdir()) == [path]
   whole, again = (
-    classifier.load(file, (8, 8, 1)).protocol for file in (judge_file, path)
+    classifier.load(file, (8, 8, 1)).protocol for file in (few_steps_file, path)
   )
   assert again == whole
 

@@ -21,8 +21,8 @@ def there(tmp_path_factory):
   """Two sets of images, in several kinds of files, and weights up to '64'."""
   folder = tmp_path_factory.mktemp('sets')
   sets = {
-    'a': random_images(40, (8, 8, 3), 1),
-    'b': levels(30, 2).repeat(3, -1),
+    'a': random_images(20, (8, 8, 3), 1),
+    'b': levels(12, 2).repeat(3, -1),
   }
   for name, images in sets.items():
     np.savez(folder / f'{name}.npz', images)
@@ -78,7 +78,7 @@ def test_two_folders_and_two_files_are_the_same(there):
 def test_inceptions_distance_and_everything_else_of_one_pass(there, tmp_path):
   """By random weights, up to the first tap; SciPy's distance of the features.
 
-  64 features of 40 images: the card says what is wrong with that.
+  64 features of 20 images: the card says what is wrong with that.
   """
   card = card_of(
     there, '--samples={there}/a', '--reference={there}/b.npz', *NETWORK,
@@ -108,7 +108,7 @@ def test_inceptions_distance_and_everything_else_of_one_pass(there, tmp_path):
     scipy_distance(*features), rel=1e-2
   )
   (few, _, noise) = card['details']['caveats']
-  assert '30 images in 64 dimensions' in few
+  assert '12 images in 64 dimensions' in few
   assert 'the samples look like noise' in noise
   protocol = card['protocol']
   assert protocol['convention'] == 'tf1'
@@ -187,7 +187,7 @@ def test_files_that_hold_images_and_statistics(there, tmp_path):
   of_statistics = card_of(there, *how)
   assert of_statistics['protocol']['data'] == 'statistics'
   of_images = card_of(there, *how, '--metrics=fid,kid')
-  assert of_images['protocol']['num_reference'] == 30
+  assert of_images['protocol']['num_reference'] == 12
 
 
 def test_statistics_of_sfid_go_out_and_in(there, tmp_path):
@@ -275,7 +275,7 @@ def test_what_statistics_were_made_with_is_on_the_card(there, tmp_path):
   )  # fmt: skip
   facts = known['details']['reference_made_with']['mu']
   assert facts['features'] == 'pixels'
-  assert facts['num_images'] == 30
+  assert facts['num_images'] == 12
   assert not any('does not say' in x for x in known['details']['caveats'])
   assert statistics.origin(tmp_path / 'again.npz') == {'mu': facts}
 
@@ -342,7 +342,7 @@ def test_people_read_it(there):
   assert 'FID-64' in result.out
   assert 'features inception' in result.out
   assert 'convention tf1' in result.out
-  assert 'note: fid_64: 30 images in 64 dimensions' in result.out
+  assert 'note: fid_64: 12 images in 64 dimensions' in result.out
 
   np.savez(there / 'unit.npz', mu=np.zeros(64), sigma=np.eye(64))
   result = binaries.run(

@@ -17,20 +17,15 @@ from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, metrics, optim, sharding, state
 
 OPTIMIZER = optim.create(1e-3, 5, 1.0)
-# Wide enough for kernels to be split over 'fsdp'.
-WIDE = {
-  'channels': 64,
-  'multipliers': (1, 1),
-  'num_blocks': 1,
-  'attention_resolutions': (4,),
-  'num_groups': 8,
-  'dropout': 0.0,
-}
 MESHES = {'1x1x1': (1, 1, 1), '1x8x1': (1, 8, 1), '2x2x2': (2, 2, 2)}
 
 
-def network(shape=(8, 8, 1), **changes):
-  return models.create('unet', shape, **{**WIDE, **changes})
+def unet(shape=(8, 8, 1), **changes):
+  how = {
+    'channels': 8, 'multipliers': (1, 1), 'num_blocks': 1,
+    'attention_resolutions': (4,), 'num_groups': 4, 'dropout': 0.0,
+  }  # fmt: skip
+  return models.create('unet', shape, **{**how, **changes})
 
 
 def named(tree):
@@ -47,7 +42,7 @@ def saved(tmp_path_factory):
   """(folder, params, averaged params) of a checkpoint at step 7."""
   folder = tmp_path_factory.mktemp('run') / 'checkpoints'
   made = state.create(
-    jax.random.key(5), network().init, OPTIMIZER, tiny.one_device()
+    jax.random.key(5), tiny.few_arrays().init, OPTIMIZER, tiny.one_device()
   )
   made = made._replace(ema_params=jax.tree.map(jnp.cos, made.params))
   with checkpoint.Checkpoints(folder) as kept:
@@ -56,13 +51,22 @@ def saved(tmp_path_factory):
   return folder, named(made.params), named(made.ema_params)
 
 
+@pytest.fixture(scope='module')
+def saved_unet(tmp_path_factory):
+  """(folder, number of arrays) of a U-Net's checkpoint at step 7."""
+  folder = tmp_path_factory.mktemp('run') / 'checkpoints'
+  params = tiny.random_arrays(abstract(unet()))
+  checkpoint.save_params(folder, 7, params)
+  return folder, len(jax.tree.leaves(params))
+
+
 @pytest.mark.parametrize('sizes', MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize('ema', [True, False])
 def test_all_of_the_same_model_is_taken_in_pieces(saved, sizes, ema):
   mesh = sharding.make_mesh(
     *sizes, devices=jax.devices()[: int(np.prod(sizes))]
   )
-  wanted = abstract(network(), mesh)
+  wanted = abstract(tiny.few_arrays(), mesh)
   taken, left = checkpoint.load_common(saved[0], 7, wanted, ema=ema)
   assert left == []
   assert taken.keys() == named(wanted).keys()
@@ -79,7 +83,7 @@ def test_all_of_the_same_model_is_taken_in_pieces(saved, sizes, ema):
 def test_other_colours_leave_the_ends(saved):
   """Of a grey model in colour, all but the first and the last layer."""
   taken, left = checkpoint.load_common(
-    saved[0], 7, abstract(network((8, 8, 3)))
+    saved[0], 7, abstract(tiny.few_arrays(channels=3))
   )
   assert left == [
     {'name': 'conv_in/kernel', 'there': (3, 3, 1, 64), 'here': (3, 3, 3, 64)},
@@ -91,10 +95,10 @@ def test_other_colours_leave_the_ends(saved):
     np.testing.assert_array_equal(array, saved[2][name])
 
 
-def test_attention_elsewhere_is_new_and_unused(saved):
+def test_attention_elsewhere_is_new_and_unused(saved_unet):
   """At 8x8 in place of 4x4: level 0 has it, level 1 does not."""
   taken, left = checkpoint.load_common(
-    saved[0], 7, abstract(network(attention_resolutions=(8,)))
+    saved_unet[0], 7, abstract(unet(attention_resolutions=(8,)))
   )
   new = {row['name'] for row in left if row['there'] is None}
   unused = {row['name'] for row in left if row['here'] is None}
@@ -105,17 +109,17 @@ def test_attention_elsewhere_is_new_and_unused(saved):
   assert parts == {'down/0/attentions', 'up/1/attentions'}
   parts = {'/'.join(name.split('/')[:3]) for name in unused}
   assert parts == {'down/1/attentions', 'up/0/attentions'}
-  assert len(taken) == len(saved[1]) - 30
+  assert len(taken) == saved_unet[1] - 30
 
 
-def test_the_image_size_does_not_matter(saved):
-  wider = network((16, 16, 1), attention_resolutions=(8,))
-  _, left = checkpoint.load_common(saved[0], 7, abstract(wider))
+def test_the_image_size_does_not_matter(saved_unet):
+  wider = unet((16, 16, 1), attention_resolutions=(8,))
+  _, left = checkpoint.load_common(saved_unet[0], 7, abstract(wider))
   assert left == []
 
 
 def test_nothing_in_common_is_one_line(saved):
-  other = network((8, 8, 3), channels=32)
+  other = tiny.few_arrays(channels=3, width=32)
   with pytest.raises(UserError) as error:
     checkpoint.load_common(saved[0], 7, abstract(other))
   assert 'of the same name and shape' in str(error.value)
@@ -128,7 +132,7 @@ def test_a_state_begins_with_what_is_given(saved, sizes):
   mesh = sharding.make_mesh(
     *sizes, devices=jax.devices()[: int(np.prod(sizes))]
   )
-  model, key = network((8, 8, 3)), jax.random.key(3)
+  model, key = tiny.few_arrays(channels=3), jax.random.key(3)
   taken, left = checkpoint.load_common(saved[0], 7, abstract(model, mesh))
   plain = state.create(key, model.init, OPTIMIZER, mesh)
   begun = state.create(key, model.init, OPTIMIZER, mesh, taken)
@@ -308,9 +312,7 @@ def test_raw_parameters_of_another_step(source, tmp_path):
 
 
 def narrow():
-  return network(
-    channels=8, multipliers=(1,), num_groups=4, attention_resolutions=()
-  )
+  return unet(multipliers=(1,), attention_resolutions=())
 
 
 def test_a_recorded_origin_that_is_gone_has_remedies(tmp_path):
@@ -333,7 +335,7 @@ def test_a_recorded_origin_that_is_gone_has_remedies(tmp_path):
     (['--init_from={new}/../new'], {}, 'is the --workdir itself'),
     (['--init_step=3'], {}, '--init_step=3 needs --init_from'),
     (['--noinit_ema'], {}, '--noinit_ema needs --init_from'),
-    (['--init_from={damaged}'], {}, 'another with --init_step (20)'),
+    (['--init_from={damaged}', '--init_step=30'], {}, 'with --init_step (20)'),
     (['--init_from={source}'],
      {'model.channels': 12, 'data.channels': 3, 'data.name': 'arrays',
       'data.path': '{colour}'},
@@ -359,6 +361,7 @@ def test_mistakes_are_one_line_and_write_nothing(
   before = sorted(tmp_path.rglob('*'))
   flags = [flag.format(source=source, **places) for flag in flags]
   changes = {k: str(v).format(**places) for k, v in changes.items()}
+  changes['num_steps'] = 1
   result = binaries.run('train', *command(places['new'], *flags, **changes))
   assert must in result.message
   assert sorted(tmp_path.rglob('*')) == before

@@ -99,23 +99,23 @@ def test_the_density_of_normal_data(x64):
   ['rademacher', pytest.param('gaussian', marks=pytest.mark.slow)],
 )
 def test_hutchinsons_probes(x64, divergence):
-  """The mean over 3000 probes, within 4 standard errors of the exact value.
+  """The mean over 1000 probes, within 4 standard errors of the exact value.
 
   Near-round data, so that the error is small: the Jacobian's part that probes
   see as noise is what differs between directions, of signs only the part off
   the diagonal.
   """
   values = np.array([0.2, 0.22, 0.24, 0.26])
-  x, log_density = first_noised(3000, values=values)
-  got = bits_of(jnp.asarray(x), keys_of(3000), values, divergence)
+  x, log_density = first_noised(1000, values=values)
+  got = bits_of(jnp.asarray(x), keys_of(1000), values, divergence)
   error = np.asarray(got.bits) - known_bits(x, values=values)
-  assert abs(error.mean()) < 4 * error.std() / np.sqrt(3000)
+  assert abs(error.mean()) < 4 * error.std() / np.sqrt(1000)
   if divergence == 'rademacher':
     assert abs(np.mean(got.bits + log_density / np.log(2))) < 1e-3
     assert error.std() > 1e-3  # or the probes would be told nothing
     # Where the Jacobian is a multiple of 1, signs are exact.
-    x, _ = first_noised(3000, values=np.full(4, 0.3))
-    got = bits_of(jnp.asarray(x), keys_of(3000), np.full(4, 0.3), divergence)
+    x, _ = first_noised(1000, values=np.full(4, 0.3))
+    got = bits_of(jnp.asarray(x), keys_of(1000), np.full(4, 0.3), divergence)
     wanted = known_bits(x, values=np.full(4, 0.3))
     np.testing.assert_allclose(got.bits, wanted, atol=1e-6)
 

@@ -236,8 +236,15 @@ def trained_params(folder, step):
   return jax.tree.map(np.array, params)
 
 
-@pytest.mark.parametrize('dtype', ['uint8', 'float32'])
-@pytest.mark.parametrize('sampler', ['ddim', 'adaptive'])
+@pytest.mark.parametrize(
+  ('sampler', 'dtype'),
+  [
+    ('ddim', 'float32'),
+    ('adaptive', 'uint8'),
+    pytest.param('ddim', 'uint8', marks=pytest.mark.slow),
+    pytest.param('adaptive', 'float32', marks=pytest.mark.slow),
+  ],
+)
 def test_samples_that_are_not_finite_are_refused(trained, dtype, sampler):
   """Finite weights that overflow: the pixels would be black or white."""
   huge = jax.tree.map(lambda x: x * 1e30, trained.params)
@@ -271,7 +278,10 @@ def test_any_mesh(folder, trained):
 
 @pytest.mark.parametrize(
   ('batch_size', 'devices'),
-  [(1, 1), (7, 8), (64, 1), pytest.param(7, 1, marks=pytest.mark.slow)],
+  [
+    (7, 8),
+    *(pytest.param(size, 1, marks=pytest.mark.slow) for size in (1, 7, 64)),
+  ],
 )
 def test_batch_and_mesh_change_no_sample(folder, trained, devices, batch_size):
   """50 steps of DDIM: the noise bit by bit, pixels by 1 in under 0.1%."""

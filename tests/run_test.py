@@ -138,7 +138,10 @@ def test_sampling_leaves_npz_grid_and_pictures(run, tmp_path):
   assert Image.open(out / 'trajectory.png').size[0] > 5 * 64
 
 
-def test_an_interrupted_store_is_completed_not_redrawn(run, tmp_path):
+@pytest.mark.parametrize(
+  'devices', [1, pytest.param(8, marks=pytest.mark.slow)]
+)
+def test_an_interrupted_store_is_completed_not_redrawn(run, tmp_path, devices):
   few = [f'--output={tmp_path / "a"}', '--sampler=ddim', '--num_steps=3']
   sample(run, *few, '--num_samples=5', '--batch_size=2')
   parts = sorted((tmp_path / 'a' / 'parts').iterdir())
@@ -146,7 +149,7 @@ def test_an_interrupted_store_is_completed_not_redrawn(run, tmp_path):
   sample(run, *few, '--num_samples=9', '--batch_size=7')
   assert [path.stat().st_mtime_ns for path in parts] == stamps
   whole = [f'--output={tmp_path / "b"}', '--sampler=ddim', '--num_steps=3']
-  sample(run, *whole, '--num_samples=9', devices=8)
+  sample(run, *whole, '--num_samples=9', devices=devices)
   a, b = (np.load(tmp_path / name / 'samples.npz')['arr_0'] for name in 'ab')
   difference = np.abs(a.astype(int) - b)
   assert difference.max() <= 1
@@ -219,6 +222,7 @@ def test_sampling_of_no_run(tmp_path):
   assert not empty.exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_or_named(run, tmp_path):
   """Training goes on from the one before; samples are of that one, too."""
   workdir = tmp_path / 'damaged'
@@ -240,6 +244,7 @@ def test_a_damaged_checkpoint_is_set_aside_or_named(run, tmp_path):
   assert checkpoint.steps(workdir / 'checkpoints') == [10, 20, 25, 30]
 
 
+@pytest.mark.slow
 def test_flipped_bits_are_found_by_all(run, tmp_path):
   """All over the file that holds the arrays: the average has its share."""
   workdir = tmp_path / 'damaged'
@@ -263,18 +268,14 @@ def test_flipped_bits_are_found_by_all(run, tmp_path):
   assert not (tmp_path / 'other').exists()
 
 
-def test_no_samples_inside_another_store(run, tmp_path):
-  sample(run, '--num_samples=1', '--grid=500', f'--output={tmp_path / "o"}')
-  result = binaries.run(
-    'sample', f'--workdir={run}', f'--output={tmp_path / "o" / "new"}'
-  )
-  assert 'inside the sample store' in result.message
-
-
-def test_another_protocol_needs_another_output(run, tmp_path):
+def test_another_protocol_needs_an_output_outside_the_store(run, tmp_path):
   out = f'--output={tmp_path / "o"}'
   some = ['--num_samples=2', '--sampler=ddim', '--num_steps=2', out]
   sample(run, *some)
   result = binaries.run('sample', f'--workdir={run}', *some, '--seed=3')
   assert 'seed=0, not 3' in result.message
   assert Path(tmp_path / 'o' / 'samples.npz').exists()
+  result = binaries.run(
+    'sample', f'--workdir={run}', f'--output={tmp_path / "o" / "new"}'
+  )
+  assert 'inside the sample store' in result.message

@@ -516,7 +516,15 @@ def test_the_binary_says_what_it_took_and_keeps_it(output, tmp_path):
   assert (facts['step'], facts['raw']) == (20, True)
   average, raw = load(run), load(run, ema=False)
   assert average.weights_sha256 != raw.weights_sha256
-  # The remedy: a config, whose schedule counts.
+
+
+@pytest.mark.slow
+def test_the_remedy_is_a_config_whose_schedule_counts(output, tmp_path):
+  checkpoint = output / 'checkpoint-20'
+  run = tmp_path / 'run'
+  result = binaries.run('convert', f'--from={checkpoint}', f'--to={run}')
+  assert result.code == 0, result.err
+  average = load(run)
   size, _, channels = average.image_shape
   result = binaries.run(
     'convert', f'--from={checkpoint}', f'--to={tmp_path}/other',

@@ -145,11 +145,8 @@ def run(
   return start, step_fn, sharding.put_batch(images(batch), mesh)
 
 
-def random_state(abstract):
-  """Where it lies, at step 0, without compiling an initialisation.
-
-  No parameter is zero: a layer that starts at zero hides what is upstream.
-  """
+def random_arrays(abstract):
+  """Parameters as NumPy's arrays."""
   rng = np.random.default_rng(0)
 
   def draw(name, leaf):
@@ -157,8 +154,16 @@ def random_state(abstract):
     values = rng.standard_normal(leaf.shape) / np.sqrt(width)
     return (name.endswith('scale') + values).astype(leaf.dtype)
 
-  leaves, structure = jax.tree.flatten(abstract.params)
-  params = structure.unflatten(map(draw, models.names(abstract.params), leaves))
+  leaves, structure = jax.tree.flatten(abstract)
+  return structure.unflatten(map(draw, models.names(abstract), leaves))
+
+
+def random_state(abstract):
+  """Where it lies, at step 0, without compiling an initialisation.
+
+  No parameter is zero: a layer that starts at zero hides what is upstream.
+  """
+  params = random_arrays(abstract.params)
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
   return jax.device_put(
     zeros._replace(params=params, ema_params=params),
