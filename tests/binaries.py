@@ -29,6 +29,7 @@ CONTEXT.set_forkserver_preload(
     'diffusion_jax.reporting.page',
     'diffusion_jax.training.loop',
     'sklearn.datasets',
+    'tensorboardX',
   ]
 )
 # Of the compiler: JAX reads it where it is imported, which is the server.

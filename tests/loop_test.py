@@ -3,6 +3,8 @@
 import errno
 import itertools
 import json
+import subprocess
+import sys
 from typing import NamedTuple
 
 import jax
@@ -386,3 +388,13 @@ def test_no_memory_is_one_line_and_names_what_is_kept(
 def test_a_bug_in_a_step_stays_one(tmp_path):
   with pytest.raises(ZeroDivisionError):
     train(tmp_path, loss_of=lambda step: 1 / 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['train', 'sample'])
+def test_what_writes_events_is_imported_when_it_is_used(name):
+  """It takes a second, and several where PyTorch is installed."""
+  told = f'import sys, diffusion_jax.{name}; print(*sys.modules)'
+  names = subprocess.check_output([sys.executable, '-c', told], text=True)
+  assert 'diffusion_jax.training.metrics' in names.split()
+  assert 'tensorboardX' not in names.split()

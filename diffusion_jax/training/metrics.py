@@ -5,9 +5,6 @@ import math
 import time
 
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
 
 from diffusion_jax.objectives.objective import Mean
 from diffusion_jax.system import files, jsonl
@@ -75,6 +72,10 @@ class Writer:
   """
 
   def __init__(self, workdir, step: int):
+    # Imported here, for it imports torch where that is installed.
+    import tensorboardX
+
+    self._x = tensorboardX
     workdir = files.at(workdir)
     truncate(workdir / ROWS, step)
     folder, self._put = files.growing(workdir, ROWS)
@@ -82,11 +83,13 @@ class Writer:
     again = any(workdir.glob('events.out.tfevents.*'))
     # Not a SummaryWriter: on a full disk its thread dies, and later writes
     # block forever.
-    self._board = EventsWriter(str(folder / 'events'))
+    self._board = tensorboardX.event_file_writer.EventsWriter(
+      str(folder / 'events')
+    )
     if again:
       # Makes TensorBoard ignore what an earlier start wrote for these steps.
-      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-      self._event(step + 1, session_log=start)
+      log = tensorboardX.proto.event_pb2.SessionLog
+      self._event(step + 1, session_log=log(status=log.START))
 
   def write(self, step: int, values: dict) -> None:
     """Writes a row; values that are not finite are left out."""
@@ -98,11 +101,13 @@ class Writer:
       self._put(ROWS)
       self._then = time.monotonic()
     for name, value in values.items():
-      self._event(step, summary=summary.scalar(name, value))
+      self._event(step, summary=self._x.summary.scalar(name, value))
 
   def picture(self, step: int, name: str, image: np.ndarray) -> None:
     """Writes a uint8 [H, W, C] image to TensorBoard."""
-    self._event(step, summary=summary.image(name, image, dataformats='HWC'))
+    self._event(
+      step, summary=self._x.summary.image(name, image, dataformats='HWC')
+    )
 
   def flush(self) -> None:
     """Writes out all buffered events and, in a bucket, uploads both files."""
@@ -115,6 +120,5 @@ class Writer:
     self._put()
 
   def _event(self, step: int, **what) -> None:
-    self._board.write_event(
-      event_pb2.Event(wall_time=time.time(), step=step, **what)
-    )
+    event = self._x.proto.event_pb2.Event
+    self._board.write_event(event(wall_time=time.time(), step=step, **what))
