@@ -1,10 +1,11 @@
 """Fills in the tables of scaling.md and launch/README.md, and scaling.png.
 
-  pip install '.[tpu]'
-  python docs/build_scaling.py
+  pip install '.[tpu]' '.[cuda]'
+  python docs/build_scaling.py              # all
+  python docs/build_scaling.py gpus --anew  # only the tables of GPUs
 
-What is in docs/scaling.json already is not compiled again: delete that file to
-begin anew. Each of the compilations takes minutes, of any machine's CPU.
+What is in docs/scaling.json already is not compiled again, except with --anew.
+Each of the compilations takes minutes, of any machine's CPU.
 """
 
 import json
@@ -28,6 +29,12 @@ RENTED = [
   ('celebahq256', 'v4:2x2x2', 64),
   ('cifar10', 'v5e:2x2', 128, '--config.mesh.data=1', '--config.mesh.fsdp=4'),
   ('cifar10', 'v5e:16x16', 8192),
+]
+# (config, GPUs, batch): 256 images on each.
+OF_GPUS = [
+  ('cifar10', 'h100:1', 256),
+  ('cifar10', 'h100:8', 2048),
+  ('cifar10', 'h100:2x8', 4096),
 ]
 SLICES = ('v5e:2x2', 'v5e:4x4', 'v5e:8x8', 'v5e:16x16', 'v5p:8x8x16')
 # Title of a panel -> the last column, config -> batches of these slices.
@@ -89,6 +96,47 @@ def memory(config, topology, batch, *flags) -> dict:
   }
 
 
+def on_gpus(config, topology, batch) -> dict:
+  """A row: the memory, the kernels and the shortest time of a step on GPUs."""
+  found = result(config, topology, batch)
+  train, time, size = (
+    found['train'],
+    found['predicted'],
+    found['train']['bytes'],
+  )
+  state = size['parameters'] + size['EMA'] + size['optimiser']
+  number = sum(kind['count'] for kind in train['kernels'])
+  return {
+    'run': config,
+    'GPUs': topology,
+    'batch': f'{batch:,}',
+    'state': f'{state / 1e6:,.0f} MB',
+    'temporaries': f'{size["temporaries"] / 1e6:,.0f} MB',
+    'kernels': f'{number:,}',
+    'per image': f'{train["kernel_bytes_per_image"] / 1e6:,.1f} MB',
+    'products': f'{1e3 * time["compute_seconds"]:.2f} ms',
+    'memory': f'{1e3 * time["memory_seconds"]:.2f} ms',
+    'communication': f'{1e3 * time["exchange_seconds"]:.2f} ms',
+    'images/s per GPU': f'{time["images_per_sec_per_chip"]:,.0f}',
+  }
+
+
+def by_kind(config, topology, batch) -> list[dict]:
+  """Rows: the kernels of each kind, and what they move."""
+  found = result(config, topology, batch)
+  kinds, images = found['train']['kernels'], batch / found['num_devices']
+  whole = sum(kind['bytes'] for kind in kinds)
+  return [
+    {
+      'kernels': kind['name'],
+      'number': f'{kind["count"]:,}',
+      'per image': f'{kind["bytes"] / images / 1e6:.1f} MB',
+      'share': f'{kind["bytes"] / whole:.1%}',
+    }
+    for kind in kinds
+  ]
+
+
 def costs(config, topology, batch) -> dict:
   """A row: hours of the paper's run, at the share that it reached."""
   found = result(config, topology, batch)
@@ -142,7 +190,15 @@ def fill_in(path, name, rows) -> None:
   path.write_text(f'{before}{begin}{table}{end}{after}')
 
 
-def main():
+def gpus():
+  """The tables of GPUs."""
+  page = DOCS / 'scaling.md'
+  fill_in(page, 'gpus', [on_gpus(*run) for run in OF_GPUS])
+  fill_in(page, 'kernels', by_kind(*OF_GPUS[0]))
+
+
+def tpus():
+  """The tables of TPUs, and the plot."""
   page = DOCS / 'scaling.md'
   fill_in(page, 'memory', [memory(*run) for run in RENTED])
   # Batches that are not the paper's train in other ways.
@@ -166,5 +222,18 @@ def main():
   figure.savefig(DOCS / 'scaling.png', dpi=120)
 
 
+def main(*arguments):
+  tables = {'tpus': tpus, 'gpus': gpus}
+  wanted = [kind for kind in tables if kind in arguments] or [*tables]
+  if '--anew' in arguments:
+    for key in [*FOUND]:
+      topology = key.split()[1]
+      kind = 'gpus' if slices.parse(topology).chip.card else 'tpus'
+      if kind in wanted:
+        del FOUND[key]
+  for kind in wanted:
+    tables[kind]()
+
+
 if __name__ == '__main__':
-  main()
+  main(*sys.argv[1:])
