@@ -102,7 +102,8 @@ def get_config():
   config.loss.prediction = 'eps'
 
   config.optim = ConfigDict()
-  config.optim.name = 'adam'  # 'adam' or 'adamw'
+  # 'adam', 'adamw' or 'adafactor', which needs little memory: no b2, eps.
+  config.optim.name = 'adam'
   config.optim.lr = 2e-4  # learning rate after warm-up
   config.optim.warmup_steps = 5_000  # steps of a linear rise from 0; 0 = none
   # Decay after warm-up: 'constant', 'cosine' or 'linear'. The rate reaches
@@ -117,10 +118,13 @@ def get_config():
   config.optim.eps = 1e-8  # added to the root of the second moment
   # For 'adamw': multiplied by the learning rate; not for biases and scales.
   config.optim.weight_decay = 0.0
+  # Of the first moment: 'float32' or 'bfloat16', which needs half the memory.
+  config.optim.moments_dtype = 'float32'
   # Learning rates for single parts of the network: {'codec': 1e-5}.
   config.optim.part_lr = ConfigDict()
 
-  # Exponential moving average of the parameters, used for sampling.
+  # Exponential moving average of the parameters, used for sampling. 0 keeps
+  # none, and samples with the parameters.
   config.ema = ConfigDict()
   config.ema.decay = 0.9999
 

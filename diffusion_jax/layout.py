@@ -44,7 +44,9 @@ def main():
   sizes = sharding.mesh_shape(count, **config.mesh)
   mesh = AbstractMesh(sizes, sharding.AXES)
   init = recipe.create(config).init
-  abstract = state.abstract_state(init, optim.create(**config.optim), mesh)
+  abstract = state.abstract_state(
+    init, optim.create(**config.optim), mesh, ema=config.ema.decay > 0
+  )
   rows = [
     {'name': name, **_lies(leaf)}
     for name, leaf in models.named(abstract.params).items()

@@ -266,7 +266,7 @@ def _compile_step(place, batch_size) -> Compiled:
 def _compile_sampling(place) -> Compiled:
   indices = _rows(place, (place.sampled,), jnp.uint32)
   program = place.program
-  args = program.abstract.ema_params, indices
+  args = program.abstract.averaged, indices
   return compiled.compile(program.draw_fn, args, place.limit, place.fast)
 
 

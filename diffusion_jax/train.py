@@ -284,7 +284,7 @@ def _feed(config, mesh, program, source, start, signals):
 
 def _heldout_loss(program, train_state, source, config, mesh) -> dict:
   """The mean loss over the held-out images, as a device scalar."""
-  params = {**program.frozen, **train_state.ema_params}
+  params = {**program.frozen, **train_state.averaged}
   batch_size, num_images = config.batch_size, config.eval_images
   total, first = 0.0, 0
   where = sharding.batch_sharding(mesh)
@@ -300,7 +300,7 @@ def _heldout_loss(program, train_state, source, config, mesh) -> dict:
 
 def _draw_grid(program, train_state, at, count, mesh, workdir, writer) -> None:
   """Draws samples as a picture in the workdir and in TensorBoard."""
-  params = {**program.frozen, **train_state.ema_params}
+  params = {**program.frozen, **train_state.averaged}
   indices = sharding.padded_indices(count, mesh)
   images, is_finite = program.draw_fn(params, indices)
   if not is_finite:

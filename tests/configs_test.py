@@ -44,6 +44,7 @@ RECIPE_256 = {
 BEFORE = {
   'seed': 0, 'microbatches': 1, 'steps_per_dispatch': 1, 'log_every': 100,
   'eval_every': 5000, 'data.on_device': False,
+  'optim.moments_dtype': 'float32',
   'eval_images': 0, 'sample_every': 10000, 'checkpoint_every': 5000,
   'keep_last': 2, 'keep_every': 100000, 'mesh.data': -1, 'mesh.fsdp': 1,
   'mesh.tensor': 1, 'data.path': '', 'data.train_split': 'train',

@@ -63,7 +63,7 @@ def measure(
   }
   if sample:
     indices = sharding.padded_indices(count, mesh)
-    params = now[0].ema_params
+    params = now[0].averaged
     seconds, calls = _timed(
       'the sampling program', lambda: sample.program(params, indices)
     )

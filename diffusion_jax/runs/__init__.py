@@ -138,14 +138,16 @@ def check(workdir, config: config_dict.ConfigDict) -> None:
 
 def fixed(old: dict, new: dict) -> list[str]:
   """The differences, as text, that a run cannot go on with."""
-  keeps_form = optim.same_form(old['optim'], new['optim'])
+  keeps_form = optim.same_form(old['optim'], new['optim']) and (
+    (old['ema']['decay'] > 0) == (new['ema']['decay'] > 0)
+  )
   return [
     line
     for key, line in differences(old, new).items()
     if not may_change(key)
     and not (
       _is_among(key, ON_PURPOSE)
-      and (keeps_form or not _is_among(key, optim.FORM))
+      and (keeps_form or not _is_among(key, (*optim.FORM, 'ema.decay')))
     )
   ]
 

@@ -54,7 +54,7 @@ class Programs(NamedTuple):
     """The state at step 0, see `state.create`."""
     return state.create(
       self.init_key, self.recipe.init, self.optimizer, mesh, given,
-      self.recipe.objective.extras,
+      self.recipe.objective.extras, bool(self.abstract.ema_params),
     )  # fmt: skip
 
 
@@ -79,7 +79,9 @@ def create(
   root = jax.random.fold_in(jax.random.key(config['seed']), 0)
   init_key, step_key, heldout_key = jax.random.split(root, 3)
   objective = made.objective
-  abstract = state.abstract_state(made.init, optimizer, mesh, objective.extras)
+  abstract = state.abstract_state(
+    made.init, optimizer, mesh, objective.extras, config['ema']['decay'] > 0
+  )
   common = {'objective': objective, 'mesh': mesh}
   train_step = functools.partial(
     step.train_step,

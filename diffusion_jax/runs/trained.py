@@ -267,7 +267,8 @@ def load(
   Args:
     workdir: the run's folder, local or gs://BUCKET/FOLDER.
     step: the step of the checkpoint; by default the newest that is not damaged.
-    ema: whether to load the averaged or the raw weights.
+    ema: whether to load the averaged or the raw weights; a run without an
+      average has the raw ones only.
     mesh: the devices to load the parameters to; by default they are replicated
       on every device, and samples are divided over the devices.
 
@@ -280,4 +281,5 @@ def load(
   mesh = mesh or sharding.make_mesh()
   made = recipe.create(config)
   compiled = _compile(made, mesh)
+  ema = ema and config['ema']['decay'] > 0
   return Trained(workdir, config, 0, ema, made, {}, mesh, compiled).at(step)

@@ -48,6 +48,7 @@ NAMES = {
   'sample.variance': gaussian.VARIANCES,
   'optim.name': optim.OPTIMIZERS,
   'optim.decay': optim.DECAYS,
+  'optim.moments_dtype': optim.MOMENTS,
 }
 
 # What other projects call them.
@@ -175,9 +176,9 @@ def _model(model, data):
 
 def _optim(config):
   yield (
-    config.weight_decay == 0 or config.name != 'adam',
+    config.weight_decay == 0 or config.name == 'adamw',
     f"optim.weight_decay={config.weight_decay} is for optim.name='adamw'; "
-    "with 'adam' it must be 0",
+    f'with {config.name!r} it must be 0',
   )
   yield (
     config.decay == 'constant' or config.decay_steps > config.warmup_steps,

@@ -148,7 +148,11 @@ class Checkpoints:
     """
     stored = Stored(self._checkpointer, self.directory, step, flag='')
     stored.trained_with(self._frozen)
-    return TrainState(**stored.load(abstract._asdict()))
+    wanted = abstract._asdict()
+    if abstract.ema_params:
+      return TrainState(**stored.load(wanted))
+    del wanted['ema_params']  # older runs have one all the same
+    return TrainState(**{**stored.load(wanted), 'ema_params': {}})
 
   def restore_newest(self, abstract: TrainState) -> TrainState | None:
     """Restores the newest whole checkpoint; None if there is no checkpoint.
@@ -308,8 +312,8 @@ def load_params(directory, step: int, abstract, *, ema: bool = True):
     UserError: the checkpoint is damaged, holds another model, or has
       parameters that are not finite.
   """
-  part = 'ema_params' if ema else 'params'
   with _stored(directory, step) as stored:
+    part = stored.part(ema)
     params = stored.load({part: abstract})[part]
     _check_finite(params, stored)
     return params
@@ -345,8 +349,8 @@ def load_common(
     UserError: the checkpoint is damaged, there is no common parameter, or one
       is not finite.
   """
-  part = 'ema_params' if ema else 'params'
   with _stored(directory, step, 'init_step') as stored:
+    part = stored.part(ema)
     stored.has([part])
     prefix = ''
     if stored.is_before_parts({part: abstract}):

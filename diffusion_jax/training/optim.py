@@ -1,4 +1,4 @@
-"""Optimisers of a config's `optim`: Adam or AdamW with a schedule.
+"""Optimisers of a config's `optim`: Adam and others, with a schedule.
 
 Everything is a function of the step, so a run resumed from a checkpoint makes
 the same updates as an uninterrupted one.
@@ -15,10 +15,13 @@ import optax
 from diffusion_jax import models
 from diffusion_jax.system.errors import UserError
 
-OPTIMIZERS = ('adam', 'adamw')
+OPTIMIZERS = ('adam', 'adamw', 'adafactor')
 DECAYS = ('constant', 'cosine', 'linear')
 # The keys of a config that the form of the optimiser's state depends on.
-FORM = ('optim.name', 'optim.clip_norm', 'optim.part_lr')
+FORM = (
+  *('optim.name', 'optim.clip_norm', 'optim.part_lr', 'optim.moments_dtype'),
+)
+MOMENTS = ('float32', 'bfloat16')
 
 
 def learning_rate(
@@ -73,8 +76,9 @@ def create(
   decay: str = 'constant',
   decay_steps: int = 0,
   end_lr: float = 0.0,
+  moments_dtype: str = 'float32',
 ) -> optax.GradientTransformation:
-  """Adam as DDPM trains (arXiv 2006.11239, appendix B), or AdamW.
+  """Adam as DDPM trains (arXiv 2006.11239, appendix B), AdamW or Adafactor.
 
   TensorFlow 1 adds epsilon outside the bias correction, optax inside: the two
   differ by a factor of up to sqrt(1 - b2) in epsilon during the first steps.
@@ -86,7 +90,9 @@ def create(
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the second moment.
-    name: one of OPTIMIZERS.
+    name: one of OPTIMIZERS. 'adafactor' (arXiv 1804.04235) keeps the second
+      moment of a matrix as its row and column means; no b2, eps, or scaling
+      with the parameters.
     weight_decay: for 'adamw' (arXiv 1711.05101): each update also subtracts
       learning rate x weight_decay x parameter, for the parameters that
       `decayed` selects.
@@ -96,14 +102,23 @@ def create(
     decay: the decay of the learning rate, see `learning_rate`.
     decay_steps: the step at which it ends.
     end_lr: the learning rate from then on.
+    moments_dtype: one of MOMENTS, of the first moment. The second is float32: a
+      step changes it by 1 - b2, which is less than bfloat16 resolves.
   """
   rate = learning_rate(lr, warmup_steps, decay, decay_steps, end_lr)
+  dtype = None if moments_dtype == 'float32' else moments_dtype
   if name == 'adamw':
     adam = optax.adamw(
-      rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed
-    )
+      rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed,
+      mu_dtype=dtype,
+    )  # fmt: skip
+  elif name == 'adafactor':
+    adam = optax.adafactor(
+      rate, multiply_by_parameter_scale=False, momentum=b1,
+      dtype_momentum=moments_dtype,
+    )  # fmt: skip
   else:
-    adam = optax.adam(rate, b1=b1, b2=b2, eps=eps)
+    adam = optax.adam(rate, b1=b1, b2=b2, eps=eps, mu_dtype=dtype)
   steps = [_clip(clip_norm)] if clip_norm else []
   steps += [adam]
   if part_lr:
@@ -150,7 +165,10 @@ def _clip(bound: float) -> optax.GradientTransformation:
 def same_form(one: Mapping, other: Mapping) -> bool:
   """Whether two configs' optimisers have states of the same form."""
   forms = (
-    (config['name'], config['clip_norm'] > 0, bool(config['part_lr']))
+    (
+      *(config['name'], config['moments_dtype']),
+      *(config['clip_norm'] > 0, bool(config['part_lr'])),
+    )
     for config in (one, other)
   )
   return len(set(forms)) == 1

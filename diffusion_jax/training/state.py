@@ -17,7 +17,8 @@ class TrainState(NamedTuple):
   Attributes:
     step: int32 scalar, the number of updates made.
     params: name -> parameters of the trained parts.
-    ema_params: their exponential moving average, a plain copy at step 0.
+    ema_params: their exponential moving average, a plain copy at step 0; {} if
+      none is kept.
     opt_state: the optimiser's state.
     extras: the objective's state, see `Objective`; empty for DDPM.
   """
@@ -28,15 +29,21 @@ class TrainState(NamedTuple):
   opt_state: optax.OptState
   extras: dict
 
+  @property
+  def averaged(self) -> Any:
+    """The parameters to evaluate and sample with."""
+    return self.ema_params or self.params
 
-def _at_start(key, given, init, optimizer, extras) -> TrainState:
+
+def _at_start(key, given, init, optimizer, extras, ema) -> TrainState:
   """The state at step 0; the arguments are those of `create`."""
   params = init(key)
   named = models.named(params)
   assert given.keys() <= named.keys()
   params = jax.tree.structure(params).unflatten((named | given).values())
   # Copies: a donated state must not contain the same buffer twice.
-  ema_params, extras = jax.tree.map(jnp.copy, (params, extras or {}))
+  copied = params if ema else {}
+  ema_params, extras = jax.tree.map(jnp.copy, (copied, extras or {}))
   step = jnp.zeros((), jnp.int32)
   return TrainState(step, params, ema_params, optimizer.init(params), extras)
 
@@ -46,6 +53,7 @@ def abstract_state(
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
   extras: dict | None = None,
+  ema: bool = True,
 ) -> TrainState:
   """Shapes, dtypes and shardings of the state; nothing is allocated.
 
@@ -54,9 +62,10 @@ def abstract_state(
     optimizer: gradient -> update.
     mesh: the devices.
     extras: the objective's state at step 0.
+    ema: whether to keep an average of the parameters.
   """
   shapes = jax.eval_shape(
-    lambda: _at_start(jax.random.key(0), {}, init, optimizer, extras)
+    lambda: _at_start(jax.random.key(0), {}, init, optimizer, extras, ema)
   )
   return sharding.abstract(shapes, mesh)
 
@@ -68,6 +77,7 @@ def create(
   mesh: jax.sharding.Mesh,
   given: dict | None = None,
   extras: dict | None = None,
+  ema: bool = True,
 ) -> TrainState:
   """Creates the state at step 0, sharded: no device holds all of it.
 
@@ -79,13 +89,14 @@ def create(
     given: name -> array, initial values for any of the parameters (and their
       averages) in place of random ones.
     extras: the objective's state at step 0.
+    ema: whether to keep an average of the parameters.
   """
-  abstract = abstract_state(init, optimizer, mesh, extras)
+  abstract = abstract_state(init, optimizer, mesh, extras, ema)
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   # It runs only once: on a CPU, optimising it takes longer than running it.
   cpu = jax.default_backend() == 'cpu'
   return jax.jit(
-    lambda key, given: _at_start(key, given, init, optimizer, extras),
+    lambda key, given: _at_start(key, given, init, optimizer, extras, ema),
     out_shardings=where,
     compiler_options={'xla_backend_optimization_level': 0} if cpu else None,
   )(key, given or {})

@@ -84,7 +84,7 @@ def train_step(
     optimizer: gradient -> update.
     learning_rate: step -> learning rate, reported as a metric.
     ema_decay: decay of the parameters' average, applied after the update;
-      constant from the first step.
+      constant from the first step. Unused if the state has none.
     mesh: the devices.
     microbatches: number of pieces that the batch is processed in, one after the
       other. More pieces need less memory; results differ only by rounding.
@@ -116,7 +116,7 @@ def train_step(
   )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  ema_params = jax.tree.map(
+  ema_params = state.ema_params and jax.tree.map(
     lambda ema, new: ema_decay * ema + (1.0 - ema_decay) * new,
     state.ema_params,
     params,

@@ -84,6 +84,10 @@ class Stored:
   def __str__(self):
     return f'checkpoint {self._step} in {self._directory}'
 
+  def part(self, ema: bool) -> str:
+    """The name of the averaged parameters, if they were kept; or of the raw."""
+    return 'ema_params' if ema and self.tree.get('ema_params') else 'params'
+
   def has(self, parts) -> None:
     """Raises UserError if raw parameters are wanted and were never saved."""
     missing = 'params' in parts and 'params' not in self.tree
