@@ -51,7 +51,10 @@ def card_of(there, *arguments, **more):
 
 
 PIXELS = ('--features=pixels',)
-NETWORK = ('--features={there}/inception.npz', '--taps=64')
+# Batches are filled up: by default to 64 images.
+NETWORK = (
+  '--features={there}/inception.npz', '--taps=64', '--batch_size=10',
+)  # fmt: skip
 
 
 def test_two_folders_and_two_files_are_the_same(there):
