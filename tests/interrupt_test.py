@@ -68,7 +68,7 @@ def stopped(process, code) -> str:
   assert not result.out
   # Before it, what runs and how far; nothing else.
   told = (
-    *('training on ', 'held out: ', 'no images are held', 'training: '),
+    *('training on ', 'held out: ', 'there is no held-out', 'training: '),
     *('compiling the training step', 'resuming from checkpoint '),
     'these settings change the rounding',  # the suite optimises less
   )

@@ -85,3 +85,32 @@ def test_files_that_are_only_larger_are_images(tmp_path):
     save(tmp_path / f'{i}.png', np.full((16, 16, 3), i, np.uint8))
   save(tmp_path / 'grid.png', random_images(1, (16, 16, 3))[0])
   assert len(data.open_set(str(tmp_path))) == 10
+
+
+@pytest.mark.parametrize('names', [['a.png'], ['a.png', 'b.png', 'grid.png']])
+@pytest.mark.parametrize('folders', [['png'], ['0', '1', '2']])
+def test_small_grids_beside_folders_of_samples(tmp_path, names, folders):
+  """Four images each, with fewer bytes than twice those of one."""
+  images = random_images(24, (8, 8, 3))
+  for i, image in enumerate(images):
+    save(tmp_path / 'out' / folders[i % len(folders)] / f'{i:04d}.png', image)
+  for name in names:
+    save(tmp_path / 'out' / name, np.zeros((18, 18, 3), np.uint8))
+  source = data.open_set(str(tmp_path))
+  assert len(source) == 24
+  assert source[0]['image'].shape == (8, 8, 3)
+  (note,) = [note for note in source.notes if 'left out' in note]
+  assert f'{len(names)} larger pictures beside the folders' in note
+  assert repr(f'out/{names[0]}') in note
+
+
+def test_samples_beside_folders_of_samples_are_named(tmp_path, samples):
+  """Of the same size: which of them are meant is not clear."""
+  for i in range(30):
+    save(tmp_path / 'more' / f'{i}.png', random_images(1, (8, 8, 3), i)[0])
+  with pytest.raises(UserError) as error:
+    data.open_set(str(tmp_path))
+  told = str(error.value)
+  assert "directly inside ('0000.png', " in told
+  assert "in sub-folders ('more')" in told
+  assert told.endswith('move those 24 away, or give one of the sub-folders')

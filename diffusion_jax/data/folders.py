@@ -89,12 +89,12 @@ def create(
     ) from error
   if not found.images:
     raise UserError(_no_images(found, what))
-  left = _overviews(root, found, wanted)
+  left, seen = _overviews(root, found, wanted)
   names = [name for name, _ in found.images if name not in left]
   beside = layouts.annotations(names, wanted)
   names = [name for name in names if not name.startswith(tuple(beside))]
   layout = layouts.understand(names, found.labels, what, wanted)
-  notes = [*layout.notes, *_told(found), *left.values(), *beside.values()]
+  notes = [*layout.notes, *_told(found), *seen, *beside.values()]
   if layout.splits:
     names = layout.splits[wanted.split]
     if wanted.heldout_every:
@@ -127,17 +127,27 @@ def create(
   return sources.keep_in_memory(source, rule.shape)
 
 
-def _overviews(root, found, wanted) -> dict[str, str]:
-  """Name of a picture to leave out of a set for evaluation -> a note."""
+def _overviews(root, found, wanted) -> tuple[set[str], list[str]]:
+  """The pictures to leave out of a set for evaluation, and notes on them."""
   if wanted.has_config:  # a set to train on is read as it is
-    return {}
-  names = overviews.find(
-    found.images,
-    lambda name: images.size_of(str(root / name)),
-    wanted.image_size is not None,
-  )
+    return set(), []
+
+  def size_of(name):
+    return images.size_of(str(root / name))
+
+  is_resized = wanted.image_size is not None
+  large = overviews.find(found.images, size_of, is_resized)
+  rest = [name for name, _ in found.images if name not in large]
+  beside = overviews.beside(rest, size_of, is_resized)
   told = 'is left out: it is much larger than the others, an overview of them'
-  return {name: f'{name!r} {told}' for name in names}
+  notes = [f'{name!r} {told}' for name in large]
+  if beside:
+    shown = ', '.join(map(repr, beside[:3])) + ', ...' * (len(beside) > 3)
+    notes.append(
+      f'{len(beside)} larger pictures beside the folders are left out as '
+      f'overviews: {shown}'
+    )
+  return {*large, *beside}, notes
 
 
 def _find(root: Path) -> Found:

@@ -96,10 +96,13 @@ def understand(
   if beside and not splits:
     raise UserError(
       f'{what} has images both directly inside ({_shown(beside)}) and in '
-      f'sub-folders ({_shown(folders)}): put all in sub-folders, one per '
-      'class, or none'
-      + ', or set data.classes=none to take all without labels'
-      * wanted.has_config
+      f'sub-folders ({_shown(folders)}): '
+      + (
+        'put all in sub-folders, one per class, or none, or set '
+        'data.classes=none to take all without labels'
+        if wanted.has_config
+        else f'move those {len(beside)} away, or give one of the sub-folders'
+      )
     )
   if wanted.classes == 'auto' and _are_shards(folders):
     remedy = '; data.classes=folders makes them classes' * wanted.has_config

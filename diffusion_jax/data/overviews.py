@@ -8,6 +8,9 @@ it is no sample. A file is left out if all of this holds:
 - there are no more such files than MOST, or a hundredth of the set;
 - if the images are resized anyway, so that a set may be of mixed sizes: its
   name has one of WORDS.
+
+Pictures beside the folders that hold the images are left out too if each has
+BESIDE times as many pixels as those images, whose sizes agree.
 """
 
 import re
@@ -21,6 +24,7 @@ WORDS = re.compile(
 )
 FACTOR = 2
 AREA = 8
+BESIDE = 2
 MOST = 3
 COMPARED = 8  # other images whose size is read
 
@@ -46,6 +50,37 @@ def find(
   if len(large) > max(MOST, len(images) // 100):
     return []
   others = [name for name, _ in images if name not in large]
+  return _larger(large, others, AREA, size_fn)
+
+
+def beside(
+  names: Sequence[str],
+  size_fn: Callable[[str], tuple[int, int] | None],
+  is_resized: bool,
+) -> list[str]:
+  """The names of the overviews beside the folders of a set.
+
+  Args:
+    names: the images, with '/'.
+    size_fn: name -> (width, height); None if it cannot be read.
+    is_resized: whether the set is read at another size than its files have.
+
+  Returns:
+    all images beside the folders, or [] if one of them may be no overview.
+  """
+  least = min(name.count('/') for name in names)
+  outer = [name for name in names if name.count('/') == least]
+  inner = [name for name in names if name.count('/') > least]
+  if len(outer) >= len(inner) or (
+    is_resized and not all(map(WORDS.search, outer))
+  ):
+    return []
+  found = _larger(outer, inner, BESIDE, size_fn)
+  return found if found == outer else []
+
+
+def _larger(names, others, factor, size_fn) -> list[str]:
+  """Those with `factor` times the pixels of the others, whose sizes agree."""
   step = max(1, len(others) // COMPARED)
   sizes = {size_fn(name) for name in others[::step]}
   if len(sizes) != 1 or None in sizes:
@@ -53,6 +88,6 @@ def find(
   ((width, height),) = sizes
   return [
     name
-    for name in large
-    if (size := size_fn(name)) and size[0] * size[1] >= AREA * width * height
+    for name in names
+    if (size := size_fn(name)) and size[0] * size[1] >= factor * width * height
   ]
