@@ -129,7 +129,7 @@ def _predicted(result):
     f'{1e3 * predicted["seconds"]:.2f} ms if only computation and memory '
     f'overlap: {predicted["images_per_sec_per_chip"]:,.0f} images/s per chip, '
     f'{predicted["hours"]:.1f} hours for the run, efficiency '
-    f'{predicted["efficiency"]:.0%}; these are lower bounds, for no chip '
+    f'{predicted["efficiency"]:.0%}; the times are lower bounds: no chip '
     'reaches its published rates'
   )
 
