@@ -36,6 +36,13 @@ def mesh() -> jax.sharding.Mesh:
   return sharding.make_mesh(devices=jax.devices()[:1])
 
 
+def on_one_device(config: ConfigDict) -> ConfigDict:
+  """The config on a mesh of one device."""
+  one = config.copy_and_resolve_references()
+  one.mesh.update(data=-1, fsdp=1, tensor=1)
+  return one
+
+
 def images(config: ConfigDict) -> np.ndarray:
   """A batch of random images, uint8 [B, H, W, C]."""
   shape = (config.batch_size, *runs.image_shape(config.data))
@@ -45,6 +52,11 @@ def images(config: ConfigDict) -> np.ndarray:
 def state(config: ConfigDict, over: jax.sharding.Mesh):
   """A new training state."""
   return programs.create(config, over).create_state(over)
+
+
+def abstract(config: ConfigDict, over: jax.sharding.Mesh):
+  """Shapes, dtypes and shardings of a training state."""
+  return programs.create(config, over).abstract
 
 
 def step(config: ConfigDict, over: jax.sharding.Mesh, now: list) -> Measured:

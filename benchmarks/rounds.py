@@ -76,8 +76,13 @@ def quartiles(values) -> dict[str, float]:
 
 def spread(found: Mapping[str, float], scale: float = 1) -> str:
   """A median with its quartiles, or with the minimum and maximum, as text."""
-  shown = [f'{scale * value:#.4g}'.rstrip('.') for value in found.values()]
+  shown = [figures(scale * value) for value in found.values()]
   return '{} ({} to {})'.format(*shown)
+
+
+def figures(value: float) -> str:
+  """A number with four figures, or all of those before the point."""
+  return f'{value:,.0f}' if value >= 1000 else f'{value:#.4g}'.rstrip('.')
 
 
 def machine(*packages: str) -> dict:

@@ -50,9 +50,8 @@ def places(
   found = []
   for size in sizes:
     for dtype in dtypes:
-      one = config.copy_and_resolve_references()
+      one = ours_step.on_one_device(config)
       one.batch_size, one.model.dtype = size, dtype
-      one.mesh.update(data=-1, fsdp=1, tensor=1)
       if wrong := validation.check(one, jax.devices()[:1]):
         raise UserError(wrong[0])
       found += [(name, one) for name in whats]
@@ -169,7 +168,7 @@ def lines(row: Mapping) -> Iterator[tuple[str, ...]]:
       row['dtype'],
       name,
       rounds.spread(side['seconds'], 1e3),
-      f'{side["images_per_sec"]:#.4g}'.rstrip('.'),
+      rounds.figures(side['images_per_sec']),
       f'{side["utilisation"]:.1%}',
       f'{memory / 2**30:.2f} GiB' if memory else '-',
       f'{side["compile_seconds"]:.1f} s',

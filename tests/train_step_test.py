@@ -22,7 +22,16 @@ from diffusion_jax.system.errors import UserError
 def config(**changes):
   found = digits.get_config()
   found.update_from_flattened_dict(
-    {**tiny.CONFIG, 'batch_size': 4, 'optim.warmup_steps': 0, **changes}
+    {
+      'batch_size': 4,
+      'model.channels': 8,
+      'model.num_groups': 4,
+      'model.multipliers': (1,),
+      'model.attention_resolutions': (8,),
+      'model.dropout': 0.1,
+      'optim.warmup_steps': 0,
+      **changes,
+    }
   )
   return found
 
@@ -62,7 +71,9 @@ def test_without_minutes_everything_fits():
 def test_quartiles():
   values = [5.0, 1.0, 2.0, 3.0, 4.0]
   assert rounds.quartiles(values) == {'median': 3, 'q1': 2, 'q3': 4}
-  assert rounds.spread(rounds.quartiles(values), 1e3) == '3000 (2000 to 4000)'
+  assert (
+    rounds.spread(rounds.quartiles(values), 1e3) == '3,000 (2,000 to 4,000)'
+  )
 
 
 @pytest.mark.parametrize('given', [[], ['0'], ['1', 'x'], ['-1'], ['1.5']])
