@@ -7,8 +7,8 @@ r"""Time and memory of a step against batch, width, resolution and devices.
 One value is changed at a time, the others are the config's. Attention stays at
 the map sizes of the config. The same batch is divided over the devices, which
 on a CPU are simulated: they share its cores, so the time should stay the same.
-With --topology nothing runs: the step is compiled for TPU slices that are not
-attached, the first one for all but the devices, and times are those at
+With --topology nothing runs: the step is compiled for TPU slices or GPUs that
+are not attached, the first one for all but the devices, and times are those at
 published rates, see docs/scaling.md.
 
 The last columns compare neighbours: the exponent of the time in the FLOPs, and
@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import runs
 from diffusion_jax.cli import command
-from diffusion_jax.planning import chips, compiled, rates
+from diffusion_jax.planning import compiled, rates, slices
 from diffusion_jax.runs import programs, validation
 from diffusion_jax.system import files, terminal
 from diffusion_jax.system.errors import UserError
@@ -65,13 +65,13 @@ class Point(NamedTuple):
   axis: str
   value: int
   config: ConfigDict
-  devices: int | chips.Slice
+  devices: int | slices.Slice
 
 
 def main():
   command.at_least(rounds=1)
   several = rounds.numbers('devices', FLAGS.devices) if FLAGS.devices else []
-  where = [chips.parse(name) for name in FLAGS.topology]
+  where = [slices.parse(name) for name in FLAGS.topology]
   if not where and several:
     _simulate(max(several))
   values = {
@@ -104,7 +104,7 @@ def main():
 def points(
   config: ConfigDict,
   values: Mapping[str, Sequence[int]],
-  devices: Sequence[int | chips.Slice],
+  devices: Sequence[int | slices.Slice],
 ) -> list[Point]:
   """All that is to be measured, each axis in ascending order.
 
@@ -173,7 +173,8 @@ def measured(point: Point, count: int) -> dict:
 def predicted(point: Point) -> dict:
   """A row: compiles a step for a slice; its time at published rates."""
   where, config = point.devices, point.config
-  over = sharding.make_mesh(devices=chips.devices(where))
+  devices = slices.devices(where)
+  over = sharding.make_mesh(devices=devices)
   program = programs.create(config, over)
   batch = jax.ShapeDtypeStruct(
     (config.batch_size, *runs.image_shape(config.data)),
@@ -181,7 +182,9 @@ def predicted(point: Point) -> dict:
     sharding=sharding.batch_sharding(over),
   )
   args = program.abstract, program.frozen, {'image': batch}
-  found = compiled.compile(program.step_fn, args, where.chip.memory, fast=True)
+  found = compiled.compile(
+    program.step_fn, args, where.memory, fast=devices[0].platform == 'tpu'
+  )
   return {
     **_row(point),
     'topology': where.name,
@@ -264,7 +267,7 @@ def plot(rows: Sequence[Mapping], path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _size(devices: int | chips.Slice) -> int:
+def _size(devices: int | slices.Slice) -> int:
   return devices if isinstance(devices, int) else devices.size
 
 
@@ -317,7 +320,9 @@ def _declare():
   flags.DEFINE_list(
     'devices', ['1', '2', '4', '8'], 'Numbers of devices; simulated on CPUs.'
   )
-  flags.DEFINE_list('topology', [], 'TPU slices to compile for, as v5e:2x2.')
+  flags.DEFINE_list(
+    'topology', [], 'What to compile for, as v5e:2x2 or h100:8.'
+  )
   flags.DEFINE_integer('rounds', 5, 'Number of timed rounds.')
   flags.DEFINE_string('json', None, 'JSON file for the result.')
   flags.DEFINE_string('plot', None, 'PNG file for the plots.')

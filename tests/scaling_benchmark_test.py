@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffusion_jax import data, models, runs
 from diffusion_jax.configs import digits
-from diffusion_jax.planning import chips
+from diffusion_jax.planning import slices
 from diffusion_jax.system.errors import UserError
 
 
@@ -58,8 +58,8 @@ def test_groups_divide_the_width():
 
 
 def test_slices_take_the_place_of_devices():
-  slices = [chips.parse('v5e:2x2'), chips.parse('v5e:2x4')]
-  found = scaling.points(config(), {'batch': [4]}, slices)
+  given = [slices.parse('v5e:2x2'), slices.parse('v5e:2x4')]
+  found = scaling.points(config(), {'batch': [4]}, given)
   assert [(one.axis, one.value, one.devices.name) for one in found] == [
     ('batch', 4, 'v5e:2x2'),
     ('devices', 4, 'v5e:2x2'),
@@ -105,8 +105,8 @@ def test_real_devices_share_the_work_and_simulated_ones_the_cores():
   assert scaling.exponents([first], second) == {
     'time_exponent': None, 'memory_exponent': 1,
   }  # fmt: skip
-  slices = {'topology': 'v5e:2x2'}
-  found = scaling.exponents([first | slices], second | slices)
+  named = {'topology': 'v5e:2x2'}
+  found = scaling.exponents([first | named], second | named)
   assert found['time_exponent'] == 0  # no faster with twice the chips
 
 
