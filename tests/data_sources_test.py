@@ -5,6 +5,7 @@ import pytest
 from imagesets import all_images, all_labels, error_line, numbered
 
 from diffusion_jax import data
+from diffusion_jax.system.errors import UserError
 
 
 def test_digits_are_split_into_1438_and_359():
@@ -54,8 +55,8 @@ MISTAKES = {
   'zero channels': (('digits',), {'channels': 0}, ['channels is 0']),
   'split': (('digits',), {'split': 'val'}, ["'val'", 'train or test']),
   'heldout': (('digits',), {'heldout_every': 1}, ['heldout_every is 1']),
-  'no path': (('arrays',), {}, ['data.path', 'arrays']),
-  'no folder path': (('folder',), {}, ['data.path', 'folder']),
+  'no path': (('arrays',), {}, ['path is empty: name', 'arrays']),
+  'no folder path': (('folder',), {}, ['path is empty: name', 'folder']),
   'missing file': (('arrays',), {'path': 'no.npz'}, ['no.npz']),
   'not an array': (('arrays',), {'path': 'a.txt'}, ['a.txt', '.npy']),
   'missing folder': (('folder',), {'path': 'nodir'}, ['nodir']),
@@ -73,3 +74,14 @@ def test_a_mistake_is_answered_in_one_line(case):
   message = error_line(*args, **({'image_size': 8, 'channels': 1} | kwargs))
   for part in must_name:
     assert part in message
+  assert 'data.' not in message  # the argument is no key of a config
+
+
+def test_a_mistake_in_a_config_names_its_key():
+  config = {'train_split': 'train', 'heldout_split': '', 'channels': 1}
+  for name, size, must in (
+    ('folder', 8, "data.path is empty: data.name 'folder' needs a path"),
+    ('digits', 0, 'data.image_size is 0'),
+  ):
+    with pytest.raises(UserError, match=must):
+      data.splits({**config, 'name': name, 'image_size': size})

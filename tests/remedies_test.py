@@ -142,7 +142,7 @@ MISTAKES = [
    {'name': 'arrays', 'image_size': 16}),
   (of_16_pixels, {'name': 'arrays'}, 'set image_size and channels to theirs',
    {'image_size': 16}),
-  (some_folder, {'name': 'digits'}, 'set data.name to arrays, folder or',
+  (some_folder, {'name': 'digits'}, 'set name to arrays, folder or',
    {'name': 'folder'}),
   (lambda root: '', {'name': 'digits', 'image_size': 32},
    'set image_size=8 and channels=1', {'image_size': 8, 'channels': 1}),

@@ -61,36 +61,48 @@ def create(
     UserError: an unknown name or split, a size that the set does not have, or
       files that are missing, damaged or of the wrong kind.
   """
-  image_size = sources.sides('data.image_size', image_size)
+  return _create(
+    '', name, path, split, image_size, channels, heldout_every, classes, bits
+  )
+
+
+def _create(
+  prefix, name, path, split, image_size, channels, heldout_every=0,
+  classes='auto', bits=0,
+) -> Source | None:  # fmt: skip
+  """Like `create`; errors name the arguments with a prefix."""
+  image_size = sources.sides(f'{prefix}image_size', image_size)
   if channels < 1:
-    raise UserError(f'data.channels is {channels}: use 1 (grey) or 3 (RGB)')
+    raise UserError(f'{prefix}channels is {channels}: use 1 (grey) or 3 (RGB)')
   if heldout_every < 0 or heldout_every == 1:
     raise UserError(
-      f'data.heldout_every is {heldout_every}: use 0 (no held-out images) or '
-      '2 and more (every n-th image)'
+      f'{prefix}heldout_every is {heldout_every}: use 0 (no held-out images) '
+      'or 2 and more (every n-th image)'
     )
-  one_of('data.classes', classes, layouts.CLASSES)
-  one_of('data.bits', bits, range(17))
-  sources.check_local(path, f'data.path={path}')
+  one_of(f'{prefix}classes', classes, layouts.CLASSES)
+  one_of(f'{prefix}bits', bits, range(17))
+  sources.check_local(path, f'{prefix}path={path}')
   is_tfds = name.startswith('tfds:')
   if name not in sets.KINDS and not is_tfds:
     near = difflib.get_close_matches(name, sets.KINDS, 1)
     hint = f'; did you mean {near[0]}?' if near else ''
     raise UserError(
-      f'data.name {name!r} is not known: use {", ".join(sets.KINDS)} or '
+      f'{prefix}name {name!r} is not known: use {", ".join(sets.KINDS)} or '
       f'tfds:NAME{hint}'
     )
   if name == 'digits' and path:
     raise UserError(
-      f'data.path={path}: the digits are embedded and have no path; for other '
-      'images set data.name to arrays, folder or tfds:NAME'
+      f'{prefix}path={path}: the digits are embedded and have no path; for '
+      f'other images set {prefix}name to arrays, folder or tfds:NAME'
     )
   if not path and name != 'digits' and not is_tfds:
-    raise UserError(f'data.path is empty: data.name {name!r} needs a path')
+    raise UserError(
+      f'{prefix}path is empty: {prefix}name {name!r} needs a path'
+    )
   wanted = sources.Wanted(
     split, image_size, channels, heldout_every, classes, bits, has_config=True
   )
-  what = f'data.path {path!r}' if path else f'data.name {name!r}'
+  what = f'{prefix}path {path!r}' if path else f'{prefix}name {name!r}'
   return sets.open_kind(name, path, wanted, what)
 
 
@@ -120,9 +132,9 @@ def both(config: Mapping) -> tuple[Source, Source | None]:
     UserError: as for `create`, or if there are no training images.
   """
   keys = ('path', 'image_size', 'channels', 'heldout_every', 'classes', 'bits')
-  taken = {key: config[key] for key in keys if key in config}
+  taken = {'path': '', **{key: config[key] for key in keys if key in config}}
   train, heldout = (
-    create(config['name'], split=split, **taken) if split else None
+    _create('data.', config['name'], split=split, **taken) if split else None
     for split in (config['train_split'], config['heldout_split'])
   )
   if train is None:
