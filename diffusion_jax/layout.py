@@ -63,6 +63,7 @@ def main():
       'device': device_bytes(part),
     }
     for name, part in parts.items()
+    if jax.tree.leaves(part)  # there may be no EMA
   }
   terminal.report(
     {'mesh': dict(mesh.shape), 'parameters': rows, 'bytes': totals},

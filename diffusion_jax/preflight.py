@@ -345,6 +345,8 @@ def _result(place, train, sample, judge) -> dict:
     'EMA': device_bytes(state.ema_params),
     'optimiser': device_bytes(state.opt_state),
   }
+  # What samples are drawn with.
+  used = 'EMA' if state.ema_params else 'parameters'
   image = math.prod(runs.image_shape(config.data))
   result = {
     'topology': FLAGS.topology,
@@ -370,7 +372,7 @@ def _result(place, train, sample, judge) -> dict:
       'sampler': config.sample.sampler,
       'num_steps': config.sample.num_steps,
       **compiled.describe(
-        sample, {'EMA': parts['EMA'], 'batch': count // place.rows * 4}, count,
+        sample, {used: parts[used], 'batch': count // place.rows * 4}, count,
         place.mesh.size,
       ),
     }  # fmt: skip

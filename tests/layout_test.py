@@ -91,6 +91,13 @@ def test_the_table_reads_well():
   assert ' '.join(row[1:]) == '3 3 128 256 - - fsdp tensor 147,456'
 
 
+def test_without_an_average_there_is_no_row_of_it():
+  result = binaries.run('layout', CIFAR10, '--config.ema.decay=0')
+  assert result.code == 0, result.err
+  assert 'EMA' not in result.out
+  assert 'optimiser' in result.out
+
+
 def test_without_all_it_prints_the_summary():
   result = binaries.run('layout', CIFAR10, '--config.mesh.fsdp=4',
                         '--num_devices=4')  # fmt: skip
