@@ -345,7 +345,6 @@ def _result(place, train, sample, judge) -> dict:
     'EMA': device_bytes(state.ema_params),
     'optimiser': device_bytes(state.opt_state),
   }
-  # What samples are drawn with.
   used = 'EMA' if state.ema_params else 'parameters'
   image = math.prod(runs.image_shape(config.data))
   result = {
