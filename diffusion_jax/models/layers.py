@@ -5,9 +5,18 @@ kernels, 0 for biases, and a scale of 1e-10 for layers with an output of almost
 zero. Parameters are float32; `dtype` is the dtype of the computation.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from diffusion_jax.models import attention, normalise, upsampling
+
+# What is computed in another, faster form than it is usually written. Networks
+# take a set of these names, `plain`, to compute them in the usual form.
+MEASURES = ('norm', 'padding', 'upsampling', 'attention', 'dropout')
+COLOURS = 8
 
 
 def kernel_init(scale: float = 1.0):
@@ -46,8 +55,61 @@ def linear(inputs, outputs, *, scale=1.0, **kwargs) -> nnx.Linear:
 def norm(channels, num_groups, **kwargs) -> nnx.GroupNorm:
   # Statistics are float32 for any dtype; two passes for accuracy.
   return nnx.GroupNorm(
-    channels, num_groups, epsilon=1e-6, use_fast_variance=False, **kwargs
+    channels,
+    num_groups,
+    epsilon=normalise.EPSILON,
+    use_fast_variance=False,
+    **kwargs,
   )
+
+
+def normalised(
+  layer: nnx.GroupNorm,
+  xs: tuple[jax.Array, ...],
+  *,
+  shift: jax.Array | None = None,
+  swish: bool = True,
+  plain: frozenset = frozenset(),
+) -> jax.Array:
+  """Group norm of maps as if concatenated, see `normalise.group_norm`."""
+  if 'norm' not in plain:
+    return normalise.group_norm(
+      xs, layer.scale[...], layer.bias[...], layer.num_groups, shift, swish
+    )
+  x = jnp.concatenate(xs, axis=-1)
+  if shift is not None:
+    x = x + shift.astype(x.dtype)[:, None, None, :]
+  return nnx.swish(layer(x)) if swish else layer(x)
+
+
+def projected(layer: nnx.Linear, xs: tuple[jax.Array, ...]) -> jax.Array:
+  """A dense layer over maps as if concatenated, which is never written."""
+  ends = list(itertools.accumulate(x.shape[-1] for x in xs))[:-1]
+  kernels = jnp.split(layer.kernel[...], ends)
+  products = (
+    x @ kernel.astype(x.dtype) for x, kernel in zip(xs, kernels, strict=True)
+  )
+  return sum(products) + layer.bias[...].astype(xs[0].dtype)
+
+
+def convolved(
+  layer: nnx.Conv, x: jax.Array, *, plain: frozenset = frozenset()
+) -> jax.Array:
+  """A 3x3 convolution without its bias.
+
+  Colours are padded to COLOURS channels, since the fast kernels of GPUs need
+  channels in multiples of 8.
+  """
+  kernel = layer.kernel[...].astype(x.dtype)
+  _, _, inputs, outputs = kernel.shape
+  if 'padding' not in plain:
+    missing = [max(0, COLOURS - size) for size in (inputs, outputs)]
+    kernel = jnp.pad(kernel, [(0, 0), (0, 0), *((0, n) for n in missing)])
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing[0])])
+  y = jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+  return y[..., :outputs]
 
 
 def sinusoid(t: jax.Array, dim: int) -> jax.Array:
@@ -61,7 +123,13 @@ def sinusoid(t: jax.Array, dim: int) -> jax.Array:
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def dropout(x: jax.Array, rate: float, keys, layer: int) -> jax.Array:
+def dropout(
+  x: jax.Array,
+  rate: float,
+  keys,
+  layer: int,
+  plain: frozenset = frozenset(),
+) -> jax.Array:
   """Dropout with a key per example: masks do not depend on batch or mesh.
 
   Args:
@@ -69,24 +137,34 @@ def dropout(x: jax.Array, rate: float, keys, layer: int) -> jax.Array:
     rate: the probability of dropping, in [0, 1).
     keys: [B] random keys, or None to drop nothing.
     layer: a number that is unique to this layer, so that masks differ.
+    plain: the measures that are not taken, see `MEASURES`.
   """
   if keys is None or rate == 0.0:
     return x
+  # 16 bits an element: half the random words, a rate within 1e-5 of the given.
+  kept = round((1.0 - rate) * 2**16)
 
   def mask(key):
     key = jax.random.fold_in(key, layer)
-    return jax.random.bernoulli(key, 1.0 - rate, x.shape[1:])
+    if 'dropout' in plain:
+      return jax.random.bernoulli(key, 1.0 - rate, x.shape[1:])
+    return jax.random.bits(key, x.shape[1:], jnp.uint16) < kept
 
-  return jnp.where(jax.vmap(mask)(keys), x / (1.0 - rate), jnp.zeros_like(x))
+  scaled = x / ((1.0 - rate) if 'dropout' in plain else kept / 2**16)
+  return jnp.where(jax.vmap(mask)(keys), scaled, jnp.zeros_like(x))
 
 
 class ResBlock(nnx.Module):
-  """norm - swish - conv, plus time, norm - swish - dropout - conv, plus x."""
+  """norm - swish - conv, plus time, norm - swish - dropout - conv, plus x.
+
+  Takes a tuple of maps, as if concatenated.
+  """
 
   def __init__(
-    self, inputs, outputs, *, time_dim, num_groups, dropout, number, **kwargs
-  ):
-    self.rate, self.number = dropout, number
+    self, inputs, outputs, *, time_dim, num_groups, dropout, number, plain,
+    **kwargs,
+  ):  # fmt: skip
+    self.rate, self.number, self.plain = dropout, number, plain
     self.norm1 = norm(inputs, num_groups, **kwargs)
     self.conv1 = conv(inputs, outputs, **kwargs)
     self.time = linear(time_dim, outputs, **kwargs)
@@ -95,19 +173,26 @@ class ResBlock(nnx.Module):
     if inputs != outputs:
       self.shortcut = linear(inputs, outputs, **kwargs)
 
-  def __call__(self, x, time, keys):
-    h = self.conv1(nnx.swish(self.norm1(x)))
-    h = h + self.time(nnx.swish(time))[:, None, None, :]
-    h = dropout(nnx.swish(self.norm2(h)), self.rate, keys, self.number)
-    h = self.conv2(h)
-    return h + (self.shortcut(x) if hasattr(self, 'shortcut') else x)
+  def __call__(self, xs, time, keys):
+    h = normalised(self.norm1, xs, plain=self.plain)
+    h = convolved(self.conv1, h)
+    # The bias and the time are a shift of the norm, not passes over the map.
+    shift = self.time(nnx.swish(time)).astype(jnp.float32)
+    shift = shift + self.conv1.bias[...]
+    h = normalised(self.norm2, (h,), shift=shift, plain=self.plain)
+    h = self.conv2(dropout(h, self.rate, keys, self.number, self.plain))
+    if not hasattr(self, 'shortcut'):
+      return h + xs[0]
+    if 'norm' in self.plain:
+      return h + self.shortcut(jnp.concatenate(xs, axis=-1))
+    return h + projected(self.shortcut, xs)
 
 
 class Attention(nnx.Module):
   """Self-attention over all positions, with its own norm and residual."""
 
-  def __init__(self, channels, *, num_heads, num_groups, **kwargs):
-    self.num_heads = num_heads
+  def __init__(self, channels, *, num_heads, num_groups, plain, **kwargs):
+    self.num_heads, self.plain = num_heads, plain
     self.norm = norm(channels, num_groups, **kwargs)
     self.query = linear(channels, channels, **kwargs)
     self.key = linear(channels, channels, **kwargs)
@@ -116,22 +201,35 @@ class Attention(nnx.Module):
 
   def __call__(self, x):
     b, h, w, c = x.shape
-    normed = self.norm(x)
+    normed = normalised(self.norm, (x,), swish=False, plain=self.plain)
+    layers = self.query, self.key, self.value
+    if 'attention' in self.plain:
+      projections, mix = (f(normed) for f in layers), _plain_attention
+    else:  # one product: the map is read once
+      projections, mix = _together(layers, normed), attention.attend
+    # [B, H, W, C] -> [B, H W, heads, C / heads]
+    heads = (p.reshape(b, h * w, self.num_heads, -1) for p in projections)
+    return x + self.out(mix(*heads).reshape(b, h, w, c))
 
-    def heads(layer):  # [B, H, W, C] -> [B, H W, heads, C / heads]
-      return layer(normed).reshape(b, h * w, self.num_heads, -1)
 
-    # Scaled by (C / heads) ** -0.5; the softmax is float32 inside.
-    mixed = jax.nn.dot_product_attention(
-      heads(self.query), heads(self.key), heads(self.value)
-    )
-    return x + self.out(mixed.reshape(b, h, w, c))
+def _plain_attention(query, key, value):
+  # Scaled by (C / heads) ** -0.5; the softmax is float32 inside.
+  return jax.nn.dot_product_attention(query, key, value)
+
+
+def _together(layers, x):
+  """The outputs of dense layers of one input, as one product."""
+  kernel = jnp.concatenate([f.kernel[...] for f in layers], axis=1)
+  bias = jnp.concatenate([f.bias[...] for f in layers])
+  y = x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+  return jnp.split(y, len(layers), axis=-1)
 
 
 class Downsample(nnx.Module):
   """Halves the map by a strided 3x3 convolution."""
 
-  def __init__(self, channels, **kwargs):
+  def __init__(self, channels, *, plain, **kwargs):
+    del plain
     # As TensorFlow's SAME, which pads even sizes only at the end.
     self.conv = conv(
       channels, channels, strides=2, padding=((0, 1), (0, 1)), **kwargs
@@ -144,8 +242,12 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
   """Doubles the map by nearest neighbour, then a 3x3 convolution."""
 
-  def __init__(self, channels, **kwargs):
+  def __init__(self, channels, *, plain, **kwargs):
+    self.plain = plain
     self.conv = conv(channels, channels, **kwargs)
 
   def __call__(self, x):
-    return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+    if 'upsampling' in self.plain:
+      return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+    y = upsampling.upsample_conv(x, self.conv.kernel[...])
+    return y + self.conv.bias[...].astype(y.dtype)

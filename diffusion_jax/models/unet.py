@@ -23,8 +23,8 @@ class Stage(nnx.Module):
     self.attentions = nnx.List(attentions)
     self.resample = resample
 
-  def block(self, i, x, time, keys):
-    x = self.blocks[i](x, time, keys)
+  def block(self, i, xs, time, keys):
+    x = self.blocks[i](xs, time, keys)
     return self.attentions[i](x) if self.attentions else x
 
 
@@ -42,6 +42,7 @@ class UNet(nnx.Module):
     num_groups: groups of the group norms; divides the channels of all levels.
     dropout: dropout rate in the residual blocks.
     dtype: dtype of the computation; parameters are float32.
+    plain: names of `layers.MEASURES` that are not taken, to compare.
     rngs: random keys of the initial values.
   """
 
@@ -59,13 +60,16 @@ class UNet(nnx.Module):
     num_groups=32,
     dropout=0.1,
     dtype='float32',
+    plain=(),
     rngs,
   ):
     *sides, colors = image_shape
     widths = [channels * m for m in multipliers]
     last = len(widths) - 1
+    self.plain = frozenset(plain)
     common = {'dtype': jnp.dtype(dtype), 'rngs': rngs}
-    normed = {'num_groups': num_groups, **common}
+    resampling = {'plain': self.plain, **common}
+    normed = {'num_groups': num_groups, **resampling}
     blocks = {'time_dim': 4 * channels, 'dropout': dropout, **normed}
     numbers = itertools.count()  # tells the dropout layers apart
 
@@ -81,7 +85,7 @@ class UNet(nnx.Module):
       return Stage(
         [block(width, widths[level]) for width in inputs],
         [attention(widths[level]) for _ in inputs if attends],
-        resample(widths[level], **common) if resample else None,
+        resample(widths[level], **resampling) if resample else None,
       )
 
     self.channels = channels
@@ -129,24 +133,26 @@ class UNet(nnx.Module):
     """
     time = self.time1(layers.sinusoid(t, self.channels))
     time = self.time2(nnx.swish(time))
-    x = self.conv_in(xt)
+    xt = xt.astype(self.conv_in.dtype)
+    x = layers.convolved(self.conv_in, xt, plain=self.plain)
+    x = x + self.conv_in.bias[...].astype(x.dtype)
     skips = [x]
     for stage in self.down:
       for i in range(len(stage.blocks)):
-        x = stage.block(i, x, time, keys)
+        x = stage.block(i, (x,), time, keys)
         skips.append(x)
       if stage.resample is not None:
         x = stage.resample(x)
         skips.append(x)
 
-    x = self.middle1(x, time, keys)
-    x = self.middle2(self.middle_attention(x), time, keys)
+    x = self.middle1((x,), time, keys)
+    x = self.middle2((self.middle_attention(x),), time, keys)
 
     for stage in self.up:
       for i in range(len(stage.blocks)):
-        x = jnp.concatenate([x, skips.pop()], axis=-1)
-        x = stage.block(i, x, time, keys)
+        x = stage.block(i, (x, skips.pop()), time, keys)
       if stage.resample is not None:
         x = stage.resample(x)
-    x = self.conv_out(nnx.swish(self.norm_out(x)))
-    return x.astype(jnp.float32)
+    x = layers.normalised(self.norm_out, (x,), plain=self.plain)
+    x = layers.convolved(self.conv_out, x, plain=self.plain)
+    return x.astype(jnp.float32) + self.conv_out.bias[...]

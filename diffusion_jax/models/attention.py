@@ -1,0 +1,85 @@
+"""Self-attention over all positions, with the memory traffic that it needs.
+
+The logits and the softmax are float32 for any dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  """Scaled dot-product attention (arXiv 1706.03762, eq. 1).
+
+  cuDNN's kernel where it exists, which writes no logits: on a GPU in bfloat16.
+
+  Args:
+    query: [B, T, heads, D].
+    key: like `query`.
+    value: like `query`.
+
+  Returns:
+    [B, T, heads, D].
+  """
+  if _has_kernel(query):
+    return jax.nn.dot_product_attention(
+      query, key, value, implementation='cudnn'
+    )
+  return _attend(query, key, value)
+
+
+def _has_kernel(query) -> bool:
+  """Whether cuDNN has a kernel for these heads on this machine's GPUs."""
+  if query.dtype != jnp.bfloat16 or jax.default_backend() != 'gpu':
+    return False
+  major = int(float(jax.local_devices()[0].compute_capability))
+  most = 256 if major >= 9 else 128
+  return major >= 8 and query.shape[-1] % 8 == 0 and query.shape[-1] <= most
+
+
+@jax.custom_jvp
+def _attend(query, key, value):
+  return _mix(_probabilities(query, key), value)
+
+
+@_attend.defjvp
+def _attend_jvp(primals, tangents):
+  query, key, value = primals
+  weights = _probabilities(query, key)
+  mixed = _mix(weights, value)
+  # Checkpointed, so that the backward pass keeps only what is given here.
+  tangent = jax.checkpoint(_tangent, prevent_cse=False)
+  return mixed, tangent(primals, weights, mixed, tangents)
+
+
+def _tangent(primals, weights, mixed, tangents):
+  """The tangent of the result.
+
+  The transpose subtracts sum(mixed * cotangent) from each row, a sum over D,
+  so that no row of T float32 numbers has to be written and read for it.
+  """
+  query, key, value = primals
+  dquery, dkey, dvalue = tangents
+  # Not float32: cotangents are rounded before the products.
+  dlogits = _logits(dquery, key, query.dtype) + _logits(query, dkey, key.dtype)
+  dweights = weights.astype(jnp.float32) * dlogits.astype(jnp.float32)
+  of_row = jnp.moveaxis(jnp.sum(dweights, axis=-1), 1, 2)[..., None]
+  mean = of_row * mixed.astype(jnp.float32)
+  moved = _mix(dweights.astype(value.dtype), value) + _mix(weights, dvalue)
+  return moved - mean.astype(moved.dtype)
+
+
+def _logits(query, key, dtype) -> jax.Array:
+  """[B, heads, T, T]."""
+  logits = jnp.einsum(
+    'bqhd,bkhd->bhqk', query, key, preferred_element_type=dtype
+  )
+  return logits * jnp.asarray(query.shape[-1] ** -0.5, dtype)
+
+
+def _probabilities(query, key) -> jax.Array:
+  logits = _logits(query, key, jnp.float32)
+  return jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+
+
+def _mix(weights, value) -> jax.Array:
+  return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
