@@ -24,7 +24,12 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(
       query, key, value, implementation='cudnn'
     )
-  return _attend(query, key, value)
+  shape = query.shape
+  heads = (
+    jnp.moveaxis(x, 2, 1).reshape(-1, *shape[1::2]) for x in (query, key, value)
+  )
+  mixed = _attend(*heads).reshape(-1, shape[2], *shape[1::2])
+  return jnp.moveaxis(mixed, 1, 2)
 
 
 def _has_kernel(query) -> bool:
@@ -38,13 +43,15 @@ def _has_kernel(query) -> bool:
 
 @jax.custom_jvp
 def _attend(query, key, value):
+  """[B heads, T, D] each -> [B heads, T, D]."""
   return _mix(_probabilities(query, key), value)
 
 
 @_attend.defjvp
 def _attend_jvp(primals, tangents):
   query, key, value = primals
-  weights = _probabilities(query, key)
+  # The barrier: XLA would keep the float32 logits in place of the weights.
+  weights = jax.lax.optimization_barrier(_probabilities(query, key))
   mixed = _mix(weights, value)
   # Checkpointed, so that the backward pass keeps only what is given here.
   tangent = jax.checkpoint(_tangent, prevent_cse=False)
@@ -62,16 +69,16 @@ def _tangent(primals, weights, mixed, tangents):
   # Not float32: cotangents are rounded before the products.
   dlogits = _logits(dquery, key, query.dtype) + _logits(query, dkey, key.dtype)
   dweights = weights.astype(jnp.float32) * dlogits.astype(jnp.float32)
-  of_row = jnp.moveaxis(jnp.sum(dweights, axis=-1), 1, 2)[..., None]
+  of_row = jnp.sum(dweights, axis=-1, keepdims=True)
   mean = of_row * mixed.astype(jnp.float32)
   moved = _mix(dweights.astype(value.dtype), value) + _mix(weights, dvalue)
   return moved - mean.astype(moved.dtype)
 
 
 def _logits(query, key, dtype) -> jax.Array:
-  """[B, heads, T, T]."""
+  """[B heads, T, T]."""
   logits = jnp.einsum(
-    'bqhd,bkhd->bhqk', query, key, preferred_element_type=dtype
+    'bqd,bkd->bqk', query, key, preferred_element_type=dtype
   )
   return logits * jnp.asarray(query.shape[-1] ** -0.5, dtype)
 
@@ -82,4 +89,4 @@ def _probabilities(query, key) -> jax.Array:
 
 
 def _mix(weights, value) -> jax.Array:
-  return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
+  return jnp.einsum('bqk,bkd->bqd', weights, value)

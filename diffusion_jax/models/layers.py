@@ -17,6 +17,7 @@ from diffusion_jax.models import attention, normalise, upsampling
 # take a set of these names, `plain`, to compute them in the usual form.
 MEASURES = ('norm', 'padding', 'upsampling', 'attention', 'dropout')
 COLOURS = 8
+LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 
 
 def kernel_init(scale: float = 1.0):
@@ -82,14 +83,29 @@ def normalised(
   return nnx.swish(layer(x)) if swish else layer(x)
 
 
-def projected(layer: nnx.Linear, xs: tuple[jax.Array, ...]) -> jax.Array:
-  """A dense layer over maps as if concatenated, which is never written."""
+def projected(
+  layer: nnx.Linear,
+  xs: tuple[jax.Array, ...],
+  added: jax.Array | None = None,
+  bias: jax.Array | float = 0.0,
+) -> jax.Array:
+  """A dense layer over maps as if concatenated, plus another map and bias.
+
+  The concatenation is never written. As 1x1 convolutions, since those of GPUs
+  can add a bias and a map, forwards and backwards.
+  """
   ends = list(itertools.accumulate(x.shape[-1] for x in xs))[:-1]
-  kernels = jnp.split(layer.kernel[...], ends)
-  products = (
-    x @ kernel.astype(x.dtype) for x, kernel in zip(xs, kernels, strict=True)
-  )
-  return sum(products) + layer.bias[...].astype(xs[0].dtype)
+  bias = (layer.bias[...] + bias).astype(xs[0].dtype)
+  y = added
+  for x, kernel in zip(xs, jnp.split(layer.kernel[...], ends), strict=True):
+    product = jax.lax.conv_general_dilated(
+      x, kernel.astype(x.dtype)[None, None], (1, 1), 'VALID',
+      dimension_numbers=LAYOUT,
+    )  # fmt: skip
+    if bias is not None:
+      product, bias = product + bias, None
+    y = product if y is None else product + y
+  return y
 
 
 def convolved(
@@ -107,7 +123,7 @@ def convolved(
     kernel = jnp.pad(kernel, [(0, 0), (0, 0), *((0, n) for n in missing)])
     x = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing[0])])
   y = jax.lax.conv_general_dilated(
-    x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    x, kernel, (1, 1), 'SAME', dimension_numbers=LAYOUT
   )
   return y[..., :outputs]
 
@@ -150,8 +166,12 @@ def dropout(
       return jax.random.bernoulli(key, 1.0 - rate, x.shape[1:])
     return jax.random.bits(key, x.shape[1:], jnp.uint16) < kept
 
-  scaled = x / ((1.0 - rate) if 'dropout' in plain else kept / 2**16)
-  return jnp.where(jax.vmap(mask)(keys), scaled, jnp.zeros_like(x))
+  masks = jax.vmap(mask)(keys)
+  if 'dropout' in plain:
+    return jnp.where(masks, x / (1.0 - rate), jnp.zeros_like(x))
+  # With the barrier, the norm before writes the dropped map at once.
+  masks = jax.lax.optimization_barrier(masks)
+  return jnp.where(masks, x * (2**16 / kept), jnp.zeros_like(x))
 
 
 class ResBlock(nnx.Module):
@@ -180,12 +200,13 @@ class ResBlock(nnx.Module):
     shift = self.time(nnx.swish(time)).astype(jnp.float32)
     shift = shift + self.conv1.bias[...]
     h = normalised(self.norm2, (h,), shift=shift, plain=self.plain)
-    h = self.conv2(dropout(h, self.rate, keys, self.number, self.plain))
+    h = dropout(h, self.rate, keys, self.number, self.plain)
     if not hasattr(self, 'shortcut'):
-      return h + xs[0]
+      return xs[0] + self.conv2(h)
     if 'norm' in self.plain:
-      return h + self.shortcut(jnp.concatenate(xs, axis=-1))
-    return h + projected(self.shortcut, xs)
+      return self.shortcut(jnp.concatenate(xs, axis=-1)) + self.conv2(h)
+    skip = projected(self.shortcut, xs, bias=self.conv2.bias[...])
+    return convolved(self.conv2, h) + skip
 
 
 class Attention(nnx.Module):
@@ -202,27 +223,24 @@ class Attention(nnx.Module):
   def __call__(self, x):
     b, h, w, c = x.shape
     normed = normalised(self.norm, (x,), swish=False, plain=self.plain)
-    layers = self.query, self.key, self.value
-    if 'attention' in self.plain:
-      projections, mix = (f(normed) for f in layers), _plain_attention
-    else:  # one product: the map is read once
-      projections, mix = _together(layers, normed), attention.attend
+    plain = 'attention' in self.plain
+    mix = _plain_attention if plain else attention.attend
     # [B, H, W, C] -> [B, H W, heads, C / heads]
-    heads = (p.reshape(b, h * w, self.num_heads, -1) for p in projections)
-    return x + self.out(mix(*heads).reshape(b, h, w, c))
+    heads = (
+      (f(normed) if plain else projected(f, (normed,))).reshape(
+        b, h * w, self.num_heads, -1
+      )
+      for f in (self.query, self.key, self.value)
+    )
+    mixed = mix(*heads).reshape(b, h, w, c)
+    if plain:
+      return x + self.out(mixed)
+    return projected(self.out, (mixed,), x)
 
 
 def _plain_attention(query, key, value):
   # Scaled by (C / heads) ** -0.5; the softmax is float32 inside.
   return jax.nn.dot_product_attention(query, key, value)
-
-
-def _together(layers, x):
-  """The outputs of dense layers of one input, as one product."""
-  kernel = jnp.concatenate([f.kernel[...] for f in layers], axis=1)
-  bias = jnp.concatenate([f.bias[...] for f in layers])
-  y = x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
-  return jnp.split(y, len(layers), axis=-1)
 
 
 class Downsample(nnx.Module):

@@ -6,6 +6,7 @@ else about groups is arithmetic on those [B, C] sums.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -49,68 +50,73 @@ def _norm(num_groups, swish, xs, scale, bias, shift):
 
 
 def _forward(num_groups, swish, xs, scale, bias, shift):
-  """The result, and the moments of the channels, mean and variance [B, C]."""
-  moments = _moments(xs)
-  center, factor = _affine(num_groups, *moments, scale, shift)
+  """The result, and the statistics of channels and groups."""
+  mean, var = _moments(xs)
+  of_group, inverse = _group_moments(num_groups, mean + shift, var)
   # Without the barrier XLA keeps a float32 copy of the maps between the passes.
-  xs, center = jax.lax.optimization_barrier((xs, center))
-  y = [
-    (_activation(swish, z)[0]).astype(xs[0].dtype)
-    for z in _standardised(xs, center, factor, bias)
-  ]
-  return jnp.concatenate(y, axis=-1) if y[1:] else y[0], moments
+  xs, of_group, inverse = jax.lax.optimization_barrier((xs, of_group, inverse))
+  center = _to_channels(of_group, mean) - shift
+  factor = _to_channels(inverse, mean) * scale
+  y = _activation(swish, _affine(_joined(xs), center, factor, bias))[0]
+  return y.astype(xs[0].dtype), (mean, of_group, inverse)
 
 
 @_norm.defjvp
 def _norm_jvp(num_groups, swish, primals, tangents):
-  y, moments = _forward(num_groups, swish, *primals)
-  # Checkpointed, so that the backward pass keeps the maps and the moments and
-  # nothing else.
+  y, statistics = _forward(num_groups, swish, *primals)
+  # Checkpointed, so that the backward pass keeps the maps and the statistics
+  # and nothing else.
   tangent = jax.checkpoint(
-    functools.partial(_tangent, num_groups, swish), prevent_cse=False
+    functools.partial(_tangent, swish), prevent_cse=False
   )
-  return y, tangent(primals, moments, tangents)
+  return y, tangent(primals, statistics, tangents)
 
 
-def _tangent(num_groups, swish, primals, moments, tangents):
-  """The tangent of the result; linear in the tangents."""
+def _tangent(swish, primals, statistics, tangents):
+  """The tangent of the result; linear in the tangents.
+
+  Its transpose is the usual backward pass of a norm: it reads the maps twice,
+  for two sums over the pixels and for the gradient.
+  """
   xs, scale, bias, shift = primals
   dxs, dscale, dbias, dshift = tangents
-  dxs = [dx.astype(jnp.float32) for dx in dxs]
+  mean, of_group, inverse = statistics
   pixels = xs[0].shape[1] * xs[0].shape[2]
-  means = _split(moments[0], xs)
-  dmean = [jnp.sum(dx, axis=(1, 2)) / pixels for dx in dxs]
-  dvar = [
-    2 * jnp.sum((x.astype(jnp.float32) - _over(mean)) * dx, (1, 2)) / pixels
-    for x, dx, mean in zip(xs, dxs, means, strict=True)
-  ]
-  (center, factor), (dcenter, dfactor) = jax.jvp(
-    functools.partial(_affine, num_groups),
-    (*moments, scale, shift),
-    (jnp.concatenate(dmean, -1), jnp.concatenate(dvar, -1), dscale, dshift),
+  size = pixels * scale.size // inverse.shape[1]  # of a group
+  center = _to_channels(of_group, mean) - shift
+  wide = _to_channels(inverse, mean)
+  # Barriers, so that XLA writes no float32 maps between the two passes.
+  for_sums = jax.lax.optimization_barrier(xs)
+  for_maps, _ = jax.lax.optimization_barrier((xs, inverse))
+
+  dxs = [dx.astype(jnp.float32) for dx in dxs]
+  plain_sums = jnp.concatenate([jnp.sum(dx, (1, 2)) for dx in dxs], -1)
+  sums = jnp.concatenate(
+    [
+      jnp.sum((x.astype(jnp.float32) - _over(c)) * dx, (1, 2))
+      for x, c, dx in zip(for_sums, _split(center, xs), dxs, strict=True)
+    ],
+    axis=-1,
   )
-  # [B, C], so that one sum serves both. Without the barrier XLA takes the sum
-  # over the batch from the maps.
-  doffset = jax.lax.optimization_barrier(dbias - dcenter * factor)
-  # The backward pass reads the maps twice, for the sums over the pixels and for
-  # the gradient. Barriers keep XLA from writing float32 maps in between.
-  by_sums = jax.lax.optimization_barrier(xs)
-  by_maps, _ = jax.lax.optimization_barrier((xs, center))
+  # How the mean and the scale of the groups change.
+  dmean = _to_groups(plain_sums + pixels * dshift, inverse) / size
+  offset = pixels * (mean - center)  # the sum of x - center over the pixels
+  dinner = _to_groups(sums + offset * dshift, inverse) * inverse**2 / size
+  dfactor = wide * (dscale - scale * _to_channels(dinner, mean))
+  doffset = dbias + scale * wide * (dshift - _to_channels(dmean, mean))
+  # Without the barrier XLA takes sums over the batch from the maps.
+  dfactor, doffset = jax.lax.optimization_barrier((dfactor, doffset))
 
-  def slopes(xs):
-    standardised = _standardised(xs, center, factor, bias)
-    return (_activation(swish, z)[1] for z in standardised)
+  def slope(xs):
+    x = _affine(_joined(xs), center, wide * scale, bias)
+    return _activation(swish, x)[1]
 
-  dys = []
-  for x, dx, c, f, df, do, direct, indirect in zip(
-    by_sums, dxs,
-    *(_split(s, xs) for s in (center, factor, dfactor, doffset)),
-    slopes(by_maps), slopes(by_sums), strict=True,
-  ):  # fmt: skip
-    centered = x.astype(jnp.float32) - _over(c)
-    dy = indirect * (centered * _over(df) + _over(do))
-    dys.append((direct * _over(f) * dx + dy).astype(x.dtype))
-  return jnp.concatenate(dys, axis=-1) if dys[1:] else dys[0]
+  centered = _joined(for_sums).astype(jnp.float32) - _over(center)
+  by_statistics = slope(for_sums) * (
+    centered * _over(dfactor) + _over(doffset)
+  )
+  directly = slope(for_maps) * _over(wide * scale) * _joined(dxs)
+  return (directly + by_statistics).astype(xs[0].dtype)
 
 
 def _moments(xs):
@@ -124,27 +130,21 @@ def _moments(xs):
     second = jnp.mean(jnp.square(deviation), axis=(1, 2))
     means.append(pivot[:, 0, 0] + first)
     variances.append(second - jnp.square(first))
-  return jnp.concatenate(means, axis=-1), jnp.concatenate(variances, axis=-1)
+  return _joined(means), _joined(variances)
 
 
-def _affine(num_groups, mean, var, scale, shift):
-  """(center, factor) [B, C] with norm(x + shift) = (x - center) factor."""
-  mean, var, shift = (
-    x.reshape(len(mean), num_groups, -1) for x in (mean, var, shift)
-  )
-  of_group = jnp.mean(mean + shift, axis=-1, keepdims=True)
-  deviation = mean + shift - of_group
-  variance = jnp.mean(var + jnp.square(deviation), axis=-1, keepdims=True)
-  factor = jax.lax.rsqrt(variance + EPSILON) * scale.reshape(num_groups, -1)
-  center = of_group - shift
-  return center.reshape(len(mean), -1), factor.reshape(len(mean), -1)
+def _group_moments(num_groups, mean, var):
+  """Mean and inverse standard deviation [B, groups] from those of channels."""
+  mean, var = (x.reshape(len(x), num_groups, -1) for x in (mean, var))
+  pivot = mean[..., :1]  # as above
+  first = jnp.mean(mean - pivot, axis=-1)
+  second = jnp.mean(var + jnp.square(mean - pivot), axis=-1)
+  inverse = jax.lax.rsqrt(second - jnp.square(first) + EPSILON)
+  return pivot[..., 0] + first, inverse
 
 
-def _standardised(xs, center, factor, bias):
-  for x, c, f, b in zip(
-    xs, *(_split(s, xs) for s in (center, factor, bias[None])), strict=True
-  ):
-    yield (x.astype(jnp.float32) - _over(c)) * _over(f) + _over(b)
+def _affine(x, center, factor, bias):
+  return (x.astype(jnp.float32) - _over(center)) * _over(factor) + bias
 
 
 def _activation(swish, z):
@@ -155,13 +155,24 @@ def _activation(swish, z):
   return z * sigmoid, sigmoid * (1 + z * (1 - sigmoid))
 
 
+def _joined(xs):
+  return jnp.concatenate(xs, axis=-1) if len(xs) > 1 else xs[0]
+
+
 def _split(sums, xs):
   """[B, C] -> a [B, C_i] for each map."""
-  ends, at = [], 0
-  for x in xs:
-    ends.append(slice(at, at + x.shape[-1]))
-    at += x.shape[-1]
-  return [sums[:, end] for end in ends]
+  ends = list(itertools.accumulate(x.shape[-1] for x in xs))[:-1]
+  return jnp.split(sums, ends, axis=-1)
+
+
+def _to_groups(sums, like):
+  """[B, C] -> sums over the channels of each group, [B, groups]."""
+  return jnp.sum(sums.reshape(*like.shape, -1), axis=-1)
+
+
+def _to_channels(of_group, like):
+  """[B, groups] -> [B, C]."""
+  return jnp.repeat(of_group, like.shape[-1] // of_group.shape[-1], axis=-1)
 
 
 def _over(sums):
