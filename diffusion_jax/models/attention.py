@@ -77,9 +77,7 @@ def _tangent(primals, weights, mixed, tangents):
 
 def _logits(query, key, dtype) -> jax.Array:
   """[B heads, T, T]."""
-  logits = jnp.einsum(
-    'bqd,bkd->bqk', query, key, preferred_element_type=dtype
-  )
+  logits = jnp.einsum('bqd,bkd->bqk', query, key, preferred_element_type=dtype)
   return logits * jnp.asarray(query.shape[-1] ** -0.5, dtype)
 
 

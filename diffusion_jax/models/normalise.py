@@ -50,29 +50,28 @@ def _norm(num_groups, swish, xs, scale, bias, shift):
 
 
 def _forward(num_groups, swish, xs, scale, bias, shift):
-  """The result, and the statistics of channels and groups."""
+  """The result, and the moments that the backward pass needs."""
   mean, var = _moments(xs)
-  of_group, inverse = _group_moments(num_groups, mean + shift, var)
+  moments = mean, *_group_moments(num_groups, mean + shift, var)
   # Without the barrier XLA keeps a float32 copy of the maps between the passes.
-  xs, of_group, inverse = jax.lax.optimization_barrier((xs, of_group, inverse))
-  center = _to_channels(of_group, mean) - shift
-  factor = _to_channels(inverse, mean) * scale
-  y = _activation(swish, _affine(_joined(xs), center, factor, bias))[0]
-  return y.astype(xs[0].dtype), (mean, of_group, inverse)
+  xs, moments = jax.lax.optimization_barrier((xs, moments))
+  center, inverse = _statistics(*moments, shift)
+  y = _affine(_joined(xs), center, inverse * scale, bias)
+  return _activation(swish, y)[0].astype(xs[0].dtype), moments
 
 
 @_norm.defjvp
 def _norm_jvp(num_groups, swish, primals, tangents):
-  y, statistics = _forward(num_groups, swish, *primals)
-  # Checkpointed, so that the backward pass keeps the maps and the statistics
+  y, moments = _forward(num_groups, swish, *primals)
+  # Checkpointed, so that the backward pass keeps the maps and the moments
   # and nothing else.
   tangent = jax.checkpoint(
     functools.partial(_tangent, swish), prevent_cse=False
   )
-  return y, tangent(primals, statistics, tangents)
+  return y, tangent(primals, moments, tangents)
 
 
-def _tangent(swish, primals, statistics, tangents):
+def _tangent(swish, primals, moments, tangents):
   """The tangent of the result; linear in the tangents.
 
   Its transpose is the usual backward pass of a norm: it reads the maps twice,
@@ -80,43 +79,43 @@ def _tangent(swish, primals, statistics, tangents):
   """
   xs, scale, bias, shift = primals
   dxs, dscale, dbias, dshift = tangents
-  mean, of_group, inverse = statistics
+  mean, first, _ = moments
+  center, inverse = _statistics(*moments, shift)
   pixels = xs[0].shape[1] * xs[0].shape[2]
-  size = pixels * scale.size // inverse.shape[1]  # of a group
-  center = _to_channels(of_group, mean) - shift
-  wide = _to_channels(inverse, mean)
-  # Barriers, so that XLA writes no float32 maps between the two passes.
+  size = pixels * mean.shape[1] // first.shape[1]  # of a group
+  # The backward pass uses one for the sums and the other for the gradient, so
+  # that XLA writes no float32 maps between the two.
   for_sums = jax.lax.optimization_barrier(xs)
-  for_maps, _ = jax.lax.optimization_barrier((xs, inverse))
+  for_gradient, _ = jax.lax.optimization_barrier((xs, mean))
+
+  def centered(x, center):
+    return x.astype(jnp.float32) - _over(center)
 
   dxs = [dx.astype(jnp.float32) for dx in dxs]
-  plain_sums = jnp.concatenate([jnp.sum(dx, (1, 2)) for dx in dxs], -1)
-  sums = jnp.concatenate(
+  dsum = _joined([jnp.sum(dx, (1, 2)) for dx in dxs])
+  dinner = _joined(
     [
-      jnp.sum((x.astype(jnp.float32) - _over(c)) * dx, (1, 2))
-      for x, c, dx in zip(for_sums, _split(center, xs), dxs, strict=True)
-    ],
-    axis=-1,
+      jnp.sum(centered(x, c) * dx, (1, 2))
+      for x, c, dx in zip(for_gradient, _split(center, xs), dxs, strict=True)
+    ]
   )
-  # How the mean and the scale of the groups change.
-  dmean = _to_groups(plain_sums + pixels * dshift, inverse) / size
   offset = pixels * (mean - center)  # the sum of x - center over the pixels
-  dinner = _to_groups(sums + offset * dshift, inverse) * inverse**2 / size
-  dfactor = wide * (dscale - scale * _to_channels(dinner, mean))
-  doffset = dbias + scale * wide * (dshift - _to_channels(dmean, mean))
+  # How mean and scale of the groups change. As one array: one sum less.
+  by_channel = jnp.stack([dsum + pixels * dshift, dinner + offset * dshift], 1)
+  dmean, dinner = jnp.moveaxis(_over_groups(by_channel, first) / size, 1, 0)
+  dfactor = inverse * (dscale - scale * inverse**2 * dinner)
+  doffset = dbias + scale * inverse * (dshift - dmean)
   # Without the barrier XLA takes sums over the batch from the maps.
   dfactor, doffset = jax.lax.optimization_barrier((dfactor, doffset))
 
   def slope(xs):
-    x = _affine(_joined(xs), center, wide * scale, bias)
-    return _activation(swish, x)[1]
+    z = _affine(_joined(xs), center, inverse * scale, bias)
+    return _activation(swish, z)[1]
 
-  centered = _joined(for_sums).astype(jnp.float32) - _over(center)
-  by_statistics = slope(for_sums) * (
-    centered * _over(dfactor) + _over(doffset)
-  )
-  directly = slope(for_maps) * _over(wide * scale) * _joined(dxs)
-  return (directly + by_statistics).astype(xs[0].dtype)
+  indirect = centered(_joined(for_sums), center) * _over(dfactor)
+  dy = slope(for_sums) * (indirect + _over(doffset))
+  dy += slope(for_gradient) * _over(inverse * scale) * _joined(dxs)
+  return dy.astype(xs[0].dtype)
 
 
 def _moments(xs):
@@ -134,13 +133,19 @@ def _moments(xs):
 
 
 def _group_moments(num_groups, mean, var):
-  """Mean and inverse standard deviation [B, groups] from those of channels."""
+  """Sums over groups [B, groups], about the mean of their first channel."""
   mean, var = (x.reshape(len(x), num_groups, -1) for x in (mean, var))
-  pivot = mean[..., :1]  # as above
-  first = jnp.mean(mean - pivot, axis=-1)
-  second = jnp.mean(var + jnp.square(mean - pivot), axis=-1)
+  deviation = mean - mean[..., :1]
+  return jnp.sum(deviation, -1), jnp.sum(var + jnp.square(deviation), -1)
+
+
+def _statistics(mean, first, second, shift):
+  """What the norm subtracts and multiplies by, both [B, C]."""
+  size = mean.shape[-1] // first.shape[-1]
+  first, second = first / size, second / size
+  of_group = (mean + shift)[:, ::size] + first
   inverse = jax.lax.rsqrt(second - jnp.square(first) + EPSILON)
-  return pivot[..., 0] + first, inverse
+  return jnp.repeat(of_group, size, 1) - shift, jnp.repeat(inverse, size, 1)
 
 
 def _affine(x, center, factor, bias):
@@ -165,14 +170,12 @@ def _split(sums, xs):
   return jnp.split(sums, ends, axis=-1)
 
 
-def _to_groups(sums, like):
-  """[B, C] -> sums over the channels of each group, [B, groups]."""
-  return jnp.sum(sums.reshape(*like.shape, -1), axis=-1)
-
-
-def _to_channels(of_group, like):
-  """[B, groups] -> [B, C]."""
-  return jnp.repeat(of_group, like.shape[-1] // of_group.shape[-1], axis=-1)
+def _over_groups(by_channel, like):
+  """[B, N, C] -> each channel's sum over its group, [B, N, C]."""
+  shape = by_channel.shape
+  grouped = by_channel.reshape(*shape[:2], like.shape[-1], -1)
+  sums = jnp.sum(grouped, axis=-1, keepdims=True)
+  return jnp.broadcast_to(sums, grouped.shape).reshape(shape)
 
 
 def _over(sums):
