@@ -7,8 +7,10 @@ The skips are the first convolution, each block (after its attention) and each
 halving: 12 of them on CIFAR-10.
 """
 
+import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -28,6 +30,9 @@ class Stage(nnx.Module):
     return self.attentions[i](x) if self.attentions else x
 
 
+REMAT = ('none', 'blocks', 'all')
+
+
 class UNet(nnx.Module):
   """The U-Net, see the module docstring.
 
@@ -42,6 +47,9 @@ class UNet(nnx.Module):
     num_groups: groups of the group norms; divides the channels of all levels.
     dropout: dropout rate in the residual blocks.
     dtype: dtype of the computation; parameters are float32.
+    remat: what the backward pass computes again instead of keeping it: 'none',
+      'blocks' (all within a block; its input and output are kept), or 'all'
+      (also all within a level, except for the skips).
     plain: names of `layers.MEASURES` that are not taken, to compare.
     rngs: random keys of the initial values.
   """
@@ -60,13 +68,14 @@ class UNet(nnx.Module):
     num_groups=32,
     dropout=0.1,
     dtype='float32',
+    remat='none',
     plain=(),
     rngs,
   ):
     *sides, colors = image_shape
     widths = [channels * m for m in multipliers]
     last = len(widths) - 1
-    self.plain = frozenset(plain)
+    self.remat, self.plain = remat, frozenset(plain)
     common = {'dtype': jnp.dtype(dtype), 'rngs': rngs}
     resampling = {'plain': self.plain, **common}
     normed = {'num_groups': num_groups, **resampling}
@@ -133,26 +142,45 @@ class UNet(nnx.Module):
     """
     time = self.time1(layers.sinusoid(t, self.channels))
     time = self.time2(nnx.swish(time))
+    of_level = jax.checkpoint if self.remat == 'all' else lambda f: f
+
     xt = xt.astype(self.conv_in.dtype)
     x = layers.convolved(self.conv_in, xt, plain=self.plain)
     x = x + self.conv_in.bias[...].astype(x.dtype)
     skips = [x]
     for stage in self.down:
-      for i in range(len(stage.blocks)):
-        x = stage.block(i, (x,), time, keys)
-        skips.append(x)
-      if stage.resample is not None:
-        x = stage.resample(x)
-        skips.append(x)
+      x, found = of_level(functools.partial(self._down, stage))(x, time, keys)
+      skips += found
 
-    x = self.middle1((x,), time, keys)
-    x = self.middle2((self.middle_attention(x),), time, keys)
+    x = self._block(self.middle1)((x,), time, keys)
+    x = self.middle_attention(x)
+    x = self._block(self.middle2)((x,), time, keys)
 
     for stage in self.up:
-      for i in range(len(stage.blocks)):
-        x = stage.block(i, (x, skips.pop()), time, keys)
-      if stage.resample is not None:
-        x = stage.resample(x)
+      left = len(skips) - len(stage.blocks)
+      x = of_level(functools.partial(self._up, stage))(
+        x, skips[left:], time, keys
+      )
+      skips = skips[:left]
     x = layers.normalised(self.norm_out, (x,), plain=self.plain)
     x = layers.convolved(self.conv_out, x, plain=self.plain)
     return x.astype(jnp.float32) + self.conv_out.bias[...]
+
+  def _block(self, block):
+    return jax.checkpoint(block) if self.remat != 'none' else block
+
+  def _down(self, stage, x, time, keys):
+    """One level down: its output and its skips."""
+    skips = []
+    for i in range(len(stage.blocks)):
+      x = self._block(functools.partial(stage.block, i))((x,), time, keys)
+      skips.append(x)
+    if stage.resample is not None:
+      x = stage.resample(x)
+      skips.append(x)
+    return x, skips
+
+  def _up(self, stage, x, skips, time, keys):
+    for i, skip in enumerate(reversed(skips)):
+      x = self._block(functools.partial(stage.block, i))((x, skip), time, keys)
+    return x if stage.resample is None else stage.resample(x)
