@@ -95,7 +95,7 @@ def projected(
   can add a bias and a map, forwards and backwards.
   """
   ends = list(itertools.accumulate(x.shape[-1] for x in xs))[:-1]
-  bias = (layer.bias[...] + bias).astype(xs[0].dtype)
+  bias = broadcast(layer.bias[...] + bias, xs[0])
   y = added
   for x, kernel in zip(xs, jnp.split(layer.kernel[...], ends), strict=True):
     product = jax.lax.conv_general_dilated(
@@ -106,6 +106,11 @@ def projected(
       product, bias = product + bias, None
     y = product if y is None else product + y
   return y
+
+
+def broadcast(bias: jax.Array, like: jax.Array) -> jax.Array:
+  """A bias [C] in the dtype and with the rank of a map [..., C]."""
+  return bias.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def convolved(
@@ -181,8 +186,8 @@ class ResBlock(nnx.Module):
   """
 
   def __init__(
-    self, inputs, outputs, *, time_dim, num_groups, dropout, number, plain,
-    **kwargs,
+    self, inputs, outputs, *, time_dim, num_groups, dropout, number,
+    plain=frozenset(), **kwargs,
   ):  # fmt: skip
     self.rate, self.number, self.plain = dropout, number, plain
     self.norm1 = norm(inputs, num_groups, **kwargs)
@@ -198,7 +203,7 @@ class ResBlock(nnx.Module):
     h = convolved(self.conv1, h)
     # The bias and the time are a shift of the norm, not passes over the map.
     shift = self.time(nnx.swish(time)).astype(jnp.float32)
-    shift = shift + self.conv1.bias[...]
+    shift = shift + self.conv1.bias[...][None]
     h = normalised(self.norm2, (h,), shift=shift, plain=self.plain)
     h = dropout(h, self.rate, keys, self.number, self.plain)
     if not hasattr(self, 'shortcut'):
@@ -212,7 +217,9 @@ class ResBlock(nnx.Module):
 class Attention(nnx.Module):
   """Self-attention over all positions, with its own norm and residual."""
 
-  def __init__(self, channels, *, num_heads, num_groups, plain, **kwargs):
+  def __init__(
+    self, channels, *, num_heads, num_groups, plain=frozenset(), **kwargs
+  ):
     self.num_heads, self.plain = num_heads, plain
     self.norm = norm(channels, num_groups, **kwargs)
     self.query = linear(channels, channels, **kwargs)
@@ -246,8 +253,7 @@ def _plain_attention(query, key, value):
 class Downsample(nnx.Module):
   """Halves the map by a strided 3x3 convolution."""
 
-  def __init__(self, channels, *, plain, **kwargs):
-    del plain
+  def __init__(self, channels, **kwargs):
     # As TensorFlow's SAME, which pads even sizes only at the end.
     self.conv = conv(
       channels, channels, strides=2, padding=((0, 1), (0, 1)), **kwargs
@@ -260,7 +266,7 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
   """Doubles the map by nearest neighbour, then a 3x3 convolution."""
 
-  def __init__(self, channels, *, plain, **kwargs):
+  def __init__(self, channels, *, plain=frozenset(), **kwargs):
     self.plain = plain
     self.conv = conv(channels, channels, **kwargs)
 
@@ -268,4 +274,4 @@ class Upsample(nnx.Module):
     if 'upsampling' in self.plain:
       return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
     y = upsampling.upsample_conv(x, self.conv.kernel[...])
-    return y + self.conv.bias[...].astype(y.dtype)
+    return y + broadcast(self.conv.bias[...], y)

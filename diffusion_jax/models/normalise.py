@@ -41,7 +41,7 @@ def group_norm(
   """
   if shift is None:
     shift = jnp.zeros((len(xs[0]), len(scale)))
-  return _norm(num_groups, swish, tuple(xs), scale, bias, shift)
+  return _norm(num_groups, swish, tuple(xs), scale[None], bias[None], shift)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -149,7 +149,7 @@ def _statistics(mean, first, second, shift):
 
 
 def _affine(x, center, factor, bias):
-  return (x.astype(jnp.float32) - _over(center)) * _over(factor) + bias
+  return (x.astype(jnp.float32) - _over(center)) * _over(factor) + _over(bias)
 
 
 def _activation(swish, z):

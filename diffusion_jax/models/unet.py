@@ -77,8 +77,8 @@ class UNet(nnx.Module):
     last = len(widths) - 1
     self.remat, self.plain = remat, frozenset(plain)
     common = {'dtype': jnp.dtype(dtype), 'rngs': rngs}
-    resampling = {'plain': self.plain, **common}
-    normed = {'num_groups': num_groups, **resampling}
+    measured = {'plain': self.plain, **common}
+    normed = {'num_groups': num_groups, **measured}
     blocks = {'time_dim': 4 * channels, 'dropout': dropout, **normed}
     numbers = itertools.count()  # tells the dropout layers apart
 
@@ -94,7 +94,7 @@ class UNet(nnx.Module):
       return Stage(
         [block(width, widths[level]) for width in inputs],
         [attention(widths[level]) for _ in inputs if attends],
-        resample(widths[level], **resampling) if resample else None,
+        resample(widths[level]) if resample else None,
       )
 
     self.channels = channels
@@ -104,9 +104,9 @@ class UNet(nnx.Module):
 
     down, width, skips = [], channels, [channels]
     for level, outputs in enumerate(widths):
-      halve = layers.Downsample if level < last else None
+      halve = functools.partial(layers.Downsample, **common)
       inputs = [width] + [outputs] * (num_blocks - 1)
-      down.append(stage(level, inputs, halve))
+      down.append(stage(level, inputs, halve if level < last else None))
       skips += [outputs] * (num_blocks + (level < last))
       width = outputs
     self.down = nnx.List(down)
@@ -117,9 +117,10 @@ class UNet(nnx.Module):
 
     up = []
     for level, outputs in reversed(list(enumerate(widths))):
-      double = layers.Upsample if level > 0 else None
+      double = functools.partial(layers.Upsample, **measured)
       inputs = [width] + [outputs] * num_blocks
-      up.append(stage(level, [i + skips.pop() for i in inputs], double))
+      inputs = [i + skips.pop() for i in inputs]
+      up.append(stage(level, inputs, double if level > 0 else None))
       width = outputs
     self.up = nnx.List(up)
 
@@ -146,7 +147,7 @@ class UNet(nnx.Module):
 
     xt = xt.astype(self.conv_in.dtype)
     x = layers.convolved(self.conv_in, xt, plain=self.plain)
-    x = x + self.conv_in.bias[...].astype(x.dtype)
+    x = x + layers.broadcast(self.conv_in.bias[...], x)
     skips = [x]
     for stage in self.down:
       x, found = of_level(functools.partial(self._down, stage))(x, time, keys)
@@ -164,7 +165,8 @@ class UNet(nnx.Module):
       skips = skips[:left]
     x = layers.normalised(self.norm_out, (x,), plain=self.plain)
     x = layers.convolved(self.conv_out, x, plain=self.plain)
-    return x.astype(jnp.float32) + self.conv_out.bias[...]
+    x = x.astype(jnp.float32)
+    return x + layers.broadcast(self.conv_out.bias[...], x)
 
   def _block(self, block):
     return jax.checkpoint(block) if self.remat != 'none' else block

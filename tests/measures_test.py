@@ -1,0 +1,166 @@
+"""Fast forms of the network's operations equal the usual ones."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from parity.unet import random_params
+
+from diffusion_jax import models
+from diffusion_jax.models import attention, layers, normalise, upsampling
+
+SMALL = {
+  'channels': 16, 'multipliers': (1, 2), 'num_blocks': 1, 'num_groups': 4,
+  'attention_resolutions': (4,), 'num_heads': 2,
+}  # fmt: skip
+
+
+def noise(*shape, seed=0):
+  values = np.random.default_rng(seed).standard_normal(shape)
+  return jnp.asarray(values, jnp.float32)
+
+
+def errors(found, wanted):
+  """The largest error of each array, relative to its largest value.
+
+  Some gradients are zero but for rounding, such as those of keys' biases.
+  """
+  found, wanted = map(jax.tree.leaves, (found, wanted))
+  least = 1e-3 * max(np.abs(b).max() for b in wanted)
+  return [
+    float(np.abs(np.asarray(a, float) - b).max() / max(np.abs(b).max(), least))
+    for a, b in zip(found, wanted, strict=True)
+  ]
+
+
+def same_derivatives(fn, plain, args, tolerance):
+  """Value, forward and reverse derivatives, and those under vmap."""
+  args = jax.tree.map(jnp.asarray, args)
+  tangents = jax.tree.map(lambda x: noise(*x.shape, seed=7), args)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def derivatives(fn, args, tangents):
+    y, forward = jax.jvp(fn, args, tangents)
+    cotangents = noise(3, *y.shape, seed=8)
+    pullback = jax.vjp(fn, *args)[1]
+    return y, forward, jax.vmap(pullback)(cotangents)
+
+  found = derivatives(fn, args, tangents)
+  assert max(errors(found, derivatives(plain, args, tangents))) < tolerance
+
+
+def plain_norm(xs, scale, bias, shift, groups, swish):
+  layer = nnx.GroupNorm(
+    len(scale), num_groups=groups, epsilon=1e-6, use_fast_variance=False,
+    rngs=nnx.Rngs(0),
+  )  # fmt: skip
+  nnx.update(layer, {'scale': nnx.Param(scale), 'bias': nnx.Param(bias)})
+  y = layer(jnp.concatenate(xs, axis=-1) + shift[:, None, None])
+  return nnx.swish(y) if swish else y
+
+
+@pytest.mark.parametrize('swish', [False, True])
+@pytest.mark.parametrize('channels', [(8,), (4, 8), (10, 6, 4)])
+def test_group_norm_equals_the_usual_form(channels, swish):
+  c = sum(channels)
+  xs = tuple(3 * noise(2, 5, 3, n, seed=n) + 1 for n in channels)
+  args = xs, noise(c, seed=2), noise(c, seed=3), noise(2, c, seed=4)
+
+  def ours(xs, scale, bias, shift):
+    return normalise.group_norm(xs, scale, bias, 4, shift, swish)
+
+  def plain(xs, scale, bias, shift):
+    return plain_norm(xs, scale, bias, shift, 4, swish)
+
+  same_derivatives(ours, plain, args, 3e-6)
+
+
+@pytest.mark.parametrize('by_channel', [False, True])
+def test_the_variance_is_accurate_far_from_zero(by_channel):
+  """The mean is 100 standard deviations, of the group or of each channel."""
+  mean = 100 * (noise(1, 1, 1, 8, seed=1) if by_channel else 1.0)
+  x = mean + noise(2, 32, 32, 8)
+  y = normalise.group_norm((x,), jnp.ones(8), jnp.zeros(8), 2)
+  grouped = np.asarray(x, float).reshape(2, -1, 2, 4)
+  exact = grouped.std(axis=(1, 3))
+  spread = np.asarray(x).reshape(2, -1, 2, 4)[:, :, :, :1]
+  found = spread.std(axis=(1, 3), dtype=float) / np.asarray(y, float).reshape(
+    2, -1, 2, 4
+  )[:, :, :, :1].std(axis=(1, 3))
+  np.testing.assert_allclose(np.square(found / exact), 1, atol=1e-3)
+
+
+def test_a_constant_map_becomes_the_bias():
+  x = jnp.full((1, 4, 4, 8), 1e4)
+  y = normalise.group_norm((x,), jnp.ones(8), jnp.arange(8.0), 4)
+  np.testing.assert_allclose(y[0, 0, 0], np.arange(8), atol=1e-3)
+
+
+def test_upsampling_equals_repeating_and_convolving():
+  def plain(x, kernel):
+    repeated = x.repeat(2, axis=1).repeat(2, axis=2)
+    return jax.lax.conv_general_dilated(
+      repeated, kernel, (1, 1), 'SAME', dimension_numbers=layers.LAYOUT
+    )
+
+  args = noise(2, 4, 6, 3), noise(3, 3, 3, 5, seed=1)
+  same_derivatives(upsampling.upsample_conv, plain, args, 3e-6)
+
+
+@pytest.mark.parametrize('heads', [1, 2])
+def test_attention_equals_that_of_jax(heads):
+  args = [noise(2, 9, heads, 4, seed=i) for i in range(3)]
+  plain = jax.nn.dot_product_attention
+  same_derivatives(attention.attend, plain, tuple(args), 3e-6)
+
+
+def test_a_projection_of_parts_is_that_of_the_whole():
+  layer = nnx.Linear(10, 4, rngs=nnx.Rngs(0))
+  layer.bias[...] = noise(4, seed=2)
+  x, added, bias = noise(2, 3, 3, 10), noise(2, 3, 3, 4), noise(4, seed=1)
+  parts = x[..., :3], x[..., 3:4], x[..., 4:]
+  found = layers.projected(layer, parts, added, bias)
+  wanted = layer(x) + added + bias[None, None, None]
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize('rate', [0.1, 0.5])
+def test_masks_of_16_bits_have_their_rate(rate):
+  keys = jax.random.split(jax.random.key(3), 8)
+  y = layers.dropout(jnp.ones((8, 64, 64, 16)), rate, keys, 0)
+  deviation = np.sqrt(rate * (1 - rate) / y.size)
+  assert abs(float((y == 0).mean()) - rate) < 5 * deviation + 2**-17
+  np.testing.assert_allclose(y.mean(), 1, atol=5 * deviation / (1 - rate))
+
+
+@functools.cache
+def gradients(**kwargs):
+  """Output and gradients of a small network without dropout."""
+  model = models.create('unet', (8, 8, 3), **SMALL, **kwargs)
+  params = random_params(model)
+  xt, t = noise(2, 8, 8, 3), jnp.array([10, 900])
+
+  def loss(params):
+    y = model.apply(params, xt, t)
+    return jnp.mean(jnp.square(y)), y
+
+  return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+
+def test_all_measures_together_change_rounding_only():
+  found, wanted = gradients(), gradients(plain=layers.MEASURES)
+  assert max(errors(found, wanted)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('measure', layers.MEASURES)
+def test_each_measure_changes_rounding_only(measure):
+  assert max(errors(gradients(plain=(measure,)), gradients())) < 1e-4
+
+
+@pytest.mark.parametrize('remat', ['blocks', 'all'])
+def test_computing_again_changes_no_gradient(remat):
+  assert max(errors(gradients(remat=remat), gradients())) < 1e-5
