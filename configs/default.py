@@ -87,6 +87,11 @@ def get_config():
   config.model.num_groups = 32  # groups of group normalisation
   config.model.dropout = 0.0  # dropout rate of residual blocks
   config.model.dtype = 'float32'  # or 'bfloat16', faster on TPUs and GPUs
+  # What the backward pass computes again, in order to need less memory: 'none',
+  # 'blocks' (residual blocks and attention) or 'all' (whole levels).
+  config.model.remat = 'none'
+  # Names of measures of docs/speed.md that are not taken, for benchmarks.
+  config.model.plain = ()
 
   # The forward process: step t adds noise of variance beta(t), which rises
   # linearly from beta_start to beta_end (arXiv 2006.11239).

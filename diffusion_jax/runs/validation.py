@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ml_collections import config_dict
 
 from diffusion_jax import models, runs
+from diffusion_jax.models import layers, unet
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import completion
 from diffusion_jax.system.errors import hint
@@ -43,6 +44,7 @@ OF_NETWORK = {
 NAMES = {
   'model.name': models.MODELS,
   'model.dtype': ('float32', 'bfloat16'),
+  'model.remat': unet.REMAT,
   'loss.prediction': gaussian.PARAMETRISATIONS,
   'process.schedule': schedules.SCHEDULES,
   'sample.variance': gaussian.VARIANCES,
@@ -147,6 +149,11 @@ def _dispatch(config):
 def _model(model, data):
   size, levels = runs.image_shape(data)[:2], len(model.multipliers)
   halved = 2 ** (levels - 1)
+  unknown = sorted(set(model.plain) - set(layers.MEASURES))
+  yield (
+    not unknown,
+    f'model.plain={model.plain}: names among {", ".join(layers.MEASURES)}',
+  )
   yield levels > 0, 'model.multipliers is empty: give one per level'
   whole = all(isinstance(multiplier, int) for multiplier in model.multipliers)
   yield whole, f'model.multipliers={model.multipliers}: whole numbers'
