@@ -56,11 +56,7 @@ def linear(inputs, outputs, *, scale=1.0, **kwargs) -> nnx.Linear:
 def norm(channels, num_groups, **kwargs) -> nnx.GroupNorm:
   # Statistics are float32 for any dtype; two passes for accuracy.
   return nnx.GroupNorm(
-    channels,
-    num_groups,
-    epsilon=normalise.EPSILON,
-    use_fast_variance=False,
-    **kwargs,
+    channels, num_groups, epsilon=1e-6, use_fast_variance=False, **kwargs
   )
 
 
@@ -75,8 +71,9 @@ def normalised(
   """Group norm of maps as if concatenated, see `normalise.group_norm`."""
   if 'norm' not in plain:
     return normalise.group_norm(
-      xs, layer.scale[...], layer.bias[...], layer.num_groups, shift, swish
-    )
+      xs, layer.scale[...], layer.bias[...], layer.num_groups, shift, swish,
+      layer.epsilon,
+    )  # fmt: skip
   x = jnp.concatenate(xs, axis=-1)
   if shift is not None:
     x = x + shift.astype(x.dtype)[:, None, None, :]

@@ -7,11 +7,18 @@ else about groups is arithmetic on those [B, C] sums.
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-EPSILON = 1e-6
+
+class How(NamedTuple):
+  """How to normalise: `group_norm`'s arguments that are no arrays."""
+
+  num_groups: int
+  epsilon: float
+  swish: bool
 
 
 def group_norm(
@@ -21,6 +28,7 @@ def group_norm(
   num_groups: int,
   shift: jax.Array | None = None,
   swish: bool = False,
+  epsilon: float = 1e-6,
 ) -> jax.Array:
   """Group norm (arXiv 1803.08494) of several maps as if concatenated.
 
@@ -35,43 +43,43 @@ def group_norm(
     num_groups: divides C.
     shift: [B, C], added to every pixel before the norm; None = nothing.
     swish: whether to apply swish to the result.
+    epsilon: added to the variance.
 
   Returns:
     [B, H, W, C] in the dtype of the maps.
   """
   if shift is None:
     shift = jnp.zeros((len(xs[0]), len(scale)))
-  return _norm(num_groups, swish, tuple(xs), scale[None], bias[None], shift)
+  how = How(num_groups, epsilon, swish)
+  return _norm(how, tuple(xs), scale[None], bias[None], shift)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _norm(num_groups, swish, xs, scale, bias, shift):
-  return _forward(num_groups, swish, xs, scale, bias, shift)[0]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _norm(how, xs, scale, bias, shift):
+  return _forward(how, xs, scale, bias, shift)[0]
 
 
-def _forward(num_groups, swish, xs, scale, bias, shift):
+def _forward(how, xs, scale, bias, shift):
   """The result, and the moments that the backward pass needs."""
   mean, var = _moments(xs)
-  moments = mean, *_group_moments(num_groups, mean + shift, var)
+  moments = mean, *_group_moments(how.num_groups, mean + shift, var)
   # Without the barrier XLA keeps a float32 copy of the maps between the passes.
   xs, moments = jax.lax.optimization_barrier((xs, moments))
-  center, inverse = _statistics(*moments, shift)
+  center, inverse = _statistics(*moments, shift, how.epsilon)
   y = _affine(_joined(xs), center, inverse * scale, bias)
-  return _activation(swish, y)[0].astype(xs[0].dtype), moments
+  return _activation(how, y)[0].astype(xs[0].dtype), moments
 
 
 @_norm.defjvp
-def _norm_jvp(num_groups, swish, primals, tangents):
-  y, moments = _forward(num_groups, swish, *primals)
+def _norm_jvp(how, primals, tangents):
+  y, moments = _forward(how, *primals)
   # Checkpointed, so that the backward pass keeps the maps and the moments
   # and nothing else.
-  tangent = jax.checkpoint(
-    functools.partial(_tangent, swish), prevent_cse=False
-  )
+  tangent = jax.checkpoint(functools.partial(_tangent, how), prevent_cse=False)
   return y, tangent(primals, moments, tangents)
 
 
-def _tangent(swish, primals, moments, tangents):
+def _tangent(how, primals, moments, tangents):
   """The tangent of the result; linear in the tangents.
 
   Its transpose is the usual backward pass of a norm: it reads the maps twice,
@@ -80,7 +88,7 @@ def _tangent(swish, primals, moments, tangents):
   xs, scale, bias, shift = primals
   dxs, dscale, dbias, dshift = tangents
   mean, first, _ = moments
-  center, inverse = _statistics(*moments, shift)
+  center, inverse = _statistics(*moments, shift, how.epsilon)
   pixels = xs[0].shape[1] * xs[0].shape[2]
   size = pixels * mean.shape[1] // first.shape[1]  # of a group
   # The backward pass uses one for the sums and the other for the gradient, so
@@ -110,7 +118,7 @@ def _tangent(swish, primals, moments, tangents):
 
   def slope(xs):
     z = _affine(_joined(xs), center, inverse * scale, bias)
-    return _activation(swish, z)[1]
+    return _activation(how, z)[1]
 
   indirect = centered(_joined(for_sums), center) * _over(dfactor)
   dy = slope(for_sums) * (indirect + _over(doffset))
@@ -139,12 +147,12 @@ def _group_moments(num_groups, mean, var):
   return jnp.sum(deviation, -1), jnp.sum(var + jnp.square(deviation), -1)
 
 
-def _statistics(mean, first, second, shift):
+def _statistics(mean, first, second, shift, epsilon):
   """What the norm subtracts and multiplies by, both [B, C]."""
   size = mean.shape[-1] // first.shape[-1]
   first, second = first / size, second / size
   of_group = (mean + shift)[:, ::size] + first
-  inverse = jax.lax.rsqrt(second - jnp.square(first) + EPSILON)
+  inverse = jax.lax.rsqrt(second - jnp.square(first) + epsilon)
   return jnp.repeat(of_group, size, 1) - shift, jnp.repeat(inverse, size, 1)
 
 
@@ -152,9 +160,9 @@ def _affine(x, center, factor, bias):
   return (x.astype(jnp.float32) - _over(center)) * _over(factor) + _over(bias)
 
 
-def _activation(swish, z):
+def _activation(how, z):
   """The activation of z and its derivative."""
-  if not swish:
+  if not how.swish:
     return z, 1.0
   sigmoid = jax.nn.sigmoid(z)
   return z * sigmoid, sigmoid * (1 + z * (1 - sigmoid))
