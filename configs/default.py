@@ -113,8 +113,9 @@ def get_config():
   config.optim.warmup_steps = 5_000  # steps of a linear rise from 0; 0 = none
   # Decay after warm-up: 'constant', 'cosine' or 'linear'. The rate reaches
   # end_lr at step decay_steps, independent of num_steps, so that a run can be
-  # extended.
+  # extended. Until step decay_from it is constant; 0 = decay from warm-up on.
   config.optim.decay = 'constant'
+  config.optim.decay_from = 0
   config.optim.decay_steps = 0
   config.optim.end_lr = 0.0
   config.optim.clip_norm = 1.0  # bound on the global gradient norm; 0 = none

@@ -96,6 +96,7 @@ YOUNGER = {
   'codec.name': 'pixels', 'conditioning.name': 'none',
   'loss.name': 'denoising', 'optim.name': 'adam', 'optim.decay': 'constant',
   'optim.decay_steps': 0, 'optim.end_lr': 0.0, 'optim.weight_decay': 0.0,
+  'optim.decay_from': 0,
   'data.classes': 'auto', 'data.bits': 0, 'data.skip_broken': False,
   'model.remat': 'none', 'model.plain': (),
 }  # fmt: skip

@@ -110,6 +110,16 @@ def test_a_decay_without_warm_up_starts_at_lr(decay):
                              rtol=1e-6, atol=1e-10)  # fmt: skip
 
 
+@pytest.mark.parametrize('warmup', [0, 100])
+def test_a_rate_is_constant_until_its_decay_begins(warmup):
+  rate = optim.learning_rate(1e-3, warmup, 'linear', 500, 1e-4, decay_from=300)
+  found = [rate(k) for k in (100, 200, 300, 400, 500, 600)]
+  np.testing.assert_allclose(
+    found, [1e-3, 1e-3, 1e-3, 5.5e-4, 1e-4, 1e-4], rtol=1e-5
+  )
+  np.testing.assert_allclose(rate(50), 5e-4 if warmup else 1e-3, rtol=1e-5)
+
+
 def test_a_rate_of_a_traced_step_is_that_of_the_number():
   rate = optim.learning_rate(1e-3, 3, 'cosine', 9, 1e-5)
   steps = np.arange(12, dtype=np.int32)

@@ -35,7 +35,10 @@ OF_NETWORK = {
   'process.num_timesteps': ('at least 2', lambda x: x >= 2),
   'optim.lr': ('above 0, finite', lambda x: 0 < x < math.inf),
   'optim.eps': ('above 0', lambda x: x > 0),
-  'optim.(warmup_steps|clip_norm)': ('0 (none) or more', lambda x: x >= 0),
+  'optim.(warmup_steps|clip_norm|decay_from)': (
+    '0 (none) or more',
+    lambda x: x >= 0,
+  ),
   'optim.(weight_decay|end_lr|part_lr.*)': (
     '0 or more, finite',
     lambda x: 0 <= x < math.inf,
@@ -187,8 +190,9 @@ def _optim(config):
     f"optim.weight_decay={config.weight_decay} is for optim.name='adamw'; "
     f'with {config.name!r} it must be 0',
   )
-  yield (
-    config.decay == 'constant' or config.decay_steps > config.warmup_steps,
-    f'optim.decay_steps={config.decay_steps}: above optim.warmup_steps='
-    f'{config.warmup_steps}; it is the step at which the decay ends',
-  )
+  for name in ('warmup_steps', 'decay_from'):
+    yield (
+      config.decay == 'constant' or config.decay_steps > config[name],
+      f'optim.decay_steps={config.decay_steps}: above optim.{name}='
+      f'{config[name]}; it is the step at which the decay ends',
+    )

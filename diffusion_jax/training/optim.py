@@ -30,12 +30,15 @@ def learning_rate(
   decay: str = 'constant',
   decay_steps: int = 0,
   end_lr: float = 0.0,
+  decay_from: int = 0,
   **others: Any,
 ) -> optax.Schedule:
   """The learning rate schedule: warm-up, then constant or a decay.
 
   The rate rises linearly from exactly 0 at step 0 to lr at step warmup_steps.
-  It then decays to end_lr at step decay_steps, and stays there.
+  From step decay_from on it decays to end_lr at step decay_steps, and stays
+  there. A constant rate with a short linear decay at the end needs no number of
+  steps in advance (arXiv 2405.18392).
 
   Args:
     lr: the learning rate after warm-up.
@@ -45,22 +48,24 @@ def learning_rate(
     decay_steps: the step at which the decay ends, counted from the start of
       training, above warmup_steps; unused with 'constant'.
     end_lr: the learning rate from then on.
+    decay_from: the step at which the decay begins; by default, and at least,
+      warmup_steps.
     **others: the other options of `create`, unused here.
   """
   del others
-  length = decay_steps - warmup_steps
+  start = max(warmup_steps, decay_from)
+  length = decay_steps - start
   if decay == 'constant':
     after = optax.constant_schedule(lr)
   elif decay == 'cosine':
     after = optax.cosine_decay_schedule(lr, length, alpha=end_lr / lr)
   else:
     after = optax.linear_schedule(lr, end_lr, length)
-  if not warmup_steps:
-    return after
-  rise = optax.linear_schedule(0.0, lr, warmup_steps)
+  # It stays at lr after the rise.
+  rise = optax.linear_schedule(0.0 if warmup_steps else lr, lr, warmup_steps)
   if decay == 'constant':
-    return rise
-  return optax.join_schedules([rise, after], [warmup_steps])
+    return rise if warmup_steps else after
+  return optax.join_schedules([rise, after], [start]) if start else after
 
 
 def create(
@@ -76,6 +81,7 @@ def create(
   decay: str = 'constant',
   decay_steps: int = 0,
   end_lr: float = 0.0,
+  decay_from: int = 0,
   moments_dtype: str = 'float32',
 ) -> optax.GradientTransformation:
   """Adam as DDPM trains (arXiv 2006.11239, appendix B), AdamW or Adafactor.
@@ -102,10 +108,11 @@ def create(
     decay: the decay of the learning rate, see `learning_rate`.
     decay_steps: the step at which it ends.
     end_lr: the learning rate from then on.
+    decay_from: the step at which it begins, if that is after warm-up.
     moments_dtype: one of MOMENTS, of the first moment. The second is float32: a
       step changes it by 1 - b2, which is less than bfloat16 resolves.
   """
-  rate = learning_rate(lr, warmup_steps, decay, decay_steps, end_lr)
+  rate = learning_rate(lr, warmup_steps, decay, decay_steps, end_lr, decay_from)
   dtype = None if moments_dtype == 'float32' else moments_dtype
   if name == 'adamw':
     adam = optax.adamw(
