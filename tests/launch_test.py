@@ -10,7 +10,7 @@ SCRIPTS = [
   *sorted((binaries.ROOT / 'launch').glob('*.sh')),
   binaries.ROOT / 'launch' / 'slurm.sbatch',
 ]
-NAMED = ['local', 'half_hour', 'test', 'prepare_data', 'tpu_pod', 'worker']
+NAMED = ['local', 'ten_minutes', 'test', 'prepare_data', 'tpu_pod', 'worker']
 
 
 def bash(*arguments):

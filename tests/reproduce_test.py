@@ -1,20 +1,14 @@
 """The binary: from a command to a folder of results, in pieces."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import binaries
-import numpy as np
 import pytest
 import tiny
 from parity import inception as parity
-from PIL import Image
 
 from configs import digits
 from diffusion_jax import runs
@@ -277,101 +271,3 @@ def test_a_stage_that_fails_has_the_last_word(tmp_path):
   assert result.err.strip().splitlines()[-1].startswith('error: ')
   assert 'fsdp' in result.err.strip().splitlines()[-1]
   assert not (tmp_path / 'run').exists()
-
-
-# --- the half hour ----------------------------------------------------------
-
-ROOT = binaries.ROOT
-SHARED = ROOT.parent / 'shared' / 'data'
-INCEPTION = SHARED / 'inception' / 'inception_2015_12_05_to_mixed_7.npz'
-
-
-def cifar10(split, count):
-  """Of the sheets of 10 x 10 images."""
-  sheets = sorted((SHARED / 'cifar10' / split).glob('*.webp'))
-  images = [
-    np.asarray(Image.open(path).convert('RGB'))
-    .reshape(10, 32, 10, 32, 3).transpose(0, 2, 1, 3, 4)
-    .reshape(-1, 32, 32, 3)
-    for path in sheets[: -(-count // 100)]
-  ]  # fmt: skip
-  return np.concatenate(images)[:count]
-
-
-def half_hour(*arguments, cwd=None, **environment):
-  return subprocess.run(
-    ['bash', str(ROOT / 'launch' / 'half_hour.sh'), *map(str, arguments)],
-    capture_output=True, text=True, check=False, cwd=cwd,
-    env={**os.environ, 'PYTHON': sys.executable, **environment},
-  )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-  ('arguments', 'must'),
-  [
-    ([], 'are missing; see --help'),
-    (['a.npz', 'b.npz', 'run', 'other'], 'other is not a flag'),
-    (['a.npz', 'b.npz', 'run', '--features=/none'], '/none: there is no such'),
-  ],
-)
-def test_mistakes_of_the_half_hour(arguments, must):
-  result = half_hour(*arguments)
-  assert result.returncode == 2
-  assert must in result.stderr
-
-
-def test_the_half_hour_is_meant_from_where_its_user_stands(tmp_path):
-  tell = tmp_path / 'tell'
-  tell.write_text('#!/bin/sh\npwd; env; echo "$@"')
-  tell.chmod(0o755)
-  given = ('a.npz', '/b.npz', '--workdir=w', '--output=o')
-  result = half_hour(
-    *given, cwd=tmp_path, PYTHON=str(tell), JAX_COMPILATION_CACHE_DIR=''
-  )
-  lines = result.stdout.splitlines()
-  assert lines[0] == str(tmp_path)
-  assert 'JAX_COMPILATION_CACHE_DIR=w.compiled' in lines
-  words = lines[-1].split()
-  assert f'--config.data.path={tmp_path}/a.npz' in words
-  assert [x for x in words if x.startswith('--workdir=')] == ['--workdir=w']
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-  not INCEPTION.exists(), reason=f'{SHARED} has no real images or Inception'
-)
-def test_the_half_hour_rehearsed(tmp_path):
-  """A narrow network, a few real images, real Inception features."""
-  data = tmp_path / 'cifar10.npz'
-  np.savez(
-    data, train_images=cifar10('train', 256), test_images=cifar10('test', 128)
-  )
-  workdir = tmp_path / 'run'
-  small = {
-    'model.channels': 8, 'model.num_groups': 4, 'model.num_blocks': 1,
-    'batch_size': 8, 'checkpoint_every': 10, 'keep_every': 10, 'log_every': 1,
-    'eval_every': 0,
-  }  # fmt: skip
-  given = [
-    data, INCEPTION, workdir, f'--cache={tmp_path / "cache"}',
-    '--num_samples=64', '--num_steps=5', '--curve=1', '--train_minutes=0.7',
-    '--config.num_steps=60',
-    *(f'--config.{key}={value}' for key, value in small.items()),
-  ]  # fmt: skip
-  for _ in range(10):
-    result = half_hour(*given, '--minutes=4', '--json')
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    if found['done']:
-      break
-  assert found['done'], found['left']
-  assert found['table'][0]['results'].keys() == {'fid_768'}
-  assert found['verdict'] == 'no verdict'
-  reasons = ' '.join(found['reasons'])
-  for part in ('model.channels', 'ema.decay', 'num_samples', 'FID-768'):
-    assert part in reasons
-  folder = Path(found['directory'])
-  assert folder == workdir / 'reproduction'
-  assert Image.open(folder / 'samples.png').width > 300
-  assert Image.open(folder / 'curves.png').width == 1440
-  assert sum(path.stat().st_size for path in folder.iterdir()) < 30e6

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
@@ -46,7 +47,8 @@ def run(
   watch: Callable[[], None] = lambda: None,
   every: float = 20.0,
   grace: float = GRACE,
-) -> dict | None:
+  parse: Callable[[str], Any] = json.loads,
+) -> Any:
   """Runs a stage until it ends or its deadline; an exception also stops it.
 
   Args:
@@ -56,9 +58,10 @@ def run(
     watch: called repeatedly while the stage runs.
     every: seconds between these calls.
     grace: seconds from the signal to the kill.
+    parse: what it printed -> the result; JSON by default.
 
   Returns:
-    its JSON output; None if it was stopped.
+    its result; None if it was stopped.
 
   Raises:
     Failed: it ended with an error.
@@ -87,7 +90,7 @@ def run(
   # Training stopped by a signal saves, exits with 0 and prints no result.
   if code == 0 and printed.strip():
     try:
-      return json.loads(printed)
+      return parse(printed)
     except ValueError as e:
       raise Failed(f'{name(command)} printed no JSON') from e
   if cut or code == 0:
