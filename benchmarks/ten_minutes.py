@@ -69,8 +69,7 @@ def main():
   for path in (output, work):
     path.mkdir(parents=True, exist_ok=True)
   _log_to(output / f'{call}.log')
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(work / 'compiled')
-  ten_files.read_compiled(folder, work / 'compiled')
+  compiled = _compiled(folder)
   here = rounds.machine()
   here['device'] = device
   about = [
@@ -90,14 +89,14 @@ def main():
     )  # fmt: skip
     ten_train.carry_out(record, asked, clock)
 
-  def compiled(_):
+  def pack_compiled(_):
     there = [x.stat().st_size for x in output.iterdir()]
     room = ten_files.MOST_IN_ALL - sum(there)
     room *= len(there) < ten_files.MOST_FILES
-    told = ten_files.write_compiled(output, work / 'compiled', room)
+    told = ten_files.write_compiled(output, compiled, room)
     record.text['files'] = [*record.text.get('files', []), told]
 
-  record.part('compiled programs', compiled, clock.left, due=False)
+  record.part('compiled programs', pack_compiled, clock.left, due=False)
   terminal.write(record.summary())
   return int(record.failed)
 
@@ -216,6 +215,20 @@ def _device(rehearse: bool) -> str:
       "installed with pip install '.[cuda]', or give --rehearse"
     )
   return kind
+
+
+def _compiled(folder: Path) -> Path:
+  """The folder of compiled programs, with those of an earlier call.
+
+  Its path is part of their keys, so that it does not depend on OUTPUT. JAX also
+  keeps the algorithms there that it has measured on a GPU, so that the second
+  training program need not measure them again.
+  """
+  name = 'JAX_COMPILATION_CACHE_DIR'
+  os.environ.setdefault(name, str(files.cache() / 'ten_minutes'))
+  compiled = Path(os.environ[name])
+  ten_files.read_compiled(folder, compiled)
+  return compiled
 
 
 def _log_to(path: Path) -> None:
