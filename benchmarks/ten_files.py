@@ -257,7 +257,8 @@ def write_weights(
       for i, part in enumerate(parts):
         path = folder / f'weights_{dtype}_{i + 1}_of_{len(parts)}.safetensors'
         safetensors.numpy.save_file(part, path)
-      return f'averaged weights in {dtype}, {len(parts)} files'
+        path.chmod(0o644)
+      return f'averaged weights in {dtype}, in parts: {len(parts)}'
   return 'the averaged weights do not fit'
 
 

@@ -200,8 +200,8 @@ def test_whole_numbers_with_scales_are_near(tmp_path):
 @pytest.mark.parametrize(
   ('count', 'room', 'told'),
   [
-    (2, 10**6, 'in float16, 1 files'),
-    (2, 180_000, 'in int8, 1 files'),
+    (2, 10**6, 'in float16, in parts: 1'),
+    (2, 180_000, 'in int8, in parts: 1'),
     (2, 10_000, 'do not fit'),
     (0, 10**6, 'do not fit'),
   ],
