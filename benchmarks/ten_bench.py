@@ -15,6 +15,8 @@ LEAST = 45.0  # seconds that one benchmark needs, at least
 END = 5.0  # seconds for what comes after the last benchmark
 # Of the time that is left, for compiled PyTorch: what follows needs the rest.
 PYTORCH = 0.6
+# Flags that print more than the table: the ratio, and operations.
+MORE = ('--vs=diffusers', '--profile')
 LARGEST = ('norm', 'attention', 'upsampling')  # measures tested singly
 HEADS = ('', 'side', 'ms', 'images/s', 'utilisation', 'memory', 'compiled in')
 
@@ -27,8 +29,8 @@ def parts() -> list[tuple[str, list[str], bool]]:
 
   return [
     ('all measures', [], True),
-    ('beside compiled PyTorch', ['--vs=diffusers'], True),
-    ('profile', ['--profile', '--rounds=1'], True),
+    ('beside compiled PyTorch', [MORE[0]], True),
+    ('profile', [MORE[1], '--rounds=1'], True),
     ('no measure', plain(*layers.MEASURES), True),
     *((f'all but {name}', plain(name), False) for name in LARGEST),
   ]
@@ -56,7 +58,7 @@ def carry_out(
     left = clock.left - END
     # Not worth starting: it would not even be compiled.
     left = left if i == 0 or left > LEAST / 3 else 0
-    left *= PYTORCH if '--vs=diffusers' in more else 1
+    left *= PYTORCH if MORE[0] in more else 1
 
     def measure(found, i=i, name=name, more=more, left=left):
       path = work / f'{i}.json'
@@ -70,11 +72,14 @@ def carry_out(
       kept = {'rows': []}
       if path.exists():  # written row by row
         kept = json.loads(path.read_text())
-      rows.extend({'name': name, **row} for row in kept['rows'])
-      record.result.setdefault('matrix_rate', kept.get('matrix_rate'))
+      rate = kept.get('matrix_rate')
+      rows.extend(
+        {'name': name, **row, 'matrix_rate': rate} for row in kept['rows']
+      )
       record.text['a training step'] = _table(rows)
-      if told and (rest := told.strip().splitlines()[3:]):
-        record.text[name] = rest
+      if told and {*MORE} & {*more}:
+        there = sum(len(row['sides']) for row in kept['rows'])
+        record.text[name] = told.strip().splitlines()[2 + there :]
       terminal.say(told or '')
 
     record.part(name, measure, left, due)

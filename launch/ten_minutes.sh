@@ -24,7 +24,7 @@
 #   FLAGS   --minutes=N, --config.KEY=VALUE; --rehearse allows a CPU, and takes
 #           a narrow network and few samples. All of them:
 #           python benchmarks/ten_minutes.py --help
-#   PYTHON  by default python
+#   PYTHON  by default python, or python3
 #
 # Every part ends by the clock, and what it has done is kept. A part that fails
 # does not stop the next one: its error stands in the summary, a.txt or
@@ -59,7 +59,7 @@ if [ ${#names[@]} -gt 0 ]; then
 fi
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-python=${PYTHON:-python}
+python=${PYTHON:-$(command -v python || echo python3)}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 for flag in "${flags[@]}"; do
   case $flag in --files=*) wheels=${flag#*=}/wheels ;; esac

@@ -9,6 +9,7 @@ from pathlib import Path
 import binaries
 import numpy as np
 import pytest
+import rounds
 import safetensors.numpy
 import ten_bench
 import ten_files
@@ -124,6 +125,55 @@ def test_the_benchmarks_in_order():
   flags = {name: more for name, more, _ in ten_bench.parts()}
   assert flags['no measure'] == [f'--config.model.plain={layers.MEASURES!r}']
   assert flags['all but norm'] == ["--config.model.plain=('norm',)"]
+
+
+def fake_benchmark(seconds):
+  """In place of `ten_parts.run`: writes what the benchmark would write."""
+  side = {
+    'seconds': {'median': 0.02, 'q1': 0.01, 'q3': 0.03},
+    'images_per_sec': 12800.0, 'utilisation': 0.4, 'bytes': 2**30,
+    'compile_seconds': 30.0,
+  }  # fmt: skip
+
+  def run(command, left, parse):
+    assert left <= seconds
+    if '--vs=diffusers' in command:
+      raise stages.Failed('exit code 2', 'error: torch is not installed')
+    path = next(x for x in command if str(x).startswith('--json=')).split('=')[
+      1
+    ]
+    kept = {'rows': [{'sides': {'ours': side}}], 'matrix_rate': {'bfloat16': 1}}
+    Path(path).write_text(json.dumps(kept))
+    return parse('machine\nheads\nours\nten operations\nlast\n')
+
+  return run
+
+
+def test_benchmarks_are_kept_as_they_end(tmp_path, monkeypatch):
+  monkeypatch.setattr(ten_parts, 'run', fake_benchmark(200))
+  kept = record(tmp_path)
+  clock = rounds.Clock(200 / 60)
+  ten_bench.carry_out(kept, tmp_path / 'config.py', tmp_path, clock, False)
+  found = json.loads((tmp_path / 'x.json').read_text())
+  ended = {part['name']: part['how'] for part in found['parts']}
+  assert ended.pop('beside compiled PyTorch') == 'failed'
+  assert {*ended.values()} == {'done'}
+  assert [row['name'] for row in found['rows']] == [*ended]
+  assert all(row['matrix_rate'] == {'bfloat16': 1} for row in found['rows'])
+  text = (tmp_path / 'x.txt').read_text()
+  assert text.count('ten operations') == 1
+  assert 'torch is not installed' in text
+  assert kept.failed
+
+
+def test_benchmarks_that_cannot_end_are_left_out(tmp_path, monkeypatch):
+  monkeypatch.setattr(ten_parts, 'run', fake_benchmark(10))
+  kept = record(tmp_path)
+  clock = rounds.Clock(10 / 60)
+  ten_bench.carry_out(kept, tmp_path / 'config.py', tmp_path, clock, False)
+  how = [part['how'] for part in kept.result['parts']]
+  assert how == ['done', *['left out'] * (len(how) - 1)]
+  assert kept.failed
 
 
 # --- the files ----------------------------------------------------------------
