@@ -17,6 +17,7 @@ import ten_parts
 import ten_train
 from PIL import Image
 
+from diffusion_jax.configs import digits
 from diffusion_jax.models import layers
 from diffusion_jax.reproduction import stages
 from diffusion_jax.system.errors import UserError
@@ -174,6 +175,53 @@ def test_benchmarks_that_cannot_end_are_left_out(tmp_path, monkeypatch):
   how = [part['how'] for part in kept.result['parts']]
   assert how == ['done', *['left out'] * (len(how) - 1)]
   assert kept.failed
+
+
+class FakeTraining:
+  """A run of 2 steps/s that takes 20 s to start, on a clock of its own."""
+
+  def __init__(self):
+    self.now, self.step, self.rows, self.commands = 1000.0, 0, [], []
+
+  def run(self, command, left, watch=lambda: None):
+    self.commands.append(command)
+    end = self.now + left
+    last = next(x for x in command if str(x).startswith('--config.num_steps='))
+    last = int(last.split('=')[1])
+    self.now += 20.0
+    while self.now < end and self.step < last:
+      self.step += 2
+      self.now += 1.0
+      self.rows.append({'step': self.step, 'images_per_sec': 8.0, 'loss': 1.0})
+      watch()
+    return {'step': last} if self.step >= last else None
+
+
+def test_the_speed_of_the_first_part_fixes_the_steps_of_the_second(
+  tmp_path, monkeypatch
+):
+  fake, kept = FakeTraining(), record(tmp_path)
+  monkeypatch.setattr(ten_parts, 'run', fake.run)
+  monkeypatch.setattr(ten_train, '_rows', lambda asked: fake.rows)
+  monkeypatch.setattr(ten_train, '_steps', lambda asked: fake.step)
+  monkeypatch.setattr(ten_train.time, 'monotonic', lambda: fake.now)
+  config = digits.get_config()
+  config.batch_size, config.steps_per_dispatch = 4, 1
+  asked = ten_train.Asked(
+    tmp_path, tmp_path, tmp_path, tmp_path / 'config.py', config,
+    {'train': 100, 'test': 0}, 8, 2, 2,
+  )  # fmt: skip
+  ten_train.train(kept, asked, ['--config=x'], rounds.Clock(10), 300.0)
+  assert fake.now <= 1300.0
+  assert [part['how'] for part in kept.result['parts']] == ['done', 'done']
+  at, steps = (
+    kept.result['rate'][f'{what}_steps'] for what in ('constant', 'decaying')
+  )
+  assert fake.step == at + steps
+  assert steps / fake.step == pytest.approx(ten_train.DECAY, abs=0.02)
+  assert f'--config.optim.decay_from={at}' in fake.commands[1]
+  assert f'--config.optim.decay_steps={at + steps}' in fake.commands[1]
+  assert f'{at + steps:,} steps of 4 images' in kept.summary()
 
 
 # --- the files ----------------------------------------------------------------
