@@ -128,16 +128,18 @@ def _tangent(how, primals, moments, tangents):
 
 def _moments(xs):
   """Mean and variance over the pixels, [B, C] float32."""
-  means, variances = [], []
+  pivots, firsts, seconds = [], [], []
   for x in xs:
-    # Any value near the mean would do: it keeps the digits of the variance.
-    pivot = x[:, :1, :1, :].astype(jnp.float32)
+    # Any value near the mean keeps the digits of the variance. Maps of 16 bits
+    # have no such digits: rounding them has changed the variance by more.
+    wide = x.dtype == jnp.float32
+    pivot = x[:, :1, :1, :] if wide else jnp.zeros((1, 1, 1, x.shape[-1]))
     deviation = x.astype(jnp.float32) - pivot
-    first = jnp.mean(deviation, axis=(1, 2))
-    second = jnp.mean(jnp.square(deviation), axis=(1, 2))
-    means.append(pivot[:, 0, 0] + first)
-    variances.append(second - jnp.square(first))
-  return _joined(means), _joined(variances)
+    pivots.append(jnp.broadcast_to(pivot[:, 0, 0], (len(x), x.shape[-1])))
+    firsts.append(jnp.mean(deviation, axis=(1, 2)))
+    seconds.append(jnp.mean(jnp.square(deviation), axis=(1, 2)))
+  pivot, first, second = map(_joined, (pivots, firsts, seconds))
+  return pivot + first, second - jnp.square(first)
 
 
 def _group_moments(num_groups, mean, var):

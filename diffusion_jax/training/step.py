@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import layout
 
 from diffusion_jax.data.resident import take
 from diffusion_jax.objectives.objective import Aux, Objective
@@ -114,6 +115,9 @@ def train_step(
   grads = jax.lax.with_sharding_constraint(
     grads, sharding.shardings(state.params, mesh)
   )
+  grads = jax.lax.platform_dependent(
+    grads, cuda=_row_major, default=lambda grads: grads
+  )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   ema_params = state.ema_params and jax.tree.map(
@@ -132,6 +136,20 @@ def train_step(
   return TrainState(
     state.step + 1, params, ema_params, opt_state, extras
   ), metrics
+
+
+def _row_major(grads):
+  """Gradients in the layout of the state.
+
+  For a GPU, XLA would update the state in the layout that the gradients of
+  convolutions come in, and copy each new array into its own.
+  """
+
+  def constrain(leaf):
+    order = layout.Layout(tuple(range(leaf.ndim)))
+    return layout.with_layout_constraint(leaf, order)
+
+  return jax.tree.map(constrain, grads)
 
 
 def train_steps(
