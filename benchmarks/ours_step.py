@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import models, runs
+from diffusion_jax.models import layers
 from diffusion_jax.planning import flops
 from diffusion_jax.runs import programs
 from diffusion_jax.training import sharding
@@ -120,12 +121,15 @@ def noise(shape) -> np.ndarray:
 def flops_per_image(config: ConfigDict, what: str) -> float:
   """FLOPs of the products of a step or of the network, without padding taps.
 
+  Those of the plain network: measures that save products count as speed.
+
   Args:
     config: the run's config.
     what: a key of WHAT.
   """
   config = config.copy_and_resolve_references()
   config.update(batch_size=1, microbatches=1)
+  config.model.update(plain=layers.MEASURES, remat='none')
   over, shape = mesh(), runs.image_shape(config.data)
   if what == 'step':
     program = programs.create(config, over)

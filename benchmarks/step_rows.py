@@ -1,6 +1,7 @@
 """Rows of a benchmark of the training step: what is measured, and how."""
 
 import functools
+import itertools
 import math
 import os
 import time
@@ -14,12 +15,13 @@ import rounds
 from ml_collections import ConfigDict
 
 from diffusion_jax import models, runs
+from diffusion_jax.models import layers
 from diffusion_jax.runs import validation
 from diffusion_jax.system.errors import UserError
 
 HEADS = ('what', 'batch', 'dtype', 'side', 'ms', 'images/s', 'utilisation',
          'memory', 'compiled in')  # fmt: skip
-WIDTHS = (7, 5, 8, 9, 24, 9, 11, 9, 11)
+WIDTHS = (7, 5, 8, 16, 24, 9, 11, 9, 11)
 THEIRS = 'diffusers'
 PACKAGES = ('torch', 'diffusers')
 MATRIX = {'cpu': 2048}  # size of the matrix product; 8192 on accelerators
@@ -30,6 +32,7 @@ def places(
   batch: Sequence[str] | None = None,
   dtype: Sequence[str] | None = None,
   what: Sequence[str] = ('step',),
+  plain: Sequence[str] = ('none',),
 ) -> list[tuple[str, ConfigDict]]:
   """What each row measures: (a key of `ours_step.WHAT`, the config).
 
@@ -38,6 +41,8 @@ def places(
     batch: batch sizes; None = the config's.
     dtype: dtypes; None = the config's.
     what: keys of `ours_step.WHAT`.
+    plain: the measures that our network does not take, 'none', 'all' or one of
+      `layers.MEASURES`.
 
   Raises:
     UserError: one of them is not valid.
@@ -47,14 +52,16 @@ def places(
     'dtype', dtype or [config.model.dtype], ('float32', 'bfloat16')
   )
   sizes = rounds.numbers('batch', batch or [str(config.batch_size)])
+  plains = rounds.words('plain', plain, ['none', 'all', *layers.MEASURES])
   found = []
-  for size in sizes:
-    for dtype in dtypes:
-      one = ours_step.on_one_device(config)
-      one.batch_size, one.model.dtype = size, dtype
-      if wrong := validation.check(one, jax.devices()[:1]):
-        raise UserError(wrong[0])
-      found += [(name, one) for name in whats]
+  for size, dtype, name in itertools.product(sizes, dtypes, plains):
+    one = ours_step.on_one_device(config)
+    one.batch_size, one.model.dtype = size, dtype
+    if name != 'none':
+      one.model.plain = layers.MEASURES if name == 'all' else (name,)
+    if wrong := validation.check(one, jax.devices()[:1]):
+      raise UserError(wrong[0])
+    found += [(name, one) for name in whats]
   return found
 
 
@@ -95,10 +102,11 @@ def measured(
     clock: the time that is left.
     count: the number of rounds.
     secs: the least time of a round; calls are repeated until then.
-    vs: the other side, None or THEIRS.
+    vs: the other side, None or THEIRS; not for a network that is plain.
     profile: whether to add our most expensive operations.
   """
   begin, dtype = time.monotonic(), config.model.dtype
+  vs = None if config.model.plain else vs
   if dtype not in rates:
     size = MATRIX.get(jax.default_backend(), 8192)
     rates[dtype] = ours_step.matrix_rate(dtype, size)
@@ -144,6 +152,7 @@ def measured(
     'what': what,
     'batch': size,
     'dtype': dtype,
+    'plain': list(config.model.plain),
     'rounds': len(seconds['ours']),
     'flops_per_image': flops,
     'sides': {name: side(name) for name in seconds},
@@ -166,7 +175,7 @@ def lines(row: Mapping) -> Iterator[tuple[str, ...]]:
       row['what'],
       str(row['batch']),
       row['dtype'],
-      name,
+      _plain(row) or name,
       rounds.spread(side['seconds'], 1e3),
       rounds.figures(side['images_per_sec']),
       f'{side["utilisation"]:.1%}',
@@ -194,7 +203,14 @@ def last(rows: Sequence[Mapping]) -> str:
 
 
 def _place(row) -> str:
-  return f'{row["what"]}, batch {row["batch"]}, {row["dtype"]}'
+  place = f'{row["what"]}, batch {row["batch"]}, {row["dtype"]}'
+  return ', '.join(filter(None, [place, _plain(row)]))
+
+
+def _plain(row) -> str:
+  """The measures that ours does not take; '' = it takes all."""
+  plain = row['plain']
+  return f'{plain[0] if len(plain) == 1 else "all"} plain' if plain else ''
 
 
 def _theirs(what, config, now) -> tuple[Callable, Callable]:

@@ -47,6 +47,11 @@ flags.DEFINE_list('dtype', None, "float32, bfloat16; by default the config's.")
 flags.DEFINE_list(
   'what', ['step'], 'step, forward: the training step, the network alone.'
 )
+flags.DEFINE_list(
+  'plain', ['none'],
+  'Measures that our network does not take: none, all, or names of '
+  'docs/speed.md. A row each; --vs is for none.',
+)  # fmt: skip
 flags.DEFINE_enum('vs', None, [step_rows.THEIRS], 'What to compare with.')
 flags.DEFINE_integer('rounds', 7, 'Number of timed rounds.')
 flags.DEFINE_float(
@@ -94,7 +99,9 @@ def main():
 def _checked() -> list[tuple]:
   """What each row measures."""
   command.at_least(rounds=1, secs=0, minutes=0)
-  places = step_rows.places(FLAGS.config, FLAGS.batch, FLAGS.dtype, FLAGS.what)
+  places = step_rows.places(
+    FLAGS.config, FLAGS.batch, FLAGS.dtype, FLAGS.what, FLAGS.plain
+  )
   if FLAGS.json:
     runs.usable_file('json', FLAGS.json)
   if FLAGS.vs:

@@ -15,6 +15,7 @@ import tiny
 
 from diffusion_jax import models
 from diffusion_jax.configs import digits
+from diffusion_jax.models import layers
 from diffusion_jax.runs import to_plain
 from diffusion_jax.system.errors import UserError
 
@@ -104,9 +105,30 @@ def test_places_are_all_sizes_dtypes_and_programs():
   ]
 
 
+def test_each_measure_can_be_left_out():
+  found = step_rows.places(config(), plain=['none', 'norm', 'all'])
+  assert [one.model.plain for _, one in found] == [
+    (), ('norm',), layers.MEASURES,
+  ]  # fmt: skip
+  labels = [
+    step_rows._plain({'plain': list(one.model.plain)}) for _, one in found
+  ]
+  assert labels == ['', 'norm plain', 'all plain']
+
+
+def test_flops_are_those_of_the_plain_network():
+  """Whatever is executed: measures that save products count as speed."""
+  counts = {
+    ours_step.flops_per_image(one, 'forward')
+    for _, one in step_rows.places(config(), plain=['none', 'all'])
+  }
+  assert len(counts) == 1
+
+
 @pytest.mark.parametrize(
   ('given', 'told'),
   [
+    ({'plain': ['nrm']}, '--plain=nrm: one or more of none, all, norm'),
     ({'batch': ['2', '0']}, '--batch=2,0: whole numbers from 1 on'),
     ({'dtype': ['float16']}, '--dtype=float16: one or more of float32, bfloat'),
     ({'what': ['backward']}, '--what=backward: one or more of step, forward'),
