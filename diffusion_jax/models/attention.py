@@ -3,6 +3,9 @@
 The logits and the softmax are float32 for any dtype.
 """
 
+import functools
+import os
+
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +13,8 @@ import jax.numpy as jnp
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   """Scaled dot-product attention (arXiv 1706.03762, eq. 1).
 
-  cuDNN's kernel where it exists, which writes no logits: on a GPU in bfloat16.
+  cuDNN's kernel where this machine has it, which writes no logits: on a GPU in
+  bfloat16, unless XLA_FLAGS asks for deterministic operations.
 
   Args:
     query: [B, T, heads, D].
@@ -20,25 +24,37 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   Returns:
     [B, T, heads, D].
   """
-  if _has_kernel(query):
-    return jax.nn.dot_product_attention(
-      query, key, value, implementation='cudnn'
-    )
-  shape = query.shape
-  heads = (
-    jnp.moveaxis(x, 2, 1).reshape(-1, *shape[1::2]) for x in (query, key, value)
+  if not _has_kernel(query):
+    return _by_heads(query, key, value)
+  kernel = functools.partial(
+    jax.nn.dot_product_attention, implementation='cudnn'
   )
-  mixed = _attend(*heads).reshape(-1, shape[2], *shape[1::2])
-  return jnp.moveaxis(mixed, 1, 2)
+  # The program may be compiled for other devices than this machine's.
+  return jax.lax.platform_dependent(
+    query, key, value, cuda=kernel, default=_by_heads
+  )
 
 
 def _has_kernel(query) -> bool:
   """Whether cuDNN has a kernel for these heads on this machine's GPUs."""
   if query.dtype != jnp.bfloat16 or jax.default_backend() != 'gpu':
     return False
+  if 'deterministic' in os.environ.get('XLA_FLAGS', ''):
+    return False
   major = int(float(jax.local_devices()[0].compute_capability))
   most = 256 if major >= 9 else 128
   return major >= 8 and query.shape[-1] % 8 == 0 and query.shape[-1] <= most
+
+
+def _by_heads(query, key, value) -> jax.Array:
+  """`attend` in plain JAX."""
+  _, _, *heads = query.shape
+  maps = (
+    jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], heads[1])
+    for x in (query, key, value)
+  )
+  mixed = _attend(*maps).reshape(-1, heads[0], query.shape[1], heads[1])
+  return jnp.moveaxis(mixed, 1, 2)
 
 
 @jax.custom_jvp
