@@ -89,7 +89,8 @@ def test_too_many_images_for_the_devices_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('sizes', 'microbatches'), [((1, 1, 1), 1), ((2, 2, 2), 2)]
+  ('sizes', 'microbatches'),
+  [((1, 1, 1), 1), pytest.param((2, 2, 2), 2, marks=pytest.mark.slow)],
 )
 def test_several_steps_train_the_same_as_single_ones(sizes, microbatches):
   devices = jax.devices()[: np.prod(sizes)]

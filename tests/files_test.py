@@ -134,7 +134,7 @@ def test_packages_that_are_not_there(bucket, monkeypatch):
 
 def test_data_do_not_lie_in_a_bucket():
   for name in ('arrays', 'folder', 'tfds:cifar10'):
-    with pytest.raises(UserError, match=r'data.path=gs://ours/x: .*gcsfuse'):
+    with pytest.raises(UserError, match=r'path=gs://ours/x: .*gcsfuse'):
       data.create(name, path='gs://ours/x', image_size=8, channels=1)
 
 

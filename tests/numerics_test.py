@@ -185,7 +185,7 @@ def draw_no_grid(workdir):
   """In a process of its own, because binaries' flags would collide."""
   from diffusion_jax import train
 
-  state = types.SimpleNamespace(ema_params={})
+  state = types.SimpleNamespace(averaged={})
   program = types.SimpleNamespace(
     frozen={}, draw_fn=lambda params, indices: (None, np.False_)
   )

@@ -27,7 +27,13 @@ def size(tree):
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize('values', [NONE, HALF, FACTORED])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+  'values',
+  [NONE, pytest.param(HALF, marks=SLOW), pytest.param(FACTORED, marks=SLOW)],
+)
 def test_a_checkpoint_of_a_smaller_state_resumes_exactly(tmp_path, values):
   made, mesh = program(values), tiny.one_device()
   batch = sharding.put_batch(tiny.images(), mesh) | {

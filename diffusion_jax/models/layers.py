@@ -68,7 +68,15 @@ def normalised(
   swish: bool = True,
   plain: frozenset = frozenset(),
 ) -> jax.Array:
-  """Group norm of maps as if concatenated, see `normalise.group_norm`."""
+  """Group norm of maps as if concatenated, see `normalise.group_norm`.
+
+  Args:
+    layer: its parameters.
+    xs: maps [B, H, W, C_i].
+    shift: [B, C], added to every pixel before the norm.
+    swish: whether to apply swish to the result.
+    plain: the measures that are not taken.
+  """
   if 'norm' not in plain:
     return normalise.group_norm(
       xs, layer.scale[...], layer.bias[...], layer.num_groups, shift, swish,
@@ -90,6 +98,12 @@ def projected(
 
   The concatenation is never written. As 1x1 convolutions, since those of GPUs
   can add a bias and a map, forwards and backwards.
+
+  Args:
+    layer: its parameters.
+    xs: maps [B, H, W, C_i].
+    added: [B, H, W, outputs], added to the result.
+    bias: [outputs], added to the layer's bias.
   """
   ends = list(itertools.accumulate(x.shape[-1] for x in xs))[:-1]
   bias = broadcast(layer.bias[...] + bias, xs[0])
