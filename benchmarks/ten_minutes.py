@@ -40,6 +40,7 @@ declare.table(
     False,
     'pack: write the statistics of both splits, and no held-out images.',
   ),
+  train_share=(0.55, 'b: share of the minutes after which training is saved.'),
   num_samples=(int, 'b: samples of each sampler [10000, rehearsed 128].'),
   ode_steps=(int, 'b: steps of UniPC [20, rehearsed 10].'),
   ancestral_steps=(int, 'b: ancestral steps [100, rehearsed 20].'),
@@ -84,7 +85,7 @@ def main():
     ten_bench.carry_out(record, path, work, clock, FLAGS.rehearse)
   else:
     asked = ten_train.Asked(
-      folder, output, work, path, config, index,
+      folder, output, work, path, config, index, FLAGS.train_share,
       **{name: _number(name) for name in REHEARSED},
     )  # fmt: skip
     ten_train.carry_out(record, asked, clock)
@@ -118,6 +119,8 @@ def _folders(call: str) -> tuple[Path, Path, Path]:
   """The folders of the files, of the results, and of everything else."""
   command.need('output')
   command.at_least(num_samples=2, ode_steps=1, ancestral_steps=1)
+  if not 0.1 <= FLAGS.train_share <= 0.9:
+    raise UserError(f'--train_share={FLAGS.train_share:g}: from 0.1 to 0.9')
   folder, output = (
     Path(x).expanduser().absolute() for x in (FLAGS.files, FLAGS.output)
   )

@@ -59,7 +59,6 @@ NARROW = {
 }
 FOREVER = 10**9  # steps: the clock ends the constant part
 LEAST = 120.0  # seconds of the shortest call that leaves a checkpoint
-TRAINING = 0.55  # share of the call until training is saved
 DECAY = 0.3  # share of training with a decaying rate
 SAVING = 8.0  # seconds that a stopped training takes to save, about
 END = 20.0  # seconds for pictures and weights
@@ -76,6 +75,7 @@ class Asked(NamedTuple):
     path: file of the config.
     config: the config.
     index: the number of images of each split.
+    train_share: share of the call until training is saved.
     num_samples: of each sampler.
     ode_steps: steps of the ODE solver.
     ancestral_steps: ancestral steps.
@@ -87,6 +87,7 @@ class Asked(NamedTuple):
   path: Path
   config: ConfigDict
   index: dict
+  train_share: float
   num_samples: int
   ode_steps: int
   ancestral_steps: int
@@ -135,7 +136,7 @@ def carry_out(
   flags = [f'--config={asked.path}', f'--config.data.path={data[0]}']
   if not asked.index['test']:
     flags.append('--config.data.heldout_split=')
-  train(record, asked, flags, clock, TRAINING * whole)
+  train(record, asked, flags, clock, asked.train_share * whole)
   if not _steps(asked):
     return
   source = asked.folder / ten_files.INCEPTION

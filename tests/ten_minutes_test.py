@@ -209,7 +209,7 @@ def test_the_speed_of_the_first_part_fixes_the_steps_of_the_second(
   config.batch_size, config.steps_per_dispatch = 4, 1
   asked = ten_train.Asked(
     tmp_path, tmp_path, tmp_path, tmp_path / 'config.py', config,
-    {'train': 100, 'test': 0}, 8, 2, 2,
+    {'train': 100, 'test': 0}, 0.55, 8, 2, 2,
   )  # fmt: skip
   ten_train.train(kept, asked, ['--config=x'], rounds.Clock(10), 300.0)
   assert fake.now <= 1300.0
@@ -405,7 +405,7 @@ def test_both_calls_rehearsed(tmp_path, monkeypatch):
   small = ['--config.model.channels=8', '--config.model.num_groups=4',
            '--config.batch_size=4', '--rehearse']  # fmt: skip
   output = tmp_path / 'out'
-  first = call('a', files, output, *small, '--minutes=3')
+  first = call('a', files, output, *small, '--minutes=2')
   found = json.loads((output / 'a.json').read_text())
   rows = {row['name'] for row in found['rows']}
   assert 'all measures' in rows, first.stderr
