@@ -60,6 +60,7 @@ NARROW = {
 FOREVER = 10**9  # steps: the clock ends the constant part
 LEAST = 120.0  # seconds of the shortest call that leaves a checkpoint
 DECAY = 0.3  # share of training with a decaying rate
+SLACK = 0.95  # of the speed: it may fall a little
 SAVING = 8.0  # seconds that a stopped training takes to save, about
 END = 20.0  # seconds for pictures and weights
 FIRST = 0.5  # share of the time for both samplers that the first may take
@@ -244,7 +245,7 @@ def decaying(seconds: float, rate: float, count: int) -> int:
     rate: steps per second.
     count: steps of a dispatch.
   """
-  return int(max(seconds, 0) * rate) // count * count
+  return int(SLACK * max(seconds, 0) * rate) // count * count
 
 
 def _rows(asked: Asked) -> list[dict]:

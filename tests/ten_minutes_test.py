@@ -51,7 +51,8 @@ def test_the_decay_is_a_share_of_the_steps_and_ends_in_time(
   assert steps % count == 0
   assert now + ten_train.SAVING + start_up + steps / rate <= end
   share = steps / (steps + constant)
-  slack = (count + 2 * rate + 2) / (steps + constant)  # a dispatch, two seconds
+  # A dispatch, two seconds, and what is left because the speed may fall.
+  slack = (count + 2 * rate + 2) / (steps + constant) + 1 - ten_train.SLACK
   assert abs(share - ten_train.DECAY) <= slack
 
 
@@ -411,11 +412,16 @@ def test_both_calls_rehearsed(tmp_path, monkeypatch):
   assert 'all measures' in rows, first.stderr
   assert (output / 'a.txt').read_text().strip() == first.stdout.strip()
   few = ('--num_samples=8', '--ode_steps=3', '--ancestral_steps=4')
-  second = call('b', files, output, *small, *few, '--minutes=5')
-  assert second.returncode == 0, second.stderr
+  many = ('--minutes=9', '--train_share=0.3')  # it ends when all is done
+  second = call('b', files, output, *small, *few, *many)
   found = json.loads((output / 'b.json').read_text())
-  assert found['rate']['decaying_steps'] > 0
-  assert found['training'][-1]['learning_rate'] < 5e-4 / 2
+  # Where other work slows the machine down, the decay is cut.
+  ended = {part['name']: part['how'] for part in found['parts']}
+  assert ended.pop('training, decaying rate') in ('done', 'cut'), second.stderr
+  assert {*ended.values()} == {'done'}, second.stderr
+  rates = [row['learning_rate'] for row in found['training']]
+  assert max(rates) == pytest.approx(5e-4)
+  assert rates[-1] < 4e-4
   cards = found['cards'].values()
   assert [card['protocol']['num_samples'] for card in cards] == [8, 8]
   assert found['heldout']['count'] == 8
