@@ -10,21 +10,27 @@ import jax
 import jax.numpy as jnp
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def attend(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  training: bool = False,
+) -> jax.Array:
   """Scaled dot-product attention (arXiv 1706.03762, eq. 1).
-
-  cuDNN's kernel where this machine has it, which writes no logits: on a GPU in
-  bfloat16, unless XLA_FLAGS asks for deterministic operations.
 
   Args:
     query: [B, T, heads, D].
     key: like `query`.
     value: like `query`.
+    training: whether only gradients are taken, if any. Then cuDNN's kernel is
+      used where this machine has it, which writes no logits but has no forward
+      derivative: on a GPU in bfloat16, unless XLA_FLAGS asks for deterministic
+      operations.
 
   Returns:
     [B, T, heads, D].
   """
-  if not _has_kernel(query):
+  if not (training and _has_kernel(query)):
     return _by_heads(query, key, value)
   kernel = functools.partial(
     jax.nn.dot_product_attention, implementation='cudnn'

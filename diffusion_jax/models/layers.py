@@ -5,6 +5,7 @@ kernels, 0 for biases, and a scale of 1e-10 for layers with an output of almost
 zero. Parameters are float32; `dtype` is the dtype of the computation.
 """
 
+import functools
 import itertools
 
 import jax
@@ -238,11 +239,15 @@ class Attention(nnx.Module):
     self.value = linear(channels, channels, **kwargs)
     self.out = linear(channels, channels, scale=ALMOST_ZERO, **kwargs)
 
-  def __call__(self, x):
+  def __call__(self, x, training=False):
     b, h, w, c = x.shape
     normed = normalised(self.norm, (x,), swish=False, plain=self.plain)
     plain = 'attention' in self.plain
-    mix = _plain_attention if plain else attention.attend
+    mix = (
+      _plain_attention
+      if plain
+      else functools.partial(attention.attend, training=training)
+    )
     # [B, H, W, C] -> [B, H W, heads, C / heads]
     heads = (
       (f(normed) if plain else projected(f, (normed,))).reshape(

@@ -27,7 +27,8 @@ class Stage(nnx.Module):
 
   def block(self, i, xs, time, keys):
     x = self.blocks[i](xs, time, keys)
-    return self.attentions[i](x) if self.attentions else x
+    # Dropout is for training, with a rate of 0, too.
+    return self.attentions[i](x, keys is not None) if self.attentions else x
 
 
 REMAT = ('none', 'blocks', 'all')
@@ -154,7 +155,7 @@ class UNet(nnx.Module):
       skips += found
 
     x = self._block(self.middle1)((x,), time, keys)
-    x = self.middle_attention(x)
+    x = self.middle_attention(x, keys is not None)
     x = self._block(self.middle2)((x,), time, keys)
 
     for stage in self.up:
