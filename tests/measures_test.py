@@ -111,10 +111,15 @@ def test_without_float32_digits_the_variance_needs_no_pivot():
   np.testing.assert_allclose(np.square(found / exact), 1, atol=0.02)
 
 
-def test_a_constant_map_becomes_the_bias():
-  x = jnp.full((1, 4, 4, 8), 1e4)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('value', [1.0, 5.3, 37.7, 1e4])
+def test_a_constant_map_becomes_the_bias(value, dtype):
+  x = jnp.full((1, 7, 5, 8), value, dtype)
   y = normalise.group_norm((x,), jnp.ones(8), jnp.arange(8.0), 4)
-  np.testing.assert_allclose(y[0, 0, 0], np.arange(8), atol=1e-3)
+  # Sums of squares are accurate to 1e-7 of the value; epsilon is 1e-6.
+  np.testing.assert_allclose(
+    y[0, 0, 0].astype('float32'), np.arange(8), atol=max(1e-3, 2e-4 * value)
+  )
 
 
 def test_upsampling_equals_repeating_and_convolving():

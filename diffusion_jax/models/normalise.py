@@ -139,7 +139,8 @@ def _moments(xs):
     firsts.append(jnp.mean(deviation, axis=(1, 2)))
     seconds.append(jnp.mean(jnp.square(deviation), axis=(1, 2)))
   pivot, first, second = map(_joined, (pivots, firsts, seconds))
-  return pivot + first, second - jnp.square(first)
+  # Rounding could make it negative, where all pixels are nearly the same.
+  return pivot + first, jnp.maximum(second - jnp.square(first), 0.0)
 
 
 def _group_moments(num_groups, mean, var):
@@ -154,7 +155,8 @@ def _statistics(mean, first, second, shift, epsilon):
   size = mean.shape[-1] // first.shape[-1]
   first, second = first / size, second / size
   of_group = (mean + shift)[:, ::size] + first
-  inverse = jax.lax.rsqrt(second - jnp.square(first) + epsilon)
+  variance = jnp.maximum(second - jnp.square(first), 0.0)
+  inverse = jax.lax.rsqrt(variance + epsilon)
   return jnp.repeat(of_group, size, 1) - shift, jnp.repeat(inverse, size, 1)
 
 
