@@ -112,13 +112,15 @@ def test_without_float32_digits_the_variance_needs_no_pivot():
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('value', [1.0, 5.3, 37.7, 1e4])
-def test_a_constant_map_becomes_the_bias(value, dtype):
-  x = jnp.full((1, 7, 5, 8), value, dtype)
+@pytest.mark.parametrize(
+  ('value', 'size'), [(1e4, (4, 4)), (123.0, (60, 52)), (5.3, (127, 121))]
+)
+def test_a_constant_map_becomes_the_bias(value, size, dtype):
+  """In bfloat16 the sums of the last two round to a variance below 0."""
+  x = jnp.full((1, *size, 8), value, dtype)
   y = normalise.group_norm((x,), jnp.ones(8), jnp.arange(8.0), 4)
-  # Sums of squares are accurate to 1e-7 of the value; epsilon is 1e-6.
   np.testing.assert_allclose(
-    y[0, 0, 0].astype('float32'), np.arange(8), atol=max(1e-3, 2e-4 * value)
+    y[0, 0, 0].astype('float32'), np.arange(8), atol=1e-3
   )
 
 
