@@ -121,7 +121,7 @@ def _one_head(monkeypatch):
 def _attention_without_residual(monkeypatch):
   right = layers.Attention.__call__
   monkeypatch.setattr(
-    layers.Attention, '__call__', lambda self, x: right(self, x) - x
+    layers.Attention, '__call__', lambda self, x, *args: right(self, x) - x
   )
 
 
