@@ -70,4 +70,10 @@ if compgen -G "${wheels:-}/*.whl" > /dev/null; then
     --target "$packages" "$wheels"/*.whl
   export PYTHONPATH=$packages:$PYTHONPATH
 fi
+# A package that the machine lacks is one line, too.
+if ! told=$("$python" -c 'import tensorboardX, diffusion_jax.train' 2>&1); then
+  echo "error: $python: ${told##*$'\n'}: install this project with pip, name" \
+    "another Python as PYTHON=..., or put the wheel into FILES/wheels" >&2
+  exit 2
+fi
 exec "$python" "$root/benchmarks/ten_minutes.py" "${flags[@]}" "$@"

@@ -344,6 +344,18 @@ def call(*arguments, **environment):
   )  # fmt: skip
 
 
+def test_a_machine_that_lacks_a_package_is_told_so_in_one_line(tmp_path):
+  (tmp_path / 'tensorboardX.py').write_text('import of_no_one')
+  result = call('a', tmp_path, tmp_path / 'out', PYTHONPATH=str(tmp_path))
+  assert result.returncode == 2
+  assert result.stderr == (
+    f"error: {sys.executable}: ModuleNotFoundError: No module named 'of_no_one'"
+    ': install this project with pip, name another Python as PYTHON=..., or '
+    'put the wheel into FILES/wheels\n'
+  )
+  assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize(
   ('arguments', 'must'),
   [
