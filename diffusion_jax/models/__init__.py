@@ -5,13 +5,14 @@ of arrays and two pure functions. Parameter names are the dict's paths joined by
 '/', such as `down/0/blocks/1/conv1/kernel`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
+from diffusion_jax.models import doors as doors_of
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.system.errors import one_of
 
@@ -28,7 +29,8 @@ class Model(NamedTuple):
       (xt [B, ...], t [B], keys=None, cond=None) and returns its prediction
       [B, ...] float32; `keys` ([B] random keys) enable dropout, and `cond` is a
       dict of doors, see `conditioning.Conditioner`.
-    doors: the conditions that a denoising network accepts.
+    doors: the names of the conditions that a denoising network takes, and
+      needs.
   """
 
   init: Callable
@@ -36,20 +38,37 @@ class Model(NamedTuple):
   doors: tuple[str, ...] = ()
 
 
-def create(name: str, image_shape: tuple[int, ...], **kwargs) -> Model:
+def create(
+  name: str,
+  image_shape: tuple[int, ...],
+  doors: Mapping[str, int] | None = None,
+  out_channels: int | None = None,
+  **kwargs,
+) -> Model:
   """A network by name.
 
   Args:
     name: a key of MODELS.
     image_shape: (H, W, C) of x0.
+    doors: the conditions, by name, see `conditioning.Conditioner`, and the size
+      of each: of 'label' the number of classes, without the null label; of the
+      others their last axis.
+    out_channels: channels of the prediction; by default those of x0.
     **kwargs: the network's arguments, see `unet.UNet`.
 
   Raises:
-    UserError: the name is not known.
+    UserError: the name is not known, or the network lacks a door.
   """
   network = MODELS[one_of('model.name', name, MODELS)]
-  model = fence(lambda keys: network(image_shape, rngs=keys, **kwargs))
-  return model._replace(doors=network.DOORS)
+  doors = dict(doors or {})
+  doors_of.check(doors, network.DOORS, name)
+  out_channels = out_channels or image_shape[-1]
+  model = fence(
+    lambda keys: network(
+      image_shape, doors=doors, out_channels=out_channels, rngs=keys, **kwargs
+    )
+  )
+  return model._replace(doors=tuple(doors))
 
 
 def fence(build: Callable) -> Model:

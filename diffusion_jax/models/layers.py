@@ -54,10 +54,10 @@ def linear(inputs, outputs, *, scale=1.0, **kwargs) -> nnx.Linear:
   return nnx.Linear(inputs, outputs, kernel_init=kernel_init(scale), **kwargs)
 
 
-def norm(channels, num_groups, **kwargs) -> nnx.GroupNorm:
+def norm(channels, num_groups, *, epsilon=1e-6, **kwargs) -> nnx.GroupNorm:
   # Statistics are float32 for any dtype; two passes for accuracy.
   return nnx.GroupNorm(
-    channels, num_groups, epsilon=1e-6, use_fast_variance=False, **kwargs
+    channels, num_groups, epsilon=epsilon, use_fast_variance=False, **kwargs
   )
 
 

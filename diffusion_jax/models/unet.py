@@ -9,26 +9,43 @@ halving: 12 of them on CIFAR-10.
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_jax.models import doors as doors_of
 from diffusion_jax.models import layers
 
 
-class Stage(nnx.Module):
-  """One level: blocks, the attention after each or none, and a resampling."""
+class Given(NamedTuple):
+  """What each block is given besides its maps.
 
-  def __init__(self, blocks, attentions, resample):
+  Attributes:
+    time: [B or 1, 4 * channels], the embedding of time, label and vector.
+    tokens: tokens [B, n, d] and mask [B, n], or None.
+  """
+
+  time: jax.Array
+  tokens: tuple[jax.Array, jax.Array] | None
+
+
+class Stage(nnx.Module):
+  """One level: blocks, the attentions after each or none, and a resampling."""
+
+  def __init__(self, blocks, attentions, crosses, resample):
     self.blocks = nnx.List(blocks)
     self.attentions = nnx.List(attentions)
+    self.crosses = nnx.List(crosses)
     self.resample = resample
 
-  def block(self, i, xs, time, keys):
-    x = self.blocks[i](xs, time, keys)
-    # Dropout is for training, with a rate of 0, too.
-    return self.attentions[i](x, keys is not None) if self.attentions else x
+  def block(self, i, xs, given, keys):
+    x = self.blocks[i](xs, given.time, keys)
+    if self.attentions:
+      # Dropout is for training, with a rate of 0, too.
+      x = self.attentions[i](x, keys is not None)
+    return self.crosses[i](x, *given.tokens) if self.crosses else x
 
 
 REMAT = ('none', 'blocks', 'all')
@@ -39,6 +56,8 @@ class UNet(nnx.Module):
 
   Args:
     image_shape: (H, W, C) of x0.
+    doors: name -> size, see `models.create`.
+    out_channels: channels of the prediction.
     channels: channels of the first level.
     multipliers: channels of each level, relative to the first.
     num_blocks: residual blocks per level down (one more per level up).
@@ -55,12 +74,14 @@ class UNet(nnx.Module):
     rngs: random keys of the initial values.
   """
 
-  DOORS = ()
+  DOORS = doors_of.NAMES
 
   def __init__(
     self,
     image_shape,
     *,
+    doors,
+    out_channels,
     channels=128,
     multipliers=(1, 2, 2, 2),
     num_blocks=2,
@@ -90,18 +111,26 @@ class UNet(nnx.Module):
     def attention(width):
       return layers.Attention(width, num_heads=num_heads, **normed)
 
+    def cross(width):
+      return doors_of.CrossAttention(
+        width, doors['tokens'], num_heads=num_heads, **normed
+      )
+
     def stage(level, inputs, resample):
       attends = min(sides) // 2**level in attention_resolutions
+      takes = attends and 'tokens' in doors
       return Stage(
         [block(width, widths[level]) for width in inputs],
         [attention(widths[level]) for _ in inputs if attends],
+        [cross(widths[level]) for _ in inputs if takes],
         resample(widths[level]) if resample else None,
       )
 
     self.channels = channels
     self.time1 = layers.linear(channels, 4 * channels, **common)
     self.time2 = layers.linear(4 * channels, 4 * channels, **common)
-    self.conv_in = layers.conv(colors, channels, **common)
+    given = colors + doors.get('channels', 0)
+    self.conv_in = layers.conv(given, channels, **common)
 
     down, width, skips = [], channels, [channels]
     for level, outputs in enumerate(widths):
@@ -114,6 +143,8 @@ class UNet(nnx.Module):
 
     self.middle1 = block(width, width)
     self.middle_attention = attention(width)
+    if 'tokens' in doors:
+      self.middle_cross = cross(width)
     self.middle2 = block(width, width)
 
     up = []
@@ -127,8 +158,9 @@ class UNet(nnx.Module):
 
     self.norm_out = layers.norm(width, num_groups, **common)
     self.conv_out = layers.conv(
-      width, colors, scale=layers.ALMOST_ZERO, **common
+      width, out_channels, scale=layers.ALMOST_ZERO, **common
     )
+    doors_of.add_embeddings(self, doors, 4 * channels, **common)
 
   def __call__(self, xt, t, keys=None, cond=None):
     """Computes the prediction for noised images.
@@ -137,31 +169,37 @@ class UNet(nnx.Module):
       xt: [B, H, W, C] float.
       t: [B] times, raw steps.
       keys: [B] random keys for dropout; None disables it.
-      cond: unused; this network has no doors.
+      cond: door -> array, see `conditioning.Conditioner`, for all doors that
+        the network was made with.
 
     Returns:
-      [B, H, W, C] float32.
+      [B, H, W, out_channels] float32.
     """
     time = self.time1(layers.sinusoid(t, self.channels))
     time = self.time2(nnx.swish(time))
+    given = Given(
+      doors_of.embedded(self, time, cond), doors_of.tokens_of(cond, len(xt))
+    )
     of_level = jax.checkpoint if self.remat == 'all' else lambda f: f
 
-    xt = xt.astype(self.conv_in.dtype)
+    xt = doors_of.joined(xt.astype(self.conv_in.dtype), cond)
     x = layers.convolved(self.conv_in, xt, plain=self.plain)
     x = x + layers.broadcast(self.conv_in.bias[...], x)
     skips = [x]
     for stage in self.down:
-      x, found = of_level(functools.partial(self._down, stage))(x, time, keys)
+      x, found = of_level(functools.partial(self._down, stage))(x, given, keys)
       skips += found
 
-    x = self._block(self.middle1)((x,), time, keys)
+    x = self._block(self.middle1)((x,), given.time, keys)
     x = self.middle_attention(x, keys is not None)
-    x = self._block(self.middle2)((x,), time, keys)
+    if given.tokens is not None:
+      x = self.middle_cross(x, *given.tokens)
+    x = self._block(self.middle2)((x,), given.time, keys)
 
     for stage in self.up:
       left = len(skips) - len(stage.blocks)
       x = of_level(functools.partial(self._up, stage))(
-        x, skips[left:], time, keys
+        x, skips[left:], given, keys
       )
       skips = skips[:left]
     x = layers.normalised(self.norm_out, (x,), plain=self.plain)
@@ -172,18 +210,18 @@ class UNet(nnx.Module):
   def _block(self, block):
     return jax.checkpoint(block) if self.remat != 'none' else block
 
-  def _down(self, stage, x, time, keys):
+  def _down(self, stage, x, given, keys):
     """One level down: its output and its skips."""
     skips = []
     for i in range(len(stage.blocks)):
-      x = self._block(functools.partial(stage.block, i))((x,), time, keys)
+      x = self._block(functools.partial(stage.block, i))((x,), given, keys)
       skips.append(x)
     if stage.resample is not None:
       x = stage.resample(x)
       skips.append(x)
     return x, skips
 
-  def _up(self, stage, x, skips, time, keys):
+  def _up(self, stage, x, skips, given, keys):
     for i, skip in enumerate(reversed(skips)):
-      x = self._block(functools.partial(stage.block, i))((x, skip), time, keys)
+      x = self._block(functools.partial(stage.block, i))((x, skip), given, keys)
     return x if stage.resample is None else stage.resample(x)

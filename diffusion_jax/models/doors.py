@@ -1,0 +1,158 @@
+"""Doors of networks: layers that take conditions.
+
+A door is named by how the network takes a condition, see
+`conditioning.Conditioner`. A network's parameters for its doors are:
+
+  label     label/embedding [classes + 1, width], added to the time embedding;
+            the last row stands for 'no label'.
+  vector    vector/kernel [d, width], added to the time embedding; a vector of
+            zeros adds nothing.
+  tokens    cross-attention after each self-attention.
+  channels  concatenated to the noised images, at the input.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffusion_jax.models import layers
+from diffusion_jax.system.errors import UserError
+
+NAMES = ('label', 'vector', 'tokens', 'channels')
+
+
+def check(doors, allowed: tuple[str, ...], name: str) -> None:
+  """Checks that a network takes the conditions that it is given.
+
+  Args:
+    doors: the names of the doors.
+    allowed: the names of the doors that the network can have.
+    name: the network's name, for the message.
+
+  Raises:
+    UserError: it does not.
+  """
+  lacking = [door for door in doors if door not in allowed]
+  if lacking:
+    raise UserError(
+      f'the condition has {" and ".join(lacking)}, but model.name={name} '
+      f'takes {" and ".join(allowed) or "no condition"}: choose another '
+      'network, or conditioning.name=none'
+    )
+
+
+def add_embeddings(
+  module: nnx.Module, doors: dict[str, int], width: int, *, std=1.0, **kwargs
+) -> None:
+  """Gives a module the layers `label` and `vector` that its doors need.
+
+  Args:
+    module: the network.
+    doors: name -> size.
+    width: the width of the time embedding.
+    std: standard deviation of the labels' initial embeddings.
+    **kwargs: dtype and rngs.
+  """
+  if 'label' in doors:
+    module.label = nnx.Embed(
+      doors['label'] + 1,
+      width,
+      embedding_init=nnx.initializers.normal(std),
+      **kwargs,
+    )
+  if 'vector' in doors:
+    module.vector = layers.linear(
+      doors['vector'], width, use_bias=False, **kwargs
+    )
+
+
+def embedded(module: nnx.Module, time: jax.Array, cond) -> jax.Array:
+  """The time embedding [B or 1, width] plus those of label and vector.
+
+  Args:
+    module: the network.
+    time: [B or 1, width].
+    cond: door -> array, see `conditioning.Conditioner`; None if there are none.
+  """
+  for door in ('label', 'vector'):
+    if hasattr(module, door):
+      time = time + getattr(module, door)(cond[door])
+  return time
+
+
+def joined(xt: jax.Array, cond) -> jax.Array:
+  """Noised images [B, H, W, C] with the door `channels`, if there is one."""
+  if not cond or 'channels' not in cond:
+    return xt
+  given = cond['channels'].astype(xt.dtype)
+  given = jnp.broadcast_to(given, (*xt.shape[:-1], given.shape[-1]))
+  return jnp.concatenate([xt, given], axis=-1)
+
+
+def tokens_of(cond, batch: int) -> tuple[jax.Array, jax.Array] | None:
+  """The door `tokens`: tokens [B, n, d] and mask [B, n]; None without it."""
+  if not cond or 'tokens' not in cond:
+    return None
+  tokens = cond['tokens']
+  mask = cond.get('mask', jnp.ones(tokens.shape[:2], bool)).astype(bool)
+  return (
+    jnp.broadcast_to(tokens, (batch, *tokens.shape[1:])),
+    jnp.broadcast_to(mask, (batch, *mask.shape[1:])),
+  )
+
+
+class CrossAttention(nnx.Module):
+  """Attention from all positions of a map to tokens, with norm and residual.
+
+  A row none of whose tokens are valid gets only the bias of the last layer.
+  """
+
+  def __init__(
+    self, channels, tokens, *, num_heads, num_groups, epsilon=1e-6, plain=(),
+    **kwargs,
+  ):  # fmt: skip
+    self.num_heads, self.plain = num_heads, frozenset(plain)
+    self.norm = layers.norm(channels, num_groups, epsilon=epsilon, **kwargs)
+    self.query = layers.linear(channels, channels, **kwargs)
+    self.key = layers.linear(tokens, channels, **kwargs)
+    self.value = layers.linear(tokens, channels, **kwargs)
+    self.out = layers.linear(
+      channels, channels, scale=layers.ALMOST_ZERO, **kwargs
+    )
+
+  def __call__(self, x, tokens, mask):
+    """Computes the map after attention.
+
+    Args:
+      x: [B, H, W, C].
+      tokens: [B, n, d].
+      mask: [B, n], whether a token is valid.
+    """
+    normed = layers.normalised(self.norm, (x,), swish=False, plain=self.plain)
+    mixed = attend(
+      self.query(normed), self.key(tokens), self.value(tokens), mask,
+      self.num_heads,
+    )  # fmt: skip
+    return x + self.out(mixed)
+
+
+def attend(query, key, value, mask, num_heads: int) -> jax.Array:
+  """Attention to tokens; zero where no token is valid.
+
+  Args:
+    query: [B, ..., C].
+    key: [B, n, C].
+    value: [B, n, C].
+    mask: [B, n] bool.
+    num_heads: the number of heads, which divides C.
+
+  Returns:
+    [B, ..., C].
+  """
+  heads = (
+    x.reshape(len(x), -1, num_heads, x.shape[-1] // num_heads)
+    for x in (query, key, value)
+  )
+  mixed = jax.nn.dot_product_attention(*heads, mask=mask[:, None, None])
+  mixed = jnp.where(mask.any(-1)[:, None, None, None], mixed, 0)
+  return mixed.reshape(query.shape)
