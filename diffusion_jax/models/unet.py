@@ -48,6 +48,26 @@ class Stage(nnx.Module):
     return self.crosses[i](x, *given.tokens) if self.crosses else x
 
 
+def inputs_of(channels: int, widths: list[int], num_blocks: int):
+  """The input widths of the blocks of each level, down and up.
+
+  Args:
+    channels: channels of the first convolution.
+    widths: channels of each level.
+    num_blocks: blocks per level down.
+  """
+  down, up, skips, width = [], [], [channels], channels
+  for level, outputs in enumerate(widths):
+    down.append([width] + [outputs] * (num_blocks - 1))
+    skips += [outputs] * (num_blocks + (level < len(widths) - 1))
+    width = outputs
+  for outputs in reversed(widths):
+    inputs = [width] + [outputs] * num_blocks
+    up.append([i + skips.pop() for i in inputs])
+    width = outputs
+  return down, up[::-1]
+
+
 REMAT = ('none', 'blocks', 'all')
 
 
@@ -108,13 +128,11 @@ class UNet(nnx.Module):
       number = next(numbers)
       return layers.ResBlock(inputs, outputs, number=number, **blocks)
 
-    def attention(width):
-      return layers.Attention(width, num_heads=num_heads, **normed)
-
-    def cross(width):
-      return doors_of.CrossAttention(
-        width, doors['tokens'], num_heads=num_heads, **normed
-      )
+    mixed = {'num_heads': num_heads, **normed}
+    attention = functools.partial(layers.Attention, **mixed)
+    cross = functools.partial(
+      doors_of.CrossAttention, tokens=doors.get('tokens'), **mixed
+    )
 
     def stage(level, inputs, resample):
       attends = min(sides) // 2**level in attention_resolutions
@@ -129,36 +147,30 @@ class UNet(nnx.Module):
     self.channels = channels
     self.time1 = layers.linear(channels, 4 * channels, **common)
     self.time2 = layers.linear(4 * channels, 4 * channels, **common)
-    given = colors + doors.get('channels', 0)
-    self.conv_in = layers.conv(given, channels, **common)
+    self.conv_in = layers.conv(
+      colors + doors.get('channels', 0), channels, **common
+    )
 
-    down, width, skips = [], channels, [channels]
-    for level, outputs in enumerate(widths):
-      halve = functools.partial(layers.Downsample, **common)
-      inputs = [width] + [outputs] * (num_blocks - 1)
-      down.append(stage(level, inputs, halve if level < last else None))
-      skips += [outputs] * (num_blocks + (level < last))
-      width = outputs
-    self.down = nnx.List(down)
-
-    self.middle1 = block(width, width)
-    self.middle_attention = attention(width)
+    halve = functools.partial(layers.Downsample, **common)
+    double = functools.partial(layers.Upsample, **measured)
+    down, up = inputs_of(channels, widths, num_blocks)
+    self.down = nnx.List(
+      stage(level, inputs, halve if level < last else None)
+      for level, inputs in enumerate(down)
+    )
+    self.middle1 = block(widths[-1], widths[-1])
+    self.middle_attention = attention(widths[-1])
     if 'tokens' in doors:
-      self.middle_cross = cross(width)
-    self.middle2 = block(width, width)
+      self.middle_cross = cross(widths[-1])
+    self.middle2 = block(widths[-1], widths[-1])
+    self.up = nnx.List(
+      stage(level, up[level], double if level > 0 else None)
+      for level in range(last, -1, -1)
+    )
 
-    up = []
-    for level, outputs in reversed(list(enumerate(widths))):
-      double = functools.partial(layers.Upsample, **measured)
-      inputs = [width] + [outputs] * num_blocks
-      inputs = [i + skips.pop() for i in inputs]
-      up.append(stage(level, inputs, double if level > 0 else None))
-      width = outputs
-    self.up = nnx.List(up)
-
-    self.norm_out = layers.norm(width, num_groups, **common)
+    self.norm_out = layers.norm(widths[0], num_groups, **common)
     self.conv_out = layers.conv(
-      width, out_channels, scale=layers.ALMOST_ZERO, **common
+      widths[0], out_channels, scale=layers.ALMOST_ZERO, **common
     )
     doors_of.add_embeddings(self, doors, 4 * channels, **common)
 
