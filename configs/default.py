@@ -75,7 +75,12 @@ def get_config():
 
   # Network inputs other than the noised data and the time.
   config.conditioning = ConfigDict()
-  config.conditioning.name = 'none'
+  config.conditioning.name = 'none'  # or 'label', class labels of the data
+  # For 'label': the number of classes of the data.
+  config.conditioning.num_classes = 0
+  # For 'label': the probability with which training drops the label of an
+  # image, so that the network can also sample without one and be guided.
+  config.conditioning.drop = 0.1
 
   config.model = ConfigDict()
   config.model.name = 'unet'

@@ -96,9 +96,8 @@ def main():
     distributed.everywhere(lambda: resident.check(splits[0]))
   runs.check(workdir, config)
   profiling.check(FLAGS.profile, workdir, config.num_steps)
-  known = dataset.check(
-    workdir, splits, config.data.heldout_split, FLAGS.accept_data
-  )
+  how = config.data.heldout_split, FLAGS.accept_data, config.conditioning
+  known = dataset.check(workdir, splits, *how)
   origin = finetune.find(
     workdir, FLAGS.init_from, FLAGS.init_step, FLAGS.init_ema
   )

@@ -99,6 +99,7 @@ YOUNGER = {
   'optim.decay_from': 0,
   'data.classes': 'auto', 'data.bits': 0, 'data.skip_broken': False,
   'model.remat': 'none', 'model.plain': (),
+  'conditioning.num_classes': 0, 'conditioning.drop': 0.1,
 }  # fmt: skip
 
 

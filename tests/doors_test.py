@@ -70,7 +70,7 @@ def labels(rate=0.25) -> Conditioner:
     drop = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
     return {'label': jnp.where(drop, CLASSES, rows['label'])}
 
-  return Conditioner(condition, doors=('label',))
+  return Conditioner(condition, doors={'label': CLASSES})
 
 
 def network() -> models.Model:

@@ -1,37 +1,23 @@
 """Conditioning: labels, text or images -> the network's conditioning input."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
+from diffusion_jax.conditioning import labels
+from diffusion_jax.conditioning.conditioner import Conditioner
 from diffusion_jax.system.errors import one_of
 
 
-class Conditioner(NamedTuple):
-  """Computes the network's inputs other than xt and t.
+def none(num_classes: int = 0, drop: float = 0.0) -> Conditioner:
+  """No condition: the network's only inputs are xt and t.
 
-  A condition is a dict of doors: inputs named by how the network takes them,
-  not by their meaning: 'label' int [B], 'vector' [B, d], 'tokens' [B, n, d]
-  with 'mask' [B, n], 'channels' [B, H, W, C].
-
-  Attributes:
-    condition: (params, rows, keys) -> {door: array}. `params` holds all parts
-      of the run. With `keys` [B], the condition of each example is dropped at
-      random by its own key, as in training; with None, nothing is dropped. If
-      rows lack the data for a door, the door gets its null value.
-    doors: the names of the doors that it provides.
+  Args:
+    num_classes: unused; configs have it whatever the condition.
+    drop: unused.
   """
-
-  condition: Callable
-  doors: tuple[str, ...] = ()
-
-
-def none() -> Conditioner:
-  """No condition: the network's only inputs are xt and t."""
+  del num_classes, drop
   return Conditioner(lambda params, rows, keys: {})
 
 
 # name -> (**options) -> Conditioner
-CONDITIONERS = {'none': none}
+CONDITIONERS = {'none': none, 'label': labels.create}
 
 
 def create(name: str, **options) -> Conditioner:

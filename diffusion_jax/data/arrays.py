@@ -90,11 +90,14 @@ def create(
       raise UserError(
         f'{what} has become shorter since it was opened: write it again'
       )
-    index = indices[index]
+    label, index = label_of(index), indices[index]
     image = np.array(images[index]) if opened else images[index]
     if as_rgb:
       image = np.repeat(image, 3, -1)
-    return image, -1 if labels is None else labels[index]
+    return image, label
+
+  def label_of(index):
+    return -1 if labels is None else labels[indices[index]]
 
   *size, channels = images.shape[1:]
   as_rgb = channels < (wanted.channels or 0)
@@ -109,6 +112,7 @@ def create(
     num_classes,
     read,
     notes,
+    label_fn=label_of,
   )
 
 

@@ -36,5 +36,11 @@ def create(path: str, wanted: sources.Wanted, what: str) -> sources.Source:
   images.flags.writeable = False
   name = f'digits, {wanted.split}'
   return sources.create(
-    name, len(images), (8, 8, 1), 10, lambda i: (images[i], labels[i])
+    name,
+    len(images),
+    (8, 8, 1),
+    10,
+    lambda i: (images[i], labels[i]),
+    class_names=[str(digit) for digit in range(10)],
+    label_fn=lambda i: labels[i],
   )

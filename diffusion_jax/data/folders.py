@@ -111,8 +111,10 @@ def create(
   rule = images.rule_of(open_fn, len(names), wanted)
 
   def read(index):
-    image = images.read(*open_fn(index), rule)
-    return image, layout.label_of.get(names[index], -1)
+    return images.read(*open_fn(index), rule), label_of(index)
+
+  def label_of(index):
+    return layout.label_of.get(names[index], -1)
 
   notes += looks.files(open_fn, len(names), rule.channels, wanted)
   source = sources.create(
@@ -123,6 +125,8 @@ def create(
     read,
     notes,
     identity.of_files(root, names, found.images),
+    layout.class_names,
+    label_of,
   )
   return sources.keep_in_memory(source, rule.shape)
 

@@ -59,12 +59,14 @@ class Layout(NamedTuple):
     label_of: image -> label, for images that have one.
     num_classes: number of classes; 0 if the set is unlabelled.
     notes: what was understood, a sentence each.
+    class_names: the names of the classes, by label; () if they have none.
   """
 
   splits: dict[str, list[str]]
   label_of: Mapping[str, int]
   num_classes: int
   notes: list[str]
+  class_names: tuple[str, ...] = ()
 
 
 def understand(
@@ -118,7 +120,10 @@ def understand(
     for name in folders[folder]
   }
   origin = f'the folders {_shown(folders)}'
-  return _labelled(splits, label_of, used, origin, notes)
+  layout = _labelled(splits, label_of, used, origin, notes)
+  if layout.num_classes != len(folders):  # its labels are left out
+    return layout
+  return layout._replace(class_names=tuple(sorted(folders)))
 
 
 def labels_in(file: Path) -> dict[str, object] | None:

@@ -92,8 +92,10 @@ def create(
     notes.append('the labels are left out: they are not classes')
   notes += looks.files(open_fn, num_images, rule.channels, wanted)
   source = sources.create(
-    full_name, num_images, rule.shape, num_classes, read, notes, contents
-  )
+    full_name, num_images, rule.shape, num_classes, read, notes, contents,
+    needed['label'].names if num_classes else (),
+    lambda index: record_of(index).get('label', -1),
+  )  # fmt: skip
   return sources.keep_in_memory(source, rule.shape)
 
 

@@ -80,6 +80,9 @@ class Source:
     broken: index of a broken image -> its error, for the images that were met
       and left out, see `broken.left_out`.
     contents: what the set consists of; None takes the images themselves.
+    class_names: the names of the classes, by label; () if they have none.
+    label_fn: index -> label, without decoding the image; None if there is no
+      cheaper way than `read_fn`.
   """
 
   num_images: int
@@ -89,6 +92,8 @@ class Source:
   notes: tuple[str, ...] = ()
   broken: Mapping[int, str] = dataclasses.field(default_factory=dict)
   contents: identity.Contents | None = None
+  class_names: tuple[str, ...] = ()
+  label_fn: Callable[[int], int] | None = None
 
   def __len__(self) -> int:
     return self.num_images
@@ -134,6 +139,8 @@ def create(
   read_fn: Callable,
   notes: Sequence[str] = (),
   contents: identity.Contents | None = None,
+  class_names: Sequence[str] = (),
+  label_fn: Callable[[int], int] | None = None,
 ) -> Source:
   """Makes a Source with a description from its name and sizes.
 
@@ -145,6 +152,8 @@ def create(
     read_fn: see `Source`.
     notes: see `Source`.
     contents: see `Source`.
+    class_names: see `Source`.
+    label_fn: see `Source`.
   """
   size = 'x'.join(map(str, shape))
   labels = f'{num_classes} classes' if num_classes else 'unlabelled'
@@ -156,6 +165,8 @@ def create(
     description,
     notes=tuple(notes),
     contents=contents,
+    class_names=tuple(class_names),
+    label_fn=label_fn,
   )
 
 

@@ -214,7 +214,10 @@ def images_of(source: Source, count: int | None = None) -> Images:
   count = len(source) if count is None else count
   chosen = np.arange(count) * len(source) // count
   picked = dataclasses.replace(
-    source, num_images=count, read_fn=lambda i: source.read_fn(int(chosen[i]))
+    source,
+    num_images=count,
+    read_fn=lambda i: source.read_fn(int(chosen[i])),
+    label_fn=source.label_fn and (lambda i: source.label_fn(int(chosen[i]))),
   )
 
   def stream():

@@ -1,6 +1,7 @@
 """The images that a run is trained on, as it remembers them in data.json:
 
-  {"train": identity, "heldout": identity or null, "heldout_split": its name}
+  {"train": identity, "heldout": identity or null, "heldout_split": its name,
+   "labels": of a run with labels as its condition, see data/labels.py}
 
 See data/identity.py for an identity. Data that change in the middle of a run
 would change the order of all images, and which ones are held out; data that
@@ -8,9 +9,10 @@ differ between hosts would be trained on as a mixture of both.
 """
 
 import json
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from diffusion_jax.data import identity, sources
+from diffusion_jax.data import identity, labels, sources
 from diffusion_jax.data.sources import Source
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -34,7 +36,13 @@ class Known(NamedTuple):
   change: str = ''
 
 
-def check(workdir, splits: Splits, heldout_split: str, accept: bool) -> Known:
+def check(
+  workdir,
+  splits: Splits,
+  heldout_split: str,
+  accept: bool,
+  conditioning: Mapping | None = None,
+) -> Known:
   """Compares images with those of the other hosts, and with those of the run.
 
   Call it in all processes. Nothing is written.
@@ -46,11 +54,15 @@ def check(workdir, splits: Splits, heldout_split: str, accept: bool) -> Known:
       split than that of the run are not compared.
     accept: whether images may differ from those of the run, and held-out images
       may be training images.
+    conditioning: the config's; with labels, the images must have them.
 
   Raises:
-    UserError: in all processes; images differ, or held-out images are training
-      images.
+    UserError: in all processes; images differ, held-out images are training
+      images, or labels are missing or out of range.
   """
+  classes = num_classes(conditioning)
+  if classes:
+    distributed.everywhere(lambda: labels.check(*splits, classes))
   facts = distributed.everywhere(lambda: _facts(splits, heldout_split))
   _same_on_all_hosts(distributed.gather(facts))
 
@@ -69,6 +81,9 @@ def check(workdir, splits: Splits, heldout_split: str, accept: bool) -> Known:
       )
     if then is None or change:
       _check_heldout(splits, accept)
+    if classes:
+      known = None if change else read_labels(workdir, classes)
+      facts['labels'] = known or labels.describe(splits[0], classes)
     return [facts, change]
 
   return Known(*distributed.on_first(compare))
@@ -117,6 +132,34 @@ def read(workdir) -> dict | None:
   except (ValueError, LookupError, TypeError, AttributeError) as e:
     terminal.say_once(f'{path} is damaged ({e!r}) and is left out')
     return None
+
+
+def num_classes(conditioning: Mapping | None) -> int:
+  """The number of classes of a config's condition; 0 if it has no labels."""
+  if not conditioning or conditioning['name'] != 'label':
+    return 0
+  return conditioning['num_classes']
+
+
+def read_labels(workdir, classes: int) -> dict | None:
+  """The labels of a run's training images, see `labels.describe`.
+
+  Args:
+    workdir: the run's folder.
+    classes: the number of classes of the run.
+
+  Returns:
+    None if data.json is missing or damaged, or has no labels.
+  """
+  match (read(workdir) or {}).get('labels'):
+    case {'counts': list(counts), 'names': list(names)} as found if (
+      len(counts) == classes
+      and all(type(count) is int and count >= 0 for count in counts)
+      and sum(counts) > 0
+      and all(isinstance(name, str) for name in names)
+    ):
+      return found
+  return None
 
 
 def write(workdir, known: Known) -> None:

@@ -102,8 +102,10 @@ def create(config: Mapping) -> Recipe:
   codec = codecs.create(
     image_shape=runs.image_shape(config['data']), **config['codec']
   )
-  network = models.create(image_shape=codec.shape, **config['model'])
   conditioner = conditioning.create(**config['conditioning'])
+  network = models.create(
+    image_shape=codec.shape, doors=conditioner.doors, **config['model']
+  )
   check_doors(network, conditioner, config['model']['name'])
   schedule = schedules.create(**config['process'])
   loss = dict(config['loss'])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ml_collections import config_dict
 
-from diffusion_jax import models, runs
+from diffusion_jax import conditioning, models, runs
 from diffusion_jax.models import layers, unet
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import completion
@@ -48,6 +48,7 @@ NAMES = {
   'model.name': models.MODELS,
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': unet.REMAT,
+  'conditioning.name': conditioning.CONDITIONERS,
   'loss.prediction': gaussian.PARAMETRISATIONS,
   'process.schedule': schedules.SCHEDULES,
   'sample.variance': gaussian.VARIANCES,
@@ -62,6 +63,7 @@ ALIASES = {
   **{'sample': 'x0', 'x_start': 'x0', 'start_x': 'x0', 'bf16': 'bfloat16'},
   **{'fp32': 'float32', 'fixed_small': 'fixedsmall', 'beta': 'fixedlarge'},
   **{'none': 'constant', 'ddpm': 'unet', 'linspace': 'linear'},
+  **{'class': 'label', 'labels': 'label', 'class_label': 'label'},
 }
 
 
@@ -100,6 +102,7 @@ def _network(config):
     told += hint(flat[key], known, ALIASES)
     yield flat[key] in known, told
   yield from _limits(config, OF_NETWORK)
+  yield from _conditioning(config.conditioning)
   yield from _model(config.model, config.data)
   process = config.process
   yield (
@@ -146,6 +149,20 @@ def _dispatch(config):
       f'steps_per_dispatch={count} does not divide {name}={config[name]}: use '
       f'{math.gcd(count, config[name])}, or {name}='
       f'{-(-config[name] // count) * count}',
+    )
+
+
+def _conditioning(condition):
+  if condition.name != 'label':
+    return
+  for key, fits, allowed in (
+    ('num_classes', lambda x: x >= 1, 'the number of classes of the data'),
+    ('drop', lambda x: 0 <= x < 1, 'in [0, 1)'),
+  ):
+    value = condition.get(key)
+    yield (
+      value is not None and fits(value),
+      f"conditioning.{key}={value}: {allowed}, for conditioning.name='label'",
     )
 
 
