@@ -149,4 +149,7 @@ def get_config():
   # variance.
   config.sample.variance = 'fixedlarge'
   config.sample.clip = True  # clip x0 to [-1, 1] in every step
+  # Of conditional runs, the weight of classifier-free guidance, for grids and
+  # by default for samples: 1 = none, see docs/conditions.md.
+  config.sample.guidance = 1.0
   return config

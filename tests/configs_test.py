@@ -100,6 +100,7 @@ YOUNGER = {
   'data.classes': 'auto', 'data.bits': 0, 'data.skip_broken': False,
   'model.remat': 'none', 'model.plain': (),
   'conditioning.num_classes': 0, 'conditioning.drop': 0.1,
+  'sample.guidance': 1.0,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from diffusion_jax import samplers
 from diffusion_jax.process import schedules
 from diffusion_jax.samplers import grid as grids
+from diffusion_jax.samplers import guided
 from diffusion_jax.system.errors import UserError
 
 
@@ -21,6 +22,11 @@ class Plan(NamedTuple):
       steps T-1, 0 and -1.
     clip: whether x0 is clipped to [-1, 1] in every step.
     seed: the seed of the samples, see `draw.sample_keys`.
+    condition: of conditional samples, {'label': [labels, in turn by index]} or
+      {'label': 'data', 'label_counts': [K]}: by chance, in proportion to these
+      numbers of images.
+    guidance: see `guided.chosen`; {} for none.
+    network_rows: rows of the network per sample, over all evaluations.
   """
 
   sampler: str
@@ -28,6 +34,9 @@ class Plan(NamedTuple):
   grid: list
   clip: bool
   seed: int
+  condition: dict = {}  # noqa: RUF012
+  guidance: dict = {}  # noqa: RUF012
+  network_rows: int | None = None
 
   @property
   def num_steps(self) -> int:
@@ -42,6 +51,11 @@ class Plan(NamedTuple):
   def evaluations(self) -> int:
     """Network evaluations per sample; the largest number if adaptive."""
     return self.create().evaluations(self.grid)
+
+  @property
+  def rows(self) -> int:
+    """Rows of the network per sample; a guided evaluation takes two."""
+    return self.network_rows or self.evaluations
 
   @property
   def adds_noise(self) -> bool:
@@ -60,16 +74,21 @@ class Plan(NamedTuple):
       'clip': self.clip,
       'seed': self.seed,
       **({} if self.adaptive else {'grid': self.grid}),
+      **self.condition,
+      **self.guidance,
     }
 
   def cost(self) -> str:
     """Steps and evaluations, as text."""
     steps, evaluations = self.num_steps, self.evaluations
+    told = [f'{steps} steps'] if not self.adaptive else []
     if self.adaptive:
-      return f'at most {evaluations} evaluations'
-    if steps == evaluations:
-      return f'{steps} steps'
-    return f'{steps} steps, {evaluations} evaluations'
+      told.append(f'at most {evaluations} evaluations')
+    elif steps != evaluations:
+      told.append(f'{evaluations} evaluations')
+    if self.rows != evaluations:
+      told.append(f'{self.rows} rows of the network')
+    return ', '.join(told)
 
 
 def is_calibrated(sampler: str, grid: str) -> bool:
@@ -86,6 +105,8 @@ def create(
   clip: bool = True,
   seed: int = 0,
   calibration: Callable | None = None,
+  condition: dict | None = None,
+  guidance: dict | None = None,
   **options,
 ) -> Plan:
   """Makes a plan and validates it.
@@ -98,6 +119,8 @@ def create(
     clip: whether to clip x0 to [-1, 1] in every step.
     seed: in [0, 2**32).
     calibration: () -> the network's Calibration; called if `is_calibrated`.
+    condition: see `Plan`.
+    guidance: a result of `guided.chosen`.
     **options: the sampler's options, such as `eta`; None for the default.
 
   Raises:
@@ -119,7 +142,7 @@ def create(
     at_steps = np.interp(times[:-1], np.arange(len(table)), table)
     options['x0_variance'] = at_steps.tolist()
   chosen = samplers.options(sampler, **options)
-  samplers.create(sampler, **chosen)  # raises for values out of range
+  made = samplers.create(sampler, **chosen)  # raises for values out of range
   # The grids of DDIM's code may have another number of entries.
   named = isinstance(grid, str) and grid in grids.NAMES
   if not named and num_steps not in (None, len(times) - 1):
@@ -135,16 +158,27 @@ def create(
     )
   if not 0 <= seed < 2**32:
     raise UserError(f'seed={seed}: at least 0 and below 2**32')
-  return Plan(sampler, chosen, times, clip, seed)
+  rows = guided.rows(schedule, made, times, guidance or {})
+  return Plan(
+    sampler, chosen, times, clip, seed, condition or {}, guidance or {}, rows
+  )
 
 
-def for_run(config: dict, *, sampler: str = 'ancestral', **given) -> Plan:
+def for_run(
+  config: dict,
+  *,
+  sampler: str = 'ancestral',
+  guide: dict | None = None,
+  **given,
+) -> Plan:
   """Makes a plan for a run's network, by default with its paper's settings.
 
   Args:
     config: the run's config.
     sampler: a key of SAMPLERS.
-    **given: see `create`; variance and clip default to the config's.
+    guide: facts about a network that guides this one, see `guided.chosen`.
+    **given: see `create`; variance, clip and guidance default to the config's.
+      In place of a dict, guidance is given by `guided.OPTIONS`.
 
   Raises:
     UserError: as for `create`.
@@ -153,5 +187,11 @@ def for_run(config: dict, *, sampler: str = 'ancestral', **given) -> Plan:
     given['variance'] = config['sample'].get('variance')
   if given.get('clip') is None:
     given['clip'] = config['sample'].get('clip', True)
+  given['guidance'] = guided.chosen(
+    config['conditioning'],
+    guide or {},
+    config['sample'].get('guidance', 1.0),
+    **{name: given.pop(name, None) for name in guided.OPTIONS},
+  )
   schedule = schedules.create(**config['process'])
   return create(schedule, sampler=sampler, **given)
