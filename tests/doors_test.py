@@ -309,25 +309,26 @@ def test_samples_are_of_their_labels_and_decoded():
   """Float data of the codec's shape; nothing is clipped; labels matter."""
   run = alone()
   indices = np.arange(8, dtype=np.uint32)
-  null = np.asarray(run.programs.draw_fn(run.params, indices)[0])
+  null, zero, one = (
+    np.asarray(
+      run.programs.draw_fn(run.params, indices, {'label': np.full(8, label)})[0]
+    )
+    for label in (CLASSES, 0, 1)
+  )
   assert null.shape == (8, 6)
   assert null.dtype == np.float32
   rotation = np.asarray(run.frozen['codec']['rotation'])
   np.testing.assert_allclose(null @ rotation @ rotation.T, null, atol=1e-5)
-  zero, one = (
-    np.asarray(
-      run.programs.draw_fn(run.params, indices, {'label': np.full(8, label)})[0]
-    )
-    for label in (0, 1)
-  )
   assert np.abs(zero - one).max() > 1e-3
   assert np.abs(zero - null).max() > 1e-3
   mesh = Run((8, 1, 1))
-  again, _ = mesh.programs.draw_fn(
+  turns, _ = mesh.programs.draw_fn(
     {**mesh.frozen, **jax.device_get(run.state.ema_params)},
     sharding.put_batch(indices, mesh.mesh),
   )
-  np.testing.assert_allclose(again, null, atol=1e-5)
+  # Without a wish, labels come in turn.
+  np.testing.assert_allclose(turns[::CLASSES], zero[::CLASSES], atol=1e-5)
+  np.testing.assert_allclose(turns[1::CLASSES], one[1::CLASSES], atol=1e-5)
 
 
 @pytest.mark.parametrize('kind', gaussian.PARAMETRISATIONS | {'flow': FLOW})

@@ -14,10 +14,15 @@ from jax.sharding import Mesh
 
 from diffusion_jax.guidance import clipping
 from diffusion_jax.process import noise
+from diffusion_jax.runs import guided
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.samplers.solve import solve
 from diffusion_jax.system.errors import UserError, one_of
+
+
+# Numbers that `solve` never folds in.
+DECODING, LABEL = 2**32 - 1, 2**32 - 2
 
 
 def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -44,6 +49,35 @@ def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
   return pairs[:, 0], pairs[:, 1]
 
 
+def conditions(plan: Plan, indices: jax.Array) -> dict[str, jax.Array]:
+  """The data that the conditions of samples are computed from.
+
+  Args:
+    plan: the sampling plan.
+    indices: [B] uint32, the indices of the samples.
+
+  Returns:
+    {'label': int32 [B]}, or {} without a condition. A label depends on the
+    plan's seed and the sample's index only.
+  """
+  asked = plan.condition.get('label')
+  if asked is None:
+    return {}
+  if asked != 'data':
+    return {'label': jnp.asarray(asked, jnp.int32)[indices % len(asked)]}
+  bounds = np.cumsum(plan.condition['label_counts'])
+
+  def chance(key):
+    key = jax.random.fold_in(key, LABEL)
+    return jax.random.randint(key, (), 0, int(bounds[-1]))
+
+  _, later = sample_keys(plan.seed, indices)
+  found = jnp.searchsorted(
+    jnp.asarray(bounds, jnp.int32), jax.vmap(chance)(later), side='right'
+  )
+  return {'label': found.astype(jnp.int32)}
+
+
 # The output dtypes: rounded to 8 bits, or as decoded.
 ROUNDED = {
   'uint8': lambda data: jnp.round(data).astype(jnp.uint8),
@@ -60,6 +94,7 @@ def drawer(
   dtype: str | None = None,
   took: bool = False,
   estimates: bool = False,
+  guide: Recipe | None = None,
 ) -> Callable:
   """Returns a function that draws samples, to be jitted.
 
@@ -74,11 +109,12 @@ def drawer(
       choose their own steps.
     estimates: whether frames are estimates of x0 in place of x, at one more
       evaluation each (arXiv 2006.11239, section 4.3); x for clean data.
+    guide: the recipe of a network that guides, see `guided.denoiser`.
 
   Returns:
     draw(params, indices [B], rows={}) -> (data [B, ...], is_finite), see
     `checked`. `params` holds all parts, and `rows` the data that a condition is
-    computed from. With `frames`, the data are a pair of them and [F, B, ...];
+    computed from, by default the plan's. With `frames`, the data are a pair of them and [F, B, ...];
     with `took`, a pair of them and `adaptive.Took`.
 
   Raises:
@@ -92,13 +128,12 @@ def drawer(
   sampler, grid = plan.create(), plan.grid
 
   def draw(params, indices, rows=None):
-    cond = recipe.conditioner.condition(params, rows or {}, None)
-    denoiser = recipe.denoiser(params, cond, mesh)
+    rows = rows or conditions(plan, indices)
+    denoiser = guided.denoiser(recipe, params, rows, plan.guidance, mesh, guide)
     if plan.clip and codec.bound is not None:
       denoiser = clipping.clip_x0(denoiser, schedule, codec.bound)
     first, later = sample_keys(plan.seed, indices)
-    # A number that `solve` never folds in.
-    decoding = jax.vmap(lambda key: jax.random.fold_in(key, 2**32 - 1))(later)
+    decoding = jax.vmap(lambda key: jax.random.fold_in(key, DECODING))(later)
 
     def decode(x0):
       data = codec.decode(params, x0, decoding)

@@ -12,9 +12,8 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion_jax import samplers
-from diffusion_jax.process import schedules
 from diffusion_jax.runs import draw, recipe
-from diffusion_jax.samplers import grid, plan
+from diffusion_jax.samplers import grid, guided, plan
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import optim, sharding, state, step
 
@@ -36,6 +35,7 @@ class Programs(NamedTuple):
       held-out loss, see `step.heldout_loss`.
     draw_fn: (params, indices) -> (samples, whether they are finite), with the
       config's `sample` settings.
+    plan: the plan of these samples.
   """
 
   recipe: recipe.Recipe
@@ -47,6 +47,7 @@ class Programs(NamedTuple):
   steps_fn: Callable
   loss_fn: Callable
   draw_fn: Callable
+  plan: plan.Plan
 
   def create_state(
     self, mesh: Mesh, given: dict | None = None
@@ -73,7 +74,7 @@ def create(
     UserError: the config asks for something that does not exist.
   """
   made = made or recipe.create(config)
-  how = _plan(config['sample'], made.schedule, config['seed'])
+  how = _plan(config, made)
   optimizer = optim.create(**config['optim'])
   # Samples use fold_in(seed, 1), see `draw.sample_keys`.
   root = jax.random.fold_in(jax.random.key(config['seed']), 0)
@@ -110,14 +111,13 @@ def create(
   draw_fn = jax.jit(draw.drawer(made, mesh, how))
   return Programs(
     made, optimizer, init_key, abstract, made.frozen, step_fn, steps_fn,
-    loss_fn, draw_fn,
+    loss_fn, draw_fn, how,
   )  # fmt: skip
 
 
-def _plan(
-  sample: Mapping, schedule: schedules.Schedule, seed: int
-) -> plan.Plan:
-  """The plan of samples drawn during training."""
+def _plan(config: Mapping, made: recipe.Recipe) -> plan.Plan:
+  """The plan of samples drawn during training; labels come in turn."""
+  sample, schedule = config['sample'], made.schedule
   name = sample['sampler']
   if plan.is_calibrated(name, sample['grid']):
     raise UserError(
@@ -133,4 +133,13 @@ def _plan(
   given = {'variance'} & samplers.takes(name).keys()
   options = samplers.options(name, **{key: sample[key] for key in given})
   times = grid.create(sample['grid'], schedule, sample['num_steps'])
-  return plan.Plan(name, options, times, sample['clip'], seed)
+  classes, guidance = made.conditioner.doors.get('label'), {}
+  if classes:
+    of = {'name': 'label', 'drop': made.conditioner.drop}
+    guidance = guided.chosen(of, {}, sample.get('guidance', 1.0))
+  sampler = samplers.create(name, **options)
+  return plan.Plan(
+    name, options, times, sample['clip'], config['seed'],
+    {'label': list(range(classes))} if classes else {}, guidance,
+    guided.rows(schedule, sampler, times, guidance),
+  )  # fmt: skip

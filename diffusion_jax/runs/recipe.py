@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax import codecs, conditioning, models, objectives, runs
@@ -68,7 +69,8 @@ class Recipe(NamedTuple):
 
     Args:
       params: all parts.
-      cond: the conditioning inputs, see `Conditioner`.
+      cond: the conditioning inputs, see `Conditioner`; an array with one row
+        is for all examples.
       mesh: the devices that hold the parameters.
     """
     apply = network_fn(self.parts[models.NET])
@@ -76,7 +78,11 @@ class Recipe(NamedTuple):
     def network(xt, label):
       # Gathered here, so that a long loop does not keep the gathered copy.
       gathered = {models.NET: sharding.gather_fsdp(params[models.NET], mesh)}
-      return apply(gathered, xt, label, cond, None)
+      of_rows = {
+        door: jnp.broadcast_to(x, (len(xt), *x.shape[1:]))
+        for door, x in cond.items()
+      }
+      return apply(gathered, xt, label, of_rows, None)
 
     return gaussian.denoiser(network, self.schedule, self.prediction)
 

@@ -100,6 +100,13 @@ def chosen(
   }
 
 
+def is_other_alone(guidance: Mapping) -> bool:
+  """Whether u is the result, so that c need not be computed."""
+  return guidance['guidance'] == 0 and not {
+    'guidance_interval', 'guidance_rescale'
+  } & guidance.keys()  # fmt: skip
+
+
 def times_of(schedule: Schedule, guidance: Mapping) -> tuple | None:
   """(above, to): guided are times t with above < t <= to; None for all times.
 
@@ -132,7 +139,7 @@ def rows(schedule: Schedule, sampler: Sampler, grid, guidance: Mapping) -> int:
     UserError: no evaluation is inside the interval.
   """
   evaluations = sampler.evaluations(grid)
-  if not guidance or guidance == {'guidance': 0.0}:
+  if not guidance or is_other_alone(guidance):
     return evaluations
   limits = times_of(schedule, guidance)
   if limits is None or sampler.init is None:

@@ -1,0 +1,91 @@
+"""The labels of a run's samples: which are asked for, and what they are called.
+
+Without a wish, the label of a sample depends on its seed and index only, and
+labels occur as often as in the training images.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from diffusion_jax.runs import dataset
+from diffusion_jax.system.errors import UserError, hint
+
+ALL = 'all'
+
+
+def condition(workdir, config: Mapping, asked=None) -> dict:
+  """The condition of a plan, see `samplers.plan.Plan`.
+
+  Args:
+    workdir: the run's folder.
+    config: its config.
+    asked: a label or several, which samples get in turn, by index: numbers,
+      names of classes, text with commas, or 'all'. None: as in the data.
+
+  Raises:
+    UserError: the run has no labels, or none of that name or number.
+  """
+  count = dataset.num_classes(config['conditioning'])
+  if not count:
+    if asked is not None:
+      raise UserError(
+        f'label={_text(asked)}: the run is unconditional: leave the label out, '
+        "or train with conditioning.name='label'"
+      )
+    return {}
+  known = dataset.read_labels(workdir, count)
+  if asked is None:
+    if known is None:
+      raise UserError(
+        f'{workdir}/{dataset.DATA} does not say how frequent the labels are: '
+        'give --label, such as --label=all'
+      )
+    return {'label': 'data', 'label_counts': known['counts']}
+  names = known['names'] if known else []
+  return {'label': numbers(asked, count, names)}
+
+
+def numbers(asked, count: int, names: Sequence[str]) -> list[int]:
+  """The labels that are asked for.
+
+  Args:
+    asked: see `condition`.
+    count: the number of classes.
+    names: their names, if they have any. A number is always a label.
+
+  Raises:
+    UserError: there is no such label.
+  """
+  parts = asked
+  if isinstance(asked, str):
+    parts = [part.strip() for part in asked.split(',')]
+  elif not isinstance(asked, Sequence):
+    parts = [asked]
+  if list(parts) == [ALL]:
+    return list(range(count))
+  if not len(parts):
+    raise UserError(f'label is empty: {_allowed(count, names)}')
+  return [_number(part, count, names) for part in parts]
+
+
+def _number(part, count, names) -> int:
+  text = str(part)
+  if text.isdecimal():
+    if int(text) < count:
+      return int(text)
+  elif text in names:
+    return names.index(text)
+  raise UserError(
+    f'label={text}: {_allowed(count, names)}{hint(text, names)}'
+  )
+
+
+def _allowed(count, names) -> str:
+  told = f'0 to {count - 1}, several with commas between, or {ALL}'
+  if not names or all(name.isdecimal() for name in names):
+    return told
+  shown = ', '.join(names[:10]) + ', ...' * (len(names) > 10)
+  return f'{told}, or a name ({shown})'
+
+
+def _text(asked) -> str:
+  return asked if isinstance(asked, str) else str(asked).strip('[()]')
