@@ -61,9 +61,7 @@ def by_guide(denoiser: Denoiser, guide: Denoiser) -> Pair:
   return lambda xt, t: (denoiser(xt, t), guide(xt, t))
 
 
-def at_level(
-  guide: Denoiser, own: Schedule, schedule: Schedule
-) -> Denoiser:
+def at_level(guide: Denoiser, own: Schedule, schedule: Schedule) -> Denoiser:
   """A denoiser in the times of another schedule, at equal log-SNR.
 
   Args:

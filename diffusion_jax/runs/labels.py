@@ -74,9 +74,7 @@ def _number(part, count, names) -> int:
       return int(text)
   elif text in names:
     return names.index(text)
-  raise UserError(
-    f'label={text}: {_allowed(count, names)}{hint(text, names)}'
-  )
+  raise UserError(f'label={text}: {_allowed(count, names)}{hint(text, names)}')
 
 
 def _allowed(count, names) -> str:
