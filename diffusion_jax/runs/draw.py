@@ -20,7 +20,6 @@ from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.samplers.solve import solve
 from diffusion_jax.system.errors import UserError, one_of
 
-
 # Numbers that `solve` never folds in.
 DECODING, LABEL = 2**32 - 1, 2**32 - 2
 
@@ -114,8 +113,8 @@ def drawer(
   Returns:
     draw(params, indices [B], rows={}) -> (data [B, ...], is_finite), see
     `checked`. `params` holds all parts, and `rows` the data that a condition is
-    computed from, by default the plan's. With `frames`, the data are a pair of them and [F, B, ...];
-    with `took`, a pair of them and `adaptive.Took`.
+    computed from, by default the plan's. With `frames`, the data are a pair of
+    them and [F, B, ...]; with `took`, a pair of them and `adaptive.Took`.
 
   Raises:
     UserError: an unknown dtype, or one that does not fit the data.

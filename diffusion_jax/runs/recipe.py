@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 
 from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 
@@ -112,7 +111,6 @@ def create(config: Mapping) -> Recipe:
   network = models.create(
     image_shape=codec.shape, doors=conditioner.doors, **config['model']
   )
-  check_doors(network, conditioner, config['model']['name'])
   schedule = schedules.create(**config['process'])
   loss = dict(config['loss'])
   objective = objectives.create(
@@ -122,16 +120,3 @@ def create(config: Mapping) -> Recipe:
     {models.NET: network}, {}, {}, codec, conditioner, schedule,
     loss['prediction'], objective,
   )  # fmt: skip
-
-
-def check_doors(
-  network: models.Model, conditioner: conditioning.Conditioner, name: str
-) -> None:
-  """Raises UserError unless the network accepts the conditioner's outputs."""
-  lacking = [door for door in conditioner.doors if door not in network.doors]
-  if lacking:
-    raise UserError(
-      f'the condition has {" and ".join(lacking)}, but model.name={name} '
-      f'takes {" and ".join(network.doors) or "no condition"}: choose another '
-      'network, or conditioning.name=none'
-    )
