@@ -81,6 +81,8 @@ def create(
     if indices is None:
       return None
   images.flags.writeable = False
+  if labels is None:
+    labels = np.broadcast_to(np.int32(-1), len(images))
   opened = file.open('rb') if isinstance(images, np.memmap) else None
   num_bytes = file.stat().st_size
 
@@ -90,14 +92,11 @@ def create(
       raise UserError(
         f'{what} has become shorter since it was opened: write it again'
       )
-    label, index = label_of(index), indices[index]
+    index = indices[index]
     image = np.array(images[index]) if opened else images[index]
     if as_rgb:
       image = np.repeat(image, 3, -1)
-    return image, label
-
-  def label_of(index):
-    return -1 if labels is None else labels[indices[index]]
+    return image, labels[index]
 
   *size, channels = images.shape[1:]
   as_rgb = channels < (wanted.channels or 0)
@@ -112,7 +111,7 @@ def create(
     num_classes,
     read,
     notes,
-    label_fn=label_of,
+    label_fn=lambda index: labels[indices[index]],
   )
 
 

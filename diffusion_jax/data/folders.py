@@ -110,11 +110,10 @@ def create(
 
   rule = images.rule_of(open_fn, len(names), wanted)
 
-  def read(index):
-    return images.read(*open_fn(index), rule), label_of(index)
+  labels = [layout.label_of.get(name, -1) for name in names]
 
-  def label_of(index):
-    return layout.label_of.get(names[index], -1)
+  def read(index):
+    return images.read(*open_fn(index), rule), labels[index]
 
   notes += looks.files(open_fn, len(names), rule.channels, wanted)
   source = sources.create(
@@ -126,7 +125,7 @@ def create(
     notes,
     identity.of_files(root, names, found.images),
     layout.class_names,
-    label_of,
+    labels.__getitem__,
   )
   return sources.keep_in_memory(source, rule.shape)
 
