@@ -116,17 +116,12 @@ def create(
     return images.read(*open_fn(index), rule), labels[index]
 
   notes += looks.files(open_fn, len(names), rule.channels, wanted)
+  called = f'folder {path}, {wanted.split}'
   source = sources.create(
-    f'folder {path}, {wanted.split}',
-    len(names),
-    rule.shape,
-    layout.num_classes,
-    read,
-    notes,
-    identity.of_files(root, names, found.images),
-    layout.class_names,
+    called, len(names), rule.shape, layout.num_classes, read, notes,
+    identity.of_files(root, names, found.images), layout.class_names,
     labels.__getitem__,
-  )
+  )  # fmt: skip
   return sources.keep_in_memory(source, rule.shape)
 
 
