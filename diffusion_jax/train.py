@@ -288,9 +288,10 @@ def _heldout_loss(program, train_state, source, config, mesh) -> dict:
   total, first = 0.0, 0
   where = sharding.batch_sharding(mesh)
   rows = pipeline.local_rows(where, batch_size)
-  for local in pipeline.heldout(
+  batches = pipeline.heldout(
     source, batch_size=batch_size, num_examples=num_images, rows=rows
-  ):
+  )
+  while local := loop.read_together(batches):
     batch, weight = pipeline.put_rows(local, where, batch_size)
     total += program.loss_fn(params, train_state.extras, batch, weight, first)
     first += batch_size

@@ -176,10 +176,14 @@ def break_one(images, step, row=0) -> str:
   images.mkdir()
   train, _ = data.splits(write(images, {}, count=16))
   stream = pipeline.stream(train, batch_size=2, seed=0, flip=False)
-  odd = int(stream[step - 1]['image'][row, 0, 0, 0]) - 100
-  whole = (images / f'{odd}.png').read_bytes()
-  (images / f'{odd}.png').write_bytes(whole[:50])
-  return f'{odd}.png'
+  return cut(images, stream[step - 1]['image'][row])
+
+
+def cut(images, array) -> str:
+  """Cuts off the file of an image; its name."""
+  file = images / f'{int(array[0, 0, 0]) - 100}.png'
+  file.write_bytes(file.read_bytes()[:50])
+  return file.name
 
 
 @pytest.mark.slow
@@ -228,6 +232,26 @@ def test_two_processes_of_which_one_meets_a_broken_image(tmp_path, row):
   assert [r.code for r in results] == [0, 0], [r.err for r in results]
   rows = metrics.read(workdir / 'metrics.jsonl')
   assert [row['step'] for row in rows] == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_meets_a_broken_held_out_image(tmp_path):
+  images, workdir = tmp_path / 'images', tmp_path / 'run'
+  images.mkdir()
+  config = write(images, {}, count=16) | {'heldout_every': 4}
+  _, heldout = data.splits(config)
+  odd = cut(images, heldout[3]['image'])
+  results = training(
+    images, workdir, '--config.data.heldout_every=4', '--config.eval_every=5',
+    run=binaries.run_several,
+  )  # fmt: skip
+  assert [r.code for r in results] == [2, 2], results
+  for result in results:
+    last = result.err.splitlines()[-1]
+    for part in (f"'{odd}'", 'checkpoint 5 is complete', 'data.skip_broken'):
+      assert part in last
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  assert [row['step'] for row in rows] == [1, 2, 3, 4, 5]
 
 
 def test_an_error_is_told_some_batches_before_it_is_raised():

@@ -294,6 +294,25 @@ def test_what_is_done_before_a_broken_image_is_saved_once(tmp_path):
       assert part in str(told.value)
 
 
+def test_the_step_before_a_broken_held_out_image_is_saved(tmp_path):
+  def held_out(state):
+    if state.step == 6:
+      loop.read_together(broken())
+    return {'heldout_loss': np.float32(1)}
+
+  def broken():
+    raise images.Broken('image a.png cannot be read')
+    yield
+
+  every = loop.Every(log=1, eval=2, checkpoint=5)
+  with pytest.raises(UserError) as told:
+    train(tmp_path, eval_fn=held_out, every=every)
+  assert str(told.value).startswith('training stopped at step 6: image a.png ')
+  assert 'data.skip_broken=True' in str(told.value)
+  assert checkpoint.steps(tmp_path / 'checkpoints') == [5, 6]
+  assert [row['step'] for row in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_save_that_fails_is_told_after_the_last_step_too(tmp_path):
   class Failing(Kept):
     def save(self, step, state):

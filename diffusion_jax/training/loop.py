@@ -35,6 +35,12 @@ AHEAD = 2
 # others, at most, and all stop one step later.
 EARLY = AHEAD + 2
 
+# For images that cannot be read.
+REMEDY = (
+  '(the same command then needs --accept_data; preflight --all_images finds '
+  'all such images; data.skip_broken=True leaves them out)'
+)
+
 # Metrics that must be finite in every step, if present.
 WATCHED = ('loss', 'grad_norm', 'param_norm', 'heldout_loss')
 
@@ -48,6 +54,10 @@ class Diverged(Exception):
     # means that those are bad.
     blames_before = name in ('loss', 'grad_norm')
     self.good = step - 2 if blames_before else step - 1
+
+
+class Together(UserError):
+  """An error that all processes raise at the same step."""
 
 
 class Rows:
@@ -167,7 +177,8 @@ def train(
     checkpoints: where the state is saved, also at the end.
     writer: the metrics writer.
     per_dispatch: steps of a call of step_fn, which ends at a multiple of it.
-    eval_fn: state -> values for the row.
+    eval_fn: state -> values for the row; several processes raise an error
+      `Together`.
     sample_fn: (state, step) -> None, draws a grid of samples.
     on_step: called after each dispatch with (newest finished step, newest row).
     stop: step -> whether to stop; called after each dispatch.
@@ -176,16 +187,19 @@ def train(
   Raises:
     UserError: training cannot go on; it names the checkpoint to resume from.
   """
-  start = done = int(state.step)
+  done = saved = int(state.step)
   rows = Rows(writer, batch_size)
   try:
     while done < num_steps:
+      first, step = done + 1, done + per_dispatch - done % per_dispatch
       state, values = step_fn(state, next(batches))
-      step = done + per_dispatch - done % per_dispatch
-      if evaluate := eval_fn is not None and due(step, every.eval):
-        values = {**values, **eval_fn(state)}
+      done = step
+      evaluate = eval_fn is not None and due(step, every.eval)
       log = due(step, every.log) or evaluate
-      rows.add(range(done + 1, step + 1), values, log)
+      try:
+        values = {**values, **(eval_fn(state) if evaluate else {})}
+      finally:  # the step is made, also where held-out images cannot be read
+        rows.add(range(first, step + 1), values, log)
       last = stop(step) or step == num_steps
       save = last or due(step, every.checkpoint)
       draw = sample_fn is not None and due(step, every.sample)
@@ -198,10 +212,10 @@ def train(
         sample_fn(state, step)
       if save:
         writer.flush()
+        saved = step
         checkpoints.save(step, state)
       if last:
         break
-      done = step
     checkpoints.wait()
     _tell_all(met(), checkpoints.directory)
   except Diverged as e:
@@ -212,12 +226,31 @@ def train(
     if not (reason := _reason(e, checkpoints.directory)):
       raise
     with contextlib.suppress(UserError, Diverged):
-      if done > start:
+      if done > saved:
         _keep(e, done, state, rows, writer, checkpoints)
       checkpoints.wait()  # so that the message names a complete checkpoint
     reason = f'{reason}; {checkpoint.newest(checkpoints.directory)}'
-    raise UserError(f'training stopped at step {done + 1}: {reason}') from e
+    raise UserError(f'training stopped at step {first}: {reason}') from e
   return state
+
+
+def read_together(batches: Iterator) -> Any:
+  """The next batch, or None after the last.
+
+  Raises:
+    Together: in all processes, if one of them cannot read its rows.
+  """
+
+  def read():
+    try:
+      return next(batches, None)
+    except images.Broken as e:
+      raise UserError(f'{e} {REMEDY}') from e
+
+  try:
+    return distributed.everywhere(read)
+  except UserError as e:
+    raise Together(str(e)) from e
 
 
 def _tell_all(error: Exception | None, directory) -> None:
@@ -232,17 +265,17 @@ def _keep(error, step, state, rows, writer, checkpoints) -> None:
 
   A step that fails uses up the state.
 
-  Several processes have stopped together before, see `Signals.warn`: a
-  checkpoint needs them all.
+  Several processes can only save together. They have stopped together before,
+  see `Signals.warn`, or raise the same error.
   """
   if isinstance(error, RuntimeError) or int(state.step) != step:
     return
+  if jax.process_count() > 1 and not isinstance(error, Together):
+    return
   checkpoints.wait()
-  there = checkpoint.steps(checkpoints.directory)
-  if jax.process_count() == 1 and step not in there:
-    rows.flush(keep=0)
-    writer.flush()
-    checkpoints.save(step, state)
+  rows.flush(keep=0)
+  writer.flush()
+  checkpoints.save(step, state)
 
 
 def _diverged(error: Diverged, directory) -> str:
@@ -267,9 +300,5 @@ def _reason(error: Exception, checkpoints) -> str:
     # Unlike open(), a failed write names no file; all are in the workdir.
     return f'{error.strerror}: {error.filename or checkpoints.parent}'
   if isinstance(error, images.Broken):
-    return (
-      f'{error} (the same command then needs --accept_data; preflight '
-      '--all_images finds all such images; data.skip_broken=True leaves them '
-      'out)'
-    )
+    return f'{error} {REMEDY}'
   return str(error) if isinstance(error, OSError | UserError) else ''
