@@ -238,7 +238,9 @@ def test_two_processes_of_which_one_meets_a_broken_image(tmp_path, row):
 def test_two_processes_of_which_one_meets_a_broken_held_out_image(tmp_path):
   images, workdir = tmp_path / 'images', tmp_path / 'run'
   images.mkdir()
-  config = write(images, {}, count=16) | {'heldout_every': 4}
+  config = write(images, {}, count=16) | {
+    'heldout_every': 4, 'heldout_split': 'test',
+  }  # fmt: skip
   _, heldout = data.splits(config)
   odd = cut(images, heldout[3]['image'])
   results = training(

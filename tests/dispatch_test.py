@@ -89,13 +89,19 @@ def test_too_many_images_for_the_devices_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('sizes', 'microbatches'),
-  [((1, 1, 1), 1), pytest.param((2, 2, 2), 2, marks=pytest.mark.slow)],
+  ('make', 'sizes', 'microbatches'),
+  [
+    (tiny.dense, (2, 2, 2), 2),
+    pytest.param(tiny.model, (1, 1, 1), 1, marks=pytest.mark.slow),
+    pytest.param(tiny.model, (2, 2, 2), 2, marks=pytest.mark.slow),
+  ],
 )
-def test_several_steps_train_the_same_as_single_ones(sizes, microbatches):
+def test_several_steps_train_the_same_as_single_ones(make, sizes, microbatches):
   devices = jax.devices()[: np.prod(sizes)]
   mesh = sharding.make_mesh(*sizes, devices=devices)
-  abstract, step_fn = tiny.program(mesh, microbatches=microbatches)
+  abstract, step_fn = tiny.program(
+    mesh, network=make(), microbatches=microbatches
+  )
   several = jax.jit(
     functools.partial(
       step.train_steps, step_fn=lambda state, _, batch: step_fn(state, batch)

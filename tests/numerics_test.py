@@ -233,10 +233,12 @@ def searching():
     yield
 
 
-def test_a_healthy_step_passes_every_search():
+@pytest.mark.parametrize(
+  'make', [tiny.dense, pytest.param(tiny.shallow, marks=pytest.mark.slow)]
+)
+def test_a_healthy_step_passes_every_search(make):
   """Of 8 images, some quarters of the times have none."""
-  network = tiny.model(multipliers=(1,), attention_resolutions=())
-  state, step_fn, batch = tiny.run(tiny.one_device(), network=network)
+  state, step_fn, batch = tiny.run(tiny.one_device(), network=make())
   found = set()
   with searching():
     for _ in range(4):

@@ -20,7 +20,9 @@ def program(values, mesh=None):
   config = digits.get_config()
   config.update_from_flattened_dict({'optim.warmup_steps': 1, **values})
   assert not validation.check(config, range(1))
-  return programs.create(config, mesh or tiny.one_device(), tiny.recipe())
+  return programs.create(
+    config, mesh or tiny.one_device(), tiny.recipe(tiny.dense())
+  )
 
 
 def size(tree):

@@ -19,7 +19,9 @@ DELICATE = {'exp', 'log', 'rsqrt', 'sqrt', 'integer_pow', 'square', 'cumsum'}
 def step():
   """(abstract state, traced step, compiled step) with a bfloat16 network."""
   mesh = tiny.one_device()
-  network = tiny.model(dtype='bfloat16')
+  network = tiny.model(
+    dtype='bfloat16', multipliers=(1,), attention_resolutions=(8,)
+  )
   abstract, step_fn = tiny.program(mesh, network=network)
   rows = sharding.batch_sharding(mesh)
   images = jax.ShapeDtypeStruct(
@@ -78,7 +80,7 @@ def test_the_whole_state_is_updated_in_place(step):
 def test_the_host_reads_only_when_a_row_is_due(tmp_path, monkeypatch):
   """Otherwise it would wait for the device in every step."""
   mesh, get, reads = tiny.one_device(), jax.device_get, []
-  state, step_fn, batch = tiny.run(mesh)
+  state, step_fn, batch = tiny.run(mesh, network=tiny.dense())
   dispatched = 0
 
   def counted(tree):

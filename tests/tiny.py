@@ -8,6 +8,7 @@ from pathlib import Path
 
 import binaries
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -43,12 +44,40 @@ def model(**kwargs):
   return models.create('unet', SHAPE, **{**arguments, **kwargs})
 
 
+def shallow():
+  return model(multipliers=(1,), attention_resolutions=())
+
+
 def wide(**kwargs):
   """64 channels on 8x8 maps: where XLA's gradients go wrong if left alone."""
   return model(
     channels=64, multipliers=(1,), attention_resolutions=(8,), num_groups=8,
     **kwargs,
   )  # fmt: skip
+
+
+def dense(width=16, dropout=0.1):
+  """A hidden layer, for tests of what does not depend on the network."""
+  size = int(np.prod(SHAPE))
+
+  def init(key):
+    first, second = jax.random.split(key)
+    return {
+      'in': {'kernel': jax.random.normal(first, (size + 1, width)) / 8},
+      'out': {'kernel': jax.random.normal(second, (width, size)) / 8},
+    }
+
+  def apply(params, xt, t, keys=None, cond=None):
+    time = jnp.broadcast_to(t, len(xt))[:, None] / 1000
+    rows = jnp.concatenate([xt.reshape(len(xt), -1), time], axis=1)
+    hidden = jnp.tanh(rows @ params['in']['kernel'])
+    if keys is not None and dropout:
+      hidden *= jax.vmap(
+        lambda key: jax.random.bernoulli(key, 1 - dropout, (width,))
+      )(keys)
+    return (hidden @ params['out']['kernel']).reshape(xt.shape)
+
+  return models.Model(init, apply)
 
 
 def few_arrays(channels=1, width=64):
