@@ -177,8 +177,7 @@ def train(
     checkpoints: where the state is saved, also at the end.
     writer: the metrics writer.
     per_dispatch: steps of a call of step_fn, which ends at a multiple of it.
-    eval_fn: state -> values for the row; several processes raise an error
-      `Together`.
+    eval_fn: state -> values for the row; its errors are `Together`.
     sample_fn: (state, step) -> None, draws a grid of samples.
     on_step: called after each dispatch with (newest finished step, newest row).
     stop: step -> whether to stop; called after each dispatch.
@@ -196,10 +195,9 @@ def train(
       done = step
       evaluate = eval_fn is not None and due(step, every.eval)
       log = due(step, every.log) or evaluate
-      try:
-        values = {**values, **(eval_fn(state) if evaluate else {})}
-      finally:  # the step is made, also where held-out images cannot be read
-        rows.add(range(first, step + 1), values, log)
+      rows.add(range(first, step + 1), values, log)
+      if evaluate:  # after adding: the step is made, even if this fails
+        values.update(eval_fn(state))
       last = stop(step) or step == num_steps
       save = last or due(step, every.checkpoint)
       draw = sample_fn is not None and due(step, every.sample)
@@ -226,9 +224,7 @@ def train(
     if not (reason := _reason(e, checkpoints.directory)):
       raise
     with contextlib.suppress(UserError, Diverged):
-      if done > saved:
-        _keep(e, done, state, rows, writer, checkpoints)
-      checkpoints.wait()  # so that the message names a complete checkpoint
+      _keep(e, done > saved, done, state, rows, writer, checkpoints)
     reason = f'{reason}; {checkpoint.newest(checkpoints.directory)}'
     raise UserError(f'training stopped at step {first}: {reason}') from e
   return state
@@ -260,7 +256,7 @@ def _tell_all(error: Exception | None, directory) -> None:
       raise UserError(reason) from error
 
 
-def _keep(error, step, state, rows, writer, checkpoints) -> None:
+def _keep(error, unsaved, step, state, rows, writer, checkpoints) -> None:
   """Saves the steps that were done before an image that cannot be read.
 
   A step that fails uses up the state.
@@ -268,14 +264,15 @@ def _keep(error, step, state, rows, writer, checkpoints) -> None:
   Several processes can only save together. They have stopped together before,
   see `Signals.warn`, or raise the same error.
   """
-  if isinstance(error, RuntimeError) or int(state.step) != step:
+  checkpoints.wait()  # so that the message names a complete checkpoint
+  if not unsaved or isinstance(error, RuntimeError) or int(state.step) != step:
     return
   if jax.process_count() > 1 and not isinstance(error, Together):
     return
-  checkpoints.wait()
   rows.flush(keep=0)
   writer.flush()
   checkpoints.save(step, state)
+  checkpoints.wait()
 
 
 def _diverged(error: Diverged, directory) -> str:
