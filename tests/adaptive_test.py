@@ -405,6 +405,7 @@ def test_what_was_taken_is_drawn_again_where_it_is_missing(run, tmp_path):
   assert again == {**whole, 'drawn': 2}
 
 
+@pytest.mark.slow
 def test_a_budget_that_cuts_is_told(run, tmp_path):
   result = binaries.run(
     'sample', f'--workdir={run}', '--sampler=adaptive', '--budget=4',

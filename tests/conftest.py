@@ -75,12 +75,26 @@ def x64():
     yield
 
 
+def _optimize(optimized: bool) -> None:
+  os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(not optimized)
+  jax.config.update('jax_disable_most_optimizations', not optimized)
+
+
 @pytest.fixture(autouse=True, scope='module')
 def programs(request):
   """Optimizes a module's programs if it is marked so; drops them after it."""
-  plain = request.node.get_closest_marker('optimized') is None
-  os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(plain)
-  jax.config.update('jax_disable_most_optimizations', plain)
+  _optimize(request.node.get_closest_marker('optimized') is not None)
   yield
   jax.clear_caches()
   gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def program(request):
+  """Optimizes a single test's programs if it is marked so."""
+  if any(mark.name == 'optimized' for mark in request.node.own_markers):
+    _optimize(True)
+    yield
+    _optimize(False)
+  else:
+    yield

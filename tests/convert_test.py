@@ -103,6 +103,7 @@ def test_the_binary_brings_in_and_out_the_same_file(tmp_path):
   assert index.items() <= DESCRIBED['tiny']['index'].items()
 
 
+@pytest.mark.slow
 def test_a_run_of_ours_goes_out_and_comes_in(tmp_path):
   run = tiny.trained(tmp_path / 'run')
   out = converted(run, tmp_path / 'out')
@@ -167,10 +168,11 @@ def came_in(tmp_path_factory):
   return runs
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
   'name',
   [
-    pytest.param(name, marks=[pytest.mark.slow] * name.endswith('1000'))
+    pytest.param(name, marks=[pytest.mark.slow] * (not name.endswith('20')))
     for name in pipelines.DRAWS
   ],
 )

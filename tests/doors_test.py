@@ -378,15 +378,12 @@ def test_an_unknown_name_lists_those_there_are(create, must):
 
 def test_pictures_need_not_be_square():
   """A U-Net of 16x8 images: the loss falls, and samples have their shape."""
-  made = tiny.recipe(shape=(16, 8, 1), schedule=schedules.linear(100))
-  made = made._replace(
-    parts={
-      'net': models.create(
-        'unet', (16, 8, 1), channels=8, multipliers=(1, 2), num_blocks=1,
-        attention_resolutions=(4,), num_groups=4,
-      )
-    }
+  shape = (16, 8, 1)
+  network = models.create(
+    'unet', shape, channels=8, multipliers=(1, 1), num_blocks=1,
+    attention_resolutions=(), num_groups=4,
   )  # fmt: skip
+  made = tiny.recipe(network, shape, schedules.linear(100))
   mesh = tiny.one_device()
   program = programs.create(config(1), mesh, made)
   state = program.create_state(mesh)

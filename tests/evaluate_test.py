@@ -160,6 +160,7 @@ def test_eight_devices_and_an_interruption_change_nothing(run, card, tmp_path):
     assert other['results'][name] == pytest.approx(value, rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_more_samples_than_were_there(run, card):
   more = evaluate(f'--workdir={run}', f'--num_samples={COUNT + 3}', *DRAW)
   assert more['drawn'] == 3

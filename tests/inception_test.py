@@ -289,6 +289,7 @@ def conv_slowly(x, layer, stride, pad):
   return np.maximum(rows + b, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason=f'there is no {REAL}')
 @pytest.mark.skipif(not SHEET.exists(), reason=f'there is no {SHEET}')
 def test_real_weights_judge_real_images():

@@ -343,6 +343,7 @@ def test_a_step_that_ends_in_time_is_not_given_up(signals):
   assert not told
 
 
+@pytest.mark.slow
 def test_slow_steps_have_more_time(signals):
   one, told, ended = signals(0.1)
   one.reached(1)

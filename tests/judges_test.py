@@ -142,6 +142,7 @@ def test_held_out_images_of_one_class_prove_nothing(
   pixels_is_said(tmp_path, capsys, labelled(60, 5), heldout, must)
 
 
+@pytest.mark.slow
 def test_the_first_line_says_what_training_costs(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(classifier, 'LEAST_STEPS', 60)
   source, heldout = (

@@ -27,7 +27,13 @@ def on_a_device(tree) -> int:
   return sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize('sizes', [(1, 8, 1), (2, 2, 2), (8, 1, 1)])
+@pytest.mark.parametrize(
+  'sizes',
+  [
+    (2, 2, 2),
+    *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 8, 1), (8, 1, 1))),
+  ],
+)
 def test_it_says_what_arrays_do(sizes):
   config = digits.get_config()
   abstract = state.abstract_state(

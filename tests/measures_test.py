@@ -189,6 +189,8 @@ def test_each_measure_changes_rounding_only(measure):
   assert max(errors(gradients(plain=(measure,)), gradients())) < 1e-4
 
 
-@pytest.mark.parametrize('remat', ['blocks', 'all'])
+@pytest.mark.parametrize(
+  'remat', ['blocks', pytest.param('all', marks=pytest.mark.slow)]
+)
 def test_computing_again_changes_no_gradient(remat):
   assert max(errors(gradients(remat=remat), gradients())) < 1e-5

@@ -104,6 +104,7 @@ def test_a_start_records_what_its_numbers_depend_on(plain):
   assert runs.last_start(plain)['versions']['pillow'] == PIL.__version__
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_under_another_jax_says_so(tmp_path):
   tiny.trained(tmp_path / 'run')
   place = tmp_path / 'run' / 'starts.jsonl'

@@ -33,6 +33,7 @@ def preflight(*flags, devices=1, limit=300):
   return binaries.run('preflight', *TINY, *flags, devices=devices, limit=limit)
 
 
+@pytest.mark.slow
 def test_of_this_machine(tmp_path):
   """On eight devices, parameters split over four: table and JSON agree."""
   flags = ['--config.mesh.fsdp=4', '--config.batch_size=16',
@@ -160,6 +161,7 @@ def test_without_the_compiler_for_tpus():
   assert "pip install 'diffusion_jax[tpu]'" in message
 
 
+@pytest.mark.slow
 def test_a_workdir_with_too_long_a_name(tmp_path):
   message = last_line(preflight(f'--workdir={tmp_path / ("x" * 300)}'))
   assert 'cannot be written (File name too long)' in message

@@ -268,6 +268,7 @@ def test_flipped_bits_are_found_by_all(run, tmp_path):
   assert not (tmp_path / 'other').exists()
 
 
+@pytest.mark.slow
 def test_another_protocol_needs_an_output_outside_the_store(run, tmp_path):
   out = f'--output={tmp_path / "o"}'
   some = ['--num_samples=2', '--sampler=ddim', '--num_steps=2', out]

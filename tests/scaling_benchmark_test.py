@@ -141,6 +141,7 @@ def test_the_loader_is_measured_without_the_step():
   assert last.endswith('less than 3 times')
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_saved_and_restored(tmp_path):
   found = checkpoint_benchmark.measured(config(), tmp_path, 2)
   for name in checkpoint_benchmark.ROWS:

@@ -209,7 +209,7 @@ def collectives(text) -> dict:
 @pytest.mark.parametrize(
   ('sizes', 'gathers'),
   [
-    ((1, 8, 1), 1),
+    pytest.param((1, 8, 1), 1, marks=pytest.mark.slow),
     pytest.param((8, 1, 1), 0, marks=pytest.mark.slow),
   ],
 )

@@ -502,6 +502,7 @@ def test_a_file_without_settings(tensors, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_the_binary_says_what_it_took_and_keeps_it(output, tmp_path):
   checkpoint = output / 'checkpoint-20'
   run = tmp_path / 'run'

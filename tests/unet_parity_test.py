@@ -129,13 +129,18 @@ def _attention_without_residual(monkeypatch):
   'change',
   [
     _symmetric_padding,
-    _bilinear_upsampling,
-    _cos_before_sin,
-    _frequencies_over_half,
-    _another_time,
-    _large_epsilon,
-    _one_head,
     _attention_without_residual,
+    *(
+      pytest.param(change, marks=pytest.mark.slow)
+      for change in (
+        _bilinear_upsampling,
+        _cos_before_sin,
+        _frequencies_over_half,
+        _another_time,
+        _large_epsilon,
+        _one_head,
+      )
+    ),
   ],
 )
 def test_a_wrong_detail_is_seen(change, monkeypatch):
