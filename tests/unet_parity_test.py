@@ -75,12 +75,13 @@ def _bilinear_upsampling(monkeypatch):
 def _cos_before_sin(monkeypatch):
   right = layers.sinusoid
   monkeypatch.setattr(
-    layers, 'sinusoid', lambda t, dim: jnp.roll(right(t, dim), dim // 2, -1)
-  )
+    layers, 'sinusoid',
+    lambda t, dim, *args: jnp.roll(right(t, dim, *args), dim // 2, -1),
+  )  # fmt: skip
 
 
 def _frequencies_over_half(monkeypatch):
-  def wrong(t, dim):
+  def wrong(t, dim, *_):
     frequencies = 10_000 ** (-jnp.arange(dim // 2) / (dim // 2))
     angles = jnp.outer(t, frequencies)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
@@ -90,7 +91,7 @@ def _frequencies_over_half(monkeypatch):
 
 def _another_time(monkeypatch):
   right = layers.sinusoid
-  monkeypatch.setattr(layers, 'sinusoid', lambda t, dim: right(t + 1, dim))
+  monkeypatch.setattr(layers, 'sinusoid', lambda t, *args: right(t + 1, *args))
 
 
 def _change_norms(monkeypatch, **changes):

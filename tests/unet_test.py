@@ -101,12 +101,12 @@ def plain_conv(x, conv, *, stride=1, before=1):
   return y
 
 
-def plain_norm(x, norm, num_groups):
+def plain_norm(x, norm, num_groups, epsilon=1e-6):
   b, h, w, c = x.shape
   x = x.astype('f8').reshape(b, h * w, num_groups, -1)
   mean = x.mean((1, 3), keepdims=True)
   variance = x.var((1, 3), keepdims=True)
-  x = ((x - mean) / np.sqrt(variance + 1e-6)).reshape(b, h, w, c)
+  x = ((x - mean) / np.sqrt(variance + epsilon)).reshape(b, h, w, c)
   return x * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
 
 

@@ -5,6 +5,7 @@ of arrays and two pure functions. Parameter names are the dict's paths joined by
 '/', such as `down/0/blocks/1/conv1/kernel`.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -13,10 +14,11 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from diffusion_jax.models import doors as doors_of
+from diffusion_jax.models.dit import DiT
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.system.errors import one_of
 
-MODELS = {'unet': UNet}
+MODELS = {'unet': UNet, 'dit': DiT}
 NET = 'net'  # name of the run's part that is the denoising network
 
 
@@ -54,12 +56,15 @@ def create(
       of each: of 'label' the number of classes, without the null label; of the
       others their last axis.
     out_channels: channels of the prediction; by default those of x0.
-    **kwargs: the network's arguments, see `unet.UNet`.
+    **kwargs: the network's arguments, see `unet.UNet` and `dit.DiT`; those of
+      other networks are ignored.
 
   Raises:
     UserError: the name is not known, or the network lacks a door.
   """
   network = MODELS[one_of('model.name', name, MODELS)]
+  others = set().union(*map(arguments, MODELS.values())) - arguments(network)
+  kwargs = {key: kwargs[key] for key in kwargs if key not in others}
   doors = dict(doors or {})
   doors_of.check(doors, network.DOORS, name)
   out_channels = out_channels or image_shape[-1]
@@ -69,6 +74,11 @@ def create(
     )
   )
   return model._replace(doors=tuple(doors))
+
+
+def arguments(network: type) -> set[str]:
+  """The names of the arguments of a network."""
+  return set(inspect.signature(network).parameters)
 
 
 def fence(build: Callable) -> Model:

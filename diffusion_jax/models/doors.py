@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.models import layers
+from diffusion_jax.models import layers, styles
 from diffusion_jax.system.errors import UserError
 
 NAMES = ('label', 'vector', 'tokens', 'channels')
@@ -108,11 +108,14 @@ class CrossAttention(nnx.Module):
   """
 
   def __init__(
-    self, channels, tokens, *, num_heads, num_groups, epsilon=1e-6, plain=(),
-    **kwargs,
+    self, channels, tokens, *, num_heads, num_groups, style=styles.DDPM,
+    plain=frozenset(), **kwargs,
   ):  # fmt: skip
-    self.num_heads, self.plain = num_heads, frozenset(plain)
-    self.norm = layers.norm(channels, num_groups, epsilon=epsilon, **kwargs)
+    self.num_heads, self.plain = num_heads, plain
+    self.norm = layers.norm(
+      channels, num_groups, epsilon=style.epsilon, **kwargs
+    )
+    kwargs['init'] = style.init
     self.query = layers.linear(channels, channels, **kwargs)
     self.key = layers.linear(tokens, channels, **kwargs)
     self.value = layers.linear(tokens, channels, **kwargs)

@@ -2,7 +2,8 @@
 
 Initialisation follows the original: variance scaling (fan average, uniform) for
 kernels, 0 for biases, and a scale of 1e-10 for layers with an output of almost
-zero. Parameters are float32; `dtype` is the dtype of the computation.
+zero; see `initial` for others. Parameters are float32; `dtype` is the dtype of
+the computation.
 """
 
 import functools
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.models import attention, normalise, upsampling
+from diffusion_jax.models import attention, normalise, styles, upsampling
 
 # What is computed in another, faster form than it is usually written. Networks
 # take a set of these names, `plain`, to compute them in the usual form.
@@ -28,30 +29,49 @@ def kernel_init(scale: float = 1.0):
 ALMOST_ZERO = 1e-10
 
 
-def conv(inputs, outputs, *, scale=1.0, **kwargs) -> nnx.Conv:
+def initial(init: str, scale: float, inputs: int) -> dict:
+  """The initializers of a layer, as arguments of nnx.Conv and nnx.Linear.
+
+  Args:
+    init: see `styles.Style`.
+    scale: of the variance for 'ddpm'; ALMOST_ZERO is zero for 'torch'.
+    inputs: number of inputs of each output.
+  """
+  if init == 'ddpm':
+    return {'kernel_init': kernel_init(scale)}
+  bound = 0.0 if scale == ALMOST_ZERO else inputs**-0.5
+
+  def uniform(key, shape, dtype, *_, **__):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return {'kernel_init': uniform, 'bias_init': uniform}
+
+
+def conv(inputs, outputs, *, scale=1.0, init='ddpm', **kwargs) -> nnx.Conv:
   """A 3x3 convolution, padded to keep the size.
 
   Args:
     inputs: input channels.
     outputs: output channels.
-    scale: scale of the initial kernel, see `kernel_init`.
+    scale: scale of the initial kernel, see `initial`.
+    init: see `initial`.
     **kwargs: arguments of nnx.Conv.
   """
-  return nnx.Conv(
-    inputs, outputs, (3, 3), kernel_init=kernel_init(scale), **kwargs
-  )
+  how = initial(init, scale, 9 * inputs)
+  return nnx.Conv(inputs, outputs, (3, 3), **how, **kwargs)
 
 
-def linear(inputs, outputs, *, scale=1.0, **kwargs) -> nnx.Linear:
+def linear(inputs, outputs, *, scale=1.0, init='ddpm', **kwargs) -> nnx.Linear:
   """A dense layer over the last axis, which is also a 1x1 convolution.
 
   Args:
     inputs: input channels.
     outputs: output channels.
-    scale: scale of the initial kernel, see `kernel_init`.
+    scale: scale of the initial kernel, see `initial`.
+    init: see `initial`.
     **kwargs: arguments of nnx.Linear.
   """
-  return nnx.Linear(inputs, outputs, kernel_init=kernel_init(scale), **kwargs)
+  return nnx.Linear(inputs, outputs, **initial(init, scale, inputs), **kwargs)
 
 
 def norm(channels, num_groups, *, epsilon=1e-6, **kwargs) -> nnx.GroupNorm:
@@ -66,6 +86,7 @@ def normalised(
   xs: tuple[jax.Array, ...],
   *,
   shift: jax.Array | None = None,
+  modulation: tuple[jax.Array, jax.Array] | None = None,
   swish: bool = True,
   plain: frozenset = frozenset(),
 ) -> jax.Array:
@@ -75,18 +96,27 @@ def normalised(
     layer: its parameters.
     xs: maps [B, H, W, C_i].
     shift: [B, C], added to every pixel before the norm.
+    modulation: a factor less 1 and an offset, [B, C] each, for the norm's
+      result before swish.
     swish: whether to apply swish to the result.
     plain: the measures that are not taken.
   """
   if 'norm' not in plain:
+    scale, bias = layer.scale[...], layer.bias[...]
+    if modulation is not None:
+      factor, offset = modulation
+      scale, bias = scale * (1 + factor), bias * (1 + factor) + offset
     return normalise.group_norm(
-      xs, layer.scale[...], layer.bias[...], layer.num_groups, shift, swish,
-      layer.epsilon,
-    )  # fmt: skip
+      xs, scale, bias, layer.num_groups, shift, swish, layer.epsilon
+    )
   x = jnp.concatenate(xs, axis=-1)
   if shift is not None:
     x = x + shift.astype(x.dtype)[:, None, None, :]
-  return nnx.swish(layer(x)) if swish else layer(x)
+  y = layer(x)
+  if modulation is not None:
+    factor, offset = (m.astype(y.dtype)[:, None, None] for m in modulation)
+    y = y * (1 + factor) + offset
+  return nnx.swish(y) if swish else y
 
 
 def projected(
@@ -145,13 +175,37 @@ def convolved(
   return y[..., :outputs]
 
 
-def sinusoid(t: jax.Array, dim: int) -> jax.Array:
-  """[B] times -> [B, dim]: sin, then cos, of t exp(-ln(10000) i / (dim/2 - 1)).
+def time_features(
+  t: jax.Array, dim: int, kind: str = 'sin_cos', freq_shift: int = 1
+) -> jax.Array:
+  """[B] times -> [B, dim], the features of the time.
 
-  t is the raw step, not scaled to [0, 1].
+  Args:
+    t: times as the objective gives them; for DDPM raw steps, not scaled to
+      [0, 1].
+    dim: number of features, even.
+    kind: 'sin_cos' or 'cos_sin', see `sinusoid`, in this order of the halves,
+      or 'fourier': cos and sin of 2 pi 16 f t with normal f (arXiv 2011.13456).
+      In place of random f, their absolute values are the normal distribution's
+      quantiles.
+    freq_shift: see `sinusoid`.
   """
   half = dim // 2
-  frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / (half - 1))
+  if kind == 'fourier':
+    quantiles = 0.5 + (jnp.arange(half) + 0.5) / dim
+    angles = t.astype(jnp.float32)[:, None] * (
+      2 * jnp.pi * 16 * jax.scipy.special.ndtri(quantiles)
+    )
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+  features = sinusoid(t, dim, freq_shift)
+  return jnp.roll(features, half, -1) if kind == 'cos_sin' else features
+
+
+def sinusoid(t: jax.Array, dim: int, freq_shift: int = 1) -> jax.Array:
+  """sin, then cos, of t exp(-ln(10000) i / (dim/2 - freq_shift)), [B, dim]."""
+  half = dim // 2
+  exponents = jnp.arange(half) / (half - freq_shift)
+  frequencies = jnp.exp(-jnp.log(10000.0) * exponents)
   angles = t.astype(jnp.float32)[:, None] * frequencies[None]
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
@@ -194,30 +248,48 @@ def dropout(
 class ResBlock(nnx.Module):
   """norm - swish - conv, plus time, norm - swish - dropout - conv, plus x.
 
-  Takes a tuple of maps, as if concatenated.
+  Takes a tuple of maps, as if concatenated. With `resample` 'down' or 'up' it
+  halves (by averaging) or doubles (by repeating) a map, after the first swish.
   """
 
   def __init__(
     self, inputs, outputs, *, time_dim, num_groups, dropout, number,
-    plain=frozenset(), **kwargs,
+    style=styles.DDPM, resample=None, plain=frozenset(), **kwargs,
   ):  # fmt: skip
     self.rate, self.number, self.plain = dropout, number, plain
-    self.norm1 = norm(inputs, num_groups, **kwargs)
+    self.style, self.resample = style, resample
+    of_norm = {'epsilon': style.epsilon, **kwargs}
+    kwargs['init'] = style.init
+    self.norm1 = norm(inputs, num_groups, **of_norm)
     self.conv1 = conv(inputs, outputs, **kwargs)
-    self.time = linear(time_dim, outputs, **kwargs)
-    self.norm2 = norm(outputs, num_groups, **kwargs)
+    self.time = linear(time_dim, outputs * (1 + style.scale_shift), **kwargs)
+    self.norm2 = norm(outputs, num_groups, **of_norm)
     self.conv2 = conv(outputs, outputs, scale=ALMOST_ZERO, **kwargs)
-    if inputs != outputs:
+    if inputs != outputs or (resample and style.resampled_shortcut):
       self.shortcut = linear(inputs, outputs, **kwargs)
 
   def __call__(self, xs, time, keys):
-    h = normalised(self.norm1, xs, plain=self.plain)
-    h = convolved(self.conv1, h)
+    h = self._first(normalised(self.norm1, xs, plain=self.plain))
     # The bias and the time are a shift of the norm, not passes over the map.
     shift = self.time(nnx.swish(time)).astype(jnp.float32)
+    modulation = None
+    if self.style.scale_shift:
+      modulation, shift = jnp.split(shift, 2, -1), jnp.zeros(())
     shift = shift + self.conv1.bias[...][None]
-    h = normalised(self.norm2, (h,), shift=shift, plain=self.plain)
+    h = normalised(
+      self.norm2, (h,), shift=shift, modulation=modulation, plain=self.plain
+    )
     h = dropout(h, self.rate, keys, self.number, self.plain)
+    y = self._second(h, tuple(resized(x, self.resample) for x in xs))
+    scale = self.style.skip_scale
+    return y if scale == 1 else y * jnp.asarray(scale, y.dtype)
+
+  def _first(self, h):
+    if self.resample == 'up' and 'upsampling' not in self.plain:
+      return upsampling.upsample_conv(h, self.conv1.kernel[...])
+    return convolved(self.conv1, resized(h, self.resample))
+
+  def _second(self, h, xs):
     if not hasattr(self, 'shortcut'):
       return xs[0] + self.conv2(h)
     if 'norm' in self.plain:
@@ -226,20 +298,40 @@ class ResBlock(nnx.Module):
     return convolved(self.conv2, h) + skip
 
 
+def resized(x: jax.Array, how: str | None) -> jax.Array:
+  """A map [B, H, W, C] halved ('down'), doubled ('up') or as it is (None)."""
+  if how == 'up':
+    return x.repeat(2, axis=1).repeat(2, axis=2)
+  if how == 'down':
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // 2, 2, w // 2, 2, c)
+    return x.mean((2, 4), dtype=jnp.float32).astype(x.dtype)
+  return x
+
+
 class Attention(nnx.Module):
   """Self-attention over all positions, with its own norm and residual."""
 
   def __init__(
-    self, channels, *, num_heads, num_groups, plain=frozenset(), **kwargs
-  ):
+    self, channels, *, num_heads, num_groups, style=styles.DDPM,
+    plain=frozenset(), **kwargs,
+  ):  # fmt: skip
     self.num_heads, self.plain = num_heads, plain
-    self.norm = norm(channels, num_groups, **kwargs)
-    self.query = linear(channels, channels, **kwargs)
-    self.key = linear(channels, channels, **kwargs)
-    self.value = linear(channels, channels, **kwargs)
+    self.skip_scale = style.skip_scale
+    self.norm = norm(channels, num_groups, epsilon=style.epsilon, **kwargs)
+    kwargs['init'] = style.init
+    inner = {'scale': style.attention_init, **kwargs}
+    self.query = linear(channels, channels, **inner)
+    self.key = linear(channels, channels, **inner)
+    self.value = linear(channels, channels, **inner)
     self.out = linear(channels, channels, scale=ALMOST_ZERO, **kwargs)
 
   def __call__(self, x, training=False):
+    y = self._attended(x, training)
+    scale = self.skip_scale
+    return y if scale == 1 else y * jnp.asarray(scale, y.dtype)
+
+  def _attended(self, x, training):
     b, h, w, c = x.shape
     normed = normalised(self.norm, (x,), swish=False, plain=self.plain)
     plain = 'attention' in self.plain
@@ -269,11 +361,13 @@ def _plain_attention(query, key, value):
 class Downsample(nnx.Module):
   """Halves the map by a strided 3x3 convolution."""
 
-  def __init__(self, channels, **kwargs):
-    # As TensorFlow's SAME, which pads even sizes only at the end.
+  def __init__(self, channels, *, style=styles.DDPM, **kwargs):
+    # 'end': as TensorFlow's SAME, which pads even sizes only at the end.
+    side = (int(style.padding == 'both'), 1)
     self.conv = conv(
-      channels, channels, strides=2, padding=((0, 1), (0, 1)), **kwargs
-    )
+      channels, channels, strides=2, padding=(side, side), init=style.init,
+      **kwargs,
+    )  # fmt: skip
 
   def __call__(self, x):
     return self.conv(x)
@@ -282,9 +376,11 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
   """Doubles the map by nearest neighbour, then a 3x3 convolution."""
 
-  def __init__(self, channels, *, plain=frozenset(), **kwargs):
+  def __init__(
+    self, channels, *, style=styles.DDPM, plain=frozenset(), **kwargs
+  ):
     self.plain = plain
-    self.conv = conv(channels, channels, **kwargs)
+    self.conv = conv(channels, channels, init=style.init, **kwargs)
 
   def __call__(self, x):
     if 'upsampling' in self.plain:

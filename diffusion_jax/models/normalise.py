@@ -38,8 +38,8 @@ def group_norm(
 
   Args:
     xs: maps [B, H, W, C_i] of one dtype; C is the sum of all C_i.
-    scale: [C].
-    bias: [C].
+    scale: [C], or [B, C] for a scale per example.
+    bias: [C] or [B, C].
     num_groups: divides C.
     shift: [B, C], added to every pixel before the norm; None = nothing.
     swish: whether to apply swish to the result.
@@ -51,7 +51,8 @@ def group_norm(
   if shift is None:
     shift = jnp.zeros((len(xs[0]), len(scale)))
   how = How(num_groups, epsilon, swish)
-  return _norm(how, tuple(xs), scale[None], bias[None], shift)
+  scale, bias = jnp.atleast_2d(scale), jnp.atleast_2d(bias)
+  return _norm(how, tuple(xs), scale, bias, shift)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

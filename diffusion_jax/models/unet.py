@@ -1,10 +1,10 @@
-"""The U-Net of DDPM (arXiv 2006.11239, appendix B), with configurable widths.
+"""The U-Net of DDPM (arXiv 2006.11239, appendix B) and of those after it.
 
 Down: at each level `num_blocks` residual blocks, then halve. Middle: block,
 attention, block. Up: at each level `num_blocks + 1` blocks, then double.
 Attention follows *every* block whose map has a size in `attention_resolutions`.
 The skips are the first convolution, each block (after its attention) and each
-halving: 12 of them on CIFAR-10.
+halving: 12 of them on CIFAR-10. `styles` lists how other papers' U-Nets differ.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.models import doors as doors_of
-from diffusion_jax.models import layers
+from diffusion_jax.models import layers, styles
 
 
 class Given(NamedTuple):
@@ -42,10 +42,18 @@ class Stage(nnx.Module):
 
   def block(self, i, xs, given, keys):
     x = self.blocks[i](xs, given.time, keys)
-    if self.attentions:
-      # Dropout is for training, with a rate of 0, too.
-      x = self.attentions[i](x, keys is not None)
-    return self.crosses[i](x, *given.tokens) if self.crosses else x
+    # If there are fewer attentions than blocks, they follow the last ones.
+    at = i - len(self.blocks) + len(self.attentions)
+    if at < 0 or not self.attentions:
+      return x
+    # Dropout is for training, with a rate of 0, too.
+    x = self.attentions[at](x, keys is not None)
+    return self.crosses[at](x, *given.tokens) if self.crosses else x
+
+  def resampled(self, x, given, keys):
+    if isinstance(self.resample, layers.ResBlock):
+      return self.resample((x,), given.time, keys)
+    return self.resample(x)
 
 
 def inputs_of(channels: int, widths: list[int], num_blocks: int):
@@ -68,6 +76,26 @@ def inputs_of(channels: int, widths: list[int], num_blocks: int):
   return down, up[::-1]
 
 
+def attentions(width, count, num_heads, tokens, options):
+  """As many self-attentions, and cross-attentions if there are tokens."""
+  options = {'num_heads': num_heads, **options}
+  crosses = count if tokens else 0
+  return (
+    [layers.Attention(width, **options) for _ in range(count)],
+    [doors_of.CrossAttention(width, tokens, **options) for _ in range(crosses)],
+  )
+
+
+def resampler(width, way, style, block, plain, **common):
+  """What halves ('down') or doubles ('up') the map of a level."""
+  if style.resampling == 'block':
+    return block(width, width, way)
+  if way == 'down':
+    return layers.Downsample(width, style=style, **common)
+  return layers.Upsample(width, style=style, plain=plain, **common)
+
+
+ZERO = layers.ALMOST_ZERO
 REMAT = ('none', 'blocks', 'all')
 
 
@@ -84,7 +112,11 @@ class UNet(nnx.Module):
     attention_resolutions: sizes of a map's shorter side, in pixels, at which
       blocks are followed by attention.
     num_heads: number of attention heads.
+    head_channels: channels of each head instead; 0 = as num_heads says.
     num_groups: groups of the group norms; divides the channels of all levels.
+    style: a key of `styles.STYLES`.
+    details: fields of `styles.Style` that differ, with their values.
+    time_scale: factor on the times that the network is given.
     dropout: dropout rate in the residual blocks.
     dtype: dtype of the computation; parameters are float32.
     remat: what the backward pass computes again instead of keeping it: 'none',
@@ -107,7 +139,11 @@ class UNet(nnx.Module):
     num_blocks=2,
     attention_resolutions=(16,),
     num_heads=1,
+    head_channels=0,
     num_groups=32,
+    style='ddpm',
+    details=(),
+    time_scale=1.0,
     dropout=0.1,
     dtype='float32',
     remat='none',
@@ -117,69 +153,68 @@ class UNet(nnx.Module):
     *sides, colors = image_shape
     widths = [channels * m for m in multipliers]
     last = len(widths) - 1
+    self.style = how = styles.create(style, dict(details))
     self.remat, self.plain = remat, frozenset(plain)
+    self.channels, self.time_scale = channels, time_scale
     common = {'dtype': jnp.dtype(dtype), 'rngs': rngs}
+    dense = {'init': how.init, **common}
     measured = {'plain': self.plain, **common}
-    normed = {'num_groups': num_groups, **measured}
-    blocks = {'time_dim': 4 * channels, 'dropout': dropout, **normed}
+    blocks = {'num_groups': num_groups, 'style': how, **measured}
     numbers = itertools.count()  # tells the dropout layers apart
 
-    def block(inputs, outputs):
-      number = next(numbers)
-      return layers.ResBlock(inputs, outputs, number=number, **blocks)
+    def block(inputs, outputs, resample=None):
+      return layers.ResBlock(
+        inputs, outputs, time_dim=4 * channels, dropout=dropout,
+        number=next(numbers), resample=resample, **blocks,
+      )  # fmt: skip
 
-    mixed = {'num_heads': num_heads, **normed}
-    attention = functools.partial(layers.Attention, **mixed)
-    cross = functools.partial(
-      doors_of.CrossAttention, tokens=doors.get('tokens'), **mixed
-    )
+    def attend(width, count):
+      heads = width // head_channels if head_channels else num_heads
+      return attentions(width, count, heads, doors.get('tokens'), blocks)
 
-    def stage(level, inputs, resample):
+    def stage(level, inputs, way, count):
+      width = widths[level]
       attends = min(sides) // 2**level in attention_resolutions
-      takes = attends and 'tokens' in doors
       return Stage(
-        [block(width, widths[level]) for width in inputs],
-        [attention(widths[level]) for _ in inputs if attends],
-        [cross(widths[level]) for _ in inputs if takes],
-        resample(widths[level]) if resample else None,
+        [block(i, width) for i in inputs],
+        *attend(width, count if attends else 0),
+        way and resampler(width, way, how, block, **measured),
       )
 
-    self.channels = channels
-    self.time1 = layers.linear(channels, 4 * channels, **common)
-    self.time2 = layers.linear(4 * channels, 4 * channels, **common)
-    self.conv_in = layers.conv(
-      colors + doors.get('channels', 0), channels, **common
-    )
-
-    halve = functools.partial(layers.Downsample, **common)
-    double = functools.partial(layers.Upsample, **measured)
+    self.time1 = layers.linear(channels, 4 * channels, **dense)
+    self.time2 = layers.linear(4 * channels, 4 * channels, **dense)
+    inputs = colors + doors.get('channels', 0)
+    self.conv_in = layers.conv(inputs, channels, **dense)
     down, up = inputs_of(channels, widths, num_blocks)
     self.down = nnx.List(
-      stage(level, inputs, halve if level < last else None)
+      stage(level, inputs, 'down' if level < last else None, num_blocks)
       for level, inputs in enumerate(down)
     )
     self.middle1 = block(widths[-1], widths[-1])
-    self.middle_attention = attention(widths[-1])
-    if 'tokens' in doors:
-      self.middle_cross = cross(widths[-1])
+    made, crosses = attend(widths[-1], int(how.middle_attention))
+    if made:
+      (self.middle_attention,) = made
+    self.middle_crosses = nnx.List(crosses)
     self.middle2 = block(widths[-1], widths[-1])
+    attends = num_blocks + 1 if how.up_attention == 'all' else 1
     self.up = nnx.List(
-      stage(level, up[level], double if level > 0 else None)
+      stage(level, up[level], 'up' if level > 0 else None, attends)
       for level in range(last, -1, -1)
     )
 
-    self.norm_out = layers.norm(widths[0], num_groups, **common)
-    self.conv_out = layers.conv(
-      widths[0], out_channels, scale=layers.ALMOST_ZERO, **common
+    self.norm_out = layers.norm(
+      widths[0], num_groups, epsilon=how.epsilon, **common
     )
-    doors_of.add_embeddings(self, doors, 4 * channels, **common)
+    self.conv_out = layers.conv(widths[0], out_channels, scale=ZERO, **dense)
+    width = 4 * channels if how.doors_at == 'time' else channels
+    doors_of.add_embeddings(self, doors, width, **common)
 
   def __call__(self, xt, t, keys=None, cond=None):
     """Computes the prediction for noised images.
 
     Args:
       xt: [B, H, W, C] float.
-      t: [B] times, raw steps.
+      t: [B] times, as the objective gives them: for DDPM, raw steps.
       keys: [B] random keys for dropout; None disables it.
       cond: door -> array, see `conditioning.Conditioner`, for all doors that
         the network was made with.
@@ -187,11 +222,7 @@ class UNet(nnx.Module):
     Returns:
       [B, H, W, out_channels] float32.
     """
-    time = self.time1(layers.sinusoid(t, self.channels))
-    time = self.time2(nnx.swish(time))
-    given = Given(
-      doors_of.embedded(self, time, cond), doors_of.tokens_of(cond, len(xt))
-    )
+    given = Given(self._time(t, cond), doors_of.tokens_of(cond, len(xt)))
     of_level = jax.checkpoint if self.remat == 'all' else lambda f: f
 
     xt = doors_of.joined(xt.astype(self.conv_in.dtype), cond)
@@ -203,9 +234,10 @@ class UNet(nnx.Module):
       skips += found
 
     x = self._block(self.middle1)((x,), given.time, keys)
-    x = self.middle_attention(x, keys is not None)
-    if given.tokens is not None:
-      x = self.middle_cross(x, *given.tokens)
+    if self.style.middle_attention:
+      x = self.middle_attention(x, keys is not None)
+    for cross in self.middle_crosses:
+      x = cross(x, *given.tokens)
     x = self._block(self.middle2)((x,), given.time, keys)
 
     for stage in self.up:
@@ -219,6 +251,21 @@ class UNet(nnx.Module):
     x = x.astype(jnp.float32)
     return x + layers.broadcast(self.conv_out.bias[...], x)
 
+  def _time(self, t, cond):
+    """The embedding of time, label and vector, [B or 1, 4 * channels]."""
+    time = layers.time_features(
+      t * self.time_scale,
+      self.channels,
+      self.style.sinusoid,
+      self.style.freq_shift,
+    )
+    if self.style.doors_at == 'sinusoid':
+      time = doors_of.embedded(self, time, cond)
+    time = self.time2(nnx.swish(self.time1(time)))
+    if self.style.doors_at == 'time':
+      time = doors_of.embedded(self, time, cond)
+    return time
+
   def _block(self, block):
     return jax.checkpoint(block) if self.remat != 'none' else block
 
@@ -229,11 +276,11 @@ class UNet(nnx.Module):
       x = self._block(functools.partial(stage.block, i))((x,), given, keys)
       skips.append(x)
     if stage.resample is not None:
-      x = stage.resample(x)
+      x = stage.resampled(x, given, keys)
       skips.append(x)
     return x, skips
 
   def _up(self, stage, x, skips, given, keys):
     for i, skip in enumerate(reversed(skips)):
       x = self._block(functools.partial(stage.block, i))((x, skip), given, keys)
-    return x if stage.resample is None else stage.resample(x)
+    return x if stage.resample is None else stage.resampled(x, given, keys)
