@@ -83,14 +83,26 @@ def get_config():
   config.conditioning.drop = 0.1
 
   config.model = ConfigDict()
-  config.model.name = 'unet'
-  config.model.channels = 128  # at full resolution
-  config.model.multipliers = (1, 2, 2, 2)  # of the channels, one per level
-  config.model.num_blocks = 2  # residual blocks per level
-  config.model.attention_resolutions = (16,)  # map sizes with attention
+  config.model.name = 'unet'  # or 'dit', a transformer; see docs/networks.md
+  config.model.channels = 128  # at full resolution; of 'dit', in all blocks
+  config.model.num_blocks = 2  # residual blocks per level; of 'dit', blocks
   config.model.num_heads = 1  # attention heads
+  # Of 'dit': pixels per side of a patch.
+  config.model.patch_size = 2
+  # Of 'unet' only, like the keys up to details.
+  config.model.multipliers = (1, 2, 2, 2)  # of the channels, one per level
+  config.model.attention_resolutions = (16,)  # map sizes with attention
+  # Channels of each attention head, in place of num_heads; 0 = num_heads.
+  config.model.head_channels = 0
   config.model.num_groups = 32  # groups of group normalisation
-  config.model.dropout = 0.0  # dropout rate of residual blocks
+  # Whose U-Net: 'ddpm', 'iddpm', 'adm', 'ddpmpp' (EDM's) or 'diffusers'.
+  config.model.style = 'ddpm'
+  # Details that differ from the style's, such as {'epsilon': 1e-5}; of 'dit',
+  # from the paper's.
+  config.model.details = ConfigDict()
+  # Factor on the times or noise levels that the network embeds.
+  config.model.time_scale = 1.0
+  config.model.dropout = 0.0  # dropout rate of residual blocks or perceptrons
   config.model.dtype = 'float32'  # or 'bfloat16', faster on TPUs and GPUs
   # What the backward pass computes again, in order to need less memory: 'none',
   # 'blocks' (residual blocks and attention) or 'all' (whole levels).

@@ -98,7 +98,8 @@ YOUNGER = {
   'optim.decay_steps': 0, 'optim.end_lr': 0.0, 'optim.weight_decay': 0.0,
   'optim.decay_from': 0,
   'data.classes': 'auto', 'data.bits': 0, 'data.skip_broken': False,
-  'model.remat': 'none', 'model.plain': (),
+  'model.remat': 'none', 'model.plain': (), 'model.patch_size': 2,
+  'model.head_channels': 0, 'model.style': 'ddpm', 'model.time_scale': 1.0,
   'conditioning.num_classes': 0, 'conditioning.drop': 0.1,
   'sample.guidance': 1.0,
 }  # fmt: skip
@@ -141,7 +142,7 @@ def test_the_default_explains_every_key():
   """Beside its line, or above it, or above the lines that it stands with."""
   text = (binaries.ROOT / 'configs' / 'default.py').read_text()
   text = text.partition('\ndef get_config():\n')[2]
-  for key in (*flat('default'), 'optim.part_lr'):
+  for key in (*flat('default'), 'optim.part_lr', 'model.details'):
     assert text.count(f'  config.{key} = ') == 1, key
   for block in text.split('\n\n'):
     assert '#' in block, block
@@ -254,11 +255,11 @@ def test_keys_that_a_config_lacks_have_their_defaults(tmp_path):
 
 
 def test_another_choice_has_options_of_its_own(tmp_path):
-  """Those of the default network are nothing to it."""
+  """Those of the default codec are nothing to it."""
   path = written(
-    tmp_path, 'config.model = ConfigDict({"name": "other", "depth": 3})'
+    tmp_path, 'config.codec = ConfigDict({"name": "other", "depth": 3})'
   )
-  assert load(path).model.to_dict() == {'name': 'other', 'depth': 3}
+  assert load(path).codec.to_dict() == {'name': 'other', 'depth': 3}
 
 
 @pytest.mark.parametrize(
@@ -392,7 +393,7 @@ def test_an_older_run_goes_on(tmp_path, name):
   """Its config.json has none of the younger keys; they have their defaults."""
   config = load(binaries.ROOT / 'configs' / f'{name[0]}.py', *name[1:])
   older = runs.to_plain(config)
-  for key in (*YOUNGER, 'optim.part_lr'):
+  for key in (*YOUNGER, 'optim.part_lr', 'model.details'):
     group, inner = key.split('.')
     del older[group][inner]
   del older['codec'], older['conditioning']
@@ -425,7 +426,7 @@ def test_a_printed_config_is_the_config(tmp_path, name):
 def test_a_printed_config_has_the_comments_and_every_value(tmp_path):
   path = written(
     tmp_path, 'config.optim.part_lr.codec = 1e-5',
-    'config.model = ConfigDict({"name": "other", "depth": 3})',
+    'config.codec = ConfigDict({"name": "other", "depth": 3})',
     'config.optim.eps = float("inf")',
   )  # fmt: skip
   config = load(path)

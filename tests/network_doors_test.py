@@ -14,6 +14,7 @@ from diffusion_jax.system.errors import UserError
 
 ALL = {'label': 3, 'vector': 2, 'tokens': 5, 'channels': 1}
 SHAPES = {
+  'dit': {'channels': 8, 'num_blocks': 2, 'num_heads': 2},
   'unet': {
     'channels': 8,
     'multipliers': (1, 2),

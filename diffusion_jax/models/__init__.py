@@ -78,7 +78,7 @@ def create(
 
 def arguments(network: type) -> set[str]:
   """The names of the arguments of a network."""
-  return set(inspect.signature(network).parameters)
+  return set(inspect.signature(network.__init__).parameters)
 
 
 def fence(build: Callable) -> Model:

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion_jax.models import attention, layers
+from diffusion_jax.models import attention, layers, styles
 from diffusion_jax.models import doors as doors_of
-from diffusion_jax.system.errors import one_of
 
 SINUSOID = 256  # features of the time before its two layers
 SMALL = nnx.initializers.normal(0.02)
@@ -36,18 +35,7 @@ class Details(NamedTuple):
   freq_shift: int = 0
 
 
-def details_of(details) -> Details:
-  """The details with single ones changed.
-
-  Args:
-    details: field of `Details` -> value.
-
-  Raises:
-    UserError: a name is not known.
-  """
-  for key in details:
-    one_of('model.details', key, Details._fields)
-  return Details(**details)
+DETAILS = Details()
 
 
 def positions(rows: int, columns: int, width: int) -> np.ndarray:
@@ -166,7 +154,7 @@ class DiT(nnx.Module):
     rngs,
   ):
     height, width, colors = image_shape
-    details = details_of(dict(details))
+    details = styles.changed(DETAILS, dict(details))
     self.patch, self.out_channels = patch_size, out_channels
     self.grid = height // patch_size, width // patch_size
     self.remat, self.time_scale = remat, time_scale
@@ -201,7 +189,7 @@ class DiT(nnx.Module):
 
     x = doors_of.joined(xt.astype(self.dtype), cond)
     x = self.patches(self._cut(x))
-    x = x + positions(*self.grid, x.shape[-1]).astype(x.dtype)
+    x = x + positions(*self.grid, x.shape[-1]).astype(x.dtype)[None]
     for block in self.blocks:
       call = block if self.remat == 'none' else jax.checkpoint(block)
       x = call(x, time, tokens, keys)

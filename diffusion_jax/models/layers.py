@@ -105,7 +105,8 @@ def normalised(
     scale, bias = layer.scale[...], layer.bias[...]
     if modulation is not None:
       factor, offset = modulation
-      scale, bias = scale * (1 + factor), bias * (1 + factor) + offset
+      scale = scale[None] * (1 + factor)
+      bias = bias[None] * (1 + factor) + offset
     return normalise.group_norm(
       xs, scale, bias, layer.num_groups, shift, swish, layer.epsilon
     )
@@ -193,9 +194,8 @@ def time_features(
   half = dim // 2
   if kind == 'fourier':
     quantiles = 0.5 + (jnp.arange(half) + 0.5) / dim
-    angles = t.astype(jnp.float32)[:, None] * (
-      2 * jnp.pi * 16 * jax.scipy.special.ndtri(quantiles)
-    )
+    frequencies = 2 * jnp.pi * 16 * jax.scipy.special.ndtri(quantiles)
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
   features = sinusoid(t, dim, freq_shift)
   return jnp.roll(features, half, -1) if kind == 'cos_sin' else features

@@ -49,7 +49,7 @@ def group_norm(
     [B, H, W, C] in the dtype of the maps.
   """
   if shift is None:
-    shift = jnp.zeros((len(xs[0]), len(scale)))
+    shift = jnp.zeros((len(xs[0]), scale.shape[-1]))
   how = How(num_groups, epsilon, swish)
   scale, bias = jnp.atleast_2d(scale), jnp.atleast_2d(bias)
   return _norm(how, tuple(xs), scale, bias, shift)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from diffusion_jax.system.errors import one_of
+from diffusion_jax.system.errors import UserError, one_of
 
 
 class Style(NamedTuple):
@@ -90,9 +90,30 @@ def create(name: str, details: Mapping[str, Any] | None = None) -> Style:
   Raises:
     UserError: a name or a value is not known.
   """
-  style = STYLES[one_of('model.style', name, STYLES)]
-  for key, value in (details or {}).items():
-    one_of('model.details', key, Style._fields)
+  return changed(STYLES[one_of('model.style', name, STYLES)], details or {})
+
+
+def changed(style: NamedTuple, details: Mapping[str, Any]) -> NamedTuple:
+  """A named tuple of details with some of its fields changed.
+
+  Args:
+    style: the details, such as a `Style`.
+    details: field -> value.
+
+  Raises:
+    UserError: there is no such field, or it cannot have this value.
+  """
+  for key, value in details.items():
+    one_of('model.details', key, style._fields)
     if key in CHOICES:
       one_of(f'model.details.{key}', value, CHOICES[key])
-  return style._replace(**(details or {}))
+    usual = getattr(style, key)
+    kinds = (int, float) if isinstance(usual, float) else type(usual)
+    if not isinstance(value, kinds) or (
+      isinstance(value, bool) != isinstance(usual, bool)
+    ):
+      raise UserError(
+        f'model.details.{key}={value!r:.50}: must be a {type(usual).__name__}, '
+        f'such as {usual!r}'
+      )
+  return style._replace(**details)

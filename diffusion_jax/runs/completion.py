@@ -19,7 +19,6 @@ CHOICES = {
   'codec': 'name',
   'conditioning': 'name',
   'loss': 'name',
-  'model': 'name',
   'process': 'schedule',
 }
 
@@ -45,7 +44,10 @@ ALIASES = {
     'model.channels': 'channels width dim base_channels model_channels '
     'num_channels ch',
     'model.multipliers': 'dim_mults ch_mult channel_mult channel_mults',
-    'model.num_blocks': 'num_res_blocks layers_per_block',
+    'model.num_blocks': 'num_res_blocks layers_per_block depth num_layers',
+    'model.head_channels': 'num_head_channels attention_head_dim '
+    'channels_per_head head_dim',
+    'model.patch_size': 'patch',
     'model.attention_resolutions': 'attn_resolutions attention attn',
     'model.dtype': 'precision mixed_precision fp16 bf16 half use_fp16',
     'optim.lr': 'learning_rate lrate',

@@ -20,7 +20,10 @@ from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint
 
 # If one of these differs, the same parameters mean a different network.
-MEANING = ('process.', 'loss.', 'model.num_heads', 'model.num_groups')
+MEANING = (
+  *('process.', 'loss.', 'model.num_heads', 'model.num_groups'),
+  *('model.head_channels', 'model.style', 'model.details', 'model.time_scale'),
+)
 
 SHOWN = 4  # names to show in a line before 'and N more'
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ml_collections import config_dict
 
 from diffusion_jax import conditioning, models, runs
-from diffusion_jax.models import layers, unet
+from diffusion_jax.models import rules, styles, unet
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import completion
 from diffusion_jax.system.errors import hint
@@ -30,7 +30,9 @@ OF_NETWORK = {
     'an even number, at least 4',
     lambda x: x >= 4 and x % 2 == 0,
   ),
-  'model.num_blocks': ('>= 1', lambda x: x >= 1),
+  'model.(num_blocks|patch_size)': ('>= 1', lambda x: x >= 1),
+  'model.head_channels': ('0 (as num_heads) or more', lambda x: x >= 0),
+  'model.time_scale': ('above 0, finite', lambda x: 0 < x < math.inf),
   'model.dropout|ema.decay|optim.b[12]': ('in [0, 1)', lambda x: 0 <= x < 1),
   'process.num_timesteps': ('at least 2', lambda x: x >= 2),
   'optim.lr': ('above 0, finite', lambda x: 0 < x < math.inf),
@@ -48,6 +50,7 @@ NAMES = {
   'model.name': models.MODELS,
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': unet.REMAT,
+  'model.style': styles.STYLES,
   'conditioning.name': conditioning.CONDITIONERS,
   'loss.prediction': gaussian.PARAMETRISATIONS,
   'process.schedule': schedules.SCHEDULES,
@@ -103,7 +106,7 @@ def _network(config):
     yield flat[key] in known, told
   yield from _limits(config, OF_NETWORK)
   yield from _conditioning(config.conditioning)
-  yield from _model(config.model, config.data)
+  yield from rules.of_network(config.model, runs.image_shape(config.data))
   process = config.process
   yield (
     0 < process.beta_start <= process.beta_end < 1,
@@ -163,41 +166,6 @@ def _conditioning(condition):
     yield (
       value is not None and fits(value),
       f"conditioning.{key}={value}: {allowed}, for conditioning.name='label'",
-    )
-
-
-def _model(model, data):
-  size, levels = runs.image_shape(data)[:2], len(model.multipliers)
-  halved = 2 ** (levels - 1)
-  unknown = sorted(set(model.plain) - set(layers.MEASURES))
-  yield (
-    not unknown,
-    f'model.plain={model.plain}: names among {", ".join(layers.MEASURES)}',
-  )
-  yield levels > 0, 'model.multipliers is empty: give one per level'
-  whole = all(isinstance(multiplier, int) for multiplier in model.multipliers)
-  yield whole, f'model.multipliers={model.multipliers}: whole numbers'
-  if not whole:
-    return
-  yield (
-    all(side > 0 and side % halved == 0 for side in size),
-    f'data.image_size={data.image_size}: {levels} model.multipliers halve it '
-    f'{levels - 1} times, so it must be a multiple of {halved}',
-  )
-  for multiplier in sorted(set(model.multipliers)):
-    width = model.channels * multiplier
-    for name in ('num_groups', 'num_heads'):
-      yield (
-        model[name] > 0 and width > 0 and width % model[name] == 0,
-        f'model.{name}={model[name]} does not divide {width} channels '
-        f'(model.channels={model.channels} x {multiplier})',
-      )
-  maps = [min(size) // 2**level for level in range(levels)]
-  for resolution in model.attention_resolutions:
-    yield (
-      resolution in maps,
-      f'model.attention_resolutions has {resolution}, but the maps are of size '
-      f'{", ".join(map(str, maps))}: give some of these, or () for none',
     )
 
 
