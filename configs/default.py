@@ -110,18 +110,28 @@ def get_config():
   # Names of measures of docs/speed.md that are not taken, for benchmarks.
   config.model.plain = ()
 
-  # The forward process: step t adds noise of variance beta(t), which rises
-  # linearly from beta_start to beta_end (arXiv 2006.11239).
+  # The forward process: the noise at each time, see docs/objectives.md.
   config.process = ConfigDict()
+  # 'linear' (arXiv 2006.11239), 'scaled_linear' = 'quadratic', 'cosine',
+  # 'sigmoid', 'edm', 'flow'; or 'betas', 'alpha_bar' from a file.
   config.process.schedule = 'linear'
   config.process.num_timesteps = 1000
-  config.process.beta_start = 1e-4
+  config.process.beta_start = 1e-4  # for linear, scaled_linear and sigmoid
   config.process.beta_end = 0.02
+  config.process.sigma_min = 0.002  # for edm: the lowest sigma / alpha
+  config.process.sigma_max = 80.0  # and the highest
+  config.process.path = ''  # for betas and alpha_bar: .npy, .json or .txt
+  config.process.sha256 = ''  # of that file; set when a run begins
+  config.process.zero_snr = False  # rescale it to end in pure noise
+  # Multiplies sigma / alpha at all times, for larger images.
+  config.process.shift = 1.0
 
   config.loss = ConfigDict()
   config.loss.name = 'denoising'  # mean squared error of the prediction
-  # What the network predicts: 'eps', 'x0' or 'v'.
+  # What the network predicts: 'eps', 'x0', 'v', 'edm' or 'flow', see
+  # docs/objectives.md.
   config.loss.prediction = 'eps'
+  config.loss.sigma_data = 0.5  # for 'edm': the data's standard deviation
 
   config.optim = ConfigDict()
   # 'adam', 'adamw' or 'adafactor', which needs little memory: no b2, eps.

@@ -102,6 +102,9 @@ YOUNGER = {
   'model.head_channels': 0, 'model.style': 'ddpm', 'model.time_scale': 1.0,
   'conditioning.num_classes': 0, 'conditioning.drop': 0.1,
   'sample.guidance': 1.0,
+  'loss.sigma_data': 0.5, 'process.sigma_min': 0.002,
+  'process.sigma_max': 80.0, 'process.path': '', 'process.sha256': '',
+  'process.zero_snr': False, 'process.shift': 1.0,
 }  # fmt: skip
 
 

@@ -219,7 +219,7 @@ def test_conversions_go_round(schedule, x64, first, second):
   xt = gaussian.q_sample(schedule, x0, t, eps)
   target = gaussian.to_target(schedule, x0, eps, t, first)
   there = gaussian.from_prediction(schedule, target, xt, t, first)
-  target = gaussian.to_target(schedule, *there, t, second)
+  target = gaussian.to_target(schedule, there.x0, there.eps, t, second)
   back = gaussian.from_prediction(schedule, target, xt, t, second)
   np.testing.assert_allclose(back.x0, x0, atol=1e-9)
   np.testing.assert_allclose(back.eps, eps, atol=1e-9)
@@ -266,7 +266,7 @@ def test_clean_data_has_no_noise(schedule, clip):
   denoise = gaussian.denoiser(lambda xt, t: xt + 1, schedule, 'x0')
   if clip:
     denoise = clipping.clip_x0(denoise, schedule)
-  x0, eps = denoise(xt, jnp.array([-1.0, 5.0]))
+  x0, eps, _ = denoise(xt, jnp.array([-1.0, 5.0]))
   assert np.isfinite(x0).all()
   np.testing.assert_array_equal(eps[0], 0)
   assert np.isfinite(eps).all()
@@ -280,7 +280,7 @@ def test_clipping_keeps_xt(schedule, x64, t):
   denoise = clipping.clip_x0(
     gaussian.denoiser(lambda x, t: 3 * x, schedule, 'x0'), schedule
   )
-  x0, eps = denoise(xt, t)
+  x0, eps, _ = denoise(xt, t)
   assert jnp.abs(x0).max() <= 1
   assert jnp.any(x0 != 3 * xt)
   alpha, sigma = schedule.alpha(t, xt.dtype), schedule.sigma(t, xt.dtype)

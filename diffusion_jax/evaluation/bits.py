@@ -18,7 +18,7 @@ import numpy as np
 
 from diffusion_jax.evaluation.batches import Batches, by_steps
 from diffusion_jax.guidance import clipping
-from diffusion_jax.process import fast_bound, flow, gaussian, likelihood
+from diffusion_jax.process import fast_bound, flow, likelihood
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.system.errors import UserError
 
@@ -153,10 +153,10 @@ def _denoiser(trained, params, clip):
   """The network, which computes in float32 whatever the dtype of xt."""
 
   def denoise(xt, t):
-    x0, eps = trained.compiled.denoise(
+    seen = trained.compiled.denoise(
       params, xt.astype(jnp.float32), jnp.asarray(t, jnp.float32), {}
     )
-    return gaussian.Denoised(x0.astype(xt.dtype), eps.astype(xt.dtype))
+    return jax.tree.map(lambda x: x.astype(xt.dtype), seen)
 
   return clipping.clip_x0(denoise, trained.schedule) if clip else denoise
 

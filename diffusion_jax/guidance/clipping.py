@@ -21,8 +21,9 @@ def clip_x0(
   """
 
   def denoise(xt, t):
-    x0 = jnp.clip(denoiser(xt, t).x0, -bound, bound)
+    seen = denoiser(xt, t)
+    x0 = jnp.clip(seen.x0, -bound, bound)
     alpha, sigma = gaussian.alpha_sigma(schedule, t, xt, jnp.inf)
-    return gaussian.Denoised(x0, (xt - alpha * x0) / sigma)
+    return seen._replace(x0=x0, eps=(xt - alpha * x0) / sigma)
 
   return denoise

@@ -15,9 +15,10 @@ drift becomes
 It is bounded, and sigma is smooth in l; t(l) is continuous, and its kinks only
 affect the network. l grows from -4.6 to 5.1 for the linear schedule.
 
-The solution starts at t = 0, the first noised step, and ends at T-1, where p is
-N(0, I). At t = -1 sigma is 0 and l infinite, the network was not trained there,
-and 8-bit images have no density. The result is thus the density of x at t = 0.
+The solution starts at t = 0, the first noised step, and ends at T-1 (at T-2 if
+T-1 is pure noise, where l is infinite), where p is N(0, I). At t = -1 sigma is
+0 and l infinite, the network was not trained there, and 8-bit images have no
+density. The result is thus the density of x at t = 0.
 `dequantised` and `variational` convert it to a code length of 8-bit images in
 two different ways. The change of variables (eq. 39),
 
@@ -123,7 +124,7 @@ def density(
     UserError: an unknown divergence.
   """
   one_of('divergence', divergence, DIVERGENCES)
-  last = schedule.num_timesteps - 1
+  last = schedule.last
   log_alpha_bar, sigma2 = schedule.host(np.array([0, last]))
   start, end = jnp.asarray(0.5 * (np.log(sigma2) - log_alpha_bar), x.dtype)
   sample = {'rademacher': _signs}.get(divergence, jax.random.normal)

@@ -24,10 +24,14 @@ class Denoised(NamedTuple):
   Attributes:
     x0: [B, ...], the estimate of the clean data.
     eps: [B, ...], the estimate of the noise.
+    fraction: [B, ...], where a learned variance lies between the smallest (0)
+      and the largest (1) of a step, see `step_variance`; None if the variance
+      is not learned.
   """
 
   x0: jax.Array
   eps: jax.Array
+  fraction: jax.Array | None = None
 
 
 Denoiser = Callable[[jax.Array, jax.Array], Denoised]
@@ -112,31 +116,83 @@ def step_variance(schedule: Schedule, t, s, variance: str) -> np.ndarray:
 class Parametrisation(NamedTuple):
   """The meaning of a network's output F, in closed form.
 
+  alpha and sigma are functions of the log SNR alone, and so is each member.
+  None of them is computed from another one, which would lose digits at one of
+  the ends.
+
   Attributes:
     denoised: (F, xt, alpha, sigma) -> Denoised.
     target: (x0, eps, alpha, sigma) -> the F of a perfect network.
+    gain: (alpha, sigma) -> the error of x0 that an error of 1 in F causes.
     scale: (alpha, sigma) -> the factor applied to xt as network input; None for
       1.
     label: (schedule, t) -> [B], the noise level as network input; None for t.
     clean: sigma at t = -1 for `denoised`; inf if it divides by sigma, so that
       clean data has eps 0.
+    noise_only: whether it is defined for pure noise, alpha = 0.
   """
 
   denoised: Callable
   target: Callable
+  gain: Callable | None = None
   scale: Callable | None = None
   label: Callable | None = None
   clean: float = 0.0
+  noise_only: bool = True
+
+
+def edm(sigma_data: float = 0.5) -> Parametrisation:
+  """EDM's preconditioning (arXiv 2206.00364, table 1), in our process.
+
+  The paper's z = xt / alpha has noise of level l = sigma / alpha, and its
+  denoiser is c_skip z + c_out F(c_in z, ln(l) / 4) with
+
+    c_skip = s^2 / (l^2 + s^2), c_out = l s / sqrt(l^2 + s^2),
+    c_in = 1 / sqrt(l^2 + s^2),
+
+  where s is `sigma_data`. With q = alpha^2 s^2 + sigma^2 this is
+
+    x0 = alpha s^2 / q xt + sigma s / sqrt(q) F(xt / sqrt(q), ln(l) / 4).
+
+  Args:
+    sigma_data: the standard deviation of the data.
+  """
+  s = sigma_data
+
+  def root(alpha, sigma):
+    return jnp.sqrt((alpha * s) ** 2 + sigma**2)
+
+  def denoised(F, xt, alpha, sigma):
+    r = root(alpha, sigma)
+    return Denoised(
+      alpha * (s / r) ** 2 * xt + sigma * s / r * F,
+      sigma / r**2 * xt - alpha * s / r * F,
+    )
+
+  def target(x0, eps, alpha, sigma):
+    return (sigma * x0 / s - alpha * s * eps) / root(alpha, sigma)
+
+  def label(schedule, t):
+    log_alpha_bar = schedule.log_alpha_bar_at(t)
+    return (jnp.log(-jnp.expm1(log_alpha_bar)) - log_alpha_bar) / 8
+
+  return Parametrisation(
+    denoised, target, lambda alpha, sigma: sigma * s / root(alpha, sigma),
+    lambda alpha, sigma: 1 / root(alpha, sigma), label, noise_only=False,
+  )  # fmt: skip
 
 
 PARAMETRISATIONS = {
   'eps': Parametrisation(
     lambda F, xt, alpha, sigma: Denoised((xt - sigma * F) / alpha, F),
     lambda x0, eps, alpha, sigma: eps,
+    lambda alpha, sigma: sigma / alpha,
+    noise_only=False,
   ),
   'x0': Parametrisation(
     lambda F, xt, alpha, sigma: Denoised(F, (xt - alpha * F) / sigma),
     lambda x0, eps, alpha, sigma: x0,
+    lambda alpha, sigma: jnp.ones_like(alpha),
     clean=np.inf,
   ),
   'v': Parametrisation(  # arXiv 2202.00512
@@ -144,38 +200,79 @@ PARAMETRISATIONS = {
       alpha * xt - sigma * F, sigma * xt + alpha * F
     ),
     lambda x0, eps, alpha, sigma: alpha * eps - sigma * x0,
+    lambda alpha, sigma: sigma,
+  ),
+  'edm': edm(),
+  # Rectified flow (arXiv 2209.03003): the network sees (1 - u) x0 + u eps,
+  # which is xt / (alpha + sigma), and u, and predicts eps - x0.
+  'flow': Parametrisation(
+    lambda F, xt, alpha, sigma: Denoised(
+      (xt - sigma * F) / (alpha + sigma), (xt + alpha * F) / (alpha + sigma)
+    ),
+    lambda x0, eps, alpha, sigma: eps - x0,
+    lambda alpha, sigma: sigma / (alpha + sigma),
+    lambda alpha, sigma: 1 / (alpha + sigma),
+    lambda schedule, t: (
+      schedule.sigma(t) / (schedule.alpha(t) + schedule.sigma(t))
+    ),
   ),
 }
 
 
-def parametrisation(name: str) -> Parametrisation:
+def parametrisation(
+  kind: str | Parametrisation, sigma_data: float = 0.5
+) -> Parametrisation:
   """One of PARAMETRISATIONS.
+
+  Args:
+    kind: its name, or a parametrisation, which is returned.
+    sigma_data: of 'edm', see `edm`.
 
   Raises:
     UserError: the name is not known.
   """
-  return PARAMETRISATIONS[one_of('prediction', name, PARAMETRISATIONS)]
+  if isinstance(kind, Parametrisation):
+    return kind
+  if one_of('prediction', kind, PARAMETRISATIONS) == 'edm':
+    return edm(sigma_data)
+  return PARAMETRISATIONS[kind]
 
 
-def from_prediction(schedule, prediction, xt, t, kind: str) -> Denoised:
-  """(prediction, xt, t) -> (x0, eps).
+def split(output, channels: int) -> tuple:
+  """A network's output -> (F, the fraction of a learned variance or None).
+
+  The second half of the channels, if there are twice as many as in the data,
+  is 2 fraction - 1 (arXiv 2102.09672, eq. 15, as in its code).
+
+  Args:
+    output: [B, ..., channels] or [B, ..., 2 channels].
+    channels: those of the data.
+  """
+  if output.shape[-1] != 2 * channels:
+    return output, None
+  return output[..., :channels], (output[..., channels:] + 1) / 2
+
+
+def from_prediction(schedule, prediction, xt, t, kind) -> Denoised:
+  """(prediction, xt, t) -> (x0, eps), and the fraction of a learned variance.
 
   Args:
     schedule: the noise schedule.
-    prediction: [B, ...], the output of the network.
+    prediction: [B, ...], the output of the network, see `split`.
     xt: [B, ...], noised data.
     t: [B] times.
-    kind: a key of PARAMETRISATIONS.
+    kind: a parametrisation, or its name.
 
   Raises:
     UserError: the kind is not known.
   """
   how = parametrisation(kind)
   levels = alpha_sigma(schedule, t, xt, how.clean)
-  return how.denoised(prediction, xt, *levels)
+  F, fraction = split(prediction, xt.shape[-1])
+  return how.denoised(F, xt, *levels)._replace(fraction=fraction)
 
 
-def to_target(schedule, x0, eps, t, kind: str) -> jax.Array:
+def to_target(schedule, x0, eps, t, kind) -> jax.Array:
   """(x0, eps, t) -> target, the inverse of `from_prediction`.
 
   Args:
@@ -183,7 +280,7 @@ def to_target(schedule, x0, eps, t, kind: str) -> jax.Array:
     x0: [B, ...] clean data.
     eps: [B, ...] noise.
     t: [B] times.
-    kind: a key of PARAMETRISATIONS.
+    kind: a parametrisation, or its name.
 
   Returns:
     [B, ...].
@@ -194,7 +291,7 @@ def to_target(schedule, x0, eps, t, kind: str) -> jax.Array:
   return parametrisation(kind).target(x0, eps, *alpha_sigma(schedule, t, x0))
 
 
-def predict(network_fn, schedule: Schedule, xt, t, kind: str) -> jax.Array:
+def predict(network_fn, schedule: Schedule, xt, t, kind) -> jax.Array:
   """The output of the network for xt, scaled and labelled as it expects.
 
   Args:
@@ -202,7 +299,7 @@ def predict(network_fn, schedule: Schedule, xt, t, kind: str) -> jax.Array:
     schedule: the noise schedule.
     xt: [B, ...] noised data.
     t: [B] times.
-    kind: a key of PARAMETRISATIONS.
+    kind: a parametrisation, or its name.
 
   Raises:
     UserError: the kind is not known.
@@ -213,13 +310,13 @@ def predict(network_fn, schedule: Schedule, xt, t, kind: str) -> jax.Array:
   return network_fn(xt, how.label(schedule, t) if how.label else t)
 
 
-def denoiser(network_fn, schedule: Schedule, kind: str) -> Denoiser:
+def denoiser(network_fn, schedule: Schedule, kind) -> Denoiser:
   """A denoiser from a network.
 
   Args:
     network_fn: (input [B, ...], label [B]) -> prediction [B, ...].
     schedule: the noise schedule.
-    kind: a key of PARAMETRISATIONS.
+    kind: a parametrisation, or its name.
 
   Returns:
     denoise(xt, t) -> Denoised, where t is [B] or a scalar.

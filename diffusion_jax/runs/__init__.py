@@ -18,16 +18,15 @@ evaluations/           metric cards, and the networks they were computed with
 report.html            a report of all of the above
 """
 
-import contextlib
 import datetime
-import fcntl
 import json
 import os
-from collections.abc import Iterator
 
 from ml_collections import config_dict
 
+from diffusion_jax.process import schedules, tables
 from diffusion_jax.runs import completion, folder
+from diffusion_jax.runs.locking import lock  # noqa: F401
 from diffusion_jax.system import environment, files, jsonl, numerics, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, optim, saved
@@ -37,14 +36,13 @@ from diffusion_jax.training import checkpoint, optim, saved
 MAY_CHANGE = (
   *('num_steps', 'microbatches', 'mesh', 'keep_last', 'eval_images', 'sample'),
   *('data.path', 'data.heldout_split', 'data.skip_broken', 'data.on_device'),
-  'steps_per_dispatch',
+  *('steps_per_dispatch', 'process.path'),  # of the same content
 )
 # Keys that may change on purpose: the run goes on, but from there on it is not
 # the run that one config describes. The optimiser's state must keep its form.
 ON_PURPOSE = ('optim', 'ema', 'batch_size')
 
 STARTS = 'starts.jsonl'
-LOCK = '.lock'
 INIT = 'init_from.json'
 CONVERTED = 'converted.json'
 PARTS = ('data', 'model', 'process', 'loss', 'sample')  # of any run's config
@@ -62,8 +60,18 @@ def flatten(config: dict, prefix: str = '') -> dict:
 
 
 def to_plain(config: config_dict.ConfigDict) -> dict:
-  """The config as read back from JSON: tuples become lists."""
-  return json.loads(json.dumps(config.to_dict()))
+  """The config as read back from JSON: tuples become lists.
+
+  With the hash of the noise schedule's file, if it comes from one.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
+  plain = json.loads(json.dumps(config.to_dict()))
+  process = plain['process']
+  if process['schedule'] in schedules.FROM_FILES:
+    process['sha256'] = tables.sha256(process['path'])
+  return plain
 
 
 def image_shape(data) -> tuple[int, int, int]:
@@ -153,11 +161,12 @@ def fixed(old: dict, new: dict) -> list[str]:
 
 
 def write_config(workdir, config: config_dict.ConfigDict) -> None:
-  """Writes config.json atomically; a relative data.path becomes absolute."""
+  """Writes config.json atomically; relative paths become absolute."""
   plain = to_plain(config)
-  path = plain['data']['path']
-  if path and '://' not in path:
-    plain['data']['path'] = os.path.abspath(os.path.expanduser(path))
+  for group in ('data', 'process'):
+    path = plain[group].get('path')
+    if path and '://' not in path:
+      plain[group]['path'] = os.path.abspath(os.path.expanduser(path))
   files.write_json(files.at(workdir) / 'config.json', plain)
 
 
@@ -248,56 +257,6 @@ def note_start(workdir, facts: dict) -> None:
 def last_start(workdir) -> dict:
   """The facts of the newest start that can be read; {} if there is none."""
   return [{}, *jsonl.read(files.at(workdir) / STARTS)][-1]
-
-
-@contextlib.contextmanager
-def lock(workdir) -> Iterator[None]:
-  """Creates the folder and locks it against a second training process.
-
-  A kill releases the lock. Buckets have no locks, nor have some file systems
-  (Lustre, NFS or FUSE, depending on how they are mounted): there users must
-  make sure that no two processes train in the same folder.
-
-  Raises:
-    UserError: another process trains there, or the folder cannot be written.
-  """
-  try:
-    made = files.make(workdir)
-  except OSError as e:
-    raise UserError(
-      f'--workdir={workdir} cannot be created ({e.strerror})'
-    ) from e
-  if files.in_bucket(made):
-    yield
-    return
-  with (made / LOCK).open('a') as file:
-    try:
-      _lock(file)
-    except BlockingIOError as e:
-      raise UserError(
-        f'--workdir={workdir}: another process trains there; wait for it, or '
-        'use another folder'
-      ) from e
-    except OSError as e:
-      terminal.say(
-        f'{workdir} is on a file system without locks ({e.strerror}): make '
-        'sure that no other process trains there'
-      )
-    yield
-
-
-def _lock(file) -> None:
-  """Locks an open file; raises BlockingIOError if another process did."""
-  how = fcntl.LOCK_EX | fcntl.LOCK_NB
-  try:
-    fcntl.flock(file, how)
-  except BlockingIOError:
-    raise
-  except OSError:  # only BSD's locks are missing, perhaps
-    try:
-      fcntl.lockf(file, how)
-    except PermissionError as e:  # POSIX allows EACCES in place of EAGAIN
-      raise BlockingIOError(*e.args) from e
 
 
 def read_config(workdir, flag: str = '--workdir') -> dict:

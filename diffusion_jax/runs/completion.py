@@ -19,7 +19,6 @@ CHOICES = {
   'codec': 'name',
   'conditioning': 'name',
   'loss': 'name',
-  'process': 'schedule',
 }
 
 
@@ -98,6 +97,22 @@ def complete(config: MutableMapping) -> None:
       with config.unlocked():
         group[path[-1]] = value
     else:
+      group[path[-1]] = _plain(value)
+
+
+def complete_parts(facts: MutableMapping) -> None:
+  """Adds missing keys to the groups of a config among other facts, in place."""
+  known = default.get_config()
+  parts = {
+    key: group
+    for key, group in facts.items()
+    if _is_group(group) and _is_group(known.get(key))
+  }
+  for path, value in _lacking(parts, known):
+    if path[0] in parts and len(path) > 1:
+      group = parts
+      for key in path[:-1]:
+        group = group[key]
       group[path[-1]] = _plain(value)
 
 

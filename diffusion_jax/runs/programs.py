@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from diffusion_jax import samplers
 from diffusion_jax.runs import draw, recipe
 from diffusion_jax.samplers import grid, guided, plan
+from diffusion_jax.samplers.solve import starts_at_noise
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import optim, sharding, state, step
 
@@ -142,4 +143,5 @@ def _plan(config: Mapping, made: recipe.Recipe) -> plan.Plan:
     name, options, times, sample['clip'], config['seed'],
     {'label': list(range(classes))} if classes else {}, guidance,
     guided.rows(schedule, sampler, times, guidance),
+    starts_at_noise(schedule, times),
   )  # fmt: skip

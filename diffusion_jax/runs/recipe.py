@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.process import gaussian, schedules
+from diffusion_jax.runs import rules
 from diffusion_jax.training import sharding
 
 
@@ -33,8 +34,7 @@ class Recipe(NamedTuple):
     codec: data <-> x0.
     conditioner: rows -> the network's conditioning input.
     schedule: the noise schedule.
-    prediction: what the network predicts, a key of
-      `gaussian.PARAMETRISATIONS`.
+    prediction: what the network predicts: a parametrisation, or its name.
     objective: the training objective.
   """
 
@@ -44,7 +44,7 @@ class Recipe(NamedTuple):
   codec: codecs.Codec
   conditioner: conditioning.Conditioner
   schedule: schedules.Schedule
-  prediction: str
+  prediction: gaussian.Parametrisation | str
   objective: objectives.Objective
 
   def init(self, key) -> dict:
@@ -112,11 +112,16 @@ def create(config: Mapping) -> Recipe:
     image_shape=codec.shape, doors=conditioner.doors, **config['model']
   )
   schedule = schedules.create(**config['process'])
+  rules.check(config['loss'], schedule)
   loss = dict(config['loss'])
-  objective = objectives.create(
-    loss.pop('name'), network_fn(network), codec, conditioner, schedule, **loss
+  prediction = gaussian.parametrisation(
+    loss.pop('prediction'), loss.pop('sigma_data')
   )
+  objective = objectives.create(
+    loss.pop('name'), network_fn(network), codec, conditioner, schedule,
+    prediction, **loss,
+  )  # fmt: skip
   return Recipe(
-    {models.NET: network}, {}, {}, codec, conditioner, schedule,
-    loss['prediction'], objective,
+    {models.NET: network}, {}, {}, codec, conditioner, schedule, prediction,
+    objective,
   )  # fmt: skip

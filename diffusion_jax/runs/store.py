@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from diffusion_jax.runs import folder
+from diffusion_jax.runs import completion, folder
 from diffusion_jax.system import files, npz
 from diffusion_jax.system.errors import UserError
 
@@ -59,6 +59,7 @@ def open_store(directory, protocol: dict, numerics: dict | None = None) -> dict:
   if path.exists():
     stored, asked = _read_protocol(path), {**DEFAULTS, **protocol}
     before = stored.pop(NUMERICS, {})
+    completion.complete_parts(stored)  # config keys newer than the store
     names = sorted(stored.keys() | asked.keys())
     for name in sorted(names, key='sampler'.__ne__):  # the sampler first
       if stored.get(name) != asked.get(name):

@@ -94,8 +94,8 @@ class Trained:
 
   @property
   def prediction(self) -> str:
-    """What the network predicts: 'eps', 'x0' or 'v'."""
-    return self.recipe.prediction
+    """What the network predicts, a key of `gaussian.PARAMETRISATIONS`."""
+    return self.config['loss']['prediction']
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -114,8 +114,8 @@ class Trained:
       cond: the network's conditioning inputs; none by default.
 
     Returns:
-      Denoised(x0, eps), each of xt's shape; x0 is not clipped, see
-      `guidance.clip_x0`.
+      Denoised(x0, eps, fraction), each of xt's shape; x0 is not clipped, see
+      `guidance.clip_x0`, and fraction is None unless the variance is learned.
     """
     return self.compiled.denoise(self.params, xt, t, cond or {})
 

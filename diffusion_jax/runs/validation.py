@@ -35,6 +35,10 @@ OF_NETWORK = {
   'model.time_scale': ('above 0, finite', lambda x: 0 < x < math.inf),
   'model.dropout|ema.decay|optim.b[12]': ('in [0, 1)', lambda x: 0 <= x < 1),
   'process.num_timesteps': ('at least 2', lambda x: x >= 2),
+  'process.shift|loss.sigma_data': (
+    'above 0, finite',
+    lambda x: 0 < x < math.inf,
+  ),
   'optim.lr': ('above 0, finite', lambda x: 0 < x < math.inf),
   'optim.eps': ('above 0', lambda x: x > 0),
   'optim.(warmup_steps|clip_norm|decay_from)': (
@@ -67,6 +71,8 @@ ALIASES = {
   **{'fp32': 'float32', 'fixed_small': 'fixedsmall', 'beta': 'fixedlarge'},
   **{'none': 'constant', 'ddpm': 'unet', 'linspace': 'linear'},
   **{'class': 'label', 'labels': 'label', 'class_label': 'label'},
+  **{'squaredcos_cap_v2': 'cosine', 'quad': 'quadratic', 'karras': 'edm'},
+  **{'rectified_flow': 'flow', 'velocity_flow': 'flow', 'rf': 'flow'},
 }
 
 
@@ -112,6 +118,11 @@ def _network(config):
     0 < process.beta_start <= process.beta_end < 1,
     f'process.beta_start={process.beta_start}, beta_end={process.beta_end}: '
     '0 < beta_start <= beta_end < 1',
+  )
+  yield (
+    0 < process.sigma_min < process.sigma_max < math.inf,
+    f'process.sigma_min={process.sigma_min}, sigma_max={process.sigma_max}: '
+    '0 < sigma_min < sigma_max',
   )
   yield from _optim(config.optim)
 

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from diffusion_jax.process.gaussian import Denoiser, per_example
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.samplers.solve import Sampler, first_step
 from diffusion_jax.system.errors import UserError
 
 FIRST = 0.05  # length of the first step, in lambda
@@ -111,6 +111,8 @@ def solve(
 ) -> tuple[jax.Array, Took]:
   """Solves the probability flow from t = T-1 to t = 0, then estimates x0.
 
+  If T-1 is pure noise, the first step, to T-2, is DDIM's.
+
   Runs a single `lax.while_loop`. Each iteration is one evaluation for each
   unfinished sample, at the start or in the middle of its own step; finished
   samples are evaluated with the others but do not change. The loop ends when
@@ -138,9 +140,10 @@ def solve(
     UserError: an option is out of range.
   """
   _check(rtol, atol, budget)
-  last = schedule.num_timesteps - 1
-  start, end = levels.of(schedule, [last, 0]).lam
+  start, end = levels.of(schedule, [schedule.last, 0]).lam
   end = jnp.asarray(end, x.dtype)
+  if schedule.ends_in_noise:
+    x = first_step(denoiser, schedule, x, schedule.last + 1, schedule.last)
 
   def body(carry):
     turn, state = carry
@@ -158,12 +161,15 @@ def solve(
 
   count = len(x)
   none = jnp.zeros(count, jnp.int32)
+  before = none + schedule.ends_in_noise
   lam = jnp.full(count, start, x.dtype)
   state = _State(
     x, lam, jnp.minimum(lam + FIRST, end), jnp.ones(count, bool),
-    jnp.zeros_like(x), Took(none, none, none, jnp.zeros(count, bool)),
+    jnp.zeros_like(x), Took(before, none, none, jnp.zeros(count, bool)),
   )  # fmt: skip
-  _, state = jax.lax.while_loop(goes_on, body, (0, state))
+  _, state = jax.lax.while_loop(
+    goes_on, body, (int(schedule.ends_in_noise), state)
+  )
   return state.x0, state.took
 
 

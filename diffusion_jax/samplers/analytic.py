@@ -84,4 +84,4 @@ def _analytic(x0_variance, pixel_noise, eta):
       std[-2:-1] = np.minimum(std[-2:-1], most)
     return {'t': t, 'c0': c0, 'ct': ct, 'std': std}, ()
 
-  return Sampler(init, step)
+  return Sampler(init, step, from_noise=True)

@@ -32,7 +32,7 @@ def ancestral(
     std = np.sqrt(gaussian.step_variance(schedule, t, s, variance))
     return {'t': t, 'c0': c0, 'ct': ct, 'std': np.where(s < 0, 0, std)}, ()
 
-  return Sampler(init, step)
+  return Sampler(init, step, from_noise=True)
 
 
 def step(denoiser, row, x, memory, noise_fn):

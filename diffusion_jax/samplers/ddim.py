@@ -31,8 +31,8 @@ def ddim(eta: float = 0.0) -> Sampler:
     }, ()
 
   def step(denoiser, row, x, memory, noise_fn):
-    x0, eps = denoiser(x, row['t'])
-    x = row['c0'] * x0 + row['ceps'] * eps
+    seen = denoiser(x, row['t'])
+    x = row['c0'] * seen.x0 + row['ceps'] * seen.eps
     return (x + row['std'] * noise_fn() if eta else x), memory
 
-  return Sampler(init, step)
+  return Sampler(init, step, from_noise=True)

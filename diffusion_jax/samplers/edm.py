@@ -71,8 +71,8 @@ def _edm(churn, churn_min, churn_max, churn_noise, second):
     level = sigma / alpha
     gamma = min(churn / (len(grid) - 1), MOST)
     churns = (level >= churn_min) & (level <= churn_max)
-    # The model was not trained at levels above that of T-1.
-    top = levels.of(schedule, schedule.num_timesteps - 1.0)
+    # The model was not trained at levels above this one.
+    top = levels.of(schedule, schedule.last)
     raised = np.where(churns, level * (1 + gamma), level)
     raised = np.minimum(raised, np.maximum(level, top.sigma / top.alpha))
     t = grid.copy()

@@ -68,8 +68,10 @@ def logsnr(schedule: Schedule, num_steps: int) -> list[float]:
 
   DPM-Solver's choice for small images (arXiv 2206.00927); times are fractional.
   """
-  lam = levels.of(schedule, [schedule.num_timesteps - 1, 0]).lam
-  return _at_levels(schedule, np.exp(-np.linspace(*lam, num_steps)))
+  lam = levels.of(schedule, [schedule.last, 0]).lam
+  return _at_levels(
+    schedule, num_steps, lambda count: np.exp(-np.linspace(*lam, count))
+  )
 
 
 def karras(schedule: Schedule, num_steps: int, rho: float = 7.0) -> list[float]:
@@ -78,16 +80,25 @@ def karras(schedule: Schedule, num_steps: int, rho: float = 7.0) -> list[float]:
   Evenly spaced in the rho-th root of sigma / alpha, from the level of T-1 to
   that of 0, then clean data; times are fractional.
   """
-  lam = levels.of(schedule, [schedule.num_timesteps - 1, 0]).lam
-  roots = np.linspace(*np.exp(-lam / rho), num_steps)
-  return _at_levels(schedule, roots**rho)
+  lam = levels.of(schedule, [schedule.last, 0]).lam
+  ends = np.exp(-lam / rho)
+  return _at_levels(
+    schedule, num_steps, lambda count: np.linspace(*ends, count) ** rho
+  )
 
 
-def _at_levels(schedule, level):
-  """The times of decreasing sigma / alpha; the first and last are whole."""
+def _at_levels(schedule, num_steps, levels_of):
+  """The times of decreasing sigma / alpha; the first and last are whole.
+
+  Pure noise has an infinite level and is a time of its own, in front.
+  """
+  noise = [schedule.num_timesteps - 1] * schedule.ends_in_noise
+  if num_steps == len(noise):
+    return [*noise, -1]
+  level = levels_of(num_steps - len(noise))
   times = schedule.host_t_of_logsnr(-2 * np.log(level)).tolist()
-  ends = [schedule.num_timesteps - 1, 0]
-  return [ends[0], *times[1:-1], *ends[1 : len(times)], -1]
+  ends = [schedule.last, 0]
+  return [*noise, ends[0], *times[1:-1], *ends[1 : len(times)], -1]
 
 
 def ddim_uniform(schedule: Schedule, num_steps: int) -> list[int]:

@@ -7,12 +7,16 @@ holds the options that differ from the defaults, as JSON.
 import math
 from collections.abc import Mapping
 
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.samplers import levels
-from diffusion_jax.samplers.solve import Sampler
+from diffusion_jax.samplers.solve import (
+  Sampler,
+  count_evaluations,
+  evaluation_times,
+  starts_at_noise,
+)
 from diffusion_jax.system.errors import UserError
 
 # Option -> what it is; the guide is another network, named by its facts.
@@ -138,22 +142,21 @@ def rows(schedule: Schedule, sampler: Sampler, grid, guidance: Mapping) -> int:
   Raises:
     UserError: no evaluation is inside the interval.
   """
-  evaluations = sampler.evaluations(grid)
+  evaluations = count_evaluations(
+    sampler, grid, starts_at_noise(schedule, grid)
+  )
   if not guidance or is_other_alone(guidance):
     return evaluations
   limits = times_of(schedule, guidance)
   if limits is None or sampler.init is None:
     return 2 * evaluations
-  table, _ = sampler.init(schedule, np.asarray(grid, float), jnp.zeros((1, 1)))
+  at = evaluation_times(sampler, schedule, grid)
   above, to = limits
-  # In float32, as the sampler has them.
-  times = np.float32(table['t'])
+  times = np.float32(at)  # as the sampler has them
   guided = (times > np.float32(above)) & (times <= np.float32(to))
   if not guided.any():
     low, high = guidance['guidance_interval']
-    ends = (
-      f'{2 * x:.3g}' for x in levels.of(schedule, table['t'][[0, -1]]).lam
-    )
+    ends = (f'{2 * x:.3g}' for x in levels.of(schedule, at[[0, -1]]).lam)
     raise UserError(
       f'guidance_interval={low:g},{high:g}: no evaluation of this grid is '
       f'inside; they are at log-SNR {" to ".join(ends)}'

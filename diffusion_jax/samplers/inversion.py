@@ -49,11 +49,22 @@ def ddim_inversion(iterations: int = 1) -> Sampler:
 
   def rows_of(schedule, grid):
     alpha, sigma, _ = levels.of(schedule, grid)
-    a_step = {
-      't': grid[1:],
-      'cx': alpha[1:] / alpha[:-1],
-      'w': (alpha[1:] * np.diff(sigma / alpha))[:, None],
-    }
+    with np.errstate(divide='ignore', invalid='ignore'):
+      k = sigma / alpha
+      a_step = {
+        't': grid[1:],
+        'cx': alpha[1:] / alpha[:-1],
+        'w': (alpha[1:] * np.diff(k))[:, None],
+      }
+    if alpha[-1] == 0:  # pure noise is (xs - alpha_s x0) / sigma_s
+      if sigma[-2] == 0:
+        raise UserError(
+          'a single step from clean data to pure noise cannot be inverted: use '
+          'a grid of two steps or more'
+        )
+      a_step['c0'] = np.zeros(len(grid) - 1)
+      a_step['c0'][-1] = -alpha[-2] / sigma[-2]
+      a_step['cx'][-1], a_step['w'][-1] = 1 / sigma[-2], 0
     rows = {k: np.repeat(v, iterations, axis=0) for k, v in a_step.items()}
     place = np.arange(len(rows['t'])) % iterations
     return {**rows, 'begins': place == 0, 'ends': place == iterations - 1}

@@ -24,7 +24,7 @@ def linear(
   Args:
     rows_of: (schedule, grid) -> rows, see `Sampler.init`: 't', 'cx', 'w'
       [rows, K], and 'begins', 1 if a row starts a step, omitted if all do. With
-      'std', noise of that standard deviation is added.
+      'std', noise of that standard deviation is added, and with 'c0' c0 x0.
     kind: 'x0' or 'eps'.
     evaluations: see `Sampler`.
   """
@@ -34,8 +34,10 @@ def linear(
     return rows, memory_of(x, rows['w'].shape[1] - 1)
 
   def step(denoiser, row, x, memory, noise_fn):
-    seen = getattr(denoiser(x, row['t']), kind)
-    x, memory = advance(seen, row, x, memory)
+    seen = denoiser(x, row['t'])
+    x, memory = advance(getattr(seen, kind), row, x, memory)
+    if 'c0' in row:
+      x = x + row['c0'] * seen.x0
     return (x + row['std'] * noise_fn() if 'std' in row else x), memory
 
   return Sampler(init, step, evaluations)

@@ -9,6 +9,7 @@ from diffusion_jax import samplers
 from diffusion_jax.process import schedules
 from diffusion_jax.samplers import grid as grids
 from diffusion_jax.samplers import guided
+from diffusion_jax.samplers.solve import count_evaluations, starts_at_noise
 from diffusion_jax.system.errors import UserError
 
 
@@ -27,6 +28,7 @@ class Plan(NamedTuple):
       numbers of images.
     guidance: see `guided.chosen`; {} for none.
     network_rows: rows of the network per sample, over all evaluations.
+    from_noise: whether the grid starts at pure noise, see `solve`.
   """
 
   sampler: str
@@ -37,6 +39,7 @@ class Plan(NamedTuple):
   condition: dict = {}  # noqa: RUF012
   guidance: dict = {}  # noqa: RUF012
   network_rows: int | None = None
+  from_noise: bool = False
 
   @property
   def num_steps(self) -> int:
@@ -50,7 +53,7 @@ class Plan(NamedTuple):
   @property
   def evaluations(self) -> int:
     """Network evaluations per sample; the largest number if adaptive."""
-    return self.create().evaluations(self.grid)
+    return count_evaluations(self.create(), self.grid, self.from_noise)
 
   @property
   def rows(self) -> int:
@@ -160,7 +163,15 @@ def create(
     raise UserError(f'seed={seed}: at least 0 and below 2**32')
   rows = guided.rows(schedule, made, times, guidance or {})
   return Plan(
-    sampler, chosen, times, clip, seed, condition or {}, guidance or {}, rows
+    sampler,
+    chosen,
+    times,
+    clip,
+    seed,
+    condition or {},
+    guidance or {},
+    rows,
+    starts_at_noise(schedule, times),
   )
 
 

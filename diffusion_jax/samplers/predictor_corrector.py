@@ -56,7 +56,7 @@ def predictor_corrector(snr: float = 0.16, corrector_steps: int = 1) -> Sampler:
     return levels.stacked(rows), ()
 
   def step(denoiser, row, x, memory, noise_fn):
-    x0, eps = denoiser(x, row['t'])
+    x0, eps, _ = denoiser(x, row['t'])
     z = noise_fn()
     predicted = row['c0'] * x0 + row['ct'] * x + row['std'] * z
     score = -eps / row['sigma']

@@ -35,12 +35,77 @@ class Sampler(NamedTuple):
       evaluations per sample.
     run: (denoiser, schedule, x) -> (x0, `adaptive.Took`), from t = T-1 to clean
       data; None if the sampler has init and step.
+    from_noise: whether `init` accepts a grid that starts at pure noise, where
+      alpha is 0. For other samplers, `solve` takes the first step by DDIM.
   """
 
   init: Callable | None
   step: Callable | None
   evaluations: Callable = once_a_step
   run: Callable | None = None
+  from_noise: bool = False
+
+
+def starts_at_noise(schedule: schedules.Schedule, grid) -> bool:
+  """Whether alpha is 0 at the first time of a grid."""
+  return schedule.ends_in_noise and grid[0] == schedule.num_timesteps - 1
+
+
+def count_evaluations(sampler: Sampler, grid, from_noise: bool = False) -> int:
+  """Network evaluations per sample, at most if the sampler chooses its steps.
+
+  Args:
+    sampler: the sampler.
+    grid: its times.
+    from_noise: whether the grid starts at pure noise.
+  """
+  if not from_noise or sampler.run or sampler.from_noise:
+    return sampler.evaluations(grid)
+  return 1 + (sampler.evaluations(grid[1:]) if len(grid) > 2 else 0)
+
+
+def evaluation_times(
+  sampler: Sampler, schedule: schedules.Schedule, grid
+) -> np.ndarray:
+  """The times of all evaluations of a sampler with a grid, in order."""
+  grid = np.asarray(grid, np.float64)
+  front = grid[:0]
+  if starts_at_noise(schedule, grid) and not sampler.from_noise:
+    front, grid = grid[:1], grid[1:]
+  if len(grid) < 2:
+    return front
+  rows, _ = sampler.init(schedule, grid, jnp.zeros((1, 1)))
+  return np.concatenate([front, rows['t']])
+
+
+def first_step(denoiser, schedule, x, t, s) -> jax.Array:
+  """DDIM's step (arXiv 2010.02502, eq. 12), which is defined for alpha(t) = 0.
+
+  Args:
+    denoiser: (xt, t) -> Denoised.
+    schedule: the noise schedule.
+    x: [B, ...] at t.
+    t: the time, concrete.
+    s: an earlier time, concrete.
+  """
+  seen = denoiser(x, jnp.asarray(t, x.dtype))
+  log_alpha_bar, variance = schedule.host(s)
+  c0, ceps = np.exp(0.5 * log_alpha_bar), np.sqrt(variance)
+  return float(c0) * seen.x0 + float(ceps) * seen.eps
+
+
+def _from_noise(sampler, denoiser, schedule, grid, x, keys, frames):
+  """`solve`, with DDIM's step from pure noise in front."""
+  start = x
+  x = first_step(denoiser, schedule, x, *grid[:2])
+  early = [at for frame, at in ((0, start), (1, x)) if frame in frames]
+  later = tuple(frame - 1 for frame in frames if frame > 1)
+  kept = jnp.stack(early) if early else jnp.zeros((0, *x.shape), x.dtype)
+  if len(grid) > 2:
+    out = solve(sampler, denoiser, schedule, grid[1:], x, keys, later)
+    x, last = out if later else (out, kept[:0])
+    kept = jnp.concatenate([kept, last])
+  return (x, kept) if frames else x
 
 
 def solve(
@@ -73,6 +138,8 @@ def solve(
   if sampler.run:
     assert not frames
     return sampler.run(denoiser, schedule, x)[0]
+  if starts_at_noise(schedule, grid) and not sampler.from_noise:
+    return _from_noise(sampler, denoiser, schedule, grid, x, keys, frames)
   rows, memory = sampler.init(schedule, np.asarray(grid, np.float64), x)
   ends = rows.get('ends', np.ones(len(rows['t'])))
   rows = {name: jnp.asarray(row, x.dtype) for name, row in rows.items()}
