@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from configs import celebahq256, cifar10, digits, lsun
 from diffusion_jax import runs, samplers
 from diffusion_jax.cli import command, config_files, judges
-from diffusion_jax.runs import completion, validation
+from diffusion_jax.runs import completion, locking, validation
 from diffusion_jax.system import files, numerics, terminal
 from diffusion_jax.system.errors import UserError
 
@@ -530,7 +530,7 @@ def test_where_flock_is_missing_a_posix_lock_is_taken(
     'print(flush=True); sys.stdin.read()'
   )
   other = subprocess.Popen(
-    [sys.executable, '-c', hold, tmp_path / runs.LOCK],
+    [sys.executable, '-c', hold, tmp_path / locking.LOCK],
     stdin=subprocess.PIPE, stdout=subprocess.PIPE,
   )  # fmt: skip
   with other:

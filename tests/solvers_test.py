@@ -39,6 +39,7 @@ class Smooth:
   """
 
   num_timesteps = T
+  ends_in_noise, last = False, T - 1
 
   def host(self, t):
     u = (np.asarray(t, np.float64) + 1) / T

@@ -29,8 +29,8 @@ RULES = (
   Rule(
     _undefined_at_noise,
     'loss.prediction={prediction} is not defined for pure noise, in which the '
-    'schedule ends: use loss.prediction=v, x0 or flow; or process.zero_snr=False '
-    'with another process.schedule',
+    'schedule ends: use loss.prediction=v, x0 or flow; or '
+    'process.zero_snr=False with another process.schedule',
   ),
 )
 

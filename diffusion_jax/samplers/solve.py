@@ -48,7 +48,9 @@ class Sampler(NamedTuple):
 
 def starts_at_noise(schedule: schedules.Schedule, grid) -> bool:
   """Whether alpha is 0 at the first time of a grid."""
-  return schedule.ends_in_noise and grid[0] == schedule.num_timesteps - 1
+  if schedule is None or not schedule.ends_in_noise:
+    return False
+  return bool(grid[0] == schedule.num_timesteps - 1)
 
 
 def count_evaluations(sampler: Sampler, grid, from_noise: bool = False) -> int:
@@ -122,7 +124,7 @@ def solve(
   Args:
     sampler: the sampler.
     denoiser: the model, with its conditioning, clipping and guidance.
-    schedule: the noise schedule.
+    schedule: the noise schedule; None if the sampler does not use it.
     grid: concrete times. Decreasing to draw samples, ending at -1, or earlier
       to keep x noised; increasing for `inversion`. Ignored by a sampler with
       its own loop.
