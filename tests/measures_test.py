@@ -1,6 +1,8 @@
 """Fast forms of the network's operations equal the usual ones."""
 
 import functools
+import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,13 @@ from flax import nnx
 from parity.unet import random_params
 
 from diffusion_jax import models
-from diffusion_jax.models import attention, layers, normalise, upsampling
+from diffusion_jax.models import (
+  attention,
+  layers,
+  normalise,
+  pointwise,
+  upsampling,
+)
 
 SMALL = {
   'channels': 16, 'multipliers': (1, 2), 'num_blocks': 1, 'num_groups': 4,
@@ -148,11 +156,50 @@ def test_attention_equals_that_of_jax(heads):
 def test_a_projection_of_parts_is_that_of_the_whole():
   layer = nnx.Linear(10, 4, rngs=nnx.Rngs(0))
   layer.bias[...] = noise(4, seed=2)
-  x, added, bias = noise(2, 3, 3, 10), noise(2, 3, 3, 4), noise(4, seed=1)
+  x, added = noise(2, 3, 3, 10), noise(2, 3, 3, 4)
   parts = x[..., :3], x[..., 3:4], x[..., 4:]
-  found = layers.projected(layer, parts, added, bias)
-  wanted = layer(x) + added + bias[None, None, None]
-  np.testing.assert_allclose(found, wanted, atol=1e-5)
+  found = layers.projected(layer, parts, added)
+  np.testing.assert_allclose(found, layer(x) + added, atol=1e-5)
+
+
+def test_a_1x1_convolution_is_a_product():
+  args = noise(2, 3, 4, 5), noise(5, 6, seed=1)
+  same_derivatives(pointwise.dense, jnp.matmul, args, 3e-6)
+
+
+class Told(NamedTuple):
+  """What `of_time` reads of a block."""
+
+  number: int
+  time: nnx.Linear
+
+
+def test_the_time_of_all_blocks_is_that_of_each():
+  widths = 4, 6, 4, 4
+  blocks = [
+    Told(number, layers.linear(8, width, rngs=nnx.Rngs(number)))
+    for number, width in enumerate(widths)
+  ]
+  for block in blocks:
+    block.time.bias[...] = noise(len(block.time.bias[...]), seed=block.number)
+  time = noise(3, 8)
+  found = layers.of_time(blocks[::-1], time)
+  for block in blocks:
+    wanted = block.time(nnx.swish(time))
+    np.testing.assert_allclose(found[block.number], wanted, atol=1e-5)
+
+
+def test_biases_are_cast_together():
+  """All casts of vectors come after a product with a common number."""
+  model = models.create('unet', (8, 8, 3), dtype='bfloat16', **SMALL)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  args = params, noise(2, 8, 8, 3), jnp.zeros(2)
+  text = str(jax.make_jaxpr(model.apply)(*args))
+  cast = r'(\w+):bf16\[\d+\] = convert_element_type\[.*?\] (\w+)\n'
+  found = re.findall(cast, text)
+  assert len(found) > 20
+  for _, source in found:
+    assert re.search(rf'\b{source}:f32\[\d+\] = mul ', text)
 
 
 @pytest.mark.parametrize('rate', [0.1, 0.5])

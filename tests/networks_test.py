@@ -112,7 +112,7 @@ def test_blocks_of_other_styles(style, resample, plain):
   if how.resampled_shortcut:
     skip = plain_linear(skip, block.shortcut)
   wanted = (skip + h) * how.skip_scale
-  found = block((x,), time, None)
+  found = block((x,), layers.of_time([block], time)[0], None)
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-4)
 
 

@@ -283,7 +283,7 @@ def test_residual_block(outputs, rate):
 
   # Without a shortcut, blocks take a single map.
   xs = (x,) if outputs == 8 else (x[..., :5], x[..., 5:])
-  found = block(xs, time, keys)
+  found = block(xs, layers.of_time([block], time)[3], keys)
   np.testing.assert_allclose(found, h, rtol=1e-4, atol=1e-4)
 
 
@@ -308,10 +308,14 @@ def test_time_is_raw_and_passes_two_layers(calls):
   for name in 'time1', 'time2':
     h = plain_swish(h) if name == 'time2' else h
     h = h @ params[name]['kernel'].astype('f8') + params[name]['bias']
+  h = plain_swish(h)
   told = [call.time for call in seen if call.kind == 'R']
+  by_block = {n: x for n, x in by_name(params).items() if '/time/' in n}
+  kernels = [x for n, x in by_block.items() if n.endswith('kernel')]
+  biases = [x for n, x in by_block.items() if n.endswith('bias')]
   assert len(told) == 8
-  for time in told:
-    np.testing.assert_allclose(time, h, atol=1e-4)
+  for time, kernel, bias in zip(told, kernels, biases, strict=True):
+    np.testing.assert_allclose(time, h @ kernel + bias, atol=1e-4)
 
 
 def test_time_is_four_times_as_wide():

@@ -6,6 +6,7 @@ zero; see `initial` for others. Parameters are float32; `dtype` is the dtype of
 the computation.
 """
 
+import collections
 import functools
 import itertools
 
@@ -13,7 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.models import attention, normalise, styles, upsampling
+from diffusion_jax.models import (
+  attention,
+  normalise,
+  pointwise,
+  styles,
+  upsampling,
+)
 
 # What is computed in another, faster form than it is usually written. Networks
 # take a set of these names, `plain`, to compute them in the usual form.
@@ -124,9 +131,8 @@ def projected(
   layer: nnx.Linear,
   xs: tuple[jax.Array, ...],
   added: jax.Array | None = None,
-  bias: jax.Array | float = 0.0,
 ) -> jax.Array:
-  """A dense layer over maps as if concatenated, plus another map and bias.
+  """A dense layer over maps as if concatenated, plus another map.
 
   The concatenation is never written. As 1x1 convolutions, since those of GPUs
   can add a bias and a map, forwards and backwards.
@@ -135,20 +141,44 @@ def projected(
     layer: its parameters.
     xs: maps [B, H, W, C_i].
     added: [B, H, W, outputs], added to the result.
-    bias: [outputs], added to the layer's bias.
   """
   ends = list(itertools.accumulate(x.shape[-1] for x in xs))[:-1]
-  bias = broadcast(layer.bias[...] + bias, xs[0])
+  bias = broadcast(layer.bias[...], xs[0])
   y = added
   for x, kernel in zip(xs, jnp.split(layer.kernel[...], ends), strict=True):
-    product = jax.lax.conv_general_dilated(
-      x, kernel.astype(x.dtype)[None, None], (1, 1), 'VALID',
-      dimension_numbers=LAYOUT,
-    )  # fmt: skip
+    product = pointwise.dense(x, kernel.astype(x.dtype))
     if bias is not None:
       product, bias = product + bias, None
     y = product if y is None else product + y
   return y
+
+
+def of_time(blocks: list, time: jax.Array) -> dict[int, jax.Array]:
+  """What each block's dense layer makes of the time.
+
+  One product for each width, since a product of a GPU takes some microseconds
+  at least, forwards and backwards.
+
+  Args:
+    blocks: residual blocks.
+    time: [B, T].
+
+  Returns:
+    The number of each block -> [B, outputs] float32.
+  """
+  alike = collections.defaultdict(list)
+  for block in blocks:
+    alike[block.time.kernel.shape].append(block)
+  found = {}
+  for some in alike.values():
+    kernels = jnp.stack([block.time.kernel[...] for block in some], 1)
+    biases = jnp.stack([block.time.bias[...] for block in some])
+    y = jnp.einsum('bt,tno->bno', nnx.swish(time), kernels.astype(time.dtype))
+    y = y.astype(jnp.float32) + biases[None]
+    parts = jnp.split(y, len(some), axis=1)
+    numbers = (block.number for block in some)
+    found |= zip(numbers, (part[:, 0] for part in parts), strict=True)
+  return found
 
 
 def broadcast(bias: jax.Array, like: jax.Array) -> jax.Array:
@@ -248,8 +278,9 @@ def dropout(
 class ResBlock(nnx.Module):
   """norm - swish - conv, plus time, norm - swish - dropout - conv, plus x.
 
-  Takes a tuple of maps, as if concatenated. With `resample` 'down' or 'up' it
-  halves (by averaging) or doubles (by repeating) a map, after the first swish.
+  Takes a tuple of maps, as if concatenated, and its part of `of_time`. With
+  `resample` 'down' or 'up' it halves (by averaging) or doubles (by repeating) a
+  map, after the first swish.
   """
 
   def __init__(
@@ -271,8 +302,7 @@ class ResBlock(nnx.Module):
   def __call__(self, xs, time, keys):
     h = self._first(normalised(self.norm1, xs, plain=self.plain))
     # The bias and the time are a shift of the norm, not passes over the map.
-    shift = self.time(nnx.swish(time)).astype(jnp.float32)
-    modulation = None
+    shift, modulation = time, None
     if self.style.scale_shift:
       modulation, shift = jnp.split(shift, 2, -1), jnp.zeros(())
     shift = shift + self.conv1.bias[...][None]
@@ -294,8 +324,7 @@ class ResBlock(nnx.Module):
       return xs[0] + self.conv2(h)
     if 'norm' in self.plain:
       return self.shortcut(jnp.concatenate(xs, axis=-1)) + self.conv2(h)
-    skip = projected(self.shortcut, xs, bias=self.conv2.bias[...])
-    return convolved(self.conv2, h) + skip
+    return self.conv2(h) + projected(self.shortcut, xs)
 
 
 def resized(x: jax.Array, how: str | None) -> jax.Array:

@@ -23,11 +23,12 @@ class Given(NamedTuple):
   """What each block is given besides its maps.
 
   Attributes:
-    time: [B or 1, 4 * channels], the embedding of time, label and vector.
+    times: number of a block -> [B or 1, outputs] float32, what its layer makes
+      of the embedding of time, label and vector.
     tokens: tokens [B, n, d] and mask [B, n], or None.
   """
 
-  time: jax.Array
+  times: dict[int, jax.Array]
   tokens: tuple[jax.Array, jax.Array] | None
 
 
@@ -41,7 +42,8 @@ class Stage(nnx.Module):
     self.resample = resample
 
   def block(self, i, xs, given, keys):
-    x = self.blocks[i](xs, given.time, keys)
+    block = self.blocks[i]
+    x = block(xs, given.times[block.number], keys)
     # If there are fewer attentions than blocks, they follow the last ones.
     at = i - len(self.blocks) + len(self.attentions)
     if at < 0 or not self.attentions:
@@ -52,7 +54,8 @@ class Stage(nnx.Module):
 
   def resampled(self, x, given, keys):
     if isinstance(self.resample, layers.ResBlock):
-      return self.resample((x,), given.time, keys)
+      time = given.times[self.resample.number]
+      return self.resample((x,), time, keys)
     return self.resample(x)
 
 
@@ -127,6 +130,11 @@ class UNet(nnx.Module):
   """
 
   DOORS = doors_of.NAMES
+  # Parameters that are used in the dtype of the computation alone.
+  CAST = (
+    r'(.*/)?(query|key|value|out|shortcut|conv2|resample/conv)/bias'
+    r'|(time1|time2|conv_in)/bias'
+  )
 
   def __init__(
     self,
@@ -222,7 +230,11 @@ class UNet(nnx.Module):
     Returns:
       [B, H, W, out_channels] float32.
     """
-    given = Given(self._time(t, cond), doors_of.tokens_of(cond, len(xt)))
+    times = layers.of_time(
+      [m for _, m in nnx.iter_graph(self) if isinstance(m, layers.ResBlock)],
+      self._time(t, cond),
+    )
+    given = Given(times, doors_of.tokens_of(cond, len(xt)))
     of_level = jax.checkpoint if self.remat == 'all' else lambda f: f
 
     xt = doors_of.joined(xt.astype(self.conv_in.dtype), cond)
@@ -233,12 +245,12 @@ class UNet(nnx.Module):
       x, found = of_level(functools.partial(self._down, stage))(x, given, keys)
       skips += found
 
-    x = self._block(self.middle1)((x,), given.time, keys)
+    x = self._block(self.middle1)((x,), times[self.middle1.number], keys)
     if self.style.middle_attention:
       x = self.middle_attention(x, keys is not None)
     for cross in self.middle_crosses:
       x = cross(x, *given.tokens)
-    x = self._block(self.middle2)((x,), given.time, keys)
+    x = self._block(self.middle2)((x,), times[self.middle2.number], keys)
 
     for stage in self.up:
       left = len(skips) - len(stage.blocks)

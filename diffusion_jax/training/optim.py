@@ -147,12 +147,16 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def _norm_of_stacks(tree) -> jax.Array:
-  """`global_norm`, of stacks of arrays that are split over a mesh alike."""
+  """`global_norm`, of stacks of arrays that are split over a mesh alike.
+
+  Vectors, which are small, are one stack.
+  """
   stacks = collections.defaultdict(list)
   for name, leaf in models.named(tree).items():
-    stacks[leaf.shape, name.rpartition('/')[2]].append(leaf)
+    key = (leaf.shape, name.rpartition('/')[2]) if leaf.ndim > 1 else None
+    stacks[key].append(leaf[None] if leaf.ndim > 1 else leaf.reshape(-1))
   return jnp.sqrt(
-    sum(jnp.sum(jnp.square(jnp.stack(one))) for one in stacks.values())
+    sum(jnp.sum(jnp.square(jnp.concatenate(one))) for one in stacks.values())
   )
 
 

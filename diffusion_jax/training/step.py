@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import layout
 
+from diffusion_jax import models
 from diffusion_jax.data.resident import take
 from diffusion_jax.objectives.objective import Aux, Objective
 from diffusion_jax.training import optim, sharding
@@ -119,11 +120,19 @@ def train_step(
     grads, cuda=_row_major, default=lambda grads: grads
   )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  updates = jax.lax.platform_dependent(
+    updates, cuda=_together, default=lambda updates: updates
+  )
   params = optax.apply_updates(state.params, updates)
   ema_params = state.ema_params and jax.tree.map(
     lambda ema, new: ema_decay * ema + (1.0 - ema_decay) * new,
     state.ema_params,
     params,
+  )
+  # Otherwise a GPU's kernel of several updates also sums squares for the norm,
+  # and writes new arrays instead of the old ones.
+  params = jax.lax.platform_dependent(
+    params, cuda=jax.lax.optimization_barrier, default=lambda params: params
   )
   metrics = {
     'loss': jnp.mean(values),
@@ -150,6 +159,15 @@ def _row_major(grads):
     return layout.with_layout_constraint(leaf, order)
 
   return jax.tree.map(constrain, grads)
+
+
+def _together(updates):
+  """The same updates, of which XLA applies several in one kernel of a GPU.
+
+  It joins kernels for arrays of one shape that read a common array.
+  """
+  one = models.opaque_one()
+  return jax.tree.map(lambda update: update * one, updates)
 
 
 def train_steps(
