@@ -116,13 +116,9 @@ def train_step(
   grads = jax.lax.with_sharding_constraint(
     grads, sharding.shardings(state.params, mesh)
   )
-  grads = jax.lax.platform_dependent(
-    grads, cuda=_row_major, default=lambda grads: grads
-  )
+  grads = _on_gpus(_row_major, grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  updates = jax.lax.platform_dependent(
-    updates, cuda=_together, default=lambda updates: updates
-  )
+  updates = _on_gpus(_together, updates)
   params = optax.apply_updates(state.params, updates)
   ema_params = state.ema_params and jax.tree.map(
     lambda ema, new: ema_decay * ema + (1.0 - ema_decay) * new,
@@ -131,9 +127,7 @@ def train_step(
   )
   # Otherwise a GPU's kernel of several updates also sums squares for the norm,
   # and writes new arrays instead of the old ones.
-  params = jax.lax.platform_dependent(
-    params, cuda=jax.lax.optimization_barrier, default=lambda params: params
-  )
+  params = _on_gpus(jax.lax.optimization_barrier, params)
   metrics = {
     'loss': jnp.mean(values),
     'grad_norm': optim.global_norm(grads),
@@ -145,6 +139,13 @@ def train_step(
   return TrainState(
     state.step + 1, params, ema_params, opt_state, extras
   ), metrics
+
+
+def _on_gpus(change: Callable, tree):
+  """The tree, changed only in programs for NVIDIA's GPUs."""
+  return jax.lax.platform_dependent(
+    tree, cuda=change, default=lambda tree: tree
+  )
 
 
 def _row_major(grads):
