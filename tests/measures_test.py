@@ -158,7 +158,7 @@ def test_a_projection_of_parts_is_that_of_the_whole():
   layer.bias[...] = noise(4, seed=2)
   x, added = noise(2, 3, 3, 10), noise(2, 3, 3, 4)
   parts = x[..., :3], x[..., 3:4], x[..., 4:]
-  found = layers.projected(layer, parts, added)
+  found = pointwise.projected(layer, parts, added)
   np.testing.assert_allclose(found, layer(x) + added, atol=1e-5)
 
 

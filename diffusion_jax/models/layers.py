@@ -8,7 +8,6 @@ the computation.
 
 import collections
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -127,32 +126,6 @@ def normalised(
   return nnx.swish(y) if swish else y
 
 
-def projected(
-  layer: nnx.Linear,
-  xs: tuple[jax.Array, ...],
-  added: jax.Array | None = None,
-) -> jax.Array:
-  """A dense layer over maps as if concatenated, plus another map.
-
-  The concatenation is never written. As 1x1 convolutions, since those of GPUs
-  can add a bias and a map, forwards and backwards.
-
-  Args:
-    layer: its parameters.
-    xs: maps [B, H, W, C_i].
-    added: [B, H, W, outputs], added to the result.
-  """
-  ends = list(itertools.accumulate(x.shape[-1] for x in xs))[:-1]
-  bias = broadcast(layer.bias[...], xs[0])
-  y = added
-  for x, kernel in zip(xs, jnp.split(layer.kernel[...], ends), strict=True):
-    product = pointwise.dense(x, kernel.astype(x.dtype))
-    if bias is not None:
-      product, bias = product + bias, None
-    y = product if y is None else product + y
-  return y
-
-
 def of_time(blocks: list, time: jax.Array) -> dict[int, jax.Array]:
   """What each block's dense layer makes of the time.
 
@@ -179,11 +152,6 @@ def of_time(blocks: list, time: jax.Array) -> dict[int, jax.Array]:
     numbers = (block.number for block in some)
     found |= zip(numbers, (part[:, 0] for part in parts), strict=True)
   return found
-
-
-def broadcast(bias: jax.Array, like: jax.Array) -> jax.Array:
-  """A bias [C] in the dtype and with the rank of a map [..., C]."""
-  return bias.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def convolved(
@@ -324,7 +292,7 @@ class ResBlock(nnx.Module):
       return xs[0] + self.conv2(h)
     if 'norm' in self.plain:
       return self.shortcut(jnp.concatenate(xs, axis=-1)) + self.conv2(h)
-    return self.conv2(h) + projected(self.shortcut, xs)
+    return self.conv2(h) + pointwise.projected(self.shortcut, xs)
 
 
 def resized(x: jax.Array, how: str | None) -> jax.Array:
@@ -371,7 +339,7 @@ class Attention(nnx.Module):
     )
     # [B, H, W, C] -> [B, H W, heads, C / heads]
     heads = (
-      (f(normed) if plain else projected(f, (normed,))).reshape(
+      (f(normed) if plain else pointwise.projected(f, (normed,))).reshape(
         b, h * w, self.num_heads, -1
       )
       for f in (self.query, self.key, self.value)
@@ -379,7 +347,7 @@ class Attention(nnx.Module):
     mixed = mix(*heads).reshape(b, h, w, c)
     if plain:
       return x + self.out(mixed)
-    return projected(self.out, (mixed,), x)
+    return pointwise.projected(self.out, (mixed,), x)
 
 
 def _plain_attention(query, key, value):
@@ -415,4 +383,4 @@ class Upsample(nnx.Module):
     if 'upsampling' in self.plain:
       return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
     y = upsampling.upsample_conv(x, self.conv.kernel[...])
-    return y + broadcast(self.conv.bias[...], y)
+    return y + pointwise.broadcast(self.conv.bias[...], y)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.models import doors as doors_of
-from diffusion_jax.models import layers, styles
+from diffusion_jax.models import layers, pointwise, styles
 
 
 class Given(NamedTuple):
@@ -239,7 +239,7 @@ class UNet(nnx.Module):
 
     xt = doors_of.joined(xt.astype(self.conv_in.dtype), cond)
     x = layers.convolved(self.conv_in, xt, plain=self.plain)
-    x = x + layers.broadcast(self.conv_in.bias[...], x)
+    x = x + pointwise.broadcast(self.conv_in.bias[...], x)
     skips = [x]
     for stage in self.down:
       x, found = of_level(functools.partial(self._down, stage))(x, given, keys)
@@ -261,7 +261,7 @@ class UNet(nnx.Module):
     x = layers.normalised(self.norm_out, (x,), plain=self.plain)
     x = layers.convolved(self.conv_out, x, plain=self.plain)
     x = x.astype(jnp.float32)
-    return x + layers.broadcast(self.conv_out.bias[...], x)
+    return x + pointwise.broadcast(self.conv_out.bias[...], x)
 
   def _time(self, t, cond):
     """The embedding of time, label and vector, [B or 1, 4 * channels]."""
