@@ -243,6 +243,7 @@ def run(tmp_path_factory):
   )
 
 
+@pytest.mark.slow
 def test_a_pass_is_the_same_in_any_batches_and_goes_on(
   run, tmp_path, monkeypatch
 ):

@@ -82,6 +82,7 @@ def test_the_bound_is_the_librarys_in_any_batches(run, images, tmp_path):
   assert other.results == pytest.approx(found.results, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_goes_on(run, images, tmp_path, monkeypatch):
   """In the second stage, after the first of three batches; one is damaged."""
   trained, asked = loaded(run), how('bpd_fast', grid=FINE)

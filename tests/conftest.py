@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import time
+from pathlib import Path
 
 import compiled
 import jax
@@ -32,6 +33,8 @@ for name, value in {
 }.items():
   os.environ[name.upper()] = str(value)
   jax.config.update(name, value)
+
+ROOM = 1.2e9  # bytes of a process, above which compiled programs are dropped
 
 # Looking for cycles among JAX's many objects takes a seventh of the time.
 gc.disable()
@@ -85,8 +88,24 @@ def programs(request):
   """Optimizes a module's programs if it is marked so; drops them after it."""
   _optimize(request.node.get_closest_marker('optimized') is not None)
   yield
-  jax.clear_caches()
+  # Without programs, each module would trace again what all of them use.
+  if _memory() > ROOM:
+    jax.clear_caches()
+    gc.collect()
+
+
+def _memory() -> float:
+  """Bytes that this process holds; where Linux does not tell, too many."""
+  try:
+    pages = int(Path('/proc/self/statm').read_text().split()[1])
+  except OSError:
+    return float('inf')
+  return pages * os.sysconf('SC_PAGE_SIZE')
+
+
+def pytest_collection_finish():
   gc.collect()
+  gc.freeze()  # what is imported stays, and need not be looked at again
 
 
 @pytest.fixture(autouse=True)

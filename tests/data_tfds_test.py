@@ -243,6 +243,7 @@ def test_tfds_without_an_image(tmp_path):
   assert 'words' in message
 
 
+@pytest.mark.slow
 def test_an_unprepared_set_makes_no_folder_and_loads_no_tensorflow(tmp_path):
   script = """
 import sys

@@ -179,6 +179,7 @@ def test_people_read_a_table(run, card):
   assert max(map(len, table)) <= 80
 
 
+@pytest.mark.slow
 def test_pixels_judge_too_and_other_cards_are_not_compared(run, card):
   pixels = evaluate(
     f'--workdir={run}', f'--num_samples={COUNT}', *DRAW, '--features=pixels',
@@ -192,6 +193,7 @@ def test_pixels_judge_too_and_other_cards_are_not_compared(run, card):
   assert 'features: classifier and pixels' in result.message
 
 
+@pytest.mark.slow
 def test_cards_of_one_protocol_stand_in_one_table(run, card):
   raw = evaluate(f'--workdir={run}', f'--num_samples={COUNT}', *DRAW, '--noema')
   paths = f'{card["path"]},{raw["path"]}'

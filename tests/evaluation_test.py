@@ -309,6 +309,7 @@ def test_a_classifier_is_the_same_each_time(few_steps_file, tmp_path):
   assert first.protocol == second.protocol
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_same_end(
   few_steps_file, tmp_path, monkeypatch
 ):

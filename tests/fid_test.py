@@ -78,6 +78,7 @@ def test_two_folders_and_two_files_are_the_same(there):
   )
 
 
+@pytest.mark.optimized
 def test_inceptions_distance_and_everything_else_of_one_pass(there, tmp_path):
   """By random weights, up to the first tap; SciPy's distance of the features.
 
@@ -335,6 +336,7 @@ def test_a_damaged_file_of_the_cache_is_written_anew(there):
   assert path.stat().st_mtime_ns == before
 
 
+@pytest.mark.optimized
 def test_people_read_it(there):
   result = binaries.run(
     'fid', f'--samples={there}/a', f'--reference={there}/b', '--metrics=fid,pr',

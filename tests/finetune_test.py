@@ -238,6 +238,7 @@ def tuned(source, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_it_starts_where_the_other_ended(source, tuned):
   """The first rate is 0, so the first row is of the parameters taken.
 
@@ -253,6 +254,7 @@ def test_it_starts_where_the_other_ended(source, tuned):
   assert start[1] < 0.75 * first[1]
 
 
+@pytest.mark.slow
 def test_what_it_began_with_is_kept(source, tuned):
   facts = json.loads((tuned / 'init_from.json').read_text())
   count = facts.pop('taken')
@@ -367,6 +369,7 @@ def test_mistakes_are_one_line_and_write_nothing(
   assert sorted(tmp_path.rglob('*')) == before
 
 
+@pytest.mark.slow
 def test_a_run_cannot_have_begun_otherwise(source, tuned):
   """With other parameters, or, where it began at random, with any."""
   for workdir, init_from, step, ema, began in (

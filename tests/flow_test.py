@@ -120,6 +120,7 @@ def test_hutchinsons_probes(x64, divergence):
     np.testing.assert_allclose(got.bits, wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_float32_in_batches_of_any_size():
   """Per example the same in 1 and 3, and as the closed form to 5e-4.
 
@@ -193,6 +194,7 @@ def density_of_one(x):
   return 2.0 ** -known_bits(np.reshape(x, (-1, 1)), *ONE)
 
 
+@pytest.mark.slow
 def test_uniform_dequantisation(x64):
   """All 256 levels, each with the probability P that the model gives its bin.
 

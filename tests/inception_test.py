@@ -224,6 +224,7 @@ def test_mistakes_are_named(arguments, must_name):
 # --- the judge ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_judge_of_a_file(tmp_path):
   """The whole network, through a file and a pass over devices."""
   path = tmp_path / 'inception.npz'

@@ -93,6 +93,7 @@ def kill(workdir, flags, seconds, inside=False) -> bool:
   return bool(saving(workdir))
 
 
+@pytest.mark.slow
 def test_kill_9_inside_a_save_changes_no_bit(run, tmp_path):
   workdir = tmp_path / 'killed'
   kill(workdir, tiny.flags(workdir), 0.0, inside=True)

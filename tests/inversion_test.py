@@ -384,6 +384,7 @@ def tile(path, row, column):
   return picture[top : top + 64 : 8, left : left + 64 : 8, 0].astype(int)
 
 
+@pytest.mark.slow
 def test_sample_draws_estimates_and_ways(run, tmp_path):
   result = binaries.run(
     'sample', f'--workdir={run}', f'--output={tmp_path}', '--num_samples=5',

@@ -639,6 +639,7 @@ def counting(denoiser, rows):
   return counted
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_bound(schedule):
   """In at least 90 of 100 repetitions, with 256 new images each.
 

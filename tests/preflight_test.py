@@ -180,6 +180,7 @@ def test_data_that_are_not_here():
   assert '/none.npz' in message
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_a_file(tmp_path):
   (tmp_path / 'file').write_text('')
   message = last_line(preflight(f'--workdir={tmp_path / "file" / "run"}'))

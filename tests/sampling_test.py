@@ -69,6 +69,7 @@ def test_a_uint8_store_says_what_it_always_said(run):
   assert unrounded == {**plain, 'dtype': 'float32'}
 
 
+@pytest.mark.slow
 def test_a_store_that_grows_under_another_jax_says_so(tmp_path, capsys):
   flags.FLAGS.output = str(tmp_path / 'mine')
   fill(1)

@@ -166,6 +166,7 @@ def test_flops_count_an_image_once():
   assert 2.8 < ratio < 3
 
 
+@pytest.mark.slow
 def test_a_row_of_ours():
   one, rates = config(), {'float32': 1e9}
   now = [ours_step.state(one, ours_step.mesh())]

@@ -132,6 +132,7 @@ def test_configs_of_a_checkout_that_is_not_installed(tmp_path):
   assert found == shipped(binaries.ROOT / 'configs')
 
 
+@pytest.mark.slow
 def test_configs_of_an_editable_install(copy, tmp_path):
   """Where nothing else is installed that could hide it."""
   build = (
