@@ -106,6 +106,11 @@ def _check_plan(plan):
       f'--sampler={plan.sampler} chooses its own steps: leave --'
       f'{" and --".join(ways)} out'
     )
+  if FLAGS.interpolate and plan.condition and len(_asked(plan)) != 1:
+    raise UserError(
+      f'--interpolate={FLAGS.interpolate} of a conditional run needs one label '
+      'for both ends: give one, such as --label=0'
+    )
   if FLAGS.interpolate and plan.adds_noise:
     raise UserError(
       f'--interpolate={FLAGS.interpolate}: --sampler={plan.sampler} with these '
@@ -114,11 +119,21 @@ def _check_plan(plan):
     )
 
 
+def _asked(plan) -> list[int]:
+  """The labels that samples get in turn; [] if they get them by chance."""
+  asked = plan.condition.get('label', 'data')
+  return [] if asked == 'data' else asked
+
+
 def _cost(plan, output):
   """Network evaluations per image, as JSON and in words."""
   if not plan.adaptive:
     each = f'{plan.evaluations} network evaluations each'
-    return {'grid': plan.grid, 'evaluations': plan.evaluations}, each
+    cost = {'grid': plan.grid, 'evaluations': plan.evaluations}
+    if plan.rows != plan.evaluations:
+      each += f' of {plan.rows} rows'
+      cost['network_rows'] = plan.rows
+    return cost, each
   took = drawing.took(output, FLAGS.num_samples)
   evaluations = {
     'mean': float(took.evaluations.mean()),
@@ -146,7 +161,9 @@ def _write(output, plan):
     with files.replacing(output / 'evaluations.npy') as file:
       np.save(file, drawing.took(output, count).evaluations)
   shown = min(FLAGS.grid_images, FLAGS.num_samples)
-  pictures.save(output / 'grid.png', pictures.grid(store.load(output, shown)))
+  kinds = len(_asked(plan)) or 1
+  picture = pictures.in_turn(store.load(output, shown), kinds)
+  pictures.save(output / 'grid.png', picture)
   if FLAGS.png:
     files.make(output / 'png')
     images = itertools.chain.from_iterable(
@@ -172,8 +189,11 @@ def _draw_way(trained, plan, path, count):
 def _draw_interpolation(trained, plan, path):
   """Interpolates between the first samples, pair by pair."""
   pairs = min(FLAGS.num_samples // 2, PAIRS)
-  how = {'clip': plan.clip, 'batch_size': FLAGS.batch_size}
-  carry = trajectories.carrier(trained, plan.create(), plan.grid, **how)
+  label, *_ = plan.condition.get('label', [None])
+  carry = trajectories.carrier(
+    trained, plan.create(), plan.grid, clip=plan.clip,
+    batch_size=FLAGS.batch_size, label=label, guidance=plan.guidance,
+  )  # fmt: skip
   ends = trajectories.noises(trained, plan.seed, 2 * pairs)
   picture = pictures.interpolation(
     lambda x: trajectories.to_images(trained, carry(x)), ends, FLAGS.interpolate

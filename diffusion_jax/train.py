@@ -308,7 +308,8 @@ def _draw_grid(program, train_state, at, count, mesh, workdir, writer) -> None:
     return
   images = sharding.to_host(images)
   if distributed.is_first():
-    picture = pictures.grid(images[:count])
+    kinds = program.recipe.conditioner.doors.get('label', 1)
+    picture = pictures.in_turn(images[:count], kinds)
     folder = files.make(workdir / 'samples')
     pictures.save(folder / f'train_{at:08d}.png', picture)
     writer.picture(at, 'samples', picture)

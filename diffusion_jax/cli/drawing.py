@@ -13,8 +13,8 @@ import numpy as np
 from absl import flags
 
 from diffusion_jax import runs, samplers
-from diffusion_jax.cli import command, declare
-from diffusion_jax.runs import calibration, store
+from diffusion_jax.cli import command, declare, guiding
+from diffusion_jax.runs import calibration, guided, store
 from diffusion_jax.runs.trained import Trained, load
 from diffusion_jax.samplers import grid
 from diffusion_jax.samplers import plan as plans
@@ -26,6 +26,7 @@ from diffusion_jax.training import sharding
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
+flags.adopt_module_key_flags(guiding)
 declare.shared('workdir', 'step', 'ema')
 declare.table(
   output=(
@@ -90,7 +91,7 @@ def listed() -> bool:
 def asked() -> dict:
   """The flags of a plan, see `plans.for_run`; None for those not given."""
   names = ('sampler', 'num_steps', 'grid', 'clip', *OPTIONS)
-  return {name: FLAGS[name].value for name in names}
+  return {**{name: FLAGS[name].value for name in names}, **guiding.asked()}
 
 
 def check_flags(**least) -> None:
@@ -120,9 +121,13 @@ def prepared(
   workdir = declare.workdir()
   config = runs.read_config(workdir)
 
+  condition = guiding.condition(workdir, config)
+  guide = guiding.guide(config)
+
   @functools.cache
   def loaded():
-    return load(workdir, step, FLAGS.ema)
+    trained = load(workdir, step, FLAGS.ema)
+    return trained.guided_by(guide) if guide else trained
 
   @functools.cache
   def calibrated():
@@ -134,7 +139,10 @@ def prepared(
     return calibration.Calibration(*kept)
 
   def plan(how):
-    return plans.for_run(config, calibration=calibrated, seed=FLAGS.seed, **how)
+    return plans.for_run(
+      config, calibration=calibrated, seed=FLAGS.seed, condition=condition,
+      guide=guide and guided.facts(guide), **how,
+    )  # fmt: skip
 
   def network():
     trained = loaded()
@@ -263,6 +271,8 @@ def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
   }
   if not plan.adaptive and plan.evaluations != plan.num_steps:
     facts['evaluations'] = plan.evaluations
+  if plan.rows != plan.evaluations:
+    facts['network_rows'] = plan.rows
   return facts if dtype == 'uint8' else {**facts, 'dtype': dtype}
 
 
@@ -282,7 +292,8 @@ def name(
   steps = '' if plan.adaptive else plan.num_steps
   parts = [f'step{step}', f'{plan.sampler}{steps}']
   parts += [f'{k}{x}' for k, x in given.items()]
-  parts += [how['grid']] * (how['grid'] != 'uniform') + [f'seed{plan.seed}']
+  parts += [how['grid']] * (how['grid'] != 'uniform')
+  parts += [*guiding.name(plan), f'seed{plan.seed}']
   parts += ['raw'] * (not FLAGS.ema) + ['noclip'] * (not plan.clip)
   # The plan depends on the calibration, which may differ another time.
   if plans.is_calibrated(plan.sampler, how['grid']):

@@ -59,6 +59,24 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
   return canvas
 
 
+def in_turn(images: np.ndarray, kinds: int) -> np.ndarray:
+  """A grid of images whose kinds come in turn: a row for each kind.
+
+  Args:
+    images: uint8 [N, H, W, C]; image i is of kind i % kinds.
+    kinds: number of kinds; with 1, or fewer images than kinds, the grid is that
+      of `grid`. An incomplete last turn is left out.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  turns = len(images) // kinds
+  if kinds == 1 or not turns:
+    return grid(images)
+  turned = images[: turns * kinds].reshape(turns, kinds, *images.shape[1:])
+  return grid(turned.swapaxes(0, 1).reshape(-1, *images.shape[1:]), turns)
+
+
 def columns(frames: np.ndarray, labels: Sequence[str]) -> np.ndarray:
   """Images in labelled columns.
 

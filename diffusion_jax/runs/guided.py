@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from diffusion_jax import runs
 from diffusion_jax.guidance import guided
 from diffusion_jax.process import gaussian
+from diffusion_jax.runs import dataset
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.samplers import guided as options
+from diffusion_jax.system.errors import UserError
 
 GUIDE = 'guide'  # the entry of params that holds all parts of the guide
 
@@ -65,3 +68,49 @@ def denoiser(
 def _both(own: jax.Array, null: jax.Array) -> jax.Array:
   """An input with the condition and without it, in turn."""
   return guided.alternate(own, jnp.broadcast_to(null, own.shape))
+
+
+def check(config: Mapping, guide: Mapping, workdir) -> None:
+  """Checks that a network may guide another one.
+
+  Args:
+    config: the config of the guided run.
+    guide: the config of the guide's run.
+    workdir: the guide's folder, for the message.
+
+  Raises:
+    UserError: they differ in their data, their codec or their classes.
+  """
+  shapes = [runs.image_shape(one['data']) for one in (config, guide)]
+  if shapes[0] != shapes[1]:
+    theirs, own = ('x'.join(map(str, shape)) for shape in shapes[::-1])
+    raise UserError(
+      f'--guide={workdir} makes images of {theirs}, this run of {own}: give a '
+      'run of the same data'
+    )
+  if config['codec'] != guide['codec']:
+    raise UserError(
+      f'--guide={workdir} has another codec than this run: give a run of the '
+      'same codec'
+    )
+  own, theirs = (
+    dataset.num_classes(one['conditioning']) for one in (config, guide)
+  )
+  if theirs not in (0, own):
+    raise UserError(
+      f'--guide={workdir} is conditional on {theirs} classes, this run on '
+      f'{own or "none"}: give a run of the same classes, or one without'
+    )
+
+
+def facts(guide) -> dict:
+  """What a plan says of a guide.
+
+  Args:
+    guide: the guide, a `Trained`.
+  """
+  raw = '_raw' * (not guide.ema)
+  return {
+    'guide': f'{guide.workdir.name}@{guide.step}{raw}',
+    'guide_sha256': guide.weights_sha256,
+  }

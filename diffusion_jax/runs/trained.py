@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax import codecs, models, runs
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.runs import calibration, draw, recipe
+from diffusion_jax.runs import calibration, draw, guided, labels, recipe
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import files, numerics
 from diffusion_jax.system.errors import UserError
@@ -32,16 +32,19 @@ class Compiled(NamedTuple):
   drawer: Callable
 
 
-def _compile(recipe: recipe.Recipe, mesh: Mesh) -> Compiled:
+def _compile(
+  recipe: recipe.Recipe, mesh: Mesh, guide: recipe.Recipe | None = None
+) -> Compiled:
   @jax.jit
   def denoise(params, xt, t, cond):
+    cond = cond or recipe.conditioner.condition(params, {}, None)
     return recipe.denoiser(params, cond, mesh)(xt, t)
 
   # Cached, so that a second call of `sample` does not compile again.
   @functools.lru_cache(maxsize=8)
   def drawer(plan, **options):
     how = plans.Plan(*json.loads(plan))
-    return jax.jit(draw.drawer(recipe, mesh, how, **options))
+    return jax.jit(draw.drawer(recipe, mesh, how, guide=guide, **options))
 
   return Compiled(denoise, drawer)
 
@@ -59,6 +62,7 @@ class Trained:
     params: name -> parameters of each part, nested dicts of arrays on `mesh`.
     mesh: the devices that hold the parameters.
     compiled: the compiled functions, shared with the results of `at`.
+    guide: another network that guides this one, see `guided_by`.
   """
 
   workdir: files.Path
@@ -69,6 +73,7 @@ class Trained:
   params: dict
   mesh: Mesh
   compiled: Compiled
+  guide: 'Trained | None' = None
 
   def __repr__(self):
     count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -111,7 +116,8 @@ class Trained:
     Args:
       xt: [B, *codec.shape], alpha(t) x0 + sigma(t) eps.
       t: [B] or a scalar, times in [-1, T-1]; -1 is clean data.
-      cond: the network's conditioning inputs; none by default.
+      cond: the network's conditioning inputs, such as {'label': [B]}; the null
+        condition by default.
 
     Returns:
       Denoised(x0, eps, fraction), each of xt's shape; x0 is not clipped, see
@@ -147,6 +153,31 @@ class Trained:
       return checkpoint.read_newest(directory, read)
     return read(checkpoint.find_step(directory, step, 'step'))
 
+  def guided_by(self, guide: 'Trained') -> 'Trained':
+    """Returns the network with another one as its guide (arXiv 2406.02507).
+
+    Samples with a guidance w other than 1 are then drawn with the denoiser
+    u + w (c - u), where c is this network and u the guide, with the same
+    condition.
+
+    Args:
+      guide: another checkpoint or run, such as a smaller network or an earlier
+        step; its schedule and its prediction may differ.
+
+    Raises:
+      UserError: its data or its classes differ from this network's.
+    """
+    guided.check(self.config, guide.config, guide.workdir)
+    compiled = _compile(self.recipe, self.mesh, guide.recipe)
+    return dataclasses.replace(self, guide=guide, compiled=compiled)
+
+  @property
+  def all_params(self) -> dict:
+    """The parameters that samples are drawn with: those of a guide, too."""
+    if self.guide is None:
+      return self.params
+    return {**self.params, guided.GUIDE: self.guide.params}
+
   @functools.cached_property
   def weights_sha256(self) -> str:
     """SHA-256 of the parameters: float32, in the order of their names."""
@@ -161,12 +192,17 @@ class Trained:
 
     Args:
       **options: sampler, num_steps, grid, clip, seed and the sampler's options,
-        see `samplers.plan.create`.
+        see `samplers.plan.create`; guidance, guidance_interval and
+        guidance_rescale, see `samplers.guided`; label, see `labels.condition`.
 
     Raises:
       UserError: an unknown name, a number out of range, or a plan that needs a
         calibration of the network, if there is none.
     """
+    condition = labels.condition(
+      self.workdir, self.config, options.pop('label', None)
+    )
+    guide = self.guide and guided.facts(self.guide)
 
     def found():
       kept = calibration.read(
@@ -175,7 +211,10 @@ class Trained:
       calibration.check(kept, self)
       return kept
 
-    return plans.for_run(self.config, calibration=found, **options)
+    return plans.for_run(
+      self.config, calibration=found, condition=condition, guide=guide,
+      **options,
+    )  # fmt: skip
 
   @numerics.fixed()
   def drawer(
@@ -205,7 +244,7 @@ class Trained:
     @numerics.fixed()
     def draw_batch(indices):
       rows = sharding.padded_indices(indices, self.mesh)
-      return draw.checked(*draw_fn(self.params, rows))
+      return draw.checked(*draw_fn(self.all_params, rows))
 
     return draw_batch
 
@@ -231,7 +270,8 @@ class Trained:
       dtype: dtype of the data: 'uint8', or 'float32' in [0, 255], not rounded.
       **options: see `samplers.plan.create`: sampler ('ancestral'), num_steps
         (all), grid ('uniform'), seed (0), clip (the config's), and the
-        sampler's options, such as eta.
+        sampler's options, such as eta; and, of conditional runs, label and
+        guidance, see `plan`.
 
     Returns:
       An array [num_samples, H, W, C] of the dtype.
@@ -251,7 +291,7 @@ class Trained:
     how = json.dumps(self.plan(**options))
     draw_fn = self.compiled.drawer(how, frames=(), dtype=dtype)
     return sharding.in_batches(
-      lambda rows: draw.checked(*draw_fn(self.params, rows)),
+      lambda rows: draw.checked(*draw_fn(self.all_params, rows)),
       np.arange(first, first + num_samples, dtype=np.uint32),
       sharding.rounded(min(batch_size, num_samples), self.mesh),
       self.mesh,

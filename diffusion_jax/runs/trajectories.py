@@ -5,14 +5,16 @@ With a sampler that adds no noise, an image is a function of its initial noise
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.guidance import clipping
 from diffusion_jax.process import noise
-from diffusion_jax.runs import draw
+from diffusion_jax.runs import draw, guided
 from diffusion_jax.runs.trained import Trained
 from diffusion_jax.samplers.solve import Sampler, solve
 from diffusion_jax.training import sharding
@@ -60,7 +62,14 @@ def to_x0(trained: Trained, images: np.ndarray) -> np.ndarray:
 
 
 def carrier(
-  trained: Trained, sampler: Sampler, grid, *, clip: bool, batch_size: int
+  trained: Trained,
+  sampler: Sampler,
+  grid,
+  *,
+  clip: bool,
+  batch_size: int,
+  label: int | None = None,
+  guidance: Mapping = MappingProxyType({}),
 ) -> Callable:
   """Returns a function that moves x along a grid, to images or to noise.
 
@@ -70,6 +79,8 @@ def carrier(
     grid: times, see `solve`; increasing for `ddim_inversion`.
     clip: whether to clip x0 to [-1, 1] in every step.
     batch_size: examples processed at once.
+    label: the label of all examples; None for the null condition.
+    guidance: see `samplers.guided.chosen`.
 
   Returns:
     x [N, H, W, C] at the grid's first time -> float32 of the same shape at its
@@ -78,9 +89,11 @@ def carrier(
 
   @jax.jit
   def along(params, x):
-    def denoiser(xt, t):
-      return trained.compiled.denoise(params, xt, t, {})
-
+    rows = {} if label is None else {'label': jnp.full(len(x), label)}
+    denoiser = guided.denoiser(
+      trained.recipe, params, rows, guidance, trained.mesh,
+      trained.guide and trained.guide.recipe,
+    )  # fmt: skip
     if clip:
       denoiser = clipping.clip_x0(denoiser, trained.schedule)
     keys = jax.random.split(jax.random.key(0), len(x))  # unused: no noise
@@ -89,7 +102,7 @@ def carrier(
   def carry(x):
     size = sharding.rounded(min(batch_size, len(x)), trained.mesh)
     return sharding.in_batches(
-      functools.partial(along, trained.params),
+      functools.partial(along, trained.all_params),
       np.asarray(x, np.float32),
       size,
       trained.mesh,
