@@ -79,9 +79,8 @@ flags.DEFINE_bool(
   'compiles the training step about six times.',
 )  # fmt: skip
 flags.DEFINE_bool(
-  'measure', False,
-  'Also run and time both programs; only without --topology.',
-)  # fmt: skip
+  'measure', False, 'Also run and time both programs; not with --topology.'
+)
 flags.DEFINE_bool(
   'all_images', False,
   f'Decode all images, and list the broken ones; otherwise {checks.LOOKED_AT} '
@@ -256,9 +255,9 @@ def _compiling(place, batch_size, also=''):
 
 
 def _compile_step(place, batch_size) -> Compiled:
-  shape = (batch_size, *runs.image_shape(place.config.data))
-  batch = {'image': _rows(place, shape, jnp.uint8)}
   program = place.program
+  shapes = programs.rows(place.config, program.recipe, batch_size)
+  batch = {name: _rows(place, *x) for name, x in shapes.items()}
   args = program.abstract, program.frozen, batch
   return compiled.compile(program.step_fn, args, place.limit, place.fast)
 
@@ -370,6 +369,7 @@ def _result(place, train, sample, judge) -> dict:
       'batch_size': count,
       'sampler': config.sample.sampler,
       'num_steps': config.sample.num_steps,
+      'network_rows': place.program.plan.rows,
       **compiled.describe(
         sample, {used: parts[used], 'batch': count // place.rows * 4}, count,
         place.mesh.size,

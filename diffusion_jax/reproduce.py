@@ -36,9 +36,9 @@ from ml_collections import config_flags
 from diffusion_jax import runs, samplers
 from diffusion_jax.cli import command, config_files, declare
 from diffusion_jax.evaluation import inception
-from diffusion_jax.process import schedules
 from diffusion_jax.reproduction import cost, published, stages, task, work
 from diffusion_jax.runs import validation
+from diffusion_jax.samplers import guided
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import files, terminal
 from diffusion_jax.system.errors import UserError
@@ -65,6 +65,10 @@ declare.table(
   num_samples=(published.NUM_SAMPLES, 'Number of samples to judge.'),
   sampler=('ancestral', 'Sampler; sample --sampler=list lists all of them.'),
   num_steps=(int, 'Sampling steps; by default all of the schedule.'),
+  guidance=(
+    float,
+    f"Conditional configs: {guided.WEIGHT}. By default the config's, 1.",
+  ),
   bits=(True, 'Also measure bits per dimension of the held-out images.'),
   curve=(0, 'Number of earlier checkpoints to judge as well.'),
   measure=(True, 'First measure the time per training step on this machine.'),
@@ -155,8 +159,8 @@ def _task() -> task.Task:
       f'--sampler={FLAGS.sampler}: its cost is not known in advance; use '
       'another, such as ddim'
     )
-  how = {name: FLAGS[name].value for name in ('sampler', 'num_steps')}
-  plan = plans.create(schedules.create(**config['process']), **how)
+  how = ('sampler', 'num_steps', 'guidance')
+  plan = plans.for_run(config, **{name: FLAGS[name].value for name in how})
   held = config['data']['heldout_split'] or config['data']['heldout_every']
   if FLAGS.bits and not held:
     raise UserError('the config has no held-out images: give --nobits')
@@ -174,7 +178,8 @@ def _task() -> task.Task:
     metrics=metrics,
     judging=tuple(FLAGS[n].serialize() for n in JUDGING if FLAGS[n].value),
     sampling_steps=plan.num_steps,
-    evaluations=plan.evaluations,
+    guidance=FLAGS.guidance,
+    evaluations=plan.rows,
     measure=FLAGS.measure and not origin,
     **{name: FLAGS[name].value for name in same},
     **_config(),

@@ -179,6 +179,7 @@ def task_of(tmp_path, name='cifar10', origin=None, workdir=None, **changes):
     'sampler': 'ancestral',
     'published_judge': True,
     'sampling_steps': 1000,
+    'guidance': None,
     'evaluations': 1000,
     'bits': True,
     'measure': True,

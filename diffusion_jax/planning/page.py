@@ -59,6 +59,8 @@ def _program(kind, result):
     yield (
       f'sampling, {program["batch_size"]} images at once, '
       f'{program["num_steps"]} steps of {program["sampler"]}'
+      + f', {program["network_rows"]} rows of the network per image'
+      * (program['network_rows'] != program['num_steps'])
     )
   rows = [
     (name, f'{size:,}', f'{size / result["memory"]:.1%}')

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from diffusion_jax import runs
 from diffusion_jax.planning import chips
 from diffusion_jax.planning.compiled import Compiled
 from diffusion_jax.runs import programs
@@ -43,9 +42,11 @@ def measure(
   def share(found, seconds):  # of the peak; None if that is not known
     return peak and sum(found.products.values()) / seconds / mesh.size / peak
 
-  shape = (config.batch_size, *runs.image_shape(config.data))
-  noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-  batch = sharding.put_batch({'image': noise}, mesh)
+  shapes = programs.rows(config, program.recipe, config.batch_size)
+  rows = {name: np.zeros(*x) for name, x in shapes.items()}
+  shape, _ = shapes['image']
+  rows['image'] = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  batch = sharding.put_batch(rows, mesh)
   now = [program.create_state(mesh)]
 
   def step():
@@ -67,7 +68,7 @@ def measure(
     seconds, calls = _timed(
       'the sampling program', lambda: sample.program(params, indices)
     )
-    evaluations = count * config.sample.num_steps
+    evaluations = count * program.plan.rows
     found['sample'] = {
       'seconds_per_evaluation': seconds / evaluations,  # of one image
       'evaluations': calls * evaluations,

@@ -42,7 +42,8 @@ class Task:
     num_samples: number of samples to judge.
     sampler: the sampler.
     sampling_steps: sampling steps.
-    evaluations: network evaluations per sample.
+    guidance: weight of the samples' guidance; None = the config's.
+    evaluations: network evaluations per sample, of one row each.
     bits: whether to measure bits per dimension.
     measure: whether to measure this machine if no rate is known.
     minutes: time limit of a call; 0 = none.
@@ -64,6 +65,7 @@ class Task:
   num_samples: int
   sampler: str
   sampling_steps: int
+  guidance: float | None
   evaluations: int
   bits: bool
   measure: bool
@@ -165,8 +167,12 @@ def evaluate(task: Task, step: int | str) -> list[str]:
     f'--num_samples={task.num_samples}', f'--sampler={task.sampler}',
     f'--num_steps={task.sampling_steps}',
     f'--metrics={",".join(task.metrics)}', f'--output={store(task, step)}',
-    *task.judging,
+    *_guidance(task), *task.judging,
   )  # fmt: skip
+
+
+def _guidance(task: Task) -> list[str]:
+  return [] if task.guidance is None else [f'--guidance={task.guidance:g}']
 
 
 def bits(task: Task, step: int | str) -> list[str]:
@@ -181,6 +187,7 @@ def bits(task: Task, step: int | str) -> list[str]:
 def store(task: Task, step: int | str) -> files.Path:
   """The folder of the samples."""
   name = f'reproduction_step{step}_{task.sampler}{task.sampling_steps}'
+  name += ''.join(_guidance(task)).replace('--guidance=', '_guidance')
   return task.workdir / 'samples' / name
 
 

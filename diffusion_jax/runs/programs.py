@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from diffusion_jax import samplers
+from diffusion_jax import runs, samplers
 from diffusion_jax.runs import draw, recipe
 from diffusion_jax.samplers import grid, guided, plan
 from diffusion_jax.samplers.solve import starts_at_noise
@@ -114,6 +115,20 @@ def create(
     made, optimizer, init_key, abstract, made.frozen, step_fn, steps_fn,
     loss_fn, draw_fn, how,
   )  # fmt: skip
+
+
+def rows(config: Mapping, made: recipe.Recipe, batch_size: int) -> dict:
+  """The arrays of a batch that the training step reads: name -> (shape, dtype).
+
+  Args:
+    config: the run's config.
+    made: its recipe.
+    batch_size: rows of the batch.
+  """
+  found = {'image': ((batch_size, *runs.image_shape(config['data'])), np.uint8)}
+  if 'label' in made.conditioner.doors:
+    found['label'] = ((batch_size,), np.int32)
+  return found
 
 
 def _plan(config: Mapping, made: recipe.Recipe) -> plan.Plan:
