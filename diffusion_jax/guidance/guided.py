@@ -71,7 +71,11 @@ def at_level(guide: Denoiser, own: Schedule, schedule: Schedule) -> Denoiser:
   """
   if np.array_equal(own.log_alpha_bar, schedule.log_alpha_bar):
     return guide
-  return lambda xt, t: guide(xt, own.t_of_logsnr(schedule.logsnr(t)))
+
+  def denoise(xt, t):
+    return guide(xt, own.t_of_logsnr(schedule.logsnr(t, xt.dtype), xt.dtype))
+
+  return denoise
 
 
 def towards(weight: float, rescale: Callable | None = None) -> Callable:
