@@ -59,18 +59,7 @@ def vectors() -> Codec:
 
 
 def labels(rate=0.25) -> Conditioner:
-  """Class labels; the null label where they are dropped or lacking."""
-
-  def condition(params, rows, keys):
-    del params
-    if 'label' not in rows:
-      return {'label': jnp.array([CLASSES])}  # one for all rows
-    if keys is None:
-      return {'label': rows['label']}
-    drop = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
-    return {'label': jnp.where(drop, CLASSES, rows['label'])}
-
-  return Conditioner(condition, doors={'label': CLASSES})
+  return conditioning.create('label', num_classes=CLASSES, drop=rate)
 
 
 def network() -> models.Model:

@@ -215,3 +215,16 @@ def test_a_picture_one_pixel_wide_keeps_its_shape(tmp_path, shape):
   with Image.open(tmp_path / 'a.png') as read:
     assert read.size == (shape[1], shape[0])
     np.testing.assert_array_equal(np.asarray(read).reshape(shape), picture)
+
+
+def test_kinds_in_turn_have_a_row_each():
+  """Images 0, 3, 6 are of the first kind; the rest of a turn is left out."""
+  images = np.arange(8, dtype=np.uint8)[:, None, None, None] * 30
+  images = np.broadcast_to(images, (8, 64, 64, 1))
+  picture = pictures.in_turn(images, 3)
+  rows = picture[40::72, 40::72, 0]
+  np.testing.assert_array_equal(rows, [[0, 90], [30, 120], [60, 150]])
+  for kinds in (1, 9):
+    np.testing.assert_array_equal(
+      pictures.in_turn(images, kinds), pictures.grid(images)
+    )

@@ -1,0 +1,324 @@
+"""Runs with labels: their data, the labels of samples, and guidance."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from absl import flags
+from absl.testing import flagsaver
+
+import diffusion_jax
+from diffusion_jax import conditioning, data, models, runs
+from diffusion_jax.cli import config_files, drawing
+from diffusion_jax.codecs import Codec
+from diffusion_jax.data import labels as labels_of_data
+from diffusion_jax.data import sources
+from diffusion_jax.process import schedules
+from diffusion_jax.runs import dataset, draw, guided, labels, programs, recipe
+from diffusion_jax.samplers.plan import Plan
+from diffusion_jax.system.errors import UserError
+from diffusion_jax.training import checkpoint
+
+COUNTS = [100, 0, 300]
+
+
+def source(images_labels, num_classes=3, **kwargs):
+  image = np.zeros((8, 8, 1), np.uint8)
+  return sources.create(
+    'set', len(images_labels), (8, 8, 1), num_classes,
+    lambda i: (image + i, images_labels[i]), **kwargs,
+  )  # fmt: skip
+
+
+# --- the data ----------------------------------------------------------------
+
+
+def test_a_run_keeps_the_frequencies_and_names_of_its_labels(tmp_path):
+  digits = data.splits(tiny_config()['data'])
+  known = dataset.check(
+    tmp_path, digits, 'test', False, {'name': 'label', 'num_classes': 10}
+  )
+  dataset.write(tmp_path, known)
+  found = dataset.read_labels(tmp_path, 10)
+  assert sum(found['counts']) == found['counted'] == 1438
+  assert min(found['counts']) > 100
+  assert found['names'] == list('0123456789')
+  assert dataset.read_labels(tmp_path, 11) is None
+  # A run without labels keeps what it always did.
+  plain = dataset.check(tmp_path / 'other', digits, 'test', False)
+  assert list(plain.facts) == ['train', 'heldout', 'heldout_split']
+
+
+@pytest.mark.parametrize(
+  ('train', 'heldout', 'said'),
+  [
+    (source([0] * 9, 4), None, 'set conditioning.num_classes=4'),
+    (source([-1] * 9, 0), None, 'needs one class for each image'),
+    (
+      source([-1] * 9, 0, notes=['the labels are left out: two of them']),
+      None, '(the labels are left out: two of them)',
+    ),
+    (source([0] * 9), source([-1] * 9, 0), 'unlabelled: give labelled images'),
+  ],
+)  # fmt: skip
+def test_data_that_do_not_fit_the_condition_are_one_line(train, heldout, said):
+  with pytest.raises(UserError) as error:
+    labels_of_data.check(train, heldout, 3)
+  assert said in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_a_label_out_of_range_is_found_and_named():
+  given = source([0, 1, 2, 5, 1, -1])
+  with pytest.raises(UserError, match=r'image 3 .* has label 5: .* 0 to 2'):
+    labels_of_data.describe(given, 3)
+  # Labels are read without the images where the set can do so.
+  apart = source([9] * 6, label_fn=[0, 2, 2, 0, 0, 0].__getitem__)
+  assert labels_of_data.describe(apart, 3)['counts'] == [4, 0, 2]
+
+
+# --- the labels of samples ---------------------------------------------------
+
+
+def drawn(condition, indices, seed=0):
+  plan = Plan('ddim', {}, [9, -1], True, seed, condition)
+  of = jax.jit(lambda at: draw.conditions(plan, at)['label'])
+  return np.asarray(of(jnp.asarray(indices, jnp.uint32)))
+
+
+def test_labels_occur_as_in_the_data_by_seed_and_index():
+  by_chance = {'label': 'data', 'label_counts': COUNTS}
+  found = drawn(by_chance, np.arange(4000))
+  shares = np.bincount(found, minlength=3) / 4000
+  assert shares[1] == 0
+  np.testing.assert_allclose(shares[0], 0.25, atol=4 * 0.0068)  # deviations
+  backwards = drawn(by_chance, np.arange(4000)[::-1])
+  np.testing.assert_array_equal(backwards[::-1], found)
+  other = drawn(by_chance, np.arange(4000), seed=1)
+  assert np.mean(other != found) > 0.3  # 2 x 0.25 x 0.75 by chance
+
+
+def test_labels_that_are_asked_for_come_in_turn():
+  np.testing.assert_array_equal(
+    drawn({'label': [2, 0]}, [0, 1, 2, 5]), [2, 0, 2, 0]
+  )
+  names = ['cat', 'dog', 'ship']
+  for asked, want in (
+    ('2', [2]), ('0, 2', [0, 2]), ('all', [0, 1, 2]), ('dog,0', [1, 0]),
+    (1, [1]), ([2, 'cat'], [2, 0]),
+  ):  # fmt: skip
+    assert labels.numbers(asked, 3, names) == want
+  for asked in ('3', 'dok', '-1', '', '1,,2'):
+    with pytest.raises(UserError, match='0 to 2, several with commas') as error:
+      labels.numbers(asked, 3, names)
+    assert ('did you mean dog?' in str(error.value)) == (asked == 'dok')
+
+
+# --- what a guided evaluation computes ---------------------------------------
+
+
+def counted(drop=0.1):
+  """(a recipe whose network is a table of labels, the rows of each call)."""
+  seen = []
+
+  def apply(params, xt, t, keys=None, cond=None):
+    seen.append(len(xt))
+    return xt * params['table'][cond['label']][:, None]
+
+  table = {'net': {'table': jnp.array([0.5, 1.0, 2.0, 4.0])}}
+  net = models.Model(None, apply, ('label',))
+  codec = Codec(None, None, (2,))
+  made = recipe.Recipe(
+    {'net': net}, {}, {}, codec,
+    conditioning.create('label', num_classes=3, drop=drop),
+    schedules.linear(1000), 'eps', None,
+  )  # fmt: skip
+  return made, table, seen
+
+
+@pytest.mark.parametrize(
+  ('guidance', 'rows', 'factors'),
+  [
+    ({}, 5, [0.5, 1.0, 2.0, 2.0, 0.5]),
+    ({'guidance': 0.0}, 5, [4.0] * 5),
+    ({'guidance': 3.0}, 10, [-6.5, -5.0, -2.0, -2.0, -6.5]),
+  ],
+)
+def test_both_halves_are_one_call_and_each_row_keeps_its_label(
+  guidance, rows, factors
+):
+  made, params, seen = counted()
+  label = {'label': jnp.array([0, 1, 2, 2, 0])}
+  mesh, x = tiny.one_device(), jnp.arange(1.0, 11).reshape(5, 2)
+  denoise = guided.denoiser(made, params, label, guidance, mesh)
+  eps = denoise(x, jnp.asarray(500)).eps
+  np.testing.assert_allclose(eps, x * np.array(factors)[:, None], rtol=1e-6)
+  assert seen == [rows]
+
+
+def test_a_guide_gets_the_same_labels():
+  made, params, seen = counted()
+  other = {'net': {'table': jnp.array([1.0, 3.0, 0.0, 9.0])}}
+  label, x = {'label': jnp.array([0, 1])}, jnp.ones((2, 2))
+  denoise = guided.denoiser(
+    made, {**params, guided.GUIDE: other}, label, {'guidance': 2.0},
+    tiny.one_device(), made,
+  )  # fmt: skip
+  eps = denoise(x, jnp.asarray(500)).eps
+  np.testing.assert_allclose(eps, [[0.0] * 2, [-1.0] * 2], atol=1e-6)
+  assert seen == [2, 2]
+
+
+# --- a run -------------------------------------------------------------------
+
+
+def tiny_config(**changes):
+  config = config_files.load('configs/digits.py')
+  with config.ignore_type():
+    config.update_from_flattened_dict({
+      'num_steps': 2, 'batch_size': 16, 'model.channels': 4,
+      'model.num_groups': 2, 'model.multipliers': (1,),
+      'model.attention_resolutions': (), 'conditioning.name': 'label',
+      'conditioning.num_classes': 10, 'sample.num_steps': 2, **changes,
+    })  # fmt: skip
+  return config
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A run with random parameters at steps 1 and 2."""
+  workdir, config = tmp_path_factory.mktemp('runs') / 'labels', tiny_config()
+  splits = data.splits(config['data'])
+  known = dataset.check(workdir, splits, 'test', False, config['conditioning'])
+  workdir.mkdir(exist_ok=True)
+  dataset.write(workdir, known)
+  runs.write_config(workdir, config)
+  program = programs.create(config, tiny.one_device())
+  state = tiny.random_state(program.abstract)
+  with checkpoint.Checkpoints(workdir / 'checkpoints') as kept:
+    kept.save(1, state)
+    weaker = jax.tree.map(lambda x: 0.5 * x, state.ema_params)
+    kept.save(2, state._replace(ema_params=weaker))
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def trained(run):
+  return diffusion_jax.load(run, 1)
+
+
+HOW = {'sampler': 'ddim', 'grid': '400', 'clip': False, 'dtype': 'float32'}
+
+
+def x0_of(trained, count, **how):
+  """x0 of one step, which is the denoiser's."""
+  found = trained.sample(count, **{**HOW, **how})
+  return found / 127.5 - 1
+
+
+def test_samples_are_the_guided_denoisers(trained):
+  """One step from noise is u + w (c - u) at the noise of seed and index."""
+  from diffusion_jax.runs import trajectories
+
+  x = trajectories.noises(trained, 0, 4)
+  label = np.array([3, 7, 3, 7])
+  c = trained.denoise(x, 400, {'label': label}).x0
+  u = trained.denoise(x, 400).x0
+  assert np.abs(c - u).max() > 0.05
+  for how, want in (
+    ({}, c), ({'guidance': 1.0}, c), ({'guidance': 0.0}, u),
+    ({'guidance': 2.5}, u + 2.5 * (c - u)),
+    ({'guidance': 2.5, 'guidance_interval': (50, 60)}, None),
+  ):  # fmt: skip
+    if want is None:
+      with pytest.raises(UserError, match='no evaluation'):
+        x0_of(trained, 4, label='3,7', **how)
+      continue
+    got = x0_of(trained, 4, label='3,7', **how)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  guide = diffusion_jax.load(trained.workdir, 2)
+  weaker = guide.denoise(x, 400, {'label': label}).x0
+  got = x0_of(trained.guided_by(guide), 4, label='3,7', guidance=2.0)
+  np.testing.assert_allclose(got, 2 * c - weaker, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def given(run):
+  saved = flagsaver.save_flag_values()
+
+  def parse(*arguments):
+    flagsaver.restore_flag_values(saved)
+    flags.FLAGS([
+      'test', f'--workdir={run}', '--step=1', '--sampler=ddim', '--grid=400',
+      *arguments,
+    ])  # fmt: skip
+
+  yield parse
+  flagsaver.restore_flag_values(saved)
+
+
+def test_the_store_says_label_and_guidance(run, given):
+  given('--label=3,7', '--guidance=2', '--guidance_rescale=0.5',
+        f'--guide={run}@2')  # fmt: skip
+  trained, plan, output = drawing.chosen()
+  digest = trained.guide.weights_sha256
+  assert output.name == (
+    f'step1_ddim1_400_label3-7_guidance2_rescale0.5_guide{digest[:8]}_seed0'
+  )
+  assert drawing.fill(trained, plan, output, 3) == 3
+  told = json.loads((output / 'store.json').read_text())
+  assert told.items() >= {
+    'label': [3, 7], 'guidance': 2.0, 'guidance_rescale': 0.5,
+    'guide': 'labels@2', 'guide_sha256': digest, 'network_rows': 2,
+  }.items()  # fmt: skip
+  given()
+  trained, plan, output = drawing.chosen()
+  assert output.name == 'step1_ddim1_400_seed0'
+  counts = dataset.read_labels(run, 10)['counts']
+  facts = drawing.protocol(trained, plan)
+  assert (facts['label'], facts['label_counts']) == ('data', counts)
+  assert 'network_rows' not in facts
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'said'),
+  [
+    (['--label=10'], 'label=10: 0 to 9, several with commas'),
+    (['--guide=RUN@7', '--guidance=2'], 'step=7'),
+    (['--guide=RUN@x', '--guidance=2'], 'the step after @ must be a number'),
+    (['--guide=/nothing', '--guidance=2'], '--guide=/nothing holds no run'),
+    (['--guide=RUN@2'], 'has no effect with guidance=1'),
+  ],
+)
+def test_mistakes_about_conditions_are_one_line(run, given, arguments, said):
+  given(*(text.replace('RUN', str(run)) for text in arguments))
+  with pytest.raises(UserError) as error:
+    drawing.chosen()
+  assert said in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_a_guide_of_other_data_is_one_line():
+  own = runs.to_plain(tiny_config())
+  for changes, said in (
+    ({'data.image_size': 16}, 'makes images of 16x16x1, this run of 8x8x1'),
+    ({'conditioning.num_classes': 12}, 'on 12 classes, this run on 10'),
+  ):
+    with pytest.raises(UserError, match=said):
+      guided.check(own, runs.to_plain(tiny_config(**changes)), 'runs/b')
+  plain = runs.to_plain(tiny_config(**{'conditioning.name': 'none'}))
+  guided.check(own, plain, 'runs/b')  # an unconditional guide is one
+
+
+def test_an_unconditional_run_takes_no_label(tmp_path):
+  config = {'conditioning': {'name': 'none'}}
+  assert labels.condition(tmp_path, config) == {}
+  with pytest.raises(UserError, match='label=3: the run is unconditional'):
+    labels.condition(tmp_path, config, 3)
+  of_labels = {'conditioning': {'name': 'label', 'num_classes': 10}}
+  with pytest.raises(UserError, match='give --label, such as --label=all'):
+    labels.condition(tmp_path, of_labels)
+  assert labels.condition(tmp_path, of_labels, 'all')['label'][-1] == 9
