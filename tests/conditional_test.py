@@ -1,5 +1,6 @@
 """Runs with labels: their data, the labels of samples, and guidance."""
 
+import contextlib
 import json
 
 import jax
@@ -247,17 +248,18 @@ def test_samples_are_the_guided_denoisers(trained):
 
 @pytest.fixture
 def given(run):
-  saved = flagsaver.save_flag_values()
+  """Parses flags afresh."""
+  with contextlib.ExitStack() as stack:
 
-  def parse(*arguments):
-    flagsaver.restore_flag_values(saved)
-    flags.FLAGS([
-      'test', f'--workdir={run}', '--step=1', '--sampler=ddim', '--grid=400',
-      *arguments,
-    ])  # fmt: skip
+    def parse(*arguments):
+      stack.close()
+      stack.enter_context(flagsaver.flagsaver())
+      flags.FLAGS([
+        'test', f'--workdir={run}', '--step=1', '--sampler=ddim', '--grid=400',
+        *arguments,
+      ])  # fmt: skip
 
-  yield parse
-  flagsaver.restore_flag_values(saved)
+    yield parse
 
 
 def test_the_store_says_label_and_guidance(run, given):
