@@ -43,7 +43,7 @@ from diffusion_jax.cli import (
 )
 from diffusion_jax.evaluation import cards, features, follow, sweep, tables
 from diffusion_jax.reporting import page, plots
-from diffusion_jax.runs import store
+from diffusion_jax.runs import dataset, labels, store
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -196,7 +196,7 @@ def _check_sweep():
     )
   idle = ('sampler', 'num_steps', 'grid', 'clip', 'output', 'follow')
   command.refuse(
-    (*idle, *drawing.OPTIONS),
+    (*idle, *drawing.OPTIONS, *sweep.GUIDANCE),
     '--sweep, where each sampler has its own options after colons',
   )
   _check_distance('--sweep', 'the best sampler')
@@ -228,6 +228,7 @@ def _sweep(workdir):
       'budget': budget,
       'num_steps': plan.num_steps,
       'evaluations': plan.evaluations,
+      'network_rows': plan.rows,
       'value': card['results'][task.result],
       'card': path.name,
     })  # fmt: skip
@@ -302,15 +303,30 @@ def _task(workdir, trained):
   count = FLAGS.num_samples
   samples = features.Images(count, None, f'--num_samples={count}')
   judge = judges.judge_of(source, heldout, shape, workdir / 'evaluations')
+  if names := _class_names(trained):
+    judge = judge._replace(details={**judge.details, 'class_names': names})
   reference = judging.set_of('reference', source, judge, shape)
   # Spread over the set: in a sorted one the first images are of one class.
-  held = heldout and features.images_of(heldout, min(count, len(heldout)))
+  held = heldout and features.images_of(
+    heldout, min(count, len(heldout)), bool(_classes(trained))
+  )
   usual = ['fid']
   if not FLAGS.sweep:  # a sweep caches the reference's statistics
     usual += ['copies'] * bool(source)
     usual += ['classes'] * ('num_classes' in judge.protocol)
   about |= {'rounding': FLAGS.rounding}
   return judging.task(judge, samples, reference, held, about=about, usual=usual)
+
+
+def _classes(trained) -> int:
+  """The number of classes that the run is conditional on; 0 if none."""
+  return dataset.num_classes(trained.config['conditioning'])
+
+
+def _class_names(trained) -> list[str]:
+  count = _classes(trained)
+  known = count and dataset.read_labels(trained.workdir, count)
+  return known['names'] if known else []
 
 
 def _card_path(task, workdir, step, plan, how=None):
@@ -322,7 +338,8 @@ def _card_path(task, workdir, step, plan, how=None):
 def _subject(trained, plan, output=None) -> dict:
   subject = {**cards.subject_of(trained), **plan.protocol()}
   if not plan.adaptive:
-    return {**subject, 'evaluations': plan.evaluations}
+    rows = {'network_rows': plan.rows} if plan.rows != plan.evaluations else {}
+    return {**subject, 'evaluations': plan.evaluations, **rows}
   took = drawing.took(output, FLAGS.num_samples)  # the sampler chose its steps
   return {
     **subject,
@@ -345,7 +362,8 @@ def _judge(task, path, trained, plan, output) -> tuple[dict, int]:
     (images,) = store.stream(output, i, i + 1, 1)
     return features.whole(images[0])
 
-  samples = features.Images(count, stream, f'samples in {output}', shown)
+  asked = labels.of_samples(plan, count) if _classes(trained) else None
+  samples = features.Images(count, stream, f'samples in {output}', shown, asked)
   card = judging.carry_out(
     task,
     samples,

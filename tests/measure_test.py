@@ -15,7 +15,7 @@ from judges import (
   scipy_distance,
 )
 
-from diffusion_jax.evaluation import features, measure
+from diffusion_jax.evaluation import cards, features, measure, tables
 from diffusion_jax.evaluation.features import Judge
 from diffusion_jax.evaluation.metrics import frechet, kid, precision
 from diffusion_jax.evaluation.metrics.frechet import Gaussian
@@ -95,6 +95,36 @@ def test_it_equals_numpy_and_scipy(devices):
   assert sum(progress) == 90 + 70 + 40
   assert got.details['note'] == 'x'
   json.dumps(got.results), json.dumps(got.details)
+
+
+def test_samples_are_counted_by_label_and_class():
+  """A third label, which the judge does not know, is never right."""
+  samples, train, held = levels(90, 1), levels(70, 2), levels(40, 3)
+  asked, real = np.arange(90) % 3, np.arange(40) % 2
+  task = measure.Task(
+    brightness(), images_of(train), ('classes',),
+    heldout=images_of(held)._replace(labels=real),
+  )  # fmt: skip
+  got = measure.measure(
+    task, images_of(samples, 5)._replace(labels=asked), batch_size=64,
+    mesh=mesh_of(1),
+  )  # fmt: skip
+  classes, of_held = (brightness_of(x)[2].argmax(1) for x in (samples, held))
+  want = [[np.sum(classes[asked == k] == j) for j in (0, 1)] for k in range(3)]
+  assert got.details['confusion'] == want
+  assert got.results['label_accuracy'] == (want[0][0] + want[1][1]) / 90
+  assert got.results['label_accuracy_heldout'] == np.mean(of_held == real)
+  card = cards.create({'step': 1}, {}, got.results, got.details)
+  assert cards.is_card(card)
+  told = tables.text(card)
+  rows = [
+    line.split() for line in told.splitlines() if line[:2] in ('0 ', '2 ')
+  ]
+  share = f'{want[0][0] / 30:.1%}'
+  assert rows[-2][:4] == ['0', *map(str, want[0]), share]
+  assert rows[-1] == ['2', *map(str, want[2]), '–', '–']
+  card['details']['confusion'] = [3]
+  assert not cards.is_card(card)
 
 
 def test_kid_precision_and_the_inception_score_are_those_of_their_modules():

@@ -26,6 +26,8 @@ def test_rows_have_options_of_their_own():
     'variant': 'bh1',
   }  # fmt: skip
   plain = {'sampler': 'ddim', 'grid': 'uniform'}
+  guided = sweep.parse('ddim:guidance=2:guidance_interval=-1/3')
+  assert guided == {**plain, 'guidance': 2.0, 'guidance_interval': '-1/3'}
   assert sweep.parse('ddim:eta=0.5') == {**plain, 'eta': 0.5}
   assert sweep.parse('ddim') == plain
 
@@ -34,7 +36,10 @@ def test_rows_have_options_of_their_own():
   ('text', 'said'),
   [
     ('rk45', "sampler='rk45': one of ancestral"),
-    ('ddim:order=2', 'order=2 is not KEY=VALUE with one of eta, grid, clip'),
+    (
+      'ddim:order=2',
+      'order=2 is not KEY=VALUE with one of eta, grid, clip, guidance',
+    ),
     ('ddim:eta', 'eta is not KEY=VALUE'),
     ('ddim:grid=999', 'grid must be one of uniform'),
     ('ddim:clip=maybe', 'clip must be true or false'),

@@ -11,6 +11,7 @@ from diffusion_jax.evaluation import bits, cards, features, tables
 from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.process import flow
 from diffusion_jax.reporting import page, plots
+from diffusion_jax.samplers import guided
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 
@@ -39,6 +40,7 @@ OF_SAMPLES = (
   *('num_samples', 'sampler', 'rounding', 'reference', 'features', 'output'),
   'write_statistics',
   *(name for name in drawing.OPTIONS if name != 'variance'),
+  *('label', 'guide', *guided.OPTIONS),
 )
 
 

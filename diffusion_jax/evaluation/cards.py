@@ -139,8 +139,17 @@ def is_card(value) -> bool:
           for key, x in details.items()
           if key.endswith('class_histogram')
         )
+        and all(
+          isinstance(x, list) and all(_is_row(row) for row in x)
+          for key, x in details.items()
+          if key.endswith('confusion')
+        )
       )
   return False
+
+
+def _is_row(value) -> bool:
+  return isinstance(value, list) and all(map(is_number, value))
 
 
 def name(subject_name: str, what: str, protocol: dict) -> str:

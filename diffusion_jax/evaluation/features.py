@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.codecs.pixels import to_float
-from diffusion_jax.data import Source, pipeline
+from diffusion_jax.data import Source, labels, pipeline
 from diffusion_jax.evaluation import kept
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
@@ -196,20 +196,26 @@ class Images(NamedTuple):
     stream: () -> batches [n, H, W, C], uint8 or float32 in [0, 255].
     description: one line.
     image: index -> uint8 [H, W, C], for pictures.
+    labels: int32 [count], the class of each image, or the one that was asked
+      for; None if there are none, or they do not matter.
   """
 
   count: int
   stream: Callable[[], Iterable[np.ndarray]]
   description: str
   image: Callable[[int], np.ndarray] | None = None
+  labels: np.ndarray | None = None
 
 
-def images_of(source: Source, count: int | None = None) -> Images:
+def images_of(
+  source: Source, count: int | None = None, labelled: bool = False
+) -> Images:
   """All images of a source in order, or some of them, evenly spaced.
 
   Args:
     source: the images.
     count: number of images, at most all; None for all.
+    labelled: whether to read their labels.
   """
   count = len(source) if count is None else count
   chosen = np.arange(count) * len(source) // count
@@ -224,7 +230,10 @@ def images_of(source: Source, count: int | None = None) -> Images:
     for batch, weight in pipeline.heldout(picked, batch_size=BLOCK):
       yield batch['image'][weight > 0]
 
-  return Images(count, stream, source.description, lambda i: picked[i]['image'])
+  found = labels.of(picked, np.arange(count)) if labelled else None
+  return Images(
+    count, stream, source.description, lambda i: picked[i]['image'], found
+  )
 
 
 def sha256_of(images: Images) -> str:

@@ -31,6 +31,8 @@ class Seen:
     classes: int64 [K], number of images classified as each class.
     confident: number of images classified with probability above 0.8.
     sums: sums for the Inception Score, or None.
+    confusion: int64 [labels, K], number of images of each label by the class
+      they are classified as; None without labels.
   """
 
   moments: dict[str, Moments | Gaussian]
@@ -41,6 +43,7 @@ class Seen:
   classes: np.ndarray | int = 0
   confident: int = 0
   sums: inception_score.Sums | None = None
+  confusion: np.ndarray | None = None
 
 
 def look(
@@ -49,6 +52,7 @@ def look(
   batches: Iterable[tuple[np.ndarray, dict[str, np.ndarray]]],
   *,
   first: int = 0,
+  labels: np.ndarray | None = None,
   on_features: Callable[[int, np.ndarray], None],
 ) -> Seen:
   """Passes over a set of images.
@@ -58,6 +62,7 @@ def look(
     count: number of images.
     batches: the images and their outputs, see `features.passes`.
     first: number of first images to compute separate moments of.
+    labels: [count], see `features.Images`.
     on_features: called with the index of the first image of a batch, and the
       batch's main features.
   """
@@ -81,7 +86,13 @@ def look(
       seen.hashes += [hash(x.tobytes()) for x in features.whole(images)]
     logits = outputs.get(judge.logits)
     if 'classes' in metrics:
-      seen.classes += np.bincount(logits.argmax(1), minlength=logits.shape[1])
+      classes, kinds = logits.argmax(1), logits.shape[1]
+      seen.classes += np.bincount(classes, minlength=kinds)
+      if labels is not None:
+        if seen.confusion is None:
+          size = max(kinds, labels.max() + 1)
+          seen.confusion = np.zeros((size, kinds), np.int64)
+        np.add.at(seen.confusion, (labels[at:end], classes), 1)
       seen.confident += int((_probability(logits) > CONFIDENT).sum())
     if 'is' in metrics:
       seen.sums = inception_score.update(

@@ -212,8 +212,9 @@ def measure(
       task.judge, images.stream(), batch_size, mesh, folder
     )
     return looks.look(
-      task, images.count, batches, first=first, on_features=search
-    )
+      task, images.count, batches, first=first, labels=images.labels,
+      on_features=search,
+    )  # fmt: skip
 
   def search(first, found):
     for name in near:  # empty until the reference's turn
@@ -240,6 +241,11 @@ def measure(
       f'{head}class_histogram': (one.classes / one.classes.sum()).tolist()
       for head, name in (('', 'samples'), ('heldout_', 'heldout'))
       if (one := seen.get(name))
+    }
+    details |= {
+      f'{head}confusion': one.confusion.tolist()
+      for head, name in (('', 'samples'), ('heldout_', 'heldout'))
+      if (one := seen.get(name)) and one.confusion is not None
     }
   if caveats := _caveats(task, samples, seen['samples'], train):
     details['caveats'] = caveats
@@ -318,6 +324,8 @@ def _of_a_set(task, one, train, near) -> dict:
     results['confident'] = one.confident / total
     # Only classes that occur in the data: labels may start at 1.
     results['smallest_class'] = one.classes[train.classes > 0].min() / total
+    if one.confusion is not None:
+      results['label_accuracy'] = np.trace(one.confusion) / total
   if near:
     known = set(train.hashes)
     results['identical'] = np.mean([image in known for image in one.hashes])

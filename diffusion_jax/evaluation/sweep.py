@@ -22,11 +22,19 @@ VALUES = {
 }
 
 
+GUIDANCE = {
+  'guidance': float,
+  'guidance_interval': str,
+  'guidance_rescale': float,
+}
+
+
 def parse(text: str) -> dict:
   """Parses NAME:key=value:key=value into arguments of `plans.for_run`.
 
   Args:
-    text: the text; keys are grid, clip, and the sampler's options.
+    text: the text; keys are grid, clip, the sampler's options, and those of
+      guidance, with an interval as LO/HI.
 
   Raises:
     UserError: the text is not valid.
@@ -39,7 +47,7 @@ def parse(text: str) -> dict:
     )
   options = samplers.defaults(name)
   kinds = {k: float if x is None else type(x) for k, x in options.items()}
-  kinds |= {'grid': str, 'clip': bool}
+  kinds |= {'grid': str, 'clip': bool, **GUIDANCE}
   given = {'sampler': name, 'grid': 'uniform'}
   for pair in pairs:
     key, equals, word = pair.partition('=')
@@ -144,6 +152,8 @@ def text(sweep: dict) -> str:
   lines += [*terminal.table(heads, rows), '']
   if any(cell['evaluations'] != cell['budget'] for cell in cells):
     lines += ['(n): the actual number of evaluations, of whole steps', '']
+  if any(cell.get('network_rows', 0) > cell['evaluations'] for cell in cells):
+    lines += ['guided samplers evaluate two rows of the network at once', '']
   lines += [
     f'best at {budget}: {cell["sampler"]}, {cards.number(cell["value"])}'
     for budget, cell in best.items()

@@ -33,6 +33,7 @@ RESULTS = {
   'coverage': ('coverage ↑', 'coverage: real balls with samples'),
   'confident': ('confident ↑', 'class with probability > 0.8'),
   'smallest_class': ('least class ↑', 'least frequent class'),
+  'label_accuracy': ('label ↑', 'classified as the label asked for'),
   'identical': ('identical ↓', 'identical to a training image'),
   'nearest': ('nearest', 'nearest training image, median'),
   'nearest_share': ('near', '  nearer than 95% of held-out'),
@@ -43,7 +44,7 @@ RESULTS = {
 }
 SHARES = (
   *('precision', 'recall', 'coverage', 'confident', 'smallest_class'),
-  *('identical', 'nearest_share', 'classifier_accuracy'),
+  *('identical', 'nearest_share', 'classifier_accuracy', 'label_accuracy'),
 )
 # Suffixes of results that are the spread of another result.
 SPREADS = ('_error', '_std')
@@ -116,14 +117,22 @@ def how(subject: dict) -> dict:
     **{
       key: value(x)
       for key, x in subject.items()
-      if isinstance(x, str | int | float)
+      if (isinstance(x, str | int | float) or key == 'guidance_interval')
       and not (key in known or key.endswith('sha256'))
     },
+    'label': _asked(subject.get('label')),
     'seed': subject.get('seed'),
     # Two samplers of one name may differ only in the grid.
     'grid': _grid(grid) if steps and all(map(cards.is_number, grid)) else None,
   }
   return {key: x for key, x in told.items() if x is not None}
+
+
+def _asked(label) -> str | None:
+  """The labels that samples get in turn; None if as in the data."""
+  if not isinstance(label, list):
+    return None
+  return value(label) if len(label) <= 10 else f'{len(label)} in turn'
 
 
 def _grid(times) -> str:
@@ -273,6 +282,8 @@ def text(card: dict) -> str:
   told += [*_about(card), '', *terminal.table(['', what, real], rows)]
   if len(details.get('class_histogram', ())) in range(1, SHOWN_CLASSES + 1):
     told += ['', *_classes(details)]
+  if len(details.get('confusion', ())) in range(1, SHOWN_CLASSES + 1):
+    told += ['', *_confusion(details)]
   if 'rate' in details:
     told += ['', *_decoded(details)]
   if caveats := details.get('caveats'):
@@ -287,6 +298,25 @@ def _classes(details):
   }
   rows = [[what, *(f'{x:.1%}' for x in of)] for what, of in named.items() if of]
   heads = ['class', *map(str, range(len(named['samples'])))]
+  return terminal.table(heads, rows)
+
+
+def _confusion(details):
+  """Samples of each label by their class, and the share that is right."""
+  counts, real = details['confusion'], details.get('heldout_confusion', [])
+  names = [*map(str, details.get('class_names', ()))]
+  names += map(str, range(len(names), len(counts)))
+
+  def right(of, k):
+    row = of[k] if k < len(of) else []
+    return f'{row[k] / sum(row):.1%}' if sum(row) and k < len(row) else '–'
+
+  rows = [
+    [name, *map(str, row), right(counts, k), right(real, k)]
+    for k, (name, row) in enumerate(zip(names, counts, strict=False))
+  ]
+  classes = map(str, range(len(counts[0])))
+  heads = ['label, by class', *classes, 'right', 'held-out']
   return terminal.table(heads, rows)
 
 

@@ -6,7 +6,11 @@ labels occur as often as in the training images.
 
 from collections.abc import Mapping, Sequence
 
-from diffusion_jax.runs import dataset
+import jax
+import numpy as np
+
+from diffusion_jax.runs import dataset, draw
+from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system.errors import UserError, hint
 
 ALL = 'all'
@@ -65,6 +69,13 @@ def numbers(asked, count: int, names: Sequence[str]) -> list[int]:
   if not len(parts):
     raise UserError(f'label is empty: {_allowed(count, names)}')
   return [_number(part, count, names) for part in parts]
+
+
+def of_samples(plan: Plan, count: int) -> np.ndarray:
+  """The labels of the first samples of a conditional plan: int32 [count]."""
+  indices = np.arange(count, dtype=np.uint32)
+  found = jax.jit(lambda at: draw.conditions(plan, at))(indices)
+  return np.asarray(found['label'])
 
 
 def _number(part, count, names) -> int:
