@@ -237,16 +237,7 @@ def measure(
   results, nearer = _results(task, seen, train, near)
   details = dict(task.judge.details)
   if 'classes' in task.metrics:
-    details |= {
-      f'{head}class_histogram': (one.classes / one.classes.sum()).tolist()
-      for head, name in (('', 'samples'), ('heldout_', 'heldout'))
-      if (one := seen.get(name))
-    }
-    details |= {
-      f'{head}confusion': one.confusion.tolist()
-      for head, name in (('', 'samples'), ('heldout_', 'heldout'))
-      if (one := seen.get(name)) and one.confusion is not None
-    }
+    details |= _by_class(seen)
   if caveats := _caveats(task, samples, seen['samples'], train):
     details['caveats'] = caveats
   return Measured(
@@ -260,6 +251,18 @@ def measure(
       for tap, x in train.moments.items()
     },
   )
+
+
+def _by_class(seen) -> dict:
+  """How often each class occurs, and by label if there are labels."""
+  found = {}
+  for name, head in (('samples', ''), ('heldout', 'heldout_')):
+    if one := seen.get(name):
+      shares = one.classes / one.classes.sum()
+      found[f'{head}class_histogram'] = shares.tolist()
+      if one.confusion is not None:
+        found[f'{head}confusion'] = one.confusion.tolist()
+  return found
 
 
 def _results(task, seen, train, near):
