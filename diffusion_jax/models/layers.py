@@ -81,7 +81,15 @@ def linear(inputs, outputs, *, scale=1.0, init='ddpm', **kwargs) -> nnx.Linear:
 
 
 def norm(channels, num_groups, *, epsilon=1e-6, **kwargs) -> nnx.GroupNorm:
-  # Statistics are float32 for any dtype; two passes for accuracy.
+  """Group norm, with float32 statistics for any dtype.
+
+  Args:
+    channels: channels of the maps.
+    num_groups: number of groups.
+    epsilon: added to the variance.
+    **kwargs: dtype and rngs.
+  """
+  # In two passes, for accuracy.
   return nnx.GroupNorm(
     channels, num_groups, epsilon=epsilon, use_fast_variance=False, **kwargs
   )

@@ -79,7 +79,7 @@ def inputs_of(channels: int, widths: list[int], num_blocks: int):
   return down, up[::-1]
 
 
-def attentions(width, count, num_heads, tokens, options):
+def _attentions(width, count, num_heads, tokens, options):
   """As many self-attentions, and cross-attentions if there are tokens."""
   options = {'num_heads': num_heads, **options}
   crosses = count if tokens else 0
@@ -89,7 +89,7 @@ def attentions(width, count, num_heads, tokens, options):
   )
 
 
-def resampler(width, way, style, block, plain, **common):
+def _resampler(width, way, style, block, plain, **common):
   """What halves ('down') or doubles ('up') the map of a level."""
   if style.resampling == 'block':
     return block(width, width, way)
@@ -178,7 +178,7 @@ class UNet(nnx.Module):
 
     def attend(width, count):
       heads = width // head_channels if head_channels else num_heads
-      return attentions(width, count, heads, doors.get('tokens'), blocks)
+      return _attentions(width, count, heads, doors.get('tokens'), blocks)
 
     def stage(level, inputs, way, count):
       width = widths[level]
@@ -186,7 +186,7 @@ class UNet(nnx.Module):
       return Stage(
         [block(i, width) for i in inputs],
         *attend(width, count if attends else 0),
-        way and resampler(width, way, how, block, **measured),
+        way and _resampler(width, way, how, block, **measured),
       )
 
     self.time1 = layers.linear(channels, 4 * channels, **dense)

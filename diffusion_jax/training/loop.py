@@ -234,7 +234,7 @@ def read_together(batches: Iterator) -> Any:
   """The next batch, or None after the last.
 
   Raises:
-    Together: in all processes, if one of them cannot read its rows.
+    UserError: `Together`, if a process cannot read its rows.
   """
 
   def read():
