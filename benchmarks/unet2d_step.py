@@ -18,7 +18,7 @@ from diffusion_jax import runs
 from diffusion_jax.process import schedules
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import diffusers as folders
-from diffusion_jax.weights import settings
+from diffusion_jax.weights import unets
 
 OPTIMIZERS = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}
 
@@ -55,7 +55,7 @@ def device() -> str:
 
 def check(config) -> None:
   """Raises UserError for a config whose step theirs cannot do."""
-  settings.unet_of(config)
+  unets.unet_of(config)
   for key, plain in (('microbatches', 1), ('optim.decay', 'constant')):
     value = runs.flatten(config)[key]
     if value != plain:
@@ -77,7 +77,7 @@ def create(config: Mapping, params) -> Theirs:
   torch.backends.cudnn.benchmark = True
   torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
   where = device()
-  unet = settings.unet_of(config)
+  unet = unets.unet_of(config)
   network = UNet2DModel(**{k: v for k, v in unet.items() if k[0] != '_'})
   tensors = folders.to_tensors(params)
   network.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()})

@@ -149,7 +149,9 @@ def _assumed(found) -> tuple[dict, list[str]]:
     return found.config, []
   told = 'there is no scheduler, so the noise schedule and the prediction are'
   if FLAGS.config is not None:
-    parts = {part: found.config[part] for part in ('data', 'model')}
+    parts = {
+      part: found.config[part] for part in ('data', 'model', 'conditioning')
+    }
     return parts, [f'{told} those of --config']
   process, sample = found.config['process'], found.config['sample']
   return found.config, [
@@ -192,6 +194,7 @@ def _config_with(parts) -> ConfigDict:
     config.data.update({'name': '', 'heldout_split': '', 'path': ''})
   before = runs.to_plain(config)
   with config.unlocked():
+    config.model.details = ConfigDict()
     for part, values in parts.items():
       config[part].update(values)
   if FLAGS.config is not None:

@@ -17,7 +17,7 @@ from parity import pipelines, unet
 from diffusion_jax import load, models, runs
 from diffusion_jax.configs import digits
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.weights import diffusers, official, settings
+from diffusion_jax.weights import diffusers, official, settings, unets
 
 
 def convert(*arguments):
@@ -50,7 +50,13 @@ def sha256(path):
 def abstract_of(config):
   data = config['data']
   shape = (data['image_size'], data['image_size'], data['channels'])
-  model = models.create(image_shape=shape, **config['model'])
+  condition = config['conditioning']
+  doors = {'label': condition.get('num_classes')}
+  model = models.create(
+    image_shape=shape,
+    doors=doors if condition['name'] == 'label' else None,
+    **config['model'],
+  )
   return jax.eval_shape(model.init, jax.random.key(0))
 
 
@@ -77,7 +83,7 @@ def test_a_round_trip_gives_the_same_bits(tmp_path, name):
     assert back[key].dtype == np.float32
     np.testing.assert_array_equal(back[key], tensors[key])
   for part, ours in (
-    ('unet', settings.unet_of(found.config)),
+    ('unet', unets.unet_of(found.config)),
     ('scheduler', settings.scheduler_of(found.config)),
   ):
     assert ours.items() <= there[part].items()
@@ -333,11 +339,17 @@ def test_damaged_weights_are_named(tmp_path, how, must):
 @pytest.mark.parametrize(
   ('changes', 'must'),
   [
-    ({'norm_eps': 1e-5}, 'norm_eps is 1e-05, but must be 1e-06'),
-    ({'downsample_padding': 1}, 'downsample_padding is 1'),
-    ({'flip_sin_to_cos': True}, 'flip_sin_to_cos is true'),
-    ({'num_class_embeds': 10}, 'num_class_embeds is 10'),
-    ({'attention_head_dim': 8}, 'attention_head_dim is 8'),
+    ({'norm_eps': -1}, 'norm_eps is -1'),
+    ({'downsample_padding': 2}, 'downsample_padding is 2, but must be 1 or 0'),
+    ({'time_embedding_type': 'fourier'}, 'time_embedding_type is "fourier"'),
+    ({'num_class_embeds': 10}, '1 tensors missing (class_embedding.weight)'),
+    ({'num_class_embeds': 1}, 'num_class_embeds is 1: at least 2'),
+    ({'attention_head_dim': 8}, 'model.head_channels=8 does not divide 36'),
+    (
+      {'resnet_time_scale_shift': 'scale_shift'},
+      'attn_norm_num_groups is null, but must be 6',
+    ),
+    ({'downsample_type': 'resnet'}, 'some levels by conv and others by resnet'),
     ({'out_channels': 2}, 'out_channels is 2'),
     ({'in_channels': 4, 'out_channels': 4}, 'data.channels=4'),
     ({'block_out_channels': [12, 30, 36]}, 'multiples of the first'),
@@ -428,17 +440,30 @@ def test_what_cannot_be_converted_is_told(tmp_path):
 def test_a_network_that_diffusers_has_not_is_told():
   config = {
     'data': {'image_size': 16, 'channels': 1},
+    'conditioning': {'name': 'none'},
     'model': {
+      'name': 'unet', 'style': 'ddpm', 'details': {}, 'time_scale': 1.0,
       'channels': 8, 'multipliers': [1, 2], 'num_blocks': 1,
-      'attention_resolutions': [16], 'num_heads': 2, 'num_groups': 4,
-      'dropout': 0.0,
+      'attention_resolutions': [16], 'num_heads': 2, 'head_channels': 0,
+      'num_groups': 4, 'dropout': 0.0,
     },
   }  # fmt: skip
   with pytest.raises(UserError, match='num_heads=2'):
-    settings.unet_of(config)
+    unets.unet_of(config)
   config['model'] |= {'num_heads': 1, 'multipliers': [2, 4]}
   with pytest.raises(UserError, match=r'multipliers=\[2, 4\]'):
-    settings.unet_of(config)
+    unets.unet_of(config)
+  for changes, must in (
+    (
+      {'style': 'ddpmpp'},
+      'style=ddpmpp: a UNet2DModel has no up_attention=last',
+    ),
+    ({'details': {'sinusoid': 'fourier'}}, 'has no sinusoid=fourier'),
+    ({'time_scale': 2.0}, 'time_scale=2.0'),
+    ({'name': 'dit'}, 'name=dit: only a unet'),
+  ):
+    with pytest.raises(UserError, match=must):
+      unets.unet_of({**config, 'model': {**config['model'], **changes}})
 
 
 # --- DDPM's own --------------------------------------------------------------

@@ -286,7 +286,7 @@ def test_each_block_of_a_transformer_is_computed_again():
     ({'details': {'eps': 1e-5}}, "model.details='eps'"),
     ({'details': {'padding': 'left'}}, "model.details.padding='left'"),
     ({'details': {'scale_shift': 1}}, 'model.details.scale_shift=1'),
-    ({'head_channels': 24}, 'model.head_channels=24 does not divide 128'),
+    ({'head_channels': 24}, 'model.head_channels=24 does not divide 256'),
     ({'head_channels': -1}, 'model.head_channels=-1'),
     ({'time_scale': 0.0}, 'model.time_scale=0.0: above 0'),
     ({'name': 'dit', 'num_heads': 3}, 'model.num_heads=3 does not divide'),

@@ -57,15 +57,23 @@ def _unet(model, size):
     f'multiple of {halved}',
   )
   heads = 'head_channels' if model.head_channels else 'num_heads'
+  maps = [min(size) // 2**level for level in range(levels)]
+  attending = {
+    multiplier
+    for multiplier, resolution in zip(model.multipliers, maps, strict=True)
+    if resolution in model.attention_resolutions
+  }
+  attending |= set(model.multipliers[-1:])  # the middle
   for multiplier in sorted(set(model.multipliers)):
     width = model.channels * multiplier
     for name in ('num_groups', heads):
+      if name == 'head_channels' and multiplier not in attending:
+        continue
       yield (
         model[name] > 0 and width > 0 and width % model[name] == 0,
         f'model.{name}={model[name]} does not divide {width} channels '
         f'(model.channels={model.channels} x {multiplier})',
       )
-  maps = [min(size) // 2**level for level in range(levels)]
   for resolution in model.attention_resolutions:
     yield (
       resolution in maps,

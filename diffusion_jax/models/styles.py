@@ -93,6 +93,24 @@ def create(name: str, details: Mapping[str, Any] | None = None) -> Style:
   return changed(STYLES[one_of('model.style', name, STYLES)], details or {})
 
 
+def described(style: Style) -> tuple[str, dict[str, Any]]:
+  """The name of the most similar style, and the details that differ from it.
+
+  Args:
+    style: the details; how values begin is taken from the named style.
+  """
+
+  def different(name):
+    return {
+      field: value
+      for field, value in style._asdict().items()
+      if value != getattr(STYLES[name], field) and 'init' not in field
+    }
+
+  name = min(STYLES, key=lambda name: len(different(name)))
+  return name, different(name)
+
+
 def changed(style: NamedTuple, details: Mapping[str, Any]) -> NamedTuple:
   """A named tuple of details with some of its fields changed.
 

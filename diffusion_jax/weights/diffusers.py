@@ -11,9 +11,9 @@ or unet_ema/ with its averaged weights. `places` finds the parts, and `states`
 reads the weights.
 
 A folder is read as parts of a run's config, and parameters that are renamed to
-ours; writing them again gives bitwise the same numbers. `settings` defines
-which networks can be read: the google/ddpm-* ones, and others of the same
-architecture with any width, depth and size. diffusers is not needed.
+ours; writing them again gives bitwise the same numbers. `unets` defines which
+networks can be read: the google/ddpm-* ones and their variants, of any width,
+depth and size, with or without class labels. diffusers is not needed.
 """
 
 import json
@@ -26,7 +26,7 @@ import safetensors.numpy
 from diffusion_jax import models
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.weights import named, places, settings, states
+from diffusion_jax.weights import named, places, settings, states, unets
 
 INDEX = places.PIPELINE
 WEIGHTS = states.WEIGHTS
@@ -41,11 +41,12 @@ _RENAMED = (
   (r'^middle([12])', lambda m: f'mid_block/resnets/{int(m[1]) - 1}'),
   (r'^time([12])', r'time_embedding/linear_\1'),
   (r'^norm_out', r'conv_norm_out'),
-  (r'(resnets/\d+)/time', r'\1/time_emb_proj'),
-  (r'(resnets/\d+)/shortcut', r'\1/conv_shortcut'),
+  (r'((?:resnets|samplers)/\d+)/time', r'\1/time_emb_proj'),
+  (r'((?:resnets|samplers)/\d+)/shortcut', r'\1/conv_shortcut'),
   (r'(attentions/\d+)/norm', r'\1/group_norm'),
   (r'(attentions/\d+)/(q|k|v)(?:uery|ey|alue)', r'\1/to_\2'),
   (r'(attentions/\d+)/out', r'\1/to_out/0'),
+  (r'^label/embedding$', r'class_embedding/weight'),
   (r'/(kernel|scale)$', r'/weight'),
   (r'/', r'.'),
 )
@@ -67,7 +68,8 @@ class Folder(NamedTuple):
 
   Attributes:
     config: parts of a run's config: 'data' (image_size and channels only),
-      'model', 'process', 'loss', and 'sample' (variance and clip only).
+      'model', 'conditioning', 'process', 'loss', and 'sample' (variance and
+      clip only).
     tensors: name in the file -> array: the averaged weights, or the only ones.
     raw: the same for raw weights next to averaged ones; None without.
     sha256: the hash of the files of `tensors`.
@@ -142,7 +144,7 @@ def read(path) -> Folder:
 def _network(folder) -> dict:
   """The settings of a network, as parts of a run's config."""
   path = folder / places.SETTINGS
-  return settings.network_of(_json(path), path)
+  return unets.network_of(_json(path), path)
 
 
 def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
@@ -189,7 +191,7 @@ def write(path, config: Mapping, params) -> None:
   Raises:
     UserError: diffusers does not support such a network.
   """
-  unet, process = settings.unet_of(config), settings.scheduler_of(config)
+  unet, process = unets.unet_of(config), settings.scheduler_of(config)
   path = files.at(path)
   weights = safetensors.numpy.save(to_tensors(params), {'format': 'pt'})
   with files.replacing(files.make(path / 'unet') / WEIGHTS) as file:
@@ -217,10 +219,12 @@ def _to_theirs(name: str, array: np.ndarray) -> np.ndarray:
     return array.transpose(3, 2, 0, 1)  # HWIO -> OIHW
   if name.endswith('shortcut/kernel'):
     return array.T[:, :, None, None]  # a 1x1 convolution in diffusers
-  return array.T
+  return array if name.endswith('/embedding') else array.T
 
 
 def _to_ours(name: str, array: np.ndarray) -> np.ndarray:
+  if name.endswith('/embedding'):
+    return array
   if name.endswith('shortcut/kernel') and array.shape[2:] == (1, 1):
     return array[:, :, 0, 0].T
   return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T

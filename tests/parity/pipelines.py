@@ -86,7 +86,10 @@ UNUSUAL = unet.Shape(
 )
 FOLDERS = {
   shape.name: shape
-  for shape in (unet.TINY, unet.CIFAR10, unet.CELEBAHQ, UNUSUAL)
+  for shape in (
+    *(unet.TINY, unet.CIFAR10, unet.CELEBAHQ, unet.DEFAULTS, unet.ADM),
+    UNUSUAL,
+  )
 }
 BATCH = 2
 

@@ -32,6 +32,7 @@ class Shape:
     ours: arguments of models.create.
     theirs: arguments of diffusers.UNet2DModel.
     count: how many parameters there are.
+    doors: conditions, see models.create.
     times: one for each example of the batch.
     stride: of the pixels that are kept for the comparison; odd, so that all
       offsets to the halved maps occur among them.
@@ -44,6 +45,7 @@ class Shape:
   count: int
   times: tuple[int, ...]
   stride: int
+  doors: dict = dataclasses.field(default_factory=dict)
 
 
 class Reference(NamedTuple):
@@ -170,11 +172,68 @@ CELEBAHQ = Shape(
   stride=5,
 )
 
-SHAPES = {shape.name: shape for shape in (TINY, CIFAR10, CELEBAHQ)}
+# diffusers' own defaults, with labels: nothing is said of what DDPM changes.
+DEFAULTS = Shape(
+  name='defaults',
+  image_shape=(8, 8, 3),
+  ours={
+    'style': 'diffusers',
+    'channels': 8,
+    'multipliers': (1, 2),
+    'num_blocks': 1,
+    'attention_resolutions': (4,),
+    'head_channels': 8,
+    'num_groups': 4,
+  },
+  theirs={
+    'sample_size': 8,
+    'block_out_channels': (8, 16),
+    'layers_per_block': 1,
+    'norm_num_groups': 4,
+    'num_class_embeds': 4,
+    'down_block_types': ('DownBlock2D', 'AttnDownBlock2D'),
+    'up_block_types': ('AttnUpBlock2D', 'UpBlock2D'),
+  },
+  count=45_387,
+  times=(0, 250, 999),
+  stride=1,
+  doors={'label': 3},
+)
+
+# The blocks of ADM: scale and shift by the time, blocks that resample.
+ADM = Shape(
+  name='adm',
+  image_shape=(8, 8, 3),
+  ours=DEFAULTS.ours | {'style': 'adm', 'attention_resolutions': (8,)},
+  theirs=DEFAULTS.theirs
+  | {
+    'resnet_time_scale_shift': 'scale_shift',
+    'attn_norm_num_groups': 4,
+    'downsample_type': 'resnet',
+    'upsample_type': 'resnet',
+    'down_block_types': ('AttnDownBlock2D', 'ResnetDownsampleBlock2D'),
+    'up_block_types': ('ResnetUpsampleBlock2D', 'AttnUpBlock2D'),
+  },
+  count=50_955,
+  times=(0, 250, 999),
+  stride=1,
+  doors={'label': 3},
+)
+
+SHAPES = {
+  shape.name: shape for shape in (TINY, CIFAR10, CELEBAHQ, DEFAULTS, ADM)
+}
 
 
 def create(shape: Shape) -> models.Model:
-  return models.create('unet', shape.image_shape, **shape.ours)
+  return models.create('unet', shape.image_shape, shape.doors, **shape.ours)
+
+
+def labels(shape: Shape) -> np.ndarray | None:
+  """[B] class labels, the last of which is that of no label."""
+  if not shape.doors:
+    return None
+  return np.arange(len(shape.times)) + 1
 
 
 def random_params(model: models.Model) -> dict:
@@ -238,8 +297,11 @@ def reference_live(shape: Shape) -> Reference:
     strict=True,
   )
   with torch.no_grad():
+    label = labels(shape)
     output = network(
-      torch.from_numpy(xt.transpose(0, 3, 1, 2).copy()), torch.from_numpy(t)
+      torch.from_numpy(xt.transpose(0, 3, 1, 2).copy()),
+      torch.from_numpy(t),
+      label if label is None else torch.from_numpy(label),
     ).sample
   return _reference(shape, params, output.numpy().transpose(0, 2, 3, 1))
 
@@ -256,7 +318,8 @@ def answer(shape: Shape) -> Reference:
   params = weights_of(shape)
   # Where float32 products are not the default, ask for them.
   with jax.default_matmul_precision('highest'):
-    output = jax.jit(model.apply)(params, *inputs(shape))
+    cond = {'label': labels(shape)} if shape.doors else None
+    output = jax.jit(model.apply)(params, *inputs(shape), None, cond)
   return _reference(shape, params, np.asarray(output))
 
 
