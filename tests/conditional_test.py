@@ -17,6 +17,8 @@ from diffusion_jax.cli import config_files, drawing
 from diffusion_jax.codecs import Codec
 from diffusion_jax.data import labels as labels_of_data
 from diffusion_jax.data import sources
+from diffusion_jax.evaluation import bits, features
+from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.process import schedules
 from diffusion_jax.runs import (
   dataset,
@@ -331,3 +333,39 @@ def test_an_unconditional_run_takes_no_label(tmp_path):
   with pytest.raises(UserError, match='give --label, such as --label=all'):
     labels.condition(tmp_path, of_labels)
   assert labels.condition(tmp_path, of_labels, 'all')['label'][-1] == 9
+
+
+def heldout_of(trained, count):
+  _, held = data.splits(trained.config['data'])
+  return features.images_of(held, count, labelled=True), held
+
+
+def test_likelihoods_and_calibration_take_the_labels_of_images(
+  trained, tmp_path
+):
+  images, held = heldout_of(trained, 6)
+  batches = Batches(trained, images, tmp_path, 4)
+  program = batches.program(
+    lambda params, cond, x0, keys: cond['label'], seed=0, stream=2,
+    dtype='uint8',
+  )  # fmt: skip
+  found = batches.each(
+    'labels', lambda *given: {'label': program(*given[:2])}, 1, ''
+  )
+  want = [held[i * len(held) // 6]['label'] for i in range(6)]
+  np.testing.assert_array_equal(found['label'], want)
+
+
+@pytest.mark.slow
+def test_the_flow_takes_each_images_own_label(trained, tmp_path):
+  images, _ = heldout_of(trained, 3)
+  how = bits.How('bpd_ode', 0, [999, 0, -1], 'fixedlarge', True,
+                 divergence='rademacher', tolerance=1e-3)  # fmt: skip
+
+  def of(labels):
+    given = images._replace(labels=np.array(labels, np.int32))
+    name = '-'.join(map(str, labels))
+    return bits.measure(Batches(trained, given, tmp_path / name, 3), how)
+
+  one, other = of([1, 2, 3]), of([1, 2, 4])
+  assert one.results['bpd_ode'] != other.results['bpd_ode']

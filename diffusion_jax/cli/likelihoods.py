@@ -90,6 +90,7 @@ def carry_out() -> None:
     'split': config[f'{FLAGS.split}_split'],
     'num_images': images.count,
     'images_sha256': features.sha256_of(images),
+    **({} if images.labels is None else {'condition': 'label'}),
   }
   hows = [_how(kind, trained, plan) for kind in kinds]
   for how in hows:

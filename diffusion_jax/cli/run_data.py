@@ -65,4 +65,6 @@ def images(
       f'--num_images={count}: at most {len(source)}, the number of images in '
       f'{source.description}'
     )
-  return features.images_of(source, min(count or len(source), len(source)))
+  labelled = dataset.num_classes(config['conditioning']) > 0
+  count = min(count or len(source), len(source))
+  return features.images_of(source, count, labelled)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.evaluation import features, kept
@@ -43,7 +44,9 @@ class Batches(NamedTuple):
     """Compiles a function of clean data, with a key for each image.
 
     Args:
-      fn: (params, x0 [B, ...], keys [B], *rest) -> a tree of arrays.
+      fn: (params, cond, x0 [B, ...], keys [B], *rest) -> a tree of arrays,
+        where cond is the condition of the images, see `Conditioner`; {} for
+        images without labels.
       seed: seed of the keys; a key depends only on it and the image's index.
       stream: separates the keys from those of other uses of the seed. Training
         uses 0, sampling 1 (see `runs.draw`), likelihoods 2, calibration 3.
@@ -52,14 +55,18 @@ class Batches(NamedTuple):
     Returns:
       (images, numbers, *rest) -> a tree of NumPy arrays.
     """
-    trained = self.trained
+    trained, labels = self.trained, self.images.labels
 
     @jax.jit
     def run(params, images, numbers, *rest):
       root = jax.random.fold_in(jax.random.key(seed), stream)
       keys = jax.vmap(lambda number: jax.random.fold_in(root, number))(numbers)
-      rows = {'image': images.astype(dtype)}
-      return fn(params, trained.codec.encode(params, rows, keys), keys, *rest)
+      rows, cond = {'image': images.astype(dtype)}, {}
+      if labels is not None:
+        rows['label'] = jnp.asarray(labels)[numbers]
+        cond = trained.recipe.conditioner.condition(params, rows, None)
+      x0 = trained.codec.encode(params, rows, keys)
+      return fn(params, cond, x0, keys, *rest)
 
     def call(*given):
       return jax.tree.map(sharding.to_host, run(trained.params, *given))

@@ -149,12 +149,12 @@ def measure(batches: Batches, how: How) -> Found:
   return measured(batches, how)
 
 
-def _denoiser(trained, params, clip):
+def _denoiser(trained, params, cond, clip):
   """The network, which computes in float32 whatever the dtype of xt."""
 
   def denoise(xt, t):
     seen = trained.compiled.denoise(
-      params, xt.astype(jnp.float32), jnp.asarray(t, jnp.float32), {}
+      params, xt.astype(jnp.float32), jnp.asarray(t, jnp.float32), cond
     )
     return jax.tree.map(lambda x: x.astype(xt.dtype), seen)
 
@@ -163,10 +163,9 @@ def _denoiser(trained, params, clip):
 
 def _program(batches, how, fn):
   """Compiles fn(denoiser, x0, keys, *rest) to take (images, numbers, *rest)."""
-  clip = how.clip and how.kind != 'bpd_ode'
 
-  def given(params, *rest):
-    return fn(_denoiser(batches.trained, params, clip), *rest)
+  def given(params, cond, *rest):
+    return fn(_denoiser(batches.trained, params, cond, how.clip), *rest)
 
   return batches.program(given, seed=how.seed, stream=2, dtype=how.dtype)
 
@@ -256,11 +255,23 @@ def _flow(batches, how) -> Found:
   solver |= {'rtol': how.tolerance, 'atol': how.tolerance}
   schedule = batches.trained.schedule
 
-  def likelihoods(denoiser, x0, keys):
-    solve = bits_of[how.dequantisation]
-    return solve(denoiser, schedule, x0, keys, **solver)._asdict()
+  def some(params, cond, x0, keys):
+    denoiser = _denoiser(batches.trained, params, cond, clip=False)
+    found = bits_of[how.dequantisation](denoiser, schedule, x0, keys, **solver)
+    return found._asdict()
 
-  solve = _program(batches, how, likelihoods)
+  def likelihoods(params, cond, x0, keys):
+    if not cond:
+      return some(params, cond, x0, keys)
+
+    # The solver evaluates one example at a time, with its own condition.
+    def one(*example):
+      alone = jax.tree.map(lambda x: x[None], example)
+      return jax.tree.map(lambda x: x[0], some(params, *alone))
+
+    return jax.vmap(one)(cond, x0, keys)
+
+  solve = batches.program(likelihoods, seed=how.seed, stream=2, dtype=how.dtype)
 
   def compute(images, numbers, tell):
     with jax.enable_x64(how.dtype == 'float64'):

@@ -60,9 +60,9 @@ def measure(batches: Batches, seed: int) -> Calibration:
   trained = batches.trained
   count = trained.schedule.num_timesteps
 
-  def some(params, x0, keys, which):
+  def some(params, cond, x0, keys, which):
     def denoiser(xt, t):
-      return trained.compiled.denoise(params, xt, t, {})
+      return trained.compiled.denoise(params, xt, t, cond)
 
     return scored(denoiser, trained.schedule, x0, keys, which)
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax import data
-from diffusion_jax.data import broken, images, sources
+from diffusion_jax.data import broken, images, labels, sources
+from diffusion_jax.runs import dataset
 from diffusion_jax.system import distributed, environment, files
 from diffusion_jax.system.errors import UserError
 
@@ -46,7 +47,7 @@ def run(config: Mapping, workdir, all_images: bool = False) -> list[Check]:
     the results, the same on all processes.
   """
   return [
-    check('data', _data, config['data']),
+    check('data', _data, config['data'], config.get('conditioning')),
     *([check('images', _images, config['data'])] if all_images else []),
     *([check('workdir', _workdir, workdir)] if workdir else []),
     check('versions', _versions),
@@ -69,11 +70,14 @@ def check(name: str, look: Callable[..., str], *given) -> Check:
     return Check(name, False, str(e))
 
 
-def _data(config) -> str:
+def _data(config, conditioning) -> str:
   told = error = ''
   try:
-    train, _ = data.splits(config)
+    train, heldout = data.splits(config)
     sources.say_notes(train)
+    if classes := dataset.num_classes(conditioning):
+      labels.check(train, heldout, classes)
+      labels.describe(train, classes)
     count = min(LOOKED_AT, len(train))
     digest = hashlib.sha256()
     for i in np.arange(count) * len(train) // count:
