@@ -56,7 +56,7 @@ def test_the_bound_is_the_librarys_in_any_batches(run, images, tmp_path):
   x0 = x / np.float32(127.5) - 1
   root = jax.random.fold_in(jax.random.key(3), 2)
   keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(13))
-  denoiser = bits._denoiser(trained, trained.params, True)
+  denoiser = bits._denoiser(trained, trained.params, {}, True)
   steps = likelihood.prepare(trained.schedule, GRID, 'fixedlarge')
   prior = likelihood.prior(trained.schedule, x0, GRID[0])
   table = likelihood.Table(prior, *likelihood.terms(denoiser, steps, x0, keys))
