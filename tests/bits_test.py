@@ -149,7 +149,7 @@ def test_the_flow_is_the_librarys(run, images, tmp_path, dtype):
     )
     solved = jax.jit(
       lambda params, x0, keys: flow.dequantised(
-        bits._denoiser(trained, params, clip=False), trained.schedule, x0,
+        bits._denoiser(trained, params, {}, clip=False), trained.schedule, x0,
         keys, rtol=1e-3, atol=1e-3,
       )
     )(trained.params, x0, keys)  # fmt: skip
