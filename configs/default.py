@@ -132,6 +132,21 @@ def get_config():
   # docs/objectives.md.
   config.loss.prediction = 'eps'
   config.loss.sigma_data = 0.5  # for 'edm': the data's standard deviation
+  # The times of training: 'uniform', 'stratified', 'importance', or
+  # log(sigma / alpha) is normal: 'lognormal' (EDM), 'logitnormal' (flow).
+  config.loss.law = 'uniform'
+  config.loss.law_mean = 0.0  # of log(sigma / alpha)
+  config.loss.law_std = 0.0  # 0 = the published mean and deviation
+  # The weight of each noise level: 'simple' (none), 'bound', 'min_snr', 'p2',
+  # 'sigmoid', 'truncated_snr' or 'edm'.
+  config.loss.weight = 'simple'
+  config.loss.gamma = 0.0  # of min_snr and p2; 0 = as published: 5 and 1
+  config.loss.bias = 2.0  # of sigmoid
+  # Errors above this count linearly (pseudo-Huber); 0 = the squared error.
+  config.loss.huber = 0.0
+  # 'fixed', or 'learned': the network also predicts the variance of a step.
+  config.loss.variance = 'fixed'
+  config.loss.variance_weight = 0.001  # of the bound that trains it
 
   config.optim = ConfigDict()
   # 'adam', 'adamw' or 'adafactor', which needs little memory: no b2, eps.
@@ -168,7 +183,7 @@ def get_config():
   config.sample.num_steps = 50
   config.sample.num_images = 64
   # For ancestral sampling: 'fixedlarge' = beta, 'fixedsmall' = the posterior
-  # variance.
+  # variance, 'learned' = by the network, see loss.variance.
   config.sample.variance = 'fixedlarge'
   config.sample.clip = True  # clip x0 to [-1, 1] in every step
   # Of conditional runs, the weight of classifier-free guidance, for grids and

@@ -299,7 +299,7 @@ def test_loss_of_the_exact_predictor_is_its_bayes_error(schedule, x64):
   x0, eps = np.random.default_rng(3).normal(size=(2, count, dims))
   alpha2 = np.exp(schedule.log_alpha_bar[t])
   total = alpha2 * s**2 + 1 - alpha2
-  values = denoising.squared_error(
+  values = denoising.errors(
     lambda xt, t: np.sqrt(1 - alpha2) * xt / total,
     schedule, 'eps', jnp.asarray(s * x0), jnp.full(count, t), jnp.asarray(eps),
   )  # fmt: skip
@@ -312,7 +312,7 @@ def test_loss_of_the_exact_predictor_is_its_bayes_error(schedule, x64):
 def test_loss_is_a_mean_over_each_example(schedule):
   x0 = jnp.zeros((2, 4, 4, 3))
   eps = jnp.stack([jnp.ones((4, 4, 3)), 2 * jnp.ones((4, 4, 3))])
-  values = denoising.squared_error(
+  values = denoising.errors(
     lambda xt, t: jnp.zeros_like(xt), schedule, 'eps', x0, jnp.array([3, 4]),
     eps,
   )  # fmt: skip

@@ -1,17 +1,21 @@
-"""Denoising: DDPM's L_simple (arXiv 2006.11239, eq. 14), for any prediction."""
+"""Denoising: a network predicts x0, eps or a mixture of both from xt.
+
+DDPM's L_simple (arXiv 2006.11239, eq. 14) is the default; the parametrisation,
+the law of the time, the weight, the distance and a learned variance make the
+other objectives. docs/objectives.md has them all.
+"""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from diffusion_jax.codecs.codec import Codec
 from diffusion_jax.conditioning import Conditioner
+from diffusion_jax.objectives import laws, weights
+from diffusion_jax.objectives.laws import uniform_times  # noqa: F401
 from diffusion_jax.objectives.objective import Aux, Mean, Objective, branch
-from diffusion_jax.process import gaussian, noise, schedules
-
-GOLDEN = 2654435769  # 2**32 divided by the golden ratio
+from diffusion_jax.process import gaussian, likelihood, noise, schedules
 
 
 def create(
@@ -19,9 +23,21 @@ def create(
   codec: Codec,
   conditioner: Conditioner,
   schedule: schedules.Schedule,
-  prediction: str = 'eps',
+  prediction: gaussian.Parametrisation | str = 'eps',
+  *,
+  law: str = 'uniform',
+  law_mean: float = 0.0,
+  law_std: float = 0.0,
+  weight: str = 'simple',
+  gamma: float = 0.0,
+  bias: float = 2.0,
+  sigma_data: float = 0.5,
+  huber: float = 0.0,
+  variance: str = 'fixed',
+  variance_weight: float = 0.001,
+  step_variance: str = 'fixedlarge',
 ) -> Objective:
-  """The squared error of the prediction at times drawn uniformly.
+  """The weighted error of a prediction at random times.
 
   Args:
     network_fn: (params, input, label, cond, dropout keys or None) ->
@@ -29,13 +45,33 @@ def create(
     codec: rows -> x0.
     conditioner: rows -> the network's conditioning input.
     schedule: the noise schedule.
-    prediction: a key of `gaussian.PARAMETRISATIONS`.
+    prediction: a parametrisation, or its name.
+    law: one of `laws.LAWS`, the law of the time.
+    law_mean: see `laws.create`.
+    law_std: see `laws.create`.
+    weight: one of `weights.WEIGHTS`; 'bound' is the term of the variational
+      bound in bits per dimension, times the number of steps.
+    gamma: see `weights.create`.
+    bias: see `weights.create`.
+    sigma_data: see `weights.create`.
+    huber: the error above which the distance grows linearly, see `distance`; 0
+      for the squared error.
+    variance: 'fixed', or 'learned': the network's second half is a fraction,
+      see `gaussian.split`, trained by the bound.
+    variance_weight: of the bound, in which the mean is not trained, beside
+      another weight (L_hybrid of arXiv 2102.09672, section 3.1).
+    step_variance: the fixed variance of the bound.
 
   Raises:
     UserError: the prediction is not known.
   """
-  gaussian.parametrisation(prediction)
-  num_timesteps = schedule.num_timesteps
+  how = gaussian.parametrisation(prediction, sigma_data)
+  learned, bound = variance == gaussian.LEARNED, weight == weights.BOUND
+  factor_fn = weights.create(weight, how, gamma, bias, sigma_data)
+  times = laws.create(law, schedule, law_mean, law_std, learned or bound)
+  terms = None
+  if learned or bound:
+    terms = _bound(schedule, variance if learned else step_variance, codec)
 
   def values_at(params, rows, keys, t, cond_keys, dropout):
     x0 = codec.encode(params, rows, branch(keys, 'codec'))
@@ -45,66 +81,124 @@ def create(
     def network(xt, label):
       return network_fn(params, xt, label, cond, dropout)
 
-    return squared_error(network, schedule, prediction, x0, t, eps)
+    return errors(
+      network, schedule, how, x0, t, eps, factor_fn=factor_fn, huber=huber,
+      terms=terms, variance_weight=1.0 if bound else variance_weight,
+      hybrid=not bound,
+    )  # fmt: skip
 
   def loss(params, extras, rows, keys):
-    t = uniform_times(branch(keys, 't'), num_timesteps)
+    t, factor = times.draw(branch(keys, 't'), extras, rows)
     values = values_at(
       params, rows, keys, t, branch(keys, 'condition'), branch(keys, 'dropout')
     )
-    return values, Aux({'t': t}, {})
+    sums = times.sums(t, jax.lax.stop_gradient(values))
+    if factor is None:
+      return values, Aux({'t': t}, sums)
+    return factor * values, Aux({'t': t, 'factor': factor}, sums)
 
   def heldout(params, extras, rows, keys, index):
-    # Times are spread evenly over the set (golden-ratio steps), which compares
-    # checkpoints without the variance of random times. In integers, because
-    # float32 has no digits left for the fraction of a large index.
-    spread = (index.astype(jnp.uint32) * np.uint32(GOLDEN)) >> 8
-    t = (spread * (num_timesteps / 2**24)).astype(jnp.int32)
-    return values_at(params, rows, keys, t, None, None)
+    return values_at(params, rows, keys, times.spread(index), None, None)
 
   def metrics(values, by_row, sums):
-    return by_quarter(values, by_row['t'], num_timesteps)
+    return by_quarter(
+      values, by_row['t'], schedule.num_timesteps, by_row.get('factor')
+    )
 
-  return Objective(loss, heldout, metrics)
-
-
-def uniform_times(keys: jax.Array, num_timesteps: int) -> jax.Array:
-  """[B] keys -> t int32 [B], uniform in 0 .. num_timesteps - 1."""
-  return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_timesteps))(
-    keys
+  return Objective(
+    loss, heldout, metrics, times.extras, times.update, times.whole
   )
 
 
-def squared_error(network_fn, schedule, kind: str, x0, t, eps) -> jax.Array:
-  """The squared error of a network's prediction at given times and noise.
+def errors(
+  network_fn, schedule, kind, x0, t, eps, *, factor_fn=None, huber=0.0,
+  terms=None, variance_weight=0.0, hybrid=True,
+) -> jax.Array:  # fmt: skip
+  """The error of a network's prediction at given times and noise.
 
   Args:
     network_fn: (input [B, ...], label [B]) -> prediction [B, ...].
     schedule: the noise schedule.
-    kind: a key of `gaussian.PARAMETRISATIONS`.
+    kind: a parametrisation, or its name.
     x0: [B, ...] clean data, see `Codec`.
-    t: [B] integer times.
+    t: [B] times.
     eps: [B, ...] standard normal noise.
+    factor_fn: (alpha, sigma) -> the factor on the error, of sigma's shape; None
+      for 1.
+    huber: see `distance`.
+    terms: (denoised, t, x0, eps) -> [B], the variational bound; None for none.
+    variance_weight: the factor on it.
+    hybrid: whether the bound is added to the error, and trains the variance
+      only; if not, it is the result.
 
   Returns:
     [B] float32, the mean over each example's dimensions.
   """
+  how = gaussian.parametrisation(kind)
   xt = gaussian.q_sample(schedule, x0, t, eps)
-  target = gaussian.to_target(schedule, x0, eps, t, kind)
-  prediction = gaussian.predict(network_fn, schedule, xt, t, kind)
-  error = prediction.astype(jnp.float32) - target
-  return jnp.mean(jnp.square(error), axis=tuple(range(1, x0.ndim)))
+  output = gaussian.predict(network_fn, schedule, xt, t, how)
+  output = output.astype(jnp.float32)
+  extra = 0.0
+  if terms:
+    seen = gaussian.from_prediction(schedule, output, xt, t, how)
+    if hybrid:
+      seen = seen._replace(x0=jax.lax.stop_gradient(seen.x0))
+    extra = variance_weight * terms(seen, t, x0, eps)
+    if not hybrid:
+      return extra
+  target = gaussian.to_target(schedule, x0, eps, t, how)
+  error = gaussian.split(output, x0.shape[-1])[0] - target
+  values = jnp.mean(distance(error, huber), axis=tuple(range(1, x0.ndim)))
+  if factor_fn:
+    levels = gaussian.alpha_sigma(schedule, t, values)
+    values = factor_fn(*levels) * values
+  return values + extra if terms else values
+
+
+def distance(error: jax.Array, huber: float = 0.0) -> jax.Array:
+  """The square of an error; for large ones, 2 huber times its size.
+
+  With c = huber above 0 it is the pseudo-Huber distance of arXiv 2403.16728,
+  2 c (sqrt(error^2 + c^2) - c), without its cancellation.
+  """
+  square = jnp.square(error)
+  if not huber:
+    return square
+  return 2 * huber * square / (jnp.sqrt(square + huber**2) + huber)
+
+
+def _bound(schedule, variance, codec) -> Callable:
+  """(denoised, t, x0, eps) -> T times the bound's terms at whole times."""
+  count = schedule.num_timesteps
+  steps = likelihood.prepare(schedule, [*range(count - 1, -2, -1)], variance)
+
+  def terms(denoised, t, x0, eps):
+    found = likelihood.term(
+      lambda xt, t: denoised, steps, count - 1 - t, x0, eps,
+      codec.levels == 256,
+    )  # fmt: skip
+    return count * found.bits
+
+  return terms
 
 
 def by_quarter(
-  values: jax.Array, t: jax.Array, num_timesteps: int
+  values: jax.Array, t: jax.Array, num_timesteps: int, factor=None
 ) -> dict[str, Mean]:
-  """The mean of values [B] over each quarter of t [B], which may be empty."""
+  """The mean of values [B] over each quarter of t [B], which may be empty.
+
+  With a factor [B], which the values contain, the mean is weighted by it.
+  """
   quarter = 4 * t // num_timesteps
+
+  def count(inside):
+    if factor is None:
+      return jnp.sum(inside, dtype=values.dtype)
+    return jnp.sum(factor, where=inside)
+
   return {
     f'loss_q{q + 1}': Mean(
-      jnp.sum(values, where=quarter == q),
-      jnp.sum(quarter == q, dtype=values.dtype),
+      jnp.sum(values, where=quarter == q), count(quarter == q)
     )
     for q in range(4)
   }

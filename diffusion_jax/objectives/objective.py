@@ -56,6 +56,8 @@ class Objective(NamedTuple):
       report.
     extras: the initial state of the objective, a dict of arrays.
     update: (extras, sums) -> extras, updates that state after each step.
+    whole: keys [B] -> {name: [B]}, numbers of a whole batch, which a loss finds
+      among its rows; None for none.
   """
 
   loss: Callable
@@ -63,3 +65,4 @@ class Objective(NamedTuple):
   metrics: Callable = lambda values, by_row, sums: {}
   extras: dict = {}  # noqa: RUF012, never written to
   update: Callable = lambda extras, sums: extras
+  whole: Callable | None = None

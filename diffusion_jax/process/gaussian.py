@@ -16,6 +16,7 @@ from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.system.errors import one_of
 
 VARIANCES = ('fixedsmall', 'fixedlarge')
+LEARNED = 'learned'  # between them, see `Denoised.fraction`
 
 
 class Denoised(NamedTuple):
@@ -111,6 +112,23 @@ def step_variance(schedule: Schedule, t, s, variance: str) -> np.ndarray:
   if one_of('variance', variance, VARIANCES) == 'fixedsmall':
     return posterior_coefficients(schedule, t, s)[2]
   return -np.expm1(schedule.host(t)[0] - schedule.host(s)[0])
+
+
+def log_spread(schedule: Schedule, t, s) -> np.ndarray:
+  """log(fixedlarge / fixedsmall) of the steps t -> s, float64.
+
+  A learned variance is fixedsmall exp(fraction log_spread), eq. 15 of arXiv
+  2102.09672. 0 at s = -1, where fixedsmall is 0.
+
+  Args:
+    schedule: the noise schedule.
+    t: times, concrete.
+    s: earlier times of the same shape, -1 for clean data.
+  """
+  large, small = (
+    step_variance(schedule, t, s, name) for name in ('fixedlarge', 'fixedsmall')
+  )
+  return np.log(large / np.where(small > 0, small, large))
 
 
 class Parametrisation(NamedTuple):

@@ -20,6 +20,9 @@ decoder is a Gaussian in 256 bins for images, and a density for continuous data.
 
 To score the distribution of a sampler with clipping, wrap the denoiser in
 `guidance.clip_x0`.
+
+A learned variance v is between the fixed ones, for each dimension by itself:
+v = vq exp(x) with x = fraction * spread, which is put into the term above.
 """
 
 import math
@@ -43,6 +46,8 @@ class Steps(NamedTuple):
     constant: the term for a perfect estimate, in nats per dimension.
     weight: the factor of the squared error in the term.
     log_scale: log of the standard deviation of p(xs | xt).
+    spread: of a learned variance, log of the ratio of the largest to the
+      smallest, which `log_scale` is of; None if the variance is fixed.
   """
 
   t: np.ndarray
@@ -51,6 +56,7 @@ class Steps(NamedTuple):
   constant: np.ndarray
   weight: np.ndarray
   log_scale: np.ndarray
+  spread: np.ndarray | None = None
 
 
 class Scored(NamedTuple):
@@ -132,14 +138,16 @@ def prepare(schedule: schedules.Schedule, grid, variance='fixedlarge') -> Steps:
     schedule: the noise schedule.
     grid: K + 1 decreasing times, the last one -1, see `samplers.grid`;
       concrete.
-    variance: see `variances`.
+    variance: see `variances`; or 'learned', for a denoiser that gives the
+      fraction, see `gaussian.log_spread`.
 
   Raises:
     UserError: see `variances`.
   """
   times = np.asarray(grid, np.float64)
   t, s = times[:-1], times[1:]
-  v = variances(schedule, grid, variance)
+  learned = isinstance(variance, str) and variance == gaussian.LEARNED
+  v = variances(schedule, grid, 'fixedsmall' if learned else variance)
   c0, _, vq = gaussian.posterior_coefficients(schedule, t, s)
   constant = 0.5 * np.log(2 * np.pi * v)  # for the density of the last step
   ratio = vq[:-1] / v[:-1]
@@ -148,6 +156,8 @@ def prepare(schedule: schedules.Schedule, grid, variance='fixedlarge') -> Steps:
   return Steps(
     t, np.exp(0.5 * log_alpha_bar), np.sqrt(sigma2), constant,
     c0**2 / (2 * v), 0.5 * np.log(v),
+    np.log(gaussian.step_variance(schedule, t, s, 'fixedlarge') / v)
+    if learned else None,
   )  # fmt: skip
 
 
@@ -175,7 +185,8 @@ def term(
   """The term of one step of each example.
 
   Args:
-    denoiser: (xt, t) -> (x0, eps); its x0 is scored.
+    denoiser: (xt, t) -> (x0, eps); its x0 is scored, with its fraction if the
+      variance is learned.
     steps: the steps of the grid, see `prepare`.
     i: [B] or a scalar, the index of the step, below K.
     x0: [B, ...] data.
@@ -190,12 +201,21 @@ def term(
   row = jax.tree.map(lambda column: jnp.asarray(column, x0.dtype)[i], steps)
   alpha = gaussian.per_example(row.alpha, x0)
   xt = alpha * x0 + gaussian.per_example(row.sigma, x0) * eps
-  estimate = denoiser(xt, row.t).x0
+  seen = denoiser(xt, row.t)
+  estimate, scale = seen.x0, steps.log_scale[-1]
   mse = _mean(jnp.square(x0 - estimate))
   nats = row.constant + row.weight * mse
+  is_last = i == len(steps.t) - 1
+  if steps.spread is not None:
+    x = seen.fraction * gaussian.per_example(row.spread, x0)
+    scale = scale + 0.5 * x
+    # The Gaussians' ratio counts, but the last step's is a density.
+    ratio = jnp.where(gaussian.per_example(is_last, x0), 0.0, jnp.expm1(-x))
+    off = jnp.square(x0 - estimate) * jnp.exp(-x)
+    nats = row.constant + 0.5 * _mean(x + ratio) + row.weight * _mean(off)
   if discrete:
-    last = decoder.discretised_log_likelihood(x0, estimate, steps.log_scale[-1])
-    nats = jnp.where(i == len(steps.t) - 1, -_mean(last), nats)
+    last = decoder.discretised_log_likelihood(x0, estimate, scale)
+    nats = jnp.where(is_last, -_mean(last), nats)
   return Scored(nats / math.log(2), mse)
 
 

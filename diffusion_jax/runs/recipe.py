@@ -108,18 +108,21 @@ def create(config: Mapping) -> Recipe:
     image_shape=runs.image_shape(config['data']), **config['codec']
   )
   conditioner = conditioning.create(**config['conditioning'])
+  learned = config['loss']['variance'] == gaussian.LEARNED
   network = models.create(
-    image_shape=codec.shape, doors=conditioner.doors, **config['model']
-  )
+    image_shape=codec.shape, doors=conditioner.doors,
+    out_channels=codec.shape[-1] * (2 if learned else 1), **config['model'],
+  )  # fmt: skip
   schedule = schedules.create(**config['process'])
-  rules.check(config['loss'], schedule)
+  rules.check(config, schedule)
   loss = dict(config['loss'])
   prediction = gaussian.parametrisation(
-    loss.pop('prediction'), loss.pop('sigma_data')
+    loss.pop('prediction'), loss['sigma_data']
   )
   objective = objectives.create(
     loss.pop('name'), network_fn(network), codec, conditioner, schedule,
-    prediction, **loss,
+    prediction, step_variance=config['sample'].get('variance', 'fixedlarge'),
+    **loss,
   )  # fmt: skip
   return Recipe(
     {models.NET: network}, {}, {}, codec, conditioner, schedule, prediction,

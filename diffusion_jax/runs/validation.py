@@ -8,6 +8,7 @@ from ml_collections import config_dict
 
 from diffusion_jax import conditioning, models, runs
 from diffusion_jax.models import rules, styles, unet
+from diffusion_jax.objectives import laws, weights
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import completion
 from diffusion_jax.system.errors import hint
@@ -35,6 +36,11 @@ OF_NETWORK = {
   'model.time_scale': ('above 0, finite', lambda x: 0 < x < math.inf),
   'model.dropout|ema.decay|optim.b[12]': ('in [0, 1)', lambda x: 0 <= x < 1),
   'process.num_timesteps': ('at least 2', lambda x: x >= 2),
+  'loss.(law_std|gamma|huber|variance_weight)': (
+    '0 or more, finite',
+    lambda x: 0 <= x < math.inf,
+  ),
+  'loss.(law_mean|bias)': ('finite', math.isfinite),
   'process.shift|loss.sigma_data': (
     'above 0, finite',
     lambda x: 0 < x < math.inf,
@@ -58,7 +64,10 @@ NAMES = {
   'conditioning.name': conditioning.CONDITIONERS,
   'loss.prediction': gaussian.PARAMETRISATIONS,
   'process.schedule': schedules.SCHEDULES,
-  'sample.variance': gaussian.VARIANCES,
+  'loss.law': laws.LAWS,
+  'loss.weight': weights.WEIGHTS,
+  'loss.variance': ('fixed', gaussian.LEARNED),
+  'sample.variance': (*gaussian.VARIANCES, gaussian.LEARNED),
   'optim.name': optim.OPTIMIZERS,
   'optim.decay': optim.DECAYS,
   'optim.moments_dtype': optim.MOMENTS,

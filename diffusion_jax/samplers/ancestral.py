@@ -2,15 +2,16 @@
 
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.process import gaussian
 from diffusion_jax.samplers.solve import Sampler
-from diffusion_jax.system.errors import one_of
+from diffusion_jax.system.errors import UserError, one_of
 
 
 def ancestral(
-  variance: Literal['fixedlarge', 'fixedsmall'] = 'fixedlarge',
+  variance: Literal['fixedlarge', 'fixedsmall', 'learned'] = 'fixedlarge',
 ) -> Sampler:
   """Draws xs from N(mean of q(xs | xt, x0), variance) with x0 estimated.
 
@@ -19,20 +20,39 @@ def ancestral(
   noise.
 
   Args:
-    variance: 'fixedlarge' or 'fixedsmall', see `gaussian.step_variance`.
+    variance: 'fixedlarge' or 'fixedsmall', see `gaussian.step_variance`; or
+      'learned', between them by the denoiser's fraction.
 
   Raises:
     UserError: another variance.
   """
-  one_of('variance', variance, gaussian.VARIANCES)
+  one_of('variance', variance, (*gaussian.VARIANCES, gaussian.LEARNED))
+  learned = variance == gaussian.LEARNED
 
   def init(schedule, grid, x):
     t, s = grid[:-1], grid[1:]
     c0, ct, _ = gaussian.posterior_coefficients(schedule, t, s)
-    std = np.sqrt(gaussian.step_variance(schedule, t, s, variance))
-    return {'t': t, 'c0': c0, 'ct': ct, 'std': np.where(s < 0, 0, std)}, ()
+    fixed = 'fixedsmall' if learned else variance
+    std = np.sqrt(gaussian.step_variance(schedule, t, s, fixed))
+    rows = {'t': t, 'c0': c0, 'ct': ct, 'std': np.where(s < 0, 0, std)}
+    if learned:
+      rows['spread'] = gaussian.log_spread(schedule, t, s)
+    return rows, ()
 
-  return Sampler(init, step, from_noise=True)
+  return Sampler(init, _learned if learned else step, from_noise=True)
+
+
+def _learned(denoiser, row, x, memory, noise_fn):
+  """`step` with std exp(fraction spread / 2) for each dimension."""
+  seen = denoiser(x, row['t'])
+  if seen.fraction is None:
+    raise UserError(
+      'variance=learned needs a network trained with loss.variance=learned: '
+      'use variance=fixedlarge or fixedsmall'
+    )
+  mean = row['c0'] * seen.x0 + row['ct'] * x
+  std = row['std'] * jnp.exp(0.5 * seen.fraction * row['spread'])
+  return mean + std * noise_fn(), memory
 
 
 def step(denoiser, row, x, memory, noise_fn):

@@ -105,7 +105,10 @@ def train_step(
   gradient_fn = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
 
   size = len(jax.tree.leaves(batch)[0])
-  rows = (batch, example_keys(key, state.step, size))
+  keys = example_keys(key, state.step, size)
+  if objective.whole:
+    batch = {**batch, **objective.whole(keys)}
+  rows = (batch, keys)
   if microbatches == 1:
     grads, (values, aux) = gradient_fn(rows)
   else:
