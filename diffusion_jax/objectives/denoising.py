@@ -69,23 +69,12 @@ def create(
   learned, bound = variance == gaussian.LEARNED, weight == weights.BOUND
   factor_fn = weights.create(weight, how, gamma, bias, sigma_data)
   times = laws.create(law, schedule, law_mean, law_std, learned or bound)
-  terms = None
+  scores = {'factor_fn': factor_fn, 'huber': huber, 'hybrid': not bound}
   if learned or bound:
-    terms = _bound(schedule, variance if learned else step_variance, codec)
-
-  def values_at(params, rows, keys, t, cond_keys, dropout):
-    x0 = codec.encode(params, rows, branch(keys, 'codec'))
-    eps = noise.normal(branch(keys, 'eps'), x0.shape[1:])
-    cond = conditioner.condition(params, rows, cond_keys)
-
-    def network(xt, label):
-      return network_fn(params, xt, label, cond, dropout)
-
-    return errors(
-      network, schedule, how, x0, t, eps, factor_fn=factor_fn, huber=huber,
-      terms=terms, variance_weight=1.0 if bound else variance_weight,
-      hybrid=not bound,
-    )  # fmt: skip
+    fixed_or_not = variance if learned else step_variance
+    scores['terms'] = _bound(schedule, fixed_or_not, codec)
+    scores['variance_weight'] = 1.0 if bound else variance_weight
+  values_at = _valued(network_fn, codec, conditioner, schedule, how, scores)
 
   def loss(params, extras, rows, keys):
     t, factor = times.draw(branch(keys, 't'), extras, rows)
@@ -108,6 +97,31 @@ def create(
   return Objective(
     loss, heldout, metrics, times.extras, times.update, times.whole
   )
+
+
+def _valued(network_fn, codec, conditioner, schedule, how, scores) -> Callable:
+  """(params, rows, keys, t, condition keys, dropout keys) -> values [B].
+
+  Args:
+    network_fn: see `create`, and so are codec, conditioner and schedule.
+    codec: see there.
+    conditioner: see there.
+    schedule: see there.
+    how: the parametrisation.
+    scores: the options of `errors`.
+  """
+
+  def values_at(params, rows, keys, t, cond_keys, dropout):
+    x0 = codec.encode(params, rows, branch(keys, 'codec'))
+    eps = noise.normal(branch(keys, 'eps'), x0.shape[1:])
+    cond = conditioner.condition(params, rows, cond_keys)
+
+    def network(xt, label):
+      return network_fn(params, xt, label, cond, dropout)
+
+    return errors(network, schedule, how, x0, t, eps, **scores)
+
+  return values_at
 
 
 def errors(
