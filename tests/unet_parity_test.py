@@ -1,4 +1,4 @@
-"""The U-Net equals diffusers' with the same random weights.
+"""The U-Net and the transformer equal diffusers' with the same random weights.
 
 The golden files hold what diffusers answered; the tests under the marker
 `parity` ask it now, and fail where it is not installed.

@@ -1,4 +1,4 @@
-"""Writes tests/golden/unet_*.npz: what diffusers' U-Net answers.
+"""Writes tests/golden/unet_*.npz: what diffusers' networks answer.
 
 From the root, with torch and diffusers installed (the extra `parity`):
 

@@ -1,4 +1,4 @@
-"""Our U-Net against diffusers.UNet2DModel, with random weights.
+"""Our networks against diffusers', with random weights.
 
 `compare` is the one comparison. What it compares with comes from diffusers
 itself (`reference_live`) or from a file (`reference_golden`), which
@@ -17,6 +17,7 @@ import numpy as np
 
 from diffusion_jax import models
 from diffusion_jax.weights.diffusers import to_tensors
+from parity import dit
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 TOLERANCE = 1e-4
@@ -30,9 +31,11 @@ class Shape:
     name: of the golden file.
     image_shape: (H, W, C).
     ours: arguments of models.create.
-    theirs: arguments of diffusers.UNet2DModel.
+    theirs: arguments of diffusers.UNet2DModel or DiTTransformer2DModel.
     count: how many parameters there are.
     doors: conditions, see models.create.
+    network: of models.create.
+    outputs: channels of the prediction; None = those of the image.
     times: one for each example of the batch.
     stride: of the pixels that are kept for the comparison; odd, so that all
       offsets to the halved maps occur among them.
@@ -46,6 +49,8 @@ class Shape:
   times: tuple[int, ...]
   stride: int
   doors: dict = dataclasses.field(default_factory=dict)
+  network: str = 'unet'
+  outputs: int | None = None
 
 
 class Reference(NamedTuple):
@@ -220,13 +225,41 @@ ADM = Shape(
   doors={'label': 3},
 )
 
+DIT = Shape(
+  name='dit',
+  image_shape=(8, 8, 4),
+  ours={
+    'channels': 16,
+    'num_blocks': 2,
+    'num_heads': 2,
+    'details': {'epsilon': 1e-5, 'freq_shift': 1},
+  },
+  theirs={
+    'num_attention_heads': 2,
+    'attention_head_dim': 8,
+    'in_channels': 4,
+    'out_channels': 8,
+    'num_layers': 2,
+    'sample_size': 8,
+    'num_embeds_ada_norm': 3,
+  },
+  count=15_504,
+  times=(0, 250, 999),
+  stride=1,
+  doors={'label': 3},
+  network='dit',
+  outputs=8,
+)
+
 SHAPES = {
-  shape.name: shape for shape in (TINY, CIFAR10, CELEBAHQ, DEFAULTS, ADM)
+  shape.name: shape for shape in (TINY, CIFAR10, CELEBAHQ, DEFAULTS, ADM, DIT)
 }
 
 
 def create(shape: Shape) -> models.Model:
-  return models.create('unet', shape.image_shape, shape.doors, **shape.ours)
+  return models.create(
+    shape.network, shape.image_shape, shape.doors, shape.outputs, **shape.ours
+  )
 
 
 def labels(shape: Shape) -> np.ndarray | None:
@@ -291,17 +324,21 @@ def reference_live(shape: Shape) -> Reference:
 
   params = weights_of(shape)
   xt, t = inputs(shape)
-  network = diffusers.UNet2DModel(**shape.theirs).eval()
+  if shape.network == 'dit':
+    network = diffusers.DiTTransformer2DModel(**shape.theirs).eval()
+    tensors = dit.to_tensors(params, patch_size=2)
+  else:
+    network = diffusers.UNet2DModel(**shape.theirs).eval()
+    tensors = to_tensors(params)
   network.load_state_dict(
-    {k: torch.from_numpy(v) for k, v in to_tensors(params).items()},
-    strict=True,
+    {k: torch.from_numpy(v) for k, v in tensors.items()}, strict=True
   )
   with torch.no_grad():
     label = labels(shape)
     output = network(
       torch.from_numpy(xt.transpose(0, 3, 1, 2).copy()),
       torch.from_numpy(t),
-      label if label is None else torch.from_numpy(label),
+      class_labels=label if label is None else torch.from_numpy(label),
     ).sample
   return _reference(shape, params, output.numpy().transpose(0, 2, 3, 1))
 
