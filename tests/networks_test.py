@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
+from microbatch_test import two_steps
 from parity.unet import random_params
 from unet_test import (
   layer,
@@ -19,6 +21,7 @@ from unet_test import (
 
 from diffusion_jax import models
 from diffusion_jax.models import dit, layers, rules, styles
+from diffusion_jax.planning import flops
 from diffusion_jax.runs import validation
 from diffusion_jax.system.errors import UserError
 
@@ -68,6 +71,20 @@ def test_networks_have_the_published_size(name):
   found = models.count(jax.eval_shape(model.init, jax.random.key(0)))
   digits = 1 if isinstance(count, float) else 0
   assert round(found / 1e6, digits) == count
+
+
+@pytest.mark.parametrize(('size', 'giga'), [('S', 6.06), ('XL', 118.64)])
+def test_transformers_cost_what_the_paper_says(size, giga):
+  """In multiply-adds, arXiv 2212.09748, table 4; counted as preflight does."""
+  _, shape, doors, outputs, arguments = SIZES[f'DiT-{size}/2']
+  model = models.create('dit', shape, doors, outputs, **arguments)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  cond = {'label': np.zeros(1, int)}
+  traced = jax.make_jaxpr(
+    lambda p, x: model.apply(p, x, cond['label'], None, cond)
+  )(params, np.zeros((1, *shape), 'f4'))
+  found = sum(flops.products(traced).values()) / 2
+  assert found / 1e9 == pytest.approx(giga, rel=0.01)
 
 
 # Blocks.
@@ -274,6 +291,27 @@ def test_each_block_of_a_transformer_is_computed_again():
     traced = jax.make_jaxpr(model.apply)(params, xt, t, keys)
     names = [equation.primitive.name for equation in traced.eqns]
     assert names.count('checkpoint') + names.count('remat2') == count, names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['adm', 'dit'])
+def test_gradients_are_the_same_on_a_mesh_in_pieces(name):
+  """Each leaf to 1e-4 of its size, where XLA goes wrong if left alone."""
+  if name == 'dit':
+    network = models.create(
+      'dit', tiny.SHAPE, channels=128, num_blocks=2, num_heads=2, dropout=0.1
+    )
+  else:
+    network = tiny.model(
+      style=name, channels=64, attention_resolutions=(8,), num_groups=8
+    )
+  want = two_steps(network, (1, 1, 1), 1, batch=16)
+  got = two_steps(network, (2, 2, 2), 2, batch=16)
+  wanted = models.named(want.gradient)
+  for each, value in models.named(got.gradient).items():
+    if not each.endswith('key/bias'):  # attention does not depend on it
+      error = np.linalg.norm(value - wanted[each])
+      assert error < 1e-4 * np.linalg.norm(wanted[each]), each
 
 
 # Mistakes.
