@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import unet
+from parity import guided, unet
 
 from diffusion_jax.models import layers
 
@@ -42,6 +42,19 @@ def test_another_network_of_theirs_is_seen():
   symmetric = dataclasses.replace(unet.TINY, theirs=theirs)
   with pytest.raises(AssertionError, match='relative errors'):
     unet.compare(unet.TINY, unet.reference_live(symmetric))
+
+
+@pytest.mark.parametrize('name', guided.CASES)
+def test_guided_samples_equal_diffusers_step_by_step(name):
+  wanted = guided.golden(name)
+  found = guided.ours(name)
+  np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('name', guided.CASES)
+def test_guided_golden_samples_are_diffusers(name):
+  np.testing.assert_allclose(guided.golden(name), guided.live(name), atol=1e-4)
 
 
 @SHAPES

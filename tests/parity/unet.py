@@ -317,13 +317,12 @@ def inputs(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
   return normal(f'inputs of {shape.name}', (len(t), *shape.image_shape)), t
 
 
-def reference_live(shape: Shape) -> Reference:
-  """What diffusers answers now."""
+def network_live(shape: Shape):
+  """diffusers' network, with the weights of ours."""
   import diffusers
   import torch
 
   params = weights_of(shape)
-  xt, t = inputs(shape)
   if shape.network == 'dit':
     network = diffusers.DiTTransformer2DModel(**shape.theirs).eval()
     tensors = dit.to_tensors(params, patch_size=2)
@@ -333,6 +332,15 @@ def reference_live(shape: Shape) -> Reference:
   network.load_state_dict(
     {k: torch.from_numpy(v) for k, v in tensors.items()}, strict=True
   )
+  return network
+
+
+def reference_live(shape: Shape) -> Reference:
+  """What diffusers answers now."""
+  import torch
+
+  xt, t = inputs(shape)
+  network = network_live(shape)
   with torch.no_grad():
     label = labels(shape)
     output = network(
@@ -340,7 +348,9 @@ def reference_live(shape: Shape) -> Reference:
       torch.from_numpy(t),
       class_labels=label if label is None else torch.from_numpy(label),
     ).sample
-  return _reference(shape, params, output.numpy().transpose(0, 2, 3, 1))
+  return _reference(
+    shape, weights_of(shape), output.numpy().transpose(0, 2, 3, 1)
+  )
 
 
 def reference_golden(shape: Shape) -> Reference:
