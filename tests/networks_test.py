@@ -194,11 +194,15 @@ def test_times_are_scaled():
   scaled = models.create('unet', (4, 4, 1), **small, time_scale=1000.0)
   params, x = random_params(plain), noise(1, 4, 4, 1)
   assert not any('attention' in name for name in models.names(params))
-  np.testing.assert_allclose(
-    scaled.apply(params, x, np.array([0.25])),
-    plain.apply(params, x, np.array([250])),
-    atol=1e-6,
-  )
+
+  @jax.jit
+  def both(params, x):
+    return (
+      scaled.apply(params, x, jnp.array([0.25])),
+      plain.apply(params, x, jnp.array([250])),
+    )
+
+  np.testing.assert_allclose(*both(params, x), atol=1e-6)
 
 
 def test_attention_of_ddpmpp_follows_the_last_block_up():
@@ -238,7 +242,7 @@ TINY = {'channels': 8, 'num_blocks': 2, 'num_heads': 2, 'patch_size': 2}
 def test_a_transformer_begins_as_zero():
   """Its gates and its last layer are zero, and blocks are the identity."""
   model = models.create('dit', (8, 4, 3), {'label': 3}, **TINY)
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   zero = [n for n, x in models.named(params).items() if not np.any(x)]
   for name in ('blocks/1/modulation/kernel', 'modulation/kernel', 'out/kernel'):
     assert name in zero
