@@ -16,7 +16,7 @@ from diffusion_jax import conditioning, data, models, runs
 from diffusion_jax.cli import config_files, drawing
 from diffusion_jax.codecs import Codec
 from diffusion_jax.data import labels as labels_of_data
-from diffusion_jax.data import sources
+from diffusion_jax.data import pipeline, sources
 from diffusion_jax.evaluation import bits, features
 from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.process import schedules
@@ -28,10 +28,11 @@ from diffusion_jax.runs import (
   programs,
   recipe,
   trajectories,
+  validation,
 )
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint
+from diffusion_jax.training import checkpoint, sharding
 
 COUNTS = [100, 0, 300]
 
@@ -237,17 +238,9 @@ def test_samples_are_the_guided_denoisers(trained):
   c = trained.denoise(x, 400, {'label': label}).x0
   u = trained.denoise(x, 400).x0
   assert np.abs(c - u).max() > 0.05
-  for how, want in (
-    ({}, c), ({'guidance': 1.0}, c), ({'guidance': 0.0}, u),
-    ({'guidance': 2.5}, u + 2.5 * (c - u)),
-    ({'guidance': 2.5, 'guidance_interval': (50, 60)}, None),
-  ):  # fmt: skip
-    if want is None:
-      with pytest.raises(UserError, match='no evaluation'):
-        x0_of(trained, 4, label='3,7', **how)
-      continue
-    got = x0_of(trained, 4, label='3,7', **how)
-    np.testing.assert_allclose(got, np.clip(want, -1, 1), atol=1e-4)
+  got = x0_of(trained, 4, label='3,7', guidance=2.5)
+  want = np.clip(u + 2.5 * (c - u), -1, 1)
+  np.testing.assert_allclose(got, want, atol=1e-4)
   guide = diffusion_jax.load(trained.workdir, 2)
   weaker = guide.denoise(x, 400, {'label': label}).x0
   got = x0_of(trained.guided_by(guide), 4, label='3,7', guidance=2.0)
@@ -275,7 +268,7 @@ def test_the_store_says_label_and_guidance(run, given):
   given('--label=3,7', '--guidance=2', '--guidance_rescale=0.5',
         f'--guide={run}@2')  # fmt: skip
   trained, plan, output = drawing.chosen()
-  digest = trained.guide.weights_sha256
+  digest = trained.guides['guide'].weights_sha256
   assert output.name == (
     f'step1_ddim1_400_label3-7_guidance2_rescale0.5_guide{digest[:8]}_seed0'
   )
@@ -315,8 +308,8 @@ def test_mistakes_about_conditions_are_one_line(run, given, arguments, said):
 def test_a_guide_of_other_data_is_one_line():
   own = runs.to_plain(tiny_config())
   for changes, said in (
-    ({'data.image_size': 16}, 'makes images of 16x16x1, this run of 8x8x1'),
-    ({'conditioning.num_classes': 12}, 'on 12 classes, this run on 10'),
+    ({'data.image_size': 16}, 'is for images of 16x16x1, this run for 8x8x1'),
+    ({'conditioning.num_classes': 12}, 'knows 12 classes, this run 10'),
   ):
     with pytest.raises(UserError, match=said):
       guided.check(own, runs.to_plain(tiny_config(**changes)), 'runs/b')
@@ -369,3 +362,75 @@ def test_the_flow_takes_each_images_own_label(trained, tmp_path):
 
   one, other = of([1, 2, 3]), of([1, 2, 4])
   assert one.results['bpd_ode'] != other.results['bpd_ode']
+
+
+# --- a classifier of noised images -------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def classifier_run(tmp_path_factory):
+  """A classifier, trained for 60 steps on the digits."""
+  workdir = tmp_path_factory.mktemp('runs') / 'classifier'
+  config = tiny_config(**{
+    'loss.name': 'classification', 'model.name': 'encoder', 'sample_every': 0,
+    'model.channels': 8, 'model.num_groups': 4, 'optim.lr': 1e-2,
+    'optim.warmup_steps': 1,
+  })  # fmt: skip
+  assert not validation.check(config, jax.devices()[:1])
+  source, _ = splits = data.splits(config['data'])
+  mesh = tiny.one_device()
+  program = programs.create(config, mesh)
+  state, losses = program.create_state(mesh), []
+  how = {'batch_size': 64, 'seed': 0, 'flip': False}
+  for _, batch in zip(range(60), pipeline.stream(source, **how), strict=False):
+    state, metrics = program.step_fn(state, {}, sharding.put_batch(batch, mesh))
+    losses.append(float(metrics['loss']))
+  known = dataset.check(workdir, splits, 'test', False, config['conditioning'])
+  workdir.mkdir(exist_ok=True)
+  dataset.write(workdir, known)
+  runs.write_config(workdir, config)
+  with checkpoint.Checkpoints(workdir / 'checkpoints') as kept:
+    kept.save(60, state._replace(ema_params=state.params))
+  return workdir, losses, jax.device_get(metrics)
+
+
+@pytest.mark.slow
+def test_a_classifier_learns_and_guides(trained, classifier_run):
+  workdir, losses, metrics = classifier_run
+  assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
+  clear = metrics['accuracy_q1']
+  assert clear.total / clear.count > 0.3  # 0.1 by chance
+  judge = diffusion_jax.load(workdir)
+  with pytest.raises(UserError, match='give it as --classifier'):
+    judge.sample(1, **HOW)
+  with pytest.raises(UserError, match='give it as --classifier'):
+    trained.guided_by(judge)
+  with pytest.raises(UserError, match='give it as --guide'):
+    trained.classified_by(trained)
+  both = trained.classified_by(judge)
+  one, two = (x0_of(both, 4, label=3, classifier_scale=s) for s in (0.0, 3.0))
+  np.testing.assert_allclose(one, x0_of(trained, 4, label=3), atol=1e-4)
+  assert np.abs(one - two).max() > 0.01
+  plan = both.plan(label=3, classifier_scale=3.0)
+  assert plan.guidance['classifier'] == 'classifier@60'
+  # An unconditional run takes the labels of the classifier.
+  assert labels.condition(
+    workdir, {'conditioning': {'name': 'none'}}, 'all', judge
+  ) == {'label': list(range(10))}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    ({'model.name': 'unet'}, 'go together'),
+    ({'conditioning.name': 'none'}, "so it must be 'label'"),
+    ({'sample_every': 5}, 'sample_every=5: a classifier draws no samples'),
+  ],
+)
+def test_a_classifier_that_cannot_be_trained_is_one_line(changes, said):
+  config = tiny_config(**{
+    'loss.name': 'classification', 'model.name': 'encoder', 'sample_every': 0,
+    **changes,
+  })  # fmt: skip
+  (told, *_) = validation.check(config, jax.devices()[:1])
+  assert said in told

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import samplers
-from diffusion_jax.guidance import guided
+from diffusion_jax.guidance import classifier, guided
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.process.gaussian import Denoised
 from diffusion_jax.samplers import guided as options
@@ -176,9 +176,9 @@ def test_a_guide_of_another_schedule_is_asked_at_the_same_level(x64):
     want = normal(0.0, 0.5)(x, t)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9),
                  at(x, jnp.asarray(t)), want)  # fmt: skip
-  assert guided.at_level(denoise, other, schedules.linear(250, 4e-4, 0.08)) is (
-    denoise
-  )
+  # Of an equal schedule, whole times stay whole.
+  same = guided.same_level(schedules.linear(250, 4e-4, 0.08), other)
+  assert same(7, np.float32) == 7
 
 
 # --- rescaling ---------------------------------------------------------------
@@ -278,6 +278,7 @@ NONE = {'name': 'none', 'drop': 0.1}
     ({'guidance': np.nan}, 'a finite number'),
     ({'guidance_interval': '1,3'}, 'has no effect with guidance=1'),
     ({'guide': {'guide': 'run@5'}}, 'guide=run@5 has no effect'),
+    ({'classifier_scale': 2.0}, 'no effect without --classifier'),
   ],
 )  # fmt: skip
 def test_guidance_that_cannot_be_is_one_line(given, said):
@@ -290,3 +291,35 @@ def test_guidance_that_cannot_be_is_one_line(given, said):
 def test_an_interval_without_an_evaluation_is_one_line():
   with pytest.raises(UserError, match='no evaluation of this grid is inside'):
     planned(chosen(guidance=2.0, guidance_interval=(20, 30)))
+
+
+# --- by a classifier ---------------------------------------------------------
+
+
+def test_a_classifier_makes_the_class_of_a_mixture(x64):
+  """Of two equal normals, with exact log p(y | xt) and scale 1."""
+  ends = np.array([-MEAN, MEAN])
+
+  def likelihoods(xt, t):
+    alpha, sigma = gaussian.alpha_sigma(SCHEDULE, t, xt)
+    variance = alpha**2 * 0.25 + sigma**2
+    return -((xt - alpha * ends[None]) ** 2) / (2 * variance)
+
+  def log_probability(xt, t):
+    return jax.nn.log_softmax(likelihoods(xt, t))[:, 1]
+
+  def mixture(xt, t):
+    weights = jax.nn.softmax(likelihoods(xt, t))
+    x0 = sum(
+      weights[:, k : k + 1] * normal(float(ends[k]), 0.5)(xt, t).x0
+      for k in (0, 1)
+    )
+    alpha, sigma = gaussian.alpha_sigma(SCHEDULE, t, xt)
+    return Denoised(x0, (xt - alpha * x0) / sigma)
+
+  guide = classifier.by_classifier(mixture, log_probability, SCHEDULE, 1.0)
+  x = jnp.linspace(-2.0, 2.0, 5)[:, None]
+  for t in (50, 500, 950):
+    got, want = jax.jit(guide)(x, t), normal(MEAN, 0.5)(x, t)
+    np.testing.assert_allclose(got.x0, want.x0, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got.eps, want.eps, rtol=1e-6, atol=1e-6)

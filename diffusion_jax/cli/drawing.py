@@ -121,13 +121,17 @@ def prepared(
   workdir = declare.workdir()
   config = runs.read_config(workdir)
 
-  condition = guiding.condition(workdir, config)
-  guide = guiding.guide(config)
+  others = guiding.others_of(config)
+  condition = guiding.condition(workdir, config, others)
 
   @functools.cache
   def loaded():
     trained = load(workdir, step, FLAGS.ema)
-    return trained.guided_by(guide) if guide else trained
+    if guided.GUIDE in others:
+      trained = trained.guided_by(others[guided.GUIDE])
+    if guided.CLASSIFIER in others:
+      trained = trained.classified_by(others[guided.CLASSIFIER])
+    return trained
 
   @functools.cache
   def calibrated():
@@ -139,9 +143,10 @@ def prepared(
     return calibration.Calibration(*kept)
 
   def plan(how):
+    facts = {name: guided.facts(one, name) for name, one in others.items()}
     return plans.for_run(
       config, calibration=calibrated, seed=FLAGS.seed, condition=condition,
-      guide=guide and guided.facts(guide), **how,
+      **facts, **how,
     )  # fmt: skip
 
   def network():

@@ -43,6 +43,15 @@ declare.table(
     'Another network as the u of --guidance: a run or WORKDIR@STEP, such as an '
     'earlier checkpoint (arXiv 2406.02507).',
   ),
+  classifier=(
+    str,
+    'A classifier that guides by its gradient (arXiv 2105.05233): a run with '
+    'loss.name=classification, or WORKDIR@STEP.',
+  ),
+  classifier_scale=(
+    float,
+    "--classifier: factor on the gradient, the paper's s; by default 1.",
+  ),
 )
 
 
@@ -51,9 +60,16 @@ def asked() -> dict:
   return {name: FLAGS[name].value for name in options.OPTIONS}
 
 
-def condition(workdir, config: dict) -> dict:
-  """The condition that --label asks for, see `labels.condition`."""
-  return labels.condition(workdir, config, FLAGS.label)
+def condition(workdir, config: dict, others: dict) -> dict:
+  """The condition that --label asks for, see `labels.condition`.
+
+  Args:
+    workdir: the run's folder.
+    config: its config.
+    others: a result of `others_of`.
+  """
+  other = others.get(guided.CLASSIFIER)
+  return labels.condition(workdir, config, FLAGS.label, other)
 
 
 def name(plan: Plan) -> list[str]:
@@ -69,19 +85,22 @@ def name(plan: Plan) -> list[str]:
     parts.append('from{:g}to{:g}'.format(*how['guidance_interval']))
   if 'guidance_rescale' in how:
     parts.append(f'rescale{how["guidance_rescale"]:g}')
-  if 'guide' in how:
-    parts.append(f'guide{how["guide_sha256"][:8]}')
+  for other in (guided.GUIDE, guided.CLASSIFIER):
+    if other in how:
+      parts.append(f'{other}{how[f"{other}_sha256"][:8]}')
+  if 'classifier_scale' in how:
+    parts.append(f'scale{how["classifier_scale"]:g}')
   return parts
 
 
 @functools.cache
-def _load(text: str) -> Trained:
-  workdir, step = _parsed(text)
+def _load(flag: str, text: str) -> Trained:
+  workdir, step = _parsed(flag, text)
   return load(workdir, step, FLAGS.ema)
 
 
-def guide(config: dict) -> Trained | None:
-  """The network that --guide names.
+def others_of(config: dict) -> dict[str, Trained]:
+  """The networks that --guide and --classifier name, by the flag's name.
 
   Args:
     config: the run's config.
@@ -89,20 +108,23 @@ def guide(config: dict) -> Trained | None:
   Raises:
     UserError: there is no such network, or it is of other data.
   """
-  if FLAGS.guide is None:
-    return None
-  workdir, _ = _parsed(FLAGS.guide)
-  guided.check(config, runs.read_config(workdir, '--guide'), workdir)
-  return _load(FLAGS.guide)
+  found = {}
+  for flag in (guided.GUIDE, guided.CLASSIFIER):
+    if text := FLAGS[flag].value:
+      workdir, _ = _parsed(flag, text)
+      theirs = runs.read_config(workdir, f'--{flag}')
+      guided.check(config, theirs, workdir, flag)
+      found[flag] = _load(flag, text)
+  return found
 
 
-def _parsed(text: str) -> tuple[files.Path, int | None]:
+def _parsed(flag: str, text: str) -> tuple[files.Path, int | None]:
   """WORKDIR or WORKDIR@STEP -> the folder, and the step or None."""
   workdir, at, step = text.rpartition('@')
   if not at or files.at(text).expanduser().exists():
     workdir, step = text, None
   elif not step.isdecimal():
     raise UserError(
-      f'--guide={text}: the step after @ must be a number, as in WORKDIR@1000'
+      f'--{flag}={text}: the step after @ must be a number, as in WORKDIR@1000'
     )
   return files.at(workdir).expanduser(), step and int(step)

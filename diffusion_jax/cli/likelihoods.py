@@ -40,7 +40,7 @@ OF_SAMPLES = (
   *('num_samples', 'sampler', 'rounding', 'reference', 'features', 'output'),
   'write_statistics',
   *(name for name in drawing.OPTIONS if name != 'variance'),
-  *('label', 'guide', *guided.OPTIONS),
+  *('label', 'guide', 'classifier', *guided.OPTIONS),
 )
 
 

@@ -61,6 +61,18 @@ def by_guide(denoiser: Denoiser, guide: Denoiser) -> Pair:
   return lambda xt, t: (denoiser(xt, t), guide(xt, t))
 
 
+def same_level(own: Schedule, schedule: Schedule) -> Callable:
+  """(t, dtype) -> the time of a schedule at the log-SNR of t in another.
+
+  Args:
+    own: the schedule of the result.
+    schedule: the schedule of t.
+  """
+  if np.array_equal(own.log_alpha_bar, schedule.log_alpha_bar):
+    return lambda t, dtype: t
+  return lambda t, dtype: own.t_of_logsnr(schedule.logsnr(t, dtype), dtype)
+
+
 def at_level(guide: Denoiser, own: Schedule, schedule: Schedule) -> Denoiser:
   """A denoiser in the times of another schedule, at equal log-SNR.
 
@@ -69,13 +81,8 @@ def at_level(guide: Denoiser, own: Schedule, schedule: Schedule) -> Denoiser:
     own: its schedule.
     schedule: the schedule of the times that it is to take.
   """
-  if np.array_equal(own.log_alpha_bar, schedule.log_alpha_bar):
-    return guide
-
-  def denoise(xt, t):
-    return guide(xt, own.t_of_logsnr(schedule.logsnr(t, xt.dtype), xt.dtype))
-
-  return denoise
+  level = same_level(own, schedule)
+  return lambda xt, t: guide(xt, level(t, xt.dtype))
 
 
 def towards(weight: float, rescale: Callable | None = None) -> Callable:

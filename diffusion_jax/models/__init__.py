@@ -16,10 +16,11 @@ from flax import nnx, traverse_util
 
 from diffusion_jax.models import doors as doors_of
 from diffusion_jax.models.dit import DiT
+from diffusion_jax.models.encoder import Encoder
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.system.errors import one_of
 
-MODELS = {'unet': UNet, 'dit': DiT}
+MODELS = {'unet': UNet, 'dit': DiT, 'encoder': Encoder}
 NET = 'net'  # name of the run's part that is the denoising network
 
 

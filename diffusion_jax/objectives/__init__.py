@@ -1,11 +1,15 @@
 """Training objectives, with one value per example."""
 
-from diffusion_jax.objectives import denoising
+from diffusion_jax.objectives import classification, denoising
 from diffusion_jax.objectives.objective import Objective
 from diffusion_jax.system.errors import one_of
 
 # name -> (network_fn, codec, conditioner, schedule, **options) -> Objective
-OBJECTIVES = {'denoising': denoising.create}
+OBJECTIVES = {
+  'denoising': denoising.create,
+  'classification': classification.create,
+}
+CLASSIFICATION = 'classification'  # its network gives logits, not a denoiser
 
 
 def create(name: str, *parts, **options) -> Objective:

@@ -94,6 +94,7 @@ def drawer(
   took: bool = False,
   estimates: bool = False,
   guide: Recipe | None = None,
+  classifier: Recipe | None = None,
 ) -> Callable:
   """Returns a function that draws samples, to be jitted.
 
@@ -109,6 +110,7 @@ def drawer(
     estimates: whether frames are estimates of x0 in place of x, at one more
       evaluation each (arXiv 2006.11239, section 4.3); x for clean data.
     guide: the recipe of a network that guides, see `guided.denoiser`.
+    classifier: the recipe of a classifier that guides.
 
   Returns:
     draw(params, indices [B], rows={}) -> (data [B, ...], is_finite), see
@@ -128,7 +130,9 @@ def drawer(
 
   def draw(params, indices, rows=None):
     rows = rows or conditions(plan, indices)
-    denoiser = guided.denoiser(recipe, params, rows, plan.guidance, mesh, guide)
+    denoiser = guided.denoiser(
+      recipe, params, rows, plan.guidance, mesh, guide, classifier
+    )
     if plan.clip and codec.bound is not None:
       denoiser = clipping.clip_x0(denoiser, schedule, codec.bound)
     first, later = sample_keys(plan.seed, indices)

@@ -6,15 +6,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from diffusion_jax import runs
+from diffusion_jax import models, runs
 from diffusion_jax.guidance import guided
+from diffusion_jax.guidance.classifier import by_classifier
+from diffusion_jax.objectives import CLASSIFICATION, classification
 from diffusion_jax.process import gaussian
 from diffusion_jax.runs import dataset
-from diffusion_jax.runs.recipe import Recipe
+from diffusion_jax.runs.recipe import Recipe, network_fn
 from diffusion_jax.samplers import guided as options
 from diffusion_jax.system.errors import UserError
 
-GUIDE = 'guide'  # the entry of params that holds all parts of the guide
+# The entries of params that hold all parts of other networks.
+GUIDE, CLASSIFIER = 'guide', 'classifier'
 
 
 def denoiser(
@@ -24,6 +27,7 @@ def denoiser(
   guidance: Mapping,
   mesh: Mesh,
   guide: Recipe | None = None,
+  classifier: Recipe | None = None,
 ) -> gaussian.Denoiser:
   """The denoiser of some examples, guided as a plan says; x0 is not clipped.
 
@@ -35,10 +39,29 @@ def denoiser(
     guidance: see `samplers.guided.chosen`.
     mesh: the devices.
     guide: the recipe of another network that gives u.
+    classifier: the recipe of a classifier, with its parts as CLASSIFIER.
   """
+  found = _combined(recipe, params, rows, guidance, mesh, guide)
+  if not classifier:
+    return found
+  network = network_fn(classifier.parts[models.NET])
+  level = guided.same_level(classifier.schedule, recipe.schedule)
+
+  def log_probability(xt, t):
+    return classification.log_probability(
+      network, params[CLASSIFIER], xt, level(t, xt.dtype), rows['label']
+    )
+
+  return by_classifier(
+    found, log_probability, recipe.schedule, guidance['classifier_scale']
+  )
+
+
+def _combined(recipe, params, rows, guidance, mesh, guide) -> gaussian.Denoiser:
+  """The denoiser without a classifier."""
   cond = recipe.conditioner.condition(params, rows, None)
   conditional = recipe.denoiser(params, cond, mesh)
-  if not guidance:
+  if 'guidance' not in guidance:
     return conditional
   schedule = recipe.schedule
   if guide:
@@ -70,47 +93,52 @@ def _both(own: jax.Array, null: jax.Array) -> jax.Array:
   return guided.alternate(own, jnp.broadcast_to(null, own.shape))
 
 
-def check(config: Mapping, guide: Mapping, workdir) -> None:
+def check(config: Mapping, guide: Mapping, workdir, flag: str = GUIDE) -> None:
   """Checks that a network may guide another one.
 
   Args:
     config: the config of the guided run.
     guide: the config of the guide's run.
     workdir: the guide's folder, for the message.
+    flag: GUIDE or CLASSIFIER.
 
   Raises:
-    UserError: they differ in their data, their codec or their classes.
+    UserError: it is no denoiser, or no classifier, or they differ in their
+      data, their codec or their classes.
   """
+  given = f'--{flag}={workdir}'
+  if (guide['loss']['name'] == CLASSIFICATION) != (flag == CLASSIFIER):
+    other = GUIDE if flag == CLASSIFIER else CLASSIFIER
+    raise UserError(
+      f'{given} has loss.name={guide["loss"]["name"]}: give it as --{other}, '
+      'or give another run'
+    )
   shapes = [runs.image_shape(one['data']) for one in (config, guide)]
   if shapes[0] != shapes[1]:
     theirs, own = ('x'.join(map(str, shape)) for shape in shapes[::-1])
     raise UserError(
-      f'--guide={workdir} makes images of {theirs}, this run of {own}: give a '
-      'run of the same data'
+      f'{given} is for images of {theirs}, this run for {own}: give a run of '
+      'the same data'
     )
   if config['codec'] != guide['codec']:
     raise UserError(
-      f'--guide={workdir} has another codec than this run: give a run of the '
-      'same codec'
+      f'{given} has another codec than this run: give a run of the same codec'
     )
   own, theirs = (
     dataset.num_classes(one['conditioning']) for one in (config, guide)
   )
-  if theirs not in (0, own):
+  fits = (own, 0) if flag == GUIDE else (own or theirs,)
+  if theirs not in fits:
     raise UserError(
-      f'--guide={workdir} is conditional on {theirs} classes, this run on '
-      f'{own or "none"}: give a run of the same classes, or one without'
+      f'{given} knows {theirs} classes, this run {own or "none"}: give a run '
+      'of the same classes'
     )
 
 
-def facts(guide) -> dict:
-  """What a plan says of a guide.
-
-  Args:
-    guide: the guide, a `Trained`.
-  """
-  raw = '_raw' * (not guide.ema)
+def facts(other, flag: str = GUIDE) -> dict:
+  """What a plan says of a guide or a classifier, a `Trained`."""
+  raw = '_raw' * (not other.ema)
   return {
-    'guide': f'{guide.workdir.name}@{guide.step}{raw}',
-    'guide_sha256': guide.weights_sha256,
+    flag: f'{other.workdir.name}@{other.step}{raw}',
+    f'{flag}_sha256': other.weights_sha256,
   }

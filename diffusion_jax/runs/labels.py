@@ -16,7 +16,7 @@ from diffusion_jax.system.errors import UserError, hint
 ALL = 'all'
 
 
-def condition(workdir, config: Mapping, asked=None) -> dict:
+def condition(workdir, config: Mapping, asked=None, other=None) -> dict:
   """The condition of a plan, see `samplers.plan.Plan`.
 
   Args:
@@ -24,11 +24,16 @@ def condition(workdir, config: Mapping, asked=None) -> dict:
     config: its config.
     asked: a label or several, which samples get in turn, by index: numbers,
       names of classes, text with commas, or 'all'. None: as in the data.
+    other: a classifier that guides the run, whose labels are taken if the run
+      has none: anything with a workdir and a config.
 
   Raises:
     UserError: the run has no labels, or none of that name or number.
   """
   count = dataset.num_classes(config['conditioning'])
+  if not count and other is not None:
+    workdir = other.workdir
+    count = dataset.num_classes(other.config['conditioning'])
   if not count:
     if asked is not None:
       raise UserError(

@@ -126,7 +126,7 @@ def rows(config: Mapping, made: recipe.Recipe, batch_size: int) -> dict:
     batch_size: rows of the batch.
   """
   found = {'image': ((batch_size, *runs.image_shape(config['data'])), np.uint8)}
-  if 'label' in made.conditioner.doors:
+  if 'label' in made.conditioner.doors or made.prediction is None:
     found['label'] = ((batch_size,), np.int32)
   return found
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import rules
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 
@@ -34,7 +35,8 @@ class Recipe(NamedTuple):
     codec: data <-> x0.
     conditioner: rows -> the network's conditioning input.
     schedule: the noise schedule.
-    prediction: what the network predicts: a parametrisation, or its name.
+    prediction: what the network predicts: a parametrisation, or its name; None
+      for a classifier.
     objective: the training objective.
   """
 
@@ -72,6 +74,11 @@ class Recipe(NamedTuple):
         is for all examples.
       mesh: the devices that hold the parameters.
     """
+    if self.prediction is None:
+      raise UserError(
+        'the run is a classifier, which draws no samples: give it as '
+        '--classifier of another run'
+      )
     apply = network_fn(self.parts[models.NET])
 
     def network(xt, label):
@@ -108,10 +115,14 @@ def create(config: Mapping) -> Recipe:
     image_shape=runs.image_shape(config['data']), **config['codec']
   )
   conditioner = conditioning.create(**config['conditioning'])
-  learned = config['loss']['variance'] == gaussian.LEARNED
+  classes, learned = None, config['loss']['variance'] == gaussian.LEARNED
+  if config['loss']['name'] == objectives.CLASSIFICATION:
+    classes = config['conditioning']['num_classes']
+    conditioner = conditioning.none()
   network = models.create(
     image_shape=codec.shape, doors=conditioner.doors,
-    out_channels=codec.shape[-1] * (2 if learned else 1), **config['model'],
+    out_channels=classes or codec.shape[-1] * (2 if learned else 1),
+    **config['model'],
   )  # fmt: skip
   schedule = schedules.create(**config['process'])
   rules.check(config, schedule)
@@ -125,6 +136,6 @@ def create(config: Mapping) -> Recipe:
     **loss,
   )  # fmt: skip
   return Recipe(
-    {models.NET: network}, {}, {}, codec, conditioner, schedule, prediction,
-    objective,
+    {models.NET: network}, {}, {}, codec, conditioner, schedule,
+    None if classes else prediction, objective,
   )  # fmt: skip

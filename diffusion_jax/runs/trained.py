@@ -33,7 +33,7 @@ class Compiled(NamedTuple):
 
 
 def _compile(
-  recipe: recipe.Recipe, mesh: Mesh, guide: recipe.Recipe | None = None
+  recipe: recipe.Recipe, mesh: Mesh, **others: recipe.Recipe
 ) -> Compiled:
   @jax.jit
   def denoise(params, xt, t, cond):
@@ -44,7 +44,7 @@ def _compile(
   @functools.lru_cache(maxsize=8)
   def drawer(plan, **options):
     how = plans.Plan(*json.loads(plan))
-    return jax.jit(draw.drawer(recipe, mesh, how, guide=guide, **options))
+    return jax.jit(draw.drawer(recipe, mesh, how, **others, **options))
 
   return Compiled(denoise, drawer)
 
@@ -62,7 +62,8 @@ class Trained:
     params: name -> parameters of each part, nested dicts of arrays on `mesh`.
     mesh: the devices that hold the parameters.
     compiled: the compiled functions, shared with the results of `at`.
-    guide: another network that guides this one, see `guided_by`.
+    guides: other networks that guide this one, by name, see `guided_by` and
+      `classified_by`.
   """
 
   workdir: files.Path
@@ -73,7 +74,7 @@ class Trained:
   params: dict
   mesh: Mesh
   compiled: Compiled
-  guide: 'Trained | None' = None
+  guides: dict[str, 'Trained'] = dataclasses.field(default_factory=dict)
 
   def __repr__(self):
     count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -167,16 +168,33 @@ class Trained:
     Raises:
       UserError: its data or its classes differ from this network's.
     """
-    guided.check(self.config, guide.config, guide.workdir)
-    compiled = _compile(self.recipe, self.mesh, guide.recipe)
-    return dataclasses.replace(self, guide=guide, compiled=compiled)
+    return self._with(guided.GUIDE, guide)
+
+  def classified_by(self, classifier: 'Trained') -> 'Trained':
+    """Returns the network guided by a classifier (arXiv 2105.05233).
+
+    Samples then need labels, and take classifier_scale.
+
+    Args:
+      classifier: a run with loss.name='classification'.
+
+    Raises:
+      UserError: it is not, or its data or classes differ from this network's.
+    """
+    return self._with(guided.CLASSIFIER, classifier)
+
+  def _with(self, name, other) -> 'Trained':
+    guided.check(self.config, other.config, other.workdir, name)
+    guides = {**self.guides, name: other}
+    recipes = {key: one.recipe for key, one in guides.items()}
+    compiled = _compile(self.recipe, self.mesh, **recipes)
+    return dataclasses.replace(self, guides=guides, compiled=compiled)
 
   @property
   def all_params(self) -> dict:
-    """The parameters that samples are drawn with: those of a guide, too."""
-    if self.guide is None:
-      return self.params
-    return {**self.params, guided.GUIDE: self.guide.params}
+    """The parameters that samples are drawn with, those of guides, too."""
+    others = {name: other.params for name, other in self.guides.items()}
+    return {**self.params, **others}
 
   @functools.cached_property
   def weights_sha256(self) -> str:
@@ -200,9 +218,12 @@ class Trained:
         calibration of the network, if there is none.
     """
     condition = labels.condition(
-      self.workdir, self.config, options.pop('label', None)
-    )
-    guide = self.guide and guided.facts(self.guide)
+      self.workdir, self.config, options.pop('label', None),
+      self.guides.get(guided.CLASSIFIER),
+    )  # fmt: skip
+    facts = {
+      name: guided.facts(other, name) for name, other in self.guides.items()
+    }
 
     def found():
       kept = calibration.read(
@@ -212,7 +233,7 @@ class Trained:
       return kept
 
     return plans.for_run(
-      self.config, calibration=found, condition=condition, guide=guide,
+      self.config, calibration=found, condition=condition, **facts,
       **options,
     )  # fmt: skip
 

@@ -90,10 +90,10 @@ def carrier(
   @jax.jit
   def along(params, x):
     rows = {} if label is None else {'label': jnp.full(len(x), label)}
+    others = {name: one.recipe for name, one in trained.guides.items()}
     denoiser = guided.denoiser(
-      trained.recipe, params, rows, guidance, trained.mesh,
-      trained.guide and trained.guide.recipe,
-    )  # fmt: skip
+      trained.recipe, params, rows, guidance, trained.mesh, **others
+    )
     if clip:
       denoiser = clipping.clip_x0(denoiser, trained.schedule)
     keys = jax.random.split(jax.random.key(0), len(x))  # unused: no noise

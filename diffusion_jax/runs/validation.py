@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ml_collections import config_dict
 
-from diffusion_jax import conditioning, models, runs
+from diffusion_jax import conditioning, models, objectives, runs
 from diffusion_jax.models import rules, styles, unet
 from diffusion_jax.objectives import laws, weights
 from diffusion_jax.process import gaussian, schedules
@@ -121,6 +121,7 @@ def _network(config):
     yield flat[key] in known, told
   yield from _limits(config, OF_NETWORK)
   yield from _conditioning(config.conditioning)
+  yield from _classifier(config)
   yield from rules.of_network(config.model, runs.image_shape(config.data))
   process = config.process
   yield (
@@ -173,6 +174,27 @@ def _dispatch(config):
       f'{math.gcd(count, config[name])}, or {name}='
       f'{-(-config[name] // count) * count}',
     )
+
+
+def _classifier(config):
+  classifies = config.loss.name == objectives.CLASSIFICATION
+  yield (
+    (config.model.name == 'encoder') == classifies,
+    f'loss.name={config.loss.name!r} with model.name={config.model.name!r}: '
+    "loss.name='classification' and model.name='encoder' go together",
+  )
+  if not classifies:
+    return
+  yield (
+    config.conditioning.name == 'label',
+    f'conditioning.name={config.conditioning.name!r}: '
+    "loss.name='classification' learns labels, so it must be 'label'",
+  )
+  yield (
+    config.sample_every == 0,
+    f'sample_every={config.sample_every}: a classifier draws no samples, so '
+    'with loss.name=classification it must be 0',
+  )
 
 
 def _conditioning(condition):

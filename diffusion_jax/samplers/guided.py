@@ -19,8 +19,11 @@ from diffusion_jax.samplers.solve import (
 )
 from diffusion_jax.system.errors import UserError
 
-# Option -> what it is; the guide is another network, named by its facts.
-OPTIONS = ('guidance', 'guidance_interval', 'guidance_rescale')
+# The guide and the classifier are other networks, named by their facts.
+OPTIONS = (
+  *('guidance', 'guidance_interval', 'guidance_rescale'),
+  'classifier_scale',
+)
 
 WEIGHT = (
   'the weight w in D = u + w (c - u), where c is the conditional and u the '
@@ -51,7 +54,11 @@ def parse_interval(given) -> list[float]:
 
 
 def chosen(
-  conditioning: Mapping, guide: Mapping, default: float, **given
+  conditioning: Mapping,
+  guide: Mapping,
+  default: float,
+  classifier: Mapping | None = None,
+  **given,
 ) -> dict:
   """The guidance of a run's plan, without options that have no effect.
 
@@ -60,6 +67,7 @@ def chosen(
     guide: facts about another network that gives u, such as 'guide' and
       'guide_sha256'; {} for the run's own unconditional model.
     default: the weight of a conditional run if none is given.
+    classifier: facts about a classifier, in the same way.
     **given: OPTIONS; None if not given.
 
   Returns:
@@ -68,8 +76,9 @@ def chosen(
   Raises:
     UserError: an option is out of range, or the run cannot be guided so.
   """
+  found = _of_classifier(classifier or {}, given.pop('classifier_scale', None))
   is_conditional = conditioning['name'] != 'none'
-  weight, interval, rescale = (given.get(name) for name in OPTIONS)
+  weight, interval, rescale = (given.get(name) for name in OPTIONS[:3])
   if weight is None:
     weight = default if is_conditional or guide else 1.0
   if not math.isfinite(weight):
@@ -81,7 +90,7 @@ def chosen(
           f'{name}={value} has no effect with guidance=1: give another '
           '--guidance, such as 2, or leave it out'
         )
-    return {}
+    return found
   if not (is_conditional or guide):
     raise UserError(
       f'guidance={weight}: the run has no condition, so it has no pair of '
@@ -101,12 +110,27 @@ def chosen(
     **({'guidance_interval': parse_interval(interval)} if interval else {}),
     **({'guidance_rescale': float(rescale)} if rescale else {}),
     **guide,
+    **found,
   }
+
+
+def _of_classifier(classifier, scale) -> dict:
+  if not classifier:
+    if scale is not None:
+      raise UserError(
+        f'classifier_scale={scale} has no effect without --classifier: give '
+        'the run of a classifier'
+      )
+    return {}
+  scale = 1.0 if scale is None else scale
+  if not math.isfinite(scale):
+    raise UserError(f'classifier_scale={scale}: a finite number')
+  return {'classifier_scale': float(scale), **classifier}
 
 
 def is_other_alone(guidance: Mapping) -> bool:
   """Whether u is the result, so that c need not be computed."""
-  return guidance['guidance'] == 0 and not {
+  return guidance.get('guidance') == 0 and not {
     'guidance_interval', 'guidance_rescale'
   } & guidance.keys()  # fmt: skip
 
@@ -145,7 +169,7 @@ def rows(schedule: Schedule, sampler: Sampler, grid, guidance: Mapping) -> int:
   evaluations = count_evaluations(
     sampler, grid, starts_at_noise(schedule, grid)
   )
-  if not guidance or is_other_alone(guidance):
+  if 'guidance' not in guidance or is_other_alone(guidance):
     return evaluations
   limits = times_of(schedule, guidance)
   if limits is None or sampler.init is None:

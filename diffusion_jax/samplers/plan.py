@@ -180,6 +180,7 @@ def for_run(
   *,
   sampler: str = 'ancestral',
   guide: dict | None = None,
+  classifier: dict | None = None,
   **given,
 ) -> Plan:
   """Makes a plan for a run's network, by default with its paper's settings.
@@ -188,6 +189,7 @@ def for_run(
     config: the run's config.
     sampler: a key of SAMPLERS.
     guide: facts about a network that guides this one, see `guided.chosen`.
+    classifier: facts about a classifier that does.
     **given: see `create`; variance, clip and guidance default to the config's.
       In place of a dict, guidance is given by `guided.OPTIONS`.
 
@@ -202,6 +204,7 @@ def for_run(
     config['conditioning'],
     guide or {},
     config['sample'].get('guidance', 1.0),
+    classifier,
     **{name: given.pop(name, None) for name in guided.OPTIONS},
   )
   schedule = schedules.create(**config['process'])
