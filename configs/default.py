@@ -83,7 +83,9 @@ def get_config():
   config.conditioning.drop = 0.1
 
   config.model = ConfigDict()
-  config.model.name = 'unet'  # or 'dit', a transformer; see docs/networks.md
+  # 'unet', 'dit', a transformer, see docs/networks.md, or 'encoder', a
+  # classifier of noised images, see docs/conditions.md.
+  config.model.name = 'unet'
   config.model.channels = 128  # at full resolution; of 'dit', in all blocks
   config.model.num_blocks = 2  # residual blocks per level; of 'dit', blocks
   config.model.num_heads = 1  # attention heads
@@ -127,7 +129,9 @@ def get_config():
   config.process.shift = 1.0
 
   config.loss = ConfigDict()
-  config.loss.name = 'denoising'  # mean squared error of the prediction
+  # 'denoising': the error of the prediction; 'classification': a classifier of
+  # noised images, see docs/conditions.md.
+  config.loss.name = 'denoising'
   # What the network predicts: 'eps', 'x0', 'v', 'edm' or 'flow', see
   # docs/objectives.md.
   config.loss.prediction = 'eps'
