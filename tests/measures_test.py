@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from parity.unet import random_params
@@ -19,6 +20,7 @@ from diffusion_jax.models import (
   pointwise,
   upsampling,
 )
+from diffusion_jax.training import optim
 
 SMALL = {
   'channels': 16, 'multipliers': (1, 2), 'num_blocks': 1, 'num_groups': 4,
@@ -234,6 +236,36 @@ def test_all_measures_together_change_rounding_only():
 @pytest.mark.parametrize('measure', layers.MEASURES)
 def test_each_measure_changes_rounding_only(measure):
   assert max(errors(gradients(plain=(measure,)), gradients())) < 1e-4
+
+
+@pytest.mark.slow
+def test_measures_change_the_losses_of_20_steps_by_rounding_only():
+  optimizer = optim.create(lr=2e-4, clip_norm=1.0)
+  images, target = noise(20, 2, 8, 8, 3), noise(20, 2, 8, 8, 3, seed=1)
+  t = jnp.array([10, 900])
+
+  def losses(**kwargs):
+    model = models.create('unet', (8, 8, 3), dropout=0.0, **SMALL, **kwargs)
+    params = random_params(model)
+
+    def step(carry, batch):
+      params, state = carry
+      x, y = batch
+      loss, grads = jax.value_and_grad(
+        lambda p: jnp.mean(jnp.square(model.apply(p, x, t) - y))
+      )(params)
+      updates, state = optimizer.update(grads, state, params)
+      return (optax.apply_updates(params, updates), state), loss
+
+    def train(params):
+      start = params, optimizer.init(params)
+      return jax.lax.scan(step, start, (images, target))[1]
+
+    return jax.jit(train)(params)
+
+  found, wanted = losses(), losses(plain=layers.MEASURES)
+  assert len(set(np.asarray(wanted))) == 20
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
