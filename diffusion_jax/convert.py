@@ -152,6 +152,7 @@ def _assumed(found) -> tuple[dict, list[str]]:
     parts = {
       part: found.config[part] for part in ('data', 'model', 'conditioning')
     }
+    parts['loss'] = {'variance': found.config['loss']['variance']}
     return parts, [f'{told} those of --config']
   process, sample = found.config['process'], found.config['sample']
   return found.config, [

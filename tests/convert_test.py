@@ -350,7 +350,8 @@ def test_damaged_weights_are_named(tmp_path, how, must):
       'attn_norm_num_groups is null, but must be 6',
     ),
     ({'downsample_type': 'resnet'}, 'some levels by conv and others by resnet'),
-    ({'out_channels': 2}, 'out_channels is 2'),
+    ({'out_channels': 2}, 'conv_out.bias has the shape [1]'),
+    ({'out_channels': 3}, 'out_channels is 3, but must be 1 or 2'),
     ({'in_channels': 4, 'out_channels': 4}, 'data.channels=4'),
     ({'block_out_channels': [12, 30, 36]}, 'multiples of the first'),
     ({'down_block_types': ['KDownBlock2D'] * 3}, 'down_block_types is "KDown'),
@@ -369,14 +370,14 @@ def test_damaged_weights_are_named(tmp_path, how, must):
       'up_block_types is "UpBlock2D": must be a list',
     ),
     ({'norm_num_groups': 5}, 'model.num_groups=5 does not divide'),
-    ({'beta_schedule': 'squaredcos_cap_v2'}, 'beta_schedule is'),
+    ({'beta_schedule': 'laplace'}, 'beta_schedule is "laplace"'),
     (
       {'variance_type': 'learned_range'},
-      'must be "fixed_small" or "fixed_large"',
+      'sample.variance=learned needs a network that learns it',
     ),
     ({'prediction_type': ['epsilon']}, 'prediction_type is'),
     ({'beta_start': 2}, 'process.beta_start=2.0'),
-    ({'rescale_betas_zero_snr': True}, 'rescale_betas_zero_snr is true'),
+    ({'rescale_betas_zero_snr': True}, 'process.zero_snr'),
   ],
 )
 def test_another_network_is_named(tmp_path, changes, must):
@@ -440,7 +441,7 @@ def test_what_cannot_be_converted_is_told(tmp_path):
 def test_a_network_that_diffusers_has_not_is_told():
   config = {
     'data': {'image_size': 16, 'channels': 1},
-    'conditioning': {'name': 'none'},
+    'conditioning': {'name': 'none'}, 'loss': {'variance': 'fixed'},
     'model': {
       'name': 'unet', 'style': 'ddpm', 'details': {}, 'time_scale': 1.0,
       'channels': 8, 'multipliers': [1, 2], 'num_blocks': 1,
@@ -464,6 +465,51 @@ def test_a_network_that_diffusers_has_not_is_told():
   ):
     with pytest.raises(UserError, match=must):
       unets.unet_of({**config, 'model': {**config['model'], **changes}})
+
+
+@pytest.mark.parametrize(
+  ('changes', 'theirs'),
+  [
+    ({'process.schedule': 'cosine'}, {'beta_schedule': 'squaredcos_cap_v2'}),
+    ({'process.schedule': 'quadratic'}, {'beta_schedule': 'scaled_linear'}),
+    ({'process.zero_snr': True}, {'rescale_betas_zero_snr': True}),
+    ({'sample.variance': 'learned'}, {'variance_type': 'learned_range'}),
+    ({'process.schedule': 'edm'}, 'process.schedule=edm'),
+    ({'process.shift': 2.0}, r'process.shift=2.0'),
+    (
+      {'loss.prediction': 'flow'},
+      'loss.prediction=flow: .* only has eps, x0, v',
+    ),
+  ],
+)
+def test_schedulers_of_other_processes(changes, theirs):
+  config = digits.get_config()
+  config.update_from_flattened_dict(changes)
+  if isinstance(theirs, str):
+    with pytest.raises(UserError, match=theirs):
+      settings.scheduler_of(config)
+    return
+  found = settings.scheduler_of(config)
+  assert found.items() >= theirs.items()
+  back = settings.process_of(found, 'it')
+  for key, value in changes.items():
+    group, name = key.split('.')
+    known = {'quadratic': 'scaled_linear'}.get(value, value)
+    assert back[group][name] == known
+
+
+def test_a_learned_variance_comes_in_and_goes_out(tmp_path):
+  """Twice the outputs, and the scheduler's variance_type."""
+  changes = {'out_channels': 6, 'variance_type': 'learned_range'}
+  shapes = DESCRIBED['adm']['tensors']
+  twice = {
+    n: [6, *s[1:]] for n, s in shapes.items() if n.startswith('conv_out')
+  }
+  tensors = pipelines.random_tensors(shapes | twice)
+  found = diffusers.read(folder_of('adm', tmp_path, tensors, **changes))
+  assert found.config['loss'] == {'variance': 'learned', 'prediction': 'eps'}
+  assert found.config['sample']['variance'] == 'learned'
+  assert unets.unet_of(found.config)['out_channels'] == 6
 
 
 # --- DDPM's own --------------------------------------------------------------

@@ -112,7 +112,8 @@ def read(path) -> Folder:
     settings.agree(place.index, '_class_name', kind, PIPELINES)
   config = _network(place.network)
   process = _json(place.scheduler) if place.scheduler else {}
-  config |= settings.process_of(process, place.scheduler)
+  process = settings.process_of(process, place.scheduler)
+  config |= {**process, 'loss': {**config['loss'], **process['loss']}}
   state = states.read(place.weights)
   raw, notes = state.raw, [*place.notes, *state.notes]
   if place.raw:

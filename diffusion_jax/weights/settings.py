@@ -11,9 +11,7 @@ from diffusion_jax.system.errors import UserError
 
 # Settings of a scheduler: (diffusers' default, required value).
 PROCESS = {
-  'beta_schedule': ('linear', 'linear'),
   'clip_sample_range': (1.0, 1.0),
-  'rescale_betas_zero_snr': (False, False),
   'thresholding': (False, False),
   'trained_betas': (None, None),
 }
@@ -25,7 +23,14 @@ SCHEDULERS = (
   *('DPMSolverMultistepScheduler', 'DPMSolverSinglestepScheduler'),
   'UniPCMultistepScheduler',
 )
-VARIANCES = {'fixed_small': 'fixedsmall', 'fixed_large': 'fixedlarge'}
+VARIANCES = {
+  **{'fixed_small': 'fixedsmall', 'fixed_large': 'fixedlarge'},
+  **{'learned_range': 'learned'},
+}
+SCHEDULES = {
+  **{'linear': 'linear', 'scaled_linear': 'scaled_linear'},
+  **{'squaredcos_cap_v2': 'cosine', 'sigmoid': 'sigmoid'},
+}
 
 LARGEST = 10**6  # bound on any number in a folder
 
@@ -37,22 +42,38 @@ def scheduler_of(config: Mapping) -> dict:
     config: the run's config.
 
   Raises:
-    UserError: the run's betas are not linear.
+    UserError: a DDPMScheduler has no such process.
   """
   process, sample = config['process'], config['sample']
-  if process['schedule'] != 'linear':
+
+  def theirs(key, value, names):
+    found = [name for name, ours in names.items() if ours == value]
+    if not found:
+      raise UserError(
+        f'{key}={value}: a DDPMScheduler only has '
+        f'{", ".join(names.values())}: such a run cannot be written'
+      )
+    return found[0]
+
+  if process['shift'] != 1:
     raise UserError(
-      f'process.schedule={process["schedule"]}: only linear can be written'
+      f'process.shift={process["shift"]}: a DDPMScheduler has none: such a run '
+      'cannot be written'
     )
-  predictions = {ours: name for name, ours in PREDICTIONS.items()}
-  variances = {ours: name for name, ours in VARIANCES.items()}
+  schedule = {'quadratic': 'scaled_linear'}.get(
+    process['schedule'], process['schedule']
+  )
   return {
     '_class_name': 'DDPMScheduler',
     'num_train_timesteps': process['num_timesteps'],
+    'beta_schedule': theirs('process.schedule', schedule, SCHEDULES),
     'beta_start': process['beta_start'],
     'beta_end': process['beta_end'],
-    'prediction_type': predictions[config['loss']['prediction']],
-    'variance_type': variances[sample['variance']],
+    'rescale_betas_zero_snr': process['zero_snr'],
+    'prediction_type': theirs(
+      'loss.prediction', config['loss']['prediction'], PREDICTIONS
+    ),
+    'variance_type': theirs('sample.variance', sample['variance'], VARIANCES),
     'clip_sample': sample['clip'],
     **{name: value for name, (_, value) in PROCESS.items()},
   }
@@ -93,6 +114,10 @@ def process_of(settings: dict, path) -> dict:
   must_be(settings, PROCESS, path)
   prediction = settings.get('prediction_type', 'epsilon')
   variance = settings.get('variance_type', 'fixed_small')
+  schedule = settings.get('beta_schedule', 'linear')
+  rescale = settings.get('rescale_betas_zero_snr', False)
+  agree(path, 'beta_schedule', schedule, SCHEDULES)
+  agree(path, 'rescale_betas_zero_snr', rescale, [False, True])
   agree(path, 'prediction_type', prediction, PREDICTIONS)
   agree(path, 'variance_type', variance, VARIANCES)
 
@@ -104,7 +129,9 @@ def process_of(settings: dict, path) -> dict:
 
   return {
     'process': {
-      'schedule': 'linear',
+      'schedule': SCHEDULES[schedule],
+      'zero_snr': rescale,
+      'shift': 1.0,
       'num_timesteps': number('num_train_timesteps', int),
       'beta_start': float(number('beta_start', int | float)),
       'beta_end': float(number('beta_end', int | float)),

@@ -74,12 +74,13 @@ def unet_of(config: Mapping) -> dict:
       'the first level: such a network cannot be written'
     )
   condition, groups = config['conditioning'], model['num_groups']
+  learned = config['loss']['variance'] == 'learned'
   is_plain = style.middle_attention and not style.scale_shift
   return {
     '_class_name': 'UNet2DModel',
     'sample_size': size,
     'in_channels': config['data']['channels'],
-    'out_channels': config['data']['channels'],
+    'out_channels': config['data']['channels'] * (1 + learned),
     'block_out_channels': widths,
     'layers_per_block': model['num_blocks'],
     'down_block_types': _kinds('Down', attends, style.resampling),
@@ -163,7 +164,8 @@ def network_of(settings: dict, path) -> dict:
     path: the path of that file, for messages.
 
   Returns:
-    'data' (image_size and channels only), 'model' and 'conditioning'.
+    'data' (image_size and channels only), 'model', 'conditioning', and 'loss'
+    (variance only).
 
   Raises:
     UserError: the network is not supported; the message names the setting.
@@ -183,13 +185,15 @@ def network_of(settings: dict, path) -> dict:
     whole(name, theirs[name], path)
     for name in ('sample_size', 'in_channels', *COUNTS)
   )
-  agree(path, 'out_channels', theirs['out_channels'], [channels])
+  outputs = theirs['out_channels']
+  agree(path, 'out_channels', outputs, [channels, 2 * channels])
   widths, attends, resampling = _levels_of(theirs, path)
   style = _details_of(theirs, path)._replace(resampling=resampling)
   name, details = styles.described(style)
   return {
     'data': {'image_size': size, 'channels': channels},
     'conditioning': _condition_of(theirs['num_class_embeds'], path),
+    'loss': {'variance': 'fixed' if outputs == channels else 'learned'},
     'model': {
       'name': 'unet',
       'style': name,
