@@ -135,10 +135,12 @@ def _moments(xs):
     # have no such digits: rounding them has changed the variance by more.
     wide = x.dtype == jnp.float32
     pivot = x[:, :1, :1, :] if wide else jnp.zeros((1, 1, 1, x.shape[-1]))
-    deviation = x.astype(jnp.float32) - pivot
+    x = x.astype(jnp.float32)
+    # XLA would write x - pivot for a CPU, if both sums took the same array.
+    again = jax.lax.optimization_barrier(pivot) if wide else pivot
     pivots.append(jnp.broadcast_to(pivot[:, 0, 0], (len(x), x.shape[-1])))
-    firsts.append(jnp.mean(deviation, axis=(1, 2)))
-    seconds.append(jnp.mean(jnp.square(deviation), axis=(1, 2)))
+    firsts.append(jnp.mean(x - pivot, axis=(1, 2)))
+    seconds.append(jnp.mean(jnp.square(x - again), axis=(1, 2)))
   pivot, first, second = map(_joined, (pivots, firsts, seconds))
   # Rounding could make it negative, where all pixels are nearly the same.
   return pivot + first, jnp.maximum(second - jnp.square(first), 0.0)
