@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from diffusion_jax import samplers
 from diffusion_jax.codecs import Codec
 from diffusion_jax.conditioning import none
 from diffusion_jax.objectives import denoising, laws, weights
 from diffusion_jax.objectives.objective import branch
 from diffusion_jax.process import gaussian, likelihood, schedules
 from diffusion_jax.runs import programs, recipe, rules
+from diffusion_jax.samplers import plan
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, sharding
 
@@ -265,6 +267,46 @@ def test_the_hybrid_loss_trains_the_mean_by_the_error_only():
     hybrid['variance'], 0.001 * bound['variance'], rtol=1e-4
   )
   assert bound['mean'] != 0
+
+
+@pytest.mark.parametrize(
+  ('fraction', 'fixed'), [(0.0, 'fixedsmall'), (1.0, 'fixedlarge')]
+)
+def test_the_ends_of_a_learned_variance_are_the_fixed_ones(fraction, fixed):
+  """In ancestral steps of any length."""
+  schedule = schedules.linear(100)
+  x = jax.random.normal(jax.random.key(2), (4, 3))
+  keys = jax.random.split(jax.random.key(0), 4)
+
+  def denoise(xt, t):
+    return gaussian.Denoised(0.3 * xt, xt, jnp.full_like(xt, fraction))
+
+  one, two = (
+    samplers.solve(
+      samplers.ancestral(variance), denoise, schedule, [99, 60, 13, 2, -1], x,
+      keys,
+    )
+    for variance in ('learned', fixed)
+  )  # fmt: skip
+  np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_a_variance_that_was_not_learned_is_one_line():
+  schedule, x = schedules.linear(10), jnp.zeros((1, 2))
+  with pytest.raises(UserError, match='needs a network trained'):
+    samplers.solve(
+      samplers.ancestral('learned'), lambda xt, t: gaussian.Denoised(xt, xt),
+      schedule, [9, -1], x, jax.random.split(jax.random.key(0), 1),
+    )  # fmt: skip
+  config = {'loss': {'variance': 'fixed'}}
+  with pytest.raises(UserError, match='use variance=fixedlarge'):
+    plan.check_variance('learned', config)
+  plan.check_variance('learned', {'loss': {'variance': 'learned'}})
+  made = plan.create(schedule, sampler='ddim', num_steps=2)
+  assert plan.ignores_variance(made, {'loss': {'variance': 'learned'}})
+  assert not plan.ignores_variance(made, config)
+  made = plan.create(schedule, num_steps=2, variance='learned')
+  assert not plan.ignores_variance(made, {'loss': {'variance': 'learned'}})
 
 
 # --- in any pieces -----------------------------------------------------------

@@ -14,6 +14,7 @@ from diffusion_jax.samplers import grid, plan
 from diffusion_jax.samplers.adaptive import solve as adaptive_solve
 from diffusion_jax.samplers.inversion import ddim_inversion
 from diffusion_jax.system.errors import UserError
+from diffusion_jax.weights import settings
 
 T = 1000
 # alpha_bar at AT, of DDPMScheduler of diffusers 0.42.1, in float32.
@@ -289,3 +290,33 @@ def test_a_file_that_changed_or_is_absent_is_one_line(tmp_path):
   path.write_text('0.1 1.2')
   with pytest.raises(UserError, match='between 0 and 1'):
     schedules.create('betas', num_timesteps=2, path=str(path))
+
+
+@pytest.mark.parametrize(
+  'process',
+  [
+    {'schedule': 'scaled_linear', **SD}, {'schedule': 'cosine'},
+    {'schedule': 'sigmoid'}, {'schedule': 'linear', 'zero_snr': True},
+  ],
+)  # fmt: skip
+def test_settings_of_a_scheduler_go_round(process):
+  process = {
+    'num_timesteps': T, 'beta_start': 1e-4, 'beta_end': 0.02, 'shift': 1.0,
+    'zero_snr': False, **process,
+  }  # fmt: skip
+  config = {
+    'process': process, 'loss': {'prediction': 'v', 'variance': 'fixed'},
+    'sample': {'variance': 'fixedsmall', 'clip': True},
+  }  # fmt: skip
+  found = settings.process_of(settings.scheduler_of(config), 'it')
+  assert found['process'] == process
+  assert found['loss'].items() <= config['loss'].items()
+  for changes in (
+    {'process': {**process, 'schedule': 'flow'}},
+    {'process': {**process, 'shift': 2.0}},
+    {'loss': {'prediction': 'edm', 'variance': 'fixed'}},
+    {'loss': {'prediction': 'v', 'variance': 'learned'}},
+  ):
+    with pytest.raises(UserError, match='cannot be written') as error:
+      settings.scheduler_of({**config, **changes})
+    assert '\n' not in str(error.value)

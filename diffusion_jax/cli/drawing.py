@@ -51,7 +51,7 @@ declare.table(
 # Options of samplers; each sampler takes some of them.
 OPTIONS = {
   'eta': 'amount of noise, from 0 (none) to 1',
-  'variance': "fixedlarge or fixedsmall; by default the config's",
+  'variance': "fixedlarge, fixedsmall or learned; by default the config's",
   'order': 'order of the solver, 1 to 3',
   'variant': 'variant of the solver, see --sampler=list',
   'churn': "EDM's S_churn",
@@ -230,6 +230,11 @@ def fill(
     f'drawing {len(absent)} images with {plan.cost()} each, '
     f'{batch_size} at once, into {output}'
   )
+  if plans.ignores_variance(plan, trained.config):
+    terminal.say(
+      f'(--sampler={plan.sampler} does not use the learned variance; '
+      '--sampler=ancestral --variance=learned does)'
+    )
   if FLAGS.num_steps not in (None, plan.num_steps):
     terminal.say(
       f'(--grid={FLAGS.grid} has {plan.num_steps} different times for '

@@ -12,6 +12,7 @@ from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.process import flow
 from diffusion_jax.reporting import page, plots
 from diffusion_jax.samplers import guided
+from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 
@@ -140,6 +141,7 @@ def _how(kind, trained, plan) -> bits.How:
   """The protocol that the flags describe."""
   given = FLAGS.variance or trained.config['sample'].get('variance')
   variance = given or 'fixedlarge'
+  plans.check_variance(variance, trained.config)
   names = bits.OF_FLOW if kind == 'bpd_ode' else ()
   own = {name: FLAGS[name].value for name in names}
   return bits.How(kind, plan.seed, plan.grid, variance, plan.clip, **own)

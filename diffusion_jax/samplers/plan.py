@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax import samplers
-from diffusion_jax.process import schedules
+from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.samplers import grid as grids
 from diffusion_jax.samplers import guided
 from diffusion_jax.samplers.solve import count_evaluations, starts_at_noise
@@ -175,6 +175,22 @@ def create(
   )
 
 
+def check_variance(variance: str | None, config: dict) -> None:
+  """Raises UserError if a run's network has no variance that is asked for."""
+  fixed = config['loss'].get('variance', 'fixed') != gaussian.LEARNED
+  if variance == gaussian.LEARNED and fixed:
+    raise UserError(
+      'variance=learned needs a network that was trained with '
+      'loss.variance=learned: use variance=fixedlarge or fixedsmall'
+    )
+
+
+def ignores_variance(plan: Plan, config: dict) -> bool:
+  """Whether a plan leaves a learned variance unused."""
+  learned = config['loss'].get('variance') == gaussian.LEARNED
+  return learned and plan.options.get('variance') != gaussian.LEARNED
+
+
 def for_run(
   config: dict,
   *,
@@ -198,6 +214,7 @@ def for_run(
   """
   if given.get('variance') is None and 'variance' in samplers.takes(sampler):
     given['variance'] = config['sample'].get('variance')
+    check_variance(given['variance'], config)
   if given.get('clip') is None:
     given['clip'] = config['sample'].get('clip', True)
   given['guidance'] = guided.chosen(

@@ -55,6 +55,11 @@ def scheduler_of(config: Mapping) -> dict:
       )
     return found[0]
 
+  if config['loss']['variance'] != 'fixed':
+    raise UserError(
+      f'loss.variance={config["loss"]["variance"]}: a DDPMScheduler only has '
+      'fixed variances here: such a run cannot be written'
+    )
   if process['shift'] != 1:
     raise UserError(
       f'process.shift={process["shift"]}: a DDPMScheduler has none: such a run '
