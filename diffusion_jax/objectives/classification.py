@@ -68,6 +68,17 @@ def create(
 
 
 def log_probability(network_fn: Callable, params, xt, t, label) -> jax.Array:
-  """[B] log p(label | xt) of a classifier."""
+  """log p(label | xt) of a classifier.
+
+  Args:
+    network_fn: (params, xt, t, cond, dropout keys or None) -> logits [B, K].
+    params: all parts of its run.
+    xt: [B, ...] noised data.
+    t: [B] times.
+    label: [B] int labels.
+
+  Returns:
+    [B] float32.
+  """
   logits = jax.nn.log_softmax(network_fn(params, xt, t, {}, None))
   return jnp.take_along_axis(logits, label[:, None], axis=1)[:, 0]

@@ -199,9 +199,14 @@ def _bound(schedule, variance, codec) -> Callable:
 def by_quarter(
   values: jax.Array, t: jax.Array, num_timesteps: int, factor=None
 ) -> dict[str, Mean]:
-  """The mean of values [B] over each quarter of t [B], which may be empty.
+  """The mean over each quarter of the times, which may be empty.
 
-  With a factor [B], which the values contain, the mean is weighted by it.
+  Args:
+    values: [B].
+    t: [B] times.
+    num_timesteps: the number of times.
+    factor: [B], which the values contain: the mean is weighted by it; None for
+      equal weights.
   """
   quarter = 4 * t // num_timesteps
 
