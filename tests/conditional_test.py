@@ -323,7 +323,7 @@ def test_an_unconditional_run_takes_no_label(tmp_path):
   with pytest.raises(UserError, match='label=3: the run is unconditional'):
     labels.condition(tmp_path, config, 3)
   of_labels = {'conditioning': {'name': 'label', 'num_classes': 10}}
-  with pytest.raises(UserError, match='give --label, such as --label=all'):
+  with pytest.raises(UserError, match='give a label, such as label=all'):
     labels.condition(tmp_path, of_labels)
   assert labels.condition(tmp_path, of_labels, 'all')['label'][-1] == 9
 

@@ -278,7 +278,7 @@ NONE = {'name': 'none', 'drop': 0.1}
     ({'guidance': np.nan}, 'a finite number'),
     ({'guidance_interval': '1,3'}, 'has no effect with guidance=1'),
     ({'guide': {'guide': 'run@5'}}, 'guide=run@5 has no effect'),
-    ({'classifier_scale': 2.0}, 'no effect without --classifier'),
+    ({'classifier_scale': 2.0}, 'no effect without a classifier'),
   ],
 )  # fmt: skip
 def test_guidance_that_cannot_be_is_one_line(given, said):

@@ -46,7 +46,7 @@ def condition(workdir, config: Mapping, asked=None, other=None) -> dict:
     if known is None:
       raise UserError(
         f'{workdir}/{dataset.DATA} does not say how frequent the labels are: '
-        'give --label, such as --label=all'
+        'give a label, such as label=all'
       )
     return {'label': 'data', 'label_counts': known['counts']}
   names = known['names'] if known else []

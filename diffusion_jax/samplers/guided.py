@@ -88,20 +88,20 @@ def chosen(
       if name != 'guidance' and value is not None:
         raise UserError(
           f'{name}={value} has no effect with guidance=1: give another '
-          '--guidance, such as 2, or leave it out'
+          'guidance, such as 2, or leave it out'
         )
     return found
   if not (is_conditional or guide):
     raise UserError(
       f'guidance={weight}: the run has no condition, so it has no pair of '
       "models to guide with: train with conditioning.name='label', or give "
-      'another run as --guide'
+      'another run as the guide'
     )
   if not guide and not conditioning['drop']:
     raise UserError(
       f'guidance={weight}: the run was trained with conditioning.drop=0 and '
       'has no unconditional model: train with conditioning.drop=0.1, or give '
-      'another run as --guide'
+      'another run as the guide'
     )
   if rescale is not None and not 0 <= rescale <= 1:
     raise UserError(f'guidance_rescale={rescale}: from 0 (off) to 1')
@@ -118,8 +118,8 @@ def _of_classifier(classifier, scale) -> dict:
   if not classifier:
     if scale is not None:
       raise UserError(
-        f'classifier_scale={scale} has no effect without --classifier: give '
-        'the run of a classifier'
+        f'classifier_scale={scale} has no effect without a classifier: give '
+        'the run of one, or leave it out'
       )
     return {}
   scale = 1.0 if scale is None else scale
