@@ -179,6 +179,12 @@ def get_config():
   # none, and samples with the parameters.
   config.ema = ConfigDict()
   config.ema.decay = 0.9999
+  # Further averages, to choose from afterwards (--ema_profile); each takes the
+  # memory of the parameters. Other constant decays, such as (0.999, 0.9995):
+  config.ema.decays = ()
+  # Relative widths of power-function profiles (arXiv 2312.02696). From two,
+  # such as (0.05, 0.1), others are reconstructed, see docs/training.md.
+  config.ema.profiles = ()
 
   # Grids of samples drawn during training, see docs/samplers.md.
   config.sample = ConfigDict()

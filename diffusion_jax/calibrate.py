@@ -18,14 +18,13 @@ from diffusion_jax.evaluation import calibration as passes
 from diffusion_jax.evaluation import features
 from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.runs import calibration
-from diffusion_jax.runs.trained import load
 from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(run_data)
-declare.shared('accept_data', 'workdir', 'step', 'ema', 'json')
+declare.shared('accept_data', 'workdir', 'step', 'ema', 'ema_profile', 'json')
 declare.table(
   num_images=(
     256,
@@ -48,8 +47,8 @@ def main():
   runs.usable_folder('workdir', folder)
   compilation.keep()
   images = run_data.images(config, 'train', FLAGS.num_images)
-  trained = load(workdir, FLAGS.step, FLAGS.ema)
-  place = calibration.path(workdir, trained.step, trained.ema)
+  trained = declare.network(FLAGS.step)
+  place = calibration.path(workdir, trained.step, trained.weights)
   about = {
     'images': images.description,
     'num_images': images.count,
@@ -79,7 +78,7 @@ def _kept(place, about, trained):
   def read():
     try:
       found = calibration.read(
-        trained.workdir, trained.step, trained.ema,
+        trained.workdir, trained.step, trained.weights,
         trained.schedule.num_timesteps,
       )  # fmt: skip
     except UserError:

@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from diffusion_jax import models, runs
-from diffusion_jax.cli import command, config_files
+from diffusion_jax.cli import command, config_files, declare
 from diffusion_jax.models import NET
 from diffusion_jax.runs import folder, recipe, validation
 from diffusion_jax.runs.trained import load
@@ -53,6 +53,7 @@ flags.DEFINE_integer(
 flags.DEFINE_bool(
   'ema', True, 'Export: the averaged weights; --noema: the raw ones.'
 )
+declare.shared('ema_profile')
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 
@@ -104,17 +105,22 @@ def _export(source, target) -> tuple[dict, str]:
       '--config is for imports; a run has its own: leave --config out'
     )
   runs.read_config(source, '--from')
-  trained = load(source, FLAGS.step, FLAGS.ema, mesh=sharding.make_mesh())
+  trained = load(
+    source, FLAGS.step, FLAGS.ema, sharding.make_mesh(), FLAGS.ema_profile
+  )
   params = jax.tree.map(sharding.to_host, trained.params)
   diffusers.write(target, trained.config, params[NET])
   result = {
     'path': str(target),
     'step': trained.step,
     'ema': trained.ema,
+    **trained.average,
     'parameters': models.count(params),
     'weights_sha256': trained.weights_sha256,
   }
   kind = 'averaged' if trained.ema else 'raw'
+  if trained.average:
+    kind += f' ({trained.average["ema_profile"]})'
   return result, (
     f'{kind} weights of step {trained.step}, {result["parameters"]:,} '
     'parameters, as a DDPMPipeline'

@@ -203,26 +203,33 @@ def _check_sweep():
 
 
 def _sweep(workdir):
-  entries = {text: sweep.parse(text) for text in FLAGS.sweep}
+  own = {'ema_profile': FLAGS.ema_profile}
+  entries = {text: own | sweep.parse(text) for text in FLAGS.sweep}
   budgets = sweep.budgets(FLAGS.sweep_evaluations)
   timesteps = runs.read_config(workdir)['process']['num_timesteps']
 
   def read(step):
     plan_of, network = drawing.prepared(step)
     planned = [
-      (text, budget, sweep.longest(text, plan_of, budget, timesteps))
-      for text in entries
+      (text, budget, sweep.longest(
+        text, lambda more, how=how: plan_of(how | more), budget, timesteps
+      ))
+      for text, how in entries.items()
       for budget in budgets
-    ]
-    return step, planned, network()
+    ]  # fmt: skip
+    for how in entries.values():  # an average that is not there, or is damaged
+      network(how)
+    return step, planned, network
 
-  step, planned, trained = declare.of_run(read)
+  step, planned, network = declare.of_run(read)
+  trained = network(entries[planned[0][0]])
   task = _task(workdir, trained)
   cells = []
   for i, (text, budget, plan) in enumerate(planned, 1):
     terminal.say(f'{i} of {len(planned)}: {text}, {plan.cost()}')
     path = _card_path(task, workdir, step, plan, entries[text])
-    card = _judged(task, path, trained, plan, entries[text])
+    now = network(entries[text])
+    card = _judged(task, path, now, plan, entries[text])
     cells.append({
       'sampler': text,
       'budget': budget,

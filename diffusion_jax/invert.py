@@ -24,8 +24,7 @@ from diffusion_jax import runs
 from diffusion_jax.cli import command, declare, run_data
 from diffusion_jax.evaluation import cards, features
 from diffusion_jax.reporting import pictures
-from diffusion_jax.runs import trajectories
-from diffusion_jax.runs.trained import load
+from diffusion_jax.runs import averaged, trajectories
 from diffusion_jax.samplers import grid as grids
 from diffusion_jax.samplers import inversion
 from diffusion_jax.samplers import plan as plans
@@ -35,7 +34,7 @@ from diffusion_jax.system.errors import UserError
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(run_data)
-declare.shared('accept_data', 'workdir', 'step', 'ema', 'json')
+declare.shared('accept_data', 'workdir', 'step', 'ema', 'ema_profile', 'json')
 declare.table(
   split=(('heldout', 'train'), 'Images of the run to invert.'),
   output=(str, 'Output folder; by default a new one in WORKDIR/inversions.'),
@@ -84,7 +83,7 @@ def main():
     images = run_data.images(
       config, FLAGS.split, FLAGS.num_images, at_most=False
     )
-    return load(workdir, step, FLAGS.ema), plan, images, output
+    return declare.network(step), plan, images, output
 
   _invert(*declare.of_run(read))
 
@@ -97,8 +96,8 @@ def _name(step, plan) -> str:
   parts = [f'step{step}', f'ddim{plan.num_steps}']
   parts += [grid] * (grid != 'uniform')
   parts += [f'iterations{FLAGS.iterations}', f'{FLAGS.split}{FLAGS.num_images}']
-  parts += ['raw'] * (not FLAGS.ema) + ['clip'] * plan.clip
-  return '_'.join(parts)
+  which = averaged.suffix(FLAGS.ema_profile or FLAGS.ema)
+  return '_'.join(parts) + which + '_clip' * plan.clip
 
 
 def _invert(trained, plan, images, output):

@@ -20,7 +20,7 @@ from diffusion_jax.planning.compiled import device_bytes
 from diffusion_jax.runs import recipe, validation
 from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import optim, sharding, state
+from diffusion_jax.training import averages, optim, sharding, state
 
 FLAGS = flags.FLAGS
 command.define_config()
@@ -45,15 +45,16 @@ def main():
   mesh = AbstractMesh(sizes, sharding.AXES)
   init = recipe.create(config).init
   abstract = state.abstract_state(
-    init, optim.create(**config.optim), mesh, ema=config.ema.decay > 0
-  )
+    init, optim.create(**config.optim), mesh, ema=config.ema.decay > 0,
+    averages=averages.updates(config.ema),
+  )  # fmt: skip
   rows = [
     {'name': name, **_lies(leaf)}
     for name, leaf in models.named(abstract.params).items()
   ]
   parts = {
     'parameters': abstract.params,
-    'EMA': abstract.ema_params,
+    'EMA': (abstract.ema_params, abstract.averages),
     'optimiser': abstract.opt_state,
     'state': abstract,
   }

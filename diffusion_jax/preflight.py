@@ -341,7 +341,7 @@ def _result(place, train, sample, judge) -> dict:
   config, state, count = place.config, place.program.abstract, place.sampled
   parts = {
     'parameters': device_bytes(state.params),
-    'EMA': device_bytes(state.ema_params),
+    'EMA': device_bytes((state.ema_params, state.averages)),
     'optimiser': device_bytes(state.opt_state),
   }
   used = 'EMA' if state.ema_params else 'parameters'
@@ -371,8 +371,8 @@ def _result(place, train, sample, judge) -> dict:
       'num_steps': config.sample.num_steps,
       'network_rows': place.program.plan.rows,
       **compiled.describe(
-        sample, {used: parts[used], 'batch': count // place.rows * 4}, count,
-        place.mesh.size,
+        sample, {used: parts['parameters'], 'batch': count // place.rows * 4},
+        count, place.mesh.size,
       ),
     }  # fmt: skip
   if judge:

@@ -195,7 +195,11 @@ def random_state(abstract):
   params = random_arrays(abstract.params)
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
   return jax.device_put(
-    zeros._replace(params=params, ema_params=abstract.ema_params and params),
+    zeros._replace(
+      params=params,
+      ema_params=abstract.ema_params and params,
+      averages=dict.fromkeys(zeros.averages, params),
+    ),
     jax.tree.map(lambda leaf: leaf.sharding, abstract),
   )
 

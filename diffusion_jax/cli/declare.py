@@ -5,6 +5,7 @@ from typing import Any
 
 from absl import flags
 
+from diffusion_jax.runs.trained import Trained, load
 from diffusion_jax.system import distributed, files
 from diffusion_jax.training import checkpoint
 
@@ -24,6 +25,12 @@ SHARED = {
   'workdir': (str, 'Folder of the run.'),
   'step': (int, 'Checkpoint; by default the newest.'),
   'ema': (True, 'Use the averaged weights; --noema: the raw ones.'),
+  'ema_profile': (
+    str,
+    'Another average, by its relative width, such as 0.13, reconstructed from '
+    'those of ema.profiles; or a kept one, such as decay:0.999. See '
+    'docs/training.md.',
+  ),
   'json': (False, 'Print the result as JSON.'),
   'accept_data': (
     False,
@@ -60,6 +67,18 @@ def shared(*names: str) -> None:
 def workdir() -> files.Path:
   """The folder that --workdir names."""
   return files.at(flags.FLAGS.workdir).expanduser()
+
+
+def network(step: int | None, **others) -> Trained:
+  """The network of the run that --workdir, --ema and --ema_profile name.
+
+  Args:
+    step: the step of the checkpoint; None = the newest.
+    **others: more arguments of `trained.load`, in place of the flags'.
+  """
+  flag = flags.FLAGS
+  how = {'ema': flag.ema, 'ema_profile': flag.ema_profile, **others}
+  return load(workdir(), step, **how)
 
 
 def of_run(read: Callable[[int], Any]) -> Any:

@@ -14,8 +14,8 @@ from absl import flags
 
 from diffusion_jax import runs, samplers
 from diffusion_jax.cli import command, declare, guiding
-from diffusion_jax.runs import calibration, guided, store
-from diffusion_jax.runs.trained import Trained, load
+from diffusion_jax.runs import averaged, calibration, guided, store
+from diffusion_jax.runs.trained import Trained
 from diffusion_jax.samplers import grid
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.samplers.adaptive import Took
@@ -27,7 +27,7 @@ from diffusion_jax.training import sharding
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(guiding)
-declare.shared('workdir', 'step', 'ema')
+declare.shared('workdir', 'step', 'ema', 'ema_profile')
 declare.table(
   output=(
     str,
@@ -89,8 +89,11 @@ def listed() -> bool:
 
 
 def asked() -> dict:
-  """The flags of a plan, see `plans.for_run`; None for those not given."""
-  names = ('sampler', 'num_steps', 'grid', 'clip', *OPTIONS)
+  """The flags of a plan, see `plans.for_run`; None for those not given.
+
+  Besides, `ema_profile`, the network's average.
+  """
+  names = ('sampler', 'num_steps', 'grid', 'clip', 'ema_profile', *OPTIONS)
   return {**{name: FLAGS[name].value for name in names}, **guiding.asked()}
 
 
@@ -105,8 +108,8 @@ def check_flags(**least) -> None:
 
 def prepared(
   step: int,
-) -> tuple[Callable[[dict], Plan], Callable[[], Trained]]:
-  """Returns (fn from `asked` to a plan, fn to load the network).
+) -> tuple[Callable[[dict], Plan], Callable[[dict], Trained]]:
+  """Returns (fn from `asked` to a plan, fn from it to the loaded network).
 
   Plans are made before the weights are read, so that mistakes are reported at
   once.
@@ -124,35 +127,44 @@ def prepared(
   others = guiding.others_of(config)
   condition = guiding.condition(workdir, config, others)
 
-  @functools.cache
-  def loaded():
-    trained = load(workdir, step, FLAGS.ema)
+  compiled = []
+
+  @functools.lru_cache(maxsize=1)  # of a sweep's averages one at a time
+  def loaded(average):
+    if compiled:
+      return compiled[0].using(average)
+    trained = declare.network(step, ema_profile=average)
     if guided.GUIDE in others:
       trained = trained.guided_by(others[guided.GUIDE])
     if guided.CLASSIFIER in others:
       trained = trained.classified_by(others[guided.CLASSIFIER])
+    compiled.append(trained)
     return trained
 
   @functools.cache
-  def calibrated():
-    loaded()  # before a calibration of damaged weights is missed
+  def calibrated(average):
+    loaded(average)  # before a calibration of damaged weights is missed
     timesteps = config['process']['num_timesteps']
     kept = distributed.on_first(
-      lambda: calibration.read(workdir, step, FLAGS.ema, timesteps)
+      lambda: calibration.read(workdir, step, average or FLAGS.ema, timesteps)
     )
     return calibration.Calibration(*kept)
 
   def plan(how):
+    how = {**how}
+    average = how.pop('ema_profile', None)
+    averaged.check(config['ema'], FLAGS.ema, average)
     facts = {name: guided.facts(one, name) for name, one in others.items()}
     return plans.for_run(
-      config, calibration=calibrated, seed=FLAGS.seed, condition=condition,
-      **facts, **how,
+      config, calibration=lambda: calibrated(average), seed=FLAGS.seed,
+      condition=condition, **facts, **how,
     )  # fmt: skip
 
-  def network():
-    trained = loaded()
-    if calibrated.cache_info().currsize:
-      calibration.check(calibrated(), trained)
+  def network(how):
+    average = how.get('ema_profile')
+    trained = loaded(average)
+    if plans.is_calibrated(how['sampler'], how['grid']):
+      calibration.check(calibrated(average), trained)
     return trained
 
   return plan, network
@@ -179,7 +191,7 @@ def chosen(
     own = declare.workdir() / 'samples' / name(step, plan, dtype)
     output = files.at(FLAGS.output or own).expanduser()
     runs.usable_output(output)
-    return network(), plan, output
+    return network(asked()), plan, output
 
   runs.read_config(declare.workdir())
   return declare.of_run(read)
@@ -274,6 +286,7 @@ def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
   facts = {
     'step': trained.step,
     'ema': trained.ema,
+    **{k: x for k, x in trained.average.items() if k == 'ema_profile'},
     'weights_sha256': trained.weights_sha256,
     **{part: trained.config[part] for part in ('model', 'process', 'loss')},
     'image_shape': trained.image_shape,
@@ -304,7 +317,8 @@ def name(
   parts += [f'{k}{x}' for k, x in given.items()]
   parts += [how['grid']] * (how['grid'] != 'uniform')
   parts += [*guiding.name(plan), f'seed{plan.seed}']
-  parts += ['raw'] * (not FLAGS.ema) + ['noclip'] * (not plan.clip)
+  parts[-1] += averaged.suffix(how.get('ema_profile') or FLAGS.ema)
+  parts += ['noclip'] * (not plan.clip)
   # The plan depends on the calibration, which may differ another time.
   if plans.is_calibrated(plan.sampler, how['grid']):
     made = json.dumps([plan.grid, plan.options])

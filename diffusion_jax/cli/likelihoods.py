@@ -11,6 +11,7 @@ from diffusion_jax.evaluation import bits, cards, features, tables
 from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.process import flow
 from diffusion_jax.reporting import page, plots
+from diffusion_jax.runs import averaged
 from diffusion_jax.samplers import guided
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import distributed, files, terminal
@@ -106,7 +107,7 @@ def _card(trained, images, how, about) -> dict:
   """Measures one kind of likelihood; writes and returns its card."""
   protocol = {**about, **how.protocol()}
   name = cards.name(
-    f'step{trained.step}' + '_raw' * (not trained.ema),
+    f'step{trained.step}' + averaged.suffix(trained.weights),
     f'{how.kind}_{images.count}',
     protocol,
   )

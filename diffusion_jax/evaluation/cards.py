@@ -57,6 +57,7 @@ def subject_of(trained: Trained) -> dict:
     'workdir': str(trained.workdir),
     'step': trained.step,
     'ema': trained.ema,
+    **trained.average,
     'weights_sha256': trained.weights_sha256,
   }
 

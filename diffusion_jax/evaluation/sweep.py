@@ -27,6 +27,7 @@ GUIDANCE = {
   'guidance_interval': str,
   'guidance_rescale': float,
 }
+AVERAGE = 'ema_profile'
 
 
 def parse(text: str) -> dict:
@@ -34,7 +35,8 @@ def parse(text: str) -> dict:
 
   Args:
     text: the text; keys are grid, clip, the sampler's options, and those of
-      guidance, with an interval as LO/HI.
+      guidance, with an interval as LO/HI, and ema_profile, with decay/0.999 for
+      decay:0.999.
 
   Raises:
     UserError: the text is not valid.
@@ -47,7 +49,7 @@ def parse(text: str) -> dict:
     )
   options = samplers.defaults(name)
   kinds = {k: float if x is None else type(x) for k, x in options.items()}
-  kinds |= {'grid': str, 'clip': bool, **GUIDANCE}
+  kinds |= {'grid': str, 'clip': bool, **GUIDANCE, AVERAGE: str}
   given = {'sampler': name, 'grid': 'uniform'}
   for pair in pairs:
     key, equals, word = pair.partition('=')
@@ -61,6 +63,8 @@ def parse(text: str) -> dict:
       given[key] = read(word)
     except (ValueError, KeyError):
       raise UserError(f'--sweep={text}: {key} must be {what}') from None
+  if AVERAGE in given:
+    given[AVERAGE] = given[AVERAGE].replace('/', ':')
   if given['grid'] not in grids.NAMES:
     raise UserError(
       f'--sweep={text}: grid must be one of {", ".join(grids.NAMES)}, which '

@@ -87,7 +87,7 @@ def _curve(found) -> tuple[str, str, list]:
   """
 
   def how(card):
-    own = ('step', 'weights_sha256', 'workdir')
+    own = ('step', 'weights_sha256', 'workdir', 'ema_error', 'ema_averages')
     subject = {k: v for k, v in card['subject'].items() if k not in own}
     return json.dumps([card['protocol'], subject], sort_keys=True)
 

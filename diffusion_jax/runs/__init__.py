@@ -155,6 +155,7 @@ def fixed(old: dict, new: dict) -> list[str]:
     if not may_change(key)
     and not (
       _is_among(key, ON_PURPOSE)
+      and not _is_among(key, ('ema.decays', 'ema.profiles'))
       and (keeps_form or not _is_among(key, (*optim.FORM, 'ema.decay')))
     )
   ]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_jax.runs import averaged
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 
@@ -35,9 +36,9 @@ class Calibration(NamedTuple):
     return self.clipped_mse if clip else self.mse
 
 
-def path(workdir, step: int, ema: bool) -> files.Path:
+def path(workdir, step: int, weights: bool | str) -> files.Path:
   """The calibration file in a run's folder."""
-  name = f'step{step}' + '_raw' * (not ema)
+  name = f'step{step}' + averaged.suffix(weights)
   return files.at(workdir) / 'calibration' / f'{name}.json'
 
 
@@ -52,23 +53,25 @@ def write(place, calibration: Calibration, about: dict) -> None:
   files.write_json(place, {**about, **calibration._asdict()})
 
 
-def read(workdir, step: int, ema: bool, num_timesteps: int) -> Calibration:
+def read(
+  workdir, step: int, weights: bool | str, num_timesteps: int
+) -> Calibration:
   """Reads the calibration of a run's checkpoint.
 
   Args:
     workdir: the run's folder.
     step: the step of the checkpoint.
-    ema: whether for the averaged or the raw weights.
+    weights: of which weights, see `Trained.weights`.
     num_timesteps: T.
 
   Raises:
     UserError: there is no calibration, or it is damaged.
   """
-  place = path(workdir, step, ema)
+  place = path(workdir, step, weights)
   if not place.exists():
     raise UserError(
       f'the statistics of step {step} are not yet computed: run '
-      + _command(workdir, step, ema)
+      + _command(workdir, step, weights)
     )
   try:
     told = json.loads(place.read_text())
@@ -78,14 +81,17 @@ def read(workdir, step: int, ema: bool, num_timesteps: int) -> Calibration:
       raise ValueError('tables of another size')
     return found
   except (OSError, ValueError, KeyError, TypeError) as e:
-    told = f'{place} is damaged ({e}): run {_command(workdir, step, ema)}'
+    told = f'{place} is damaged ({e}): run {_command(workdir, step, weights)}'
     raise UserError(told) from e
 
 
-def _command(workdir, step, ema) -> str:
-  raw = '' if ema else ' --ema=false'
+def _command(workdir, step, weights) -> str:
+  which = '' if weights else ' --ema=false'
+  if isinstance(weights, str):
+    which = f' --ema_profile={weights}'
   return (
-    f'python -m diffusion_jax.calibrate --workdir={workdir} --step={step}{raw}'
+    f'python -m diffusion_jax.calibrate --workdir={workdir} '
+    f'--step={step}{which}'
   )
 
 
@@ -94,5 +100,6 @@ def check(calibration: Calibration, trained) -> None:
   if calibration.weights_sha256 != trained.weights_sha256:
     raise UserError(
       f'the statistics of step {trained.step} are not for the weights of the '
-      'checkpoint: run ' + _command(trained.workdir, trained.step, trained.ema)
+      'checkpoint: run '
+      + _command(trained.workdir, trained.step, trained.weights)
     )

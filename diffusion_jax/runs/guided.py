@@ -11,7 +11,7 @@ from diffusion_jax.guidance import guided
 from diffusion_jax.guidance.classifier import by_classifier
 from diffusion_jax.objectives import CLASSIFICATION, classification
 from diffusion_jax.process import gaussian
-from diffusion_jax.runs import dataset
+from diffusion_jax.runs import averaged, dataset
 from diffusion_jax.runs.recipe import Recipe, network_fn
 from diffusion_jax.samplers import guided as options
 from diffusion_jax.system.errors import UserError
@@ -137,8 +137,8 @@ def check(config: Mapping, guide: Mapping, workdir, flag: str = GUIDE) -> None:
 
 def facts(other, flag: str = GUIDE) -> dict:
   """What a plan says of a guide or a classifier, a `Trained`."""
-  raw = '_raw' * (not other.ema)
+  which = averaged.suffix(other.weights)
   return {
-    flag: f'{other.workdir.name}@{other.step}{raw}',
+    flag: f'{other.workdir.name}@{other.step}{which}',
     f'{flag}_sha256': other.weights_sha256,
   }

@@ -17,7 +17,7 @@ from diffusion_jax.runs import draw, recipe
 from diffusion_jax.samplers import grid, guided, plan
 from diffusion_jax.samplers.solve import starts_at_noise
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import optim, sharding, state, step
+from diffusion_jax.training import averages, optim, sharding, state, step
 
 
 class Programs(NamedTuple):
@@ -58,6 +58,7 @@ class Programs(NamedTuple):
     return state.create(
       self.init_key, self.recipe.init, self.optimizer, mesh, given,
       self.recipe.objective.extras, bool(self.abstract.ema_params),
+      self.abstract.averages.keys(),
     )  # fmt: skip
 
 
@@ -82,9 +83,11 @@ def create(
   root = jax.random.fold_in(jax.random.key(config['seed']), 0)
   init_key, step_key, heldout_key = jax.random.split(root, 3)
   objective = made.objective
+  others = averages.updates(config['ema'])
   abstract = state.abstract_state(
-    made.init, optimizer, mesh, objective.extras, config['ema']['decay'] > 0
-  )
+    made.init, optimizer, mesh, objective.extras, config['ema']['decay'] > 0,
+    others.keys(),
+  )  # fmt: skip
   common = {'objective': objective, 'mesh': mesh}
   train_step = functools.partial(
     step.train_step,
@@ -92,6 +95,7 @@ def create(
     optimizer=optimizer,
     learning_rate=optim.learning_rate(**config['optim']),
     ema_decay=config['ema']['decay'],
+    averages=others,
     microbatches=config['microbatches'],
     **common,
   )

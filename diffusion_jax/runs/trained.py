@@ -13,7 +13,14 @@ from jax.sharding import Mesh
 
 from diffusion_jax import codecs, models, runs
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.runs import calibration, draw, guided, labels, recipe
+from diffusion_jax.runs import (
+  averaged,
+  calibration,
+  draw,
+  guided,
+  labels,
+  recipe,
+)
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import files, numerics
 from diffusion_jax.system.errors import UserError
@@ -64,6 +71,7 @@ class Trained:
     compiled: the compiled functions, shared with the results of `at`.
     guides: other networks that guide this one, by name, see `guided_by` and
       `classified_by`.
+    average: facts about the average if one was chosen, see `averaged.load`.
   """
 
   workdir: files.Path
@@ -75,11 +83,12 @@ class Trained:
   mesh: Mesh
   compiled: Compiled
   guides: dict[str, 'Trained'] = dataclasses.field(default_factory=dict)
+  average: dict = dataclasses.field(default_factory=dict)
 
   def __repr__(self):
     count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
     return (
-      f"Trained('{self.workdir}', step={self.step}, ema={self.ema}, "
+      f"Trained('{self.workdir}', step={self.step}, ema={self.weights!r}, "
       f'{count:,} parameters, images {self.image_shape})'
     )
 
@@ -87,6 +96,11 @@ class Trained:
   def model(self) -> models.Model:
     """The network; `model.apply(params['net'], xt, t)` is its prediction."""
     return self.recipe.parts[models.NET]
+
+  @property
+  def weights(self) -> bool | str:
+    """Which weights: `ema`, or the `ema_profile` that was chosen."""
+    return self.average.get('ema_profile') or self.ema
 
   @property
   def schedule(self) -> schedules.Schedule:
@@ -146,13 +160,32 @@ class Trained:
     abstract = sharding.abstract(shapes, self.mesh)
 
     def read(at):
-      params = checkpoint.load_params(directory, at, abstract, ema=self.ema)
+      params, average = averaged.load(
+        directory, at, abstract, self.config['ema'], self.weights
+      )
       params = {**self.recipe.frozen, **params}
-      return dataclasses.replace(self, step=at, params=params)
+      return dataclasses.replace(self, step=at, params=params, average=average)
 
     if step is None:
       return checkpoint.read_newest(directory, read)
     return read(checkpoint.find_step(directory, step, 'step'))
+
+  def using(self, ema_profile: str | float | None) -> 'Trained':
+    """Returns the network with another average of the parameters.
+
+    The compiled functions are shared, as by `at`.
+
+    Args:
+      ema_profile: the average, see `load`; None = that of `ema.decay`.
+
+    Raises:
+      UserError: there is no such average, or as for `at`.
+    """
+    average = averaged.check(self.config['ema'], True, ema_profile)
+    if average.get('ema_profile') == self.average.get('ema_profile'):
+      return self
+    ema = bool(average) or self.config['ema']['decay'] > 0
+    return dataclasses.replace(self, ema=ema, average=average).at(self.step)
 
   def guided_by(self, guide: 'Trained') -> 'Trained':
     """Returns the network with another one as its guide (arXiv 2406.02507).
@@ -227,7 +260,7 @@ class Trained:
 
     def found():
       kept = calibration.read(
-        self.workdir, self.step, self.ema, self.schedule.num_timesteps
+        self.workdir, self.step, self.weights, self.schedule.num_timesteps
       )
       calibration.check(kept, self)
       return kept
@@ -321,7 +354,11 @@ class Trained:
 
 @numerics.fixed()
 def load(
-  workdir, step: int | None = None, ema: bool = True, mesh: Mesh | None = None
+  workdir,
+  step: int | None = None,
+  ema: bool = True,
+  mesh: Mesh | None = None,
+  ema_profile: str | float | None = None,
 ) -> Trained:
   """Loads the trained network of a run, without the optimiser's state.
 
@@ -332,15 +369,20 @@ def load(
       average has the raw ones only.
     mesh: the devices to load the parameters to; by default they are replicated
       on every device, and samples are divided over the devices.
+    ema_profile: another average, by its relative width, such as 0.13, which is
+      reconstructed from those kept, or a kept one, such as 'decay:0.999'.
 
   Raises:
-    UserError: there is no run or no such checkpoint, it is damaged, or its
-      parameters are not finite.
+    UserError: there is no run or no such checkpoint, it is damaged, its
+      parameters are not finite, or it has no such average.
   """
   workdir = files.at(workdir).expanduser()
   config = runs.read_config(workdir, 'workdir')
   mesh = mesh or sharding.make_mesh()
   made = recipe.create(config)
   compiled = _compile(made, mesh)
-  ema = ema and config['ema']['decay'] > 0
-  return Trained(workdir, config, 0, ema, made, {}, mesh, compiled).at(step)
+  average = averaged.check(config['ema'], ema, ema_profile)
+  ema = ema and (bool(average) or config['ema']['decay'] > 0)
+  return Trained(
+    workdir, config, 0, ema, made, {}, mesh, compiled, average=average
+  ).at(step)

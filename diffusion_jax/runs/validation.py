@@ -12,7 +12,7 @@ from diffusion_jax.objectives import laws, weights
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import completion
 from diffusion_jax.system.errors import hint
-from diffusion_jax.training import optim, sharding
+from diffusion_jax.training import averages, optim, sharding
 
 LARGEST_BATCH = 10**8  # XLA aborts where a size overflows
 
@@ -35,6 +35,14 @@ OF_NETWORK = {
   'model.head_channels': ('0 (as num_heads) or more', lambda x: x >= 0),
   'model.time_scale': ('above 0, finite', lambda x: 0 < x < math.inf),
   'model.dropout|ema.decay|optim.b[12]': ('in [0, 1)', lambda x: 0 <= x < 1),
+  'ema.decays': (
+    'different numbers in (0, 1)',
+    lambda x: len({*x}) == len(x) and all(0 < y < 1 for y in x),
+  ),
+  'ema.profiles': (
+    f'different numbers above 0, at most {averages.WIDEST}',
+    lambda x: len({*x}) == len(x) and all(0 < y <= averages.WIDEST for y in x),
+  ),
   'process.num_timesteps': ('at least 2', lambda x: x >= 2),
   'loss.(law_std|gamma|huber|variance_weight)': (
     '0 or more, finite',

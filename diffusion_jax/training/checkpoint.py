@@ -119,7 +119,7 @@ class Checkpoints:
       UserError: this checkpoint, or the previous one, cannot be written.
     """
     self.wait()
-    tree = state._asdict()
+    tree = state.entries
     sums = checksum.of(tree)  # of what the devices hold, before any copy
     with _writing(step):
       saving = self._checkpointer.save_async(
@@ -148,11 +148,11 @@ class Checkpoints:
     """
     stored = Stored(self._checkpointer, self.directory, step, flag='')
     stored.trained_with(self._frozen)
-    wanted = abstract._asdict()
+    wanted = abstract.entries
     if abstract.ema_params:
-      return TrainState(**stored.load(wanted))
+      return TrainState.of(stored.load(wanted))
     del wanted['ema_params']  # older runs have one all the same
-    return TrainState(**{**stored.load(wanted), 'ema_params': {}})
+    return TrainState.of({**stored.load(wanted), 'ema_params': {}})
 
   def restore_newest(self, abstract: TrainState) -> TrainState | None:
     """Restores the newest whole checkpoint; None if there is no checkpoint.
@@ -299,14 +299,15 @@ def save_params(directory, step: int, ema_params, params=None) -> None:
     checkpointer.save(step, tree, custom_metadata={SUMS: sums})
 
 
-def load_params(directory, step: int, abstract, *, ema: bool = True):
+def load_params(directory, step: int, abstract, *, ema: bool | str = True):
   """Loads the parameters only, without the optimiser's state.
 
   Args:
     directory: the folder of the checkpoints.
     step: the step of the checkpoint.
     abstract: the parameters' shapes, dtypes and shardings.
-    ema: whether to load the averaged or the raw parameters.
+    ema: whether to load the averaged or the raw parameters; or the name of a
+      further average.
 
   Raises:
     UserError: the checkpoint is damaged, holds another model, or has

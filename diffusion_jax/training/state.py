@@ -1,6 +1,6 @@
 """The training state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,8 @@ import optax
 
 from diffusion_jax import models
 from diffusion_jax.training import sharding
+
+AVERAGE = 'average_'  # of the names of further averages in checkpoints
 
 
 class TrainState(NamedTuple):
@@ -21,6 +23,7 @@ class TrainState(NamedTuple):
       none is kept.
     opt_state: the optimiser's state.
     extras: the objective's state, see `Objective`; empty for DDPM.
+    averages: name -> a further average of the parameters, see `averages`.
   """
 
   step: jax.Array
@@ -28,14 +31,30 @@ class TrainState(NamedTuple):
   ema_params: Any
   opt_state: optax.OptState
   extras: dict
+  averages: dict = {}  # noqa: RUF012, never written to
 
   @property
   def averaged(self) -> Any:
     """The parameters to evaluate and sample with."""
     return self.ema_params or self.params
 
+  @property
+  def entries(self) -> dict:
+    """Name -> what checkpoints hold of it: each further average is one."""
+    named = self._asdict()
+    others = named.pop('averages')
+    return named | {AVERAGE + name: tree for name, tree in others.items()}
 
-def _at_start(key, given, init, optimizer, extras, ema) -> TrainState:
+  @classmethod
+  def of(cls, entries: dict) -> 'TrainState':
+    """The state of its `entries`."""
+    others = {x: entries[x] for x in entries if x.startswith(AVERAGE)}
+    averages = {x.removeprefix(AVERAGE): tree for x, tree in others.items()}
+    named = {x: entries[x] for x in entries if x not in others}
+    return cls(**named, averages=averages)
+
+
+def _at_start(key, given, init, optimizer, extras, ema, averages) -> TrainState:
   """The state at step 0; the arguments are those of `create`."""
   params = init(key)
   named = models.named(params)
@@ -43,9 +62,14 @@ def _at_start(key, given, init, optimizer, extras, ema) -> TrainState:
   params = jax.tree.structure(params).unflatten((named | given).values())
   # Copies: a donated state must not contain the same buffer twice.
   copied = params if ema else {}
-  ema_params, extras = jax.tree.map(jnp.copy, (copied, extras or {}))
+  others = dict.fromkeys(averages, params)
+  ema_params, extras, others = jax.tree.map(
+    jnp.copy, (copied, extras or {}, others)
+  )
   step = jnp.zeros((), jnp.int32)
-  return TrainState(step, params, ema_params, optimizer.init(params), extras)
+  return TrainState(
+    step, params, ema_params, optimizer.init(params), extras, others
+  )
 
 
 def abstract_state(
@@ -54,6 +78,7 @@ def abstract_state(
   mesh: jax.sharding.Mesh,
   extras: dict | None = None,
   ema: bool = True,
+  averages: Collection[str] = (),
 ) -> TrainState:
   """Shapes, dtypes and shardings of the state; nothing is allocated.
 
@@ -63,10 +88,10 @@ def abstract_state(
     mesh: the devices.
     extras: the objective's state at step 0.
     ema: whether to keep an average of the parameters.
+    averages: the names of further ones.
   """
-  shapes = jax.eval_shape(
-    lambda: _at_start(jax.random.key(0), {}, init, optimizer, extras, ema)
-  )
+  how = init, optimizer, extras, ema, averages
+  shapes = jax.eval_shape(lambda: _at_start(jax.random.key(0), {}, *how))
   return sharding.abstract(shapes, mesh)
 
 
@@ -78,6 +103,7 @@ def create(
   given: dict | None = None,
   extras: dict | None = None,
   ema: bool = True,
+  averages: Collection[str] = (),
 ) -> TrainState:
   """Creates the state at step 0, sharded: no device holds all of it.
 
@@ -90,13 +116,15 @@ def create(
       averages) in place of random ones.
     extras: the objective's state at step 0.
     ema: whether to keep an average of the parameters.
+    averages: the names of further ones.
   """
-  abstract = abstract_state(init, optimizer, mesh, extras, ema)
+  how = init, optimizer, extras, ema, averages
+  abstract = abstract_state(init, optimizer, mesh, *how[2:])
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   # It runs only once: on a CPU, optimising it takes longer than running it.
   cpu = jax.default_backend() == 'cpu'
   return jax.jit(
-    lambda key, given: _at_start(key, given, init, optimizer, extras, ema),
+    lambda key, given: _at_start(key, given, *how),
     out_shardings=where,
     compiler_options={'xla_backend_optimization_level': 0} if cpu else None,
   )(key, given or {})

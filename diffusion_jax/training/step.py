@@ -1,7 +1,8 @@
 """The training step: one pure function, jitted once."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,7 @@ def train_step(
   ema_decay: float,
   mesh: jax.sharding.Mesh,
   microbatches: int = 1,
+  averages: Mapping[str, Callable] = MappingProxyType({}),
 ) -> tuple[TrainState, dict]:
   """One update.
 
@@ -90,6 +92,8 @@ def train_step(
     mesh: the devices.
     microbatches: number of pieces that the batch is processed in, one after the
       other. More pieces need less memory; results differ only by rounding.
+    averages: the updates of the state's further averages, see
+      `averages.updates`.
 
   Returns:
     The state after the update, and float32 metrics, each a scalar or a
@@ -131,6 +135,12 @@ def train_step(
   # Otherwise a GPU's kernel of several updates also sums squares for the norm,
   # and writes new arrays instead of the old ones.
   params = _on_gpus(jax.lax.optimization_barrier, params)
+  others = {
+    name: jax.tree.map(
+      functools.partial(update, state.step), state.averages[name], params
+    )
+    for name, update in averages.items()
+  }
   metrics = {
     'loss': jnp.mean(values),
     'grad_norm': optim.global_norm(grads),
@@ -140,7 +150,7 @@ def train_step(
   }
   extras = objective.update(state.extras, aux.sums)
   return TrainState(
-    state.step + 1, params, ema_params, opt_state, extras
+    state.step + 1, params, ema_params, opt_state, extras, others
   ), metrics
 
 

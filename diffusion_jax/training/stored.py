@@ -14,6 +14,7 @@ from diffusion_jax.models import NET
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checksum
+from diffusion_jax.training.state import AVERAGE
 
 # Keys in Orbax's metadata of a step.
 SUMS = 'checksums'
@@ -84,8 +85,10 @@ class Stored:
   def __str__(self):
     return f'checkpoint {self._step} in {self._directory}'
 
-  def part(self, ema: bool) -> str:
+  def part(self, ema: bool | str) -> str:
     """The name of the averaged parameters, if they were kept; or of the raw."""
+    if isinstance(ema, str):
+      return AVERAGE + ema
     return 'ema_params' if ema and self.tree.get('ema_params') else 'params'
 
   def has(self, parts) -> None:
