@@ -95,7 +95,7 @@ def create(
     optimizer=optimizer,
     learning_rate=optim.learning_rate(**config['optim']),
     ema_decay=config['ema']['decay'],
-    averages=others,
+    average_fns=others,
     microbatches=config['microbatches'],
     **common,
   )

@@ -13,8 +13,10 @@ the kept averages is the average with any profile, up to an error that is known
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -111,6 +113,27 @@ def updates(ema: Mapping) -> dict[str, Callable]:
     if one.kind == DECAY
     else power(gamma_of(one.number))
     for one in kept(ema)
+  }
+
+
+def updated(
+  state, params, decay: float, updates: Mapping[str, Callable]
+) -> tuple[Any, dict[str, Any]]:
+  """The state's `ema_params` and `averages` after an update.
+
+  Args:
+    state: the `TrainState` before it.
+    params: the parameters after it.
+    decay: that of the first average, unused if the state has none.
+    updates: those of the further averages, see `updates`.
+  """
+
+  def apply(update, average):
+    return jax.tree.map(partial(update, state.step), average, params)
+
+  return state.ema_params and apply(constant(decay), state.ema_params), {
+    name: apply(update, state.averages[name])
+    for name, update in updates.items()
   }
 
 

@@ -12,7 +12,7 @@ from jax.experimental import layout
 from diffusion_jax import models
 from diffusion_jax.data.resident import take
 from diffusion_jax.objectives.objective import Aux, Objective
-from diffusion_jax.training import optim, sharding
+from diffusion_jax.training import averages, optim, sharding
 from diffusion_jax.training.state import TrainState
 
 
@@ -75,7 +75,7 @@ def train_step(
   ema_decay: float,
   mesh: jax.sharding.Mesh,
   microbatches: int = 1,
-  averages: Mapping[str, Callable] = MappingProxyType({}),
+  average_fns: Mapping[str, Callable] = MappingProxyType({}),
 ) -> tuple[TrainState, dict]:
   """One update.
 
@@ -92,8 +92,7 @@ def train_step(
     mesh: the devices.
     microbatches: number of pieces that the batch is processed in, one after the
       other. More pieces need less memory; results differ only by rounding.
-    averages: the updates of the state's further averages, see
-      `averages.updates`.
+    average_fns: the updates of further averages, see `averages.updates`.
 
   Returns:
     The state after the update, and float32 metrics, each a scalar or a
@@ -108,8 +107,7 @@ def train_step(
 
   gradient_fn = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
 
-  size = len(jax.tree.leaves(batch)[0])
-  keys = example_keys(key, state.step, size)
+  keys = example_keys(key, state.step, len(jax.tree.leaves(batch)[0]))
   if objective.whole:
     batch = {**batch, **objective.whole(keys)}
   rows = (batch, keys)
@@ -127,20 +125,10 @@ def train_step(
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   updates = _on_gpus(_together, updates)
   params = optax.apply_updates(state.params, updates)
-  ema_params = state.ema_params and jax.tree.map(
-    lambda ema, new: ema_decay * ema + (1.0 - ema_decay) * new,
-    state.ema_params,
-    params,
-  )
+  ema_params, others = averages.updated(state, params, ema_decay, average_fns)
   # Otherwise a GPU's kernel of several updates also sums squares for the norm,
   # and writes new arrays instead of the old ones.
   params = _on_gpus(jax.lax.optimization_barrier, params)
-  others = {
-    name: jax.tree.map(
-      functools.partial(update, state.step), state.averages[name], params
-    )
-    for name, update in averages.items()
-  }
   metrics = {
     'loss': jnp.mean(values),
     'grad_norm': optim.global_norm(grads),
