@@ -33,7 +33,8 @@ def find(ema: Mapping, asked: str) -> bool | str | None:
     return wanted.name
   if wanted == Average(DECAY, ema['decay']):
     return True
-  decays = [one for one in (ema['decay'], *ema['decays']) if one]
+  decays = [ema['decay']] * (ema['decay'] > 0)
+  decays += [one.number for one in kept if one.kind == DECAY]
   if wanted.kind == DECAY:
     there = ', '.join(f'decay:{x!r}' for x in decays) or 'none with a decay'
     raise UserError(

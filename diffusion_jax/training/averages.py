@@ -76,8 +76,9 @@ def kept(ema: Mapping) -> list[Average]:
   Args:
     ema: the config's group `ema`.
   """
-  decays = [Average(DECAY, float(x)) for x in ema['decays']]
-  return decays + [Average(PROFILE, float(x)) for x in ema['profiles']]
+  decays = [Average(DECAY, float(x)) for x in ema.get('decays', ())]
+  profiles = [Average(PROFILE, float(x)) for x in ema.get('profiles', ())]
+  return decays + profiles
 
 
 def gamma_of(width: float) -> float:
