@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import samplers
-from diffusion_jax.process import gaussian, schedules
+from diffusion_jax.process import flow, gaussian, likelihood, schedules
 from diffusion_jax.samplers import grid, plan
 from diffusion_jax.samplers.adaptive import solve as adaptive_solve
 from diffusion_jax.samplers.inversion import ddim_inversion
@@ -238,6 +238,37 @@ def test_inversion_to_pure_noise_goes_back(x64):
   np.testing.assert_allclose(up, x, atol=1e-6)
   with pytest.raises(UserError, match='cannot be inverted'):
     solve(ddim_inversion(1), exact(schedule), schedule, [-1, 999], x, keys)
+
+
+def test_the_likelihood_of_a_flow_stops_before_pure_noise(x64):
+  """N(0, s^2) has the density of alpha x0 + sigma eps at t = 0."""
+  schedule, s = schedules.flow(T), 0.5
+
+  def denoise(xt, t):
+    alpha, sigma = gaussian.alpha_sigma(schedule, t, xt, jnp.inf)
+    x0 = alpha * s**2 / (alpha**2 * s**2 + sigma**2) * xt
+    return gaussian.Denoised(x0, (xt - alpha * x0) / sigma)
+
+  log_alpha_bar, sigma2 = schedule.host(0)
+  variance = np.exp(log_alpha_bar) * s**2 + sigma2
+  x = np.sqrt(variance) * np.linspace(-2, 2, 5)[:, None]
+  found = flow.density(
+    denoise, schedule, jnp.asarray(x), jax.random.split(jax.random.key(0), 5),
+    divergence='exact',
+  )  # fmt: skip
+  nats = 0.5 * (x**2 / variance + np.log(2 * np.pi * variance))
+  np.testing.assert_allclose(found.bits, nats[:, 0] / np.log(2), atol=1e-4)
+
+
+def test_the_bound_of_a_flow_is_finite_and_its_prior_is_0(x64):
+  """At pure noise q(xt | x0) is N(0, I)."""
+  schedule = schedules.flow(20)
+  steps = likelihood.prepare(schedule, [*range(19, -2, -1)], 'fixedlarge')
+  x0 = jnp.full((2, 3), 0.4)
+  keys = jax.random.split(jax.random.key(0), 2)
+  found = likelihood.terms(exact(schedule), steps, x0, keys, discrete=False)
+  assert jnp.isfinite(found.bits).all()
+  np.testing.assert_array_equal(likelihood.prior(schedule, x0), 0)
 
 
 # --- files -------------------------------------------------------------------

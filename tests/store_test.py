@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffusion_jax.configs import default
 from diffusion_jax.runs import store
 from diffusion_jax.system.errors import UserError
 
@@ -68,6 +69,19 @@ def assert_complete(path, count=COUNT):
   assert images.dtype == np.uint8
   np.testing.assert_array_equal(images, pictures_of(np.arange(count)))
   assert store.missing(path, count).size == 0
+
+
+def test_a_store_older_than_a_config_key_goes_on(tmp_path):
+  """Keys that it lacks had their defaults; other values are refused."""
+  old = {**PROTOCOL, 'loss': {'prediction': 'eps'}}
+  store.open_store(tmp_path / 'a', old)
+  newer = {'name': 'denoising', 'prediction': 'eps', 'law': 'uniform'}
+  known = dict(default.get_config().loss)
+  store.open_store(tmp_path / 'a', {**old, 'loss': {**known, **newer}})
+  with pytest.raises(UserError, match='loss'):
+    store.open_store(
+      tmp_path / 'a', {**old, 'loss': {**known, 'law': 'lognormal'}}
+    )
 
 
 # --- filling -----------------------------------------------------------------
