@@ -321,7 +321,9 @@ def test_gradients_are_the_same_on_a_mesh_in_pieces(name):
 @pytest.mark.parametrize(
   ('changes', 'must'),
   [
-    ({'style': 'edm'}, "model.style='edm'"),
+    ({'style': 'edm'}, "model.style='edm': one of"),
+    ({'style': 'edm'}, 'did you mean ddpmpp?'),
+    ({'name': 'transformer'}, 'did you mean dit?'),
     ({'details': {'eps': 1e-5}}, "model.details='eps'"),
     ({'details': {'padding': 'left'}}, "model.details.padding='left'"),
     ({'details': {'scale_shift': 1}}, 'model.details.scale_shift=1'),

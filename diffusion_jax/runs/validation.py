@@ -87,6 +87,8 @@ ALIASES = {
   **{'sample': 'x0', 'x_start': 'x0', 'start_x': 'x0', 'bf16': 'bfloat16'},
   **{'fp32': 'float32', 'fixed_small': 'fixedsmall', 'beta': 'fixedlarge'},
   **{'none': 'constant', 'ddpm': 'unet', 'linspace': 'linear'},
+  **{'improved_ddpm': 'iddpm', 'guided_diffusion': 'adm', 'edm': 'ddpmpp'},
+  **{'vit': 'dit', 'transformer': 'dit'},
   **{'class': 'label', 'labels': 'label', 'class_label': 'label'},
   **{'squaredcos_cap_v2': 'cosine', 'quad': 'quadratic', 'karras': 'edm'},
   **{'rectified_flow': 'flow', 'velocity_flow': 'flow', 'rf': 'flow'},
