@@ -116,6 +116,10 @@ def read(path) -> Folder:
   config |= {**process, 'loss': {**config['loss'], **process['loss']}}
   state = states.read(place.weights)
   raw, notes = state.raw, [*place.notes, *state.notes]
+  if classes := config['conditioning'].get('num_classes'):
+    notes.append(
+      f'the last of {classes + 1} class embeddings is used as that of no label'
+    )
   if place.raw:
     if _network(place.raw) != _network(place.network):
       raise UserError(

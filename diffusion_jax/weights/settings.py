@@ -55,11 +55,9 @@ def scheduler_of(config: Mapping) -> dict:
       )
     return found[0]
 
-  if config['loss']['variance'] != 'fixed':
-    raise UserError(
-      f'loss.variance={config["loss"]["variance"]}: a DDPMScheduler only has '
-      'fixed variances here: such a run cannot be written'
-    )
+  # With any other variance, theirs takes no network that learns one.
+  learned = config['loss']['variance'] == 'learned'
+  variance = 'learned' if learned else sample['variance']
   if process['shift'] != 1:
     raise UserError(
       f'process.shift={process["shift"]}: a DDPMScheduler has none: such a run '
@@ -78,7 +76,7 @@ def scheduler_of(config: Mapping) -> dict:
     'prediction_type': theirs(
       'loss.prediction', config['loss']['prediction'], PREDICTIONS
     ),
-    'variance_type': theirs('sample.variance', sample['variance'], VARIANCES),
+    'variance_type': theirs('sample.variance', variance, VARIANCES),
     'clip_sample': sample['clip'],
     **{name: value for name, (_, value) in PROCESS.items()},
   }
