@@ -175,6 +175,8 @@ def test_state_traces_on_a_mesh(path):
   assert all(leaf.sharding for leaf in jax.tree.leaves(abstract))
   published = {
     'cifar10': 35_746_307,
+    'cifar10_iddpm': 52_546_438,
+    'imagenet64_adm': 295_905_222,
     'celebahq256': 113_673_219,
     'lsun': 113_673_219,
   }
