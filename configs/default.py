@@ -68,6 +68,9 @@ def get_config():
   # Keep all training images in the memory of each device.
   config.data.on_device = False
   config.data.flip = True  # mirror training images with probability 1/2
+  # Flip, scale, rotate, stretch and move training images, with this probability
+  # each, and tell the network, so that samples are not transformed (EDM).
+  config.data.augment = 0.0
 
   # Maps data to x0, the variable that is diffused.
   config.codec = ConfigDict()

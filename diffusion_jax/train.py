@@ -264,6 +264,7 @@ def _feed(config, mesh, program, source, start, signals):
     batch_size=config.batch_size,
     seed=config.seed,
     flip=config.data.flip,
+    augmented=config.data.augment,
     start_step=start,
     end_step=config.num_steps,
     early=loop.EARLY * count if jax.process_count() > 1 else 0,

@@ -108,7 +108,7 @@ YOUNGER = {
   'loss.sigma_data': 0.5, 'process.sigma_min': 0.002,
   'process.sigma_max': 80.0, 'process.path': '', 'process.sha256': '',
   'process.zero_snr': False, 'process.shift': 1.0,
-  'ema.decays': (), 'ema.profiles': (),
+  'ema.decays': (), 'ema.profiles': (), 'data.augment': 0.0,
 }  # fmt: skip
 
 

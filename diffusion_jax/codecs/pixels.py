@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.codecs.codec import Codec
+from diffusion_jax.data import augment
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -29,8 +30,13 @@ def create(image_shape: tuple[int, int, int]) -> Codec:
   Args:
     image_shape: (H, W, C).
   """
+
+  def encode(params, rows, keys):
+    x0 = to_float(rows['image'])
+    return augment.apply(x0, rows['augment']) if 'augment' in rows else x0
+
   return Codec(
-    encode=lambda params, rows, keys: to_float(rows['image']),
+    encode=encode,
     decode=lambda params, x0, keys: from_float(x0),
     shape=tuple(image_shape),
     bound=1.0,

@@ -1,6 +1,6 @@
 """Conditioning: labels, text or images -> the network's conditioning input."""
 
-from diffusion_jax.conditioning import labels
+from diffusion_jax.conditioning import augmented, labels
 from diffusion_jax.conditioning.conditioner import Conditioner
 from diffusion_jax.system.errors import one_of
 
@@ -20,15 +20,18 @@ def none(num_classes: int = 0, drop: float = 0.0) -> Conditioner:
 CONDITIONERS = {'none': none, 'label': labels.create}
 
 
-def create(name: str, **options) -> Conditioner:
+def create(name: str, augment: float = 0.0, **options) -> Conditioner:
   """A conditioner by name.
 
   Args:
     name: a key of CONDITIONERS.
+    augment: the probability of transforms of the training images; above 0, the
+      network is told of them.
     **options: the conditioner's options.
 
   Raises:
     UserError: the name is not known.
   """
   one_of('conditioning.name', name, CONDITIONERS)
-  return CONDITIONERS[name](**options)
+  made = CONDITIONERS[name](**options)
+  return augmented.create(made) if augment else made

@@ -25,11 +25,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from diffusion_jax.data import augment
 from diffusion_jax.data.sources import Source
 from diffusion_jax.system.errors import UserError
 
-# Branches of the seed, so that order and flips are independent.
-_ORDER, _FLIP = 0, 1
+# Branches of the seed, so that order, flips and transforms are independent.
+_ORDER, _FLIP, _AUGMENT = 0, 1, 2
 
 
 def batches(
@@ -45,6 +46,7 @@ def batches(
   warn: Callable[[Exception], None] = lambda error: None,
   stacked: int = 0,
   read: bool = True,
+  augmented: float = 0.0,
   num_threads: int | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
   """Shuffled training batches as global arrays.
@@ -65,12 +67,15 @@ def batches(
     stacked: how many batches to stack to arrays [stacked, B, ...]; 0 = none.
       A stack ends before a multiple of it, so the first may have fewer.
     read: whether to read the images, not only their order, see `orders`.
+    augmented: the probability of each transform of `augment`; above 0, flips
+      are made there, too.
     num_threads: number of batches to read concurrently; None chooses by the
       number of CPU cores, 0 reads in the caller's thread.
 
   Returns:
     An iterator of {'image': uint8 [B, H, W, C], 'label': int32 [B]}, or of
-    {'index': int32 [B], 'mirrored': bool [B]}; `close()` stops it early.
+    {'index': int32 [B], 'mirrored': bool [B]}, with 'augment' as `orders` has
+    it; `close()` stops it early.
 
   Raises:
     UserError: batch_size, seed or start_step is out of range, or batch_size
@@ -78,6 +83,7 @@ def batches(
   """
   rows = local_rows(sharding, batch_size)
   how = {'batch_size': batch_size, 'seed': seed, 'flip': flip, 'rows': rows}
+  how['augmented'] = augmented
   dataset = stream(source, **how) if read else orders(len(source), **how)
   if start_step < 0:
     raise UserError(f'start_step is {start_step}: use 0 or more')
@@ -136,6 +142,7 @@ def stream(
   seed: int,
   flip: bool,
   rows: np.ndarray | slice = slice(None),
+  augmented: float = 0.0,
 ) -> grain.MapDataset:
   """The training stream: element k is batch k, or the chosen rows of it.
 
@@ -145,10 +152,13 @@ def stream(
     seed: 0 or more.
     flip: whether to mirror images with probability 1/2.
     rows: the rows of each batch to read, e.g. `slice(8, 16)`.
+    augmented: the probability of each transform of `augment`; above 0, flips
+      are made there, too.
 
   Returns:
     An infinite dataset of NumPy batches: 'image' uint8 [R, H, W, C] and
-    'label' int32 [R], where R is the number of rows.
+    'label' int32 [R], where R is the number of rows, and 'augment' as `orders`
+    has it.
 
   Raises:
     UserError: batch_size or seed is out of range.
@@ -157,11 +167,12 @@ def stream(
   def read(order):
     batch, mirrored = _read(source, order['index']), order['mirrored']
     batch['image'][mirrored] = batch['image'][mirrored, :, ::-1]
-    return batch
+    return batch | {k: x for k, x in order.items() if k == 'augment'}
 
   return orders(
-    len(source), batch_size=batch_size, seed=seed, flip=flip, rows=rows
-  ).map(read)
+    len(source), batch_size=batch_size, seed=seed, flip=flip, rows=rows,
+    augmented=augmented,
+  ).map(read)  # fmt: skip
 
 
 def orders(
@@ -171,6 +182,7 @@ def orders(
   seed: int,
   flip: bool,
   rows: np.ndarray | slice = slice(None),
+  augmented: float = 0.0,
 ) -> grain.MapDataset:
   """Which images the batches of `stream` consist of.
 
@@ -180,9 +192,12 @@ def orders(
     seed: 0 or more.
     flip: whether to mirror images with probability 1/2.
     rows: the rows of each batch.
+    augmented: the probability of each transform of `augment`; above 0, flips
+      are made there, too.
 
   Returns:
-    An infinite dataset: 'index' int32 [R] of the images, 'mirrored' bool [R].
+    An infinite dataset: 'index' int32 [R] of the images, 'mirrored' bool [R],
+    and if augmented 'augment' float32 [R, augment.SIZE].
 
   Raises:
     UserError: batch_size or seed is out of range.
@@ -201,6 +216,8 @@ def orders(
 
   flips = np.random.SeedSequence(seed, spawn_key=(_FLIP,))
   flip_key = flips.generate_state(1, np.uint64)
+  others = np.random.SeedSequence(seed, spawn_key=(_AUGMENT,))
+  keys = others.generate_state(augment.STREAMS, np.uint64)
 
   def of(step):
     positions = step * batch_size + rows
@@ -209,8 +226,17 @@ def orders(
     for epoch in np.unique(epochs):
       chosen = epochs == epoch
       indices[chosen] = order(int(epoch))[offsets[chosen]]
-    coins = _coins(flip_key, positions) & flip
-    return {'index': indices, 'mirrored': coins}
+    coins = (augment.hashed(flip_key, positions) >> np.uint64(63)) & flip
+    coins = coins.astype(bool)
+    if not augmented:
+      return {'index': indices, 'mirrored': coins}
+    return {
+      'index': indices,
+      'mirrored': np.zeros_like(coins),
+      'augment': augment.draw(
+        keys, positions, augmented, coins if flip else None
+      ),
+    }
 
   return grain.MapDataset.range(sys.maxsize).map(of)
 
@@ -332,18 +358,6 @@ def _warned(
     yield from waiting
     raise
   yield from waiting
-
-
-def _coins(key: np.ndarray, positions: np.ndarray) -> np.ndarray:
-  """One fair coin for each position: bool, same shape as positions.
-
-  SplitMix64 (Steele, Lea and Flood 2014) hashes a counter. A random number
-  generator would have to be constructed for each position.
-  """
-  z = key + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-  z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-  z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  return (z >> np.uint64(63)).astype(bool)
 
 
 def _check_batch_size(batch_size: int) -> None:

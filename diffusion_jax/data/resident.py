@@ -78,8 +78,9 @@ def take(images: dict[str, jax.Array], order: dict) -> dict[str, jax.Array]:
 
   Args:
     images: all images, from `place`.
-    order: 'index' int32 [B] and 'mirrored' bool [B].
+    order: 'index' int32 [B], 'mirrored' bool [B], and 'augment', if there.
   """
   rows = jax.tree.map(lambda x: x[order['index']], images)
   image, mirrored = rows['image'], order['mirrored'][:, None, None, None]
-  return rows | {'image': jnp.where(mirrored, image[:, :, ::-1], image)}
+  rows['image'] = jnp.where(mirrored, image[:, :, ::-1], image)
+  return rows | {k: x for k, x in order.items() if k == 'augment'}

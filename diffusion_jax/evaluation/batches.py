@@ -45,8 +45,8 @@ class Batches(NamedTuple):
 
     Args:
       fn: (params, cond, x0 [B, ...], keys [B], *rest) -> a tree of arrays,
-        where cond is the condition of the images, see `Conditioner`; {} for
-        images without labels.
+        where cond is the condition of the images, see `Conditioner`; the
+        null condition for images without labels.
       seed: seed of the keys; a key depends only on it and the image's index.
       stream: separates the keys from those of other uses of the seed. Training
         uses 0, sampling 1 (see `runs.draw`), likelihoods 2, calibration 3.
@@ -61,10 +61,10 @@ class Batches(NamedTuple):
     def run(params, images, numbers, *rest):
       root = jax.random.fold_in(jax.random.key(seed), stream)
       keys = jax.vmap(lambda number: jax.random.fold_in(root, number))(numbers)
-      rows, cond = {'image': images.astype(dtype)}, {}
+      rows = {'image': images.astype(dtype)}
       if labels is not None:
         rows['label'] = jnp.asarray(labels)[numbers]
-        cond = trained.recipe.conditioner.condition(params, rows, None)
+      cond = trained.recipe.conditioner.condition(params, rows, None)
       x0 = trained.codec.encode(params, rows, keys)
       return fn(params, cond, x0, keys, *rest)
 

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion_jax import runs, samplers
+from diffusion_jax.data import augment
 from diffusion_jax.runs import draw, recipe
 from diffusion_jax.samplers import grid, guided, plan
 from diffusion_jax.samplers.solve import starts_at_noise
@@ -132,6 +133,8 @@ def rows(config: Mapping, made: recipe.Recipe, batch_size: int) -> dict:
   found = {'image': ((batch_size, *runs.image_shape(config['data'])), np.uint8)}
   if 'label' in made.conditioner.doors or made.prediction is None:
     found['label'] = ((batch_size,), np.int32)
+  if config['data'].get('augment'):
+    found['augment'] = ((batch_size, augment.SIZE), np.float32)
   return found
 
 

@@ -114,7 +114,9 @@ def create(config: Mapping) -> Recipe:
   codec = codecs.create(
     image_shape=runs.image_shape(config['data']), **config['codec']
   )
-  conditioner = conditioning.create(**config['conditioning'])
+  conditioner = conditioning.create(
+    augment=config['data'].get('augment', 0.0), **config['conditioning']
+  )
   classes, learned = None, config['loss']['variance'] == gaussian.LEARNED
   if config['loss']['name'] == objectives.CLASSIFICATION:
     classes = config['conditioning']['num_classes']

@@ -35,6 +35,7 @@ OF_NETWORK = {
   'model.head_channels': ('0 (as num_heads) or more', lambda x: x >= 0),
   'model.time_scale': ('above 0, finite', lambda x: 0 < x < math.inf),
   'model.dropout|ema.decay|optim.b[12]': ('in [0, 1)', lambda x: 0 <= x < 1),
+  'data.augment': ('in [0, 1]', lambda x: 0 <= x <= 1),
   'ema.decays': (
     'different numbers in (0, 1)',
     lambda x: len({*x}) == len(x) and all(0 < y < 1 for y in x),

@@ -64,7 +64,7 @@ def unet_of(config: Mapping) -> dict:
     raise UserError(
       f'data.image_size={list(size)}: DDPMPipeline only supports squares'
     )
-  style = _style_of(model)
+  style = _style_of(model, config['data'].get('augment', 0.0))
   widths = [model['channels'] * m for m in model['multipliers']]
   maps = [size // 2**level for level in range(len(widths))]
   attends = [at in model['attention_resolutions'] for at in maps]
@@ -103,7 +103,7 @@ def unet_of(config: Mapping) -> dict:
   }
 
 
-def _style_of(model) -> styles.Style:
+def _style_of(model, augment=0.0) -> styles.Style:
   """The style of a network that diffusers supports."""
   if model['name'] != 'unet':
     raise UserError(
@@ -116,6 +116,11 @@ def _style_of(model) -> styles.Style:
     raise UserError(
       f'model.style={model["style"]}: a UNet2DModel has no {wrong[0]}='
       f'{getattr(style, wrong[0])}: such a network cannot be written'
+    )
+  if augment:
+    raise UserError(
+      f'data.augment={augment}: a UNet2DModel has no input for the transforms: '
+      'such a network cannot be written'
     )
   if model['time_scale'] != 1:
     raise UserError(
