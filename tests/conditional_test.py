@@ -234,7 +234,7 @@ def x0_of(trained, count, **how):
 def test_samples_are_the_guided_denoisers(trained):
   """One step from noise is u + w (c - u) at the noise of seed and index."""
   x = trajectories.noises(trained, 0, 4)
-  label = np.array([3, 7, 3, 7])
+  label = [3, 7, 3, 7]
   c = trained.denoise(x, 400, {'label': label}).x0
   u = trained.denoise(x, 400).x0
   assert np.abs(c - u).max() > 0.05

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -138,7 +139,8 @@ class Trained:
       Denoised(x0, eps, fraction), each of xt's shape; x0 is not clipped, see
       `guidance.clip_x0`, and fraction is None unless the variance is learned.
     """
-    return self.compiled.denoise(self.params, xt, t, cond or {})
+    given = {door: jnp.asarray(x) for door, x in (cond or {}).items()}
+    return self.compiled.denoise(self.params, xt, t, given)
 
   @numerics.fixed()
   def at(self, step: int | None = None) -> 'Trained':

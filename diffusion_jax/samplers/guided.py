@@ -129,10 +129,9 @@ def _of_classifier(classifier, scale) -> dict:
 
 
 def is_other_alone(guidance: Mapping) -> bool:
-  """Whether u is the result, so that c need not be computed."""
-  return guidance.get('guidance') == 0 and not {
-    'guidance_interval', 'guidance_rescale'
-  } & guidance.keys()  # fmt: skip
+  """Whether the run's own u is the result, so that c need not be computed."""
+  needs_c = {'guidance_interval', 'guidance_rescale', 'guide'}
+  return guidance.get('guidance') == 0 and not needs_c & guidance.keys()
 
 
 def times_of(schedule: Schedule, guidance: Mapping) -> tuple | None:
