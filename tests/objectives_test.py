@@ -431,12 +431,13 @@ def test_the_curve_is_the_same_in_any_pieces(name, meshes, tmp_path):
     ({'variance': 'learned', 'law': 'logitnormal'}, {}, 'linear', 'learned'),
     ({'weight': 'bound', 'huber': 0.1}, {}, 'linear', 'loss.huber=0.1'),
     ({}, {'variance': 'learned'}, 'linear', 'sample.variance=learned'),
+    ({'law_mean': -0.8}, {}, 'linear', 'loss.law_mean=-0.8'),
   ],
 )
 def test_what_does_not_go_together_is_one_line(loss, sample, schedule, must):
   plain = {
     'prediction': 'v', 'law': 'uniform', 'weight': 'simple', 'huber': 0.0,
-    'variance': 'fixed',
+    'variance': 'fixed', 'law_mean': 0.0, 'law_std': 0.0,
   }  # fmt: skip
   made = schedules.create(schedule, num_timesteps=10)
   rules.check({'loss': plain, 'sample': {}}, made)

@@ -61,6 +61,11 @@ RULES = (
     'Gaussians: set loss.huber=0, or use loss.weight=simple',
   ),
   Rule(
+    lambda loss, sample, schedule: loss['law_mean'] and not loss['law_std'],
+    'loss.law_mean={law_mean} has no effect with loss.law_std=0, which is for '
+    'the published numbers: set loss.law_std too, such as 1.0',
+  ),
+  Rule(
     lambda loss, sample, schedule: (
       sample.get('variance') == gaussian.LEARNED and not _learns(loss)
     ),
