@@ -368,7 +368,7 @@ def test_what_is_kept_reads_back_or_is_told_of(tmp_path):
   found = calibration.read(tmp_path, 30, False, T)
   assert found == kept()
   network = types.SimpleNamespace(
-    weights_sha256='sha', workdir=tmp_path, step=30, ema=False
+    weights_sha256='sha', workdir=tmp_path, step=30, weights=False
   )
   calibration.check(found, network)
   with pytest.raises(UserError, match=r'are not for the weights.*--ema=false'):
