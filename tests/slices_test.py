@@ -118,7 +118,7 @@ def test_a_plugin_that_cannot_compile_without_a_gpu(monkeypatch):
     assert given['platform'] == 'cuda'
     assert given['topology'] == '1x2x8'
     assert 'NVIDIA H100' in given['target_config']
-    raise NotImplementedError('topology not implemented\nmore')
+    raise RuntimeError('topology not implemented\nmore')
 
   monkeypatch.setattr(slices, 'has_cuda', lambda: True)
   monkeypatch.setattr(slices.topologies, 'get_topology_desc', old)
