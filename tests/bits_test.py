@@ -45,6 +45,7 @@ def how(kind, **changes):
   return made._replace(**changes)
 
 
+@pytest.mark.slow
 def test_the_bound_is_the_librarys_in_any_batches(run, images, tmp_path):
   """By one call of it, and by its parts: every image, every step."""
   trained = loaded(run)

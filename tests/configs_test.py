@@ -163,7 +163,19 @@ def test_header_says_what_how_and_how_long(path):
   assert f'--config=configs/{path.name}' in header
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+# Their networks are those of other configs, or have another test.
+SAME = ('cifar10_conditional', 'cifar10_flow', 'imagenet64_adm', 'lsun')
+
+
+@pytest.mark.parametrize(
+  'path',
+  [
+    pytest.param(
+      path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SAME)
+    )
+    for path in CONFIGS
+  ],
+)
 def test_state_traces_on_a_mesh(path):
   """Nothing is allocated: shapes, and a sharding for each leaf."""
   config = load(path)
@@ -176,6 +188,7 @@ def test_state_traces_on_a_mesh(path):
   published = {
     'cifar10': 35_746_307,
     'cifar10_iddpm': 52_546_438,
+    'cifar10_edm': 55_733_891,
     'imagenet64_adm': 295_905_222,
     'celebahq256': 113_673_219,
     'lsun': 113_673_219,

@@ -301,6 +301,7 @@ def test_a_classifier_learns_and_says_how_often_it_is_right(judge_file):
   assert classifier.score(judge, unlabelled) is None
 
 
+@pytest.mark.slow
 def test_a_classifier_is_the_same_each_time(few_steps_file, tmp_path):
   """So that two runs on one machine are judged by equal networks."""
   again = train_few(tmp_path / 'again.npz')

@@ -78,6 +78,7 @@ def test_two_folders_and_two_files_are_the_same(there):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_inceptions_distance_and_everything_else_of_one_pass(there, tmp_path):
   """By random weights, up to the first tap; SciPy's distance of the features.

@@ -222,6 +222,12 @@ def rows(workdir):
 
 
 @pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A run of 30 steps whose network has a block less."""
+  return tiny.trained(tmp_path_factory.mktemp('runs') / 'finished')
+
+
+@pytest.fixture(scope='module')
 def source(tmp_path_factory):
   """A run of 30 steps, with checkpoints at 20 and 30."""
   workdir = tmp_path_factory.mktemp('runs') / 'source'
@@ -337,7 +343,8 @@ def test_a_recorded_origin_that_is_gone_has_remedies(tmp_path):
     (['--init_from={new}/../new'], {}, 'is the --workdir itself'),
     (['--init_step=3'], {}, '--init_step=3 needs --init_from'),
     (['--noinit_ema'], {}, '--noinit_ema needs --init_from'),
-    (['--init_from={damaged}', '--init_step=30'], {}, 'with --init_step (20)'),
+    (['--init_from={damaged}', '--init_step=30'], {},
+     'with --init_step (10, 20, 25)'),
     (['--init_from={source}'],
      {'model.channels': 12, 'data.channels': 3, 'data.name': 'arrays',
       'data.path': '{colour}'},
@@ -345,8 +352,9 @@ def test_a_recorded_origin_that_is_gone_has_remedies(tmp_path):
   ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_write_nothing(
-  source, tmp_path, flags, changes, must
+  finished, tmp_path, flags, changes, must
 ):
+  source = finished
   places = {
     name: tmp_path / name for name in ('new', 'empty', 'damaged', 'colour')
   }
@@ -363,7 +371,7 @@ def test_mistakes_are_one_line_and_write_nothing(
   before = sorted(tmp_path.rglob('*'))
   flags = [flag.format(source=source, **places) for flag in flags]
   changes = {k: str(v).format(**places) for k, v in changes.items()}
-  changes['num_steps'] = 1
+  changes |= {'num_steps': 1, 'model.num_blocks': 1}
   result = binaries.run('train', *command(places['new'], *flags, **changes))
   assert must in result.message
   assert sorted(tmp_path.rglob('*')) == before

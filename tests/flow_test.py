@@ -94,6 +94,7 @@ def test_the_density_of_normal_data(x64):
   assert np.abs(got.bits - true).max() < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'divergence',
   ['rademacher', pytest.param('gaussian', marks=pytest.mark.slow)],

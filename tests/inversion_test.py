@@ -443,6 +443,7 @@ def inverted(run):
   return json.loads(result.out)
 
 
+@pytest.mark.slow
 def test_a_run_inverts_its_held_out_images(run, trained, inverted):
   """What is told is found again, from noises.npy and the images."""
   folder = run / 'inversions' / 'step30_ddim5_iterations3_heldout4'

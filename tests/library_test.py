@@ -76,6 +76,7 @@ def test_the_readmes_lines_run(folder, monkeypatch):
   assert len(block.strip().splitlines()) <= 12
 
 
+@pytest.mark.slow
 def test_the_lines_of_samplers_md_run(folder, monkeypatch):
   text = (binaries.ROOT / 'docs' / 'samplers.md').read_text()
   adaptive, inversion = re.findall(r'```python\n(import.*?)```', text, re.S)
@@ -205,7 +206,11 @@ def test_checkpoint_after_checkpoint_compiles_once(folder, trained):
 
 
 @pytest.mark.parametrize(
-  ('part', 'value'), [('ema_params', np.nan), ('params', np.inf)]
+  ('part', 'value'),
+  [
+    ('ema_params', np.nan),
+    pytest.param('params', np.inf, marks=pytest.mark.slow),
+  ],
 )
 def test_a_checkpoint_that_is_not_finite_is_refused(
   folder, tmp_path, part, value
@@ -239,8 +244,8 @@ def trained_params(folder, step):
 @pytest.mark.parametrize(
   ('sampler', 'dtype'),
   [
-    ('ddim', 'float32'),
     ('adaptive', 'uint8'),
+    pytest.param('ddim', 'float32', marks=pytest.mark.slow),
     pytest.param('ddim', 'uint8', marks=pytest.mark.slow),
     pytest.param('adaptive', 'float32', marks=pytest.mark.slow),
   ],

@@ -268,8 +268,7 @@ def test_measures_change_the_losses_of_20_steps_by_rounding_only():
   np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-  'remat', ['blocks', pytest.param('all', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('remat', ['blocks', 'all'])
 def test_computing_again_changes_no_gradient(remat):
   assert max(errors(gradients(remat=remat), gradients())) < 1e-5

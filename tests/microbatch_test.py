@@ -78,7 +78,14 @@ def perceptron() -> models.Model:
 
 @pytest.mark.parametrize(
   ('sizes', 'microbatches'),
-  [((1, 1, 1), 16), ((2, 4, 1), 2), ((2, 2, 2), 4), ((1, 2, 4), 8)],
+  [
+    ((1, 1, 1), 16),
+    ((2, 2, 2), 4),
+    *(
+      pytest.param(*one, marks=pytest.mark.slow)
+      for one in (((2, 4, 1), 2), ((1, 2, 4), 8))
+    ),
+  ],
 )
 def test_the_numbers_are_those_of_the_whole_batch(x64, sizes, microbatches):
   """Losses, gradients, parameters: to 1e-10, on any mesh.

@@ -63,7 +63,13 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', SIZES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (SIZES[name][0] > 200))
+    for name in SIZES
+  ],
+)
 def test_networks_have_the_published_size(name):
   count, image_shape, doors, out_channels, arguments = SIZES[name]
   kind = 'dit' if name.startswith('DiT') else 'unet'

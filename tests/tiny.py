@@ -56,9 +56,9 @@ def wide(**kwargs):
   )  # fmt: skip
 
 
-def dense(width=16, dropout=0.1):
+def dense(width=16, dropout=0.1, shape=SHAPE):
   """A hidden layer, for tests of what does not depend on the network."""
-  size = int(np.prod(SHAPE))
+  size = int(np.prod(shape))
 
   def init(key):
     first, second = jax.random.split(key)

@@ -152,6 +152,7 @@ def test_a_row_begins_if_one_of_its_size_ended_in_time():
   assert step_rows.fits(clock, [], 10**6)
 
 
+@pytest.mark.slow
 def test_flops_count_an_image_once():
   """Whatever the batch, its pieces and the rate of dropout are."""
   plain = config(batch_size=1, **{'model.dropout': 0.0})

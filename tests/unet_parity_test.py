@@ -21,7 +21,9 @@ SHAPES = pytest.mark.parametrize('shape', unet.SHAPES.values(), ids=unet.SHAPES)
   'shape',
   [
     pytest.param(
-      shape, marks=[pytest.mark.slow] * (name == 'celebahq'), id=name
+      shape,
+      marks=[pytest.mark.slow] * (name in ('cifar10', 'celebahq')),
+      id=name,
     )
     for name, shape in unet.SHAPES.items()
   ],
