@@ -228,8 +228,8 @@ def _compile_all(place) -> list[Compiled | None]:
   In parallel, because XLA compiles a program mostly on one core. If the
   training step does not fit, the results of the others are not awaited.
   """
-  also = ''
-  if FLAGS.sampling:
+  also, sampling = '', FLAGS.sampling and bool(place.program.recipe.prediction)
+  if sampling:
     also += f', and the sampling program, {place.sampled} images'
   if FLAGS.judging:
     also += f', and Inception, {place.judged} images'
@@ -239,7 +239,7 @@ def _compile_all(place) -> list[Compiled | None]:
     others = [
       pool.submit(compile_one, place) if wanted else None
       for compile_one, wanted in (
-        (_compile_sampling, FLAGS.sampling), (_compile_judging, FLAGS.judging)
+        (_compile_sampling, sampling), (_compile_judging, FLAGS.judging)
       )
     ]  # fmt: skip
     step = train.result()

@@ -466,6 +466,15 @@ def test_what_changes_no_trained_number_may_change(key):
   assert runs.may_change(key)
 
 
+def test_the_variance_of_samples_stays_where_the_bound_is_trained():
+  config, other = digits.get_config(), digits.get_config()
+  config.sample.variance, other.sample.variance = 'fixedlarge', 'fixedsmall'
+  for weight, kept in (('simple', []), ('bound', ['sample.variance'])):
+    config.loss.weight = other.loss.weight = weight
+    found = runs.fixed(*map(runs.to_plain, (config, other)))
+    assert [line.split(':')[0] for line in found] == kept
+
+
 @pytest.mark.parametrize(
   ('key', 'value', 'is_kept'),
   [

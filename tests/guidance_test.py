@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax import samplers
+from diffusion_jax.cli import guiding
+from diffusion_jax.configs import default
 from diffusion_jax.guidance import classifier, guided
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.process.gaussian import Denoised
@@ -323,3 +325,40 @@ def test_a_classifier_makes_the_class_of_a_mixture(x64):
     got, want = jax.jit(guide)(x, t), normal(MEAN, 0.5)(x, t)
     np.testing.assert_allclose(got.x0, want.x0, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(got.eps, want.eps, rtol=1e-6, atol=1e-6)
+
+
+def test_pure_noise_tells_a_classifier_nothing():
+  """alpha is 0 there, and x0 + sigma^2 / alpha slope would be infinite."""
+  flow = schedules.flow(10)
+
+  def zero(xt, t):
+    return Denoised(0 * xt, xt)
+
+  guide = classifier.by_classifier(zero, lambda x, t: x.sum(1), flow, 2.0)
+  x = jnp.ones((2, 3))
+  found = guide(x, jnp.array([9, 5]))
+  assert np.isfinite(found.x0).all()
+  np.testing.assert_array_equal(found.x0[0], 0)
+  np.testing.assert_array_equal(found.eps[0], 1)
+  assert np.all(found.x0[1] > 0)
+
+
+def test_a_name_of_samples_that_only_a_classifier_guides():
+  how = {
+    'classifier_scale': 2.0, 'classifier': 'judge@60',
+    'classifier_sha256': 'ab' * 32,
+  }  # fmt: skip
+  plan = plans.create(
+    SCHEDULE, sampler='ddim', num_steps=2, condition={'label': [3]},
+    guidance=how,
+  )  # fmt: skip
+  assert guiding.name(plan) == ['label3', 'classifierabababab', 'scale2']
+
+
+def test_plans_that_the_network_cannot_follow_are_one_line():
+  config = default.get_config().to_dict()
+  with pytest.raises(UserError, match=r'needs a network that was trained with'):
+    plans.for_run(config, variance='learned')
+  config['loss']['name'] = 'classification'
+  with pytest.raises(UserError, match='give it as --classifier'):
+    plans.for_run(config, sampler='ddim')

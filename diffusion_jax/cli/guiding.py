@@ -79,7 +79,7 @@ def name(plan: Plan) -> list[str]:
   if asked != 'data':
     every = asked == list(range(len(asked))) and len(asked) > 1
     parts.append('label' + (labels.ALL if every else '-'.join(map(str, asked))))
-  if how:
+  if 'guidance' in how:
     parts.append(f'guidance{how["guidance"]:g}')
   if 'guidance_interval' in how:
     parts.append('from{:g}to{:g}'.format(*how['guidance_interval']))

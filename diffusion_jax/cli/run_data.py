@@ -4,7 +4,7 @@ from absl import flags
 
 from diffusion_jax import data
 from diffusion_jax.cli import declare
-from diffusion_jax.data import Source, sources
+from diffusion_jax.data import Source, labels, sources
 from diffusion_jax.evaluation import features
 from diffusion_jax.runs import dataset
 from diffusion_jax.system.errors import UserError
@@ -66,5 +66,7 @@ def images(
       f'{source.description}'
     )
   labelled = dataset.num_classes(config['conditioning']) > 0
+  if labelled:
+    labels.check(source, None, dataset.num_classes(config['conditioning']))
   count = min(count or len(source), len(source))
   return features.images_of(source, count, labelled)

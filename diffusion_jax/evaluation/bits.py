@@ -263,6 +263,9 @@ def _flow(batches, how) -> Found:
   def likelihoods(params, cond, x0, keys):
     if not cond:
       return some(params, cond, x0, keys)
+    cond = jax.tree.map(
+      lambda c: jnp.broadcast_to(c, (len(x0), *c.shape[1:])), cond
+    )
 
     # The solver evaluates one example at a time, with its own condition.
     def one(*example):

@@ -26,6 +26,7 @@ GUIDANCE = {
   'guidance': float,
   'guidance_interval': str,
   'guidance_rescale': float,
+  'classifier_scale': float,
 }
 AVERAGE = 'ema_profile'
 

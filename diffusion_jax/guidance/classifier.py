@@ -32,8 +32,11 @@ def by_classifier(
     found, times = denoiser(xt, t), jnp.broadcast_to(t, xt.shape[:1])
     slope = jax.grad(lambda x: log_probability(x, times).sum())(xt)
     alpha, sigma = gaussian.alpha_sigma(schedule, t, xt)
+    # Pure noise tells the classifier nothing, and alpha is 0.
+    is_noise = alpha == 0
+    slope = jnp.where(is_noise, 0, slope)
     return found._replace(
-      x0=found.x0 + scale * sigma**2 / alpha * slope,
+      x0=found.x0 + scale * sigma**2 / jnp.where(is_noise, 1, alpha) * slope,
       eps=found.eps - scale * sigma * slope,
     )
 

@@ -42,6 +42,8 @@ MAY_CHANGE = (
 # the run that one config describes. The optimiser's state must keep its form.
 ON_PURPOSE = ('optim', 'ema', 'batch_size')
 
+VARIANCE = 'sample.variance'
+
 STARTS = 'starts.jsonl'
 INIT = 'init_from.json'
 CONVERTED = 'converted.json'
@@ -149,10 +151,12 @@ def fixed(old: dict, new: dict) -> list[str]:
   keeps_form = optim.same_form(old['optim'], new['optim']) and (
     (old['ema']['decay'] > 0) == (new['ema']['decay'] > 0)
   )
+  # The bound's weights are those of the sampler's variance.
+  trains_variance = new['loss'].get('weight') == 'bound'
   return [
     line
     for key, line in differences(old, new).items()
-    if not may_change(key)
+    if not (may_change(key) and (not trains_variance or key != VARIANCE))
     and not (
       _is_among(key, ON_PURPOSE)
       and not _is_among(key, ('ema.decays', 'ema.profiles'))

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import rules
+from diffusion_jax.samplers import plan
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
@@ -75,10 +76,7 @@ class Recipe(NamedTuple):
       mesh: the devices that hold the parameters.
     """
     if self.prediction is None:
-      raise UserError(
-        'the run is a classifier, which draws no samples: give it as '
-        '--classifier of another run'
-      )
+      raise UserError(plan.CLASSIFIES)
     apply = network_fn(self.parts[models.NET])
 
     def network(xt, label):

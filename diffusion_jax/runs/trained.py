@@ -45,7 +45,7 @@ def _compile(
 ) -> Compiled:
   @jax.jit
   def denoise(params, xt, t, cond):
-    cond = cond or recipe.conditioner.condition(params, {}, None)
+    cond = {**recipe.conditioner.condition(params, {}, None), **cond}
     return recipe.denoiser(params, cond, mesh)(xt, t)
 
   # Cached, so that a second call of `sample` does not compile again.
@@ -132,14 +132,23 @@ class Trained:
     Args:
       xt: [B, *codec.shape], alpha(t) x0 + sigma(t) eps.
       t: [B] or a scalar, times in [-1, T-1]; -1 is clean data.
-      cond: the network's conditioning inputs, such as {'label': [B]}; the null
-        condition by default.
+      cond: the network's conditioning inputs, such as {'label': [B]}; what is
+        left out is the null condition.
 
     Returns:
       Denoised(x0, eps, fraction), each of xt's shape; x0 is not clipped, see
       `guidance.clip_x0`, and fraction is None unless the variance is learned.
+
+    Raises:
+      UserError: a condition that the run does not take.
     """
     given = {door: jnp.asarray(x) for door, x in (cond or {}).items()}
+    doors = self.recipe.conditioner.doors
+    if unknown := given.keys() - doors:
+      raise UserError(
+        f'cond has {", ".join(sorted(unknown))}, but the run takes '
+        f'{", ".join(doors) or "no condition"}'
+      )
     return self.compiled.denoise(self.params, xt, t, given)
 
   @numerics.fixed()

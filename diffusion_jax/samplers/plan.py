@@ -175,6 +175,12 @@ def create(
   )
 
 
+CLASSIFIES = (
+  'the run is a classifier, which draws no samples: give it as --classifier of '
+  'another run'
+)
+
+
 def check_variance(variance: str | None, config: dict) -> None:
   """Raises UserError if a run's network has no variance that is asked for."""
   fixed = config['loss'].get('variance', 'fixed') != gaussian.LEARNED
@@ -212,9 +218,11 @@ def for_run(
   Raises:
     UserError: as for `create`.
   """
+  if config['loss'].get('name') == 'classification':
+    raise UserError(CLASSIFIES)
   if given.get('variance') is None and 'variance' in samplers.takes(sampler):
     given['variance'] = config['sample'].get('variance')
-    check_variance(given['variance'], config)
+  check_variance(given.get('variance'), config)
   if given.get('clip') is None:
     given['clip'] = config['sample'].get('clip', True)
   given['guidance'] = guided.chosen(
