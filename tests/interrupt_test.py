@@ -124,7 +124,8 @@ def test_thirty_kills_some_inside_a_save(tmp_path):
 def test_sigterm_saves_and_ends_well(run, tmp_path):
   """And again while it saves, which loses nothing."""
   workdir = tmp_path / 'told'
-  process = binaries.start('train', *tiny.flags(workdir, checkpoint_every=0))
+  flags = tiny.flags(workdir, num_steps=10**6, checkpoint_every=0)
+  process = binaries.start('train', *flags)
   process.wait_until(lambda: at(workdir) >= 4)
   process.send(signal.SIGTERM)
   process.wait_until(lambda: saving(workdir) or kept(workdir))
@@ -136,10 +137,13 @@ def test_sigterm_saves_and_ends_well(run, tmp_path):
     'resumes'
   )
   assert kept(workdir) == [step]
-  assert 4 <= step < 30
   with runs.lock(workdir):
     pass  # it is free
-  goes_on_as(run, workdir)
+  if step < 30:
+    goes_on_as(run, workdir)
+  else:  # where this process was slow to send the signal
+    losses = tiny.losses(workdir)
+    assert {k: losses[k] for k in range(1, 31)} == tiny.losses(run)
 
 
 def test_the_first_ctrl_c_saves_and_the_second_ends_it(run, tmp_path):
