@@ -1,7 +1,8 @@
 r"""Rectified flow on CIFAR-10, unconditional (arXiv 2209.03003).
 
 Reproduces: table 1, 1-rectified flow: FID 2.58 with an adaptive solver of 127
-            evaluations. Not yet run.
+            evaluations. Not yet run; the score is still to be checked
+            against the paper.
 Data:       as for cifar10.py: bash launch/prepare_data.sh cifar10
 Hardware:   any number of devices that divides the batch.
 Time:       not measured; preflight predicts that of a step.

@@ -2,7 +2,8 @@ r"""Improved DDPM on CIFAR-10, unconditional, with the hybrid loss.
 
 Reproduces: arXiv 2102.09672, L_hybrid with the cosine schedule: FID 3.19 and
             at most 3.17 bits/dim after 500,000 steps, with 4,000 ancestral
-            steps. 52,546,438 parameters. Not yet run.
+            steps. 52,546,438 parameters. Not yet run; the two scores are
+            still to be checked against the paper.
 Data:       as for cifar10.py: bash launch/prepare_data.sh cifar10
 Hardware:   any number of devices that divides the batch.
 Time:       not measured; preflight predicts that of a step.

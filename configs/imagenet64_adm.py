@@ -8,7 +8,8 @@ Data:       TFDS, prepared once by
             or any .npz with labels: --config.data.name=arrays
             --config.data.path=FILE.
 Hardware:   many accelerators; preflight tells whether a batch fits.
-Time:       540,000 steps of 2,048 images; not measured.
+Time:       540,000 steps of 2,048 images (still to be checked against the
+            paper); not measured.
 Command:    python -m diffusion_jax.train --config=configs/imagenet64_adm.py \
               --workdir=runs/imagenet64_adm
 Samples:    python -m diffusion_jax.sample --workdir=runs/imagenet64_adm \
