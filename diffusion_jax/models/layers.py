@@ -254,9 +254,9 @@ def dropout(
 class ResBlock(nnx.Module):
   """norm - swish - conv, plus time, norm - swish - dropout - conv, plus x.
 
-  Takes a tuple of maps, as if concatenated, and its part of `of_time`. With
-  `resample` 'down' or 'up' it halves (by averaging) or doubles (by repeating) a
-  map, after the first swish.
+  Takes a tuple of maps, as if concatenated, and its part of `of_time`, or 0 if
+  `time_dim` is 0. With `resample` 'down' or 'up' it halves (by averaging) or
+  doubles (by repeating) a map, after the first swish.
   """
 
   def __init__(
@@ -269,7 +269,8 @@ class ResBlock(nnx.Module):
     kwargs['init'] = style.init
     self.norm1 = norm(inputs, num_groups, **of_norm)
     self.conv1 = conv(inputs, outputs, **kwargs)
-    self.time = linear(time_dim, outputs * (1 + style.scale_shift), **kwargs)
+    if time_dim:
+      self.time = linear(time_dim, outputs * (1 + style.scale_shift), **kwargs)
     self.norm2 = norm(outputs, num_groups, **of_norm)
     self.conv2 = conv(outputs, outputs, scale=ALMOST_ZERO, **kwargs)
     if inputs != outputs or (resample and style.resampled_shortcut):
