@@ -117,11 +117,7 @@ def create(
     )  # fmt: skip
     parts['decoder'] = uncoder.init
   if regulariser == 'vq':
-    parts['quantize'] = lambda key: {
-      'codebook': jax.random.uniform(
-        key, (codes, latents), minval=-1 / codes, maxval=1 / codes
-      )
-    }
+    parts['quantize'] = lambda key: _codebook(key, codes, latents)
   bound, snap = _regulariser(regulariser, tuple(levels))
   size = 2 ** (len(widths) - 1)
   return Coder(
@@ -131,12 +127,16 @@ def create(
     },
     encode=lambda params, x: bound(coder.apply(params['encoder'], x)),
     snap=snap,
-    decode=(lambda params, z: uncoder.apply(params['decoder'], z))
-    if decoder
-    else None,
+    decode=(lambda p, z: uncoder.apply(p['decoder'], z)) if decoder else None,
     shape=(*(side // size for side in sides), latents),
     regulariser=regulariser,
   )
+
+
+def _codebook(key, codes, channels):
+  edge = 1 / codes
+  shape = codes, channels
+  return {'codebook': jax.random.uniform(key, shape, minval=-edge, maxval=edge)}
 
 
 def _regulariser(name: str, levels) -> tuple[Callable, Callable]:
