@@ -121,16 +121,20 @@ def create(
   bound, snap = _regulariser(regulariser, tuple(levels))
   size = 2 ** (len(widths) - 1)
   return Coder(
-    init=lambda key: {
-      name: init(jax.random.fold_in(key, number))
-      for number, (name, init) in enumerate(parts.items())
-    },
+    init=lambda key: _initial(key, parts),
     encode=lambda params, x: bound(coder.apply(params['encoder'], x)),
     snap=snap,
     decode=(lambda p, z: uncoder.apply(p['decoder'], z)) if decoder else None,
     shape=(*(side // size for side in sides), latents),
     regulariser=regulariser,
   )
+
+
+def _initial(key, parts):
+  return {
+    name: init(jax.random.fold_in(key, number))
+    for number, (name, init) in enumerate(parts.items())
+  }
 
 
 def _codebook(key, codes, channels):
