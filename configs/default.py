@@ -46,8 +46,10 @@ def get_config():
   config.mesh.tensor = 1  # splits the channels
 
   config.data = ConfigDict()
-  config.data.name = 'folder'  # 'folder', 'arrays', 'digits' or 'tfds:NAME'
-  config.data.path = ''  # the folder or file; for TFDS data_dir, '' = default
+  # 'folder', 'arrays', 'digits', 'emoji' or 'tfds:NAME'
+  config.data.name = 'folder'
+  # The folder or file; for TFDS data_dir and for emoji the font, '' = default.
+  config.data.path = ''
   config.data.train_split = 'train'
   config.data.heldout_split = 'test'  # '' = none
   # For 'folder' and 'arrays' without test images: hold out every n-th image,

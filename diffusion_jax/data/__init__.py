@@ -37,11 +37,13 @@ def create(
   Args:
     name: the kind of set:
       'digits'     scikit-learn's 8x8 digits, embedded: nothing to download;
+      'emoji'      1,382 emoji of 64x64, drawn from a font, see emoji.py;
       'arrays'     one .npy or .npz file, see arrays.py;
       'folder'     a folder of image files, see folders.py;
       'tfds:NAME'  a prepared TensorFlow data set such as 'tfds:cifar10' or
                    'tfds:lsun/church_outdoor', see prepared.py.
-    path: the file or folder; for TFDS the data_dir, '' for TFDS's default.
+    path: the file or folder; for TFDS the data_dir, '' for TFDS's default; for
+      'emoji' the font, '' for an installed one.
     split: 'train' or 'test'; for TFDS any of its split strings.
     image_size: the images' size in pixels: one number for squares, or (height,
       width).
@@ -95,7 +97,7 @@ def _create(
       f'{prefix}path={path}: the digits are embedded and have no path; for '
       f'other images set {prefix}name to arrays, folder or tfds:NAME'
     )
-  if not path and name != 'digits' and not is_tfds:
+  if not path and name not in sets.NAMED and not is_tfds:
     raise UserError(
       f'{prefix}path is empty: {prefix}name {name!r} needs a path'
     )

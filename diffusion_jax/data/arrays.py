@@ -8,7 +8,8 @@
         of the requested split are memory-mapped, or read into memory if they
         are compressed.
 
-Without `test_images`, 'test' is every `heldout_every`-th image.
+Without `test_images`, 'test' is every `heldout_every`-th image, and those whose
+indices a .npz has as `heldout_combinations`, integers [n].
 
 Files may be untrusted, see system/npz.py.
 """
@@ -31,6 +32,7 @@ _KEYS = {
   'images': ('labels', *_TEST),
   'arr_0': ('labels', *_TEST),
 }
+_NAMED = 'heldout_combinations'
 
 
 def create(
@@ -63,7 +65,7 @@ def create(
     found = 'is not a file' if file.exists() else 'does not exist'
     raise UserError(f'{what} {found}: give a .npy or .npz file')
 
-  labels, num_classes, has_test, notes = None, 0, False, []
+  labels, num_classes, has_test, notes, named = None, 0, False, [], ()
   with errors.one_line(
     f'{what} cannot be read: ', '; write it again with np.save or np.savez'
   ):
@@ -74,10 +76,11 @@ def create(
         images, labels, num_classes, has_test, notes = _read_npz(
           archive, what, wanted
         )
+        named = _read_named(archive, what, len(images))
 
   indices = np.arange(len(images))
   if not has_test:
-    indices = sources.heldout_indices(len(images), wanted)
+    indices = sources.heldout_indices(len(images), wanted, named)
     if indices is None:
       return None
   images.flags.writeable = False
@@ -173,6 +176,20 @@ def _read_npz(
   except UserError as error:  # images can be used without labels
     labels, notes = None, [f'the labels are left out: {error}']
   return images, labels, num_classes, has_test, notes
+
+
+def _read_named(archive, what: str, num_images: int) -> np.ndarray:
+  """The indices of the images that the file names as held out."""
+  if f'{_NAMED}.npy' not in archive.namelist():
+    return np.zeros(0, int)
+  where = f'array {_NAMED!r} in {what}'
+  named = npz.read_member(archive, _NAMED, where, _check_labels).reshape(-1)
+  if named.min() < 0 or named.max() >= num_images:
+    raise UserError(
+      f'{where} has indices from {named.min()} to {named.max()}: they must be '
+      f'0 to {num_images - 1}, of images in the file'
+    )
+  return named
 
 
 def _check_labels(header: npz.Header, where: str) -> None:

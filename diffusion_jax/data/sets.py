@@ -7,10 +7,16 @@ the method of resizing changes the FID (arXiv 2104.11222).
 import dataclasses
 import os
 
-from diffusion_jax.data import arrays, digits, folders, sources
+from diffusion_jax.data import arrays, digits, emoji, folders, sources
 from diffusion_jax.system.errors import UserError
 
-KINDS = {'digits': digits, 'arrays': arrays, 'folder': folders}
+KINDS = {
+  'digits': digits,
+  'emoji': emoji,
+  'arrays': arrays,
+  'folder': folders,
+}
+NAMED = ('digits', 'emoji')  # sets that need no path
 
 
 def open_set(
@@ -30,8 +36,10 @@ def open_set(
         DIR             a folder of image files, see folders.py;
         FILE.npy, .npz  uint8 images, see arrays.py;
         digits          scikit-learn's 8x8 digits;
+        emoji           drawn from Noto Color Emoji, see emoji.py;
         tfds:NAME       a prepared TensorFlow data set, see prepared.py.
-    path: TFDS's data_dir, '' for TFDS's default; unused for other sets.
+    path: TFDS's data_dir, '' for TFDS's default; the font of the emoji, '' for
+      an installed one; unused for other sets.
     image_size: height and width of the images, in pixels. None reads them as
       they are: all must be squares of the same size. With a number, files and
       TFDS sets are cropped to the centre square and resized (Pillow's bicubic);
@@ -62,13 +70,13 @@ def open_set(
       'image files or a .npy or .npz file that exists, digits, or tfds:NAME, '
       'optionally with a split, such as tfds:cifar10@test'
     )
-  place = path if kind.startswith('tfds:') else name
+  place = path if kind.startswith('tfds:') or kind in NAMED else name
   source = open_kind(kind, place, wanted, repr(name))
   if source is None:
     raise UserError(
       f'{text!r} has no test images: leave @test out, or give another set'
     )
-  if image_size and kind not in ('arrays', 'digits'):
+  if image_size and kind not in ('arrays', *NAMED):
     height, width = image_size
     description = (
       f'{source.description}; those of another size are cropped and resized to '
@@ -86,7 +94,8 @@ def open_kind(
 
   Args:
     kind: a key of KINDS, or 'tfds:NAME'.
-    path: the file or folder, or TFDS's data_dir; unused for the digits.
+    path: the file or folder, TFDS's data_dir, or the emoji's font; unused for
+      the digits.
     wanted: the requested split, size and channels.
     what: what to call the set in errors.
 
@@ -115,7 +124,7 @@ def _kind(name: str) -> str:
     return 'folder'
   if os.path.isfile(place) and name.endswith(('.npy', '.npz')):
     return 'arrays'
-  is_named = name == 'digits' or name.startswith('tfds:')
+  is_named = name in NAMED or name.startswith('tfds:')
   return name if is_named and not os.path.exists(place) else ''
 
 

@@ -205,28 +205,33 @@ def check_local(path: str, what: str) -> None:
     )
 
 
-def heldout_indices(num_images: int, wanted: Wanted) -> np.ndarray | None:
+def heldout_indices(
+  num_images: int, wanted: Wanted, named: Sequence[int] = ()
+) -> np.ndarray | None:
   """The indices of a split in which every n-th image is 'test'.
 
   Args:
     num_images: size of the whole set.
     wanted: the split and n = heldout_every: images n - 1, 2 n - 1, ... are
       'test'; 0 holds out none.
+    named: indices of further images that are 'test'.
 
   Returns:
-    int64 indices in ascending order; None for 'test' with n = 0.
+    int64 indices in ascending order; None for 'test' if there are none.
 
   Raises:
     UserError: the set is too small to hold out a single image.
   """
   indices = np.arange(num_images)
   split, every = wanted.split, wanted.heldout_every
-  if not every:
+  if not every and not len(named):
     return indices if split == 'train' else None
   if num_images < every:
     raise UserError(
       f'data.heldout_every is {every}, but the set has only {num_images} '
       'images: use a smaller number, or 0 to hold out none'
     )
-  is_test = indices % every == every - 1
+  is_test = np.isin(indices, named)
+  if every:
+    is_test |= indices % every == every - 1
   return indices[is_test if split == 'test' else ~is_test]
