@@ -18,8 +18,8 @@ RED, BLUE = (255, 0, 0, 255), (0, 0, 255, 255)
 def font(path, colours: dict[int, tuple], coloured=True):
   """A font whose glyphs are squares of 64 pixels, of a colour each."""
   from fontTools import fontBuilder, ttLib
-  from fontTools.ttLib.tables import BitmapGlyphMetrics, E_B_L_C_
   from fontTools.ttLib.tables import C_B_D_T_ as glyphs
+  from fontTools.ttLib.tables import E_B_L_C_, BitmapGlyphMetrics
 
   names = ['.notdef', *(f'u{code:x}' for code in colours)]
   built = fontBuilder.FontBuilder(2048)
