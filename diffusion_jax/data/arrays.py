@@ -81,8 +81,8 @@ def create(
   indices = np.arange(len(images))
   if not has_test:
     indices = sources.heldout_indices(len(images), wanted, named)
-    if indices is None:
-      return None
+  if indices is None:
+    return None
   images.flags.writeable = False
   if labels is None:
     labels = np.broadcast_to(np.int32(-1), len(images))
