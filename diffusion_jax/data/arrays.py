@@ -46,8 +46,7 @@ def create(
     what: what to call the file in errors.
 
   Returns:
-    A Source, or None for 'test' if there are neither test images nor
-    heldout_every.
+    A Source, or None for 'test' if no images are held out.
 
   Raises:
     UserError: the file is missing, damaged or of the wrong kind, has no images,
