@@ -9,6 +9,12 @@ Other configs start from it and change what differs:
     config.optim.lr = 2e-5
     return config
 
+Some groups have other keys for another name, see the functions after
+get_config:
+
+    config.codec = default.autoencoder()
+    config.codec.channels = 32
+
 The import also works in your own config files, in any folder, and can name any
 other config in place of `default`. `train --config=FILE --print_config` prints
 the resolved config. Keys missing from a config have the defaults of this file.
@@ -76,7 +82,10 @@ def get_config():
 
   # Maps data to x0, the variable that is diffused.
   config.codec = ConfigDict()
-  config.codec.name = 'pixels'  # 'pixels': images scaled to [-1, 1]
+  # 'pixels': images scaled to [-1, 1]; 'autoencoder': the run trains one;
+  # 'latents': those of a trained one. The last two have keys of their own, see
+  # below.
+  config.codec.name = 'pixels'
 
   # Network inputs other than the noised data and the time.
   config.conditioning = ConfigDict()
@@ -135,7 +144,8 @@ def get_config():
 
   config.loss = ConfigDict()
   # 'denoising': the error of the prediction; 'classification': a classifier of
-  # noised images, see docs/conditions.md.
+  # noised images, see docs/conditions.md. 'autoencoding' and 'dito' train
+  # autoencoders and have keys of their own, see below.
   config.loss.name = 'denoising'
   # What the network predicts: 'eps', 'x0', 'v', 'edm' or 'flow', see
   # docs/objectives.md.
@@ -205,3 +215,67 @@ def get_config():
   # by default for samples: 1 = none, see docs/conditions.md.
   config.sample.guidance = 1.0
   return config
+
+
+def autoencoder():
+  """The keys of config.codec for an autoencoder, see docs/latents.md."""
+  config = ConfigDict()
+  config.codec = ConfigDict({'name': 'autoencoder'})
+  config.codec.channels = 128  # at full resolution
+  # Of the channels, one per level; each level but the last is halved.
+  config.codec.multipliers = (1, 2, 4)
+  config.codec.num_blocks = 2  # residual blocks per level of the encoder
+  config.codec.latent_channels = 4
+  config.codec.attention = True  # in the middle of encoder and decoder
+  config.codec.attention_resolutions = ()  # map sizes with attention, besides
+  config.codec.num_groups = 32  # groups of group normalisation
+  config.codec.quant_conv = True  # 1x1 convolutions around the latents
+  # Blocks of a transformer over all positions, at the end of the encoder.
+  config.codec.hybrid = 0
+  # 'kl', 'vq' (a codebook), 'fsq' (levels) or 'norm' (for loss.name='dito').
+  config.codec.regulariser = 'kl'
+  config.codec.codes = 8192  # of vq: the size of the codebook
+  config.codec.code_channels = 0  # of vq; 0 = latent_channels
+  config.codec.levels = (8, 5, 5, 5)  # of fsq: the levels of each channel
+  config.codec.decoder = True  # False for loss.name='dito'
+  config.codec.dtype = 'float32'  # or 'bfloat16'
+  return config.codec
+
+
+def autoencoding():
+  """The keys of config.loss for an autoencoder, see docs/latents.md."""
+  config = ConfigDict()
+  config.loss = ConfigDict({'name': 'autoencoding'})
+  config.loss.l1 = 1.0  # weight of the absolute error
+  config.loss.ssim = 0.1  # weight of 1 - SSIM
+  config.loss.kl = 1e-6  # of codec.regulariser='kl': weight of the KL term
+  # Of 'vq': the weight of the latents' distance to their codes, the decay of
+  # the codebook's averages, and the share of the mean count below which a code
+  # is dead and replaced; 0 = never.
+  config.loss.commitment = 0.25
+  config.loss.decay = 0.99
+  config.loss.revive = 0.03
+  # The patch critic (a discriminator): its weight relative to the other terms,
+  # 0 = none; the step from which it counts; channels and halvings. Its learning
+  # rate is optim.part_lr.critic.
+  config.loss.critic = 0.5
+  config.loss.critic_start = 0
+  config.loss.critic_channels = 64
+  config.loss.critic_strides = 3
+  return config.loss
+
+
+def dito():
+  """The keys of config.loss for a diffusion autoencoder (DiTo)."""
+  loss = ConfigDict({**get_config().loss, 'name': 'dito', 'prediction': 'flow'})
+  # Steps of the decoder.
+  loss.decode_steps = 50
+  return loss
+
+
+# Group -> name -> a function that gives the keys of that choice. Other names
+# that are not here have the keys of the default choice, or any.
+CHOICES = {
+  'codec': {'autoencoder': autoencoder},
+  'loss': {'autoencoding': autoencoding, 'dito': dito},
+}

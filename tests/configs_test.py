@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import re
 from pathlib import Path
 
 import binaries
@@ -13,6 +14,7 @@ from PIL import Image
 
 from diffusion_jax import models, runs
 from diffusion_jax.cli import config_files
+from diffusion_jax.configs import default
 from diffusion_jax.runs import recipe as recipes
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import metrics, optim, sharding, state
@@ -148,11 +150,16 @@ def test_a_config_is_what_its_file_returns():
 def test_the_default_explains_every_key():
   """Beside its line, or above it, or above the lines that it stands with."""
   text = (binaries.ROOT / 'configs' / 'default.py').read_text()
-  text = text.partition('\ndef get_config():\n')[2]
+  text, *others = text.partition('\ndef get_config():\n')[2].split('\n\n\n')
   for key in (*flat('default'), 'optim.part_lr', 'model.details'):
     assert text.count(f'  config.{key} = ') == 1, key
   for block in text.split('\n\n'):
     assert '#' in block, block
+  for group, choices in default.CHOICES.items():
+    for make in choices.values():
+      (own,) = (x for x in others if x.startswith(f'def {make.__name__}('))
+      for key in {*make()} - {*default.get_config()[group]}:
+        assert len(re.findall(rf' (config\.{group}|loss)\.{key} = ', own)) == 1
 
 
 @pytest.mark.parametrize('path', PUBLISHED, ids=lambda path: path.stem)
@@ -282,6 +289,19 @@ def test_another_choice_has_options_of_its_own(tmp_path):
     tmp_path, 'config.codec = ConfigDict({"name": "other", "depth": 3})'
   )
   assert load(path).codec.to_dict() == {'name': 'other', 'depth': 3}
+
+
+def test_a_known_choice_is_completed_and_checked(tmp_path):
+  first = 'config.codec = ConfigDict({"name": "autoencoder", "channels": 8})'
+  found = load(written(tmp_path, first)).codec
+  assert found.to_dict() == {**default.autoencoder(), 'channels': 8}
+  for line, must in (
+    ('config.codec.chanels = 4', 'did you mean codec.channels?'),
+    ('config.codec.channels = "4"', 'must be int, not str'),
+    ('config.loss = default.autoencoding(); config.loss.sim = 1', 'loss.ssim?'),
+  ):
+    with pytest.raises(UserError, match=re.escape(must)):
+      load(written(tmp_path, 'config.unlock()', first, line))
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def counting(network_fn, codec, conditioner, schedule, prediction):
     loss=loss,
     metrics=metrics,
     extras={'count': jnp.zeros(CLASSES)},
-    update=lambda extras, sums: {'count': extras['count'] + sums['count']},
+    update=lambda extras, aux: {'count': extras['count'] + aux.sums['count']},
   )
 
 

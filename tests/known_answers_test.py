@@ -114,7 +114,7 @@ def trained(schedule, data, steps, outputs=1, **options):
     grads, aux = jax.grad(mean, has_aux=True)(params)
     updates, opt_state = optimizer.update(grads, opt_state)
     params = optax.apply_updates(params, updates)
-    return (params, opt_state, objective.update(extras, aux.sums)), None
+    return (params, opt_state, objective.update(extras, aux)), None
 
   @jax.jit
   def run():

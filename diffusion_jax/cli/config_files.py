@@ -175,7 +175,9 @@ def source(config: ConfigDict) -> str:
     config: the complete config.
   """
   lines = Path(default.__file__).read_text().splitlines()
-  comments = dict(_comments(lines))
+  comments = {}
+  for name, told in _comments(lines):  # first those of the default choices
+    comments.setdefault(name, told)
   order = list(comments)
 
   def place(name):

@@ -95,8 +95,10 @@ def create(
     )
 
   return Objective(
-    loss, heldout, metrics, times.extras, times.update, times.whole
-  )
+    loss, heldout, metrics, times.extras,
+    update=lambda extras, aux: times.update(extras, aux.sums),
+    whole=times.whole,
+  )  # fmt: skip
 
 
 def _valued(network_fn, codec, conditioner, schedule, how, scores) -> Callable:

@@ -7,7 +7,7 @@ import jax
 
 # Each use of an example's key has its own branch. The order determines the
 # noise of a run: add new ones at the end.
-BRANCHES = ('t', 'eps', 'dropout', 'codec', 'condition')
+BRANCHES = ('t', 'eps', 'dropout', 'codec', 'condition', 'revival')
 
 
 def branch(keys: jax.Array, name: str) -> jax.Array:
@@ -55,7 +55,10 @@ class Objective(NamedTuple):
     metrics: (values, by_row, sums) -> {name: scalar or Mean}, metrics to
       report.
     extras: the initial state of the objective, a dict of arrays.
-    update: (extras, sums) -> extras, updates that state after each step.
+    update: (extras, aux) -> extras, updates that state after each step.
+    write: (params, extras) -> params, puts numbers that have no gradient, such
+      as a codebook, into trained parts after each step, and into the averages
+      of these; None for none.
     whole: keys [B] -> {name: [B]}, numbers of a whole batch, which a loss finds
       among its rows; None for none.
   """
@@ -64,5 +67,6 @@ class Objective(NamedTuple):
   heldout: Callable
   metrics: Callable = lambda values, by_row, sums: {}
   extras: dict = {}  # noqa: RUF012, never written to
-  update: Callable = lambda extras, sums: extras
+  update: Callable = lambda extras, aux: extras
+  write: Callable | None = None
   whole: Callable | None = None

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict, FieldReference
 from diffusion_jax.configs import default
 
 # Groups whose options depend on a choice: the key that makes the choice. The
-# default config has the options of the default choice; others may differ.
+# default config has the options of the default choice; those of others are in
+# `default.CHOICES`.
 CHOICES = {
   'codec': 'name',
   'conditioning': 'name',
@@ -73,10 +74,18 @@ def suggest(key: str) -> str | None:
     path, group = groups.pop(0)
     known += ['.'.join((*path, name)) for name in group]
     groups += [((*path, k), v) for k, v in group.items() if _is_group(v)]
+  others = [
+    f'{group}.{name}'
+    for group, choices in default.CHOICES.items()
+    for make in choices.values()
+    for name in make()
+  ]
   last = key.rpartition('.')[2].lower().replace('-', '_')
-  there = [name for name in known if name.rpartition('.')[2] == last]
-  if len(there) == 1:
-    return there[0]
+  for names in (known, others):
+    there = {name for name in names if name.rpartition('.')[2] == last}
+    if len(there) == 1:
+      return there.pop()
+  known += others
   ends = {name.rpartition('.')[2]: name for name in reversed(known)}
   close = difflib.get_close_matches(key, known, 1)
   close += [ends[end] for end in difflib.get_close_matches(last, ends, 1)]
@@ -151,8 +160,8 @@ def _of_other_types(config, known, path=()) -> Iterator[str]:
   for key, value in _items(config):
     usual = known.get(key)
     if _is_group(usual):
-      if _alike(key, value, usual):
-        yield from _of_other_types(value, usual, (*path, key))
+      if inner := _keys_of(key, value, usual):
+        yield from _of_other_types(value, inner, (*path, key))
     # Not a placeholder, nor a key of an empty group.
     elif not (
       usual is None
@@ -180,8 +189,8 @@ def _lacking(config, known, path=()) -> Iterator[tuple[tuple, Any]]:
   for key, value in known.items():
     if key not in config:
       yield (*path, key), copy.deepcopy(value)
-    elif _is_group(value) and _alike(key, config[key], value):
-      yield from _lacking(config[key], value, (*path, key))
+    elif _is_group(value) and (inner := _keys_of(key, config[key], value)):
+      yield from _lacking(config[key], inner, (*path, key))
 
 
 def _unknown(config, known, path=()) -> Iterator[str]:
@@ -197,16 +206,26 @@ def _unknown(config, known, path=()) -> Iterator[str]:
       found, wanted = _is_group(value), _is_group(known[key])
       yield f'the config key {name!r} is {kinds[found]}, not {kinds[wanted]}'
     # An empty group accepts any key, such as the name of a part.
-    elif known[key] and _is_group(value) and _alike(key, value, known[key]):
-      yield from _unknown(value, known[key], (*path, key))
+    elif _is_group(value) and (inner := _keys_of(key, value, known[key])):
+      yield from _unknown(value, inner, (*path, key))
 
 
-def _alike(name, group, known) -> bool:
-  """Whether a group has the same keys as in the default config."""
+def _keys_of(name, group, known):
+  """The keys that a group may have, by its choice; None if they are not known.
+
+  Args:
+    name: the group's.
+    group: a config's.
+    known: the group of the default config.
+  """
+  if not _is_group(group):
+    return None
   choice = CHOICES.get(name)
-  return _is_group(group) and (
-    choice is None or group.get(choice, known[choice]) == known[choice]
-  )
+  chosen = choice and group.get(choice, known[choice])
+  if choice is None or chosen == known[choice]:
+    return known
+  make = default.CHOICES.get(name, {}).get(chosen)
+  return make and make()
 
 
 def _items(config):

@@ -125,7 +125,12 @@ def train_step(
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   updates = _on_gpus(_together, updates)
   params = optax.apply_updates(state.params, updates)
+  extras = objective.update(state.extras, aux)
   ema_params, others = averages.updated(state, params, ema_decay, average_fns)
+  if objective.write:
+    params, ema_params, others = _written(
+      lambda tree: objective.write(tree, extras), params, ema_params, others
+    )
   # Otherwise a GPU's kernel of several updates also sums squares for the norm,
   # and writes new arrays instead of the old ones.
   params = _on_gpus(jax.lax.optimization_barrier, params)
@@ -136,10 +141,18 @@ def train_step(
     'learning_rate': jnp.asarray(learning_rate(state.step), jnp.float32),
     **objective.metrics(values, *aux),
   }
-  extras = objective.update(state.extras, aux.sums)
   return TrainState(
     state.step + 1, params, ema_params, opt_state, extras, others
   ), metrics
+
+
+def _written(write: Callable, params, ema_params, others):
+  """Parameters and their averages, with what the objective writes."""
+  return (
+    write(params),
+    ema_params and write(ema_params),
+    {name: write(tree) for name, tree in others.items()},
+  )
 
 
 def _on_gpus(change: Callable, tree):
