@@ -110,12 +110,11 @@ def train_step(
   keys = example_keys(key, state.step, len(jax.tree.leaves(batch)[0]))
   if objective.whole:
     batch = {**batch, **objective.whole(keys)}
-  rows = (batch, keys)
   if microbatches == 1:
-    grads, (values, aux) = gradient_fn(rows)
+    grads, (values, aux) = gradient_fn((batch, keys))
   else:
     grads, (values, aux) = accumulate(
-      gradient_fn, state.params, rows, microbatches, mesh
+      gradient_fn, state.params, (batch, keys), microbatches, mesh
     )
   # Each device keeps its shard: a reduce-scatter, not an all-reduce.
   grads = jax.lax.with_sharding_constraint(
@@ -128,9 +127,8 @@ def train_step(
   extras = objective.update(state.extras, aux)
   ema_params, others = averages.updated(state, params, ema_decay, average_fns)
   if objective.write:
-    params, ema_params, others = _written(
-      lambda tree: objective.write(tree, extras), params, ema_params, others
-    )
+    write = functools.partial(objective.write, extras=extras)
+    params, ema_params, others = _written(write, params, ema_params, others)
   # Otherwise a GPU's kernel of several updates also sums squares for the norm,
   # and writes new arrays instead of the old ones.
   params = _on_gpus(jax.lax.optimization_barrier, params)
