@@ -90,15 +90,14 @@ def create(
     return values_at(params, rows, keys, times.spread(index), None, None)
 
   def metrics(values, by_row, sums):
-    of = by_row['t'], schedule.num_timesteps, by_row.get('factor')
-    return by_quarter(values, *of)
+    factor = by_row.get('factor')
+    return by_quarter(values, by_row['t'], schedule.num_timesteps, factor)
 
   def update(extras, aux):
     return times.update(extras, aux.sums)
 
-  return Objective(
-    loss, heldout, metrics, times.extras, update, whole=times.whole
-  )
+  made = Objective(loss, heldout, metrics, times.extras, update)
+  return made._replace(whole=times.whole)
 
 
 def _valued(network_fn, codec, conditioner, schedule, how, scores) -> Callable:
