@@ -355,7 +355,7 @@ class Transformer(nnx.Module):
     """[B, h, w, C] -> [B, h, w, C]."""
     tokens = x.reshape(len(x), -1, self.width)
     where = jnp.asarray(dit.positions(*self.size, self.width), x.dtype)
-    h = dit.normed(tokens) + where
+    h = dit.normed(tokens) + where[None]
     heads = (
       f(h).reshape(*h.shape[:2], self.heads, -1)
       for f in (self.query, self.key, self.value)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax.models import pointwise
 from diffusion_jax.process import noise
 
 REGULARISERS = ('kl', 'vq', 'fsq', 'norm')
@@ -87,6 +88,7 @@ def nearest(codebook: jax.Array, z: jax.Array) -> jax.Array:
     '...e,ne->...n', z, codebook, precision=jax.lax.Precision.HIGHEST
   )
   half = 0.5 * jnp.sum(jnp.square(codebook), axis=-1)
+  half = pointwise.broadcast(half, products)
   return jnp.argmin(half - products, axis=-1).astype(jnp.int32)
 
 
@@ -191,7 +193,7 @@ def bounded(z: jax.Array, levels: Sequence[int]) -> jax.Array:
     [..., C] in about [-1, 1]: `rounded` of it gives whole multiples of
     1 / (levels // 2).
   """
-  half, offset, width = _of_levels(levels)
+  half, offset, width = _of_levels(levels, z)
   shift = jnp.arctanh(offset / half)
   return (jnp.tanh(z + shift) * half - offset) / width
 
@@ -203,38 +205,49 @@ def rounded(bound: jax.Array, levels: Sequence[int]) -> jax.Array:
     bound: [..., C], see `bounded`; numbers out of range get the last level.
     levels: see `bounded`.
   """
-  _, _, width = _of_levels(levels)
-  return (_digits(bound, levels) - width) / width
+  return _values(_digits(bound, levels), levels)
 
 
 def level_index(bound: jax.Array, levels: Sequence[int]) -> jax.Array:
   """The number of the code, int32 [...] below the product of the levels."""
-  base = jnp.asarray([math.prod(levels[:i]) for i in range(len(levels))])
-  return jnp.sum(_digits(bound, levels).astype(jnp.int32) * base, axis=-1)
+  digits = _digits(bound, levels).astype(jnp.int32)
+  return jnp.sum(digits * _bases(levels, digits), axis=-1)
 
 
 def level_codes(index: jax.Array, levels: Sequence[int]) -> jax.Array:
   """The values of codes by number, the inverse of `level_index`."""
-  _, _, width = _of_levels(levels)
-  base = jnp.asarray([math.prod(levels[:i]) for i in range(len(levels))])
-  digits = (index[..., None] // base) % jnp.asarray(levels)
-  return (digits - width) / width
+  index = index[..., None]
+  counts = pointwise.broadcast(jnp.asarray(levels), index)
+  return _values((index // _bases(levels, index)) % counts, levels)
 
 
 def _digits(bound, levels):
   """Which level of each channel, from 0, as floats."""
-  _, _, width = _of_levels(levels)
-  count = jnp.asarray(levels)
-  return jnp.clip(jnp.round(bound * width) + width, 0, count - 1)
+  _, _, width = _of_levels(levels, bound)
+  last = pointwise.broadcast(jnp.asarray(levels) - 1, bound)
+  return jnp.clip(jnp.round(bound * width) + width, 0, last)
 
 
-def _of_levels(levels):
+def _values(digits, levels):
+  _, _, width = _of_levels(levels, digits)
+  return (digits - width) / width
+
+
+def _bases(levels, like):
+  bases = [math.prod(levels[:i]) for i in range(len(levels))]
+  return pointwise.broadcast(jnp.asarray(bases), like)
+
+
+def _of_levels(levels, like):
   """The half range before rounding, the offset of even counts, the width."""
   count = jnp.asarray(levels, jnp.float32)
   # A little more than the last levels, so that tanh reaches them.
   half = (count - 1) * (1 + 1e-3) / 2
   offset = jnp.where(count % 2 == 0, 0.5, 0.0)
-  return half, offset, count // 2
+  return tuple(
+    x.reshape((1,) * (like.ndim - 1) + (-1,))
+    for x in (half, offset, count // 2)
+  )
 
 
 # --- unit variance -----------------------------------------------------------
