@@ -92,6 +92,31 @@ def nearest(codebook: jax.Array, z: jax.Array) -> jax.Array:
   return jnp.argmin(half - products, axis=-1).astype(jnp.int32)
 
 
+def distances(
+  z: jax.Array, quantised: jax.Array, beta: float = 0.25, legacy: bool = False
+) -> jax.Array:
+  """Mean squared distances of latents and codes: [B].
+
+  One term moves the latents, the other the codes; beta is the weight of the
+  first (arXiv 1711.00937, eq. 3), or of the second, as in VQGAN's code.
+
+  Args:
+    z: [B, ..., e] latents.
+    quantised: their codes, with a gradient to the codebook.
+    beta: a weight.
+    legacy: whether it is the weight of the second term.
+  """
+
+  def mean(a, b):
+    square = jnp.square(a - jax.lax.stop_gradient(b))
+    return jnp.mean(square, axis=tuple(range(1, z.ndim)))
+
+  of_latents, of_codes = mean(z, quantised), mean(quantised, z)
+  if legacy:
+    return of_latents + beta * of_codes
+  return beta * of_latents + of_codes
+
+
 def counted(index: jax.Array, z: jax.Array, codes: int) -> tuple:
   """How often each code is the nearest, and the sum of what it is nearest to.
 

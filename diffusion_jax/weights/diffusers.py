@@ -108,10 +108,10 @@ def read(path) -> Folder:
   """
   place = places.find(path)
   if place.index.exists():
-    kind = _json(place.index).get('_class_name')
+    kind = read_settings(place.index).get('_class_name')
     settings.agree(place.index, '_class_name', kind, PIPELINES)
   config = _network(place.network)
-  process = _json(place.scheduler) if place.scheduler else {}
+  process = read_settings(place.scheduler) if place.scheduler else {}
   process = settings.process_of(process, place.scheduler)
   config |= {**process, 'loss': {**config['loss'], **process['loss']}}
   state = states.read(place.weights)
@@ -149,7 +149,7 @@ def read(path) -> Folder:
 def _network(folder) -> dict:
   """The settings of a network, as parts of a run's config."""
   path = folder / places.SETTINGS
-  return unets.network_of(_json(path), path)
+  return unets.network_of(read_settings(path), path)
 
 
 def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
@@ -164,12 +164,25 @@ def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
     UserError: tensors are missing, left over, or of another shape; the message
       names them.
   """
+  tensors = of_today(tensors, what)
+  return named.place(tensors, abstract, name_of, _to_ours, what)
+
+
+def of_today(tensors: Mapping[str, np.ndarray], what: str) -> dict:
+  """Tensors under diffusers' current names.
+
+  Args:
+    tensors: name -> array, with current or old names of attention.
+    what: where the tensors come from, for the message.
+
+  Raises:
+    UserError: a tensor is there under both names.
+  """
   today = {name: named.renamed(name, _TODAY) for name in tensors}
   for name, new in today.items():
     if new != name and new in tensors:
       raise UserError(f'{what}: {name} also exists under its current name')
-  tensors = {today[name]: array for name, array in tensors.items()}
-  return named.place(tensors, abstract, name_of, _to_ours, what)
+  return {today[name]: array for name, array in tensors.items()}
 
 
 def to_tensors(params) -> dict[str, np.ndarray]:
@@ -201,14 +214,16 @@ def write(path, config: Mapping, params) -> None:
   weights = safetensors.numpy.save(to_tensors(params), {'format': 'pt'})
   with files.replacing(files.make(path / 'unet') / WEIGHTS) as file:
     file.write(weights)
-  files.write_json(path / 'unet' / 'config.json', unet)
-  files.write_json(path / 'scheduler' / 'scheduler_config.json', process)
+  files.writeread_settings(path / 'unet' / 'config.json', unet)
+  files.writeread_settings(
+    path / 'scheduler' / 'scheduler_config.json', process
+  )
   index = {
     '_class_name': 'DDPMPipeline',
     'scheduler': ['diffusers', 'DDPMScheduler'],
     'unet': ['diffusers', 'UNet2DModel'],
   }
-  files.write_json(path / INDEX, index)
+  files.writeread_settings(path / INDEX, index)
 
 
 # --- tensors -----------------------------------------------------------------
@@ -235,7 +250,8 @@ def _to_ours(name: str, array: np.ndarray) -> np.ndarray:
   return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
-def _json(path) -> dict:
+def read_settings(path) -> dict:
+  """The settings in a JSON file; UserError if it holds none."""
   try:
     content = json.loads(path.read_text())
     if not isinstance(content, dict):

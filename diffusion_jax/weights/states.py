@@ -30,7 +30,7 @@ USUAL = (WEIGHTS, WEIGHTS + INDEX, f'{STEM}.bin', f'{STEM}.bin{INDEX}')
 SHARD = r'-\d+-of-(?!0*1\.)\d+\.'  # of several
 VARIANT = rf'{STEM}\.(?!.*-of-\d)([\w-]+)({SAFE}|\.bin)'
 
-# Each network that `settings` supports has exactly one parameter of this name.
+# Each U-Net that `unets` supports has exactly one parameter of this name.
 ONE_EACH = 'conv_in.weight'
 WRAPPER = '_orig_mod'  # of torch.compile, anywhere in a name
 AVERAGED = re.compile(r'(^|[._])(ema|averaged?|shadow)([._]|$)', re.IGNORECASE)
@@ -66,12 +66,13 @@ def is_weights(path) -> bool:
   return files.at(path).suffix in (SAFE, *PICKLED)
 
 
-def read(path) -> State:
+def read(path, one_each: str = ONE_EACH) -> State:
   """Reads the weights in a folder, or in a file.
 
   Args:
     path: a file of weights, or a folder that holds one: WEIGHTS, the same in
       shards, as .bin or as a variant (fp16), or a single file of another name.
+    one_each: the name of a parameter that each network has once.
 
   Raises:
     UserError: there are no weights or several, or they are damaged.
@@ -85,18 +86,19 @@ def read(path) -> State:
     notes = [*notes, f'{len(names)} shards are read, as {path.name} lists them']
   else:
     names, tensors = [path.name], _tensors(path, digest)
-  tensors, raw, more = networks(tensors, str(path))
+  tensors, raw, more = networks(tensors, str(path), one_each)
   return State(tensors, raw, digest.hexdigest(), names, [*notes, *more])
 
 
 def networks(
-  tensors: Mapping[str, np.ndarray], what: str
+  tensors: Mapping[str, np.ndarray], what: str, one_each: str = ONE_EACH
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None, list[str]]:
   """Separates the networks of a training checkpoint, and removes prefixes.
 
   Args:
     tensors: name -> array.
     what: where they come from, for messages.
+    one_each: the name of a parameter that each network has once.
 
   Returns:
     (the averaged or only weights, the raw ones next to averaged ones or None,
@@ -111,9 +113,9 @@ def networks(
       f'{what}: some tensors are there with and without {WRAPPER}'
     )
   heads = {
-    name.removesuffix(ONE_EACH)
+    name.removesuffix(one_each)
     for name in clean
-    if f'.{name}'.endswith(f'.{ONE_EACH}')
+    if f'.{name}'.endswith(f'.{one_each}')
   } or {''}
   found, left = {head: {} for head in heads}, []
   for name, array in clean.items():
