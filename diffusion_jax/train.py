@@ -32,7 +32,15 @@ from diffusion_jax import data, runs
 from diffusion_jax.cli import command, declare
 from diffusion_jax.data import broken, pipeline, resident, sources
 from diffusion_jax.reporting import pictures
-from diffusion_jax.runs import dataset, finetune, programs, validation
+from diffusion_jax.runs import (
+  dataset,
+  finetune,
+  frozen,
+  latents,
+  programs,
+  recipe,
+  validation,
+)
 from diffusion_jax.system import (
   compilation,
   distributed,
@@ -88,8 +96,8 @@ declare.shared('accept_data', 'json')
 def main():
   distributed.initialize()
   config, workdir = FLAGS.config, files.at(FLAGS.workdir).expanduser()
-  wrong = validation.check(config, jax.devices())
-  if wrong:
+  distributed.everywhere(lambda: frozen.complete(config, workdir))
+  if wrong := validation.check(config, jax.devices()):
     raise UserError(wrong[0])
   splits = distributed.everywhere(lambda: data.splits(config.data))
   if config.data.on_device:
@@ -103,7 +111,8 @@ def main():
   )
   compilation.keep()
   mesh = sharding.make_mesh(**config.mesh)
-  program = programs.create(config, mesh)
+  splits, parts = latents.prepare(config, mesh, workdir, splits)
+  program = programs.create(config, mesh, recipe.create(config, parts))
   origin, begun = finetune.load(
     origin, program.abstract.params, FLAGS.init_step
   )
@@ -113,6 +122,7 @@ def main():
     kept = distributed.on_first(
       lambda: _begin(stack, workdir, config, known, origin, begun)
     )
+    frozen.write(workdir, parts)
     signals = preemption.Signals(FLAGS.stop_secs, _give_up)
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(

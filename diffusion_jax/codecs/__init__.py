@@ -1,11 +1,11 @@
 """Codecs: data <-> x0, the variable that is diffused."""
 
-from diffusion_jax.codecs import pixels
+from diffusion_jax.codecs import latents, pixels
 from diffusion_jax.codecs.codec import Codec
 from diffusion_jax.system.errors import one_of
 
 # name -> (image_shape, **options) -> Codec
-CODECS = {'pixels': pixels.create}
+CODECS = {'pixels': pixels.create, 'latents': latents.create}
 
 
 def create(name: str, image_shape: tuple[int, int, int], **options) -> Codec:

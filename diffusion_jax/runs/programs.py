@@ -29,7 +29,8 @@ class Programs(NamedTuple):
     optimizer: gradient -> update.
     init_key: the random key of the initial parameters.
     abstract: shapes, dtypes and shardings of the state.
-    frozen: name -> parameters of the parts that are not trained.
+    frozen: name -> parameters of the parts that are not trained; their shapes
+      and shardings, if the recipe has no more.
     step_fn: (state, frozen, batch) -> (state, metrics), see `step.train_step`;
       the state is donated.
     steps_fn: (state, frozen, batches, resident) -> (state, metrics), several
@@ -116,8 +117,11 @@ def create(
     functools.partial(step.heldout_loss, key=heldout_key, **common)
   )
   draw_fn = jax.jit(draw.drawer(made, mesh, how))
+  frozen = made.frozen
+  if any(not isinstance(x, jax.Array) for x in jax.tree.leaves(frozen)):
+    frozen = sharding.abstract(frozen, mesh)
   return Programs(
-    made, optimizer, init_key, abstract, made.frozen, step_fn, steps_fn,
+    made, optimizer, init_key, abstract, frozen, step_fn, steps_fn,
     loss_fn, draw_fn, how,
   )  # fmt: skip
 

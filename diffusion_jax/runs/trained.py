@@ -18,6 +18,7 @@ from diffusion_jax.runs import (
   averaged,
   calibration,
   draw,
+  frozen,
   guided,
   labels,
   recipe,
@@ -390,7 +391,7 @@ def load(
   workdir = files.at(workdir).expanduser()
   config = runs.read_config(workdir, 'workdir')
   mesh = mesh or sharding.make_mesh()
-  made = recipe.create(config)
+  made = recipe.create(config, frozen.load(config, mesh, workdir))
   compiled = _compile(made, mesh)
   average = averaged.check(config['ema'], ema, ema_profile)
   ema = ema and (bool(average) or config['ema']['decay'] > 0)
