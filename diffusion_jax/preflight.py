@@ -44,7 +44,7 @@ from diffusion_jax.planning import (
 )
 from diffusion_jax.planning.compiled import Compiled, device_bytes
 from diffusion_jax.planning.page import gib
-from diffusion_jax.runs import programs, validation
+from diffusion_jax.runs import frozen, programs, validation
 from diffusion_jax.system import distributed, environment, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -151,6 +151,7 @@ def main():
     other = 'topology' if where else 'largest_batch'
     raise UserError(f'--measure is for this machine: leave --{other} out')
   devices = slices.devices(where) if where else jax.devices()
+  distributed.everywhere(lambda: frozen.complete(FLAGS.config, FLAGS.workdir))
   if wrong := validation.check(FLAGS.config, devices):
     raise UserError(wrong[0])
   config = FLAGS.config
@@ -265,7 +266,7 @@ def _compile_step(place, batch_size) -> Compiled:
 def _compile_sampling(place) -> Compiled:
   indices = _rows(place, (place.sampled,), jnp.uint32)
   program = place.program
-  args = program.abstract.averaged, indices
+  args = {**program.frozen, **program.abstract.averaged}, indices
   return compiled.compile(program.draw_fn, args, place.limit, place.fast)
 
 

@@ -100,8 +100,6 @@ def main():
   if wrong := validation.check(config, jax.devices()):
     raise UserError(wrong[0])
   splits = distributed.everywhere(lambda: data.splits(config.data))
-  if config.data.on_device:
-    distributed.everywhere(lambda: resident.check(splits[0]))
   runs.check(workdir, config)
   profiling.check(FLAGS.profile, workdir, config.num_steps)
   how = config.data.heldout_split, FLAGS.accept_data, config.conditioning
@@ -112,6 +110,8 @@ def main():
   compilation.keep()
   mesh = sharding.make_mesh(**config.mesh)
   splits, parts = latents.prepare(config, mesh, workdir, splits)
+  if config.data.on_device:
+    distributed.everywhere(lambda: resident.check(splits[0]))
   program = programs.create(config, mesh, recipe.create(config, parts))
   origin, begun = finetune.load(
     origin, program.abstract.params, FLAGS.init_step

@@ -8,6 +8,8 @@ Rows hold images, or the encoder's output as 'moments', computed before: both
 give the same x0 with the same keys, but for rounding.
 """
 
+import functools
+import json
 from collections.abc import Mapping
 
 import jax
@@ -42,13 +44,14 @@ def create(
     moments = rows.get('moments')
     if moments is None:
       moments = coder.encode(part, _images(rows))
-    z = sample(coder, moments, keys)
-    return (z - part['shift']) / part['scale']
+    shift, scale = _numbers(part)
+    return (sample(coder, moments, keys) - shift) / scale
 
   def decode(params, x0, keys):
     del keys
     part = params['codec']
-    z = x0 * part['scale'] + part['shift']
+    shift, scale = _numbers(part)
+    z = x0 * scale + shift
     return pixels.from_float(coder.decode(part, coder.snap(part, z)))
 
   return Codec(
@@ -60,10 +63,37 @@ def create(
   )
 
 
+def _numbers(part) -> tuple[jax.Array, jax.Array]:
+  """Shift and scale, to be used with [B, h, w, z]."""
+  return part['shift'][None, None, None], part['scale'][None, None, None]
+
+
 def coder_of(image_shape, options: Mapping) -> autoencoder.Coder:
   """The autoencoder of a config's group `codec` with name='autoencoder'."""
-  options = {key: value for key, value in options.items() if key != 'name'}
-  return autoencoder.create(image_shape, **options)
+  options = {key: options[key] for key in options if key != 'name'}
+  return _made(tuple(image_shape), json.dumps(options))
+
+
+@functools.lru_cache(maxsize=4)  # building the networks takes a second
+def _made(image_shape, options: str) -> autoencoder.Coder:
+  return autoencoder.create(image_shape, **json.loads(options))
+
+
+def shape_of(image_shape, options: Mapping) -> tuple[int, int, int]:
+  """The shape of the latents of such an autoencoder.
+
+  Args:
+    image_shape: (H, W, C) of the data.
+    options: see `coder_of`.
+  """
+  size = 2 ** (len(options['multipliers']) - 1)
+  channels = options['latent_channels']
+  if options['regulariser'] == 'vq':
+    channels = options['code_channels'] or channels
+  if options['regulariser'] == 'fsq':
+    channels = len(options['levels'])
+  height, width, _ = image_shape
+  return height // size, width // size, channels
 
 
 def moments_of(coder: autoencoder.Coder, params, rows) -> jax.Array:

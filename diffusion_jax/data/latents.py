@@ -24,6 +24,7 @@ from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 
 ABOUT = 'latents.json'
+PER_FILE = 256  # images
 ROW = 'moments'  # the name of latents in a batch
 AGAIN = 'run diffusion_jax.encode again, which computes what is missing'
 
@@ -59,9 +60,16 @@ def write_about(folder, about: Mapping) -> None:
 def bounds(count: int, per_file: int) -> list[tuple[int, int]]:
   """(first, end) of the images of each file."""
   return [
-    (first, min(first + per_file, count))
-    for first in range(0, count, per_file)
+    (first, min(first + per_file, count)) for first in range(0, count, per_file)
   ]
+
+
+def write(path, latents: np.ndarray) -> str:
+  """Writes one file; returns its SHA-256."""
+  files.make(files.at(path).parent)
+  with files.replacing(path) as file:
+    np.save(file, latents)
+  return sha256_of(path)
 
 
 def sha256_of(path) -> str:

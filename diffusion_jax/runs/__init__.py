@@ -5,6 +5,7 @@ data.json              what the training images are, see dataset.py
 init_from.json         the run that the parameters came from, see finetune.py
 converted.json         the source of converted weights
 checkpoints/           one folder per step
+parts/                 parts that are not trained, see frozen.py
 saved.json             the newest saved step, see training/saved.py
 held.json              checkpoints not to be deleted, see training/held.py
 starts.jsonl           one object per start: time, step, versions, devices,

@@ -304,7 +304,9 @@ def is_weight(name: str) -> bool:
 def placed(part, mesh: Mesh):
   """The parameters of a part, NumPy's, on the devices of a mesh."""
   return jax.tree.map(
-    lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__),
+    lambda x, where: jax.make_array_from_callback(
+      x.shape, where, x.__getitem__
+    ),
     part,
     sharding.shardings(part, mesh),
   )

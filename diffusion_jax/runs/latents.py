@@ -5,28 +5,22 @@ over the posteriors and over the training images, so that x0 has unit variance.
 They are measured once, over at most MEASURED images, and kept in the run.
 """
 
-import dataclasses
-import functools
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax import runs
 from diffusion_jax.codecs import latents
 from diffusion_jax.data import latents as cache
-from diffusion_jax.data import looks, pipeline
+from diffusion_jax.data import looks
 from diffusion_jax.data.sources import Source
 from diffusion_jax.models.autoencoder import Coder
-from diffusion_jax.runs import frozen
+from diffusion_jax.runs import encoding, frozen
 from diffusion_jax.runs.dataset import Splits
 from diffusion_jax.system import distributed, numerics, terminal
-from diffusion_jax.training import checksum, loop, sharding
+from diffusion_jax.training import sharding
 
 MEASURED = 50_000
-BATCH = 64  # images encoded at once
 
 
 def prepare(
@@ -57,9 +51,11 @@ def prepare(
   facts = parts.facts[frozen.CODEC]
   if 'scaled_by' in facts:
     return splits, parts
-  coder = coder_of(config)
+  coder = encoding.coder_of(config)
   count = min(len(splits[0]), MEASURED)
-  with terminal.waiting(f'measuring the scale of the latents of {count} images'):
+  with terminal.waiting(
+    f'measuring the scale of the latents of {count} images'
+  ):
     found = scale_of(coder, parts.params, splits[0], mesh)
   told = f'mean and deviation over {count} training images'
   parts.params[frozen.CODEC].update(frozen.placed(found, mesh))
@@ -67,36 +63,9 @@ def prepare(
   return splits, parts
 
 
-def coder_of(config) -> Coder:
-  """The autoencoder of a run in latents."""
-  shape = runs.image_shape(config['data'])
-  return latents.coder_of(shape, config['codec']['coder'])
-
-
-def fingerprint(params) -> str:
-  """What identifies the weights of an autoencoder, without shift and scale.
-
-  Args:
-    params: the frozen parts, on any mesh.
-  """
-  sums = checksum.of(params)
-  return '-'.join(
-    f'{number:08x}'
-    for number in (
-      sum(sums[name] for name in sums if frozen.is_weight(name)) % 2**32,
-      sum(
-        (i + 1) * sums[name]
-        for i, name in enumerate(sorted(sums))
-        if frozen.is_weight(name)
-      )
-      % 2**32,
-    )
-  )
-
-
 def _cached(config, splits, parts) -> Splits:
   given = {
-    'weights': fingerprint(parts.params),
+    'weights': encoding.fingerprint(parts.params),
     'origin': parts.origins[frozen.CODEC],
   }
   folder, (train, heldout) = config['codec']['cache'], splits
@@ -128,51 +97,14 @@ def scale_of(coder: Coder, params, source: Source, mesh: Mesh) -> dict:
     if moments is None:
       moments = latents.moments_of(coder, params, rows)
     each = latents.first_moments(coder, moments)
-    return jnp.sum(each * weight[:, None], axis=1)
+    return jnp.sum(each * weight[None, :, None], axis=1)
 
   indices = looks.spread(len(source), MEASURED)
-  chosen = dataclasses.replace(
-    source,
-    num_images=len(indices),
-    read_fn=lambda i: source.read_fn(indices[i]),
-  )
   total = np.zeros((2, coder.shape[-1]))
-  for rows, weight in batches(chosen, mesh):
+  for rows, weight in encoding.batches(encoding.some(source, indices), mesh):
     total += sharding.to_host(sums(params, rows, weight)).astype(np.float64)
   mean, square = total / len(indices)
   deviation = np.sqrt(np.maximum(square - mean**2, 1e-12))
   return {
     'shift': mean.astype(np.float32), 'scale': deviation.astype(np.float32)
   }  # fmt: skip
-
-
-def batches(source: Source, mesh: Mesh, size: int = BATCH) -> Iterator:
-  """(rows, weight) of a source in order, as global arrays, padded."""
-  where = sharding.batch_sharding(mesh)
-  size = sharding.rounded(size, mesh)
-  rows = pipeline.local_rows(where, size)
-  local = pipeline.heldout(source, batch_size=size, rows=rows)
-  while one := loop.read_together(local):
-    yield pipeline.put_rows(one, where, size)
-
-
-@functools.cache
-def _encoder(coder: Coder):
-  return jax.jit(lambda params, rows: latents.moments_of(coder, params, rows))
-
-
-@numerics.fixed()
-def encoded(coder: Coder, params, images: np.ndarray, mesh: Mesh) -> np.ndarray:
-  """The encoder's output: float32 [N, h, w, m], the same in every process.
-
-  Args:
-    coder: the autoencoder.
-    params: the frozen parts.
-    images: uint8 [N, H, W, C].
-    mesh: the devices.
-  """
-  encode = _encoder(coder)
-  size = sharding.rounded(min(BATCH, len(images)), mesh)
-  return sharding.in_batches(
-    lambda rows: encode(params, {'image': rows}), images, size, mesh
-  )

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax import runs, samplers
 from diffusion_jax.data import augment
-from diffusion_jax.runs import draw, recipe
+from diffusion_jax.runs import draw, encoding, recipe
 from diffusion_jax.samplers import grid, guided, plan
 from diffusion_jax.samplers.solve import starts_at_noise
 from diffusion_jax.system.errors import UserError
@@ -135,6 +135,10 @@ def rows(config: Mapping, made: recipe.Recipe, batch_size: int) -> dict:
     batch_size: rows of the batch.
   """
   found = {'image': ((batch_size, *runs.image_shape(config['data'])), np.uint8)}
+  if config['codec'].get('cache'):
+    coder = encoding.coder_of(config)
+    shape = (*coder.shape[:-1], encoding.size_of(coder))
+    found = {'moments': ((batch_size, *shape), np.float32)}
   if 'label' in made.conditioner.doors or made.prediction is None:
     found['label'] = ((batch_size,), np.int32)
   if config['data'].get('augment'):

@@ -230,6 +230,7 @@ class Trained:
 
   def _with(self, name, other) -> 'Trained':
     guided.check(self.config, other.config, other.workdir, name)
+    guided.check_latents(self.params, other.params, other.workdir, name)
     guides = {**self.guides, name: other}
     recipes = {key: one.recipe for key, one in guides.items()}
     compiled = _compile(self.recipe, self.mesh, **recipes)
