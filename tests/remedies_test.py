@@ -68,7 +68,12 @@ def test_flags_that_messages_name_exist():
 
 def test_config_keys_that_messages_name_exist():
   flat = runs.flatten(default.get_config().to_dict())
-  known = {*flat, 'optim.part_lr', 'model.details'}
+  known = {*flat, 'optim.part_lr', 'model.details'} | {
+    f'{group}.{key}'
+    for group, choices in default.CHOICES.items()
+    for make in choices.values()
+    for key in make()
+  }
   groups = '|'.join({key.split('.')[0] for key in flat if '.' in key})
   named = set()
   for text in strings():

@@ -236,7 +236,10 @@ def _of_autoencoder(config, mesh) -> Frozen:
     taken[name] for name in models.names(wanted)
   )[CODEC]
   given, scaled_by = _given_scale(codec, path)
-  given = {k: np.full(x.shape, given[k], x.dtype) for k, x in numbers.items()}
+  given = {
+    name: np.array(np.broadcast_to(given[name], x.shape), x.dtype)
+    for name, x in numbers.items()
+  }
   facts = {**own, 'step': step, 'ema': True}
   facts |= {'scaled_by': scaled_by} if scaled_by else {}
   return Frozen({CODEC: {**part, **placed(given, mesh)}}, {CODEC: facts})
@@ -250,9 +253,9 @@ def _given_scale(codec, path) -> tuple[dict, str]:
   facts = {}
   if runs.converted_from(_at(path)):
     facts = json.loads((_at(path) / runs.CONVERTED).read_text())
-  if factor := facts.get('scaling_factor'):
-    shift = facts.get('shift_factor') or 0.0
-    return {'shift': shift, 'scale': 1 / factor}, 'scaling_factor of the folder'
+  if 'scale' in facts:
+    given = {name: facts[name] for name in ('shift', 'scale')}
+    return given, 'the settings of the imported weights'
   return {'shift': 0.0, 'scale': 1.0}, ''
 
 
