@@ -158,8 +158,7 @@ def main():
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   limit = where.memory if where else _memory()
   fast = FLAGS.fast and devices[0].platform == 'tpu'
-  program = programs.create(config, mesh)
-  place = Place(config, mesh, program, limit, where, fast)
+  place = Place(config, mesh, programs.create(config, mesh), limit, where, fast)
   looked_at = _look(place)
   if FLAGS.largest_batch:
     _largest(place)
@@ -177,7 +176,7 @@ def main():
   result = _result(place, train, sample, judge)
   if FLAGS.measure:
     result['measured'] = timing.measure(
-      config, mesh, program, train, sample, place.sampled
+      config, mesh, place.program, train, sample, place.sampled
     )
     result['environment'] = environment.describe()
   result['checks'] = [check._asdict() for check in looked_at]

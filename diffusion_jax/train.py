@@ -110,8 +110,6 @@ def main():
   compilation.keep()
   mesh = sharding.make_mesh(**config.mesh)
   splits, parts = latents.prepare(config, mesh, workdir, splits)
-  if config.data.on_device:
-    distributed.everywhere(lambda: resident.check(splits[0]))
   program = programs.create(config, mesh, recipe.create(config, parts))
   origin, begun = finetune.load(
     origin, program.abstract.params, FLAGS.init_step

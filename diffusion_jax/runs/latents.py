@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.codecs import latents
 from diffusion_jax.data import latents as cache
-from diffusion_jax.data import looks
+from diffusion_jax.data import looks, resident
 from diffusion_jax.data.sources import Source
 from diffusion_jax.models.autoencoder import Coder
 from diffusion_jax.runs import encoding, frozen
@@ -41,13 +41,16 @@ def prepare(
     the frozen parts, with shift and scale.
 
   Raises:
-    UserError: as for `frozen.load` and `data.latents.opened`.
+    UserError: as for `frozen.load` and `data.latents.opened`, or they do not
+      fit on the devices.
   """
   parts = frozen.load(config, mesh, workdir)
+  if config['codec'].get('cache'):
+    splits = distributed.everywhere(lambda: _cached(config, splits, parts))
+  if config['data']['on_device']:
+    distributed.everywhere(lambda: resident.check(splits[0]))
   if not parts.params:
     return splits, parts
-  if config['codec']['cache']:
-    splits = distributed.everywhere(lambda: _cached(config, splits, parts))
   facts = parts.facts[frozen.CODEC]
   if 'scaled_by' in facts:
     return splits, parts

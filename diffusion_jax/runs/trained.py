@@ -67,7 +67,7 @@ class Trained:
     config: the run's resolved config, as plain dicts.
     step: the training step of the weights.
     ema: whether the weights are the averaged ones.
-    recipe: the run's recipe: its network, codec and conditioner.
+    recipe: its network, codec and conditioner.
     params: name -> parameters of each part, nested dicts of arrays on `mesh`.
     mesh: the devices that hold the parameters.
     compiled: the compiled functions, shared with the results of `at`.
@@ -156,8 +156,7 @@ class Trained:
   def at(self, step: int | None = None) -> 'Trained':
     """Returns the network at another checkpoint of the same run.
 
-    The compiled functions are shared, so sampling from several checkpoints of a
-    run compiles only once.
+    The compiled functions are shared: sampling from several compiles only once.
 
     Args:
       step: the step of the checkpoint; by default the newest that is not
