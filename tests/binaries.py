@@ -147,7 +147,7 @@ def _child(binary, arguments, devices, folder, environment):
   for stream, name in ((1, 'out'), (2, 'err')):
     path = os.path.join(folder, name)
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-  import dense  # noqa: F401, which adds a network
+  import dense_network  # noqa: F401, which adds it
 
   _keep_programs()
   sys.argv = [binary, *arguments]

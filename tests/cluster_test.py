@@ -296,7 +296,11 @@ def test_two_workers_train_through_a_preemption(tmp_path):
   )
   environment |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
   config, given, *flags = tiny.flags(
-    workdir, num_steps=12, sample_every=0, eval_every=0, checkpoint_every=5,
+    workdir,
+    num_steps=12,
+    sample_every=0,
+    eval_every=0,
+    checkpoint_every=5,
     **tiny.UNET,
   )
   result = run_in(

@@ -40,7 +40,7 @@ SHELLS = {
 }
 # JAX reads the variables when it is imported.
 TRAIN = """
-import runpy, dense
+import runpy, dense_network
 runpy.run_module('diffusion_jax.train', run_name='__main__', alter_sys=True)
 """
 LIBRARY = f"""

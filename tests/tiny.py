@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import binaries
-import dense  # noqa: F401, which adds a network
+import dense_network  # noqa: F401, which adds it
 import jax
 import jax.numpy as jnp
 import numpy as np
