@@ -247,6 +247,7 @@ def autoencoding():
   config = ConfigDict()
   config.loss = ConfigDict({'name': 'autoencoding'})
   config.loss.l1 = 1.0  # weight of the absolute error
+  config.loss.l2 = 0.0  # weight of the squared error
   config.loss.ssim = 0.1  # weight of 1 - SSIM
   config.loss.kl = 1e-6  # of codec.regulariser='kl': weight of the KL term
   # Of 'vq': the weight of the latents' distance to their codes, the decay of
@@ -258,7 +259,7 @@ def autoencoding():
   # The patch critic (a discriminator): its weight relative to the other terms,
   # 0 = none; the step from which it counts; channels and halvings. Its learning
   # rate is optim.part_lr.critic.
-  config.loss.critic = 0.5
+  config.loss.critic_weight = 0.5
   config.loss.critic_start = 0
   config.loss.critic_channels = 64
   config.loss.critic_strides = 3
@@ -273,28 +274,9 @@ def dito():
   return loss
 
 
-def latents():
-  """The keys of config.codec for diffusion in latents, see docs/latents.md."""
-  config = ConfigDict()
-  config.codec = ConfigDict({'name': 'latents'})
-  # The folder of an autoencoder's run, or of a run in its latents, whose scale
-  # is then taken, too. The run copies it when it begins.
-  config.codec.path = ''
-  config.codec.step = 0  # the checkpoint; 0 = the newest
-  # Latents are (z - shift) / scale. 0 = as imported weights say, otherwise the
-  # mean and deviation of each channel, measured on the training images.
-  config.codec.scale = 0.0
-  config.codec.shift = 0.0  # used if the scale is given
-  config.codec.cache = ''  # a folder of diffusion_jax.encode; '' = none
-  config.codec.decode_rows = 4  # samples that a device decodes at once
-  # The autoencoder's structure; set when a run begins.
-  config.codec.coder = ConfigDict()
-  return config.codec
-
-
 # Group -> name -> a function that gives the keys of that choice. Other names
 # that are not here have the keys of the default choice, or any.
 CHOICES = {
-  'codec': {'autoencoder': autoencoder, 'latents': latents},
+  'codec': {'autoencoder': autoencoder},
   'loss': {'autoencoding': autoencoding, 'dito': dito},
 }

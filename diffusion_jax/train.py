@@ -33,12 +33,10 @@ from diffusion_jax.cli import command, declare
 from diffusion_jax.data import broken, pipeline, resident, sources
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import (
+  autoencoders,
   dataset,
   finetune,
-  frozen,
-  latents,
   programs,
-  recipe,
   validation,
 )
 from diffusion_jax.system import (
@@ -96,10 +94,12 @@ declare.shared('accept_data', 'json')
 def main():
   distributed.initialize()
   config, workdir = FLAGS.config, files.at(FLAGS.workdir).expanduser()
-  distributed.everywhere(lambda: frozen.complete(config, workdir))
-  if wrong := validation.check(config, jax.devices()):
+  wrong = validation.check(config, jax.devices())
+  if wrong:
     raise UserError(wrong[0])
   splits = distributed.everywhere(lambda: data.splits(config.data))
+  if config.data.on_device:
+    distributed.everywhere(lambda: resident.check(splits[0]))
   runs.check(workdir, config)
   profiling.check(FLAGS.profile, workdir, config.num_steps)
   how = config.data.heldout_split, FLAGS.accept_data, config.conditioning
@@ -109,8 +109,7 @@ def main():
   )
   compilation.keep()
   mesh = sharding.make_mesh(**config.mesh)
-  splits, parts = latents.prepare(config, mesh, workdir, splits)
-  program = programs.create(config, mesh, recipe.create(config, parts))
+  program = programs.create(config, mesh)
   origin, begun = finetune.load(
     origin, program.abstract.params, FLAGS.init_step
   )
@@ -120,7 +119,6 @@ def main():
     kept = distributed.on_first(
       lambda: _begin(stack, workdir, config, known, origin, begun)
     )
-    frozen.write(workdir, parts)
     signals = preemption.Signals(FLAGS.stop_secs, _give_up)
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(
@@ -218,9 +216,16 @@ def _train(
     'training', config.num_steps, start, begin='compiling the training step'
   )
 
+  once = autoencoders.Watch(config.codec, terminal.say)
+
   def on_step(finished, row):
     dog.step()
     progress.reach(finished, f'loss {row["loss"]:.4f}' if row else '')
+    once.look(finished, row)
+
+  def draw(now, at):
+    count, shown = config.sample.num_images, heldout or source
+    _draw_grid(program, now, at, count, mesh, workdir, writer, shown)
 
   profiled = profiling.profiled(
     profiling.parse(FLAGS.profile), start, workdir, config.steps_per_dispatch
@@ -244,11 +249,7 @@ def _train(
       eval_fn=signals.patiently(
         lambda now: _heldout_loss(program, now, heldout, config, mesh)
       ),
-      sample_fn=signals.patiently(
-        lambda now, at: _draw_grid(
-          program, now, at, config.sample.num_images, mesh, workdir, writer
-        )
-      ),
+      sample_fn=signals.patiently(draw),
       on_step=on_step,
       # JAX agrees on a number that grows by one in every call.
       stop=lambda at: signals.reached(-(-at // config.steps_per_dispatch)),
@@ -307,18 +308,30 @@ def _heldout_loss(program, train_state, source, config, mesh) -> dict:
   return {'heldout_loss': total / min(num_images or len(source), len(source))}
 
 
-def _draw_grid(program, train_state, at, count, mesh, workdir, writer) -> None:
-  """Draws samples as a picture in the workdir and in TensorBoard."""
+def _draw_grid(
+  program, train_state, at, count, mesh, workdir, writer, source
+) -> None:
+  """Draws samples as a picture in the workdir and in TensorBoard.
+
+  Of an autoencoder, it draws images of the source beside reconstructions.
+  """
   params = {**program.frozen, **train_state.averaged}
-  indices = sharding.padded_indices(count, mesh)
-  images, is_finite = program.draw_fn(params, indices)
+  reconstructs, originals = program.recipe.reconstructs, None
+  rows = (sharding.padded_indices(count, mesh),)
+  if reconstructs:
+    rows = autoencoders.examples(source, count, mesh)
+    originals = sharding.to_host(rows[1])
+  images, is_finite = program.draw_fn(params, *rows)
   if not is_finite:
     terminal.say(f'the samples of step {at} are not finite: no grid is drawn')
     return
   images = sharding.to_host(images)
   if distributed.is_first():
-    kinds = program.recipe.conditioner.doors.get('label', 1)
-    picture = pictures.in_turn(images[:count], kinds)
+    if reconstructs:
+      picture = pictures.pairs(originals, images)
+    else:
+      kinds = program.recipe.conditioner.doors.get('label', 1)
+      picture = pictures.in_turn(images[:count], kinds)
     folder = files.make(workdir / 'samples')
     pictures.save(folder / f'train_{at:08d}.png', picture)
     writer.picture(at, 'samples', picture)

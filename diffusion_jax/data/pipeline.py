@@ -73,8 +73,7 @@ def batches(
       number of CPU cores, 0 reads in the caller's thread.
 
   Returns:
-    An iterator of {'image': uint8 [B, H, W, C], 'label': int32 [B]}, with
-    latents {'moments': float32 [B, h, w, m], ...}, or of
+    An iterator of {'image': uint8 [B, H, W, C], 'label': int32 [B]}, or of
     {'index': int32 [B], 'mirrored': bool [B]}, with 'augment' as `orders` has
     it; `close()` stops it early.
 
@@ -128,7 +127,7 @@ def heldout(
 
   def read(step):
     positions = step * batch_size + rows
-    batch = _read(source, np.minimum(positions, total - 1), np.zeros_like(rows))
+    batch = _read(source, np.minimum(positions, total - 1))
     return batch, (positions < total).astype(np.float32)
 
   num_batches = -(-total // batch_size)
@@ -166,7 +165,8 @@ def stream(
   """
 
   def read(order):
-    batch = _read(source, order['index'], order['mirrored'])
+    batch, mirrored = _read(source, order['index']), order['mirrored']
+    batch['image'][mirrored] = batch['image'][mirrored, :, ::-1]
     return batch | {k: x for k, x in order.items() if k == 'augment'}
 
   return orders(
@@ -294,16 +294,11 @@ def put_rows(
   return jax.tree.map(put, tree)
 
 
-def _read(source: Source, indices, mirrored) -> dict[str, np.ndarray]:
-  """Reads images by index and stacks them to a batch, mirrored or not."""
+def _read(source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
+  """Reads images by index and stacks them to a batch."""
   records = [source[i] for i in indices]
-  read = [record[source.row] for record in records]
-  if source.row == 'image':
-    read = [x[:, ::-1] if m else x for x, m in zip(read, mirrored, strict=True)]
-  else:  # both are there
-    read = [x[int(m)] for x, m in zip(read, mirrored, strict=True)]
   return {
-    source.row: np.stack(read),
+    'image': np.stack([record['image'] for record in records]),
     'label': np.array([record['label'] for record in records], np.int32),
   }
 

@@ -1,6 +1,11 @@
 """Training objectives, with one value per example."""
 
-from diffusion_jax.objectives import classification, denoising
+from diffusion_jax.objectives import (
+  autoencoding,
+  classification,
+  denoising,
+  dito,
+)
 from diffusion_jax.objectives.objective import Objective
 from diffusion_jax.system.errors import one_of
 
@@ -10,6 +15,9 @@ OBJECTIVES = {
   'classification': classification.create,
 }
 CLASSIFICATION = 'classification'  # its network gives logits, not a denoiser
+# Those of autoencoders: name -> create, each with arguments of its own.
+DITO = 'dito'
+AUTOENCODERS = {'autoencoding': autoencoding.create, DITO: dito.create}
 
 
 def create(name: str, *parts, **options) -> Objective:
@@ -24,4 +32,5 @@ def create(name: str, *parts, **options) -> Objective:
   Raises:
     UserError: the name is not known.
   """
-  return OBJECTIVES[one_of('loss.name', name, OBJECTIVES)](*parts, **options)
+  one_of('loss.name', name, {**OBJECTIVES, **AUTOENCODERS})
+  return OBJECTIVES[name](*parts, **options)

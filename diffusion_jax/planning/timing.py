@@ -44,18 +44,13 @@ def measure(
 
   shapes = programs.rows(config, program.recipe, config.batch_size)
   rows = {name: np.zeros(*x) for name, x in shapes.items()}
-  if 'image' in shapes:
-    shape, _ = shapes['image']
-    rows['image'] = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  shape, _ = shapes['image']
+  rows['image'] = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
   batch = sharding.put_batch(rows, mesh)
   now = [program.create_state(mesh)]
-  frozen = jax.tree.map(
-    lambda x: jax.device_put(np.full(x.shape, 0.01, x.dtype), x.sharding),
-    program.frozen,
-  )
 
   def step():
-    now[0], values = train.program(now[0], frozen, batch)
+    now[0], values = train.program(now[0], program.frozen, batch)
     return values
 
   seconds, steps = _timed('the training step', step)
@@ -69,7 +64,7 @@ def measure(
   }
   if sample:
     indices = sharding.padded_indices(count, mesh)
-    params = {**frozen, **now[0].averaged}
+    params = now[0].averaged
     seconds, calls = _timed(
       'the sampling program', lambda: sample.program(params, indices)
     )

@@ -77,6 +77,21 @@ def in_turn(images: np.ndarray, kinds: int) -> np.ndarray:
   return grid(turned.swapaxes(0, 1).reshape(-1, *images.shape[1:]), turns)
 
 
+def pairs(originals: np.ndarray, others: np.ndarray) -> np.ndarray:
+  """A grid of images, each with another one to its right.
+
+  Args:
+    originals: uint8 [N, H, W, C].
+    others: uint8 [N or more, H, W, C].
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  both = np.stack([originals, others[: len(originals)]], axis=1)
+  columns = 2 * math.ceil(math.sqrt(len(originals) / 2))
+  return grid(both.reshape(-1, *originals.shape[1:]), columns)
+
+
 def columns(frames: np.ndarray, labels: Sequence[str]) -> np.ndarray:
   """Images in labelled columns.
 

@@ -21,7 +21,7 @@ from diffusion_jax.training import checkpoint
 
 # If one of these differs, the same parameters mean a different network.
 MEANING = (
-  *('process.', 'model.num_heads', 'model.num_groups'),
+  *('process.', 'codec.', 'model.num_heads', 'model.num_groups'),
   *('loss.name', 'loss.prediction', 'loss.sigma_data', 'loss.variance'),
   *('model.head_channels', 'model.style', 'model.details', 'model.time_scale'),
 )

@@ -12,9 +12,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from diffusion_jax import runs, samplers
+from diffusion_jax import objectives, runs, samplers
 from diffusion_jax.data import augment
-from diffusion_jax.runs import draw, encoding, recipe
+from diffusion_jax.runs import autoencoders, draw, recipe
 from diffusion_jax.samplers import grid, guided, plan
 from diffusion_jax.samplers.solve import starts_at_noise
 from diffusion_jax.system.errors import UserError
@@ -29,8 +29,7 @@ class Programs(NamedTuple):
     optimizer: gradient -> update.
     init_key: the random key of the initial parameters.
     abstract: shapes, dtypes and shardings of the state.
-    frozen: name -> parameters of the parts that are not trained; their shapes
-      and shardings, if the recipe has no more.
+    frozen: name -> parameters of the parts that are not trained.
     step_fn: (state, frozen, batch) -> (state, metrics), see `step.train_step`;
       the state is donated.
     steps_fn: (state, frozen, batches, resident) -> (state, metrics), several
@@ -38,8 +37,9 @@ class Programs(NamedTuple):
     loss_fn: (params, extras, batch, weight, first) -> the weighted sum of the
       held-out loss, see `step.heldout_loss`.
     draw_fn: (params, indices) -> (samples, whether they are finite), with the
-      config's `sample` settings.
-    plan: the plan of these samples.
+      config's `sample` settings; of an autoencoder (params, indices, images) ->
+      (reconstructions, ...), see `autoencoders.reconstructor`.
+    plan: the plan of these samples; None for an autoencoder.
   """
 
   recipe: recipe.Recipe
@@ -51,7 +51,7 @@ class Programs(NamedTuple):
   steps_fn: Callable
   loss_fn: Callable
   draw_fn: Callable
-  plan: plan.Plan
+  plan: plan.Plan | None
 
   def create_state(
     self, mesh: Mesh, given: dict | None = None
@@ -79,7 +79,7 @@ def create(
     UserError: the config asks for something that does not exist.
   """
   made = made or recipe.create(config)
-  how = _plan(config, made)
+  how = None if made.reconstructs else _plan(config, made)
   optimizer = optim.create(**config['optim'])
   # Samples use fold_in(seed, 1), see `draw.sample_keys`.
   root = jax.random.fold_in(jax.random.key(config['seed']), 0)
@@ -116,12 +116,13 @@ def create(
   loss_fn = jax.jit(
     functools.partial(step.heldout_loss, key=heldout_key, **common)
   )
-  draw_fn = jax.jit(draw.drawer(made, mesh, how))
-  frozen = made.frozen
-  if any(not isinstance(x, jax.Array) for x in jax.tree.leaves(frozen)):
-    frozen = sharding.abstract(frozen, mesh)
+  draw_fn = jax.jit(
+    draw.drawer(made, mesh, how)
+    if how
+    else autoencoders.reconstructor(made.codec, mesh)
+  )
   return Programs(
-    made, optimizer, init_key, abstract, frozen, step_fn, steps_fn,
+    made, optimizer, init_key, abstract, made.frozen, step_fn, steps_fn,
     loss_fn, draw_fn, how,
   )  # fmt: skip
 
@@ -135,11 +136,8 @@ def rows(config: Mapping, made: recipe.Recipe, batch_size: int) -> dict:
     batch_size: rows of the batch.
   """
   found = {'image': ((batch_size, *runs.image_shape(config['data'])), np.uint8)}
-  if config['codec'].get('cache'):
-    coder = encoding.coder_of(config)
-    shape = (*coder.shape[:-1], encoding.size_of(coder))
-    found = {'moments': ((batch_size, *shape), np.float32)}
-  if 'label' in made.conditioner.doors or made.prediction is None:
+  classifies = config['loss']['name'] == objectives.CLASSIFICATION
+  if 'label' in made.conditioner.doors or classifies:
     found['label'] = ((batch_size,), np.int32)
   if config['data'].get('augment'):
     found['augment'] = ((batch_size, augment.SIZE), np.float32)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.runs import frozen, rules
+from diffusion_jax.runs import autoencoders, rules
 from diffusion_jax.samplers import plan
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -31,15 +31,16 @@ class Recipe(NamedTuple):
 
   Attributes:
     parts: name -> network of each trained part.
-    frozen: name -> parameters of each part that is not trained, or only their
-      shapes.
+    frozen: name -> parameters of each part that is not trained.
     origins: name -> where a frozen part comes from, for messages.
     codec: data <-> x0.
     conditioner: rows -> the network's conditioning input.
     schedule: the noise schedule.
     prediction: what the network predicts: a parametrisation, or its name; None
-      for a classifier.
+      for a classifier and an autoencoder.
     objective: the training objective.
+    reconstructs: whether it is an autoencoder: decoded again, x0 is what it
+      makes of data.
   """
 
   parts: dict[str, models.Model]
@@ -50,6 +51,7 @@ class Recipe(NamedTuple):
   schedule: schedules.Schedule
   prediction: gaussian.Parametrisation | str
   objective: objectives.Objective
+  reconstructs: bool = False
 
   def init(self, key) -> dict:
     """Initializes the trained parts at random.
@@ -77,7 +79,9 @@ class Recipe(NamedTuple):
       mesh: the devices that hold the parameters.
     """
     if self.prediction is None:
-      raise UserError(plan.CLASSIFIES)
+      raise UserError(
+        plan.RECONSTRUCTS if self.reconstructs else plan.CLASSIFIES
+      )
     apply = network_fn(self.parts[models.NET])
 
     def network(xt, label):
@@ -101,16 +105,17 @@ def network_fn(network: models.Model):
   return apply
 
 
-def create(config: Mapping, parts: frozen.Frozen = frozen.NONE) -> Recipe:
+def create(config: Mapping) -> Recipe:
   """Makes the recipe of a config; nothing is compiled or allocated.
 
   Args:
     config: a run's config, validated.
-    parts: the frozen parts; without them the recipe has their shapes.
 
   Raises:
     UserError: an unknown name, or a condition that the network does not accept.
   """
+  if config['loss']['name'] in objectives.AUTOENCODERS:
+    return Recipe(*autoencoders.create(config), reconstructs=True)
   codec = codecs.create(
     image_shape=runs.image_shape(config['data']), **config['codec']
   )
@@ -138,7 +143,6 @@ def create(config: Mapping, parts: frozen.Frozen = frozen.NONE) -> Recipe:
     **loss,
   )  # fmt: skip
   return Recipe(
-    {models.NET: network}, parts.params or frozen.abstract(config),
-    parts.origins, codec, conditioner, schedule,
+    {models.NET: network}, {}, {}, codec, conditioner, schedule,
     None if classes else prediction, objective,
   )  # fmt: skip

@@ -10,7 +10,7 @@ from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.models import rules, styles, unet
 from diffusion_jax.objectives import laws, weights
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.runs import completion
+from diffusion_jax.runs import autoencoder_rules, completion
 from diffusion_jax.system.errors import hint
 from diffusion_jax.training import averages, optim, sharding
 
@@ -66,6 +66,8 @@ OF_NETWORK = {
   ),
 }
 NAMES = {
+  'codec.name': codecs.CODECS,
+  'loss.name': {**objectives.OBJECTIVES, **objectives.AUTOENCODERS},
   'model.name': models.MODELS,
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': unet.REMAT,
@@ -116,7 +118,10 @@ def check_network(config: config_dict.ConfigDict) -> list[str]:
 
 def _lacking(config):
   lacking = ', '.join(completion.lacking(config))
-  return lacking and [f'the config has no {lacking}: every run has these keys']
+  if lacking:
+    return [f'the config has no {lacking}: every run has these keys']
+  # After a choice by a flag, the group has the keys of another one.
+  return completion.unknown(config)[:1]
 
 
 def _broken(*rules):
@@ -126,16 +131,17 @@ def _broken(*rules):
 def _network(config):
   """Yields (holds, message) pairs, like all the functions below."""
   flat = runs.flatten(config.to_dict())
-  for key, known in NAMES.items():
+  for key in (name for name in NAMES if name in flat):
+    known = NAMES[key]
     told = f'{key}={flat[key]!r}: one of {", ".join(known)}'
     told += hint(flat[key], known, ALIASES)
     yield flat[key] in known, told
   yield from _limits(config, OF_NETWORK)
   yield from _conditioning(config.conditioning)
   yield from _classifier(config)
-  yield from _latents(config)
-  x0 = codecs.x0_shape(runs.image_shape(config.data), config.codec)
-  yield from rules.of_network(config.model, x0)
+  yield from autoencoder_rules.of_autoencoder(config)
+  if config.loss.name != 'autoencoding':  # which has no denoising network
+    yield from rules.of_network(config.model, runs.image_shape(config.data))
   process = config.process
   yield (
     0 < process.beta_start <= process.beta_end < 1,
@@ -207,29 +213,6 @@ def _classifier(config):
     config.sample_every == 0,
     f'sample_every={config.sample_every}: a classifier draws no samples, so '
     'with loss.name=classification it must be 0',
-  )
-
-
-def _latents(config):
-  codec = config.codec
-  if codec.name != 'latents':
-    return
-  yield (
-    not config.sample.clip,
-    'sample.clip=True: latents have no bound to clip to, so with '
-    "codec.name='latents' it must be False",
-  )
-  yield codec.decode_rows >= 1, f'codec.decode_rows={codec.decode_rows}: >= 1'
-  yield (
-    0 <= codec.scale < math.inf and math.isfinite(codec.shift),
-    f'codec.scale={codec.scale}, codec.shift={codec.shift}: finite, the scale '
-    'above 0, or 0 to measure it',
-  )
-  yield (
-    not (codec.cache and config.data.augment),
-    f'codec.cache={codec.cache} with data.augment={config.data.augment}: '
-    'cached latents are of images that are not transformed: set '
-    "data.augment=0.0, or codec.cache=''",
   )
 
 

@@ -181,6 +181,12 @@ CLASSIFIES = (
 )
 
 
+RECONSTRUCTS = (
+  'the run trains an autoencoder, which draws no samples: evaluate it, or '
+  'train a network in its latents'
+)
+
+
 def check_variance(variance: str | None, config: dict) -> None:
   """Raises UserError if a run's network has no variance that is asked for."""
   fixed = config['loss'].get('variance', 'fixed') != gaussian.LEARNED
@@ -220,16 +226,13 @@ def for_run(
   """
   if config['loss'].get('name') == 'classification':
     raise UserError(CLASSIFIES)
+  if config['codec']['name'] == 'autoencoder':
+    raise UserError(RECONSTRUCTS)
   if given.get('variance') is None and 'variance' in samplers.takes(sampler):
     given['variance'] = config['sample'].get('variance')
   check_variance(given.get('variance'), config)
   if given.get('clip') is None:
     given['clip'] = config['sample'].get('clip', True)
-  if given['clip'] and config.get('codec', {}).get('name') == 'latents':
-    raise UserError(
-      'clip=True: the run diffuses in latents, which have no bound to clip to: '
-      'leave it out'
-    )
   given['guidance'] = guided.chosen(
     config['conditioning'],
     guide or {},
