@@ -12,6 +12,7 @@ it is the same on every mesh and in any number of microbatches. It is 0 in the
 first step, whose critic is random.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -83,18 +84,7 @@ def create(
   """
   weights = {'kl': kl, 'commitment': commitment, 'levels': levels}
 
-  def compared(x, seen):
-    axes = tuple(range(1, x.ndim))
-    by_row = {
-      'l1': jnp.mean(jnp.abs(x - seen), axis=axes),
-      'l2': jnp.mean(jnp.square(x - seen), axis=axes),
-    }
-    by_row['psnr'] = similarity.psnr(x, seen, SPAN)
-    values = l1 * by_row['l1'] + l2 * by_row['l2']
-    if ssim:
-      by_row['ssim'] = similarity.ssim(x + 1, seen + 1, SPAN)
-      values = values + ssim * (1 - by_row['ssim'])
-    return values, by_row
+  compared = functools.partial(_compared, l1=l1, l2=l2, ssim=ssim)
 
   def values_at(params, rows, keys):
     x = codec.encode(params, rows, keys)
@@ -130,6 +120,21 @@ def create(
   if coder.regulariser == 'vq':
     return with_codebook(made, coder, decay, revive)
   return made
+
+
+def _compared(x, seen, *, l1, l2, ssim) -> tuple[jax.Array, dict]:
+  """How far reconstructions are from pictures: [B], and its terms by name."""
+  axes = tuple(range(1, x.ndim))
+  by_row = {
+    'l1': jnp.mean(jnp.abs(x - seen), axis=axes),
+    'l2': jnp.mean(jnp.square(x - seen), axis=axes),
+    'psnr': similarity.psnr(x, seen, SPAN),
+  }
+  values = l1 * by_row['l1'] + l2 * by_row['l2']
+  if ssim:
+    by_row['ssim'] = similarity.ssim(x + 1, seen + 1, SPAN)
+    values = values + ssim * (1 - by_row['ssim'])
+  return values, by_row
 
 
 def metrics(values, by_row, sums) -> dict:
