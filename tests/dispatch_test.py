@@ -146,7 +146,7 @@ class State(NamedTuple):
 
 class Kept:
   def __init__(self, folder):
-    self.directory, self.steps = folder, []
+    self.directory, self.steps, self.begun = folder, [], 0
 
   def save(self, step, state):
     assert state.step == step

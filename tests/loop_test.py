@@ -27,9 +27,10 @@ class Kept:
   def __init__(self, workdir):
     self.directory = workdir / 'checkpoints'
     self.file = workdir / 'metrics.jsonl'
-    self.saved = {}
+    self.saved, self.begun = {}, 0
 
   def save(self, step, state):
+    self.begun = step
     self.saved[step] = (state.step, len(metrics.read(self.file)))
     (self.directory / str(step)).mkdir(parents=True)
 
@@ -316,7 +317,7 @@ def test_the_step_before_a_broken_held_out_image_is_saved(tmp_path):
 def test_a_save_that_fails_is_told_after_the_last_step_too(tmp_path):
   class Failing(Kept):
     def save(self, step, state):
-      pass
+      self.begun = step
 
     def wait(self):
       raise UserError('checkpoint 3 cannot be written (No space)')
@@ -332,6 +333,44 @@ def test_a_save_that_fails_is_told_after_the_last_step_too(tmp_path):
     'training stopped at step 3: checkpoint 3 cannot be written (No space); '
     'there is no checkpoint yet'
   )
+
+
+@pytest.mark.parametrize('broken', [False, True])
+def test_what_is_done_after_a_save_that_fails_is_saved(tmp_path, broken):
+  """Checkpoint 5 fails in its thread, which is seen later; step 7 is live."""
+
+  class FailsOnce(Kept):
+    failing = False
+
+    def save(self, step, state):
+      self.wait()
+      self.failing = step == 5
+      super().save(step, state)
+      if self.failing:
+        (self.directory / '5').rmdir()
+
+    def wait(self):
+      if self.failing:
+        self.failing = False
+        raise UserError('checkpoint 5 cannot be written (No space)')
+
+  def batches():
+    yield from [None] * 7
+    raise images.Broken('image a.png cannot be read')
+
+  kept, writer = FailsOnce(tmp_path), metrics.Writer(tmp_path, 0)
+  with pytest.raises(UserError) as told:
+    loop.train(
+      State(0, {}), step_fn=steps(lambda k: 1.0), batches=batches(),
+      num_steps=9 if broken else 7, batch_size=1,
+      every=loop.Every(log=1, checkpoint=5), checkpoints=kept, writer=writer,
+    )  # fmt: skip
+  writer.close()
+  reason = 'image a.png' if broken else 'checkpoint 5 cannot be written'
+  assert reason in str(told.value)
+  assert 'checkpoint 7 is complete' in str(told.value)
+  assert checkpoint.steps(kept.directory) == [7]
+  assert [row['step'] for row in lines(tmp_path)] == list(range(1, 8))
 
 
 def test_a_restart_cuts_later_rows_and_mends_a_torn_one(tmp_path):

@@ -87,6 +87,7 @@ class Checkpoints:
       name: {'from': (origins or {})[name], SUMS: checksum.of(part)}
       for name, part in (frozen or {}).items()
     }
+    self.begun = 0  # the newest step whose save has begun, if it failed or not
     self._saving = None  # (step, Orbax's future)
     keep = ocp.training.preservation_policies
     save = ocp.training.save_decision_policies
@@ -121,6 +122,7 @@ class Checkpoints:
     self.wait()
     tree = state.entries
     sums = checksum.of(tree)  # of what the devices hold, before any copy
+    self.begun = step
     with _writing(step):
       saving = self._checkpointer.save_async(
         step, tree, custom_metadata={SUMS: sums, FROZEN: self._frozen}

@@ -186,7 +186,7 @@ def train(
   Raises:
     UserError: training cannot go on; it names the checkpoint to resume from.
   """
-  done = saved = int(state.step)
+  start = done = int(state.step)
   rows = Rows(writer, batch_size)
   try:
     while done < num_steps:
@@ -210,7 +210,6 @@ def train(
         sample_fn(state, step)
       if save:
         writer.flush()
-        saved = step
         checkpoints.save(step, state)
       if last:
         break
@@ -224,7 +223,7 @@ def train(
     if not (reason := _reason(e, checkpoints.directory)):
       raise
     with contextlib.suppress(UserError, Diverged):
-      _keep(e, done > saved, done, state, rows, writer, checkpoints)
+      _keep(e, start, done, state, rows, writer, checkpoints)
     reason = f'{reason}; {checkpoint.newest(checkpoints.directory)}'
     raise UserError(f'training stopped at step {first}: {reason}') from e
   return state
@@ -256,16 +255,20 @@ def _tell_all(error: Exception | None, directory) -> None:
       raise UserError(reason) from error
 
 
-def _keep(error, unsaved, step, state, rows, writer, checkpoints) -> None:
-  """Saves the steps that were done before an image that cannot be read.
+def _keep(error, start, step, state, rows, writer, checkpoints) -> None:
+  """Saves the steps that were done before an error, such as a broken image.
 
-  A step that fails uses up the state.
+  A step that fails uses up the state. A step whose own save has failed is not
+  saved again: the rest of it may still be being written to the same place.
 
   Several processes can only save together. They have stopped together before,
   see `Signals.warn`, or raise the same error.
   """
-  checkpoints.wait()  # so that the message names a complete checkpoint
-  if not unsaved or isinstance(error, RuntimeError) or int(state.step) != step:
+  with contextlib.suppress(UserError):  # an earlier save that failed
+    checkpoints.wait()  # so that the message names a complete checkpoint
+  if step in (start, checkpoints.begun):
+    return
+  if isinstance(error, RuntimeError) or int(state.step) != step:
     return
   if jax.process_count() > 1 and not isinstance(error, Together):
     return
