@@ -160,6 +160,7 @@ def get_config():
   # 'sigmoid', 'truncated_snr' or 'edm'.
   config.loss.weight = 'simple'
   config.loss.gamma = 0.0  # of min_snr and p2; 0 = as published: 5 and 1
+  config.loss.k = 1.0  # of p2, added to the signal-to-noise ratio
   config.loss.bias = 2.0  # of sigmoid
   # Errors above this count linearly (pseudo-Huber); 0 = the squared error.
   config.loss.huber = 0.0

@@ -51,8 +51,7 @@ def main():
   place = calibration.path(workdir, trained.step, trained.weights)
   about = {
     'images': images.description,
-    'num_images': images.count,
-    'images_sha256': features.sha256_of(images),
+    **features.facts_of(images),
     'seed': FLAGS.seed,
   }
   found = _kept(place, about, trained) or _pass(trained, images, about, place)
@@ -95,9 +94,9 @@ def _kept(place, about, trained):
 
 def _pass(trained, images, about, place):
   """Measures the errors and saves them."""
+  hashes = [x[:8] for name, x in about.items() if name.endswith('_sha256')]
   parts = place.parent / '_'.join([
-    place.stem, trained.weights_sha256[:8], about['images_sha256'][:8],
-    f'seed{FLAGS.seed}',
+    place.stem, trained.weights_sha256[:8], *hashes, f'seed{FLAGS.seed}',
   ])  # fmt: skip
   work = images.count * trained.schedule.num_timesteps
   with terminal.Progress(

@@ -41,9 +41,10 @@ from diffusion_jax.cli import (
   likelihoods,
   run_data,
 )
+from diffusion_jax.data import labels as labels_of_data
 from diffusion_jax.evaluation import cards, features, follow, sweep, tables
 from diffusion_jax.reporting import page, plots
-from diffusion_jax.runs import dataset, labels, store
+from diffusion_jax.runs import dataset, guided, labels, store
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -310,12 +311,15 @@ def _task(workdir, trained):
   count = FLAGS.num_samples
   samples = features.Images(count, None, f'--num_samples={count}')
   judge = judges.judge_of(source, heldout, shape, workdir / 'evaluations')
-  if names := _class_names(trained):
+  labelled = _of_labels(trained)
+  if names := labelled and _class_names(labelled):
     judge = judge._replace(details={**judge.details, 'class_names': names})
-  reference = judging.set_of('reference', source, judge, shape)
+  # Labels that are read with the images would need one more pass over them.
+  known = labelled and not FLAGS.reference and labels_of_data.are_quick(source)
+  reference = judging.set_of('reference', source, judge, shape, bool(known))
   # Spread over the set: in a sorted one the first images are of one class.
   held = heldout and features.images_of(
-    heldout, min(count, len(heldout)), bool(_classes(trained))
+    heldout, min(count, len(heldout)), bool(labelled)
   )
   usual = ['fid']
   if not FLAGS.sweep:  # a sweep caches the reference's statistics
@@ -325,14 +329,16 @@ def _task(workdir, trained):
   return judging.task(judge, samples, reference, held, about=about, usual=usual)
 
 
-def _classes(trained) -> int:
-  """The number of classes that the run is conditional on; 0 if none."""
-  return dataset.num_classes(trained.config['conditioning'])
+def _of_labels(trained):
+  """Whose labels samples get: the run's, or those of its classifier."""
+  if dataset.num_classes(trained.config['conditioning']):
+    return trained
+  return trained.guides.get(guided.CLASSIFIER)
 
 
-def _class_names(trained) -> list[str]:
-  count = _classes(trained)
-  known = count and dataset.read_labels(trained.workdir, count)
+def _class_names(labelled) -> list[str]:
+  count = dataset.num_classes(labelled.config['conditioning'])
+  known = dataset.read_labels(labelled.workdir, count)
   return known['names'] if known else []
 
 
@@ -369,7 +375,7 @@ def _judge(task, path, trained, plan, output) -> tuple[dict, int]:
     (images,) = store.stream(output, i, i + 1, 1)
     return features.whole(images[0])
 
-  asked = labels.of_samples(plan, count) if _classes(trained) else None
+  asked = labels.of_samples(plan, count) if plan.condition else None
   samples = features.Images(count, stream, f'samples in {output}', shown, asked)
   card = judging.carry_out(
     task,

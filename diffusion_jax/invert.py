@@ -20,11 +20,11 @@ import math
 import numpy as np
 from absl import flags
 
-from diffusion_jax import runs
+from diffusion_jax import conditioning, runs
 from diffusion_jax.cli import command, declare, run_data
 from diffusion_jax.evaluation import cards, features
 from diffusion_jax.reporting import pictures
-from diffusion_jax.runs import averaged, trajectories
+from diffusion_jax.runs import averaged, dataset, labels, trajectories
 from diffusion_jax.samplers import grid as grids
 from diffusion_jax.samplers import inversion
 from diffusion_jax.samplers import plan as plans
@@ -55,8 +55,15 @@ declare.table(
     'Number of images to interpolate between two neighbouring images.',
   ),
   clip=(False, 'Clip x0 to [-1, 1] in every step, in both directions.'),
+  label=(
+    str,
+    'Conditional runs: the class to invert and draw all images as, a number or '
+    'a name; several with commas between, for images in turn; or own, the '
+    "class of each image. By default none, the run's unconditional model.",
+  ),
 )
 
+OWN = 'own'  # of --label: the class of each image
 MOST_SEEN = 100  # the largest factor that brightens the error picture
 
 
@@ -74,6 +81,7 @@ def main():
   config = runs.read_config(workdir)
   how = {name: FLAGS[name].value for name in ('num_steps', 'grid', 'clip')}
   plan = plans.for_run(config, sampler='ddim', **how)
+  asked = _label(workdir, config)
   compilation.keep()
 
   def read(step):
@@ -83,9 +91,38 @@ def main():
     images = run_data.images(
       config, FLAGS.split, FLAGS.num_images, at_most=False
     )
-    return declare.network(step), plan, images, output
+    label = _labels(asked, images)
+    return declare.network(step), plan, images, label, output
 
   _invert(*declare.of_run(read))
+
+
+def _label(workdir, config) -> list[int] | str | None:
+  """The labels that images get in turn, OWN, or None for the null label."""
+  if FLAGS.label is None:
+    labels.check_null(
+      conditioning.create(**config['conditioning']),
+      f'--label, such as --label={OWN}',
+    )
+    return None
+  if FLAGS.label == OWN and dataset.num_classes(config['conditioning']):
+    return OWN
+  return labels.condition(workdir, config, FLAGS.label)['label']
+
+
+def _labels(asked, images) -> np.ndarray | None:
+  """The label of each image: int32 [N], or None."""
+  if asked is None:
+    return None
+  found = images.labels
+  if asked != OWN:
+    found = np.resize(np.int32(asked), images.count)
+  if FLAGS.interpolate and len(set(found.tolist())) > 1:
+    raise UserError(
+      f'--interpolate={FLAGS.interpolate} needs one label for all images: give '
+      'one, such as --label=0'
+    )
+  return found
 
 
 def _name(step, plan) -> str:
@@ -96,15 +133,19 @@ def _name(step, plan) -> str:
   parts = [f'step{step}', f'ddim{plan.num_steps}']
   parts += [grid] * (grid != 'uniform')
   parts += [f'iterations{FLAGS.iterations}', f'{FLAGS.split}{FLAGS.num_images}']
+  if FLAGS.label is not None:
+    parts += ['label' + FLAGS.label.replace(',', '-').replace(' ', '')]
   which = averaged.suffix(FLAGS.ema_profile or FLAGS.ema)
   return '_'.join(parts) + which + '_clip' * plan.clip
 
 
-def _invert(trained, plan, images, output):
+def _invert(trained, plan, images, label, output):
   """Inverts, draws again, writes the results and reports them."""
   pixels = np.concatenate(list(images.stream()))
   x0 = trajectories.to_x0(trained, pixels)
+  one = label is not None and len(set(label.tolist())) == 1
   how = {'clip': plan.clip, 'batch_size': FLAGS.batch_size}
+  how['label'] = int(label[0]) if one else label  # one for any number of images
   up, sampler = plan.grid[::-1], inversion.ddim_inversion(FLAGS.iterations)
   evaluations = sampler.evaluations(up)
   terminal.say(
@@ -123,6 +164,7 @@ def _invert(trained, plan, images, output):
     'images_sha256': features.sha256_of(images),
     'iterations': FLAGS.iterations,
     'clip': plan.clip,
+    **({} if label is None else {'label': label.tolist()}),
     'grid': plan.grid,
     'evaluations': {'inversion': evaluations, 'drawing': plan.evaluations},
     **_measured(x0, noises, again),

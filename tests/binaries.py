@@ -5,6 +5,7 @@ and started nothing, which takes tenths of a second in place of seconds.
 """
 
 import gc
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -18,6 +19,8 @@ from typing import NamedTuple
 
 import jax
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context('forkserver')
@@ -130,6 +133,30 @@ def run(
   binary: str, *arguments, devices: int = 1, limit: int = LIMIT, **environment
 ) -> Result:
   return start(binary, *arguments, devices=devices, **environment).end(limit)
+
+
+def here(binary: str, *arguments) -> None:
+  """Runs a binary in this process, which then forgets the binary's flags.
+
+  Another binary may have flags of the same names.
+  """
+  for name in ('drawing', 'judging', 'likelihoods', 'run_data'):
+    importlib.import_module(f'diffusion_jax.cli.{name}')  # they keep theirs
+  known = flags.FLAGS._flags()
+  before = dict(known)
+  for flag in before.values():
+    flag.allow_override = True
+  module = importlib.import_module(f'diffusion_jax.{binary}')
+  try:
+    with flagsaver.flagsaver():
+      flags.FLAGS([binary, *map(str, arguments)])
+      module.main()
+  finally:
+    known.clear()
+    known.update(before)
+    for flag in before.values():
+      flag.allow_override = False
+    sys.modules.pop(module.__name__, None)
 
 
 def _child(binary, arguments, devices, folder, environment):

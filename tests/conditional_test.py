@@ -1,8 +1,11 @@
 """Runs with labels: their data, the labels of samples, and guidance."""
 
 import contextlib
+import dataclasses
 import json
+import shutil
 
+import binaries
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import tiny
 from absl import flags
 from absl.testing import flagsaver
+from flax import traverse_util
 
 import diffusion_jax
 from diffusion_jax import conditioning, data, models, runs
@@ -17,7 +21,7 @@ from diffusion_jax.cli import config_files, drawing
 from diffusion_jax.codecs import Codec
 from diffusion_jax.data import labels as labels_of_data
 from diffusion_jax.data import pipeline, sources
-from diffusion_jax.evaluation import bits, features
+from diffusion_jax.evaluation import bits, classifier, features, kept
 from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.process import schedules
 from diffusion_jax.runs import (
@@ -30,11 +34,15 @@ from diffusion_jax.runs import (
   trajectories,
   validation,
 )
+from diffusion_jax.samplers.inversion import ddim_inversion
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, sharding
 
 COUNTS = [100, 0, 300]
+CLASSIFIER = {
+  'loss.name': 'classification', 'model.name': 'encoder', 'sample_every': 0,
+}  # fmt: skip
 
 
 def source(images_labels, num_classes=3, **kwargs):
@@ -199,10 +207,9 @@ def tiny_config(**changes):
   return config
 
 
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
+def make_run(workdir, **changes):
   """A run with random parameters at steps 1 and 2."""
-  workdir, config = tmp_path_factory.mktemp('runs') / 'labels', tiny_config()
+  config = tiny_config(**changes)
   splits = data.splits(config['data'])
   known = dataset.check(workdir, splits, 'test', False, config['conditioning'])
   workdir.mkdir(exist_ok=True)
@@ -215,6 +222,11 @@ def run(tmp_path_factory):
     weaker = jax.tree.map(lambda x: 0.5 * x, state.ema_params)
     kept.save(2, state._replace(ema_params=weaker))
   return workdir
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  return make_run(tmp_path_factory.mktemp('runs') / 'labels')
 
 
 @pytest.fixture(scope='module')
@@ -295,6 +307,11 @@ def test_the_store_says_label_and_guidance(run, given):
     (['--guide=RUN@x', '--guidance=2'], 'the step after @ must be a number'),
     (['--guide=/nothing', '--guidance=2'], '--guide=/nothing holds no run'),
     (['--guide=RUN@2'], 'has no effect with guidance=1'),
+    (['--guide_ema_profile=0.1'], 'has no effect without --guide'),
+    (
+      ['--guide=RUN@2', '--guidance=2', '--guide_ema_profile=decay:0.5'],
+      'the run keeps decay:0.995',
+    ),
   ],
 )
 def test_mistakes_about_conditions_are_one_line(run, given, arguments, said):
@@ -303,6 +320,32 @@ def test_mistakes_about_conditions_are_one_line(run, given, arguments, said):
     drawing.chosen()
   assert said in str(error.value)
   assert '\n' not in str(error.value)
+
+
+def test_a_run_and_its_guide_have_an_average_each(run, given):
+  average = 'decay:0.995'
+  for flag, own, theirs in (
+    ('ema_profile', {'ema_profile': average}, {}),
+    ('guide_ema_profile', {}, {'ema_profile': average}),
+  ):
+    given('--guidance=2', f'--guide={run}@2', f'--{flag}={average}')
+    trained, plan, _ = drawing.chosen()
+    assert (trained.average, trained.guides['guide'].average) == (own, theirs)
+    suffix = '_emadecay0.995' if theirs else ''
+    assert plan.guidance['guide'] == f'labels@2{suffix}'
+
+
+def test_a_run_that_dropped_no_label_has_no_model_without(trained):
+  conditioner = trained.recipe.conditioner._replace(drop=0.0)
+  changed = trained.recipe._replace(conditioner=conditioner)
+  never = dataclasses.replace(trained, recipe=changed)
+  x = trajectories.noises(trained, 0, 1)
+  with pytest.raises(UserError, match=r"drop=0 .* give cond=\{'label'"):
+    never.denoise(x, 400)
+  given = {'label': [3]}
+  np.testing.assert_array_equal(
+    never.denoise(x, 400, given).x0, trained.denoise(x, 400, given).x0
+  )
 
 
 def test_a_guide_of_other_data_is_one_line():
@@ -349,6 +392,109 @@ def test_likelihoods_and_calibration_take_the_labels_of_images(
   np.testing.assert_array_equal(found['label'], want)
 
 
+def test_a_protocol_says_by_which_labels(trained):
+  images, _ = heldout_of(trained, 6)
+  told, other, none = (
+    features.facts_of(images._replace(labels=labels))
+    for labels in (images.labels, images.labels[::-1], None)
+  )
+  assert told['labels_sha256'] != other.pop('labels_sha256')
+  del told['labels_sha256']
+  assert told == other == none
+
+
+# --- binaries ----------------------------------------------------------------
+
+
+def answer(capsys, *arguments):
+  binaries.here(*arguments, '--json')
+  return json.loads(capsys.readouterr().out)
+
+
+def judge(folder):
+  """A classifier of the digits that has learnt nothing."""
+  params = classifier.network((8, 8, 1), 10).init(jax.random.key(0))
+  flat = traverse_util.flatten_dict(jax.device_get(params), sep='/')
+  facts = {'image_shape': [8, 8, 1], 'num_classes': 10, 'trained_on': 'nothing'}
+  path = folder / 'judge.npz'
+  kept.write(path, {**flat, classifier.FACTS: json.dumps(facts)})
+  return path
+
+
+def counted_by_label(capsys, tmp_path, *arguments):
+  card = answer(
+    capsys, 'evaluate', f'--features={judge(tmp_path)}', '--num_samples=21',
+    '--step=1', '--sampler=ddim', '--grid=400', '--label=all',
+    '--neighbours=0', f'--cache={tmp_path}', *arguments,
+  )  # fmt: skip
+  counts = np.array(card['details']['confusion'])
+  np.testing.assert_array_equal(counts.sum(1), [3] + [2] * 9)
+  assert card['results']['label_accuracy'] == np.trace(counts) / 21
+  assert np.sum(card['details']['heldout_confusion']) == 21
+  (told,) = (x for x in card['details']['caveats'] if 'by class' in x)
+  assert 'of the samples, class 1 has 2' in told
+
+
+def test_evaluate_counts_samples_by_the_label_asked_for(run, tmp_path, capsys):
+  counted_by_label(capsys, tmp_path, f'--workdir={run}')
+
+
+@pytest.mark.slow
+def test_so_it_does_where_a_classifier_guides(tmp_path, capsys):
+  none = {'conditioning.name': 'none', 'conditioning.num_classes': 0}
+  plain = make_run(tmp_path / 'plain', **none)
+  noised = make_run(tmp_path / 'noised', **CLASSIFIER)
+  how = f'--workdir={plain}', f'--classifier={noised}'
+  counted_by_label(capsys, tmp_path, *how)
+
+
+def test_likelihoods_need_no_frequencies_of_labels(run, tmp_path, given):
+  """Their labels are those of the images; imported runs have no data.json."""
+  workdir = shutil.copytree(run, tmp_path / 'run')
+  (workdir / dataset.DATA).unlink()
+  given(f'--workdir={workdir}')
+  with pytest.raises(UserError, match='give a label, such as label=all'):
+    drawing.chosen()
+  _, plan, _ = drawing.chosen(labelled=False)
+  assert plan.condition == {}
+
+
+@pytest.mark.slow
+def test_a_card_of_likelihoods_says_by_which_labels(run, tmp_path, capsys):
+  workdir = shutil.copytree(run, tmp_path / 'run')
+  (workdir / dataset.DATA).unlink()
+  how = ('--metrics=bpd', '--num_steps=2', '--num_images=3', '--step=1')
+  (card,) = answer(capsys, 'evaluate', f'--workdir={workdir}', *how)['cards']
+  assert card['protocol']['condition'] == 'label'
+  assert len(card['protocol']['labels_sha256']) == 64
+
+
+@pytest.mark.slow
+def test_images_are_inverted_by_a_label(run, tmp_path, capsys):
+  """Each by its own, which is what a run without a null label has."""
+  never = make_run(tmp_path / 'never', **{'conditioning.drop': 0.0})
+  how = [f'--workdir={never}', '--num_images=4', '--num_steps=2', '--step=1',
+         '--iterations=1']  # fmt: skip
+  with pytest.raises(UserError, match=r'drop=0 .* give --label, such as --lab'):
+    binaries.here('invert', *how)
+  found = answer(capsys, 'invert', *how, '--label=own')
+  network = diffusion_jax.load(never, 1)
+  images, _ = heldout_of(network, 4)
+  assert found['label'] == images.labels.tolist()
+  x0 = trajectories.to_x0(network, np.concatenate(list(images.stream())))
+  noises = np.load(f'{found["output"]}/noises.npy')
+  sampler = ddim_inversion(1)
+  for label, same in ((images.labels, True), (3, False)):
+    carry = trajectories.carrier(
+      network, sampler, [-1, 0, 999], clip=False, batch_size=64, label=label
+    )
+    assert np.allclose(carry(x0), noises, atol=1e-4) == same
+  with pytest.raises(UserError, match='interpolate=2 needs one label'):
+    binaries.here('invert', *how, '--label=own', '--interpolate=2')
+  with pytest.raises(UserError, match='label=12: 0 to 9'):
+    binaries.here('invert', *how, '--label=12')
+
+
 @pytest.mark.slow
 def test_the_flow_takes_each_images_own_label(trained, tmp_path):
   images, _ = heldout_of(trained, 3)
@@ -371,8 +517,7 @@ def test_the_flow_takes_each_images_own_label(trained, tmp_path):
 def classifier_run(tmp_path_factory):
   """A classifier, trained for 60 steps on the digits."""
   workdir = tmp_path_factory.mktemp('runs') / 'classifier'
-  config = tiny_config(**{
-    'loss.name': 'classification', 'model.name': 'encoder', 'sample_every': 0,
+  config = tiny_config(**CLASSIFIER, **{
     'model.channels': 8, 'model.num_groups': 4, 'optim.lr': 1e-2,
     'optim.warmup_steps': 1,
   })  # fmt: skip

@@ -106,7 +106,7 @@ YOUNGER = {
   'conditioning.num_classes': 0, 'conditioning.drop': 0.1,
   'sample.guidance': 1.0,
   'loss.law': 'uniform', 'loss.law_mean': 0.0, 'loss.law_std': 0.0,
-  'loss.weight': 'simple', 'loss.gamma': 0.0, 'loss.bias': 2.0,
+  'loss.weight': 'simple', 'loss.gamma': 0.0, 'loss.k': 1.0, 'loss.bias': 2.0,
   'loss.huber': 0.0, 'loss.variance': 'fixed', 'loss.variance_weight': 0.001,
   'loss.sigma_data': 0.5, 'process.sigma_min': 0.002,
   'process.sigma_max': 80.0, 'process.path': '', 'process.sha256': '',

@@ -127,6 +127,41 @@ def test_samples_are_counted_by_label_and_class():
   assert not cards.is_card(card)
 
 
+def test_the_distance_of_each_label_is_scipys():
+  """Label 2 has no training images, so it has no distance."""
+  samples, train = levels(90, 1), levels(70, 2)
+  asked, real = np.arange(90) % 3, np.arange(70) % 2
+
+  def of(asked, metrics=('fid', 'copies')):
+    task = measure.Task(
+      brightness(), images_of(train)._replace(labels=real), metrics
+    )
+    sized = images_of(samples[: len(asked)], 5)._replace(labels=asked)
+    return measure.measure(task, sized, batch_size=64, mesh=mesh_of(1)).details
+
+  (x, *_), (y, *_) = map(brightness_of, (samples, train))
+  got = of(asked)
+  assert got['frechet_by_class'] == {
+    str(k): pytest.approx(scipy_distance(x[asked == k], y[real == k]), rel=1e-5)
+    for k in (0, 1)
+  }
+  card = cards.create({'step': 1}, {}, {}, {**got, 'class_names': ['no', 'a']})
+  assert cards.is_card(card)
+  lines = tables.text(card).splitlines()
+  (head,) = (line for line in lines if line.startswith('label'))
+  assert head.split() == ['label', 'no', 'a']
+  card['details']['frechet_by_class'] = {'0': 'x'}
+  assert not cards.is_card(card)
+  # Two images do not span two dimensions; statistics have no labels.
+  few = of(np.array([0] * 80 + [1] * 2))
+  assert 'frechet_by_class' not in few
+  assert few['caveats'][-1] == (
+    'no distance by class: of the samples, class 1 has 2, and features of 2 '
+    'dimensions need more than 2'
+  )
+  assert 'frechet_by_class' not in of(asked, ('fid',))
+
+
 def test_kid_precision_and_the_inception_score_are_those_of_their_modules():
   """Which are compared with NumPy and torch-fidelity themselves."""
   samples, train, held = levels(900, 1), levels(800, 2), levels(300, 3)

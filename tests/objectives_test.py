@@ -36,7 +36,7 @@ def factor(weight, prediction, **options):
     ('min_snr', {}, np.minimum(S, 5) / S),
     ('min_snr', {'gamma': 2.0}, np.minimum(S, 2) / S),
     ('p2', {}, 1 / (1 + S)),
-    ('p2', {'gamma': 0.5}, (1 + S) ** -0.5),
+    ('p2', {'gamma': 0.5, 'k': 3.0}, (3 + S) ** -0.5),
     ('sigmoid', {'bias': 1.5}, 1 / (1 + np.exp(np.log(S) - 1.5))),
     ('truncated_snr', {}, np.maximum(S, 1) / S),
     ('edm', {'sigma_data': 0.5}, 1 + 4 / S),
@@ -55,6 +55,76 @@ def test_a_weight_is_one_function_of_the_snr(weight, options, of_eps, x64):
     np.testing.assert_allclose(
       factor(weight, prediction, **options), of_eps * S / gain, rtol=1e-12
     )
+
+
+def slope_of_cosine(u):
+  """-dl/du of alpha = cos(angle) / cos(angle at 0)."""
+  angle, start = ((x + 0.008) / 1.008 * np.pi / 2 for x in (u, 0.0))
+  sigma2 = 1 - (np.cos(angle) / np.cos(start)) ** 2
+  return 2 * np.tan(angle) * np.pi / 2 / 1.008 / sigma2
+
+
+def slope_of_edm(u):
+  """l = -14 log r, where r is linear in t = T u - 1."""
+  low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+  step = (high - low) / 999
+  return 14 * 1000 * step / (low + step * (1000 * u - 1))
+
+
+SLOPES = {'cosine': slope_of_cosine, 'edm': slope_of_edm}
+
+
+@pytest.mark.parametrize('name', ['cosine', 'edm'])
+def test_the_sigmoid_weight_is_one_integral_over_the_log_snr(name):
+  """arXiv 2303.00848, eq. 1: the same for all schedules with the same ends.
+
+  With u = t / T, the mean over u of sigmoid(b - l) (-dl/du) is the integral of
+  sigmoid(b - l) over l, a difference of log(1 + exp(b - l)). A law of the log
+  SNR has its own density in place of the slope.
+  """
+  schedule, bias = schedules.create(name, num_timesteps=1000), 1.5
+  keys = jax.random.split(jax.random.key(0), 5000)
+  x0 = jnp.zeros((5000, 1, 1, 1))
+
+  def loss(weight, law):
+    objective = denoising.create(
+      lambda params, xt, *rest: 0 * xt, images(None), none(), schedule, 'eps',
+      law=law, weight=weight, bias=bias,
+    )  # fmt: skip
+    rows = {'x0': x0, **(objective.whole(keys) if objective.whole else {})}
+    return objective.loss({}, {}, rows, keys)
+
+  def ratio(law):
+    (plain, aux), (weighted, _) = (loss(w, law) for w in ('simple', 'sigmoid'))
+    return np.asarray(weighted / plain, np.float64), np.asarray(aux.by_row['t'])
+
+  found, t = ratio('stratified')
+  logsnr = np.asarray(schedule.logsnr(np.arange(1000)), np.float64)
+  first, last = np.logaddexp(0, bias - logsnr[[0, -1]])
+  np.testing.assert_allclose(found.mean(), last - first, rtol=0.01)
+  middle = (t > 50) & (t < 950)
+  np.testing.assert_allclose(
+    found[middle],
+    (SLOPES[name]((t + 1) / 1000) / (1 + np.exp(logsnr[t] - bias)))[middle],
+    rtol=1e-3,
+  )
+  found, t = ratio('lognormal')
+  logsnr = np.asarray(schedule.logsnr(t), np.float64)
+  np.testing.assert_allclose(found, 1 / (1 + np.exp(logsnr - bias)), rtol=1e-3)
+
+
+def test_the_fall_of_a_flows_log_snr(x64):
+  """2 / (u (1 - u)); 0 in pure noise. Its mean is the range."""
+  schedule = schedules.flow(1000)
+  u = np.arange(1, 1000) / 1000
+  got = schedule.logsnr_rate(np.arange(1000), jnp.float64)
+  np.testing.assert_allclose(got[50:949], 2 / (u * (1 - u))[50:949], rtol=2e-4)
+  assert got[-1] == 0
+  ends = schedule.logsnr(np.array([0, 998]), jnp.float64)
+  np.testing.assert_allclose(got.mean(), ends[0] - ends[1], rtol=1e-12)
+  np.testing.assert_allclose(
+    schedule.logsnr_rate(499.5, jnp.float64), 8, rtol=1e-4
+  )
 
 
 def test_min_snr_is_the_same_for_eps_x0_and_v(x64):

@@ -107,7 +107,7 @@ def check_flags(**least) -> None:
 
 
 def prepared(
-  step: int,
+  step: int, labelled: bool = True
 ) -> tuple[Callable[[dict], Plan], Callable[[dict], Trained]]:
   """Returns (fn from `asked` to a plan, fn from it to the loaded network).
 
@@ -116,6 +116,7 @@ def prepared(
 
   Args:
     step: the step of a checkpoint, see `declare.of_run`.
+    labelled: whether plans choose the labels of samples.
 
   Raises:
     UserError: there is no run. The two functions raise it if the plan or the
@@ -125,7 +126,7 @@ def prepared(
   config = runs.read_config(workdir)
 
   others = guiding.others_of(config)
-  condition = guiding.condition(workdir, config, others)
+  condition = guiding.condition(workdir, config, others) if labelled else {}
 
   compiled = []
 
@@ -171,7 +172,9 @@ def prepared(
 
 
 def chosen(
-  dtype: str = 'uint8', check: Callable[[Plan], None] = lambda plan: None
+  dtype: str = 'uint8',
+  check: Callable[[Plan], None] = lambda plan: None,
+  labelled: bool = True,
 ) -> tuple[Trained, Plan, files.Path]:
   """Returns the network, the plan and the output folder that the flags select.
 
@@ -179,13 +182,14 @@ def chosen(
     dtype: dtype of the samples, see `draw.drawer`; only the name of the folder
       depends on it.
     check: called with the plan before the weights are read.
+    labelled: whether the plan chooses the labels of samples.
 
   Raises:
     UserError: the flags are not valid; nothing has been written.
   """
 
   def read(step):
-    plan_of, network = prepared(step)
+    plan_of, network = prepared(step, labelled)
     plan = plan_of(asked())
     check(plan)
     own = declare.workdir() / 'samples' / name(step, plan, dtype)

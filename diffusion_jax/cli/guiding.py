@@ -43,6 +43,11 @@ declare.table(
     'Another network as the u of --guidance: a run or WORKDIR@STEP, such as an '
     'earlier checkpoint (arXiv 2406.02507).',
   ),
+  guide_ema_profile=(
+    str,
+    "--guide: the average of that network, as --ema_profile for the run's; by "
+    'default that of its ema.decay.',
+  ),
   classifier=(
     str,
     'A classifier that guides by its gradient (arXiv 2105.05233): a run with '
@@ -94,9 +99,9 @@ def name(plan: Plan) -> list[str]:
 
 
 @functools.cache
-def _load(flag: str, text: str) -> Trained:
+def _load(flag: str, text: str, ema: bool, average: str | None) -> Trained:
   workdir, step = _parsed(flag, text)
-  return load(workdir, step, FLAGS.ema)
+  return load(workdir, step, ema, ema_profile=average)
 
 
 def others_of(config: dict) -> dict[str, Trained]:
@@ -108,13 +113,19 @@ def others_of(config: dict) -> dict[str, Trained]:
   Raises:
     UserError: there is no such network, or it is of other data.
   """
+  if FLAGS.guide_ema_profile is not None and not FLAGS.guide:
+    raise UserError(
+      f'--guide_ema_profile={FLAGS.guide_ema_profile} has no effect without '
+      '--guide: give it too, or leave the average out'
+    )
   found = {}
   for flag in (guided.GUIDE, guided.CLASSIFIER):
     if text := FLAGS[flag].value:
       workdir, _ = _parsed(flag, text)
       theirs = runs.read_config(workdir, f'--{flag}')
       guided.check(config, theirs, workdir, flag)
-      found[flag] = _load(flag, text)
+      average = FLAGS.guide_ema_profile if flag == guided.GUIDE else None
+      found[flag] = _load(flag, text, FLAGS.ema, average)
   return found
 
 

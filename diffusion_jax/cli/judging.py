@@ -114,8 +114,9 @@ def open_set(
 
 
 def set_of(
-  flag: str, source: data.Source | None, judge: Judge, image_shape
-) -> statistics.Set:
+  flag: str, source: data.Source | None, judge: Judge, image_shape,
+  labelled: bool = False,
+) -> statistics.Set:  # fmt: skip
   """The images of `open_set`, or the statistics that the flag names.
 
   Args:
@@ -123,12 +124,13 @@ def set_of(
     source: the result of `open_set`.
     judge: the network; statistics must be of its features.
     image_shape: (H, W, C); None if there are no images at all.
+    labelled: whether the labels of images matter.
 
   Raises:
     UserError: statistics are damaged or of other features.
   """
   if source:
-    return features.images_of(source)
+    return features.images_of(source, labelled=labelled)
   return statistics.read(FLAGS[flag].value, judge, image_shape)
 
 

@@ -42,7 +42,7 @@ OF_SAMPLES = (
   *('num_samples', 'sampler', 'rounding', 'reference', 'features', 'output'),
   'write_statistics',
   *(name for name in drawing.OPTIONS if name != 'variance'),
-  *('label', 'guide', 'classifier', *guided.OPTIONS),
+  *('label', 'guide', 'guide_ema_profile', 'classifier', *guided.OPTIONS),
 )
 
 
@@ -82,7 +82,7 @@ def carry_out() -> None:
     UserError: the flags conflict, or there is no such run or image set.
   """
   kinds = _kinds()
-  trained, plan, _ = drawing.chosen()
+  trained, plan, _ = drawing.chosen(labelled=False)  # images have labels
   for part in ('evaluations', 'likelihoods'):
     runs.usable_folder('workdir', trained.workdir / part)
   config = trained.config['data']
@@ -90,8 +90,7 @@ def carry_out() -> None:
   about = {
     'data': config['name'],
     'split': config[f'{FLAGS.split}_split'],
-    'num_images': images.count,
-    'images_sha256': features.sha256_of(images),
+    **features.facts_of(images),
     **({} if images.labels is None else {'condition': 'label'}),
   }
   hows = [_how(kind, trained, plan) for kind in kinds]

@@ -46,6 +46,11 @@ def check(train: Source, heldout: Source | None, num_classes: int) -> None:
     )
 
 
+def are_quick(source: Source) -> bool:
+  """Whether all labels are read in little time."""
+  return bool(source.label_fn) or len(source) <= COUNTED
+
+
 def of(source: Source, indices: np.ndarray) -> np.ndarray:
   """The labels of some images: int32 [n].
 

@@ -145,8 +145,15 @@ def is_card(value) -> bool:
           for key, x in details.items()
           if key.endswith('confusion')
         )
+        and all(map(is_number, _values(details.get('frechet_by_class', {}))))
       )
   return False
+
+
+def _values(of) -> list:
+  """The values of {a number as text: value}; [None] for anything else."""
+  fine = isinstance(of, dict) and all(key.isdecimal() for key in of)
+  return [*of.values()] if fine else [None]
 
 
 def _is_row(value) -> bool:

@@ -236,6 +236,18 @@ def images_of(
   )
 
 
+def facts_of(images: Images) -> dict[str, str | int]:
+  """What results of a set depend on, for protocols; the set is read once.
+
+  With labels also their hash: the same images may be labelled anew.
+  """
+  told = {'num_images': images.count, 'images_sha256': sha256_of(images)}
+  if images.labels is None:
+    return told
+  labels = np.ascontiguousarray(images.labels, np.int32)
+  return {**told, 'labels_sha256': hashlib.sha256(labels).hexdigest()}
+
+
 def sha256_of(images: Images) -> str:
   """The hash of all images in order, 64 hexadecimal digits.
 

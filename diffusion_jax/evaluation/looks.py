@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from diffusion_jax.evaluation import features
+from diffusion_jax.evaluation import by_class, features
 from diffusion_jax.evaluation.metrics import frechet, inception_score
 from diffusion_jax.evaluation.metrics.frechet import Gaussian, Moments
 
@@ -25,6 +25,9 @@ class Seen:
   Attributes:
     moments: tap -> moments of all images, or the given statistics.
     first_moments: tap -> moments of the first images only, if requested.
+    by_label: label -> moments of the main features of its images, if each has
+      more images than the features have dimensions; {} otherwise.
+    too_few: why not, in words, or ''.
     chosen: name -> [n, D], the main features of chosen images.
     searched: [n], the indices of the images chosen as 'queries'.
     hashes: a hash of each image.
@@ -37,6 +40,8 @@ class Seen:
 
   moments: dict[str, Moments | Gaussian]
   first_moments: dict[str, Moments] = dataclasses.field(default_factory=dict)
+  by_label: dict[int, Moments] = dataclasses.field(default_factory=dict)
+  too_few: str = ''
   chosen: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   searched: np.ndarray | None = None
   hashes: list[int] = dataclasses.field(default_factory=list)
@@ -53,6 +58,7 @@ def look(
   *,
   first: int = 0,
   labels: np.ndarray | None = None,
+  by_label: bool = False,
   on_features: Callable[[int, np.ndarray], None],
 ) -> Seen:
   """Passes over a set of images.
@@ -63,6 +69,7 @@ def look(
     batches: the images and their outputs, see `features.passes`.
     first: number of first images to compute separate moments of.
     labels: [count], see `features.Images`.
+    by_label: whether to collect moments of each label.
     on_features: called with the index of the first image of a batch, and the
       batch's main features.
   """
@@ -79,6 +86,8 @@ def look(
       _add(seen.moments, tap, outputs[tap])
       _add(seen.first_moments, tap, outputs[tap][: max(first - at, 0)])
     main = outputs[next(iter(judge.taps))]
+    if by_label and not seen.too_few:
+      by_class.add(seen, labels, at, main)
     for name, indices in asked.items():
       inside = indices[(indices >= at) & (indices < end)]
       chosen[name].append(main[inside - at])

@@ -7,7 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.evaluation import features, looks, noise, statistics
+from diffusion_jax.evaluation import (
+  by_class,
+  features,
+  looks,
+  noise,
+  statistics,
+)
 from diffusion_jax.evaluation.metrics import (
   frechet,
   inception_score,
@@ -213,7 +219,7 @@ def measure(
     )
     return looks.look(
       task, images.count, batches, first=first, labels=images.labels,
-      on_features=search,
+      by_label=by_label and images is not task.heldout, on_features=search,
     )  # fmt: skip
 
   def search(first, found):
@@ -223,6 +229,7 @@ def measure(
       )
     on_images(len(found))
 
+  by_label = by_class.is_measured(task, samples, OF_STATISTICS)
   first = task.heldout.count if task.heldout else 0
   seen = {'samples': look(samples, sample_cache, first)}
   if task.heldout:
@@ -235,10 +242,13 @@ def measure(
     }
   train = look(known or task.reference, cache)
   results, nearer = _results(task, seen, train, near)
-  details = dict(task.judge.details)
-  if 'classes' in task.metrics:
-    details |= _by_class(seen)
-  if caveats := _caveats(task, samples, seen['samples'], train):
+  details = {**task.judge.details, **by_class.details(task, seen)}
+  caveats = _caveats(task, samples, seen['samples'], train)
+  if by_label:
+    found, told = by_class.distances(seen['samples'], train)
+    details |= found
+    caveats += told
+  if caveats:
     details['caveats'] = caveats
   return Measured(
     {name: float(value) for name, value in results.items()},
@@ -251,18 +261,6 @@ def measure(
       for tap, x in train.moments.items()
     },
   )
-
-
-def _by_class(seen) -> dict:
-  """How often each class occurs, and by label if there are labels."""
-  found = {}
-  for name, head in (('samples', ''), ('heldout', 'heldout_')):
-    if one := seen.get(name):
-      shares = one.classes / one.classes.sum()
-      found[f'{head}class_histogram'] = shares.tolist()
-      if one.confusion is not None:
-        found[f'{head}confusion'] = one.confusion.tolist()
-  return found
 
 
 def _results(task, seen, train, near):

@@ -282,6 +282,9 @@ def text(card: dict) -> str:
   told += [*_about(card), '', *terminal.table(['', what, real], rows)]
   if len(details.get('class_histogram', ())) in range(1, SHOWN_CLASSES + 1):
     told += ['', *_classes(details)]
+  by_class = details.get('frechet_by_class', {})
+  if len(by_class) in range(1, SHOWN_CLASSES + 1):
+    told += ['', *_distances(details, by_class)]
   if len(details.get('confusion', ())) in range(1, SHOWN_CLASSES + 1):
     told += ['', *_confusion(details)]
   if 'rate' in details:
@@ -299,6 +302,14 @@ def _classes(details):
   rows = [[what, *(f'{x:.1%}' for x in of)] for what, of in named.items() if of]
   heads = ['class', *map(str, range(len(named['samples'])))]
   return terminal.table(heads, rows)
+
+
+def _distances(details, by_class):
+  """The distance of the samples of each label to its training images."""
+  names = dict(enumerate(details.get('class_names', ())))
+  heads = ['label', *(str(names.get(int(k), k)) for k in by_class)]
+  row = [cards.DISTANCES['frechet'], *map(number, by_class.values())]
+  return terminal.table(heads, [row])
 
 
 def _confusion(details):

@@ -25,18 +25,12 @@ def create(
   schedule: schedules.Schedule,
   prediction: gaussian.Parametrisation | str = 'eps',
   *,
-  law: str = 'uniform',
-  law_mean: float = 0.0,
-  law_std: float = 0.0,
-  weight: str = 'simple',
-  gamma: float = 0.0,
-  bias: float = 2.0,
-  sigma_data: float = 0.5,
-  huber: float = 0.0,
-  variance: str = 'fixed',
-  variance_weight: float = 0.001,
+  law: str = 'uniform', law_mean: float = 0.0, law_std: float = 0.0,
+  weight: str = 'simple', gamma: float = 0.0, k: float = 1.0,
+  bias: float = 2.0, sigma_data: float = 0.5, huber: float = 0.0,
+  variance: str = 'fixed', variance_weight: float = 0.001,
   step_variance: str = 'fixedlarge',
-) -> Objective:
+) -> Objective:  # fmt: skip
   """The weighted error of a prediction at random times.
 
   Args:
@@ -52,6 +46,7 @@ def create(
     weight: one of `weights.WEIGHTS`; 'bound' is the term of the variational
       bound in bits per dimension, times the number of steps.
     gamma: see `weights.create`.
+    k: see `weights.create`.
     bias: see `weights.create`.
     sigma_data: see `weights.create`.
     huber: the error above which the distance grows linearly, see `distance`; 0
@@ -67,9 +62,11 @@ def create(
   """
   how = gaussian.parametrisation(prediction, sigma_data)
   learned, bound = variance == gaussian.LEARNED, weight == weights.BOUND
-  factor_fn = weights.create(weight, how, gamma, bias, sigma_data)
+  factor_fn = weights.create(weight, how, gamma, k, bias, sigma_data)
   times = laws.create(law, schedule, law_mean, law_std, learned or bound)
   scores = {'factor_fn': factor_fn, 'huber': huber, 'hybrid': not bound}
+  if weight in weights.PER_LOGSNR and law in laws.WHOLE:
+    scores['rate_fn'] = schedule.logsnr_rate
   if learned or bound:
     fixed_or_not = variance if learned else step_variance
     scores['terms'] = _bound(schedule, fixed_or_not, codec)
@@ -126,8 +123,8 @@ def _valued(network_fn, codec, conditioner, schedule, how, scores) -> Callable:
 
 
 def errors(
-  network_fn, schedule, kind, x0, t, eps, *, factor_fn=None, huber=0.0,
-  terms=None, variance_weight=0.0, hybrid=True,
+  network_fn, schedule, kind, x0, t, eps, *, factor_fn=None, rate_fn=None,
+  huber=0.0, terms=None, variance_weight=0.0, hybrid=True,
 ) -> jax.Array:  # fmt: skip
   """The error of a network's prediction at given times and noise.
 
@@ -140,6 +137,7 @@ def errors(
     eps: [B, ...] standard normal noise.
     factor_fn: (alpha, sigma) -> the factor on the error, of sigma's shape; None
       for 1.
+    rate_fn: t -> one more factor; None for 1.
     huber: see `distance`.
     terms: (denoised, t, x0, eps) -> [B], the variational bound; None for none.
     variance_weight: the factor on it.
@@ -167,6 +165,8 @@ def errors(
   if factor_fn:
     levels = gaussian.alpha_sigma(schedule, t, values)
     values = factor_fn(*levels) * values
+  if rate_fn:
+    values = rate_fn(t, values.dtype) * values
   return values + extra if terms else values
 
 

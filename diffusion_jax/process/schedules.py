@@ -110,6 +110,23 @@ class Schedule:
     log_alpha_bar = self.log_alpha_bar_at(t, dtype)
     return log_alpha_bar - jnp.log(-jnp.expm1(log_alpha_bar))
 
+  def logsnr_rate(self, t, dtype=jnp.float32) -> jax.Array:
+    """-d logsnr / du at t in [0, T-1], with u = t / T; 0 in pure noise.
+
+    At a whole time it is T times the interval of log SNRs between the middles
+    of the steps before and after it. The mean over whole times is therefore the
+    range of the log SNR, also where a schedule jumps, as the cosine at its end.
+    Between whole times it is interpolated linearly.
+    """
+    finite = self.log_alpha_bar[: self.last + 1]
+    halves = -np.diff(finite - np.log(-np.expm1(finite))) / 2
+    rate = np.zeros(self.num_timesteps)
+    rate[: self.last] += halves
+    rate[1 : self.last + 1] += halves
+    t = jnp.asarray(t, dtype)
+    times = jnp.arange(self.num_timesteps, dtype=dtype)
+    return jnp.interp(t, times, jnp.asarray(self.num_timesteps * rate, dtype))
+
   def t_of_logsnr(self, logsnr, dtype=jnp.float32) -> jax.Array:
     """The exact inverse of `logsnr`: fractional times in [-1, T-1]."""
     # alpha_bar = sigmoid(logsnr); then invert the piecewise linear table.

@@ -7,8 +7,10 @@ labels occur as often as in the training images.
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.conditioning import Conditioner
 from diffusion_jax.runs import dataset, draw
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system.errors import UserError, hint
@@ -51,6 +53,42 @@ def condition(workdir, config: Mapping, asked=None, other=None) -> dict:
     return {'label': 'data', 'label_counts': known['counts']}
   names = known['names'] if known else []
   return {'label': numbers(asked, count, names)}
+
+
+def given(cond: Mapping, conditioner: Conditioner) -> dict[str, jax.Array]:
+  """The inputs that are given to a network; what is left out is null.
+
+  Args:
+    cond: door -> array.
+    conditioner: the run's.
+
+  Raises:
+    UserError: a door that the run does not have; or no label, and the run has
+      no model without.
+  """
+  doors = conditioner.doors
+  if unknown := cond.keys() - doors:
+    raise UserError(
+      f'cond has {", ".join(sorted(unknown))}, but the run takes '
+      f'{", ".join(doors) or "no condition"}'
+    )
+  if 'label' not in cond:
+    check_null(conditioner, "cond={'label': [one for each row]}")
+  return {door: jnp.asarray(x) for door, x in cond.items()}
+
+
+def check_null(conditioner: Conditioner, remedy: str) -> None:
+  """Raises UserError for a model without a label that was not trained.
+
+  Args:
+    conditioner: the run's.
+    remedy: what to give, for the message.
+  """
+  if 'label' in conditioner.doors and not conditioner.drop:
+    raise UserError(
+      'the run was trained with conditioning.drop=0 and has no model without a '
+      f'label: give {remedy}'
+    )
 
 
 def numbers(asked, count: int, names: Sequence[str]) -> list[int]:

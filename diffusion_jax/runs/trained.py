@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -140,15 +139,10 @@ class Trained:
       `guidance.clip_x0`, and fraction is None unless the variance is learned.
 
     Raises:
-      UserError: a condition that the run does not take.
+      UserError: a condition that the run does not take; or no label, and the
+        run was trained with conditioning.drop=0.
     """
-    given = {door: jnp.asarray(x) for door, x in (cond or {}).items()}
-    doors = self.recipe.conditioner.doors
-    if unknown := given.keys() - doors:
-      raise UserError(
-        f'cond has {", ".join(sorted(unknown))}, but the run takes '
-        f'{", ".join(doors) or "no condition"}'
-      )
+    given = labels.given(cond or {}, self.recipe.conditioner)
     return self.compiled.denoise(self.params, xt, t, given)
 
   @numerics.fixed()

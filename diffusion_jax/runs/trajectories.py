@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.guidance import clipping
@@ -68,7 +67,7 @@ def carrier(
   *,
   clip: bool,
   batch_size: int,
-  label: int | None = None,
+  label: int | np.ndarray | None = None,
   guidance: Mapping = MappingProxyType({}),
 ) -> Callable:
   """Returns a function that moves x along a grid, to images or to noise.
@@ -79,7 +78,8 @@ def carrier(
     grid: times, see `solve`; increasing for `ddim_inversion`.
     clip: whether to clip x0 to [-1, 1] in every step.
     batch_size: examples processed at once.
-    label: the label of all examples; None for the null condition.
+    label: the label of all examples, or that of each, [N]; None for the null
+      condition.
     guidance: see `samplers.guided.chosen`.
 
   Returns:
@@ -88,8 +88,9 @@ def carrier(
   """
 
   @jax.jit
-  def along(params, x):
-    rows = {} if label is None else {'label': jnp.full(len(x), label)}
+  def along(params, rows):
+    x, *label = rows
+    rows = {'label': label[0]} if label else {}
     others = {name: one.recipe for name, one in trained.guides.items()}
     denoiser = guided.denoiser(
       trained.recipe, params, rows, guidance, trained.mesh, **others
@@ -101,11 +102,11 @@ def carrier(
 
   def carry(x):
     size = sharding.rounded(min(batch_size, len(x)), trained.mesh)
+    rows = [np.asarray(x, np.float32)]
+    if label is not None:
+      rows += [np.broadcast_to(np.int32(label), len(x))]
     return sharding.in_batches(
-      functools.partial(along, trained.all_params),
-      np.asarray(x, np.float32),
-      size,
-      trained.mesh,
+      functools.partial(along, trained.all_params), rows, size, trained.mesh
     )
 
   return carry

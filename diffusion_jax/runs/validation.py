@@ -50,7 +50,7 @@ OF_NETWORK = {
     lambda x: 0 <= x < math.inf,
   ),
   'loss.(law_mean|bias)': ('finite', math.isfinite),
-  'process.shift|loss.sigma_data': (
+  'process.shift|loss.(sigma_data|k)': (
     'above 0, finite',
     lambda x: 0 < x < math.inf,
   ),

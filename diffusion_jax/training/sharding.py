@@ -277,20 +277,20 @@ def put_padded(tree, size: int, mesh: Mesh):
   )
 
 
-def in_batches(fn, rows: np.ndarray, size: int, mesh: Mesh):
+def in_batches(fn, rows, size: int, mesh: Mesh):
   """Calls a compiled function on any number of rows, with one shape.
 
   Args:
-    fn: a global array [size, ...] -> a tree of arrays [size, ...].
-    rows: [N, ...], the same in every process.
+    fn: global arrays [size, ...] -> a tree of arrays [size, ...].
+    rows: an array [N, ...] or a tree of them, the same in every process.
     size: rows per call, see `rounded`; the last call's are padded.
     mesh: the devices.
 
   Returns:
     the tree of NumPy arrays [N, ...], in every process.
   """
-  found = [
-    jax.tree.map(to_host, fn(put_padded(part, size, mesh)))
-    for part in np.split(rows, range(size, len(rows), size))
-  ]
-  return jax.tree.map(lambda *x: np.concatenate(x)[: len(rows)], *found)
+  count, found = len(jax.tree.leaves(rows)[0]), []
+  for first in range(0, count, size):
+    part = jax.tree.map(lambda x, at=first: x[at : at + size], rows)
+    found.append(jax.tree.map(to_host, fn(put_padded(part, size, mesh))))
+  return jax.tree.map(lambda *x: np.concatenate(x)[:count], *found)
