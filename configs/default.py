@@ -275,9 +275,28 @@ def dito():
   return loss
 
 
+def latents():
+  """The keys of config.codec for diffusion in latents, see docs/latents.md."""
+  config = ConfigDict()
+  config.codec = ConfigDict({'name': 'latents'})
+  # The folder of an autoencoder's run, or of a run in its latents, whose scale
+  # is then taken, too. The run copies it when it begins.
+  config.codec.path = ''
+  config.codec.step = 0  # the checkpoint; 0 = the newest
+  # Latents are (z - shift) / scale. 0 = as imported weights say, otherwise the
+  # mean and deviation of each channel, measured on the training images.
+  config.codec.scale = 0.0
+  config.codec.shift = 0.0  # used if the scale is given
+  config.codec.cache = ''  # a folder of diffusion_jax.encode; '' = none
+  config.codec.decode_rows = 4  # samples that a device decodes at once
+  # The autoencoder's structure; set when a run begins.
+  config.codec.coder = ConfigDict()
+  return config.codec
+
+
 # Group -> name -> a function that gives the keys of that choice. Other names
 # that are not here have the keys of the default choice, or any.
 CHOICES = {
-  'codec': {'autoencoder': autoencoder},
+  'codec': {'autoencoder': autoencoder, 'latents': latents},
   'loss': {'autoencoding': autoencoding, 'dito': dito},
 }

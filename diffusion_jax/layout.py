@@ -17,7 +17,7 @@ from diffusion_jax import models
 from diffusion_jax.cli import command
 from diffusion_jax.planning import page
 from diffusion_jax.planning.compiled import device_bytes
-from diffusion_jax.runs import recipe, validation
+from diffusion_jax.runs import frozen, recipe, validation
 from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import averages, optim, sharding, state
@@ -37,6 +37,7 @@ flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 def main():
   config = FLAGS.config
+  frozen.complete(config)
   count = FLAGS.num_devices or _asked_for(config.mesh)
   wrong = validation.check(config, range(count))
   if wrong:

@@ -44,7 +44,7 @@ from diffusion_jax.planning import (
 )
 from diffusion_jax.planning.compiled import Compiled, device_bytes
 from diffusion_jax.planning.page import gib
-from diffusion_jax.runs import programs, validation
+from diffusion_jax.runs import frozen, programs, validation
 from diffusion_jax.system import distributed, environment, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -151,14 +151,14 @@ def main():
     other = 'topology' if where else 'largest_batch'
     raise UserError(f'--measure is for this machine: leave --{other} out')
   devices = slices.devices(where) if where else jax.devices()
+  distributed.everywhere(lambda: frozen.complete(FLAGS.config, FLAGS.workdir))
   if wrong := validation.check(FLAGS.config, devices):
     raise UserError(wrong[0])
   config = FLAGS.config
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   limit = where.memory if where else _memory()
   fast = FLAGS.fast and devices[0].platform == 'tpu'
-  program = programs.create(config, mesh)
-  place = Place(config, mesh, program, limit, where, fast)
+  place = Place(config, mesh, programs.create(config, mesh), limit, where, fast)
   looked_at = _look(place)
   if FLAGS.largest_batch:
     _largest(place)
@@ -176,7 +176,7 @@ def main():
   result = _result(place, train, sample, judge)
   if FLAGS.measure:
     result['measured'] = timing.measure(
-      config, mesh, program, train, sample, place.sampled
+      config, mesh, place.program, train, sample, place.sampled
     )
     result['environment'] = environment.describe()
   result['checks'] = [check._asdict() for check in looked_at]
@@ -265,7 +265,7 @@ def _compile_step(place, batch_size) -> Compiled:
 def _compile_sampling(place) -> Compiled:
   indices = _rows(place, (place.sampled,), jnp.uint32)
   program = place.program
-  args = program.abstract.averaged, indices
+  args = {**program.frozen, **program.abstract.averaged}, indices
   return compiled.compile(program.draw_fn, args, place.limit, place.fast)
 
 

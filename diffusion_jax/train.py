@@ -36,7 +36,10 @@ from diffusion_jax.runs import (
   autoencoders,
   dataset,
   finetune,
+  frozen,
+  latents,
   programs,
+  recipe,
   validation,
 )
 from diffusion_jax.system import (
@@ -94,12 +97,10 @@ declare.shared('accept_data', 'json')
 def main():
   distributed.initialize()
   config, workdir = FLAGS.config, files.at(FLAGS.workdir).expanduser()
-  wrong = validation.check(config, jax.devices())
-  if wrong:
+  distributed.everywhere(lambda: frozen.complete(config, workdir))
+  if wrong := validation.check(config, jax.devices()):
     raise UserError(wrong[0])
   splits = distributed.everywhere(lambda: data.splits(config.data))
-  if config.data.on_device:
-    distributed.everywhere(lambda: resident.check(splits[0]))
   runs.check(workdir, config)
   profiling.check(FLAGS.profile, workdir, config.num_steps)
   how = config.data.heldout_split, FLAGS.accept_data, config.conditioning
@@ -109,7 +110,8 @@ def main():
   )
   compilation.keep()
   mesh = sharding.make_mesh(**config.mesh)
-  program = programs.create(config, mesh)
+  splits, parts = latents.prepare(config, mesh, workdir, splits)
+  program = programs.create(config, mesh, recipe.create(config, parts))
   origin, begun = finetune.load(
     origin, program.abstract.params, FLAGS.init_step
   )
@@ -119,6 +121,7 @@ def main():
     kept = distributed.on_first(
       lambda: _begin(stack, workdir, config, known, origin, begun)
     )
+    frozen.write(workdir, parts)
     signals = preemption.Signals(FLAGS.stop_secs, _give_up)
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(

@@ -199,6 +199,7 @@ def test_a_run_trains_samples_and_judges(tmp_path):
   made = {
     'data.augment': 0.5, 'conditioning.name': 'label',
     'conditioning.num_classes': 10, 'num_steps': 6, 'checkpoint_every': 3,
+    **tiny.UNET,
   }  # fmt: skip
   tiny.train(tmp_path / 'run', **made)
   tiny.train(tmp_path / 'half', **made | {'num_steps': 3})

@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import jax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from jax._src import compiler
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context('forkserver')
@@ -172,7 +174,20 @@ def _child(binary, arguments, devices, folder, environment):
   for stream, name in ((1, 'out'), (2, 'err')):
     path = os.path.join(folder, name)
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+  import dense_network  # noqa: F401, which adds it
+
+  _keep_programs()
   sys.argv = [binary, *arguments]
   own = (ROOT / 'tests' / f'{binary}.py').exists()  # one of the tests' own
   module = binary if own else f'diffusion_jax.{binary}'
   runpy.run_module(module, run_name='__main__', alter_sys=True)
+
+
+def _keep_programs():
+  """Has JAX keep the programs of all processes of a run, as of process 0.
+
+  Those of the others have keys of their own, and were compiled every time.
+  """
+  compiler.distributed = types.SimpleNamespace(
+    global_state=types.SimpleNamespace(client=None, process_id=0)
+  )

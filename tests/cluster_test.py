@@ -296,7 +296,12 @@ def test_two_workers_train_through_a_preemption(tmp_path):
   )
   environment |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
   config, given, *flags = tiny.flags(
-    workdir, num_steps=12, sample_every=0, eval_every=0, checkpoint_every=5
+    workdir,
+    num_steps=12,
+    sample_every=0,
+    eval_every=0,
+    checkpoint_every=5,
+    **tiny.UNET,
   )
   result = run_in(
     environment, 'run', *POD, TYPE, config, given, '--', *flags,
@@ -491,7 +496,8 @@ def test_slurm_stops_in_time_is_requeued_and_goes_on(tmp_path):
   }  # fmt: skip
 
   def submit(**changes):
-    flags = tiny.flags(workdir, sample_every=0, **changes)[2:]
+    changes |= {'sample_every': 0, **tiny.UNET}
+    flags = tiny.flags(workdir, **changes)[2:]
     return subprocess.Popen(
       ['bash', script, *flags], cwd=ROOT, env=environment, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

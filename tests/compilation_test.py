@@ -152,7 +152,8 @@ def test_a_run_from_kept_programs_is_the_same_bit_by_bit(tmp_path):
       'XDG_CACHE_HOME': str(tmp_path / 'cache'),
       'JAX_DEBUG_LOG_MODULES': 'jax._src.compiler',
     }
-    arguments = tiny.flags(tmp_path / name, num_steps=steps, eval_every=0)
+    changes = {'num_steps': steps, 'eval_every': 0, **tiny.UNET}
+    arguments = tiny.flags(tmp_path / name, **changes)
     done = subprocess.run(
       [sys.executable, '-m', 'diffusion_jax.train', *arguments],
       env=environment, capture_output=True, text=True, check=True,

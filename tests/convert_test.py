@@ -111,9 +111,16 @@ def test_the_binary_brings_in_and_out_the_same_file(tmp_path):
   assert index.items() <= DESCRIBED['tiny']['index'].items()
 
 
+@pytest.fixture(scope='module')
+def ours(tmp_path_factory):
+  run = tmp_path_factory.mktemp('runs') / 'run'
+  tiny.train(run, **tiny.UNET)
+  return run
+
+
 @pytest.mark.slow
-def test_a_run_of_ours_goes_out_and_comes_in(tmp_path):
-  run = tiny.trained(tmp_path / 'run')
+def test_a_run_of_ours_goes_out_and_comes_in(ours, tmp_path):
+  run = ours
   out = converted(run, tmp_path / 'out')
   again = converted(out, tmp_path / 'again', '--config=digits', '--step=30')
   before, after = load(run), load(again)
@@ -237,9 +244,8 @@ def test_a_folder_with_pickled_weights(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_came_in_is_sampled_judged_and_begun_with(tmp_path):
-  run = tiny.trained(tmp_path / 'run')
-  folder = converted(run, tmp_path / 'folder')
+def test_what_came_in_is_sampled_judged_and_begun_with(ours, tmp_path):
+  folder = converted(ours, tmp_path / 'folder')
   known = converted(folder, tmp_path / 'known', '--config=digits')
   few = ['--num_samples=12', '--sampler=ddim', '--num_steps=3']
   judged = binaries.run(
@@ -259,11 +265,11 @@ def test_what_came_in_is_sampled_judged_and_begun_with(tmp_path):
     result = binaries.run(*arguments, f'--workdir={unknown}')
     assert result.code == 2
     assert must in result.err.splitlines()[-1]
-  result = binaries.run('train', *tiny.flags(unknown))
+  result = binaries.run('train', *tiny.flags(unknown, **tiny.UNET))
   assert result.code == 2
   assert f'--init_from={unknown}' in result.err
   result = binaries.run(
-    'train', *tiny.flags(tmp_path / 'on', num_steps=2),
+    'train', *tiny.flags(tmp_path / 'on', num_steps=2, **tiny.UNET),
     f'--init_from={unknown}',
   )  # fmt: skip
   assert result.code == 0, result.err

@@ -703,7 +703,8 @@ def test_losses_of_two_processes_with_four_devices_each(tmp_path):
   number of threads from NPROC, as it stands when the process begins.
   """
   changes = {'num_steps': 20, 'sample_every': 0, 'eval_every': 0,
-             'checkpoint_every': 0, 'model.channels': 16}  # fmt: skip
+             'checkpoint_every': 0, **tiny.UNET,
+             'model.channels': 16}  # fmt: skip
   tiny.train(tmp_path / 'one', **changes)
   for name, count in (('1x8', 1), ('2x4', 2)):
     address = f'localhost:{binaries.free_port()}'

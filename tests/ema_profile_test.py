@@ -19,7 +19,8 @@ FEW = ('--num_samples=4', '--sampler=ddim', '--num_steps=2')
 def workdir(tmp_path_factory):
   """Checkpoints of steps 10, 20 and 30, with two profiles."""
   folder = tmp_path_factory.mktemp('profiles') / 'run'
-  tiny.train(folder, **{'ema.profiles': '(0.05,0.1)', 'ema.decays': '(0.5,)'})
+  averages = {'ema.profiles': '(0.05,0.1)', 'ema.decays': '(0.5,)'}
+  tiny.train(folder, **averages, **tiny.UNET)
   return folder
 
 

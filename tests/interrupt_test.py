@@ -35,6 +35,22 @@ def run(tmp_path_factory):
   return tiny.trained(tmp_path_factory.mktemp('runs') / 'digits')
 
 
+@pytest.fixture(scope='module')
+def unet(tmp_path_factory):
+  """The same of a U-Net, whose steps take long enough to be met in one."""
+  workdir = tmp_path_factory.mktemp('runs') / 'unet'
+  train(workdir)
+  return workdir
+
+
+def flags_of(workdir, **changes):
+  return tiny.flags(workdir, **tiny.UNET | changes)
+
+
+def train(workdir, **changes):
+  tiny.train(workdir, **tiny.UNET | changes)
+
+
 def at(workdir) -> int:
   """The newest step in its metrics, 0 = none yet."""
   return max(tiny.losses(workdir), default=0)
@@ -56,9 +72,9 @@ def assert_same(a, b):
   )
 
 
-def goes_on_as(run, workdir):
-  tiny.train(workdir)
-  assert_same(run, workdir)
+def goes_on_as(unet, workdir):
+  train(workdir)
+  assert_same(unet, workdir)
 
 
 def stopped(process, code) -> str:
@@ -94,10 +110,10 @@ def kill(workdir, flags, seconds, inside=False) -> bool:
 
 
 @pytest.mark.slow
-def test_kill_9_inside_a_save_changes_no_bit(run, tmp_path):
+def test_kill_9_inside_a_save_changes_no_bit(unet, tmp_path):
   workdir = tmp_path / 'killed'
-  kill(workdir, tiny.flags(workdir), 0.0, inside=True)
-  goes_on_as(run, workdir)
+  kill(workdir, flags_of(workdir), 0.0, inside=True)
+  goes_on_as(unet, workdir)
 
 
 @pytest.mark.slow
@@ -109,12 +125,12 @@ def test_thirty_kills_some_inside_a_save(tmp_path):
   rng, torn = random.Random(0), 0
   for count in range(30):
     every = {'checkpoint_every': 1 + count % 3}
-    flags = tiny.flags(killed, **large, **every)
+    flags = flags_of(killed, **large, **every)
     torn += kill(killed, flags, rng.uniform(0, 0.2), inside=count % 2)
   assert torn >= 5
-  tiny.train(killed, **large, checkpoint_every=100)
+  train(killed, **large, checkpoint_every=100)
   assert len((killed / 'starts.jsonl').read_text().splitlines()) == 31
-  tiny.train(alone, **large, checkpoint_every=100)
+  train(alone, **large, checkpoint_every=100)
   assert_same(alone, killed)
 
 
@@ -140,7 +156,8 @@ def test_sigterm_saves_and_ends_well(run, tmp_path):
   with runs.lock(workdir):
     pass  # it is free
   if step < 30:
-    goes_on_as(run, workdir)
+    tiny.train(workdir)
+    assert_same(run, workdir)
   else:  # where this process was slow to send the signal
     losses = tiny.losses(workdir)
     assert {k: losses[k] for k in range(1, 31)} == tiny.losses(run)
@@ -242,7 +259,7 @@ def test_slurm_gets_its_job_back(tmp_path):
   }  # fmt: skip
   tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
   tool.chmod(0o755)
-  process = binaries.start('train', *tiny.flags(workdir), **environment)
+  process = binaries.start('train', *flags_of(workdir), **environment)
   process.wait_until((workdir / 'starts.jsonl').exists)
   process.send(signal.SIGUSR1)
   last, step = stopped(process, 0), at(workdir)
@@ -255,7 +272,7 @@ def test_slurm_gets_its_job_back(tmp_path):
   assert (tmp_path / 'asked').read_text() == 'requeue 4711\n'
 
   tool.write_text('#!/bin/sh\nprintf "no such job\\nat all\\n" >&2; exit 1\n')
-  process = binaries.start('train', *tiny.flags(workdir), **environment)
+  process = binaries.start('train', *flags_of(workdir), **environment)
   process.wait_until(lambda: at(workdir) > step)
   process.send(signal.SIGUSR1)
   last, step = stopped(process, 0), at(workdir)
@@ -272,19 +289,19 @@ def test_slurm_that_is_not_there_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_fewer_and_fewer_devices(run, tmp_path):
+def test_fewer_and_fewer_devices(unet, tmp_path):
   """Stopped on eight, then on four, ended on one."""
   workdir = tmp_path / 'moved'
   for devices in (8, 4):
-    process = binaries.start('train', *tiny.flags(workdir), devices=devices)
+    process = binaries.start('train', *flags_of(workdir), devices=devices)
     goal = at(workdir) + 3
     process.wait_until(lambda goal=goal: at(workdir) >= goal)
     process.send(signal.SIGTERM)
     last = stopped(process, 0)
     assert f'at step {at(workdir)}, which' in last
   assert at(workdir) < 30
-  tiny.train(workdir)
-  alone, moved = tiny.losses(run), tiny.losses(workdir)
+  train(workdir)
+  alone, moved = tiny.losses(unet), tiny.losses(workdir)
   assert moved.keys() == alone.keys()
   np.testing.assert_allclose(
     list(moved.values()), list(alone.values()), rtol=3e-6
@@ -418,20 +435,20 @@ def names_the_whole_one(line, workdir):
   ],
 )
 @pytest.mark.slow
-def test_files_that_cannot_grow_end_it_in_one_line(run, tmp_path, size, must):
+def test_files_that_cannot_grow_end_it_in_one_line(unet, tmp_path, size, must):
   workdir = tmp_path / 'full'
-  process = binaries.start('train', *tiny.flags(workdir))
+  process = binaries.start('train', *flags_of(workdir))
   process.wait_until(lambda: 5 in kept(workdir))
   # stderr is a file too.
   limit_files(process, size or (workdir / 'metrics.jsonl').stat().st_size)
   last = stopped(process, 2)
   names_the_whole_one(last, workdir)
   assert must in last
-  goes_on_as(run, workdir)
+  goes_on_as(unet, workdir)
 
 
 @pytest.mark.slow
-def test_a_full_disk(run, tmp_path):
+def test_a_full_disk(unet, tmp_path):
   disk = tmp_path / 'disk'
   disk.mkdir()
   mount = ['mount', '-t', 'tmpfs', '-o', 'size=16m', 'none', disk]
@@ -439,7 +456,7 @@ def test_a_full_disk(run, tmp_path):
     pytest.skip('no file system can be mounted here')
   try:
     workdir = disk / 'run'
-    process = binaries.start('train', *tiny.flags(workdir))
+    process = binaries.start('train', *flags_of(workdir))
     process.wait_until(lambda: 5 in kept(workdir))
     filler = ['dd', 'if=/dev/zero', f'of={disk / "filler"}', 'bs=4096']
     assert subprocess.run(filler, capture_output=True).returncode
@@ -447,25 +464,25 @@ def test_a_full_disk(run, tmp_path):
     names_the_whole_one(last, workdir)
     assert 'No space left on device' in last
     (disk / 'filler').unlink()
-    goes_on_as(run, workdir)
+    goes_on_as(unet, workdir)
   finally:
     subprocess.run(['umount', '-l', disk], check=True)
 
 
 @pytest.mark.slow
-def test_a_workdir_that_cannot_be_written(run, tmp_path):
+def test_a_workdir_that_cannot_be_written(unet, tmp_path):
   """From some moment on, and then from the start."""
   workdir = tmp_path / 'fixed'
-  process = binaries.start('train', *tiny.flags(workdir))
+  process = binaries.start('train', *flags_of(workdir))
   process.wait_until(lambda: kept(workdir))
   with unwritable(workdir / 'checkpoints'):
     last = stopped(process, 2)
     names_the_whole_one(last, workdir)
     assert 'cannot be written (' in last
   with unwritable(workdir):
-    result = binaries.run('train', *tiny.flags(workdir))
+    result = binaries.run('train', *flags_of(workdir))
     assert 'cannot be written' in result.message
-  goes_on_as(run, workdir)
+  goes_on_as(unet, workdir)
 
 
 @pytest.mark.slow
@@ -476,7 +493,7 @@ def test_a_folder_of_images_that_vanishes(tmp_path):
   for index, image in enumerate(images):
     Image.fromarray(image[..., 0]).save(pictures / f'{index:03}.png')
   flags = {'data.name': 'folder', 'data.path': pictures, 'checkpoint_every': 2}
-  process = binaries.start('train', *tiny.flags(workdir, **flags))
+  process = binaries.start('train', *flags_of(workdir, **flags))
   process.wait_until(lambda: kept(workdir))
   pictures.rename(tmp_path / 'away')
   last = stopped(process, 2)
@@ -484,7 +501,7 @@ def test_a_folder_of_images_that_vanishes(tmp_path):
   assert 'image ' in last
   assert str(pictures) in last
   (tmp_path / 'away').rename(pictures)
-  tiny.train(workdir, **flags)
+  train(workdir, **flags)
   assert sorted(tiny.losses(workdir)) == list(range(1, 31))
 
 
@@ -495,14 +512,14 @@ def test_an_array_file_that_is_cut_or_vanishes(tmp_path):
   np.save(path, tiny.images(600)['image'])
   shutil.copy(path, tmp_path / 'copy.npy')
   flags = {'data.name': 'arrays', 'data.path': path, 'checkpoint_every': 2}
-  process = binaries.start('train', *tiny.flags(workdir, **flags))
+  process = binaries.start('train', *flags_of(workdir, **flags))
   process.wait_until(lambda: kept(workdir))
   os.truncate(path, 1000)
   last = stopped(process, 2)
   names_the_whole_one(last, workdir)
   assert 'has become shorter' in last
   shutil.copy(tmp_path / 'copy.npy', path)
-  process = binaries.start('train', *tiny.flags(workdir, **flags))
+  process = binaries.start('train', *flags_of(workdir, **flags))
   newest = kept(workdir)[-1]
   process.wait_until(lambda: at(workdir) > newest)
   path.unlink()
@@ -512,12 +529,12 @@ def test_an_array_file_that_is_cut_or_vanishes(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_images_are_drawn_is_one_line(run, tmp_path):
+def test_ctrl_c_while_images_are_drawn_is_one_line(unet, tmp_path):
   """XLA computes in threads that Python's own end would take apart."""
   output = tmp_path / 'out'
   flags = ('--num_samples=1000000', '--batch_size=64', '--sampler=ddim')
   drawing = binaries.start(
-    'sample', f'--workdir={run}', f'--output={output}', *flags
+    'sample', f'--workdir={unet}', f'--output={output}', *flags
   )
   drawing.wait_until(lambda: list(output.glob('parts/*.npy')))
   drawing.send(signal.SIGINT)

@@ -502,7 +502,7 @@ def test_one_evaluation_comes_back_less_well(run, inverted):
   assert result.code == 0, result.err
   folder = run / 'inversions' / 'step30_ddim5_iterations1_heldout4'
   kept = json.loads((folder / 'inversion.json').read_text())
-  assert kept['error']['rms'] > 1.5 * inverted['error']['rms']
+  assert kept['error']['rms'] > 1.2 * inverted['error']['rms']
   assert not (folder / 'interpolation.png').exists()
   # People read a row an image, and one of all.
   rows = [line.split() for line in result.out.splitlines()]

@@ -39,7 +39,7 @@ def test_it_prints_in_one_line(trained):
   text = repr(trained)
   assert '\n' not in text
   assert len(text) < 200 + len(str(trained.workdir))
-  for word in ('step=30', 'ema=True', '10,593 parameters', '(8, 8, 1)'):
+  for word in ('step=30', 'ema=True', '1,104 parameters', '(8, 8, 1)'):
     assert word in text
 
 
@@ -220,10 +220,10 @@ def test_a_checkpoint_that_is_not_finite_is_refused(
   directory = tmp_path / 'run' / 'checkpoints'
   own = trained_params(folder, 30)
   bad = jax.tree.map(np.copy, own)
-  bad['net']['conv_out']['kernel'].flat[5] = value
+  bad['net']['out']['kernel'].flat[5] = value
   given = {'ema_params': own, 'params': own, part: bad}
   checkpoint.save_params(directory, 31, given['ema_params'], given['params'])
-  told = 'checkpoint 31 in .* not finite, the first is net/conv_out/kernel: use'
+  told = 'checkpoint 31 in .* not finite, the first is net/out/kernel: use'
   ema = part == 'ema_params'
   with pytest.raises(UserError, match=told):
     diffusion_jax.load(tmp_path / 'run', ema=ema)

@@ -38,10 +38,11 @@ SHELLS = {
   },
   'not_partitionable': {'JAX_THREEFRY_PARTITIONABLE': '0'},
 }
-IN_PROCESSES = [
-  'rbg_64_strict',
-  pytest.param('not_partitionable', marks=pytest.mark.slow),
-]
+# JAX reads the variables when it is imported.
+TRAIN = """
+import runpy, dense_network
+runpy.run_module('diffusion_jax.train', run_name='__main__', alter_sys=True)
+"""
 LIBRARY = f"""
 import sys, jax, numpy, diffusion_jax
 before = dict(jax.config.values)
@@ -55,7 +56,8 @@ def run(*command, **environment):
   result = subprocess.run(
     [sys.executable, *map(str, command)],
     cwd=binaries.ROOT, capture_output=True, text=True, timeout=600,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment,
+         'PYTHONPATH': f'{binaries.ROOT}{os.pathsep}{binaries.ROOT}/tests'},
   )  # fmt: skip
   assert result.returncode == 0, result.stderr
 
@@ -67,13 +69,17 @@ def plain(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize('shell', IN_PROCESSES)
-def test_a_shell_changes_neither_training_nor_grids(plain, tmp_path, shell):
-  """A process of its own: JAX reads the variables when it is imported."""
-  run(
-    '-m', 'diffusion_jax.train', *tiny.flags(tmp_path, **CHANGES),
-    **SHELLS[shell],
-  )  # fmt: skip
+@pytest.fixture(scope='module')
+def unet(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('unet')
+  tiny.train(workdir, **CHANGES, **tiny.UNET)
+  return workdir
+
+
+def check_shell(plain, tmp_path, shell, **network):
+  """Trains in that shell, and compares all to the run `plain`."""
+  flags = tiny.flags(tmp_path, **CHANGES, **network)
+  run('-c', TRAIN, *flags, **SHELLS[shell])
   assert tiny.losses(tmp_path) == tiny.losses(plain)
   jax.tree.map(
     np.testing.assert_array_equal,
@@ -84,13 +90,23 @@ def test_a_shell_changes_neither_training_nor_grids(plain, tmp_path, shell):
   assert (tmp_path / 'samples' / grid.name).read_bytes() == grid.read_bytes()
 
 
+def test_a_shell_changes_neither_training_nor_grids(plain, tmp_path):
+  check_shell(plain, tmp_path, 'rbg_64_strict')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('shell', SHELLS)
-def test_a_shell_changes_no_samples_of_the_library(plain, tmp_path, shell):
+def test_a_shell_changes_no_unet(unet, tmp_path, shell):
+  check_shell(unet, tmp_path, shell, **tiny.UNET)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('shell', SHELLS)
+def test_a_shell_changes_no_samples_of_the_library(unet, tmp_path, shell):
   """And the library leaves the program's settings as they are."""
-  run('-c', LIBRARY, plain, tmp_path / 'images.npy', **SHELLS[shell])
+  run('-c', LIBRARY, unet, tmp_path / 'images.npy', **SHELLS[shell])
   np.testing.assert_array_equal(
-    np.load(tmp_path / 'images.npy'), diffusion_jax.load(plain).sample(**HOW)
+    np.load(tmp_path / 'images.npy'), diffusion_jax.load(unet).sample(**HOW)
   )
 
 
@@ -287,7 +303,7 @@ def test_a_switch_finds_no_fault(tmp_path, switch):
   changes = {
     'num_steps': 2, 'batch_size': 2, 'eval_every': 2, 'eval_images': 2,
     'sample_every': 2, 'sample.num_steps': 2, 'sample.num_images': 2,
-    'keep_every': 0,
+    'keep_every': 0, **tiny.UNET,
   }  # fmt: skip
   workdir = tmp_path / 'run'
   run('-m', 'diffusion_jax.train', *tiny.flags(workdir, **changes), **shell)

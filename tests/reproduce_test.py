@@ -18,6 +18,7 @@ from diffusion_jax.training import checkpoint
 from diffusion_jax.weights import inception as weights
 
 SMALLER = {
+  'model.name': 'unet',
   'model.channels': 4, 'model.num_groups': 2, 'model.multipliers': '(1,)',
   'model.attention_resolutions': '()', 'eval_every': 0, 'sample_every': 0,
   'batch_size': 8, 'checkpoint_every': 20, 'keep_every': 0,
@@ -233,14 +234,16 @@ def test_a_workdir_of_another_run(tmp_path):
 @pytest.mark.slow
 def test_weights_that_come_in(tmp_path):
   """A run of ours goes out, comes in, is judged; and not a second time."""
-  run = tiny.trained(tmp_path / 'run')
+  run = tmp_path / 'run'
+  tiny.train(run, **tiny.UNET)
   folder = tmp_path / 'folder'
   out = binaries.run('convert', f'--from={run}', f'--to={folder}')
   assert out.code == 0, out.err
   workdir = tmp_path / 'imported'
   few = ('--sampler=ddim', '--num_steps=2', '--json')
   given = [
-    *tiny.flags(workdir), *JUDGE, '--nobits', f'--from={folder}', *few,
+    *tiny.flags(workdir, **tiny.UNET), *JUDGE, '--nobits',
+    f'--from={folder}', *few,
     f'--cache={tmp_path / "cache"}',
   ]  # fmt: skip
   first = binaries.run('reproduce', *given)

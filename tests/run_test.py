@@ -35,9 +35,10 @@ def test_the_workdir_holds_what_was_promised(run):
 
 
 def test_it_learns(run):
-  """The digits are mostly black: 30 steps halve the loss of knowing nothing."""
-  values = tiny.losses(run)
-  assert np.mean([values[k] for k in range(26, 31)]) < 0.6 * values[1]
+  """The held-out loss, which is always of the same images and noise, falls."""
+  rows = metrics.read(run / 'metrics.jsonl')
+  values = [row['heldout_loss'] for row in rows if 'heldout_loss' in row]
+  assert values[2] < values[1] < values[0] < 1
 
 
 def test_it_ends_with_where_the_results_lie(run):

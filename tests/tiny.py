@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import binaries
+import dense_network  # noqa: F401, which adds it
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,7 +209,7 @@ def one_device():
   return sharding.make_mesh(devices=jax.devices()[:1])
 
 
-# The digits' config, made small.
+# The digits' config, made small, of a network that is small too.
 CONFIG = {
   'num_steps': 30,
   'batch_size': 16,
@@ -219,15 +220,22 @@ CONFIG = {
   'checkpoint_every': 5,
   'keep_last': 2,
   'keep_every': 10,
+  'model.name': 'dense',
+  'model.channels': 8,
+  'model.dropout': 0.1,
+  'optim.lr': 1e-2,
+  'optim.warmup_steps': 5,
+  'sample.num_steps': 3,
+  'sample.num_images': 9,
+}
+# The smallest U-Net, for what depends on the network.
+UNET = {
+  'model.name': 'unet',
   'model.channels': 8,
   'model.num_groups': 4,
   'model.num_blocks': 1,
   'model.multipliers': '(1,)',
   'model.attention_resolutions': '()',
-  'model.dropout': 0.1,
-  'optim.warmup_steps': 5,
-  'sample.num_steps': 3,
-  'sample.num_images': 9,
 }
 
 

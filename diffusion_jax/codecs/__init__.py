@@ -1,11 +1,29 @@
 """Codecs: data <-> x0, the variable that is diffused."""
 
-from diffusion_jax.codecs import autoencoder, pixels
+from collections.abc import Mapping
+
+from diffusion_jax.codecs import autoencoder, latents, pixels
 from diffusion_jax.codecs.codec import Codec
 from diffusion_jax.system.errors import one_of
 
 # name -> (image_shape, **options) -> Codec
-CODECS = {'pixels': pixels.create, 'autoencoder': autoencoder.create}
+CODECS = {
+  'pixels': pixels.create,
+  'autoencoder': autoencoder.create,
+  'latents': latents.create,
+}
+
+
+def x0_shape(image_shape, config: Mapping) -> tuple[int, int, int]:
+  """The shape of what is diffused, by arithmetic.
+
+  Args:
+    image_shape: (H, W, C) of the data.
+    config: a config's group `codec`; of latents with their 'coder'.
+  """
+  if config['name'] == 'latents' and config['coder']:
+    return latents.shape_of(image_shape, config['coder'])
+  return tuple(image_shape)
 
 
 def create(name: str, image_shape: tuple[int, int, int], **options) -> Codec:

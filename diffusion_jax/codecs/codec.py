@@ -15,8 +15,10 @@ class Codec(NamedTuple):
     shape: the shape of x0, without the batch.
     bound: x0 is in [-bound, bound], and samplers may clip it to that range;
       None if x0 must not be clipped.
-    levels: number of values of a data element: 256 for 8-bit images, decoded to
-      [0, 255]; None for continuous data, which have no bits per dimension.
+    levels: number of values of an element of x0: 256 for 8-bit images; None for
+      continuous x0, which have no bits per dimension.
+    eight_bits: whether data are decoded to [0, 255], and may be rounded.
+    decode_rows: examples that a device decodes at once, in turn; None for all.
   """
 
   encode: Callable
@@ -24,3 +26,5 @@ class Codec(NamedTuple):
   shape: tuple[int, ...]
   bound: float | None = None
   levels: int | None = None
+  eight_bits: bool = False
+  decode_rows: int | None = None

@@ -41,4 +41,5 @@ def create(image_shape: tuple[int, int, int]) -> Codec:
     shape=tuple(image_shape),
     bound=1.0,
     levels=256,
+    eight_bits=True,
   )

@@ -73,7 +73,8 @@ def batches(
       number of CPU cores, 0 reads in the caller's thread.
 
   Returns:
-    An iterator of {'image': uint8 [B, H, W, C], 'label': int32 [B]}, or of
+    An iterator of {'image': uint8 [B, H, W, C], 'label': int32 [B]}, with
+    latents {'moments': float32 [B, h, w, m], ...}, or of
     {'index': int32 [B], 'mirrored': bool [B]}, with 'augment' as `orders` has
     it; `close()` stops it early.
 
@@ -127,7 +128,7 @@ def heldout(
 
   def read(step):
     positions = step * batch_size + rows
-    batch = _read(source, np.minimum(positions, total - 1))
+    batch = _read(source, np.minimum(positions, total - 1), np.zeros_like(rows))
     return batch, (positions < total).astype(np.float32)
 
   num_batches = -(-total // batch_size)
@@ -165,8 +166,7 @@ def stream(
   """
 
   def read(order):
-    batch, mirrored = _read(source, order['index']), order['mirrored']
-    batch['image'][mirrored] = batch['image'][mirrored, :, ::-1]
+    batch = _read(source, order['index'], order['mirrored'])
     return batch | {k: x for k, x in order.items() if k == 'augment'}
 
   return orders(
@@ -294,11 +294,16 @@ def put_rows(
   return jax.tree.map(put, tree)
 
 
-def _read(source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
-  """Reads images by index and stacks them to a batch."""
+def _read(source: Source, indices, mirrored) -> dict[str, np.ndarray]:
+  """Reads images by index and stacks them to a batch, mirrored or not."""
   records = [source[i] for i in indices]
+  read = [record[source.row] for record in records]
+  if source.row == 'image':
+    read = [x[:, ::-1] if m else x for x, m in zip(read, mirrored, strict=True)]
+  else:  # both are there
+    read = [x[int(m)] for x, m in zip(read, mirrored, strict=True)]
   return {
-    'image': np.stack([record['image'] for record in records]),
+    source.row: np.stack(read),
     'label': np.array([record['label'] for record in records], np.int32),
   }
 

@@ -27,7 +27,7 @@ def check(source: Source) -> None:
   Raises:
     UserError: they do not.
   """
-  needed = len(source) * (source[0]['image'].nbytes + 4)
+  needed = len(source) * (source[0][source.row].nbytes + 4)
   there = min(map(_memory, jax.local_devices()))
   if needed > PART * there:
     raise UserError(
@@ -49,15 +49,18 @@ def _memory(device) -> int:
 def read(source: Source) -> dict[str, np.ndarray]:
   """All images: {'image': uint8 [N, H, W, C], 'label': int32 [N]}.
 
+  Or all latents, {'moments': float32 [N, E, h, w, m], ...}.
+
   Args:
     source: the training images.
   """
-  image = np.empty((len(source), *source[0]['image'].shape), np.uint8)
+  first = source[0][source.row]
+  image = np.empty((len(source), *first.shape), first.dtype)
   label = np.empty(len(source), np.int32)
   for i in range(len(source)):
     record = source[i]
-    image[i], label[i] = record['image'], record['label']
-  return {'image': image, 'label': label}
+    image[i], label[i] = record[source.row], record['label']
+  return {source.row: image, 'label': label}
 
 
 def place(images: dict[str, np.ndarray], mesh: jax.sharding.Mesh):
@@ -81,6 +84,11 @@ def take(images: dict[str, jax.Array], order: dict) -> dict[str, jax.Array]:
     order: 'index' int32 [B], 'mirrored' bool [B], and 'augment', if there.
   """
   rows = jax.tree.map(lambda x: x[order['index']], images)
-  image, mirrored = rows['image'], order['mirrored'][:, None, None, None]
-  rows['image'] = jnp.where(mirrored, image[:, :, ::-1], image)
+  mirrored = order['mirrored'][:, None, None, None]
+  if 'image' in rows:
+    image = rows['image']
+    rows['image'] = jnp.where(mirrored, image[:, :, ::-1], image)
+  else:
+    both = rows['moments']
+    rows['moments'] = jnp.where(mirrored, both[:, -1], both[:, 0])
   return rows | {k: x for k, x in order.items() if k == 'augment'}

@@ -83,6 +83,8 @@ class Source:
     class_names: the names of the classes, by label; () if they have none.
     label_fn: index -> label, without decoding the image; None if there is no
       cheaper way than `read_fn`.
+    row: the name of what `read_fn` gives: 'image', or 'moments' [E, h, w, m]
+      float32, latents of the image and, if E = 2, of its mirror image.
   """
 
   num_images: int
@@ -94,6 +96,7 @@ class Source:
   contents: identity.Contents | None = None
   class_names: tuple[str, ...] = ()
   label_fn: Callable[[int], int] | None = None
+  row: str = 'image'
 
   def __len__(self) -> int:
     return self.num_images
@@ -103,7 +106,7 @@ class Source:
     if not 0 <= index < self.num_images:
       raise IndexError(f'image {index} of {self.num_images}')
     image, label = self.read_fn(index)
-    return {'image': image, 'label': np.int32(label)}
+    return {self.row: image, 'label': np.int32(label)}
 
   @functools.cached_property
   def identity(self) -> dict:

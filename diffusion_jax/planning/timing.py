@@ -44,13 +44,18 @@ def measure(
 
   shapes = programs.rows(config, program.recipe, config.batch_size)
   rows = {name: np.zeros(*x) for name, x in shapes.items()}
-  shape, _ = shapes['image']
-  rows['image'] = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  if 'image' in shapes:
+    shape, _ = shapes['image']
+    rows['image'] = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
   batch = sharding.put_batch(rows, mesh)
   now = [program.create_state(mesh)]
+  frozen = jax.tree.map(
+    lambda x: jax.device_put(np.full(x.shape, 0.01, x.dtype), x.sharding),
+    program.frozen,
+  )
 
   def step():
-    now[0], values = train.program(now[0], program.frozen, batch)
+    now[0], values = train.program(now[0], frozen, batch)
     return values
 
   seconds, steps = _timed('the training step', step)
@@ -64,7 +69,7 @@ def measure(
   }
   if sample:
     indices = sharding.padded_indices(count, mesh)
-    params = now[0].averaged
+    params = {**frozen, **now[0].averaged}
     seconds, calls = _timed(
       'the sampling program', lambda: sample.program(params, indices)
     )

@@ -5,6 +5,7 @@ data.json              what the training images are, see dataset.py
 init_from.json         the run that the parameters came from, see finetune.py
 converted.json         the source of converted weights
 checkpoints/           one folder per step
+parts/                 parts that are not trained, see frozen.py
 saved.json             the newest saved step, see training/saved.py
 held.json              checkpoints not to be deleted, see training/held.py
 starts.jsonl           one object per start: time, step, versions, devices,
@@ -36,12 +37,17 @@ from diffusion_jax.training import checkpoint, optim, saved
 MAY_CHANGE = (
   *('num_steps', 'microbatches', 'mesh', 'keep_last', 'eval_images', 'sample'),
   *('data.path', 'data.heldout_split', 'data.skip_broken', 'data.on_device'),
-  *('steps_per_dispatch', 'process.path'),  # of the same content
+  *('steps_per_dispatch', 'process.path', 'codec.path'),  # of the same content
+  *('codec.cache', 'codec.decode_rows'),
 )
 # Keys that may change on purpose: the run goes on, but from there on it is not
 # the run that one config describes. The optimiser's state must keep its form.
 ON_PURPOSE = ('optim', 'ema', 'batch_size')
 
+PATHS = (
+  *(('data', 'path'), ('process', 'path')),
+  *(('codec', 'path'), ('codec', 'cache')),
+)
 VARIANCE = 'sample.variance'
 
 STARTS = 'starts.jsonl'
@@ -168,10 +174,10 @@ def fixed(old: dict, new: dict) -> list[str]:
 def write_config(workdir, config: config_dict.ConfigDict) -> None:
   """Writes config.json atomically; relative paths become absolute."""
   plain = to_plain(config)
-  for group in ('data', 'process'):
-    path = plain[group].get('path')
+  for group, key in PATHS:
+    path = plain[group].get(key)
     if path and '://' not in path:
-      plain[group]['path'] = os.path.abspath(os.path.expanduser(path))
+      plain[group][key] = os.path.abspath(os.path.expanduser(path))
   files.write_json(files.at(workdir) / 'config.json', plain)
 
 

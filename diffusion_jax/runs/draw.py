@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_jax.codecs import Codec
 from diffusion_jax.guidance import clipping
 from diffusion_jax.process import noise
 from diffusion_jax.runs import guided
@@ -19,6 +20,7 @@ from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.samplers.solve import solve
 from diffusion_jax.system.errors import UserError, one_of
+from diffusion_jax.training import sharding
 
 # Numbers that `solve` never folds in.
 DECODING, LABEL = 2**32 - 1, 2**32 - 2
@@ -122,7 +124,7 @@ def drawer(
     UserError: an unknown dtype, or one that does not fit the data.
   """
   codec, schedule = recipe.codec, recipe.schedule
-  known = ROUNDED if codec.levels == 256 else {'float32': ROUNDED['float32']}
+  known = ROUNDED if codec.eight_bits else {'float32': ROUNDED['float32']}
   if isinstance(dtype, type | np.dtype):  # such as np.uint8
     dtype = np.dtype(dtype).name
   dtype = one_of('dtype', dtype or next(iter(known)), known)
@@ -139,7 +141,7 @@ def drawer(
     decoding = jax.vmap(lambda key: jax.random.fold_in(key, DECODING))(later)
 
     def decode(x0):
-      data = codec.decode(params, x0, decoding)
+      data = in_groups(codec, params, x0, decoding, mesh)
       # Clipping and rounding would hide what is not finite.
       finite = jnp.isfinite(x0).all() & jnp.isfinite(data).all()
       return ROUNDED[dtype](data), finite
@@ -160,10 +162,34 @@ def drawer(
       guesses = jax.lax.map(lambda frame: denoiser(*frame).x0, (noised, times))
       kept = jnp.concatenate([guesses, clean])
     data, is_finite = decode(x)
-    shown, are_finite = jax.vmap(decode)(kept)
+    shown, are_finite = jax.lax.map(decode, kept)
     return (data, shown), is_finite & are_finite.all()
 
   return draw
+
+
+def in_groups(codec: Codec, params, x0, keys, mesh: Mesh):
+  """Decodes x0, by groups of `codec.decode_rows` on each device.
+
+  So a decoder takes no more memory than the network. To be called inside jit.
+
+  Args:
+    codec: the codec.
+    params: all parts.
+    x0: [B, ...].
+    keys: [B] random keys.
+    mesh: the devices.
+  """
+  parts = mesh.shape['data'] * mesh.shape['fsdp']
+  rows, left = divmod(len(x0), parts)
+  if codec.decode_rows is None or left or rows <= codec.decode_rows:
+    return codec.decode(params, x0, keys)
+  groups = next(
+    n for n in range(-(-rows // codec.decode_rows), rows + 1) if not rows % n
+  )
+  pieces = sharding.split_batch((x0, keys), groups, mesh)
+  data = jax.lax.map(lambda piece: codec.decode(params, *piece), pieces)
+  return sharding.join_batch(data, mesh)
 
 
 def checked(data, is_finite):

@@ -6,7 +6,7 @@ from diffusion_jax.system import files
 
 # The own files of a run that is not there yet: a start was killed, or has been
 # prepared on another disk.
-BEGUN = {'.lock', 'data.json', 'init_from.json', 'saved.json'}
+BEGUN = {'.lock', 'data.json', 'init_from.json', 'parts', 'saved.json'}
 # What shells, schedulers, editors, TensorBoard and file systems leave, and
 # scripts and notes that belong to the run. They are no data and no other run.
 BESIDE = re.compile(

@@ -15,6 +15,7 @@ from diffusion_jax.runs import averaged, dataset
 from diffusion_jax.runs.recipe import Recipe, network_fn
 from diffusion_jax.samplers import guided as options
 from diffusion_jax.system.errors import UserError
+from diffusion_jax.training import checksum
 
 # The entries of params that hold all parts of other networks.
 GUIDE, CLASSIFIER = 'guide', 'classifier'
@@ -120,7 +121,7 @@ def check(config: Mapping, guide: Mapping, workdir, flag: str = GUIDE) -> None:
       f'{given} is for images of {theirs}, this run for {own}: give a run of '
       'the same data'
     )
-  if config['codec'] != guide['codec']:
+  if _codec(config) != _codec(guide):
     raise UserError(
       f'{given} has another codec than this run: give a run of the same codec'
     )
@@ -132,6 +133,32 @@ def check(config: Mapping, guide: Mapping, workdir, flag: str = GUIDE) -> None:
     raise UserError(
       f'{given} knows {theirs} classes, this run {own or "none"}: give a run '
       'of the same classes'
+    )
+
+
+def _codec(config) -> dict:
+  """A config's codec, but for where it comes from."""
+  own = ('path', 'step', 'cache', 'decode_rows')
+  return {k: v for k, v in config['codec'].items() if k not in own}
+
+
+def check_latents(own, other, workdir, flag: str = GUIDE) -> None:
+  """Checks that two networks are of the same latents.
+
+  Args:
+    own: the parameters of the guided run, all parts.
+    other: those of the guide.
+    workdir: the guide's folder, for the message.
+    flag: GUIDE or CLASSIFIER.
+
+  Raises:
+    UserError: their autoencoders, or the scales, are not the same.
+  """
+  sums = (checksum.of(one.get('codec', {})) for one in (own, other))
+  if len({tuple(one.items()) for one in sums}) > 1:
+    raise UserError(
+      f'--{flag}={workdir} is of other latents than this run: give a run that '
+      'was trained with codec.path= this run'
     )
 
 

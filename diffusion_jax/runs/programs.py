@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax import objectives, runs, samplers
 from diffusion_jax.data import augment
-from diffusion_jax.runs import autoencoders, draw, recipe
+from diffusion_jax.runs import autoencoders, draw, encoding, recipe
 from diffusion_jax.samplers import grid, guided, plan
 from diffusion_jax.samplers.solve import starts_at_noise
 from diffusion_jax.system.errors import UserError
@@ -29,7 +29,8 @@ class Programs(NamedTuple):
     optimizer: gradient -> update.
     init_key: the random key of the initial parameters.
     abstract: shapes, dtypes and shardings of the state.
-    frozen: name -> parameters of the parts that are not trained.
+    frozen: name -> parameters of the parts that are not trained; their shapes
+      and shardings, if the recipe has no more.
     step_fn: (state, frozen, batch) -> (state, metrics), see `step.train_step`;
       the state is donated.
     steps_fn: (state, frozen, batches, resident) -> (state, metrics), several
@@ -121,8 +122,11 @@ def create(
     if how
     else autoencoders.reconstructor(made.codec, mesh)
   )
+  frozen = made.frozen
+  if any(not isinstance(x, jax.Array) for x in jax.tree.leaves(frozen)):
+    frozen = sharding.abstract(frozen, mesh)
   return Programs(
-    made, optimizer, init_key, abstract, made.frozen, step_fn, steps_fn,
+    made, optimizer, init_key, abstract, frozen, step_fn, steps_fn,
     loss_fn, draw_fn, how,
   )  # fmt: skip
 
@@ -136,6 +140,10 @@ def rows(config: Mapping, made: recipe.Recipe, batch_size: int) -> dict:
     batch_size: rows of the batch.
   """
   found = {'image': ((batch_size, *runs.image_shape(config['data'])), np.uint8)}
+  if config['codec'].get('cache'):
+    coder = encoding.coder_of(config)
+    shape = (*coder.shape[:-1], encoding.size_of(coder))
+    found = {'moments': ((batch_size, *shape), np.float32)}
   classifies = config['loss']['name'] == objectives.CLASSIFICATION
   if 'label' in made.conditioner.doors or classifies:
     found['label'] = ((batch_size,), np.int32)

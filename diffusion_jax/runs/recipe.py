@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.runs import autoencoders, rules
+from diffusion_jax.runs import autoencoders, frozen, rules
 from diffusion_jax.samplers import plan
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -31,7 +31,8 @@ class Recipe(NamedTuple):
 
   Attributes:
     parts: name -> network of each trained part.
-    frozen: name -> parameters of each part that is not trained.
+    frozen: name -> parameters of each part that is not trained, or only their
+      shapes.
     origins: name -> where a frozen part comes from, for messages.
     codec: data <-> x0.
     conditioner: rows -> the network's conditioning input.
@@ -105,11 +106,12 @@ def network_fn(network: models.Model):
   return apply
 
 
-def create(config: Mapping) -> Recipe:
+def create(config: Mapping, parts: frozen.Frozen = frozen.NONE) -> Recipe:
   """Makes the recipe of a config; nothing is compiled or allocated.
 
   Args:
     config: a run's config, validated.
+    parts: the frozen parts; without them the recipe has their shapes.
 
   Raises:
     UserError: an unknown name, or a condition that the network does not accept.
@@ -143,6 +145,7 @@ def create(config: Mapping) -> Recipe:
     **loss,
   )  # fmt: skip
   return Recipe(
-    {models.NET: network}, {}, {}, codec, conditioner, schedule,
+    {models.NET: network}, parts.params or frozen.abstract(config),
+    parts.origins, codec, conditioner, schedule,
     None if classes else prediction, objective,
   )  # fmt: skip

@@ -17,6 +17,7 @@ from diffusion_jax.runs import (
   averaged,
   calibration,
   draw,
+  frozen,
   guided,
   labels,
   recipe,
@@ -65,7 +66,7 @@ class Trained:
     config: the run's resolved config, as plain dicts.
     step: the training step of the weights.
     ema: whether the weights are the averaged ones.
-    recipe: the run's recipe: its network, codec and conditioner.
+    recipe: its network, codec and conditioner.
     params: name -> parameters of each part, nested dicts of arrays on `mesh`.
     mesh: the devices that hold the parameters.
     compiled: the compiled functions, shared with the results of `at`.
@@ -149,8 +150,7 @@ class Trained:
   def at(self, step: int | None = None) -> 'Trained':
     """Returns the network at another checkpoint of the same run.
 
-    The compiled functions are shared, so sampling from several checkpoints of a
-    run compiles only once.
+    The compiled functions are shared: sampling from several compiles only once.
 
     Args:
       step: the step of the checkpoint; by default the newest that is not
@@ -223,6 +223,7 @@ class Trained:
 
   def _with(self, name, other) -> 'Trained':
     guided.check(self.config, other.config, other.workdir, name)
+    guided.check_latents(self.params, other.params, other.workdir, name)
     guides = {**self.guides, name: other}
     recipes = {key: one.recipe for key, one in guides.items()}
     compiled = _compile(self.recipe, self.mesh, **recipes)
@@ -384,7 +385,7 @@ def load(
   workdir = files.at(workdir).expanduser()
   config = runs.read_config(workdir, 'workdir')
   mesh = mesh or sharding.make_mesh()
-  made = recipe.create(config)
+  made = recipe.create(config, frozen.load(config, mesh, workdir))
   compiled = _compile(made, mesh)
   average = averaged.check(config['ema'], ema, ema_profile)
   ema = ema and (bool(average) or config['ema']['decay'] > 0)

@@ -139,9 +139,11 @@ def _network(config):
   yield from _limits(config, OF_NETWORK)
   yield from _conditioning(config.conditioning)
   yield from _classifier(config)
+  yield from _latents(config)
   yield from autoencoder_rules.of_autoencoder(config)
   if config.loss.name != 'autoencoding':  # which has no denoising network
-    yield from rules.of_network(config.model, runs.image_shape(config.data))
+    x0 = codecs.x0_shape(runs.image_shape(config.data), config.codec)
+    yield from rules.of_network(config.model, x0)
   process = config.process
   yield (
     0 < process.beta_start <= process.beta_end < 1,
@@ -213,6 +215,29 @@ def _classifier(config):
     config.sample_every == 0,
     f'sample_every={config.sample_every}: a classifier draws no samples, so '
     'with loss.name=classification it must be 0',
+  )
+
+
+def _latents(config):
+  codec = config.codec
+  if codec.name != 'latents':
+    return
+  yield (
+    not config.sample.clip,
+    'sample.clip=True: latents have no bound to clip to, so with '
+    "codec.name='latents' it must be False",
+  )
+  yield codec.decode_rows >= 1, f'codec.decode_rows={codec.decode_rows}: >= 1'
+  yield (
+    0 <= codec.scale < math.inf and math.isfinite(codec.shift),
+    f'codec.scale={codec.scale}, codec.shift={codec.shift}: finite, the scale '
+    'above 0, or 0 to measure it',
+  )
+  yield (
+    not (codec.cache and config.data.augment),
+    f'codec.cache={codec.cache} with data.augment={config.data.augment}: '
+    'cached latents are of images that are not transformed: set '
+    "data.augment=0.0, or codec.cache=''",
   )
 
 

@@ -233,6 +233,11 @@ def for_run(
   check_variance(given.get('variance'), config)
   if given.get('clip') is None:
     given['clip'] = config['sample'].get('clip', True)
+  if given['clip'] and config.get('codec', {}).get('name') == 'latents':
+    raise UserError(
+      'clip=True: the run diffuses in latents, which have no bound to clip to: '
+      'leave it out'
+    )
   given['guidance'] = guided.chosen(
     config['conditioning'],
     guide or {},

@@ -246,6 +246,29 @@ def split_batch(tree, pieces: int, mesh: Mesh):
   return jax.tree.map(split, tree)
 
 
+def join_batch(tree, mesh: Mesh):
+  """Inside a jitted step: the inverse of `split_batch`.
+
+  Args:
+    tree: traced arrays [pieces, B / pieces, ...].
+    mesh: the devices.
+  """
+  parts = mesh.shape['data'] * mesh.shape['fsdp']
+
+  def lie(array, *spec):
+    return jax.lax.with_sharding_constraint(
+      array, NamedSharding(mesh, P(*spec))
+    )
+
+  def join(array):
+    pieces, rows, *shape = array.shape
+    there = array.reshape(pieces, parts, rows // parts, *shape)
+    here = lie(lie(there, None, *BATCH).swapaxes(0, 1), *BATCH)
+    return lie(here.reshape(pieces * rows, *shape), *BATCH)
+
+  return jax.tree.map(join, tree)
+
+
 def padded_indices(indices, mesh: Mesh) -> jax.Array:
   """uint32 indices, repeated until their number is divisible by the mesh.
 

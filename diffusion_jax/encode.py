@@ -1,0 +1,73 @@
+r"""Encodes the images of a data set once, for training in their latents.
+
+  python -m diffusion_jax.encode --workdir=runs/autoencoder \
+      --config=configs/emoji_ldm.py --output=latents
+
+Reads the images that the config's `data` names, training and held-out ones, and
+writes what the autoencoder's encoder gives for each: with data.flip also for
+its mirror image. Training reads them in place of images with
+--config.codec.cache=latents, and trains the same network as without, but for
+rounding.
+
+An interrupted job goes on when it is run again. Run again after it is
+complete, it checks the hash of each file and encodes those that are damaged.
+"""
+
+from absl import flags
+
+from diffusion_jax import data, runs
+from diffusion_jax.cli import command, declare
+from diffusion_jax.configs import default
+from diffusion_jax.data import sources
+from diffusion_jax.runs import encoding, frozen
+from diffusion_jax.system import compilation, distributed, files, terminal
+from diffusion_jax.training import sharding
+
+FLAGS = flags.FLAGS
+command.define_config('Config whose data are encoded, such as that of the run.')
+flags.adopt_module_key_flags(distributed)
+declare.table(
+  workdir=(str, "Folder of the autoencoder's run."),
+  output=(str, 'Folder of the latents; created if it does not exist.'),
+  step=(int, 'Checkpoint of the autoencoder; by default the newest.'),
+  batch_size=(encoding.BATCH, 'Images per batch, over all devices.'),
+)
+declare.shared('json')
+
+
+def main():
+  distributed.initialize()
+  command.at_least(batch_size=1)
+  config, output = FLAGS.config, files.at(FLAGS.output).expanduser()
+  with config.unlocked():
+    config.codec = default.latents()
+    config.codec.path, config.codec.step = FLAGS.workdir, FLAGS.step or 0
+  distributed.everywhere(lambda: frozen.complete(config))
+  runs.usable_folder('output', output)
+  splits = distributed.everywhere(lambda: data.splits(config.data))
+  compilation.keep()
+  mesh = sharding.make_mesh()
+  parts = frozen.load(config, mesh)
+  sources.say_notes(splits[0])
+  count = sum(map(len, filter(None, splits)))
+  with terminal.Progress(
+    *('encoding', count),
+    unit='images',
+    begin='compiling the encoder',
+    kept=lambda _: f'finished files are kept in {output}',
+  ) as progress:
+    done = encoding.write(
+      config, splits, parts, mesh, output, FLAGS.batch_size, progress.update
+    )
+  told = f'{count} images are encoded in {output}'
+  if not done:
+    told = f'{output} is complete: the latents of {count} images'
+  terminal.report(
+    {'output': str(output), 'images': count, 'files_written': done},
+    f'{told}; train with --config.codec.cache={output}',
+    FLAGS.json,
+  )
+
+
+if __name__ == '__main__':
+  command.run(main, __doc__, required=('config', 'workdir', 'output'))

@@ -1,0 +1,319 @@
+"""Frozen parts of a run: networks that it uses and does not train.
+
+A run in latents uses an autoencoder. It copies it once, when it begins, and no
+longer needs the autoencoder's run:
+
+  parts/codec.safetensors   the parameters, by their names
+  parts/codec.json          {"from", "step", "ema": where they come from,
+                             "sha256": of the other file,
+                             "scaled_by": what gave the shift and the scale}
+
+The config keeps the autoencoder's structure as codec.coder.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from diffusion_jax import models, runs
+from diffusion_jax.codecs import latents
+from diffusion_jax.system import distributed, files
+from diffusion_jax.system.errors import UserError
+from diffusion_jax.training import checkpoint, checksum, sharding
+
+CODEC = 'codec'  # the part
+SHA256, SEPARATOR = 'sha256', '/'
+FOLDER = 'parts'
+AGAIN = 'copy the folder parts/ from a backup, or train in a new workdir'
+
+
+class Frozen(NamedTuple):
+  """The parts of a run that are not trained.
+
+  Attributes:
+    params: name -> parameters, on the devices.
+    facts: name -> the content of its JSON file; without 'sha256' if the run
+      has no copy yet, and without 'scaled_by' as long as shift and scale are
+      not known.
+  """
+
+  params: dict[str, Any]
+  facts: dict[str, dict]
+
+  @property
+  def origins(self) -> dict[str, str]:
+    """Name -> where a part comes from, for messages."""
+    return {
+      name: f'{facts["from"]}, step {facts["step"]}'
+      for name, facts in self.facts.items()
+    }
+
+
+NONE = Frozen({}, {})
+
+
+def is_in_latents(config: Mapping) -> bool:
+  """Whether a run diffuses in the latents of an autoencoder."""
+  return config[CODEC]['name'] == 'latents'
+
+
+def complete(config: ConfigDict, workdir=None) -> None:
+  """Adds the structure of the autoencoder to a config in latents, in place.
+
+  Args:
+    config: the config of a run.
+    workdir: the run's folder, new or existing, or None.
+
+  Raises:
+    UserError: codec.path names no autoencoder of such images.
+  """
+  if not is_in_latents(config) or config.codec.coder:
+    return
+  path = config.codec.path
+  if workdir and _is_copied(workdir, config):
+    coder = runs.read_config(workdir)[CODEC]['coder']
+  else:
+    found = _config_of(path)
+    coder = found[CODEC].get('coder', found[CODEC])
+    shape, theirs = (runs.image_shape(one['data']) for one in (config, found))
+    # Imported weights are for images of any size.
+    is_known = shape == theirs or runs.converted_from(_at(path))
+    if not is_known or shape[-1] != theirs[-1]:
+      raise UserError(
+        f'codec.path={path} encodes images of {_shown(theirs)}, but the data '
+        f'are {_shown(shape)}: set data.image_size and data.channels to its, '
+        'or give another autoencoder'
+      )
+  with config.unlocked():
+    config.codec.coder = ConfigDict(coder)
+
+
+def abstract(config: Mapping) -> dict:
+  """The shapes of the frozen parts: name -> a tree; {} if there are none.
+
+  Args:
+    config: a run's config, completed.
+  """
+  if not is_in_latents(config):
+    return {}
+  coder = latents.coder_of(
+    runs.image_shape(config['data']), config[CODEC]['coder']
+  )
+  part = jax.eval_shape(coder.init, jax.random.key(0))
+  number = jax.ShapeDtypeStruct(coder.shape[-1:], jnp.float32)
+  return {CODEC: {**part, 'shift': number, 'scale': number}}
+
+
+def load(config: Mapping, mesh: Mesh, workdir=None) -> Frozen:
+  """Loads the frozen parts of a run; NONE if it has none.
+
+  Call it in all processes. A run that has begun has copies of them.
+
+  Args:
+    config: the run's config, completed.
+    mesh: the devices to load them to.
+    workdir: the run's folder, new or existing, or None.
+
+  Raises:
+    UserError: they are missing, damaged, of another structure, or not those
+      that the run in the workdir was trained with.
+  """
+  if not is_in_latents(config):
+    return NONE
+  if not workdir or read_facts(workdir) is None:
+    return _of_autoencoder(config, mesh)
+  if _is_copied(workdir, config):
+    return _copy(workdir, config, mesh)
+  found = _of_autoencoder(config, mesh)
+  if not checkpoint.steps(files.at(workdir) / 'checkpoints'):
+    return found
+  own = _copy(workdir, config, mesh)
+  kept, now = (checksum.of(one.params) for one in (own, found))
+  if any(kept[name] != now[name] for name in now if is_weight(name)):
+    raise UserError(
+      f'--workdir={workdir} was trained in the latents of '
+      f'{own.origins[CODEC]}, which are not those of {found.origins[CODEC]}: '
+      'give the same codec.path and codec.step, or a new workdir'
+    )
+  return own
+
+
+def read_facts(workdir) -> dict | None:
+  """Reads parts/codec.json; None if there is no such file.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  path = files.at(workdir) / FOLDER / f'{CODEC}.json'
+  if not path.exists():
+    return None
+  try:
+    facts = json.loads(path.read_text())
+    if not {'from', 'step', 'sha256', 'scaled_by'} <= facts.keys():
+      raise ValueError('it holds something else')
+    return facts
+  except (OSError, ValueError, AttributeError) as e:
+    raise UserError(f'{path} is unreadable ({e}): {AGAIN}') from e
+
+
+def write(workdir, parts: Frozen) -> None:
+  """Copies frozen parts into a run, unless they come from there.
+
+  Call it in all processes.
+
+  Args:
+    workdir: the run's folder.
+    parts: from `load`, with a shift and a scale.
+  """
+  for name, facts in parts.facts.items():
+    if SHA256 in facts:
+      continue
+    tree = jax.tree.map(sharding.to_host, parts.params[name])
+    content = safetensors.numpy.save(models.named(tree))
+    there = files.at(workdir) / FOLDER
+
+    def put(name=name, facts=facts, content=content, there=there):
+      with files.replacing(files.make(there) / f'{name}.safetensors') as file:
+        file.write(content)
+      known = {**facts, SHA256: hashlib.sha256(content).hexdigest()}
+      files.write_json(there / f'{name}.json', known)
+
+    distributed.on_first(put)
+
+
+def _copy(workdir, config, mesh) -> Frozen:
+  """The parts that a run has copied."""
+  facts = read_facts(workdir)
+  path = files.at(workdir) / FOLDER / f'{CODEC}.safetensors'
+  content = files.content(path, AGAIN)
+  if facts is None or hashlib.sha256(content).hexdigest() != facts[SHA256]:
+    raise UserError(f'{path} is not what was saved: {AGAIN}')
+  tree = traverse_util.unflatten_dict(
+    safetensors.numpy.load(content), sep=SEPARATOR
+  )
+  _check_structure({CODEC: tree}, config, path)
+  return Frozen({CODEC: placed(tree, mesh)}, {CODEC: facts})
+
+
+def _of_autoencoder(config, mesh) -> Frozen:
+  """The parts of the run that codec.path names."""
+  codec = config[CODEC]
+  path, there = codec['path'], _config_of(codec['path'])
+  own = {'from': str(_at(path))}
+  if is_in_latents(there):
+    found = _copy(_at(path), {**there, 'data': config['data']}, mesh)
+    facts = {k: v for k, v in found.facts[CODEC].items() if k != SHA256}
+    return found._replace(facts={CODEC: {**facts, **own}})
+  directory = _at(path) / 'checkpoints'
+  wanted = abstract(config)[CODEC]
+  numbers = {name: wanted.pop(name) for name in ('shift', 'scale')}
+  wanted = sharding.abstract({CODEC: wanted}, mesh)
+
+  def read(at):
+    taken, left = checkpoint.load_common(directory, at, wanted)
+    for row in left:
+      if row['here']:
+        raise UserError(
+          f'codec.path={path} holds another autoencoder than its config.json '
+          f'says: {row["name"]} is {row["there"] or "missing"}'
+        )
+    return at, taken
+
+  step = codec['step']
+  if step:
+    checkpoint.find_step(directory, step, 'codec.step')
+  step, taken = read(step) if step else checkpoint.read_newest(directory, read)
+  part = jax.tree.structure(wanted).unflatten(
+    taken[name] for name in models.names(wanted)
+  )[CODEC]
+  given, scaled_by = _given_scale(codec, path)
+  given = {
+    name: np.array(np.broadcast_to(given[name], x.shape), x.dtype)
+    for name, x in numbers.items()
+  }
+  facts = {**own, 'step': step, 'ema': True}
+  facts |= {'scaled_by': scaled_by} if scaled_by else {}
+  return Frozen({CODEC: {**part, **placed(given, mesh)}}, {CODEC: facts})
+
+
+def _given_scale(codec, path) -> tuple[dict, str]:
+  """Shift and scale that are not measured, and who says so; '' for nobody."""
+  if codec['scale']:
+    given = {name: codec[name] for name in ('shift', 'scale')}
+    return given, 'codec.scale and codec.shift'
+  facts = {}
+  if runs.converted_from(_at(path)):
+    facts = json.loads((_at(path) / runs.CONVERTED).read_text())
+  if 'scale' in facts:
+    given = {name: facts[name] for name in ('shift', 'scale')}
+    return given, 'the settings of the imported weights'
+  return {'shift': 0.0, 'scale': 1.0}, ''
+
+
+def _at(path) -> files.Path:
+  return files.absolute(files.at(path).expanduser())
+
+
+def _config_of(path) -> dict:
+  """The config of an autoencoder's run, or of a run in its latents."""
+  if not path:
+    raise UserError(
+      'codec.path is empty: give the folder of an autoencoder, which a run '
+      "with codec.name='autoencoder' trains"
+    )
+  config = runs.read_config(_at(path), 'codec.path')
+  name = config[CODEC]['name']
+  if name not in ('autoencoder', 'latents'):
+    raise UserError(
+      f'codec.path={path} is a run with codec.name={name!r}: give one with '
+      "codec.name='autoencoder'"
+    )
+  return config
+
+
+def _is_copied(workdir, config) -> bool:
+  """Whether a run has a copy of the autoencoder that the config names."""
+  facts = read_facts(workdir)
+  if facts is None or not (files.at(workdir) / 'config.json').exists():
+    return False
+  path, step = config[CODEC]['path'], config[CODEC]['step']
+  return facts['from'] == str(_at(path)) and step in (0, facts['step'])
+
+
+def _check_structure(tree, config, path) -> None:
+  wanted = abstract(config)
+  for row in models.differences(tree, wanted, lambda leaf: tuple(leaf.shape)):
+    raise UserError(
+      f'{path} holds another autoencoder than config.json: {row["name"]} is '
+      f'{row["there"] or "missing"} there, {row["here"] or "missing"} in the '
+      f'config: {AGAIN}'
+    )
+
+
+def is_weight(name: str) -> bool:
+  """Whether a parameter is one of the autoencoder, not shift or scale."""
+  return name not in (f'{CODEC}/shift', f'{CODEC}/scale')
+
+
+def placed(part, mesh: Mesh):
+  """The parameters of a part, NumPy's, on the devices of a mesh."""
+  return jax.tree.map(
+    lambda x, where: jax.make_array_from_callback(
+      x.shape, where, x.__getitem__
+    ),
+    part,
+    sharding.shardings(part, mesh),
+  )
+
+
+def _shown(shape) -> str:
+  return 'x'.join(map(str, shape))
