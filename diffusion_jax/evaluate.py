@@ -20,6 +20,9 @@ an interrupted evaluation resumes.
 
 --follow judges each new checkpoint during training and keeps the best one.
 --sweep compares samplers at equal numbers of network evaluations.
+Of an autoencoder's run it measures the reconstructions: their Frechet distance
+to the images, PSNR, SSIM, how the codes are used, and the cost.
+
 --metrics=bpd, bpd_fast or bpd_ode measures bits per dimension of the held-out
 images instead, and draws no samples.
 
@@ -39,6 +42,7 @@ from diffusion_jax.cli import (
   judges,
   judging,
   likelihoods,
+  reconstructions,
   run_data,
 )
 from diffusion_jax.data import labels as labels_of_data
@@ -114,7 +118,9 @@ def main():
   workdir = declare.workdir()
   runs.usable_folder('workdir', workdir)
   runs.usable_folder('workdir', workdir / 'evaluations')
-  if FLAGS.follow:
+  if runs.read_config(workdir)['codec']['name'] == 'autoencoder':
+    reconstructions.carry_out()
+  elif FLAGS.follow:
     _follow(workdir)
   elif FLAGS.sweep:
     _sweep(workdir)

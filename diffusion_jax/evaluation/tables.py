@@ -37,6 +37,11 @@ RESULTS = {
   'identical': ('identical ↓', 'identical to a training image'),
   'nearest': ('nearest', 'nearest training image, median'),
   'nearest_share': ('near', '  nearer than 95% of held-out'),
+  'psnr': ('PSNR ↑', 'PSNR of reconstructions, dB'),
+  'ssim': ('SSIM ↑', 'SSIM of reconstructions'),
+  'l1': ('L1 ↓', 'absolute error of pixels in [-1, 1]'),
+  'perplexity': ('perplexity ↑', 'perplexity of the codes'),
+  'codes_used': ('codes used ↑', 'codes that occur'),
   'bpd': ('bits/dim ↓', 'bound in bits/dim ± standard error'),
   'bpd_fast': ('bits/dim ↓', 'estimated bound in bits/dim (95%)'),
   'bpd_ode': ('bits/dim ↓', 'flow in bits/dim ± standard error'),
@@ -45,6 +50,7 @@ RESULTS = {
 SHARES = (
   *('precision', 'recall', 'coverage', 'confident', 'smallest_class'),
   *('identical', 'nearest_share', 'classifier_accuracy', 'label_accuracy'),
+  'codes_used',
 )
 # Suffixes of results that are the spread of another result.
 SPREADS = ('_error', '_std')

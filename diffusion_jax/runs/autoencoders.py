@@ -12,12 +12,13 @@ from diffusion_jax import conditioning, models, objectives, runs
 from diffusion_jax.codecs import Codec, dito, pixels
 from diffusion_jax.codecs.autoencoder import of_coder
 from diffusion_jax.data import Source
-from diffusion_jax.models import autoencoder, critic
+from diffusion_jax.models import autoencoder, bottleneck, critic
 from diffusion_jax.objectives import autoencoding
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.system import distributed
 from diffusion_jax.training import sharding
 
+PART = autoencoding.CODEC
 # A codebook has collapsed if the perplexity is below this share of its codes.
 COLLAPSED = 0.02
 EARLY = 200  # steps in which it need not be found yet
@@ -45,7 +46,7 @@ def _plain(config, schedule):
   coder, shape = coder_of(config), runs.image_shape(config['data'])
   loss = {k: config['loss'][k] for k in config['loss'] if k != 'name'}
   channels, strides = loss.pop('critic_channels'), loss.pop('critic_strides')
-  parts, judge = {autoencoding.CODEC: coder}, None
+  parts, judge = {PART: coder}, None
   if loss['critic_weight']:
     judge = critic.create(
       shape, channels, strides, dtype=config['codec']['dtype']
@@ -76,7 +77,7 @@ def _dito(config, schedule):
   objective = objectives.dito.create(
     network_fn, coder, pixels.create(shape), schedule, prediction=how, **loss
   )
-  parts = {models.NET: network, autoencoding.CODEC: coder}
+  parts = {models.NET: network, PART: coder}
   return parts, of_coder(coder, shape, decode), objective
 
 
@@ -106,6 +107,34 @@ def reconstructor(codec: Codec, mesh: Mesh, seed: int = 0) -> Callable:
     return jnp.round(data).astype(jnp.uint8), jnp.isfinite(x0).all()
 
   return reconstruct
+
+
+def counter(config: Mapping) -> Callable | None:
+  """Returns a function that counts the codes of images.
+
+  Args:
+    config: the run's config.
+
+  Returns:
+    (params of all parts, images uint8 [B, H, W, C], whether each counts [B]) ->
+    [codes]; None for an autoencoder without codes.
+  """
+  coder, levels = coder_of(config), tuple(config['codec']['levels'])
+  if coder.regulariser not in ('vq', 'fsq'):
+    return None
+
+  def count(params, images, counts):
+    found = coder.encode(params[PART], pixels.to_float(images))
+    if coder.regulariser == 'vq':
+      book = params[PART]['quantize']['codebook']
+      index, codes = bottleneck.nearest(book, found), len(book)
+    else:
+      index = bottleneck.level_index(found, levels)
+      codes = math.prod(levels)
+    weights = jnp.broadcast_to(counts[:, None, None], index.shape)
+    return jnp.zeros(codes).at[index].add(weights)
+
+  return count
 
 
 def examples(source: Source, count: int, mesh: Mesh) -> tuple:
