@@ -24,6 +24,8 @@ from absl import flags
 from absl.testing import flagsaver
 from jax._src import compiler
 
+from diffusion_jax.cli import command
+
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context('forkserver')
 # All but what defines flags, which not every binary has.
@@ -148,12 +150,15 @@ def here(binary: str, *arguments) -> None:
   before = dict(known)
   for flag in before.values():
     flag.allow_override = True
-  module = importlib.import_module(f'diffusion_jax.{binary}')
+  module, argv = importlib.import_module(f'diffusion_jax.{binary}'), sys.argv
   try:
     with flagsaver.flagsaver():
-      flags.FLAGS([binary, *map(str, arguments)])
+      given = command._last([binary, *map(str, arguments)])
+      sys.argv = command._resolve_config(given)  # where --config.KEY is sought
+      flags.FLAGS(sys.argv)
       module.main()
   finally:
+    sys.argv = argv
     known.clear()
     known.update(before)
     for flag in before.values():

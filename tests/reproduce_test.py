@@ -175,6 +175,41 @@ def test_the_plan_starts_nothing(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+LABELS = {'conditioning.name': 'label', 'conditioning.num_classes': 10}
+
+
+def test_the_plan_of_a_conditional_config(tmp_path, capsys):
+  """A guided evaluation costs two rows of the network."""
+  found = []
+  for more in ((), ('--guidance=2',)):
+    given = flags(tmp_path / 'run', '--plan', '--json', *more, **LABELS)
+    binaries.here('reproduce', *given)
+    found.append(json.loads(capsys.readouterr().out))
+  plain, guided = found
+  assert guided['cost']['drawn'] == 2 * plain['cost']['drawn'] == 2 * 20 * 4
+  (judged,) = (x for x in guided['stages'] if '--num_samples=20' in x)
+  assert '--guidance=2' in judged
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_conditional_config(tmp_path):
+  workdir = tmp_path / 'run'
+  given = flags(workdir, '--guidance=2', bits=True, num_steps=3, **LABELS)
+  result = binaries.run('reproduce', *given)
+  assert result.code == 0, result.err
+  record = record_of(workdir)
+  assert record['stages']
+  found = {}
+  for path in (workdir / 'evaluations').glob('*.json'):
+    card = cards.read(path)
+    found |= card['subject'] | card['protocol']
+  assert found['guidance'] == 2
+  assert found['network_rows'] == 8
+  assert len(found['label_counts']) == 10
+  assert len(found['labels_sha256']) == 64
+
+
 @pytest.mark.parametrize(
   ('changes', 'must'),
   [

@@ -78,8 +78,14 @@ def flops_of(config: Mapping) -> tuple[float, float]:
   where = sharding.batch_sharding(mesh)
   batch = {'image': jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=where)}
   step = program.step_fn.trace(program.abstract, program.frozen, batch)
-  evaluation = jax.make_jaxpr(program.recipe.parts['net'].apply)(
-    program.abstract.params['net'],
+  recipe, parts = program.recipe, program.abstract.params
+
+  def evaluate(params, xt, t):
+    null = recipe.conditioner.condition(params, {}, None)
+    return recipe.parts['net'].apply(params['net'], xt, t, None, null)
+
+  evaluation = jax.make_jaxpr(evaluate)(
+    parts,
     jax.ShapeDtypeStruct(shape, jnp.float32),
     jax.ShapeDtypeStruct((1,), jnp.int32),
   )
