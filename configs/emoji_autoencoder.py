@@ -54,6 +54,11 @@ def get_config(kind='kl'):
 
   if kind == 'dito':
     _dito(config)
+  if kind == 'hybrid':
+    config.codec.hybrid = 3
+  if kind == 'plain':
+    config.codec.channels = 17
+    config.codec.num_groups = 17
   return config
 
 
