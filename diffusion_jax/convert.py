@@ -7,12 +7,16 @@ r"""Imports published weights as a run, and exports a run's weights.
   a diffusers folder, of a pipeline, a UNet2DModel or a training checkpoint, as
     safetensors or the older .bin (no code in it is executed), or a file of
     weights in it. It sets the network, the noise schedule, the variance and the
-    clipping;
+    clipping, and of an LDMPipeline also the autoencoder;
   a checkpoint of DDPM's authors, such as .../model.ckpt-790000. Give the config
     of its network: --config=cifar10, celebahq256, lsun:church, ... It is read
     with TensorFlow: pip install 'diffusion_jax[prepare]';
+  the folder of an autoencoder of diffusers, AutoencoderKL or VQModel, such as
+    the vae/ of Stable Diffusion. The images are of the folder's sample_size,
+    or of the size in --config;
   the workdir of a run. Its averaged weights are written as a folder that
-    diffusers.DDPMPipeline.from_pretrained loads.
+    diffusers.DDPMPipeline.from_pretrained loads; for a run in latents
+    LDMPipeline, for an autoencoder AutoencoderKL or VQModel.
 
 An import writes a workdir for sample, evaluate and train --init_from; its
 converted.json says where the weights come from. With --config the workdir has
@@ -21,18 +25,29 @@ evaluate needs --reference.
 """
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from diffusion_jax import models, runs
 from diffusion_jax.cli import command, config_files, declare
+from diffusion_jax.codecs import latents
+from diffusion_jax.configs import default
 from diffusion_jax.models import NET
-from diffusion_jax.runs import folder, recipe, validation
+from diffusion_jax.runs import folder, frozen, recipe, validation
+from diffusion_jax.runs.frozen import CODEC
 from diffusion_jax.runs.trained import load
 from diffusion_jax.system import environment, files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, sharding
-from diffusion_jax.weights import diffusers, official
+from diffusion_jax.weights import (
+  autoencoders,
+  coders,
+  diffusers,
+  official,
+  pipelines,
+)
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('from', None, 'Folder, file or checkpoint to convert.')
@@ -65,6 +80,8 @@ def main():
   _check_target(source, target)
   if is_run:
     result, told = _export(source, target)
+  elif autoencoders.is_folder(source):
+    result, told = _import_autoencoder(source, target)
   elif diffusers.is_folder(source):
     result, told = _import_folder(source, target)
   elif official.is_checkpoint(source):
@@ -89,7 +106,8 @@ def _check_target(source, target) -> None:
   runs.usable_folder('to', target)
   there = folder.foreign(target)
   # The remains of an interrupted import are overwritten.
-  unfinished = {runs.CONVERTED} <= there <= {runs.CONVERTED, 'checkpoints'}
+  ours = {runs.CONVERTED, 'checkpoints', frozen.FOLDER}
+  unfinished = {runs.CONVERTED} <= there <= ours
   if there and not unfinished:
     raise UserError(
       f'--to={target} is not empty (in the way: {min(there)}): give a new '
@@ -109,7 +127,18 @@ def _export(source, target) -> tuple[dict, str]:
     source, FLAGS.step, FLAGS.ema, sharding.make_mesh(), FLAGS.ema_profile
   )
   params = jax.tree.map(sharding.to_host, trained.params)
-  diffusers.write(target, trained.config, params[NET])
+  kept = (runs.conversion(source) or {}).get('settings')
+  if frozen.is_in_latents(trained.config):
+    form = 'an LDMPipeline'
+    pipelines.write(target, trained.config, params, kept)
+  elif trained.config['codec']['name'] == 'autoencoder':
+    params = {CODEC: params[CODEC]}
+    autoencoders.write(target, trained.config, params[CODEC], kept)
+    is_kl = trained.config['codec']['regulariser'] == coders.KINDS[coders.KL]
+    form = f'an {coders.KL}' if is_kl else f'a {coders.VQ}'
+  else:
+    form = 'a DDPMPipeline'
+    diffusers.write(target, trained.config, params[NET])
   result = {
     'path': str(target),
     'step': trained.step,
@@ -123,14 +152,22 @@ def _export(source, target) -> tuple[dict, str]:
     kind += f' ({trained.average["ema_profile"]})'
   return result, (
     f'{kind} weights of step {trained.step}, {result["parameters"]:,} '
-    'parameters, as a DDPMPipeline'
+    f'parameters, as {form}'
   )
 
 
 def _import_folder(source, target) -> tuple[dict, str]:
   found = diffusers.read(source)
   parts, assumed = _assumed(found)
-  config = _config_with(parts)
+  coder = None
+  if found.codec:
+    coder = _coder_of(found)
+    codec = {
+      'path': str(files.absolute(source)),
+      'coder': coder.config['codec'],
+    }
+    parts = {**parts, 'data': coder.config['data'], 'codec': codec}
+  config = _config_with(parts, {'codec': default.latents()} if coder else {})
   abstract = _abstract(config)
   params, raw = (
     tensors and {NET: diffusers.to_params(tensors, abstract, str(source))}
@@ -146,7 +183,48 @@ def _import_folder(source, target) -> tuple[dict, str]:
     'files': found.names,
     'notes': notes,
   }
-  return _write(target, config, params, raw, step, facts)
+  if coder:
+    facts |= {'codec_sha256': coder.sha256, 'settings': coder.kept}
+  return _write(target, config, params, raw, step, facts, coder)
+
+
+def _coder_of(found) -> autoencoders.Folder:
+  """The autoencoder of a pipeline in latents."""
+  latents = found.config['data']
+  coder = autoencoders.read(found.codec, latent_size=latents['image_size'])
+  if len(coder.scale) != latents['channels']:
+    raise UserError(
+      f'{found.codec} has latents of {len(coder.scale)} channels, but the '
+      f'U-Net takes {latents["channels"]}: they do not belong together'
+    )
+  return coder
+
+
+def _import_autoencoder(source, target) -> tuple[dict, str]:
+  size = FLAGS.config and FLAGS.config.data.image_size
+  found = autoencoders.read(source, size)
+  config = _config_with(
+    {**found.config, 'loss': {'critic_weight': 0.0}},
+    {'codec': default.autoencoder(), 'loss': default.autoencoding()},
+  )
+  coder = latents.coder_of(runs.image_shape(config.data), config.codec)
+  abstract = jax.eval_shape(coder.init, jax.random.key(0))
+  params, raw = (
+    tensors and {CODEC: autoencoders.to_params(tensors, abstract, str(source))}
+    for tensors in (found.tensors, found.raw)
+  )
+  for note in found.notes:
+    terminal.say(f'{source}: {note}')
+  facts = {
+    'format': 'diffusers',
+    'sha256': found.sha256,
+    'files': found.names,
+    'notes': found.notes,
+    'settings': found.kept,
+    'shift': found.shift,
+    'scale': found.scale,
+  }
+  return _write(target, config, params, raw, FLAGS.step or 0, facts)
 
 
 def _assumed(found) -> tuple[dict, list[str]]:
@@ -186,8 +264,13 @@ def _import_official(source, target) -> tuple[dict, str]:
   return _write(target, config, params, raw or None, step, {'format': 'DDPM'})
 
 
-def _config_with(parts) -> ConfigDict:
-  """--config, or a default config, updated with the folder's settings."""
+def _config_with(parts, groups=()) -> ConfigDict:
+  """--config, or a default config, updated with the folder's settings.
+
+  Args:
+    parts: group -> key -> value of the folder.
+    groups: name -> the group to take where the config's is another choice.
+  """
   shape = runs.image_shape(parts['data'])
   if FLAGS.config is not None:
     config = FLAGS.config.copy_and_resolve_references()
@@ -199,6 +282,10 @@ def _config_with(parts) -> ConfigDict:
   else:
     config = config_files.load(config_files.shipped_config('cifar10'))
     config.data.update({'name': '', 'heldout_split': '', 'path': ''})
+  with config.unlocked():
+    for name, group in dict(groups).items():
+      if config[name].name != group.name:
+        config[name] = group
   before = runs.to_plain(config)
   with config.unlocked():
     config.model.details = ConfigDict()
@@ -225,7 +312,9 @@ def _abstract(config):
   return jax.eval_shape(init, jax.random.key(0))[NET]
 
 
-def _write(target, config, params, raw, step, facts) -> tuple[dict, str]:
+def _write(
+  target, config, params, raw, step, facts, coder=None
+) -> tuple[dict, str]:
   """Writes the workdir; config.json comes last and makes it a run."""
   facts = {
     'from': str(files.absolute(files.at(FLAGS['from'].value).expanduser())),
@@ -242,12 +331,36 @@ def _write(target, config, params, raw, step, facts) -> tuple[dict, str]:
   config.num_steps = max(step, 1)  # marks training as finished
   files.write_json(target / runs.CONVERTED, facts)
   files.remove(target / 'checkpoints')
+  if coder:
+    frozen.write(target, _frozen(config, coder))
   checkpoint.save_params(target / 'checkpoints', step, params, raw)
   runs.write_config(target, config)
   count = models.count(params)
   return {'path': str(target), 'step': step, 'parameters': count}, (
     f'{count:,} parameters, step {step}, as a run to sample and evaluate'
   )
+
+
+def _frozen(config, coder) -> frozen.Frozen:
+  """The autoencoder of a folder as a part that is not trained."""
+  wanted = frozen.abstract(config)[CODEC]
+  for name in ('shift', 'scale'):
+    del wanted[name]
+  source = config.codec.path
+  part = autoencoders.to_params(coder.tensors, wanted, source)
+  part |= {
+    name: np.asarray(value, np.float32)
+    for name, value in (('shift', coder.shift), ('scale', coder.scale))
+  }
+  if name := models.not_finite(part):
+    raise UserError(
+      f'--from={source}: the weights codec/{name} are not finite: give an '
+      'earlier checkpoint, or download it again'
+    )
+  facts = {'from': source, 'step': 0, 'ema': True}
+  facts['scaled_by'] = 'the settings of the imported weights'
+  part = jax.tree.map(jnp.asarray, part)
+  return frozen.Frozen({CODEC: part}, {CODEC: facts})
 
 
 if __name__ == '__main__':

@@ -10,8 +10,10 @@ import pytest
 import scipy.stats
 
 from diffusion_jax import models
+from diffusion_jax.cli import config_files
 from diffusion_jax.models import autoencoder, bottleneck, critic
 from diffusion_jax.models.bottleneck import Posterior
+from diffusion_jax.runs import validation
 
 SHAPE = (8, 8, 3)
 SMALL = {
@@ -111,6 +113,32 @@ def test_blocks_of_a_hybrid_begin_as_the_identity_and_see_all_positions():
   params['out']['kernel'] = np.ones((8, 8), np.float32)
   moved = np.abs(apply(params, x) - apply(params, changed))
   assert moved.min(axis=-1).all()
+
+
+@pytest.mark.parametrize(
+  ('options', 'told'),
+  [
+    ({'attention_resolutions': (7,)}, 'has 7, but the maps are of size 64, 32'),
+    ({'hybrid': 1, 'channels': 1, 'num_groups': 1}, 'has 2 (codec.channels=1'),
+    (
+      {'regulariser': 'fsq', 'levels': (8, 5), 'quant_conv': False},
+      'so it must be 2, or set codec.quant_conv=True',
+    ),
+    (
+      {'regulariser': 'vq', 'code_channels': 2, 'quant_conv': False},
+      'so it must be 2, or set codec.quant_conv=True',
+    ),
+    ({'regulariser': 'vq', 'quant_conv': False, 'hybrid': 1}, ''),
+  ],
+)
+def test_structures_that_do_not_exist_are_one_line(options, told):
+  config = config_files.load(config_files.shipped_config('emoji_autoencoder'))
+  with config.unlocked():
+    config.codec.multipliers = (1, 2)
+    config.codec.update(options)
+  found = validation.check_network(config)
+  assert len(found) == bool(told)
+  assert not told or told in found[0]
 
 
 # --- posteriors --------------------------------------------------------------

@@ -189,11 +189,24 @@ def converted_from(workdir) -> str | None:
   Raises:
     UserError: converted.json is unreadable.
   """
+  if not (files.at(workdir) / 'config.json').exists():
+    return None
+  found = conversion(workdir)
+  return found and str(found['from'])
+
+
+def conversion(workdir) -> dict | None:
+  """The content of converted.json: where weights come from; None without.
+
+  Raises:
+    UserError: it is unreadable.
+  """
   path = files.at(workdir) / CONVERTED
-  if not path.exists() or not (files.at(workdir) / 'config.json').exists():
+  if not path.exists():
     return None
   try:
-    return str(json.loads(path.read_text())['from'])
+    found = json.loads(path.read_text())
+    return {**found, 'from': found['from']}
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise UserError(f'{path} is unreadable ({e}): convert again') from e
 

@@ -94,6 +94,28 @@ def _sizes(config):
       f'codec.num_groups={codec.num_groups} does not divide {width} channels '
       f'(codec.channels={codec.channels} x {multiplier})',
     )
+  maps = [min(sides) // 2**level for level in range(halvings + 1)]
+  for resolution in codec.attention_resolutions:
+    yield (
+      resolution in maps,
+      f'codec.attention_resolutions has {resolution}, but the maps are of size '
+      f'{", ".join(map(str, maps))}: give some of these, or () for none',
+    )
+  width = codec.channels * codec.multipliers[-1]
+  yield (
+    not codec.hybrid or width % 4 == 0,
+    f'codec.hybrid={codec.hybrid} needs a multiple of 4 channels at the last '
+    f'level, which has {width} (codec.channels={codec.channels} x '
+    f'{codec.multipliers[-1]})',
+  )
+  outputs = {'vq': codec.code_channels, 'fsq': len(codec.levels)}
+  outputs = outputs.get(codec.regulariser, 0) or codec.latent_channels
+  yield (
+    codec.quant_conv or outputs == codec.latent_channels,
+    f'codec.latent_channels={codec.latent_channels} with '
+    f'codec.quant_conv=False: the latents have {outputs} channels, so it must '
+    f'be {outputs}, or set codec.quant_conv=True',
+  )
 
 
 def _dito(config):

@@ -68,12 +68,18 @@ def is_folder(path) -> bool:
   )
 
 
-def read(path) -> Folder:
+def read(
+  path,
+  image_size: int | tuple[int, int] | None = None,
+  latent_size: int | None = None,
+) -> Folder:
   """Reads a folder.
 
   Args:
     path: the folder of an `AutoencoderKL` or a `VQModel`, a file of weights in
       it, or a folder around it, see `places.model_in`.
+    image_size: the size of images; None = the folder's. The network takes any.
+    latent_size: the size of latents, in place of that of images.
 
   Raises:
     UserError: the folder is something else, damaged, or holds an unsupported
@@ -82,6 +88,12 @@ def read(path) -> Folder:
   place = places.find(path)
   file = place.network / places.SETTINGS
   theirs = diffusers.read_settings(file)
+  if image_size is not None:
+    sides = image_size if isinstance(image_size, int) else list(image_size)
+    theirs['sample_size'] = sides
+  if latent_size is not None:
+    levels = theirs.get('block_out_channels', [0])
+    theirs['sample_size'] = latent_size * 2 ** (len(levels) - 1)
   config = coders.network_of(theirs, file)
   state = states.read(place.weights, ONE_EACH)
   kept = {**coders.KEPT_OF[theirs['_class_name']]}

@@ -18,6 +18,7 @@ depth and size, with or without class labels. diffusers is not needed.
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,8 @@ from diffusion_jax.weights import named, places, settings, states, unets
 
 INDEX = places.PIPELINE
 WEIGHTS = states.WEIGHTS
-PIPELINES = ('DDPMPipeline', 'DDIMPipeline', 'PNDMPipeline')
+IN_LATENTS = 'LDMPipeline'
+PIPELINES = ('DDPMPipeline', 'DDIMPipeline', 'PNDMPipeline', IN_LATENTS)
 
 # Our names -> theirs; each rule is applied to the result of those above it.
 _RENAMED = (
@@ -69,7 +71,8 @@ class Folder(NamedTuple):
   Attributes:
     config: parts of a run's config: 'data' (image_size and channels only),
       'model', 'conditioning', 'process', 'loss', and 'sample' (variance and
-      clip only).
+      clip only). With a codec the data are its latents.
+    codec: the folder of the autoencoder, see `autoencoders.read`, or None.
     tensors: name in the file -> array: the averaged weights, or the only ones.
     raw: the same for raw weights next to averaged ones; None without.
     sha256: the hash of the files of `tensors`.
@@ -81,6 +84,7 @@ class Folder(NamedTuple):
   """
 
   config: dict
+  codec: files.Path | None
   tensors: dict[str, np.ndarray]
   raw: dict[str, np.ndarray] | None
   sha256: str
@@ -110,6 +114,11 @@ def read(path) -> Folder:
   if place.index.exists():
     kind = read_settings(place.index).get('_class_name')
     settings.agree(place.index, '_class_name', kind, PIPELINES)
+    if kind == IN_LATENTS and not place.codec:
+      raise UserError(
+        f'{place.index} is an {kind} without its {places.CODECS[0]}/ next to '
+        f'{place.network.name}/: download it, too'
+      )
   config = _network(place.network)
   process = read_settings(place.scheduler) if place.scheduler else {}
   process = settings.process_of(process, place.scheduler)
@@ -136,6 +145,7 @@ def read(path) -> Folder:
     )
   return Folder(
     config,
+    place.codec,
     state.tensors,
     raw,
     state.sha256,
@@ -197,33 +207,52 @@ def to_tensors(params) -> dict[str, np.ndarray]:
   }
 
 
-def write(path, config: Mapping, params) -> None:
+def settings_of(config: Mapping) -> tuple[dict, dict]:
+  """The settings of a run's U-Net and scheduler.
+
+  Args:
+    config: the run's config.
+
+  Raises:
+    UserError: diffusers does not support such a network or process.
+  """
+  return unets.unet_of(config), settings.scheduler_of(config)
+
+
+def write(
+  path,
+  config: Mapping,
+  params,
+  pipeline: str = 'DDPMPipeline',
+  others: Mapping[str, str] = MappingProxyType({}),
+) -> None:
   """Writes a pipeline that `DDPMPipeline.from_pretrained` loads.
 
   Args:
     path: the folder; model_index.json is written last, so that an incomplete
       folder is not a pipeline.
     config: the run's config.
-    params: the run's parameters, on the host.
+    params: the network's parameters, on the host.
+    pipeline: the class of the pipeline.
+    others: name -> class of other networks, which are there already.
 
   Raises:
     UserError: diffusers does not support such a network.
   """
-  unet, process = unets.unet_of(config), settings.scheduler_of(config)
+  unet, process = settings_of(config)
   path = files.at(path)
   weights = safetensors.numpy.save(to_tensors(params), {'format': 'pt'})
   with files.replacing(files.make(path / 'unet') / WEIGHTS) as file:
     file.write(weights)
-  files.writeread_settings(path / 'unet' / 'config.json', unet)
-  files.writeread_settings(
-    path / 'scheduler' / 'scheduler_config.json', process
-  )
+  files.write_json(path / 'unet' / 'config.json', unet)
+  files.write_json(path / 'scheduler' / 'scheduler_config.json', process)
   index = {
-    '_class_name': 'DDPMPipeline',
+    '_class_name': pipeline,
     'scheduler': ['diffusers', 'DDPMScheduler'],
     'unet': ['diffusers', 'UNet2DModel'],
+    **{name: ['diffusers', kind] for name, kind in others.items()},
   }
-  files.writeread_settings(path / INDEX, index)
+  files.write_json(path / INDEX, index)
 
 
 # --- tensors -----------------------------------------------------------------

@@ -15,6 +15,7 @@ PIPELINE = 'model_index.json'
 SETTINGS = 'config.json'
 SCHEDULER = 'scheduler_config.json'
 UNET = 'unet'
+CODECS = ('vqvae', 'vae')  # next to UNET, of pipelines in latents
 AVERAGES = ('unet_ema', 'ema_unet')  # of training scripts, next to UNET
 CHECKPOINT = re.compile(r'checkpoint-(\d+)')  # as training scripts name them
 DEEPEST = 3  # folders that hold only one folder
@@ -29,6 +30,7 @@ class Place(NamedTuple):
     raw: the folder of the raw weights, if `network` holds averaged ones.
     index: the pipeline's file, which may be missing.
     scheduler: the scheduler's file; None if there is none.
+    codec: the folder of an autoencoder; None if there is none.
     step: the training step in the folder's name, or None.
     notes: what was taken, one line each.
   """
@@ -38,6 +40,7 @@ class Place(NamedTuple):
   raw: files.Path | None
   index: files.Path
   scheduler: files.Path | None
+  codec: files.Path | None
   step: int | None
   notes: list[str]
 
@@ -107,12 +110,14 @@ def find(path) -> Place:
   scheduler = _scheduler((folder, whole, *around))
   if scheduler and folder not in scheduler.parents:
     notes.append(f'the scheduler is that of {scheduler}')
+  codecs = [whole / name for name in CODECS if (whole / name).is_dir()]
   return Place(
     network,
     weights or network,
     raw,
     whole / PIPELINE,
     scheduler,
+    codecs[0] if codecs and network.name in (UNET, *AVERAGES) else None,
     int(step[1]) if step else None,
     notes,
   )

@@ -1,0 +1,110 @@
+"""Writes runs in latents as folders of diffusers' `LDMPipeline`.
+
+A folder holds the pipeline of a `UNet2DModel`, see `diffusers`, and vqvae/ with
+an autoencoder, see `autoencoders`. Both are read by these two modules.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
+from diffusion_jax.weights import autoencoders, coders, diffusers, places
+
+UPCAST = 'force_upcast'
+
+
+def write(
+  path, config: Mapping, params: Mapping, kept: Mapping | None = None
+) -> None:
+  """Writes a pipeline of a run in latents that `LDMPipeline` loads.
+
+  Args:
+    path: the folder.
+    config: the run's config.
+    params: 'net' and 'codec', on the host.
+    kept: the autoencoder's settings that the config does not have, if it was
+      imported.
+
+  Raises:
+    UserError: diffusers does not support such a pipeline.
+  """
+  coder, image = config['codec']['coder'], config['data']
+  part, factor = unscaled(params['codec'], coder)
+  given = {**(kept or {})}.get('scaling_factor') or 1.0
+  if np.float32(1 / given) == np.float32(1 / factor):
+    factor = given  # without the rounding of the scale
+  kept = {
+    name: value for name, value in (kept or {}).items() if name == UPCAST
+  } | {'scaling_factor': factor}
+  of_coder = {'codec': coder, 'data': image}
+  kind = coders.settings_of(of_coder, kept)['_class_name']
+  latents = {
+    'image_size': image['image_size'] // 2 ** (len(coder['multipliers']) - 1)
+    if isinstance(image['image_size'], int)
+    else image['image_size'],
+    'channels': len(params['codec']['scale']),
+  }
+  in_latents = {**config, 'data': {**image, **latents}}
+  diffusers.settings_of(in_latents)  # raises before anything is written
+  autoencoders.write(files.at(path) / places.CODECS[0], of_coder, part, kept)
+  diffusers.write(
+    path,
+    in_latents,
+    params['net'],
+    diffusers.IN_LATENTS,
+    {places.CODECS[0]: kind},
+  )
+
+
+def unscaled(part: Mapping, coder: Mapping) -> tuple[dict, float]:
+  """An autoencoder whose latents have one scaling_factor, and no shift.
+
+  A scale and a shift of each channel become part of the 1x1 convolutions around
+  the latents: of mean and log variance before them, and of z after them.
+
+  Args:
+    part: its parameters, 'shift' and 'scale'.
+    coder: the config's options of the autoencoder.
+
+  Returns:
+    (its parameters without the two, the scaling_factor).
+
+  Raises:
+    UserError: it has no such convolutions, or a codebook.
+  """
+  rest = {k: v for k, v in part.items() if k not in ('shift', 'scale')}
+  shift, scale = (np.asarray(part[k], np.float64) for k in ('shift', 'scale'))
+  if not shift.any() and (scale == scale[0]).all():
+    return rest, float(1 / scale[0])
+  if coder['regulariser'] != coders.KINDS[coders.KL] or not coder['quant_conv']:
+    raise UserError(
+      'the latents have a shift and a scale for each channel, which an '
+      'LDMPipeline has only for codec.regulariser=kl with '
+      'codec.quant_conv=True: train with one scale, such as '
+      '--config.codec.scale=1.0'
+    )
+  before = rest['encoder']['quant_conv']
+  after = rest['decoder']['post_quant_conv']
+  one = np.ones_like(scale)
+  factor = np.concatenate([1 / scale, one])
+  moved = np.concatenate([-shift / scale, -2 * np.log(scale)])
+  kernel = np.asarray(after['kernel'], np.float64)
+  changed = {
+    'encoder': {
+      'quant_conv': {
+        'kernel': before['kernel'] * factor,
+        'bias': before['bias'] * factor + moved,
+      }
+    },
+    'decoder': {
+      'post_quant_conv': {
+        'kernel': scale[:, None] * kernel,
+        'bias': after['bias'] + shift @ kernel,
+      }
+    },
+  }
+  changed = jax.tree.map(lambda x: x.astype(np.float32), changed)
+  return {name: {**rest[name], **changed.get(name, {})} for name in rest}, 1.0
