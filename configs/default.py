@@ -258,8 +258,8 @@ def autoencoding():
   config.loss.decay = 0.99
   config.loss.revive = 0.03
   # The patch critic (a discriminator): its weight relative to the other terms,
-  # 0 = none; the step from which it counts; channels and halvings. Its learning
-  # rate is optim.part_lr.critic.
+  # 0 = none; the step from which the autoencoder is trained by it; channels and
+  # halvings. Its learning rate is optim.part_lr.critic.
   config.loss.critic_weight = 0.5
   config.loss.critic_start = 0
   config.loss.critic_channels = 64

@@ -21,13 +21,13 @@ def get_config(kind='kl'):
   if kind not in KINDS:
     raise ValueError(f'{kind!r}: one of {", ".join(KINDS)}')
   config = default.get_config()
-  config.num_steps = 1000
+  config.num_steps = 900
   config.batch_size = 16
 
   config.log_every = 25
-  config.eval_every = 250
-  config.sample_every = 250
-  config.checkpoint_every = 250
+  config.eval_every = 150
+  config.sample_every = 150
+  config.checkpoint_every = 150
   config.keep_every = 0
 
   config.data.name = 'emoji'
@@ -41,7 +41,8 @@ def get_config(kind='kl'):
   config.codec.num_groups = 8
 
   config.loss = default.autoencoding()
-  config.loss.critic_start = 400
+  config.loss.critic_weight = 0.1
+  config.loss.critic_start = 450
   config.loss.critic_channels = 16
   config.loss.critic_strides = 2
 

@@ -79,7 +79,8 @@ def create(
     revive: of 'vq': the share of the mean count below which a code is dead, and
       replaced by latents of the batch; 0 for never.
     critic_weight: the critic's weight, times the ratio of gradients.
-    critic_start: the number of steps before the critic is trained and counts.
+    critic_start: the step from which the critic counts for the autoencoder; it
+      is trained from the first step on.
     levels: of 'fsq': the levels of each channel.
   """
   weights = {'kl': kl, 'commitment': commitment, 'levels': levels}
@@ -106,7 +107,7 @@ def create(
       judged, told = hinge(critic, params, x, jax.lax.stop_gradient(seen))
       sums |= {'pixels': pull(slope), 'deceiving': pull(against)}
       by_row |= told | {'critic_weight': jnp.broadcast_to(weight, len(x))}
-      values = values + weight * deceived + jnp.where(on, judged, 0.0)
+      values = values + weight * deceived + judged
     return values + latents.penalty, Aux(by_row, sums)
 
   def heldout(params, extras, rows, keys, index):
