@@ -15,8 +15,11 @@ from parity import unet
 
 from diffusion_jax import load, models, samplers
 from diffusion_jax.codecs import pixels
+from diffusion_jax.configs import default
 from diffusion_jax.models import bottleneck
+from diffusion_jax.runs import frozen
 from diffusion_jax.system.errors import UserError
+from diffusion_jax.training import sharding
 from diffusion_jax.weights import autoencoders, diffusers, pipelines, unets
 
 # As that of CompVis/ldm-celebahq-256, narrow.
@@ -128,6 +131,29 @@ def test_a_pipeline_is_a_run_in_latents(tmp_path):
   index = json.loads((back / 'model_index.json').read_text())
   assert index['_class_name'] == 'LDMPipeline'
   assert index['vqvae'] == ['diffusers', 'VQModel']
+
+
+def test_an_imported_autoencoder_is_one_to_diffuse_in(tmp_path):
+  """With the scale of its settings, for images of any size."""
+  (source := tmp_path / 'theirs').mkdir()
+  settings = {**parity.settings('vq'), 'scaling_factor': 0.5}
+  (source / 'config.json').write_text(json.dumps(settings))
+  _, params = parity.create('vq')
+  safetensors.numpy.save_file(
+    autoencoders.to_tensors(params), source / WEIGHTS, {'format': 'pt'}
+  )
+  run = converted(source, tmp_path / 'run')
+  config = default.get_config()
+  config.data.image_size, config.data.channels = 16, 1
+  config.codec = default.latents()
+  config.codec.path = str(run)
+  frozen.complete(config)
+  found = frozen.load(config.to_dict(), sharding.make_mesh())
+  part = dict(found.params['codec'])
+  np.testing.assert_array_equal(part.pop('scale'), [2, 2])
+  np.testing.assert_array_equal(part.pop('shift'), [0, 0])
+  jax.tree.map(np.testing.assert_array_equal, part, params)
+  assert found.facts['codec']['scaled_by']
 
 
 def test_a_pipeline_that_clips_its_latents_is_refused(tmp_path):

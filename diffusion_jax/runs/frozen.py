@@ -93,6 +93,14 @@ def complete(config: ConfigDict, workdir=None) -> None:
         f'are {_shown(shape)}: set data.image_size and data.channels to its, '
         'or give another autoencoder'
       )
+    # The same levels attend, whose maps are of other sizes.
+    coder = {
+      **coder,
+      'attention_resolutions': [
+        at * min(shape[:2]) // min(theirs[:2])
+        for at in coder['attention_resolutions']
+      ],
+    }
   with config.unlocked():
     config.codec.coder = ConfigDict(coder)
 

@@ -155,7 +155,7 @@ def to_tensors(params) -> dict[str, np.ndarray]:
     params: a nested dict of arrays.
   """
   return {
-    name_of(name): np.ascontiguousarray(_to_theirs(name, np.asarray(leaf)))
+    name_of(name): np.ascontiguousarray(to_theirs(name, np.asarray(leaf)))
     for name, leaf in models.named(params).items()
   }
 
@@ -169,7 +169,8 @@ def name_of(name: str) -> str:
   return theirs if 'quant_conv' in rest else f'{part}.{theirs}'
 
 
-def _to_theirs(name: str, array: np.ndarray) -> np.ndarray:
+def to_theirs(name: str, array: np.ndarray) -> np.ndarray:
+  """Our parameter in diffusers' layout, by our name of it."""
   if array.ndim == 4:
     return array.transpose(3, 2, 0, 1)  # HWIO -> OIHW
   if _POINTWISE.fullmatch(name):
