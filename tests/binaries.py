@@ -35,6 +35,7 @@ CONTEXT.set_forkserver_preload(
     'diffusion_jax.evaluation.measure',
     'diffusion_jax.reporting.page',
     'diffusion_jax.training.loop',
+    'pytest',
     'sklearn.datasets',
     'tensorboardX',
   ]
