@@ -1,5 +1,6 @@
 """convert: what others trained comes in, and goes out the same, bit by bit."""
 
+import functools
 import hashlib
 import json
 import shutil
@@ -174,13 +175,15 @@ def test_settings_of_the_scheduler_come_along(tmp_path):
 
 @pytest.fixture(scope='module')
 def came_in(tmp_path_factory):
-  """The runs that the network's folder becomes, by what it predicts."""
+  """What it predicts -> the run that the network's folder becomes."""
   where = tmp_path_factory.mktemp('came_in')
-  runs = {}
-  for prediction in ('epsilon', 'v_prediction'):
+
+  @functools.cache
+  def run(prediction):
     folder = tiny_folder(where / prediction, prediction_type=prediction)
-    runs[prediction] = load(converted(folder, where / f'{prediction}_run'))
-  return runs
+    return load(converted(folder, where / f'{prediction}_run'))
+
+  return run
 
 
 @pytest.mark.optimized
@@ -193,7 +196,7 @@ def came_in(tmp_path_factory):
 )
 def test_the_same_noise_gives_the_images_of_the_pipelines(came_in, name):
   settings = pipelines.DRAWS[name].scheduler
-  trained = came_in[settings.get('prediction_type', 'epsilon')]
+  trained = came_in(settings.get('prediction_type', 'epsilon'))
   golden = pipelines.drawn_golden(name)
   ours = pipelines.drawn_ours(name, trained)
   assert golden.std() > 0.1

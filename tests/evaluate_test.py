@@ -42,7 +42,7 @@ def run(tmp_path_factory):
   run = tiny.trained(tmp_path_factory.mktemp('runs') / 'digits')
   source = data.create('digits', split='train', image_size=8, channels=1)
   name = f'classifier_{classifier.fingerprint(source)[:8]}.npz'
-  classifier.train(run / 'evaluations' / name, source, num_steps=200)
+  classifier.train(run / 'evaluations' / name, source, num_steps=100)
   return run
 
 

@@ -278,7 +278,7 @@ def judge_file(tmp_path_factory):
   classifier.train(
     path,
     first_images(digits('train'), 200),
-    num_steps=100,
+    num_steps=60,
   )
   return path
 

@@ -341,7 +341,7 @@ def test_a_damaged_file_of_the_cache_is_written_anew(there):
 def test_people_read_it(there):
   result = binaries.run(
     'fid', f'--samples={there}/a', f'--reference={there}/b', '--metrics=fid,pr',
-    f'--features={there}/inception.npz', '--taps=64',
+    f'--features={there}/inception.npz', '--taps=64', '--batch_size=4',
     f'--cache={there}/cache',
   )  # fmt: skip
   assert result.code == 0, result.err
