@@ -120,17 +120,17 @@ def test_kill_9_inside_a_save_changes_no_bit(unet, tmp_path):
 def test_thirty_kills_some_inside_a_save(tmp_path):
   """With a larger state, which takes a while to write."""
   alone, killed = tmp_path / 'alone', tmp_path / 'killed'
-  large = {'model.channels': 48, 'num_steps': 600, 'sample_every': 0,
+  large = {'model.channels': 2048, 'num_steps': 3000, 'sample_every': 0,
            'eval_every': 0, 'keep_every': 0}  # fmt: skip
   rng, torn = random.Random(0), 0
   for count in range(30):
     every = {'checkpoint_every': 1 + count % 3}
-    flags = flags_of(killed, **large, **every)
+    flags = tiny.flags(killed, **large, **every)
     torn += kill(killed, flags, rng.uniform(0, 0.2), inside=count % 2)
   assert torn >= 5
-  train(killed, **large, checkpoint_every=100)
+  tiny.train(killed, **large, checkpoint_every=100)
   assert len((killed / 'starts.jsonl').read_text().splitlines()) == 31
-  train(alone, **large, checkpoint_every=100)
+  tiny.train(alone, **large, checkpoint_every=100)
   assert_same(alone, killed)
 
 
