@@ -32,21 +32,18 @@ def write(
     UserError: diffusers does not support such a pipeline.
   """
   coder, image = config['codec']['coder'], config['data']
+  of_coder = {'codec': coder, 'data': image}
+  kind = coders.settings_of(of_coder, {})['_class_name']
   part, factor = unscaled(params['codec'], coder)
-  given = {**(kept or {})}.get('scaling_factor') or 1.0
+  kept = kept or {}
+  given = kept.get('scaling_factor') or 1.0
   if np.float32(1 / given) == np.float32(1 / factor):
     factor = given  # without the rounding of the scale
-  kept = {
-    name: value for name, value in (kept or {}).items() if name == UPCAST
-  } | {'scaling_factor': factor}
-  of_coder = {'codec': coder, 'data': image}
-  kind = coders.settings_of(of_coder, kept)['_class_name']
-  latents = {
-    'image_size': image['image_size'] // 2 ** (len(coder['multipliers']) - 1)
-    if isinstance(image['image_size'], int)
-    else image['image_size'],
-    'channels': len(params['codec']['scale']),
-  }
+  kept = {k: kept[k] for k in kept if k == UPCAST} | {'scaling_factor': factor}
+  size, channels = image['image_size'], len(params['codec']['scale'])
+  if isinstance(size, int):  # of others diffusers has no pipeline
+    size //= 2 ** (len(coder['multipliers']) - 1)
+  latents = {'image_size': size, 'channels': channels}
   in_latents = {**config, 'data': {**image, **latents}}
   diffusers.settings_of(in_latents)  # raises before anything is written
   autoencoders.write(files.at(path) / places.CODECS[0], of_coder, part, kept)
