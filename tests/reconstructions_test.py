@@ -135,6 +135,8 @@ def test_an_autoencoder_is_trained_resumed_and_judged(tmp_path, kind):
   assert min(cost['flops_per_image'].values()) > 0
   assert cost['latents'] == [4, 4, 4]
   assert list((whole / 'evaluations').glob('*_images.png'))
+  page = (whole / 'report.html').read_text()
+  assert 'Images, each with its reconstruction to the right: step 6' in page
 
   for command in (
     ['sample', f'--workdir={whole}', '--num_samples=2'],

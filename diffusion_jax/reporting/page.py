@@ -136,7 +136,7 @@ def _samples(run: Facts) -> list[dict]:
       grid = folder / 'grid.png'
     way = 'Their trajectory from noise to image; t is the time, x0 the image.'
     wanted += [
-      (grid, f'Samples: {tables.drawing(subject)}.'),
+      (grid, f'{_shown(run)}: {tables.drawing(subject)}.'),
       (grid.with_name('trajectory.png'), way),
     ]
   sweeps = run.workdir.glob('evaluations/sweeps/*.png')
@@ -162,8 +162,21 @@ def _strip(run: Facts) -> list[dict]:
   return _pictures(run, wanted, side=THUMBNAIL, most_bytes=0)
 
 
+def _reconstructs(run) -> bool:
+  return run.config.get('codec', {}).get('name') == 'autoencoder'
+
+
+def _shown(run) -> str:
+  """What the grids of training show."""
+  if _reconstructs(run):
+    return 'Images, each with its reconstruction to the right'
+  return 'Samples'
+
+
 def _on_the_way(run):
   """How training draws its grids, in the format of a sample store."""
+  if _reconstructs(run):
+    return {'ema': True}
   sample = run.config['sample']
   sampler, evaluations = sample.get('sampler'), sample.get('num_steps')
   if sampler in samplers.SAMPLERS and evaluations:
