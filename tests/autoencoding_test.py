@@ -22,7 +22,6 @@ from diffusion_jax.objectives import autoencoding, similarity
 from diffusion_jax.process import schedules
 from diffusion_jax.runs import (
   autoencoders,
-  frozen,
   programs,
   recipe,
   validation,
@@ -471,16 +470,6 @@ def test_an_autoencoder_draws_no_samples():
     plan.for_run(runs.to_plain(config()))
   with pytest.raises(UserError, match='draws no samples'):
     made().denoiser({}, {}, tiny.one_device())
-
-
-def test_a_diffusion_autoencoder_is_no_codec_of_latents(tmp_path):
-  runs.write_config(tmp_path, config('dito'))
-  own = default.get_config()
-  own.codec = default.latents()
-  own.codec.path = str(tmp_path)
-  with pytest.raises(UserError, match='trained with loss') as error:
-    frozen.complete(own)
-  assert '\n' not in str(error.value)
 
 
 def test_a_codebook_that_has_collapsed_is_said_once():

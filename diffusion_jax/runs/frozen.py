@@ -285,11 +285,6 @@ def _config_of(path) -> dict:
       f'codec.path={path} is a run with codec.name={name!r}: give one with '
       "codec.name='autoencoder'"
     )
-  if not config[CODEC].get('decoder', True):
-    raise UserError(
-      f"codec.path={path} was trained with loss.name='dito' and has no decoder "
-      "that decodes latents at once: give one with loss.name='autoencoding'"
-    )
   return config
 
 
