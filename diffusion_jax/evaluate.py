@@ -118,7 +118,7 @@ def main():
   workdir = declare.workdir()
   runs.usable_folder('workdir', workdir)
   runs.usable_folder('workdir', workdir / 'evaluations')
-  if runs.read_config(workdir)['codec']['name'] == 'autoencoder':
+  if reconstructions.are_asked(workdir):
     reconstructions.carry_out()
   elif FLAGS.follow:
     _follow(workdir)

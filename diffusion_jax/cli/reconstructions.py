@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from diffusion_jax import models
+from diffusion_jax import models, runs
 from diffusion_jax.cli import (
   command,
   declare,
@@ -29,6 +29,20 @@ IDLE = (
   *('follow', 'sweep', 'keep_samples', 'label', 'guide', 'classifier'),
   *drawing.OPTIONS,
 )
+
+
+def are_asked(workdir: files.Path) -> bool:
+  """Whether it is the run of an autoencoder; --follow may wait for a run.
+
+  Args:
+    workdir: the run's folder.
+
+  Raises:
+    UserError: there is no such run.
+  """
+  if FLAGS.follow and not (workdir / 'config.json').exists():
+    return False
+  return runs.read_config(workdir)['codec']['name'] == 'autoencoder'
 
 
 def carry_out() -> None:
