@@ -24,6 +24,7 @@ def get_config():
   config.optim.lr = 2e-4
   config.optim.b1 = 0.5
   config.optim.b2 = 0.9
+  config.optim.clip_norm = 0.0  # a critic's gradients would scale the others
   config.optim.warmup_steps = 1000
   config.ema.decay = 0.999
   return config

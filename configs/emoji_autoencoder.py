@@ -49,6 +49,7 @@ def get_config(kind='kl'):
   config.optim.lr = 1e-3
   config.optim.b1 = 0.5
   config.optim.b2 = 0.9
+  config.optim.clip_norm = 0.0  # a critic's gradients would scale the others
   config.optim.warmup_steps = 50
   config.optim.part_lr.critic = 5e-4
   config.ema.decay = 0.99
