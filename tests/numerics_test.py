@@ -204,10 +204,14 @@ def draw_no_grid(workdir):
 
   state = types.SimpleNamespace(averaged={})
   program = types.SimpleNamespace(
-    frozen={}, draw_fn=lambda params, indices: (None, np.False_)
+    frozen={},
+    draw_fn=lambda params, indices: (None, np.False_),
+    recipe=types.SimpleNamespace(reconstructs=None),
   )
   with contextlib.redirect_stderr((workdir / 'told').open('w')):
-    train._draw_grid(program, state, 7, 4, tiny.one_device(), workdir, None)
+    train._draw_grid(
+      program, state, 7, 4, tiny.one_device(), workdir, None, None
+    )
 
 
 def test_a_grid_that_is_not_finite_is_left_out_with_a_word(tmp_path):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from diffusion_jax import models, samplers
 from diffusion_jax.codecs import pixels
@@ -22,6 +22,7 @@ from diffusion_jax.runs import draw
 from diffusion_jax.samplers import grid
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system.errors import UserError
+from diffusion_jax.training import sharding
 
 T = 1000
 
@@ -852,7 +853,7 @@ def test_a_sample_does_not_depend_on_its_batch(draw_all):
 def test_many_devices_draw_what_one_draws(draw_all):
   devices = jax.devices()[:8]
   assert len(devices) == 8  # the suite simulates them
-  mesh = Mesh(np.array(devices), ('data',))
+  mesh = sharding.make_mesh(devices=devices)
   got, where = draw_all(range(len(devices)), mesh)
   assert len(where) == len(devices)
   expected, _ = draw_all(range(8))

@@ -36,6 +36,10 @@ def coding(trained: Trained, batch_size: int, seed: int = 0) -> Coding:
     trained: the run.
     batch_size: images at once, over all devices.
     seed: of the noise of a decoder that needs any.
+
+  Returns:
+    The functions; `reconstruct` raises a UserError where latents are not
+    finite.
   """
   mesh, params = trained.mesh, trained.params
   reconstruct_fn = jax.jit(
