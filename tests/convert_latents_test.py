@@ -93,6 +93,22 @@ def sha256(path):
   return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_a_pipeline_is_imported_with_its_autoencoder(tmp_path):
+  run = converted(pipeline(tmp_path / 'theirs'), tmp_path / 'run')
+  config = json.loads((run / 'config.json').read_text())
+  assert config['data']['image_size'] == 8
+  assert config['codec']['coder']['codes'] == 12
+  assert config['process']['schedule'] == 'scaled_linear'
+  part = safetensors.numpy.load_file(run / 'parts' / 'codec.safetensors')
+  want = models.named(parity.create('vq')[1])
+  assert part.keys() == {*want, 'shift', 'scale'}
+  np.testing.assert_array_equal(part.pop('scale'), [4, 4])
+  np.testing.assert_array_equal(part.pop('shift'), [0, 0])
+  for name, leaf in want.items():
+    np.testing.assert_array_equal(part[name], leaf)
+
+
+@pytest.mark.slow
 def test_a_pipeline_is_a_run_in_latents(tmp_path):
   """Without the folder: the run holds its autoencoder."""
   source = pipeline(tmp_path / 'theirs')
