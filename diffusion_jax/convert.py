@@ -25,8 +25,6 @@ evaluate needs --reference.
 """
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -328,39 +326,18 @@ def _write(
       f'--from={FLAGS["from"].value}: the weights {name} are not finite: give '
       'an earlier checkpoint, or download it again'
     )
+  codec = coder and frozen.of_folder(coder, config, sharding.make_mesh())
   config.num_steps = max(step, 1)  # marks training as finished
   files.write_json(target / runs.CONVERTED, facts)
   files.remove(target / 'checkpoints')
   if coder:
-    frozen.write(target, _frozen(config, coder))
+    frozen.write(target, codec)
   checkpoint.save_params(target / 'checkpoints', step, params, raw)
   runs.write_config(target, config)
   count = models.count(params)
   return {'path': str(target), 'step': step, 'parameters': count}, (
     f'{count:,} parameters, step {step}, as a run to sample and evaluate'
   )
-
-
-def _frozen(config, coder) -> frozen.Frozen:
-  """The autoencoder of a folder as a part that is not trained."""
-  wanted = frozen.abstract(config)[CODEC]
-  for name in ('shift', 'scale'):
-    del wanted[name]
-  source = config.codec.path
-  part = autoencoders.to_params(coder.tensors, wanted, source)
-  part |= {
-    name: np.asarray(value, np.float32)
-    for name, value in (('shift', coder.shift), ('scale', coder.scale))
-  }
-  if name := models.not_finite(part):
-    raise UserError(
-      f'--from={source}: the weights codec/{name} are not finite: give an '
-      'earlier checkpoint, or download it again'
-    )
-  facts = {'from': source, 'step': 0, 'ema': True}
-  facts['scaled_by'] = 'the settings of the imported weights'
-  part = jax.tree.map(jnp.asarray, part)
-  return frozen.Frozen({CODEC: part}, {CODEC: facts})
 
 
 if __name__ == '__main__':

@@ -150,7 +150,7 @@ def test_a_pipeline_is_a_run_in_latents(tmp_path):
 
 
 def test_an_imported_autoencoder_is_one_to_diffuse_in(tmp_path):
-  """With the scale of its settings, for images of any size."""
+  """As a run or as the folder itself, with its scale, at other sizes."""
   (source := tmp_path / 'theirs').mkdir()
   settings = {**parity.settings('vq'), 'scaling_factor': 0.5}
   (source / 'config.json').write_text(json.dumps(settings))
@@ -159,17 +159,19 @@ def test_an_imported_autoencoder_is_one_to_diffuse_in(tmp_path):
     autoencoders.to_tensors(params), source / WEIGHTS, {'format': 'pt'}
   )
   run = converted(source, tmp_path / 'run')
-  config = default.get_config()
-  config.data.image_size, config.data.channels = 16, 1
-  config.codec = default.latents()
-  config.codec.path = str(run)
-  frozen.complete(config)
-  found = frozen.load(config.to_dict(), sharding.make_mesh())
-  part = dict(found.params['codec'])
-  np.testing.assert_array_equal(part.pop('scale'), [2, 2])
-  np.testing.assert_array_equal(part.pop('shift'), [0, 0])
-  jax.tree.map(np.testing.assert_array_equal, part, params)
-  assert found.facts['codec']['scaled_by']
+  for path in (run, source):
+    config = default.get_config()
+    config.data.image_size, config.data.channels = 16, 1
+    config.codec = default.latents()
+    config.codec.path = str(path)
+    frozen.complete(config)
+    found = frozen.load(config.to_dict(), sharding.make_mesh())
+    part = dict(found.params['codec'])
+    np.testing.assert_array_equal(part.pop('scale'), [2, 2])
+    np.testing.assert_array_equal(part.pop('shift'), [0, 0])
+    jax.tree.map(np.testing.assert_array_equal, part, params)
+    assert found.facts['codec']['scaled_by']
+    assert found.facts['codec']['from'] == str(path)
 
 
 def test_a_pipeline_that_clips_its_latents_is_refused(tmp_path):

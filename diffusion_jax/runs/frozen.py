@@ -29,10 +29,12 @@ from diffusion_jax.codecs import latents
 from diffusion_jax.system import distributed, files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, checksum, sharding
+from diffusion_jax.weights import autoencoders
 
 CODEC = 'codec'  # the part
 SHA256, SEPARATOR = 'sha256', '/'
 FOLDER = 'parts'
+IMPORTED = 'the settings of the imported weights'
 AGAIN = 'copy the folder parts/ from a backup, or train in a new workdir'
 
 
@@ -86,8 +88,8 @@ def complete(config: ConfigDict, workdir=None) -> None:
     coder = found[CODEC].get('coder', found[CODEC])
     shape, theirs = (runs.image_shape(one['data']) for one in (config, found))
     # Imported weights are for images of any size.
-    is_known = shape == theirs or runs.converted_from(_at(path))
-    if not is_known or shape[-1] != theirs[-1]:
+    imported = _is_folder(path) or runs.converted_from(_at(path))
+    if not (shape == theirs or imported) or shape[-1] != theirs[-1]:
       raise UserError(
         f'codec.path={path} encodes images of {_shown(theirs)}, but the data '
         f'are {_shown(shape)}: set data.image_size and data.channels to its, '
@@ -213,8 +215,12 @@ def _copy(workdir, config, mesh) -> Frozen:
 
 
 def _of_autoencoder(config, mesh) -> Frozen:
-  """The parts of the run that codec.path names."""
+  """The parts of the run or the folder that codec.path names."""
   codec = config[CODEC]
+  if _is_folder(codec['path']):
+    size = config['data']['image_size']
+    found = autoencoders.read(_at(codec['path']), size)
+    return of_folder(found, config, mesh)
   path, there = codec['path'], _config_of(codec['path'])
   own = {'from': str(_at(path))}
   if is_in_latents(there):
@@ -253,22 +259,58 @@ def _of_autoencoder(config, mesh) -> Frozen:
   return Frozen({CODEC: {**part, **placed(given, mesh)}}, {CODEC: facts})
 
 
+def of_folder(found: autoencoders.Folder, config, mesh: Mesh) -> Frozen:
+  """The autoencoder of a folder of diffusers.
+
+  Args:
+    found: the content of the folder.
+    config: the config of the run in its latents, completed.
+    mesh: the devices to load it to.
+
+  Raises:
+    UserError: the weights do not fit the settings, or are not finite.
+  """
+  codec = config[CODEC]
+  path = str(_at(codec['path']))
+  wanted = abstract(config)[CODEC]
+  numbers = {name: wanted.pop(name) for name in ('shift', 'scale')}
+  part = autoencoders.to_params(found.tensors, wanted, path)
+  if name := models.not_finite(part):
+    raise UserError(
+      f'{path}: the weights {name} are not finite: give an earlier checkpoint, '
+      'or download it again'
+    )
+  scaled_by = IMPORTED
+  given = {'shift': found.shift, 'scale': found.scale}
+  if codec['scale']:
+    given, scaled_by = _given_scale(codec, path)
+  part |= {
+    name: np.array(np.broadcast_to(given[name], x.shape), x.dtype)
+    for name, x in numbers.items()
+  }
+  facts = {'from': path, 'step': 0, 'ema': True, 'scaled_by': scaled_by}
+  return Frozen({CODEC: placed(part, mesh)}, {CODEC: facts})
+
+
 def _given_scale(codec, path) -> tuple[dict, str]:
   """Shift and scale that are not measured, and who says so; '' for nobody."""
   if codec['scale']:
     given = {name: codec[name] for name in ('shift', 'scale')}
     return given, 'codec.scale and codec.shift'
-  facts = {}
-  if runs.converted_from(_at(path)):
-    facts = json.loads((_at(path) / runs.CONVERTED).read_text())
+  facts = runs.conversion(_at(path)) or {}
   if 'scale' in facts:
     given = {name: facts[name] for name in ('shift', 'scale')}
-    return given, 'the settings of the imported weights'
+    return given, IMPORTED
   return {'shift': 0.0, 'scale': 1.0}, ''
 
 
 def _at(path) -> files.Path:
   return files.absolute(files.at(path).expanduser())
+
+
+def _is_folder(path) -> bool:
+  """Whether there is an autoencoder of diffusers at a path."""
+  return bool(path) and autoencoders.is_folder(_at(path))
 
 
 def _config_of(path) -> dict:
@@ -278,6 +320,10 @@ def _config_of(path) -> dict:
       'codec.path is empty: give the folder of an autoencoder, which a run '
       "with codec.name='autoencoder' trains"
     )
+  if _is_folder(path):
+    # As if it were an autoencoder's run.
+    loss = {'name': 'autoencoding'}
+    return {**autoencoders.settings_in(_at(path)), 'loss': loss}
   config = runs.read_config(_at(path), 'codec.path')
   name = config[CODEC]['name']
   if name not in ('autoencoder', 'latents'):

@@ -68,6 +68,12 @@ def is_folder(path) -> bool:
   )
 
 
+def settings_in(path) -> dict:
+  """The settings of the autoencoder at a path, as parts of a run's config."""
+  file = places.find(path).network / places.SETTINGS
+  return coders.network_of(diffusers.read_settings(file), file)
+
+
 def read(
   path,
   image_size: int | tuple[int, int] | None = None,
