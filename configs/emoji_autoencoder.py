@@ -15,13 +15,17 @@ Others:     --config=configs/emoji_autoencoder.py:dito is trained by one
 """
 
 from diffusion_jax.configs import default
+from diffusion_jax.system.errors import UserError
 
 KINDS = ('kl', 'dito', 'hybrid', 'plain')
 
 
 def get_config(kind='kl'):
   if kind not in KINDS:
-    raise ValueError(f'{kind!r}: one of {", ".join(KINDS)}')
+    raise UserError(
+      f'--config=emoji_autoencoder:{kind}: after the colon give one of '
+      f'{", ".join(KINDS)}'
+    )
   config = default.get_config()
   config.num_steps = 900
   config.batch_size = 16
