@@ -198,6 +198,7 @@ def test_a_round_trip_gives_the_same_bits(tmp_path, name):
     np.testing.assert_array_equal(back[key], array)
 
 
+@pytest.mark.slow
 def test_the_binary_brings_in_and_out_the_same_folder(tmp_path):
   source = folder_of('vq', tmp_path / 'theirs', scaling_factor=0.25)
   result = binaries.run(

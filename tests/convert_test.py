@@ -98,6 +98,7 @@ def test_a_round_trip_gives_the_same_bits(tmp_path, name):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_binary_brings_in_and_out_the_same_file(tmp_path):
   folder = tiny_folder(tmp_path / 'folder')
   run = converted(folder, tmp_path / 'run', '--step=7')

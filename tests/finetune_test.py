@@ -95,6 +95,7 @@ def test_other_colours_leave_the_ends(saved):
     np.testing.assert_array_equal(array, saved[2][name])
 
 
+@pytest.mark.slow
 def test_attention_elsewhere_is_new_and_unused(saved_unet):
   """At 8x8 in place of 4x4: level 0 has it, level 1 does not."""
   taken, left = checkpoint.load_common(

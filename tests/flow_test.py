@@ -224,6 +224,7 @@ def test_uniform_dequantisation(x64):
   assert error < 1e-3
 
 
+@pytest.mark.slow
 def test_the_first_noised_step_as_a_latent(x64):
   """All 256 levels: each code length by hand, and together above the evidence.
 

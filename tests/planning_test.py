@@ -108,6 +108,7 @@ def test_flops_are_those_of_the_network(name):
     assert count < whole < 1.04 * count
 
 
+@pytest.mark.slow
 def test_flops_do_not_depend_on_microbatches():
   """What a loop does counts as often as it runs."""
   config = digits.get_config()

@@ -180,9 +180,11 @@ def in_groups(codec: Codec, params, x0, keys, mesh: Mesh):
     keys: [B] random keys.
     mesh: the devices.
   """
+  if codec.decode_rows is None:
+    return codec.decode(params, x0, keys)
   parts = mesh.shape['data'] * mesh.shape['fsdp']
   rows, left = divmod(len(x0), parts)
-  if codec.decode_rows is None or left or rows <= codec.decode_rows:
+  if left or rows <= codec.decode_rows:
     return codec.decode(params, x0, keys)
   groups = next(
     n for n in range(-(-rows // codec.decode_rows), rows + 1) if not rows % n
