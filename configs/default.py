@@ -292,6 +292,8 @@ def latents():
   config.codec.decode_rows = 4  # samples that a device decodes at once
   # The autoencoder's structure; set when a run begins.
   config.codec.coder = ConfigDict()
+  # Of an autoencoder with loss.name='dito' its denoising network; likewise.
+  config.codec.decoding = ConfigDict()
   return config.codec
 
 

@@ -22,6 +22,7 @@ from absl import flags
 
 from diffusion_jax import conditioning, runs
 from diffusion_jax.cli import command, declare, run_data
+from diffusion_jax.codecs import pixels
 from diffusion_jax.evaluation import cards, features
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import averaged, dataset, labels, trajectories
@@ -141,8 +142,8 @@ def _name(step, plan) -> str:
 
 def _invert(trained, plan, images, label, output):
   """Inverts, draws again, writes the results and reports them."""
-  pixels = np.concatenate(list(images.stream()))
-  x0 = trajectories.to_x0(trained, pixels)
+  shown = np.concatenate(list(images.stream()))
+  x0 = trajectories.to_x0(trained, shown)
   one = label is not None and len(set(label.tolist())) == 1
   how = {'clip': plan.clip, 'batch_size': FLAGS.batch_size}
   how['label'] = int(label[0]) if one else label  # one for any number of images
@@ -157,6 +158,10 @@ def _invert(trained, plan, images, label, output):
   again = draw_fn(noises)
   if not np.isfinite(again).all():
     raise UserError("the network's output is not finite: was training healthy?")
+  to_images = functools.partial(trajectories.to_images, trained)
+  begun, ended = x0, again
+  if trained.codec.levels is None:  # latents: how they differ once decoded
+    begun, ended = (pixels.to_float(to_images(x)) for x in (x0, again))
   result = {
     **cards.subject_of(trained),
     'split': FLAGS.split,
@@ -167,11 +172,10 @@ def _invert(trained, plan, images, label, output):
     **({} if label is None else {'label': label.tolist()}),
     'grid': plan.grid,
     'evaluations': {'inversion': evaluations, 'drawing': plan.evaluations},
-    **_measured(x0, noises, again),
+    **_measured(begun, noises, ended),
   }
-  to_images = functools.partial(trajectories.to_images, trained)
-  seen = pixels, to_images(noises), to_images(again)
-  drawn = {'inversion.png': _picture(*seen, again - x0)}
+  seen = shown, to_images(noises), to_images(again)
+  drawn = {'inversion.png': _picture(*seen, ended - begun)}
   if FLAGS.interpolate:
     drawn['interpolation.png'] = pictures.interpolation(
       lambda x: to_images(draw_fn(x)), noises, FLAGS.interpolate
@@ -208,7 +212,7 @@ def _measured(x0, noises, again) -> dict:
       'rms_255': 127.5 * float(root), 'max_255': 127.5 * float(largest),
     }  # fmt: skip
 
-  off = again.astype(np.float64) - x0
+  off = np.asarray(again, np.float64) - x0
   roots, most = rms(off), np.abs(off).max((1, 2, 3))
   return {
     'error': errors(np.sqrt(np.mean(roots**2)), most.max()),
@@ -219,7 +223,7 @@ def _measured(x0, noises, again) -> dict:
   }
 
 
-def _picture(pixels, noises, again, error) -> np.ndarray:
+def _picture(shown, noises, again, error) -> np.ndarray:
   """One row per image: the image, its noise, the redrawn image, the error."""
   off = np.abs(error) * 127.5
   # Brightened by the largest power of 10 that clips no value.
@@ -227,7 +231,7 @@ def _picture(pixels, noises, again, error) -> np.ndarray:
   factor = min(max(factor, 1), MOST_SEEN)
   seen = np.clip(np.round(off * factor), 0, 255).astype(np.uint8)
   return pictures.columns(
-    np.stack([pixels, noises, again, seen]),
+    np.stack([shown, noises, again, seen]),
     ['image', 'noise', 'again', f'error x{factor}'],
   )
 

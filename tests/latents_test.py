@@ -69,9 +69,10 @@ def config_of(tmp_path, folder, **changes) -> ConfigDict:
     'data.path': str(tmp_path / 'images.npz'), 'data.image_size': 8,
     'data.heldout_every': 5, 'sample.clip': False, 'batch_size': BATCH,
     'sample.num_steps': 2, 'sample.num_images': 4, 'optim.warmup_steps': 0,
-    'optim.lr': 1e-2, 'model.channels': 4, 'model.multipliers': (1,),
-    'model.num_blocks': 1, 'model.num_groups': 2,
-    'model.attention_resolutions': (), 'ema.decay': 0.5, **changes,
+    'optim.lr': 1e-2, 'model.name': 'dense', 'model.channels': 8,
+    'model.num_groups': 2, 'model.multipliers': (1,),
+    'model.attention_resolutions': (),
+    'ema.decay': 0.5, **changes,
   })  # fmt: skip
   return config
 
@@ -107,7 +108,9 @@ class Run:
     return losses
 
 
-@pytest.mark.parametrize('regulariser', ['kl', 'vq', 'fsq'])
+@pytest.mark.parametrize(
+  'regulariser', ['kl', 'vq', pytest.param('fsq', marks=pytest.mark.slow)]
+)
 def test_latents_have_unit_variance_and_come_back(tmp_path, regulariser):
   """Those of codes before they are codes; the decoder sees codes."""
   folder = autoencoder(tmp_path / 'ae', regulariser=regulariser)
@@ -136,6 +139,44 @@ def test_latents_have_unit_variance_and_come_back(tmp_path, regulariser):
   assert (np.abs(snapped - z).max() > 1e-3) == (regulariser != 'kl')
   want = np.clip((there + 1) * 127.5, 0, 255)
   np.testing.assert_allclose(got, want, atol=2e-3)
+
+
+def test_a_diffusion_autoencoder_decodes_by_its_own_network(tmp_path):
+  folder = tmp_path / 'ae'
+  config = default.get_config()
+  config.codec = ConfigDict({**CODER, 'regulariser': 'norm', 'decoder': False})
+  config.loss = default.dito()
+  config.loss.decode_steps = 2
+  config.process.schedule = 'flow'
+  config.data.image_size = 8
+  config.model.update({
+    'channels': 4, 'multipliers': (1,), 'num_blocks': 1, 'num_groups': 2,
+    'attention_resolutions': (),
+  })  # fmt: skip
+  files.make(folder)
+  runs.write_config(folder, config)
+  theirs = recipe.create(runs.read_config(folder))
+  trained = jax.jit(theirs.init)(jax.random.key(0))
+  checkpoint.save_params(folder / 'checkpoints', 7, trained)
+
+  run = Run(config_of(tmp_path, folder), None)
+  params = run.parts.params
+  assert params['codec'].keys() == {'encoder', 'net', 'shift', 'scale'}
+  rows = {'image': jnp.asarray(images()[:4])}
+  keys = jax.random.split(jax.random.key(1), 4)
+
+  @jax.jit
+  def both(params, trained, rows, keys):
+    x0 = run.made.codec.encode(params, rows, keys)
+    z = theirs.codec.encode(trained, rows, keys)
+    return (
+      run.made.codec.decode(params, x0, keys),
+      theirs.codec.decode(trained, z, keys),
+    )
+
+  got, want = both(params, trained, rows, keys)
+  np.testing.assert_allclose(got, want, atol=0.05)
+  assert np.ptp(want) > 50
 
 
 def write_cache(run, output) -> int:
@@ -280,7 +321,7 @@ def test_what_latents_do_not_have_is_refused(tmp_path):
     ({'codec.scale': -1.0}, 'codec.scale=-1.0'),
     ({'codec.decode_rows': 0}, 'codec.decode_rows=0'),
     # The network is of maps of 4x4.
-    ({'model.multipliers': (1, 1, 1, 1)}, 'multipliers'),
+    ({'model.multipliers': (1,) * 4}, 'the size of the latents=4: 4 model.'),
   ):
     other = ConfigDict(config.to_dict())
     other.update_from_flattened_dict(change)

@@ -10,20 +10,23 @@ give the same x0 with the same keys, but for rounding.
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.codecs import pixels
+from diffusion_jax import models
+from diffusion_jax.codecs import dito, pixels
 from diffusion_jax.codecs.codec import Codec
 from diffusion_jax.data import augment
 from diffusion_jax.models import autoencoder, bottleneck
+from diffusion_jax.process import gaussian, schedules
 
 
 def create(
   image_shape: tuple[int, int, int],
   coder: Mapping | autoencoder.Coder,
+  decoding: Mapping | None = None,
   decode_rows: int = 4,
   **others,
 ) -> Codec:
@@ -32,12 +35,19 @@ def create(
   Args:
     image_shape: (H, W, C) of the data.
     coder: the autoencoder, or its options, see `autoencoder.create`.
+    decoding: of an autoencoder that decodes by diffusion, the groups model,
+      process and loss of its config.
     decode_rows: images that a device decodes at once. More need more memory.
     **others: where the autoencoder comes from.
   """
   del others
   if not isinstance(coder, autoencoder.Coder):
     coder = coder_of(image_shape, coder)
+
+  if decoding:
+    decoded = _by_diffusion(image_shape, coder, decoding)
+  else:
+    decoded = lambda part, z, keys: coder.decode(part, z)  # noqa: E731
 
   def encode(params, rows, keys):
     part = params['codec']
@@ -48,11 +58,10 @@ def create(
     return (sample(coder, moments, keys) - shift) / scale
 
   def decode(params, x0, keys):
-    del keys
     part = params['codec']
     shift, scale = _numbers(part)
-    z = x0 * scale + shift
-    return pixels.from_float(coder.decode(part, coder.snap(part, z)))
+    z = coder.snap(part, x0 * scale + shift)
+    return pixels.from_float(decoded(part, z, keys))
 
   return Codec(
     encode=encode,
@@ -77,6 +86,43 @@ def coder_of(image_shape, options: Mapping) -> autoencoder.Coder:
 @functools.lru_cache(maxsize=4)  # building the networks takes a second
 def _made(image_shape, options: str) -> autoencoder.Coder:
   return autoencoder.create(image_shape, **json.loads(options))
+
+
+def init_of(image_shape, codec: Mapping) -> Callable:
+  """key -> an autoencoder's part of the parameters, without shift and scale.
+
+  Args:
+    image_shape: (H, W, C) of the data.
+    codec: a config's group `codec` of latents.
+  """
+  coder = coder_of(image_shape, codec['coder'])
+  if not codec['decoding']:
+    return coder.init
+  network = _network(image_shape, coder, codec['decoding'])
+  return lambda key: {**coder.init(key), models.NET: network.init(key)}
+
+
+def _network(image_shape, coder, decoding) -> models.Model:
+  doors = {'channels': coder.shape[-1]}
+  return models.create(
+    image_shape=image_shape, doors=doors, **decoding['model']
+  )
+
+
+def _by_diffusion(image_shape, coder, decoding) -> Callable:
+  """(part, z, keys) -> images, by the steps of a DiTo."""
+  network, loss = _network(image_shape, coder, decoding), decoding['loss']
+
+  def network_fn(part, xt, label, cond, keys):
+    return network.apply(part[models.NET], xt, label, keys, cond)
+
+  return dito.decoder(
+    network_fn,
+    schedules.create(**decoding['process']),
+    gaussian.parametrisation(loss['prediction'], loss['sigma_data']),
+    tuple(image_shape),
+    loss['decode_steps'],
+  )
 
 
 def shape_of(image_shape, options: Mapping) -> tuple[int, int, int]:

@@ -142,8 +142,8 @@ def measure(batches: Batches, how: How) -> Found:
     )
   if trained.codec.levels != 256:
     raise UserError(
-      f'{trained.workdir} does not diffuse 8-bit pixels, so bits per dimension '
-      'are not defined: use other metrics, such as fid'
+      f'{trained.workdir} diffuses in latents, not in 8-bit pixels, so there '
+      'are no bits per dimension: use other metrics, such as fid'
     )
   measured = {'bpd': _bound, 'bpd_fast': _fast, 'bpd_ode': _flow}[how.kind]
   return measured(batches, how)

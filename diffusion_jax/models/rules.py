@@ -6,20 +6,26 @@ from diffusion_jax.models import dit, layers, styles
 from diffusion_jax.system.errors import UserError
 
 
-def of_network(model, image_shape) -> Iterator[tuple[bool, str]]:
+def of_network(
+  model, image_shape, what: str = 'data.image_size'
+) -> Iterator[tuple[bool, str]]:
   """Yields (holds, message) for each rule of a network.
 
   Args:
     model: the group `model` of a config.
-    image_shape: (H, W, ...) of the images.
+    image_shape: (H, W, ...) of the images, or of what is diffused.
+    what: what has this size, for the messages.
   """
   unknown = sorted(set(model.plain) - set(layers.MEASURES))
   yield (
     not unknown,
     f'model.plain={model.plain}: names among {", ".join(layers.MEASURES)}',
   )
-  rules = _dit if model.name == 'dit' else _unet
-  yield from rules(model, image_shape[:2])
+  size = image_shape[:2]
+  if model.name == 'dit':
+    yield from _dit(model, size)
+  else:
+    yield from _unet(model, size, what)
 
 
 def _dit(model, size):
@@ -41,7 +47,7 @@ def _dit(model, size):
   )
 
 
-def _unet(model, size):
+def _unet(model, size, what):
   yield _details(styles.create, model.style, model.details)
   levels = len(model.multipliers)
   halved = 2 ** (levels - 1)
@@ -52,7 +58,7 @@ def _unet(model, size):
     return
   yield (
     all(side > 0 and side % halved == 0 for side in size),
-    f'data.image_size={size[0] if size[0] == size[1] else tuple(size)}: '
+    f'{what}={size[0] if size[0] == size[1] else tuple(size)}: '
     f'{levels} model.multipliers halve it {levels - 1} times, so it must be a '
     f'multiple of {halved}',
   )

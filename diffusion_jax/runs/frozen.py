@@ -24,7 +24,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion_jax import models, runs
+from diffusion_jax import models, objectives, runs
 from diffusion_jax.codecs import latents
 from diffusion_jax.system import distributed, files
 from diffusion_jax.system.errors import UserError
@@ -81,30 +81,38 @@ def complete(config: ConfigDict, workdir=None) -> None:
   if not is_in_latents(config) or config.codec.coder:
     return
   path = config.codec.path
+  shape = runs.image_shape(config['data'])
   if workdir and _is_copied(workdir, config):
-    coder = runs.read_config(workdir)[CODEC]['coder']
+    found, theirs = runs.read_config(workdir), shape
   else:
     found = _config_of(path)
-    coder = found[CODEC].get('coder', found[CODEC])
-    shape, theirs = (runs.image_shape(one['data']) for one in (config, found))
-    # Imported weights are for images of any size.
-    imported = _is_folder(path) or runs.converted_from(_at(path))
-    if not (shape == theirs or imported) or shape[-1] != theirs[-1]:
-      raise UserError(
-        f'codec.path={path} encodes images of {_shown(theirs)}, but the data '
-        f'are {_shown(shape)}: set data.image_size and data.channels to its, '
-        'or give another autoencoder'
-      )
-    # The same levels attend, whose maps are of other sizes.
-    coder = {
-      **coder,
-      'attention_resolutions': [
-        at * min(shape[:2]) // min(theirs[:2])
-        for at in coder['attention_resolutions']
-      ],
-    }
+    theirs = runs.image_shape(found['data'])
+  # Imported weights are for images of any size.
+  imported = shape != theirs and (
+    _is_folder(path) or runs.converted_from(_at(path))
+  )
+  if shape[-1] != theirs[-1] or not (shape == theirs or imported):
+    raise UserError(
+      f'codec.path={path} encodes images of {_shown(theirs)}, but the data are '
+      f'{_shown(shape)}: set data.image_size and data.channels to its, or give '
+      'another autoencoder'
+    )
+  if is_in_latents(found):
+    coder, decoding = (found[CODEC][name] for name in ('coder', 'decoding'))
+  else:
+    coder, decoding = found[CODEC], {}
+  if found['loss']['name'] == objectives.DITO:
+    decoding = {name: found[name] for name in ('model', 'process', 'loss')}
+  # The same levels attend, whose maps are of other sizes.
+  resolutions = [
+    at * min(shape[:2]) // min(theirs[:2])
+    for at in coder['attention_resolutions']
+  ]
   with config.unlocked():
-    config.codec.coder = ConfigDict(coder)
+    config.codec.coder = ConfigDict(
+      {**coder, 'attention_resolutions': resolutions}
+    )
+    config.codec.decoding = ConfigDict(decoding)
 
 
 def abstract(config: Mapping) -> dict:
@@ -115,11 +123,10 @@ def abstract(config: Mapping) -> dict:
   """
   if not is_in_latents(config):
     return {}
-  coder = latents.coder_of(
-    runs.image_shape(config['data']), config[CODEC]['coder']
-  )
-  part = jax.eval_shape(coder.init, jax.random.key(0))
-  number = jax.ShapeDtypeStruct(coder.shape[-1:], jnp.float32)
+  shape, codec = runs.image_shape(config['data']), config[CODEC]
+  part = jax.eval_shape(latents.init_of(shape, codec), jax.random.key(0))
+  channels = latents.coder_of(shape, codec['coder']).shape[-1]
+  number = jax.ShapeDtypeStruct((channels,), jnp.float32)
   return {CODEC: {**part, 'shift': number, 'scale': number}}
 
 
@@ -230,7 +237,9 @@ def _of_autoencoder(config, mesh) -> Frozen:
   directory = _at(path) / 'checkpoints'
   wanted = abstract(config)[CODEC]
   numbers = {name: wanted.pop(name) for name in ('shift', 'scale')}
-  wanted = sharding.abstract({CODEC: wanted}, mesh)
+  # A DiTo's network is a part of its run, and of the codec's part here.
+  net = {models.NET: wanted.pop(models.NET)} if models.NET in wanted else {}
+  wanted = sharding.abstract({CODEC: wanted, **net}, mesh)
 
   def read(at):
     taken, left = checkpoint.load_common(directory, at, wanted)
@@ -248,7 +257,8 @@ def _of_autoencoder(config, mesh) -> Frozen:
   step, taken = read(step) if step else checkpoint.read_newest(directory, read)
   part = jax.tree.structure(wanted).unflatten(
     taken[name] for name in models.names(wanted)
-  )[CODEC]
+  )
+  part = {**part.pop(CODEC), **part}
   given, scaled_by = _given_scale(codec, path)
   given = {
     name: np.array(np.broadcast_to(given[name], x.shape), x.dtype)

@@ -143,7 +143,10 @@ def _network(config):
   yield from autoencoder_rules.of_autoencoder(config)
   if config.loss.name != 'autoencoding':  # which has no denoising network
     x0 = codecs.x0_shape(runs.image_shape(config.data), config.codec)
-    yield from rules.of_network(config.model, x0)
+    what = 'data.image_size'
+    if config.codec.name == 'latents':
+      what = 'the size of the latents'
+    yield from rules.of_network(config.model, x0, what)
   process = config.process
   yield (
     0 < process.beta_start <= process.beta_end < 1,
