@@ -37,7 +37,7 @@ from diffusion_jax import runs, samplers
 from diffusion_jax.cli import command, config_files, declare
 from diffusion_jax.evaluation import inception
 from diffusion_jax.reproduction import cost, published, stages, task, work
-from diffusion_jax.runs import validation
+from diffusion_jax.runs import frozen, validation
 from diffusion_jax.samplers import guided
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import files, terminal
@@ -151,6 +151,7 @@ def _task() -> task.Task:
   source = origin and files.at(origin).expanduser()
   if origin and not (source.exists() or official.is_checkpoint(source)):
     raise UserError(f'--from={origin}: there is no such file or folder')
+  frozen.complete(FLAGS.config, declare.workdir())
   if wrong := validation.check_network(FLAGS.config):
     raise UserError(wrong[0])
   config = runs.to_plain(FLAGS.config)
@@ -164,6 +165,8 @@ def _task() -> task.Task:
   held = config['data']['heldout_split'] or config['data']['heldout_every']
   if FLAGS.bits and not held:
     raise UserError('the config has no held-out images: give --nobits')
+  if FLAGS.bits and frozen.is_in_latents(config):
+    raise UserError('latents have no bits per dimension: give --nobits')
   workdir = declare.workdir()
   output = FLAGS.output or workdir / 'reproduction'
   same = ('num_samples', 'sampler', 'bits', 'minutes', 'train_minutes', 'curve')

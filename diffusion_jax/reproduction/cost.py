@@ -74,9 +74,11 @@ def flops_of(config: Mapping) -> tuple[float, float]:
   """
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   program = programs.create({**config, 'microbatches': 1}, mesh)
-  shape = (1, *runs.image_shape(config['data']))
   where = sharding.batch_sharding(mesh)
-  batch = {'image': jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=where)}
+  batch = {
+    name: jax.ShapeDtypeStruct(*given, sharding=where)
+    for name, given in programs.rows(config, program.recipe, 1).items()
+  }
   step = program.step_fn.trace(program.abstract, program.frozen, batch)
   recipe, parts = program.recipe, program.abstract.params
 
@@ -86,7 +88,7 @@ def flops_of(config: Mapping) -> tuple[float, float]:
 
   evaluation = jax.make_jaxpr(evaluate)(
     parts,
-    jax.ShapeDtypeStruct(shape, jnp.float32),
+    jax.ShapeDtypeStruct((1, *recipe.codec.shape), jnp.float32),
     jax.ShapeDtypeStruct((1,), jnp.int32),
   )
   counts = [flops.products(jaxpr).total() for jaxpr in (step.jaxpr, evaluation)]
