@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import runs
 from diffusion_jax.planning import chips, flops
 from diffusion_jax.reproduction import published
 from diffusion_jax.reproduction.task import Task

@@ -24,6 +24,7 @@ MEANING = (
   *('process.', 'codec.', 'model.num_heads', 'model.num_groups'),
   *('loss.name', 'loss.prediction', 'loss.sigma_data', 'loss.variance'),
   *('model.head_channels', 'model.style', 'model.details', 'model.time_scale'),
+  *('codec.name', 'codec.path', 'codec.step', 'codec.coder'),
 )
 
 SHOWN = 4  # names to show in a line before 'and N more'
