@@ -109,9 +109,13 @@ def _config(name: str):
     key, _, value = item.partition('=')
     config.data[key] = type(config.data[key])(value)
   if name == 'ldm':
-    config.codec.path = str(Path(FLAGS.autoencoder).expanduser().absolute())
+    config.codec.path = _autoencoder()
     frozen.complete(config)
   return config
+
+
+def _autoencoder() -> str:
+  return str(Path(FLAGS.autoencoder).expanduser().absolute())
 
 
 def _count(number: int) -> int:
@@ -123,7 +127,7 @@ def _count(number: int) -> int:
 
 def plan(configs) -> dict:
   """Seconds of a step of each training, and the steps of those in pixels."""
-  own = runs.read_config(FLAGS.autoencoder)
+  own = runs.read_config(_autoencoder())
   calls = {'autoencoder': _step(own)}
   calls |= {name: _step(config) for name, config in configs.items()}
   for call in calls.values():
