@@ -218,7 +218,8 @@ def speed(networks) -> dict:
   for call in calls.values():
     call()
   for name, times in rounds.alternating(calls, ROUNDS).items():
-    found[name]['seconds_per_image'] = rounds.quartiles(times / BATCH)
+    images = -(-BATCH // jax.device_count()) * jax.device_count()
+    found[name]['seconds_per_image'] = rounds.quartiles(times / images)
   return found
 
 

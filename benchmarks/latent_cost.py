@@ -24,7 +24,7 @@ def measured(configs, num_steps: int, batch: int) -> dict:
   Args:
     configs: {'wide': in pixels, 'ldm': in latents}, of the smallest size.
     num_steps: steps of a sample.
-    batch: samples drawn at once.
+    batch: samples drawn at once; more if there are more devices.
 
   Returns:
     {'pixels', 'latents'} -> a list of rows, one for each size.
@@ -72,9 +72,8 @@ def _row(config, size, num_steps, batch) -> dict:
   per_step = (flops_b - flops_a) / FEW
   return {
     'peak_bytes': few.total,
-    'seconds_per_image': (num_steps * step + rest) / batch,
-    'flops_per_image': (num_steps * per_step + flops_a - FEW * per_step)
-    / batch,
+    'seconds_per_image': (num_steps * step + rest) / len(rows),
+    'flops_per_image': (flops_a + (num_steps - FEW) * per_step) / len(rows),
   }
 
 
