@@ -44,16 +44,6 @@ from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import metrics, sharding
 
 FLAGS = flags.FLAGS
-declare.table(
-  autoencoder=(str, 'Workdir of a finished autoencoder.'),
-  folder=(str, 'Folder of the trainings and of what is measured.'),
-  data=(list, 'Data keys of all configs, such as name=arrays,path=FILE.'),
-  features=(str, 'Inception weights, a .npz, at least up to mixed_7.'),
-  parts=(list, 'The parts to do; by default all.'),
-  output=(str, 'JSON file of the result; a plot is written beside it.'),
-  scale=(1.0, 'Factor on all numbers of steps and samples, for a rehearsal.'),
-)
-
 PARTS = ('plan', 'train', 'speed', 'distance', 'cost')
 MINUTES = 5  # after which the worse shape is dropped
 ROUNDS, BATCH, SAMPLES = 5, 16, 1000
@@ -305,4 +295,14 @@ def _shown(result) -> list[str]:
 
 
 if __name__ == '__main__':
+  # Not where it is imported: binaries have flags of these names.
+  declare.table(
+    autoencoder=(str, 'Workdir of a finished autoencoder.'),
+    folder=(str, 'Folder of the trainings and of what is measured.'),
+    data=(list, 'Data keys of all configs, such as name=arrays,path=FILE.'),
+    features=(str, 'Inception weights, a .npz, at least up to mixed_7.'),
+    parts=(list, 'The parts to do; by default all.'),
+    output=(str, 'JSON file of the result; a plot is written beside it.'),
+    scale=(1.0, 'Factor on all numbers of steps and samples, for a rehearsal.'),
+  )
   command.run(main, __doc__)

@@ -1,5 +1,7 @@
 """benchmarks/latent.py, with tiny networks. No test asserts a time."""
 
+import types
+
 import latent
 import latent_cost
 import latents_test
@@ -11,7 +13,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def configs(tmp_path):
+def configs(tmp_path, monkeypatch):
+  monkeypatch.setattr(latent, 'FLAGS', types.SimpleNamespace(scale=1.0))
   folder = latents_test.autoencoder(tmp_path / 'ae')
   ldm = latents_test.config_of(tmp_path, folder)
   frozen.complete(ldm)
