@@ -297,8 +297,8 @@ def latents():
   return config.codec
 
 
-# Group -> name -> a function that gives the keys of that choice. Other names
-# that are not here have the keys of the default choice, or any.
+# Group -> name -> a function that gives the keys of that choice. A name that is
+# not here has the keys in `get_config`.
 CHOICES = {
   'codec': {'autoencoder': autoencoder, 'latents': latents},
   'loss': {'autoencoding': autoencoding, 'dito': dito},

@@ -5,7 +5,7 @@ Reproduces: nothing published. 2,499,603 parameters (wide) or 2,534,083 (deep),
 Data:       1,236 emoji drawn from the font Noto Color Emoji, 146 held out:
             apt-get install fonts-noto-color-emoji. No other download.
 Hardware:   2 CPU cores.
-Time:       estimated at 40 minutes, those of the autoencoder and emoji_ldm
+Time:       estimated at 36 minutes, those of the autoencoder and emoji_ldm
             together; still to be checked. benchmarks/latent.py makes it as
             long as those two.
 Command:    python -m diffusion_jax.train --workdir=runs/emoji_pixels \

@@ -15,8 +15,8 @@ r"""Imports published weights as a run, and exports a run's weights.
     the vae/ of Stable Diffusion. The images are of the folder's sample_size,
     or of the size in --config;
   the workdir of a run. Its averaged weights are written as a folder that
-    diffusers.DDPMPipeline.from_pretrained loads; for a run in latents
-    LDMPipeline, for an autoencoder AutoencoderKL or VQModel.
+    diffusers loads: as a DDPMPipeline, a run in latents as an LDMPipeline, an
+    autoencoder as an AutoencoderKL or a VQModel.
 
 An import writes a workdir for sample, evaluate and train --init_from; its
 converted.json says where the weights come from. With --config the workdir has

@@ -3,7 +3,7 @@
 The reconstruction is compared by L1 (or L2) and SSIM. A critic of patches
 (arXiv 2012.09841) is trained with the hinge loss to tell pictures from
 reconstructions, and the autoencoder to deceive it. All terms are means over
-pixels, so the weights are those of arXiv 2112.10752, whose are sums.
+pixels, so the weights are those of arXiv 2112.10752, whose terms are sums.
 
 The critic's term is scaled to have as large a gradient at the decoder's last
 kernel as the reconstruction has (arXiv 2012.09841, eq. 7). A ratio of norms of

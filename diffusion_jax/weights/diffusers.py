@@ -226,7 +226,7 @@ def write(
   pipeline: str = 'DDPMPipeline',
   others: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-  """Writes a pipeline that `DDPMPipeline.from_pretrained` loads.
+  """Writes a pipeline that diffusers loads, such as a `DDPMPipeline`.
 
   Args:
     path: the folder; model_index.json is written last, so that an incomplete
