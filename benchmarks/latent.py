@@ -97,6 +97,8 @@ def _config(name: str):
   config = config_files.load(config_files.shipped_config(file))
   for item in FLAGS.data or ():
     key, _, value = item.partition('=')
+    if isinstance(config.data[key], bool):
+      raise UserError(f'--data={item}: {key} is as the configs say')
     config.data[key] = type(config.data[key])(value)
   if name == 'ldm':
     config.codec.path = _autoencoder()
@@ -291,7 +293,7 @@ def _shown(result) -> list[str]:
   if found := result['distance']:
     told = [f'{k} {x:.4f}' for k, x in found.items() if isinstance(x, float)]
     lines.append(f'distance: {", ".join(told)}')
-  return lines or [f'nothing is measured: {", ".join(PARTS)}']
+  return lines or [f'nothing has been measured yet; parts: {", ".join(PARTS)}']
 
 
 if __name__ == '__main__':

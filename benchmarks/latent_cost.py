@@ -41,6 +41,11 @@ def measured(configs, num_steps: int, batch: int) -> dict:
 
 def _row(config, size, num_steps, batch) -> dict:
   config = ConfigDict(config.to_dict())
+  # The same levels attend, whose maps are of other sizes.
+  config.model.attention_resolutions = tuple(
+    at * size // config.data.image_size
+    for at in config.model.attention_resolutions
+  )
   config.data.image_size = size
   made, mesh = recipe.create(config), sharding.make_mesh()
   params = {

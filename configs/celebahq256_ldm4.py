@@ -17,8 +17,9 @@ Command:    python -m diffusion_jax.convert --from=VQ_F4 \
               --num_samples=50000 --sampler=ddim --num_steps=500
 
 The latents are those before the codebook, and the decoder takes the nearest
-codes. They are scaled by what is measured on the training images; the paper
-does not scale them: --config.codec.scale=1.0.
+codes. As in the paper, they are not scaled. With --config.codec.scale=0.0 they
+are scaled by the imported folder's scaling_factor or, for an autoencoder that
+is trained here, by what is measured on the training images.
 """
 
 from diffusion_jax.configs import default
@@ -36,6 +37,7 @@ def get_config():
 
   config.codec = default.latents()
   config.codec.path = 'runs/celebahq256_vq4'
+  config.codec.scale = 1.0  # the paper does not scale them
 
   config.model.style = 'diffusers'
   config.model.channels = 224

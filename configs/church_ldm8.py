@@ -27,6 +27,7 @@ def get_config():
   config.data.name = 'tfds:lsun/church_outdoor'
   config.data.heldout_split = 'validation'
   config.codec.path = 'runs/church_kl8'
+  config.codec.scale = 0.0  # that of the imported weights
 
   config.model.style = 'adm'
   config.model.channels = 192

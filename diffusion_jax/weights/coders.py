@@ -65,15 +65,14 @@ def settings_of(config: Mapping, kept: Mapping) -> dict:
   ):
     if codec[key] not in allowed:
       raise UserError(
-        f'codec.{key}={codec[key]}: diffusers only has '
-        f'{" and ".join(map(str, allowed))}: such an autoencoder cannot be '
-        'written'
+        f'codec.{key}={codec[key]} cannot be exported: diffusers only has '
+        f'{" and ".join(map(str, allowed))}'
       )
   kind = names[codec['regulariser']]
   if kind == VQ and not codec['quant_conv']:
     raise UserError(
-      'codec.quant_conv=False: a VQModel has these convolutions: such an '
-      'autoencoder cannot be written'
+      'codec.quant_conv=False cannot be exported: a VQModel has these '
+      'convolutions'
     )
   widths = [codec['channels'] * m for m in codec['multipliers']]
   side = size if isinstance(size, int) else min(size)
@@ -237,13 +236,14 @@ def scaling(
   def numbers(name, usual):
     value = kept.get(name)
     value = usual if value is None else value
-    values = value if isinstance(value, list) else [value] * channels
+    is_list = isinstance(value, list) and name.startswith('latents_')
+    values = value if is_list else [value] * channels
     if len(values) != channels or not all(
       type(x) in (int, float) and math.isfinite(x) for x in values
     ):
       raise UserError(
         f'{path}: {name} is {shown(value)}: must be a number'
-        + f' for each of {channels} channels' * isinstance(value, list)
+        + f' for each of {channels} channels' * is_list
       )
     return np.asarray(values, np.float64)
 
