@@ -397,7 +397,7 @@ def test_reconstructions_are_decoded_latents():
   program = alone().programs
   images = np.random.default_rng(0).integers(0, 256, (4, *SHAPE), np.uint8)
   indices = np.arange(4, dtype=np.uint32)
-  params = alone().state.params
+  params = jax.tree.map(lambda x: x, alone().state.params)
   seen, finite = program.draw_fn(params, indices, images)
   assert finite
   x = images.reshape(4, -1) / 127.5 - 1
@@ -406,6 +406,8 @@ def test_reconstructions_are_decoded_latents():
   want = np.clip((want + 1) * 127.5, 0, 255).reshape(images.shape)
   assert seen.dtype == np.uint8
   assert np.abs(np.asarray(seen) - want).max() < 0.6
+  params['codec']['decoder']['conv_out']['kernel'] *= np.nan
+  assert not program.draw_fn(params, indices, images)[1]
 
 
 # --- configs ------------------------------------------------------------------
@@ -443,6 +445,7 @@ def test_configs_are_valid(kind):
     ('autoencoding', {'loss.l1': 0.0, 'loss.ssim': 0.0}, 'above 0'),
     ('autoencoding', {'loss.decay': 1.0}, 'in [0, 1)'),
     ('autoencoding', {'codec.levels': (8, 1)}, 'at least 2'),
+    ('autoencoding', {'codec.multipliers': ()}, 'one or more whole numbers'),
     ('dito', {'codec.decoder': True}, 'codec.decoder=False'),
     ('dito', {'loss.variance': 'learned'}, "must be 'fixed'"),
     ('dito', {'loss.decode_steps': 0}, 'at least 1'),

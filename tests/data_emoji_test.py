@@ -180,3 +180,7 @@ def test_named_images_are_held_out_of_an_array(tmp_path):
   assert numbers('test', 0, **named) == [2, 7]
   with pytest.raises(UserError, match='must be 0 to 11'):
     numbers('test', 5, heldout_combinations=np.array([12]))
+  # The file's own test images are what is held out.
+  named |= {'test_images': images[:3]}
+  assert numbers('test', 0, **named) == [0, 1, 2]
+  assert numbers('train', 0, **named) == [*range(12)]

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, runs
+from diffusion_jax import data, load, runs
 from diffusion_jax.codecs import latents as codec
 from diffusion_jax.configs import default
 from diffusion_jax.data import latents as cache
@@ -194,6 +194,7 @@ def test_the_copy_is_enough_and_cached_latents_train_alike(tmp_path):
   assert run.state.params.keys() == {'net'}
   assert write_cache(run, tmp_path / 'cache') == 2
 
+  checkpoint.save_params(workdir / 'checkpoints', 3, run.state.params)
   shutil.move(folder, tmp_path / 'moved')
   again = Run(config_of(tmp_path, folder), workdir)
   assert again.parts.facts['codec']['from'] == str(folder)
@@ -275,12 +276,16 @@ def test_mistakes_take_one_line(tmp_path):
     config_of(tmp_path, folder, **{'codec.step': 5})
   )
 
-  # The run of `own`, which has been trained for a step.
+  # The run of `own`, which may begin anew until it is trained for a step.
   workdir = tmp_path / 'run'
   _, parts = prepare(own, None)
   files.make(workdir)
   runs.write_config(workdir, own)
   frozen.write(workdir, parts)
+  _, again = prepare(
+    config_of(tmp_path, folder, **{'codec.scale': 2.0}), workdir
+  )
+  np.testing.assert_array_equal(again.params['codec']['scale'], 2)
   checkpoint.save_params(workdir / 'checkpoints', 1, {'net': {'a': np.ones(2)}})
   line = told(config_of(tmp_path, other), workdir)
   assert 'was trained in the latents of' in line
@@ -291,6 +296,10 @@ def test_mistakes_take_one_line(tmp_path):
   assert (
     frozen.load(same, mesh, workdir).facts
     == frozen.load(own, mesh, workdir).facts
+  )
+
+  assert 'codec.scale=2.0: codec.path=' in told(
+    config_of(tmp_path, workdir, **{'codec.scale': 2.0})
   )
 
   # Latents of others.
@@ -309,6 +318,10 @@ def test_mistakes_take_one_line(tmp_path):
   assert 'not what was saved' in told(config_of(tmp_path, folder), workdir)
   (workdir / 'parts' / 'codec.json').write_text('{')
   assert 'unreadable' in told(config_of(tmp_path, folder), workdir)
+  (workdir / 'parts' / 'codec.json').unlink()
+  assert 'codec.json is missing' in told(config_of(tmp_path, folder), workdir)
+  with pytest.raises(UserError, match=r'codec\.json is missing: copy'):
+    load(workdir)
 
 
 def test_what_latents_do_not_have_is_refused(tmp_path):
@@ -328,6 +341,13 @@ def test_what_latents_do_not_have_is_refused(tmp_path):
     assert words in ' '.join(validation.check_network(other)), change
   with pytest.raises(UserError, match='no bound to clip to'):
     plan.for_run(runs.to_plain(config), clip=True)
+
+
+def test_a_choice_by_a_flag_lacks_keys(tmp_path):
+  config = config_of(tmp_path, tmp_path)
+  config.codec = ConfigDict({'name': 'latents'})
+  frozen.complete(config)
+  assert 'codec.path' in validation.check_network(config)[0]
 
 
 def test_samples_are_decoded_in_groups(tmp_path):

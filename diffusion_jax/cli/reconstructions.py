@@ -17,6 +17,7 @@ from diffusion_jax.evaluation import cards, features, reconstructions, tables
 from diffusion_jax.planning import flops
 from diffusion_jax.reporting import page, pictures
 from diffusion_jax.runs import averaged
+from diffusion_jax.samplers import guided
 from diffusion_jax.system import distributed, files, terminal
 
 FLAGS = flags.FLAGS
@@ -27,7 +28,7 @@ SHOWN = 32  # images on the picture
 IDLE = (
   *('sampler', 'num_steps', 'grid', 'clip', 'output', 'rounding', 'reference'),
   *('follow', 'sweep', 'keep_samples', 'label', 'guide', 'classifier'),
-  *drawing.OPTIONS,
+  *('guide_ema_profile', *guided.OPTIONS, *drawing.OPTIONS),
 )
 
 

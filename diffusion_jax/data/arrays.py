@@ -75,7 +75,7 @@ def create(
         images, labels, num_classes, has_test, notes = _read_npz(
           archive, what, wanted
         )
-        named = _read_named(archive, what, len(images))
+        named = () if has_test else _read_named(archive, what, len(images))
 
   indices = np.arange(len(images))
   if not has_test:

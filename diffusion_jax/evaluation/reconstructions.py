@@ -62,7 +62,7 @@ def coding(trained: Trained, batch_size: int, seed: int = 0) -> Coding:
       seen, is_finite = reconstruct_fn(params, *rows)
       if not is_finite:
         raise UserError(
-          'the latents are not finite: use another checkpoint (--step)'
+          'the reconstructions are not finite: use another checkpoint (--step)'
         )
       found.append(sharding.to_host(seen)[:count])
     return np.concatenate(found)
@@ -70,7 +70,9 @@ def coding(trained: Trained, batch_size: int, seed: int = 0) -> Coding:
   def counts(images):
     indices = np.arange(len(images), dtype=np.uint32)
     return sum(
-      np.asarray(counts_fn(params, rows[1], np.arange(size) < count), float)
+      sharding.to_host(
+        counts_fn(params, rows[1], np.arange(size) < count)
+      ).astype(float)
       for count, rows in pieces(indices, images)
     )
 

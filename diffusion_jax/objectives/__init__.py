@@ -1,11 +1,6 @@
 """Training objectives, with one value per example."""
 
-from diffusion_jax.objectives import (
-  autoencoding,
-  classification,
-  denoising,
-  dito,
-)
+from diffusion_jax.objectives import classification, denoising
 from diffusion_jax.objectives.objective import Objective
 from diffusion_jax.system.errors import one_of
 
@@ -15,9 +10,9 @@ OBJECTIVES = {
   'classification': classification.create,
 }
 CLASSIFICATION = 'classification'  # its network gives logits, not a denoiser
-# Those of autoencoders: name -> create, each with arguments of its own.
+# Those of autoencoders, whose `create` have arguments of their own.
 DITO = 'dito'
-AUTOENCODERS = {'autoencoding': autoencoding.create, DITO: dito.create}
+AUTOENCODERS = ('autoencoding', DITO)
 
 
 def create(name: str, *parts, **options) -> Objective:
@@ -32,5 +27,4 @@ def create(name: str, *parts, **options) -> Objective:
   Raises:
     UserError: the name is not known.
   """
-  one_of('loss.name', name, {**OBJECTIVES, **AUTOENCODERS})
-  return OBJECTIVES[name](*parts, **options)
+  return OBJECTIVES[one_of('loss.name', name, OBJECTIVES)](*parts, **options)

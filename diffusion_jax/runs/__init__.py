@@ -37,8 +37,8 @@ from diffusion_jax.training import checkpoint, optim, saved
 MAY_CHANGE = (
   *('num_steps', 'microbatches', 'mesh', 'keep_last', 'eval_images', 'sample'),
   *('data.path', 'data.heldout_split', 'data.skip_broken', 'data.on_device'),
-  *('steps_per_dispatch', 'process.path', 'codec.path'),  # of the same content
-  *('codec.cache', 'codec.decode_rows'),
+  *('process.path', 'codec.path', 'codec.step'),  # of the same content
+  *('steps_per_dispatch', 'codec.cache', 'codec.decode_rows'),
 )
 # Keys that may change on purpose: the run goes on, but from there on it is not
 # the run that one config describes. The optimiser's state must keep its form.

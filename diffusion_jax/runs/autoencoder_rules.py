@@ -61,10 +61,11 @@ def of_autoencoder(config: config_dict.ConfigDict) -> Iterator[tuple]:
   for name, group, limits in (
     ('codec', codec, OF_CODEC), ('loss', loss, OF_LOSS)
   ):  # fmt: skip
-    for key in limits.keys() & group.keys():
-      allowed, fits = limits[key]
-      yield fits(group[key]), f'{name}.{key}={group[key]}: {allowed}'
-  yield from _sizes(config)
+    for key, (allowed, fits) in limits.items():
+      if key in group:
+        yield fits(group[key]), f'{name}.{key}={group[key]}: {allowed}'
+  if codec.multipliers:
+    yield from _sizes(config)
   yield (
     config.conditioning.name == 'none',
     f'conditioning.name={config.conditioning.name!r}: an autoencoder has no '

@@ -9,11 +9,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax import conditioning, models, objectives, runs
-from diffusion_jax.codecs import Codec, dito, pixels
+from diffusion_jax.codecs import Codec, dito, latents, pixels
 from diffusion_jax.codecs.autoencoder import of_coder
 from diffusion_jax.data import Source
 from diffusion_jax.models import autoencoder, bottleneck, critic
 from diffusion_jax.objectives import autoencoding
+from diffusion_jax.objectives import dito as dito_objective
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.system import distributed
 from diffusion_jax.training import sharding
@@ -26,8 +27,7 @@ EARLY = 200  # steps in which it need not be found yet
 
 def coder_of(config: Mapping) -> autoencoder.Coder:
   """The autoencoder of a run's config."""
-  options = {k: config['codec'][k] for k in config['codec'] if k != 'name'}
-  return autoencoder.create(runs.image_shape(config['data']), **options)
+  return latents.coder_of(runs.image_shape(config['data']), config['codec'])
 
 
 def create(config: Mapping) -> tuple:
@@ -74,7 +74,7 @@ def _dito(config, schedule):
     return network.apply(params[models.NET], xt, label, keys, cond)
 
   decode = dito.decoder(network_fn, schedule, how, shape, steps)
-  objective = objectives.dito.create(
+  objective = dito_objective.create(
     network_fn, coder, pixels.create(shape), schedule, prediction=how, **loss
   )
   parts = {models.NET: network, PART: coder}
@@ -104,7 +104,9 @@ def reconstructor(codec: Codec, mesh: Mesh, seed: int = 0) -> Callable:
     keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(indices)
     x0 = codec.encode(params, {'image': images}, keys)
     data = codec.decode(params, x0, keys)
-    return jnp.round(data).astype(jnp.uint8), jnp.isfinite(x0).all()
+    # x0, too: some decoders make any numbers finite.
+    is_finite = jnp.isfinite(x0).all() & jnp.isfinite(data).all()
+    return jnp.round(data).astype(jnp.uint8), is_finite
 
   return reconstruct
 
@@ -192,9 +194,13 @@ def collapsed(step: int, row: Mapping, codec: Mapping) -> str | None:
   codes = codec['codes'] if is_book else math.prod(codec['levels'])
   if used >= max(COLLAPSED * codes, 2):
     return None
-  book = 'codec.codes), a larger loss.revive, or codec.regulariser=fsq'
-  remedy = book if is_book else 'codec.levels)'
+  remedy = 'a lower optim.lr, or fewer codec.levels'
+  if is_book:
+    remedy = (
+      'a lower optim.lr, fewer codec.codes, a larger loss.revive, or '
+      'codec.regulariser=fsq'
+    )
   return (
     f'the codebook has collapsed: at step {step} its perplexity is {used:.1f} '
-    f'of {codes} codes: use a lower optim.lr, fewer codes ({remedy}'
+    f'of {codes} codes: use {remedy}'
   )

@@ -101,6 +101,8 @@ def some(source: Source, indices: Sequence[int]) -> Source:
     source,
     num_images=len(indices),
     read_fn=lambda i: source.read_fn(indices[i]),
+    contents=None,
+    label_fn=None,
   )
 
 

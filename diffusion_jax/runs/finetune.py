@@ -24,8 +24,9 @@ MEANING = (
   *('process.', 'codec.', 'model.num_heads', 'model.num_groups'),
   *('loss.name', 'loss.prediction', 'loss.sigma_data', 'loss.variance'),
   *('model.head_channels', 'model.style', 'model.details', 'model.time_scale'),
-  *('codec.name', 'codec.path', 'codec.step', 'codec.coder'),
 )
+
+HARMLESS = ('codec.cache', 'codec.decode_rows')
 
 SHOWN = 4  # names to show in a line before 'and N more'
 
@@ -210,7 +211,11 @@ def told(origin: Origin, begun: Begun, config: dict) -> list[str]:
     if names:
       lines.append(f'  {len(names)} {what}: {_shortened(names)}')
   differ = runs.differences(runs.read_config(origin.workdir), config)
-  differ = [line for key, line in differ.items() if key.startswith(MEANING)]
+  differ = [
+    line
+    for key, line in differ.items()
+    if key.startswith(MEANING) and key not in HARMLESS
+  ]
   if differ:
     lines.append(
       f'  warning: {"; ".join(differ)}: the parameters mean something else here'

@@ -1,7 +1,7 @@
 """Frozen parts of a run: networks that it uses and does not train.
 
-A run in latents uses an autoencoder. It copies it once, when it begins, and no
-longer needs the autoencoder's run:
+A run in latents uses an autoencoder. It copies it when it begins, and needs the
+autoencoder's run no longer once it has a checkpoint:
 
   parts/codec.safetensors   the parameters, by their names
   parts/codec.json          {"from", "step", "ema": where they come from,
@@ -78,7 +78,8 @@ def complete(config: ConfigDict, workdir=None) -> None:
   Raises:
     UserError: codec.path names no autoencoder of such images.
   """
-  if not is_in_latents(config) or config.codec.coder:
+  # Validation names the keys that a choice by a flag lacks.
+  if not is_in_latents(config) or config.codec.get('coder', True):
     return
   path = config.codec.path
   shape = runs.image_shape(config['data'])
@@ -92,9 +93,10 @@ def complete(config: ConfigDict, workdir=None) -> None:
     _is_folder(path) or runs.converted_from(_at(path))
   )
   if shape[-1] != theirs[-1] or not (shape == theirs or imported):
+    there, here = ('x'.join(map(str, sizes)) for sizes in (theirs, shape))
     raise UserError(
-      f'codec.path={path} encodes images of {_shown(theirs)}, but the data are '
-      f'{_shown(shape)}: set data.image_size and data.channels to its, or give '
+      f'codec.path={path} encodes images of {there}, but the data are '
+      f'{here}: set data.image_size and data.channels to its, or give '
       'another autoencoder'
     )
   if is_in_latents(found):
@@ -131,9 +133,9 @@ def abstract(config: Mapping) -> dict:
 
 
 def load(config: Mapping, mesh: Mesh, workdir=None) -> Frozen:
-  """Loads the frozen parts of a run; NONE if it has none.
+  """Loads the frozen parts for a start of a run; NONE if it has none.
 
-  Call it in all processes. A run that has begun has copies of them.
+  Call it in all processes. A run that has saved a checkpoint keeps its copy.
 
   Args:
     config: the run's config, completed.
@@ -146,14 +148,12 @@ def load(config: Mapping, mesh: Mesh, workdir=None) -> Frozen:
   """
   if not is_in_latents(config):
     return NONE
-  if not workdir or read_facts(workdir) is None:
+  if not workdir or not _has_saved(workdir):
     return _of_autoencoder(config, mesh)
+  own = copied(config, mesh, workdir)
   if _is_copied(workdir, config):
-    return _copy(workdir, config, mesh)
+    return own
   found = _of_autoencoder(config, mesh)
-  if not checkpoint.steps(files.at(workdir) / 'checkpoints'):
-    return found
-  own = _copy(workdir, config, mesh)
   kept, now = (checksum.of(one.params) for one in (own, found))
   if any(kept[name] != now[name] for name in now if is_weight(name)):
     raise UserError(
@@ -162,6 +162,33 @@ def load(config: Mapping, mesh: Mesh, workdir=None) -> Frozen:
       'give the same codec.path and codec.step, or a new workdir'
     )
   return own
+
+
+def copied(config: Mapping, mesh: Mesh, workdir) -> Frozen:
+  """Loads the frozen parts that a run has copied; NONE if it has none.
+
+  Args:
+    config: the run's config.
+    mesh: the devices to load them to.
+    workdir: the run's folder.
+
+  Raises:
+    UserError: they are missing, damaged or of another structure.
+  """
+  if not is_in_latents(config):
+    return NONE
+  facts = read_facts(workdir)
+  path = files.at(workdir) / FOLDER / f'{CODEC}.safetensors'
+  if facts is None:
+    raise UserError(f'{path.with_suffix(".json")} is missing: {AGAIN}')
+  content = files.content(path, AGAIN)
+  if hashlib.sha256(content).hexdigest() != facts[SHA256]:
+    raise UserError(f'{path} is not what was saved: {AGAIN}')
+  tree = traverse_util.unflatten_dict(
+    safetensors.numpy.load(content), sep=SEPARATOR
+  )
+  _check_structure({CODEC: tree}, config, path)
+  return Frozen({CODEC: sharding.placed(tree, mesh)}, {CODEC: facts})
 
 
 def read_facts(workdir) -> dict | None:
@@ -207,31 +234,20 @@ def write(workdir, parts: Frozen) -> None:
     distributed.on_first(put)
 
 
-def _copy(workdir, config, mesh) -> Frozen:
-  """The parts that a run has copied."""
-  facts = read_facts(workdir)
-  path = files.at(workdir) / FOLDER / f'{CODEC}.safetensors'
-  content = files.content(path, AGAIN)
-  if facts is None or hashlib.sha256(content).hexdigest() != facts[SHA256]:
-    raise UserError(f'{path} is not what was saved: {AGAIN}')
-  tree = traverse_util.unflatten_dict(
-    safetensors.numpy.load(content), sep=SEPARATOR
-  )
-  _check_structure({CODEC: tree}, config, path)
-  return Frozen({CODEC: placed(tree, mesh)}, {CODEC: facts})
-
-
 def _of_autoencoder(config, mesh) -> Frozen:
   """The parts of the run or the folder that codec.path names."""
   codec = config[CODEC]
   if _is_folder(codec['path']):
+    _leave_out(codec, 'step', 'a folder of weights, which has no steps')
     size = config['data']['image_size']
     found = autoencoders.read(_at(codec['path']), size)
     return of_folder(found, config, mesh)
   path, there = codec['path'], _config_of(codec['path'])
   own = {'from': str(_at(path))}
   if is_in_latents(there):
-    found = _copy(_at(path), {**there, 'data': config['data']}, mesh)
+    for key in ('step', 'scale'):
+      _leave_out(codec, key, f'a run in latents, whose {key} is taken')
+    found = copied({**there, 'data': config['data']}, mesh, _at(path))
     facts = {k: v for k, v in found.facts[CODEC].items() if k != SHA256}
     return found._replace(facts={CODEC: {**facts, **own}})
   directory = _at(path) / 'checkpoints'
@@ -266,7 +282,9 @@ def _of_autoencoder(config, mesh) -> Frozen:
   }
   facts = {**own, 'step': step, 'ema': True}
   facts |= {'scaled_by': scaled_by} if scaled_by else {}
-  return Frozen({CODEC: {**part, **placed(given, mesh)}}, {CODEC: facts})
+  return Frozen(
+    {CODEC: {**part, **sharding.placed(given, mesh)}}, {CODEC: facts}
+  )
 
 
 def of_folder(found: autoencoders.Folder, config, mesh: Mesh) -> Frozen:
@@ -299,7 +317,15 @@ def of_folder(found: autoencoders.Folder, config, mesh: Mesh) -> Frozen:
     for name, x in numbers.items()
   }
   facts = {'from': path, 'step': 0, 'ema': True, 'scaled_by': scaled_by}
-  return Frozen({CODEC: placed(part, mesh)}, {CODEC: facts})
+  return Frozen({CODEC: sharding.placed(part, mesh)}, {CODEC: facts})
+
+
+def _leave_out(codec, key, what) -> None:
+  if codec[key]:
+    raise UserError(
+      f'codec.{key}={codec[key]}: codec.path={codec["path"]} is {what}: leave '
+      f'codec.{key} at 0'
+    )
 
 
 def _given_scale(codec, path) -> tuple[dict, str]:
@@ -344,10 +370,15 @@ def _config_of(path) -> dict:
   return config
 
 
+def _has_saved(workdir) -> bool:
+  """Whether a run has a checkpoint: without one it may begin anew."""
+  return bool(checkpoint.steps(files.at(workdir) / 'checkpoints'))
+
+
 def _is_copied(workdir, config) -> bool:
-  """Whether a run has a copy of the autoencoder that the config names."""
+  """Whether a run was trained with the autoencoder that the config names."""
   facts = read_facts(workdir)
-  if facts is None or not (files.at(workdir) / 'config.json').exists():
+  if facts is None or not _has_saved(workdir):
     return False
   path, step = config[CODEC]['path'], config[CODEC]['step']
   return facts['from'] == str(_at(path)) and step in (0, facts['step'])
@@ -366,18 +397,3 @@ def _check_structure(tree, config, path) -> None:
 def is_weight(name: str) -> bool:
   """Whether a parameter is one of the autoencoder, not shift or scale."""
   return name not in (f'{CODEC}/shift', f'{CODEC}/scale')
-
-
-def placed(part, mesh: Mesh):
-  """The parameters of a part, NumPy's, on the devices of a mesh."""
-  return jax.tree.map(
-    lambda x, where: jax.make_array_from_callback(
-      x.shape, where, x.__getitem__
-    ),
-    part,
-    sharding.shardings(part, mesh),
-  )
-
-
-def _shown(shape) -> str:
-  return 'x'.join(map(str, shape))

@@ -137,8 +137,8 @@ def check(config: Mapping, guide: Mapping, workdir, flag: str = GUIDE) -> None:
 
 
 def _codec(config) -> dict:
-  """A config's codec, but for where it comes from."""
-  own = ('path', 'step', 'cache', 'decode_rows')
+  """A config's codec, without where it comes from; see `check_latents`."""
+  own = ('path', 'step', 'cache', 'decode_rows', 'scale', 'shift')
   return {k: v for k, v in config['codec'].items() if k not in own}
 
 
@@ -157,8 +157,8 @@ def check_latents(own, other, workdir, flag: str = GUIDE) -> None:
   sums = (checksum.of(one.get('codec', {})) for one in (own, other))
   if len({tuple(one.items()) for one in sums}) > 1:
     raise UserError(
-      f'--{flag}={workdir} is of other latents than this run: give a run that '
-      'was trained with codec.path= this run'
+      f'--{flag}={workdir} is of other latents than this run: give a run '
+      'whose codec.path is this run'
     )
 
 

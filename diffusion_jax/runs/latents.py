@@ -61,9 +61,9 @@ def prepare(
   ):
     found = scale_of(coder, parts.params, splits[0], mesh)
   told = f'mean and deviation over {count} training images'
-  parts.params[frozen.CODEC].update(frozen.placed(found, mesh))
-  parts.facts[frozen.CODEC]['scaled_by'] = told
-  return splits, parts
+  part = {**parts.params[frozen.CODEC], **sharding.placed(found, mesh)}
+  facts = {**facts, 'scaled_by': told}
+  return splits, frozen.Frozen({frozen.CODEC: part}, {frozen.CODEC: facts})
 
 
 def _cached(config, splits, parts) -> Splits:

@@ -385,7 +385,7 @@ def load(
   workdir = files.at(workdir).expanduser()
   config = runs.read_config(workdir, 'workdir')
   mesh = mesh or sharding.make_mesh()
-  made = recipe.create(config, frozen.load(config, mesh, workdir))
+  made = recipe.create(config, frozen.copied(config, mesh, workdir))
   compiled = _compile(made, mesh)
   average = averaged.check(config['ema'], ema, ema_profile)
   ema = ema and (bool(average) or config['ema']['decay'] > 0)

@@ -67,7 +67,7 @@ OF_NETWORK = {
 }
 NAMES = {
   'codec.name': codecs.CODECS,
-  'loss.name': {**objectives.OBJECTIVES, **objectives.AUTOENCODERS},
+  'loss.name': (*objectives.OBJECTIVES, *objectives.AUTOENCODERS),
   'model.name': models.MODELS,
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': unet.REMAT,

@@ -269,6 +269,22 @@ def join_batch(tree, mesh: Mesh):
   return jax.tree.map(join, tree)
 
 
+def placed(params, mesh: Mesh):
+  """NumPy's parameters on the devices of a mesh, see `shardings`.
+
+  Args:
+    params: a tree of arrays, the same in every process.
+    mesh: the devices.
+  """
+  return jax.tree.map(
+    lambda x, where: jax.make_array_from_callback(
+      x.shape, where, x.__getitem__
+    ),
+    params,
+    shardings(params, mesh),
+  )
+
+
 def padded_indices(indices, mesh: Mesh) -> jax.Array:
   """uint32 indices, repeated until their number is divisible by the mesh.
 
