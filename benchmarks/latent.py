@@ -93,8 +93,9 @@ def _kept(folder, name, must=True) -> dict:
 
 def _config(name: str):
   """The config of a training, with the data of --data."""
-  file = 'emoji_ldm' if name == 'ldm' else f'emoji_pixels:{name}'
-  config = config_files.load(config_files.shipped_config(file))
+  kind = 'ldm' if name == 'ldm' else 'pixels'
+  path = config_files.shipped_config(f'emoji_{kind}')
+  config = config_files.load(path + f':{name}' * (kind == 'pixels'))
   for item in FLAGS.data or ():
     key, _, value = item.partition('=')
     if isinstance(config.data[key], bool):

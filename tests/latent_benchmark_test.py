@@ -44,6 +44,14 @@ def test_training_in_pixels_is_as_long_as_both_others(configs, monkeypatch):
   }  # fmt: skip
 
 
+def test_shapes_in_pixels_are_those_of_the_config(monkeypatch):
+  given = types.SimpleNamespace(data=['name=arrays', 'path=emoji.npz'])
+  monkeypatch.setattr(latent, 'FLAGS', given)
+  configs = {name: latent._config(name) for name in latent.SHAPES}
+  assert configs['wide'].model.channels > configs['deep'].model.channels
+  assert {config.data.path for config in configs.values()} == {'emoji.npz'}
+
+
 def test_a_step_of_each_kind_runs(configs):
   for config in (configs['ldm'], configs['wide']):
     latent._step(config)()
