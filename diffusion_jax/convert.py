@@ -132,8 +132,8 @@ def _export(source, target) -> tuple[dict, str]:
   elif trained.config['codec']['name'] == 'autoencoder':
     params = {CODEC: params[CODEC]}
     autoencoders.write(target, trained.config, params[CODEC], kept)
-    is_kl = trained.config['codec']['regulariser'] == coders.KINDS[coders.KL]
-    form = f'an {coders.KL}' if is_kl else f'a {coders.VQ}'
+    kind = coders.class_of(trained.config['codec'])
+    form = f'{"an" if kind == coders.KL else "a"} {kind}'
   else:
     form = 'a DDPMPipeline'
     diffusers.write(target, trained.config, params[NET])
@@ -208,7 +208,7 @@ def _import_autoencoder(source, target) -> tuple[dict, str]:
   coder = latents.coder_of(runs.image_shape(config.data), config.codec)
   abstract = jax.eval_shape(coder.init, jax.random.key(0))
   params, raw = (
-    tensors and {CODEC: autoencoders.to_params(tensors, abstract, str(source))}
+    tensors and {CODEC: diffusers.to_params(tensors, abstract, str(source))}
     for tensors in (found.tensors, found.raw)
   )
   for note in found.notes:

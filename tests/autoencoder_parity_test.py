@@ -11,8 +11,8 @@ from parity import autoencoders
 
 from diffusion_jax import models
 from diffusion_jax.models import autoencoder
-from diffusion_jax.weights import autoencoders as weights
 from diffusion_jax.weights import coders
+from diffusion_jax.weights import diffusers as weights
 
 STABLE_DIFFUSION = {
   'block_out_channels': [128, 256, 512, 512],

@@ -7,14 +7,13 @@ import binaries
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
+from folders_of_diffusers import FILE, autoencoder_folder
 from parity import autoencoders as parity
 
 from diffusion_jax.models import autoencoder
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.weights import autoencoders, coders
+from diffusion_jax.weights import autoencoders, coders, diffusers
 
-WEIGHTS = 'diffusion_pytorch_model.safetensors'
 SD = {
   'sample_size': 512,
   'block_out_channels': [128, 256, 512, 512],
@@ -66,16 +65,6 @@ CONVENTIONS = {
     [2, 4, 6, 8],
   ),
 }
-
-
-def folder_of(name, path, tensors=None, **changes):
-  """A folder as diffusers writes it, of random weights."""
-  path.mkdir(parents=True)
-  settings = {**parity.settings(name), **changes}
-  (path / 'config.json').write_text(json.dumps(settings))
-  tensors = tensors or autoencoders.to_tensors(parity.create(name)[1])
-  safetensors.numpy.save_file(tensors, path / WEIGHTS, {'format': 'pt'})
-  return path
 
 
 def abstract_of(found):
@@ -176,7 +165,7 @@ def test_autoencoders_that_diffusers_lacks_are_not_written(changes, told):
 def test_a_round_trip_gives_the_same_bits(tmp_path, name):
   """Also under attention's old names, and with 1x1 convolutions in it."""
   _, params = parity.create(name)
-  tensors = autoencoders.to_tensors(params)
+  tensors = diffusers.to_tensors(params)
   theirs = {}
   for key, array in tensors.items():
     for old, new in (
@@ -188,11 +177,13 @@ def test_a_round_trip_gives_the_same_bits(tmp_path, name):
         array = array[:, :, None, None] if array.ndim == 2 else array
     theirs[key] = array
   assert theirs.keys() != tensors.keys()
-  found = autoencoders.read(folder_of(name, tmp_path / 'folder', theirs))
+  found = autoencoders.read(
+    autoencoder_folder(name, tmp_path / 'folder', theirs)
+  )
   abstract = abstract_of(found)
-  ours = autoencoders.to_params(found.tensors, abstract, 'it')
+  ours = diffusers.to_params(found.tensors, abstract, 'it')
   jax.tree.map(np.testing.assert_array_equal, ours, params)
-  back = autoencoders.to_tensors(ours)
+  back = diffusers.to_tensors(ours)
   assert back.keys() == tensors.keys()
   for key, array in tensors.items():
     np.testing.assert_array_equal(back[key], array)
@@ -200,13 +191,13 @@ def test_a_round_trip_gives_the_same_bits(tmp_path, name):
 
 @pytest.mark.slow
 def test_the_binary_brings_in_and_out_the_same_folder(tmp_path):
-  source = folder_of('vq', tmp_path / 'theirs', scaling_factor=0.25)
+  source = autoencoder_folder('vq', tmp_path / 'theirs', scaling_factor=0.25)
   result = binaries.run(
     'convert', f'--from={source}', f'--to={tmp_path}/run', '--step=7'
   )
   assert result.code == 0, result.err
   facts = json.loads((tmp_path / 'run' / 'converted.json').read_text())
-  assert facts['sha256'] == sha256(source / WEIGHTS)
+  assert facts['sha256'] == sha256(source / FILE)
   assert facts['shift'] == [0, 0]
   assert facts['scale'] == [4, 4]
   config = json.loads((tmp_path / 'run' / 'config.json').read_text())
@@ -218,20 +209,20 @@ def test_the_binary_brings_in_and_out_the_same_folder(tmp_path):
   assert result.code == 0, result.err
   assert 'as a VQModel' in result.out
   back = tmp_path / 'back'
-  assert sha256(back / WEIGHTS) == sha256(source / WEIGHTS)
+  assert sha256(back / FILE) == sha256(source / FILE)
   settings = json.loads((back / 'config.json').read_text())
   assert settings | parity.settings('vq') | {'scaling_factor': 0.25} == settings
   # What we wrote comes back byte for byte.
   found = autoencoders.read(back)
-  params = autoencoders.to_params(found.tensors, abstract_of(found), 'it')
+  params = diffusers.to_params(found.tensors, abstract_of(found), 'it')
   autoencoders.write(tmp_path / 'again', found.config, params, found.kept)
-  for name in ('config.json', WEIGHTS):
+  for name in ('config.json', FILE):
     again = tmp_path / 'again' / name
     assert again.read_bytes() == (back / name).read_bytes()
 
 
 def test_another_size_of_images_keeps_the_levels_that_attend(tmp_path):
-  folder = folder_of('kl', tmp_path / 'folder')
+  folder = autoencoder_folder('kl', tmp_path / 'folder')
   assert autoencoders.read(folder).config['codec']['attention_resolutions'] == [
     8
   ]
@@ -243,9 +234,9 @@ def test_another_size_of_images_keeps_the_levels_that_attend(tmp_path):
 
 
 def test_weights_without_an_autoencoder_are_refused(tmp_path):
-  tensors = dict(autoencoders.to_tensors(parity.create('vq')[1]))
+  tensors = dict(diffusers.to_tensors(parity.create('vq')[1]))
   tensors.pop('quantize.embedding.weight')
-  source = folder_of('vq', tmp_path / 'theirs', tensors)
+  source = autoencoder_folder('vq', tmp_path / 'theirs', tensors)
   result = binaries.run('convert', f'--from={source}', f'--to={tmp_path}/run')
   assert result.code == 2
   assert '1 tensors missing (quantize.embedding.weight)' in result.message

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from folders_of_diffusers import FILE, autoencoder_folder, network_folder
 from parity import autoencoders as parity
 from parity import pipelines as pipelines_of_pixels
 from parity import unet
@@ -20,7 +21,8 @@ from diffusion_jax.models import bottleneck
 from diffusion_jax.runs import frozen
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
-from diffusion_jax.weights import autoencoders, diffusers, pipelines, unets
+from diffusion_jax.weights import pipelines, unets
+from diffusion_jax.weights.diffusers import to_tensors
 
 # As that of CompVis/ldm-celebahq-256, narrow.
 UNET = {
@@ -47,28 +49,18 @@ SCHEDULER = {
   'clip_sample': False,
   'num_train_timesteps': 1000,
 }
-WEIGHTS = 'diffusion_pytorch_model.safetensors'
 
 
 def net_tensors():
   parts = unets.network_of(UNET, 'unet')
   net = models.create(image_shape=(4, 4, 2), **parts['model'])
-  return diffusers.to_tensors(unet.random_params(net))
+  return to_tensors(unet.random_params(net))
 
 
 def pipeline(path, scaling_factor=0.25, **scheduler):
   """The folder of an LDMPipeline as diffusers writes it, of random weights."""
-  vq = {**parity.settings('vq'), 'scaling_factor': scaling_factor}
-  of_vq = autoencoders.to_tensors(parity.create('vq')[1])
-  for name, settings, tensors in (
-    ('unet', UNET, net_tensors()),
-    ('vqvae', vq, of_vq),
-  ):
-    (path / name).mkdir(parents=True)
-    (path / name / 'config.json').write_text(json.dumps(settings))
-    safetensors.numpy.save_file(
-      tensors, path / name / WEIGHTS, {'format': 'pt'}
-    )
+  network_folder(path / 'unet', UNET, net_tensors())
+  autoencoder_folder('vq', path / 'vqvae', scaling_factor=scaling_factor)
   (path / 'scheduler').mkdir()
   (path / 'scheduler' / 'scheduler_config.json').write_text(
     json.dumps({**SCHEDULER, **scheduler})
@@ -138,7 +130,7 @@ def test_a_pipeline_is_a_run_in_latents(tmp_path):
   back = converted(run, tmp_path / 'back')
   for name in ('unet', 'vqvae'):
     theirs = tmp_path / 'moved' / name
-    assert sha256(back / name / WEIGHTS) == sha256(theirs / WEIGHTS)
+    assert sha256(back / name / FILE) == sha256(theirs / FILE)
     mine, want = (
       json.loads((at / 'config.json').read_text())
       for at in (back / name, theirs)
@@ -151,13 +143,8 @@ def test_a_pipeline_is_a_run_in_latents(tmp_path):
 
 def test_an_imported_autoencoder_is_one_to_diffuse_in(tmp_path):
   """As a run or as the folder itself, with its scale, at other sizes."""
-  (source := tmp_path / 'theirs').mkdir()
-  settings = {**parity.settings('vq'), 'scaling_factor': 0.5}
-  (source / 'config.json').write_text(json.dumps(settings))
+  source = autoencoder_folder('vq', tmp_path / 'theirs', scaling_factor=0.5)
   _, params = parity.create('vq')
-  safetensors.numpy.save_file(
-    autoencoders.to_tensors(params), source / WEIGHTS, {'format': 'pt'}
-  )
   run = converted(source, tmp_path / 'run')
   for path in (run, source):
     config = default.get_config()

@@ -3,11 +3,12 @@
 import json
 
 import safetensors.numpy
-from parity import pipelines, unet
+from parity import autoencoders, pipelines, unet
 
 from diffusion_jax.weights import diffusers
 
-WEIGHTS = 'unet/diffusion_pytorch_model.safetensors'
+FILE = 'diffusion_pytorch_model.safetensors'
+WEIGHTS = f'unet/{FILE}'
 DESCRIBED = pipelines.described_golden()
 
 
@@ -30,7 +31,7 @@ def folder_of(name, path, tensors=None, flat=False, **changes):
     mine = {k: v for k, v in changes.items() if k in there[part]}
     (folder / f'{file}.json').write_text(json.dumps({**there[part], **mine}))
   (path / 'model_index.json').write_text(json.dumps(there['index']))
-  weights = path / (WEIGHTS.split('/')[1] if flat else WEIGHTS)
+  weights = path / (FILE if flat else WEIGHTS)
   safetensors.numpy.save_file(tensors, weights, {'format': 'pt'})
   return path
 
@@ -39,3 +40,27 @@ def tiny_folder(path, **changes):
   """Of the network whose images are known."""
   tensors = diffusers.to_tensors(unet.weights_of(unet.TINY))
   return folder_of('tiny', path, tensors, **changes)
+
+
+def network_folder(path, settings, tensors):
+  """The folder of one network, new at a path."""
+  path.mkdir(parents=True)
+  (path / 'config.json').write_text(json.dumps(settings))
+  safetensors.numpy.save_file(tensors, path / FILE, {'format': 'pt'})
+  return path
+
+
+def autoencoder_folder(name, path, tensors=None, **changes):
+  """The folder of an autoencoder of the parity tests, of random weights.
+
+  Args:
+    name: of the autoencoder.
+    path: of the folder, new.
+    tensors: others than random ones.
+    **changes: of the settings.
+  """
+  if tensors is None:
+    tensors = diffusers.to_tensors(autoencoders.create(name)[1])
+  return network_folder(
+    path, {**autoencoders.settings(name), **changes}, tensors
+  )

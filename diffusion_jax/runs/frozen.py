@@ -29,7 +29,7 @@ from diffusion_jax.codecs import latents
 from diffusion_jax.system import distributed, files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, checksum, sharding
-from diffusion_jax.weights import autoencoders
+from diffusion_jax.weights import autoencoders, diffusers
 
 CODEC = 'codec'  # the part
 SHA256, SEPARATOR = 'sha256', '/'
@@ -302,7 +302,7 @@ def of_folder(found: autoencoders.Folder, config, mesh: Mesh) -> Frozen:
   path = str(_at(codec['path']))
   wanted = abstract(config)[CODEC]
   numbers = {name: wanted.pop(name) for name in ('shift', 'scale')}
-  part = autoencoders.to_params(found.tensors, wanted, path)
+  part = diffusers.to_params(found.tensors, wanted, path)
   if name := models.not_finite(part):
     raise UserError(
       f'{path}: the weights {name} are not finite: give an earlier checkpoint, '

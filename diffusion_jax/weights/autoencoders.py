@@ -10,23 +10,16 @@ what is done with the latents, such as scaling_factor, are kept as they are.
 diffusers is not needed.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
 
-from diffusion_jax import models
 from diffusion_jax.system import files
-from diffusion_jax.weights import coders, diffusers, named, places, states
+from diffusion_jax.weights import coders, diffusers, places, states
 
-CODEBOOK = 'quantize/codebook'
 ONE_EACH = 'encoder.conv_in.weight'
-
-# Dense layers here, of which diffusers has the second as 1x1 convolutions.
-_DENSE = re.compile(r'(.*/)?(query|key|value|out)/kernel')
-_POINTWISE = re.compile(r'(.*/)?(shortcut|(post_)?quant_conv)/kernel')
 
 
 class Folder(NamedTuple):
@@ -98,7 +91,7 @@ def read(
     sides = image_size if isinstance(image_size, int) else list(image_size)
     theirs['sample_size'] = sides
   if latent_size is not None:
-    levels = theirs.get('block_out_channels', [0])
+    levels = {**coders.DEFAULTS, **theirs}['block_out_channels']
     theirs['sample_size'] = latent_size * 2 ** (len(levels) - 1)
   config = coders.network_of(theirs, file)
   state = states.read(place.weights, ONE_EACH)
@@ -128,66 +121,8 @@ def write(path, config: Mapping, params, kept: Mapping | None = None) -> None:
   """
   settings = coders.settings_of(config, kept or {'scaling_factor': 1.0})
   path = files.make(files.at(path))
-  weights = safetensors.numpy.save(to_tensors(params), {'format': 'pt'})
+  tensors = diffusers.to_tensors(params)
+  weights = safetensors.numpy.save(tensors, {'format': 'pt'})
   with files.replacing(path / states.WEIGHTS) as file:
     file.write(weights)
   files.write_json(path / places.SETTINGS, settings)
-
-
-# --- tensors -----------------------------------------------------------------
-
-
-def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
-  """Converts diffusers' tensors to our parameters.
-
-  Args:
-    tensors: name -> array, with current or old names of attention, whose
-      layers may be linear or 1x1 convolutions.
-    abstract: our parameters' shapes.
-    what: where the tensors come from, for the message.
-
-  Raises:
-    UserError: tensors are missing, left over, or of another shape; the message
-      names them.
-  """
-  tensors = diffusers.of_today(tensors, what)
-  return named.place(tensors, abstract, name_of, _to_ours, what)
-
-
-def to_tensors(params) -> dict[str, np.ndarray]:
-  """Converts our parameters to diffusers' state dict, float32.
-
-  Args:
-    params: a nested dict of arrays.
-  """
-  return {
-    name_of(name): np.ascontiguousarray(to_theirs(name, np.asarray(leaf)))
-    for name, leaf in models.named(params).items()
-  }
-
-
-def name_of(name: str) -> str:
-  """Our name of a parameter -> diffusers' current name."""
-  if name == CODEBOOK:
-    return 'quantize.embedding.weight'
-  part, _, rest = name.partition('/')
-  theirs = diffusers.name_of(rest)
-  return theirs if 'quant_conv' in rest else f'{part}.{theirs}'
-
-
-def to_theirs(name: str, array: np.ndarray) -> np.ndarray:
-  """Our parameter in diffusers' layout, by our name of it."""
-  if array.ndim == 4:
-    return array.transpose(3, 2, 0, 1)  # HWIO -> OIHW
-  if _POINTWISE.fullmatch(name):
-    return array.T[:, :, None, None]
-  return array if name == CODEBOOK else array.T
-
-
-def _to_ours(name: str, array: np.ndarray) -> np.ndarray:
-  if name == CODEBOOK:
-    return array
-  dense = _DENSE.fullmatch(name) or _POINTWISE.fullmatch(name)
-  if dense and array.shape[2:] == (1, 1):
-    return array[:, :, 0, 0].T
-  return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T

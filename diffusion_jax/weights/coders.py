@@ -46,17 +46,15 @@ DOWN = {'DownEncoderBlock2D': False, 'AttnDownEncoderBlock2D': True}
 UP = {'UpDecoderBlock2D': False, 'AttnUpDecoderBlock2D': True}
 
 
-def settings_of(config: Mapping, kept: Mapping) -> dict:
-  """Converts a run's autoencoder to the config.json of diffusers.
+def class_of(codec: Mapping) -> str:
+  """The class of diffusers, KL or VQ, of an autoencoder.
 
   Args:
-    config: the run's config.
-    kept: settings that the config does not have.
+    codec: the group of this name of the autoencoder's config.
 
   Raises:
     UserError: diffusers does not support such a network.
   """
-  codec, size = config['codec'], config['data']['image_size']
   names = {regulariser: kind for kind, regulariser in KINDS.items()}
   for key, allowed in (
     ('regulariser', [*names]),
@@ -74,6 +72,21 @@ def settings_of(config: Mapping, kept: Mapping) -> dict:
       'codec.quant_conv=False cannot be exported: a VQModel has these '
       'convolutions'
     )
+  return kind
+
+
+def settings_of(config: Mapping, kept: Mapping) -> dict:
+  """Converts a run's autoencoder to the config.json of diffusers.
+
+  Args:
+    config: the run's config.
+    kept: settings that the config does not have.
+
+  Raises:
+    UserError: diffusers does not support such a network.
+  """
+  codec, size = config['codec'], config['data']['image_size']
+  kind = class_of(codec)
   widths = [codec['channels'] * m for m in codec['multipliers']]
   side = size if isinstance(size, int) else min(size)
   maps = [side // 2**level for level in range(len(widths))]

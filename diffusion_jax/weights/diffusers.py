@@ -14,9 +14,13 @@ A folder is read as parts of a run's config, and parameters that are renamed to
 ours; writing them again gives bitwise the same numbers. `unets` defines which
 networks can be read: the google/ddpm-* ones and their variants, of any width,
 depth and size, with or without class labels. diffusers is not needed.
+
+Autoencoders are read by `autoencoders`; names and layouts of the tensors of
+both are here.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -36,13 +40,15 @@ PIPELINES = ('DDPMPipeline', 'DDIMPipeline', 'PNDMPipeline', IN_LATENTS)
 
 # Our names -> theirs; each rule is applied to the result of those above it.
 _RENAMED = (
-  (r'^(down|up)/(\d+)/blocks', r'\1_blocks/\2/resnets'),
-  (r'^(down|up)/(\d+)/attentions', r'\1_blocks/\2/attentions'),
-  (r'^(down|up)/(\d+)/resample', r'\1_blocks/\2/\1samplers/0'),
-  (r'^middle_attention', r'mid_block/attentions/0'),
-  (r'^middle([12])', lambda m: f'mid_block/resnets/{int(m[1]) - 1}'),
+  (r'^(?:en|de)coder/((?:post_)?quant_conv)', r'\1'),
+  (r'^quantize/codebook$', r'quantize/embedding/weight'),
+  (r'\b(down|up)/(\d+)/blocks', r'\1_blocks/\2/resnets'),
+  (r'\b(down|up)/(\d+)/attentions', r'\1_blocks/\2/attentions'),
+  (r'\b(down|up)/(\d+)/resample', r'\1_blocks/\2/\1samplers/0'),
+  (r'\bmiddle_attention', r'mid_block/attentions/0'),
+  (r'\bmiddle([12])', lambda m: f'mid_block/resnets/{int(m[1]) - 1}'),
   (r'^time([12])', r'time_embedding/linear_\1'),
-  (r'^norm_out', r'conv_norm_out'),
+  (r'\bnorm_out', r'conv_norm_out'),
   (r'((?:resnets|samplers)/\d+)/time', r'\1/time_emb_proj'),
   (r'((?:resnets|samplers)/\d+)/shortcut', r'\1/conv_shortcut'),
   (r'(attentions/\d+)/norm', r'\1/group_norm'),
@@ -63,6 +69,12 @@ _TODAY = [
   (rf'(\.attentions\.\d+)\.{old}\.(weight|bias)$', rf'\1.{new}.\2')
   for old, new in _OLD.items()
 ]
+# Tables, whose rows are not transposed.
+_TABLE = re.compile(r'.*/(embedding|codebook)')
+# Dense layers here. diffusers has the second as 1x1 convolutions, and folders
+# from elsewhere may have the first as such.
+_DENSE = re.compile(r'.*/(query|key|value|out)/kernel')
+_POINTWISE = re.compile(r'.*/(shortcut|(post_)?quant_conv)/kernel')
 
 
 class Folder(NamedTuple):
@@ -162,51 +174,6 @@ def _network(folder) -> dict:
   return unets.network_of(read_settings(path), path)
 
 
-def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
-  """Converts diffusers' tensors to our parameters.
-
-  Args:
-    tensors: name -> array, with diffusers' current or old names.
-    abstract: our parameters' shapes.
-    what: where the tensors come from, for the message.
-
-  Raises:
-    UserError: tensors are missing, left over, or of another shape; the message
-      names them.
-  """
-  tensors = of_today(tensors, what)
-  return named.place(tensors, abstract, name_of, _to_ours, what)
-
-
-def of_today(tensors: Mapping[str, np.ndarray], what: str) -> dict:
-  """Tensors under diffusers' current names.
-
-  Args:
-    tensors: name -> array, with current or old names of attention.
-    what: where the tensors come from, for the message.
-
-  Raises:
-    UserError: a tensor is there under both names.
-  """
-  today = {name: named.renamed(name, _TODAY) for name in tensors}
-  for name, new in today.items():
-    if new != name and new in tensors:
-      raise UserError(f'{what}: {name} also exists under its current name')
-  return {today[name]: array for name, array in tensors.items()}
-
-
-def to_tensors(params) -> dict[str, np.ndarray]:
-  """Converts our parameters to the state dict of a UNet2DModel, float32.
-
-  Args:
-    params: a nested dict of arrays.
-  """
-  return {
-    name_of(name): np.ascontiguousarray(_to_theirs(name, np.asarray(leaf)))
-    for name, leaf in models.named(params).items()
-  }
-
-
 def settings_of(config: Mapping) -> tuple[dict, dict]:
   """The settings of a run's U-Net and scheduler.
 
@@ -255,30 +222,6 @@ def write(
   files.write_json(path / INDEX, index)
 
 
-# --- tensors -----------------------------------------------------------------
-
-
-def name_of(name: str) -> str:
-  """Our name of a parameter -> diffusers' current name."""
-  return named.renamed(name, _RENAMED)
-
-
-def _to_theirs(name: str, array: np.ndarray) -> np.ndarray:
-  if array.ndim == 4:
-    return array.transpose(3, 2, 0, 1)  # HWIO -> OIHW
-  if name.endswith('shortcut/kernel'):
-    return array.T[:, :, None, None]  # a 1x1 convolution in diffusers
-  return array if name.endswith('/embedding') else array.T
-
-
-def _to_ours(name: str, array: np.ndarray) -> np.ndarray:
-  if name.endswith('/embedding'):
-    return array
-  if name.endswith('shortcut/kernel') and array.shape[2:] == (1, 1):
-    return array[:, :, 0, 0].T
-  return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-
-
 def read_settings(path) -> dict:
   """The settings in a JSON file; UserError if it holds none."""
   try:
@@ -291,3 +234,75 @@ def read_settings(path) -> dict:
       f'{path} cannot be read ({reason}): give the folder of a diffusers model'
     ) from e
   return content
+
+
+# --- tensors -----------------------------------------------------------------
+
+
+def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
+  """Converts diffusers' tensors to our parameters.
+
+  Args:
+    tensors: name -> array, with current or old names of attention, whose
+      layers may be linear or 1x1 convolutions.
+    abstract: our parameters' shapes.
+    what: where the tensors come from, for the message.
+
+  Raises:
+    UserError: tensors are missing, left over, or of another shape; the message
+      names them.
+  """
+  tensors = of_today(tensors, what)
+  return named.place(tensors, abstract, name_of, _to_ours, what)
+
+
+def of_today(tensors: Mapping[str, np.ndarray], what: str) -> dict:
+  """Tensors under diffusers' current names.
+
+  Args:
+    tensors: name -> array, with current or old names of attention.
+    what: where the tensors come from, for the message.
+
+  Raises:
+    UserError: a tensor is there under both names.
+  """
+  today = {name: named.renamed(name, _TODAY) for name in tensors}
+  for name, new in today.items():
+    if new != name and new in tensors:
+      raise UserError(f'{what}: {name} also exists under its current name')
+  return {today[name]: array for name, array in tensors.items()}
+
+
+def to_tensors(params) -> dict[str, np.ndarray]:
+  """Converts our parameters to diffusers' state dict, float32.
+
+  Args:
+    params: a nested dict of arrays.
+  """
+  return {
+    name_of(name): np.ascontiguousarray(to_theirs(name, np.asarray(leaf)))
+    for name, leaf in models.named(params).items()
+  }
+
+
+def name_of(name: str) -> str:
+  """Our name of a parameter -> diffusers' current name."""
+  return named.renamed(name, _RENAMED)
+
+
+def to_theirs(name: str, array: np.ndarray) -> np.ndarray:
+  """Our parameter in diffusers' layout, by our name of it."""
+  if array.ndim == 4:
+    return array.transpose(3, 2, 0, 1)  # HWIO -> OIHW
+  if _POINTWISE.fullmatch(name):
+    return array.T[:, :, None, None]
+  return array if _TABLE.fullmatch(name) else array.T
+
+
+def _to_ours(name: str, array: np.ndarray) -> np.ndarray:
+  if _TABLE.fullmatch(name):
+    return array
+  dense = _DENSE.fullmatch(name) or _POINTWISE.fullmatch(name)
+  if dense and array.shape[2:] == (1, 1):
+    return array[:, :, 0, 0].T
+  return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T

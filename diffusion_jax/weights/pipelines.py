@@ -33,7 +33,7 @@ def write(
   """
   coder, image = config['codec']['coder'], config['data']
   of_coder = {'codec': coder, 'data': image}
-  kind = coders.settings_of(of_coder, {})['_class_name']
+  kind = coders.class_of(coder)
   part, factor = unscaled(params['codec'], coder)
   kept = kept or {}
   given = kept.get('scaling_factor') or 1.0

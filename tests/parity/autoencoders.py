@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from diffusion_jax.models import autoencoder, bottleneck
-from diffusion_jax.weights import autoencoders, coders
+from diffusion_jax.weights import coders
+from diffusion_jax.weights.diffusers import to_tensors
 from parity import unet
 
 GOLDEN = unet.GOLDEN / 'autoencoders.npz'
@@ -113,7 +114,7 @@ def network_live(name: str):
 
   kind, given = CASES[name]
   network = getattr(diffusers, kind)(**given).eval()
-  tensors = autoencoders.to_tensors(create(name)[1])
+  tensors = to_tensors(create(name)[1])
   network.load_state_dict(
     {k: torch.from_numpy(v) for k, v in tensors.items()}, strict=True
   )
