@@ -250,6 +250,11 @@ def autoencoding():
   config.loss.l1 = 1.0  # weight of the absolute error
   config.loss.l2 = 0.0  # weight of the squared error
   config.loss.ssim = 0.1  # weight of 1 - SSIM
+  # Weight of LPIPS, a perceptual distance (arXiv 1801.03924), and the file of
+  # its weights, which is never downloaded, see docs/latents.md.
+  config.loss.lpips = 0.0
+  config.loss.lpips_path = ''
+  config.loss.lpips_sha256 = ''  # of that file; set when a run begins
   config.loss.kl = 1e-6  # of codec.regulariser='kl': weight of the KL term
   # Of 'vq': the weight of the latents' distance to their codes, the decay of
   # the codebook's averages, and the share of the mean count below which a code

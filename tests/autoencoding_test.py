@@ -16,7 +16,7 @@ from diffusion_jax import conditioning, models, runs
 from diffusion_jax.codecs import Codec, dito
 from diffusion_jax.codecs.autoencoder import of_coder
 from diffusion_jax.configs import default
-from diffusion_jax.models import bottleneck
+from diffusion_jax.models import bottleneck, lpips
 from diffusion_jax.models.autoencoder import Coder
 from diffusion_jax.objectives import autoencoding, similarity
 from diffusion_jax.process import schedules
@@ -81,6 +81,16 @@ def judge() -> models.Model:
     return {'in': matrix(one, SIZE, 8), 'out': matrix(two, 8, 2)}
 
   return models.Model(init, apply)
+
+
+def perceptual() -> dict:
+  """LPIPS of the first two stages, narrow."""
+  keys = iter(jax.random.split(jax.random.key(5), 99))
+  return jax.tree.map(
+    lambda shape: abs(jax.random.normal(next(keys), shape)) / 8,
+    lpips.shapes((3, 2)),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
 
 
 def gaussian(count, seed=0):
@@ -156,7 +166,10 @@ def test_the_kl_term_is_its_closed_form():
 
 
 def critical(**options):
-  how = {**PLAIN, 'l1': 1.0, 'ssim': 0.3, 'critic_weight': 0.5, **options}
+  how = {
+    **PLAIN, 'l1': 1.0, 'ssim': 0.3, 'lpips': 0.2, 'critic_weight': 0.5,
+    **options,
+  }  # fmt: skip
   return autoencoding.create(linear(), floats, judge(), **how)
 
 
@@ -164,6 +177,7 @@ def some_parts():
   return {
     'codec': linear().init(jax.random.key(0)),
     'critic': judge().init(jax.random.key(1)),
+    'lpips': perceptual(),
   }
 
 
@@ -179,7 +193,8 @@ def test_its_gradient_is_that_of_the_terms_written_out():
     seen = seen_by(params)
     alike = similarity.ssim(x + 1, seen + 1, 2.0)
     l1, l2 = (jnp.mean(f(x - seen)) for f in (jnp.abs, jnp.square))
-    return l1 + l2 + 0.3 * (1 - jnp.mean(alike))
+    distance = lpips.apply(jax.lax.stop_gradient(params['lpips']), x, seen)
+    return l1 + l2 + 0.3 * (1 - jnp.mean(alike)) + 0.2 * jnp.mean(distance)
 
   def deceiving(params):
     fixed = jax.lax.stop_gradient(params['critic'])
@@ -191,9 +206,11 @@ def test_its_gradient_is_that_of_the_terms_written_out():
     return 0.5 * jnp.mean(jax.nn.relu(1 - real) + jax.nn.relu(1 + fake))
 
   weight = 0.5 * 3.0
-  want = jax.grad(
-    lambda p: pixels(p) + weight * deceiving(p) + hinge(p)
-  )(params)  # fmt: skip
+
+  def written_out(params):
+    return pixels(params) + weight * deceiving(params) + hinge(params)
+
+  told, want = jax.jit(jax.value_and_grad(written_out))(params)
   objective = critical()
   extras = {'steps': jnp.int32(9), 'ratio': jnp.float32(3.0)}
 
@@ -201,16 +218,16 @@ def test_its_gradient_is_that_of_the_terms_written_out():
     values, aux = objective.loss(params, extras, {'image': x}, keys(6))
     return jnp.mean(values), aux
 
-  (value, aux), grads = jax.value_and_grad(whole, has_aux=True)(params)
+  (value, aux), grads = jax.jit(jax.value_and_grad(whole, has_aux=True))(params)
+  del grads['lpips'], want['lpips']  # which is not trained
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
     grads, want,
   )  # fmt: skip
-  told = pixels(params) + weight * deceiving(params) + hinge(params)
   assert value == pytest.approx(float(told), rel=1e-5)
   norms = [
     np.linalg.norm(
-      jax.grad(f)(params)['codec']['decoder']['conv_out']['kernel']
+      jax.jit(jax.grad(f))(params)['codec']['decoder']['conv_out']['kernel']
     )
     for f in (pixels, deceiving)
   ]
@@ -222,7 +239,7 @@ def test_its_gradient_is_that_of_the_terms_written_out():
 def test_the_autoencoder_is_trained_by_the_critic_from_a_step_on():
   """Before, and in the first step of all, the critic learns alone."""
   params, x = some_parts(), jnp.asarray(gaussian(6), jnp.float32)
-  objective = critical(critic_start=2)
+  objective = critical(critic_start=2, lpips=0.0)
   alone = objective.heldout(params, {}, {'image': x}, keys(6), None)
   for steps, counts in ((1, False), (2, True)):
     extras = {'steps': jnp.int32(steps), 'ratio': jnp.float32(1.0)}
@@ -230,8 +247,8 @@ def test_the_autoencoder_is_trained_by_the_critic_from_a_step_on():
     alike = np.allclose(values, alone + aux.by_row['critic_loss'], 1e-5)
     assert alike is not counts
     assert np.all(aux.by_row['critic_weight'] == 0.5 * counts)
-  begun = critical().extras
-  values, aux = critical().loss(params, begun, {'image': x}, keys(6))
+  begun = objective.extras
+  values, aux = critical(lpips=0.0).loss(params, begun, {'image': x}, keys(6))
   assert np.all(aux.by_row['critic_weight'] == 0)
   np.testing.assert_allclose(values, alone + aux.by_row['critic_loss'], 1e-5)
 
@@ -320,15 +337,16 @@ CONFIG = {
 
 
 def made() -> recipe.Recipe:
-  """A codebook and a critic, both in play from the second step on."""
+  """LPIPS, a codebook and a critic, the last two from the second step on."""
   coder, shape = linear('vq'), SHAPE
   objective = autoencoding.create(
     coder, floats, judge(), **{**PLAIN, 'l1': 1.0, 'ssim': 0.1, 'decay': 0.5,
-    'revive': 0.5, 'critic_weight': 0.5},
+    'revive': 0.5, 'critic_weight': 0.5, 'lpips': 0.3},
   )  # fmt: skip
   parts = {'codec': coder, 'critic': judge()}
   return recipe.Recipe(
-    parts, {}, {}, of_coder(coder, shape), conditioning.none(),
+    parts, {'lpips': perceptual()}, {'lpips': 'vgg.pth'},
+    of_coder(coder, shape), conditioning.none(),
     schedules.linear(10), None, objective, reconstructs=True,
   )  # fmt: skip
 
@@ -348,7 +366,9 @@ class Run:
     for step in range(int(self.state.step), until):
       images = gaussian(BATCH, step).astype(np.float32)
       batch = sharding.put_batch({'image': images}, self.mesh)
-      self.state, row = self.programs.step_fn(self.state, {}, batch)
+      self.state, row = self.programs.step_fn(
+        self.state, self.programs.frozen, batch
+      )
       self.metrics.append(jax.device_get(row))
     return self
 
@@ -371,6 +391,7 @@ def test_weights_and_codes_are_the_same_on_any_mesh_in_any_pieces():
     functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
     jax.device_get(got.state.extras), jax.device_get(want.state.extras),
   )  # fmt: skip
+  assert min(row['lpips'] for row in want.metrics) > 1e-4
   # Codes that nothing was near to have been replaced, all averages have the
   # codebook, and the critic has its own rate.
   used = [row['codes_used'] for row in want.metrics]
@@ -384,9 +405,15 @@ def test_weights_and_codes_are_the_same_on_any_mesh_in_any_pieces():
 
 def test_a_run_resumes_bitwise(tmp_path):
   half = Run().train(until=2)
-  with checkpoint.Checkpoints(tmp_path) as kept:
+  given = half.programs.frozen, {'lpips': 'vgg.pth'}
+  with checkpoint.Checkpoints(tmp_path, 3, 0, *given) as kept:
     kept.save(2, half.state)
-  with checkpoint.Checkpoints(tmp_path) as kept:
+  with (
+    checkpoint.Checkpoints(tmp_path) as kept,
+    pytest.raises(UserError, match=r'vgg\.pth as its frozen lpips'),
+  ):
+    kept.restore(2, half.programs.abstract)
+  with checkpoint.Checkpoints(tmp_path, 3, 0, *given) as kept:
     half.state = kept.restore(2, half.programs.abstract)
   half.train()
   jax.tree.map(np.testing.assert_array_equal, half.state, alone().state)
@@ -443,6 +470,13 @@ def test_configs_are_valid(kind):
     ),
     ('autoencoding', {'codec.decoder': False}, 'needs a decoder'),
     ('autoencoding', {'loss.l1': 0.0, 'loss.ssim': 0.0}, 'above 0'),
+    ('autoencoding', {'loss.lpips': -1.0}, '0 or more, finite'),
+    ('autoencoding', {'loss.lpips': 1.0}, "loss.lpips_path=''"),
+    (
+      'autoencoding',
+      {'loss.lpips': 1.0, 'loss.lpips_path': 'x', 'data.image_size': 8},
+      'at least 16 pixels a side',
+    ),
     ('autoencoding', {'loss.decay': 1.0}, 'in [0, 1)'),
     ('autoencoding', {'codec.levels': (8, 1)}, 'at least 2'),
     ('autoencoding', {'codec.multipliers': ()}, 'one or more whole numbers'),

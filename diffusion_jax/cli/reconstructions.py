@@ -87,6 +87,10 @@ def carry_out() -> None:
   with terminal.Progress('comparing', images.count, unit='images') as progress:
     card['results'] |= reconstructions.measure(images, made, progress.update)
   card['details'] |= {'images': images.description, 'cost': cost(trained)}
+  told = _told(card['details']['cost'])
+  if digest := config['loss'].get('lpips_sha256'):
+    card['details']['lpips_sha256'] = digest
+    told += f'\ntrained with LPIPS, whose weights have the SHA-256 {digest}'
   if of_distance is not shown:
     card['details'].setdefault('caveats', []).append(
       f'the distance is that of training images, as only {len(shown)} images '
@@ -108,7 +112,7 @@ def carry_out() -> None:
   distributed.on_first(keep)
   terminal.report(
     {**card, 'path': str(path)},
-    f'{tables.text(card)}\n{_told(card["details"]["cost"])}\n\ncard: {path}',
+    f'{tables.text(card)}\n{told}\n\ncard: {path}',
     FLAGS.json,
   )
   page.update(workdir)

@@ -1,7 +1,7 @@
 """Autoencoders: reconstruction, a regulariser of the latents, and a critic.
 
-The reconstruction is compared by L1 (or L2) and SSIM. A critic of patches
-(arXiv 2012.09841) is trained with the hinge loss to tell pictures from
+The reconstruction is compared by L1 (or L2), SSIM and LPIPS. A critic of
+patches (arXiv 2012.09841) is trained with the hinge loss to tell pictures from
 reconstructions, and the autoencoder to deceive it. All terms are means over
 pixels, so the weights are those of arXiv 2112.10752, whose terms are sums.
 
@@ -21,11 +21,13 @@ import jax.numpy as jnp
 
 from diffusion_jax.codecs.codec import Codec
 from diffusion_jax.models import Model, bottleneck
+from diffusion_jax.models import lpips as perceptual
 from diffusion_jax.models.autoencoder import Coder
 from diffusion_jax.objectives import similarity
 from diffusion_jax.objectives.objective import Aux, Objective, branch
 
 CODEC, CRITIC = 'codec', 'critic'  # the trained parts
+LPIPS = 'lpips'  # the part that is not trained
 LAST = ('decoder', 'conv_out', 'kernel')  # where gradients are compared
 LARGEST = 1e4  # of the ratio of gradients
 GUARD = 1e-4  # added to its denominator
@@ -56,6 +58,7 @@ def create(
   l1: float = 1.0,
   l2: float = 0.0,
   ssim: float = 0.1,
+  lpips: float = 0.0,
   kl: float = 1e-6,
   commitment: float = 0.25,
   decay: float = 0.99,
@@ -73,6 +76,7 @@ def create(
     l1: weight of the mean absolute error.
     l2: weight of the mean squared error.
     ssim: weight of 1 - SSIM.
+    lpips: weight of LPIPS, of the frozen part of this name; 0 needs no part.
     kl: weight of the KL term, in nats, beside sums over pixels.
     commitment: of 'vq': weight of the mean squared distance to the codes.
     decay: of 'vq': of the averages that make the codebook.
@@ -85,7 +89,7 @@ def create(
   """
   weights = {'kl': kl, 'commitment': commitment, 'levels': levels}
 
-  compared = functools.partial(_compared, l1=l1, l2=l2, ssim=ssim)
+  compared = functools.partial(_compared, l1=l1, l2=l2, ssim=ssim, lpips=lpips)
 
   def values_at(params, rows, keys):
     x = codec.encode(params, rows, keys)
@@ -95,7 +99,7 @@ def create(
 
   def loss(params, extras, rows, keys):
     x, latents, seen, pull = values_at(params, rows, keys)
-    values, by_row, slope = _with_slope(lambda y: compared(x, y), seen)
+    values, by_row, slope = _with_slope(lambda y: compared(params, x, y), seen)
     by_row = {**by_row, **latents.by_row}
     sums = dict(latents.sums)
     if critic:
@@ -113,7 +117,7 @@ def create(
   def heldout(params, extras, rows, keys, index):
     del extras, index
     x, latents, seen, _ = values_at(params, rows, keys)
-    return compared(x, seen)[0] + latents.penalty
+    return compared(params, x, seen)[0] + latents.penalty
 
   made = Objective(loss, heldout, metrics)
   if critic:
@@ -123,7 +127,7 @@ def create(
   return made
 
 
-def _compared(x, seen, *, l1, l2, ssim) -> tuple[jax.Array, dict]:
+def _compared(params, x, seen, *, l1, l2, ssim, lpips):
   """How far reconstructions are from pictures: [B], and its terms by name."""
   axes = tuple(range(1, x.ndim))
   by_row = {
@@ -135,6 +139,9 @@ def _compared(x, seen, *, l1, l2, ssim) -> tuple[jax.Array, dict]:
   if ssim:
     by_row['ssim'] = similarity.ssim(x + 1, seen + 1, SPAN)
     values = values + ssim * (1 - by_row['ssim'])
+  if lpips:
+    by_row['lpips'] = perceptual.apply(params[LPIPS], x, seen)
+    values = values + lpips * by_row['lpips']
   return values, by_row
 
 

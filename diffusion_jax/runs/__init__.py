@@ -31,13 +31,15 @@ from diffusion_jax.runs.locking import lock  # noqa: F401
 from diffusion_jax.system import environment, files, jsonl, numerics, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, optim, saved
+from diffusion_jax.weights import lpips
 
 # Keys that may differ from config.json when a run resumes, besides *_every:
 # they change no number that is trained.
 MAY_CHANGE = (
   *('num_steps', 'microbatches', 'mesh', 'keep_last', 'eval_images', 'sample'),
   *('data.path', 'data.heldout_split', 'data.skip_broken', 'data.on_device'),
-  *('process.path', 'codec.path', 'codec.step'),  # of the same content
+  # Of the same content.
+  *('process.path', 'codec.path', 'codec.step', 'loss.lpips_path'),
   *('steps_per_dispatch', 'codec.cache', 'codec.decode_rows'),
 )
 # Keys that may change on purpose: the run goes on, but from there on it is not
@@ -46,7 +48,7 @@ ON_PURPOSE = ('optim', 'ema', 'batch_size')
 
 PATHS = (
   *(('data', 'path'), ('process', 'path')),
-  *(('codec', 'path'), ('codec', 'cache')),
+  *(('codec', 'path'), ('codec', 'cache'), ('loss', 'lpips_path')),
 )
 VARIANCE = 'sample.variance'
 
@@ -70,15 +72,19 @@ def flatten(config: dict, prefix: str = '') -> dict:
 def to_plain(config: config_dict.ConfigDict) -> dict:
   """The config as read back from JSON: tuples become lists.
 
-  With the hash of the noise schedule's file, if it comes from one.
+  With the hashes of the files of the noise schedule and of LPIPS, if there are
+  any.
 
   Raises:
-    UserError: the file cannot be read.
+    UserError: a file cannot be read.
   """
   plain = json.loads(json.dumps(config.to_dict()))
   process = plain['process']
   if process['schedule'] in schedules.FROM_FILES:
     process['sha256'] = tables.sha256(process['path'])
+  loss = plain['loss']
+  if loss.get('lpips'):
+    loss['lpips_sha256'] = lpips.sha256(loss['lpips_path'])
   return plain
 
 

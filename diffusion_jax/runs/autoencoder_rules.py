@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from ml_collections import config_dict
 
 from diffusion_jax import objectives, runs
+from diffusion_jax.models import lpips
 from diffusion_jax.models.bottleneck import REGULARISERS
 
 # Keys of config.loss: (the allowed values in words, whether a value is one).
 OF_LOSS = {
   **dict.fromkeys(
-    ('l1', 'l2', 'ssim', 'kl', 'commitment', 'critic_weight'),
+    ('l1', 'l2', 'ssim', 'lpips', 'kl', 'commitment', 'critic_weight'),
     ('0 or more, finite', lambda x: 0 <= x < math.inf),
   ),
   **dict.fromkeys(('decay', 'revive'), ('in [0, 1)', lambda x: 0 <= x < 1)),
@@ -139,6 +140,21 @@ def _plain(config):
     "codec.decoder=False: loss.name='autoencoding' needs a decoder",
   )
   yield (
-    loss.l1 + loss.l2 + loss.ssim > 0,
-    'loss.l1, loss.l2 and loss.ssim are 0: one of them must be above 0',
+    loss.l1 + loss.l2 + loss.ssim + loss.lpips > 0,
+    'loss.l1, loss.l2, loss.ssim and loss.lpips are 0: one of them must be '
+    'above 0',
+  )
+  if not loss.lpips:
+    return
+  yield (
+    loss.lpips_path,
+    f"loss.lpips={loss.lpips} with loss.lpips_path='': give the file of its "
+    'weights, see docs/latents.md, or set loss.lpips=0',
+  )
+  sides = runs.image_shape(config.data)[:2]
+  yield (
+    min(sides) >= lpips.SMALLEST,
+    f'data.image_size={config.data.image_size} with loss.lpips={loss.lpips}: '
+    f'LPIPS needs at least {lpips.SMALLEST} pixels a side: set loss.lpips=0, '
+    'or use larger images',
   )

@@ -30,13 +30,20 @@ def coder_of(config: Mapping) -> autoencoder.Coder:
   return latents.coder_of(runs.image_shape(config['data']), config['codec'])
 
 
-def create(config: Mapping) -> tuple:
-  """The fields of a recipe, see `recipe.Recipe`, of an autoencoder's run."""
+def create(config: Mapping, frozen: Mapping, origins: Mapping) -> tuple:
+  """The fields of the recipe of an autoencoder's run, see `recipe.Recipe`.
+
+  Args:
+    config: the run's config.
+    frozen: name -> parameters of each part that is not trained.
+    origins: name -> where it comes from.
+  """
   create_parts = _dito if config['loss']['name'] == objectives.DITO else _plain
   schedule = schedules.create(**config['process'])
   parts, codec, objective = create_parts(config, schedule)
   return (
-    parts, {}, {}, codec, conditioning.none(), schedule, None, objective,
+    parts, frozen, origins, codec, conditioning.none(), schedule, None,
+    objective,
   )  # fmt: skip
 
 
@@ -45,6 +52,7 @@ def _plain(config, schedule):
   del schedule
   coder, shape = coder_of(config), runs.image_shape(config['data'])
   loss = {k: config['loss'][k] for k in config['loss'] if k != 'name'}
+  del loss['lpips_path'], loss['lpips_sha256']
   channels, strides = loss.pop('critic_channels'), loss.pop('critic_strides')
   parts, judge = {PART: coder}, None
   if loss['critic_weight']:

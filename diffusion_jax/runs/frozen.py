@@ -32,7 +32,7 @@ from diffusion_jax.training import checkpoint, checksum, sharding
 from diffusion_jax.weights import autoencoders, diffusers
 
 CODEC = 'codec'  # the part
-SHA256, SEPARATOR = 'sha256', '/'
+SHA256, SEPARATOR, ORIGIN = 'sha256', '/', ('from', 'step')
 FOLDER = 'parts'
 IMPORTED = 'the settings of the imported weights'
 AGAIN = 'copy the folder parts/ from a backup, or train in a new workdir'
@@ -55,7 +55,7 @@ class Frozen(NamedTuple):
   def origins(self) -> dict[str, str]:
     """Name -> where a part comes from, for messages."""
     return {
-      name: f'{facts["from"]}, step {facts["step"]}'
+      name: ', step '.join(str(facts[x]) for x in ORIGIN if x in facts)
       for name, facts in self.facts.items()
     }
 

@@ -15,7 +15,7 @@ from diffusion_jax.data import latents as cache
 from diffusion_jax.data import looks, resident
 from diffusion_jax.data.sources import Source
 from diffusion_jax.models.autoencoder import Coder
-from diffusion_jax.runs import encoding, frozen
+from diffusion_jax.runs import encoding, frozen, perceptual
 from diffusion_jax.runs.dataset import Splits
 from diffusion_jax.system import distributed, numerics, terminal
 from diffusion_jax.training import sharding
@@ -41,15 +41,17 @@ def prepare(
     the frozen parts, with shift and scale.
 
   Raises:
-    UserError: as for `frozen.load` and `data.latents.opened`, or they do not
-      fit on the devices.
+    UserError: as for `frozen.load`, `perceptual.load` and
+      `data.latents.opened`, or they do not fit on the devices.
   """
   parts = frozen.load(config, mesh, workdir)
+  if perceptual.is_used(config):
+    parts = perceptual.load(config, mesh)
   if config['codec'].get('cache'):
     splits = distributed.everywhere(lambda: _cached(config, splits, parts))
   if config['data']['on_device']:
     distributed.everywhere(lambda: resident.check(splits[0]))
-  if not parts.params:
+  if not frozen.is_in_latents(config):
     return splits, parts
   facts = parts.facts[frozen.CODEC]
   if 'scaled_by' in facts:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.runs import autoencoders, frozen, rules
+from diffusion_jax.runs import autoencoders, frozen, perceptual, rules
 from diffusion_jax.samplers import plan
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -106,18 +106,21 @@ def network_fn(network: models.Model):
   return apply
 
 
-def create(config: Mapping, parts: frozen.Frozen = frozen.NONE) -> Recipe:
+def create(config: Mapping, parts: frozen.Frozen | None = None) -> Recipe:
   """Makes the recipe of a config; nothing is compiled or allocated.
 
   Args:
     config: a run's config, validated.
-    parts: the frozen parts; without them the recipe has their shapes.
+    parts: the frozen parts, those that are there; None for all their shapes.
 
   Raises:
     UserError: an unknown name, or a condition that the network does not accept.
   """
+  given = {**frozen.abstract(config), **perceptual.abstract(config)}, {}
+  if parts is not None:
+    given = parts.params, parts.origins
   if config['loss']['name'] in objectives.AUTOENCODERS:
-    return Recipe(*autoencoders.create(config), reconstructs=True)
+    return Recipe(*autoencoders.create(config, *given), reconstructs=True)
   codec = codecs.create(
     image_shape=runs.image_shape(config['data']), **config['codec']
   )
@@ -145,7 +148,6 @@ def create(config: Mapping, parts: frozen.Frozen = frozen.NONE) -> Recipe:
     **loss,
   )  # fmt: skip
   return Recipe(
-    {models.NET: network}, parts.params or frozen.abstract(config),
-    parts.origins, codec, conditioner, schedule,
+    {models.NET: network}, *given, codec, conditioner, schedule,
     None if classes else prediction, objective,
   )  # fmt: skip
