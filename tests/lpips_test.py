@@ -14,7 +14,7 @@ import tiny
 from diffusion_jax import runs
 from diffusion_jax.configs import default
 from diffusion_jax.models import lpips
-from diffusion_jax.runs import frozen, latents, perceptual, recipe, validation
+from diffusion_jax.runs import frozen, latents, recipe, validation
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import lpips as weights
 
