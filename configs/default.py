@@ -277,6 +277,9 @@ def dito():
   loss = ConfigDict({**get_config().loss, 'name': 'dito', 'prediction': 'flow'})
   # Steps of the decoder.
   loss.decode_steps = 50
+  # Noise synchronisation: the share of images whose latents are noised in
+  # training, for smoother latents; 0.1 as published. See docs/latents.md.
+  loss.synchronise = 0.0
   return loss
 
 

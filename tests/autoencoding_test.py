@@ -19,6 +19,7 @@ from diffusion_jax.configs import default
 from diffusion_jax.models import bottleneck, lpips
 from diffusion_jax.models.autoencoder import Coder
 from diffusion_jax.objectives import autoencoding, similarity
+from diffusion_jax.objectives import dito as dito_objective
 from diffusion_jax.process import schedules
 from diffusion_jax.runs import (
   autoencoders,
@@ -325,6 +326,58 @@ def test_a_diffusion_decoder_follows_the_flow_to_the_picture():
   assert np.array_equal(dito.enlarged(z, (4, 4))[:, ::2, 1::2], z)
 
 
+def test_synchronised_noise_is_in_the_latents_at_earlier_times_only():
+  """In their share of examples; the others are those without it."""
+  count, steps, share = 4000, 10, 0.25
+  seen = []
+
+  def network(params, x, label, cond, keys):
+    seen.append(np.asarray(cond['channels'], np.float64)[:, 0, 0])
+    return x
+
+  x = jnp.stack([jnp.full((count, 1, 1), 1e4), jnp.zeros((count, 1, 1))], -1)
+  coder = linear()._replace(encode=lambda params, x: x)
+  created = functools.partial(
+    dito_objective.create, network, coder, floats, schedules.flow(steps),
+    prediction='flow',
+  )  # fmt: skip
+  made, plain = created(synchronise=share), created()
+  params, rows = {'codec': {}}, {'image': x}
+  (_, aux), (_, usual) = (
+    one.loss(params, {}, rows, keys(count)) for one in (made, plain)
+  )
+  t, before = np.asarray(aux.by_row['t']), np.asarray(usual.by_row['t'])
+  z, clean = seen
+  noise = z[:, 1] != 0
+  assert np.array_equal(z[~noise], clean[~noise])
+  assert np.array_equal(t[~noise], before[~noise])
+
+  def near(mean, want, deviation, many):
+    assert abs(mean - want) < 4.5 * deviation / np.sqrt(many)
+
+  near(noise.mean(), share, np.sqrt(share * (1 - share)), count)
+  tau = np.rint((1 - z[noise, 0] / 1e4) * steps) - 1
+  u, many = (tau + 1) / steps, noise.sum()
+  near(tau.mean(), (steps - 1) / 2, np.sqrt((steps**2 - 1) / 12), many)
+  assert set(tau) == set(range(steps))
+  eps = z[noise, 1] / u
+  near(eps.mean(), 0, 1, many)
+  near(np.square(eps).mean(), 1, np.sqrt(2), many)
+  late = t[noise] - tau
+  assert late.min() == 0
+  assert t.max() == steps - 1
+  # Uniform from tau on: the sum of means and of variances over examples.
+  left = steps - tau
+  spread = np.sqrt(np.mean((left**2 - 1) / 12))
+  near(np.mean(late - (left - 1) / 2), 0, spread, many)
+
+  index = jnp.arange(count)
+  one, other = (
+    x.heldout(params, {}, rows, keys(count), index) for x in (made, plain)
+  )
+  assert np.array_equal(one, other)
+
+
 # --- training -----------------------------------------------------------------
 
 CONFIG = {
@@ -483,6 +536,12 @@ def test_configs_are_valid(kind):
     ('dito', {'codec.decoder': True}, 'codec.decoder=False'),
     ('dito', {'loss.variance': 'learned'}, "must be 'fixed'"),
     ('dito', {'loss.decode_steps': 0}, 'at least 1'),
+    ('dito', {'loss.synchronise': 1.5}, 'in [0, 1]'),
+    (
+      'dito',
+      {'loss.synchronise': 0.1, 'loss.law': 'stratified'},
+      "loss.law='uniform'",
+    ),
   ],
 )
 def test_what_cannot_be_is_said_in_one_line(kind, changes, must):

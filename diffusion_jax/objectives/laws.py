@@ -16,6 +16,7 @@ from diffusion_jax.process.schedules import Schedule
 
 GOLDEN = 2654435769  # 2**32 divided by the golden ratio
 STRATUM = 'stratum'  # of an example in its batch, see `Objective.whole`
+LEAST = 'least'  # the least time of an example, among its rows; of 'uniform'
 # Published mean and deviation of log(sigma / alpha): EDM (arXiv 2206.00364,
 # table 1) and Stable Diffusion 3 (arXiv 2403.03206, eq. 19), where the logit of
 # a flow's time u is log(u / (1 - u)), which is log(sigma / alpha).
@@ -66,9 +67,11 @@ def create(
   count = schedule.num_timesteps
   if law == 'uniform':
     return Law(
-      lambda keys, extras, rows: (uniform_times(keys, count), None),
+      lambda keys, extras, rows: (
+        uniform_times(keys, count, rows.get(LEAST)), None
+      ),
       lambda index: spread_times(index, count),
-    )
+    )  # fmt: skip
   if law == 'stratified':
     return Law(
       lambda keys, extras, rows: (_floor(rows[STRATUM], count), None),
@@ -82,11 +85,21 @@ def create(
   return _normal(schedule, mean, std)
 
 
-def uniform_times(keys: jax.Array, num_timesteps: int) -> jax.Array:
-  """[B] keys -> t int32 [B], uniform in 0 .. num_timesteps - 1."""
-  return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_timesteps))(
-    keys
-  )
+def uniform_times(
+  keys: jax.Array, num_timesteps: int, least: jax.Array | None = None
+) -> jax.Array:
+  """[B] keys -> t int32 [B], uniform in least .. num_timesteps - 1.
+
+  Args:
+    keys: [B] random keys.
+    num_timesteps: the number of times.
+    least: int32 [B]; None for 0.
+  """
+
+  def draw(key, least=0):
+    return jax.random.randint(key, (), least, num_timesteps)
+
+  return jax.vmap(draw)(keys, *(() if least is None else (least,)))
 
 
 def spread_times(index: jax.Array, num_timesteps: int) -> jax.Array:

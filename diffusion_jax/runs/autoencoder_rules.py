@@ -16,6 +16,7 @@ OF_LOSS = {
     ('0 or more, finite', lambda x: 0 <= x < math.inf),
   ),
   **dict.fromkeys(('decay', 'revive'), ('in [0, 1)', lambda x: 0 <= x < 1)),
+  'synchronise': ('in [0, 1]', lambda x: 0 <= x <= 1),
   **dict.fromkeys(
     ('critic_start', 'critic_strides'), ('0 or more', lambda x: x >= 0)
   ),
@@ -130,6 +131,12 @@ def _dito(config):
     config.loss.variance == 'fixed',
     f"loss.variance={config.loss.variance!r}: with loss.name='dito' it must be "
     "'fixed'",
+  )
+  yield (
+    not config.loss.synchronise or config.loss.law == 'uniform',
+    f'loss.synchronise={config.loss.synchronise} with loss.law='
+    f'{config.loss.law!r}: noise synchronisation draws uniform times, so set '
+    "loss.law='uniform', or loss.synchronise=0",
   )
 
 
