@@ -502,6 +502,28 @@ def test_caveats_stand_below_their_table(full):
   assert problems
 
 
+def test_what_is_measured_of_each_label_is_shown(full):
+  details = {
+    'confusion': [[7, 1], [0, 4]], 'heldout_confusion': [[3, 1], [0, 2]],
+    'frechet_by_class': {'0': 1.5, '1': 2.25}, 'class_names': ['<cat>', 'dog'],
+  }  # fmt: skip
+  put(full, card(30, **{f'details__{key}': x for key, x in details.items()}))
+  read, problems = written(full)
+  assert not problems
+  assert 'Samples by label at step 30' in read.text
+  assert read.tables[1] == [
+    ['label', '<cat>', 'dog'], ['Fréchet', '1.500', '2.250']
+  ]  # fmt: skip
+  assert read.tables[2] == [
+    ['label, by class', '0', '1', 'right', 'held-out'],
+    ['<cat>', '7', '1', '87.5%', '75.0%'],
+    ['dog', '0', '4', '100.0%', '100.0%'],
+  ]
+  put(full, card(30, details__confusion=[[7, 1]], details__class_names=2))
+  _, problems = written(full)
+  assert problems
+
+
 def test_a_card_of_likelihoods_hides_no_curve(full):
   put(full, card(30, results__frechet=0.5), name='card30')
   made = card(31)

@@ -132,7 +132,7 @@ def is_card(value) -> bool:
       return (
         version == VERSION
         and is_subject(subject)
-        and has(details, caveats=list)
+        and has(details, caveats=list, class_names=list)
         and all(isinstance(line, str) for line in details.get('caveats', ()))
         and all(x is None or is_number(x) for x in results.values())
         and all(

@@ -288,11 +288,8 @@ def text(card: dict) -> str:
   told += [*_about(card), '', *terminal.table(['', what, real], rows)]
   if len(details.get('class_histogram', ())) in range(1, SHOWN_CLASSES + 1):
     told += ['', *_classes(details)]
-  by_class = details.get('frechet_by_class', {})
-  if len(by_class) in range(1, SHOWN_CLASSES + 1):
-    told += ['', *_distances(details, by_class)]
-  if len(details.get('confusion', ())) in range(1, SHOWN_CLASSES + 1):
-    told += ['', *_confusion(details)]
+  for heads, cells in by_label(card):
+    told += ['', *terminal.table(heads, cells)]
   if 'rate' in details:
     told += ['', *_decoded(details)]
   if caveats := details.get('caveats'):
@@ -310,12 +307,28 @@ def _classes(details):
   return terminal.table(heads, rows)
 
 
-def _distances(details, by_class):
+def by_label(card: dict) -> list[tuple[list[str], list[list[str]]]]:
+  """What a card says of each label, as tables of text: (heads, rows).
+
+  They are the distances of the samples of each label, and the classes that the
+  judge gives them. With more than SHOWN_CLASSES labels there are none.
+  """
+  details = card.get('details', {})
+  made = {'frechet_by_class': _distances, 'confusion': _confusion}
+  return [
+    table_of(details)
+    for name, table_of in made.items()
+    if len(details.get(name, ())) in range(1, SHOWN_CLASSES + 1)
+  ]
+
+
+def _distances(details):
   """The distance of the samples of each label to its training images."""
+  by_class = details['frechet_by_class']
   names = dict(enumerate(details.get('class_names', ())))
   heads = ['label', *(str(names.get(int(k), k)) for k in by_class)]
   row = [cards.DISTANCES['frechet'], *map(number, by_class.values())]
-  return terminal.table(heads, [row])
+  return heads, [row]
 
 
 def _confusion(details):
@@ -333,8 +346,7 @@ def _confusion(details):
     for k, (name, row) in enumerate(zip(names, counts, strict=False))
   ]
   classes = map(str, range(len(counts[0])))
-  heads = ['label, by class', *classes, 'right', 'held-out']
-  return terminal.table(heads, rows)
+  return ['label, by class', *classes, 'right', 'held-out'], rows
 
 
 def _decoded(details):

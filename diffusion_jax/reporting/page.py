@@ -209,6 +209,8 @@ def _tables(run: Facts) -> list[dict]:
       'title': tables.title(group[0]['protocol']),
       'protocol': tables.facts(group[0]['protocol']),
       'classes': _classes(group[-1]),
+      'by_label': tables.by_label(group[-1]),
+      'step': group[-1]['subject']['step'],
       'caveats': group[-1].get('details', {}).get('caveats', []),
     }
     for group in groups
