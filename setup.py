@@ -46,6 +46,7 @@ setup(
     'scikit-learn>=1.7',
     'tensorboardX>=2.6.4',
     'tensorflow-datasets>=4.9.10',
+    'tokenizers>=0.23.3',  # CLIP's byte-pair encoding, without torch
     'tqdm>=4.67',
   ],
   extras_require={
@@ -69,6 +70,10 @@ setup(
     ],
     'docs': ['pdoc>=16'],
     # Pinned: the golden files come from these.
-    'parity': ['torch==2.13.0', 'diffusers==0.42.1'],
+    'parity': [
+      'torch==2.13.0',
+      'diffusers==0.42.1',
+      'transformers==5.24.0',
+    ],
   },
 )
