@@ -28,7 +28,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from diffusion_jax import models, runs
+from diffusion_jax import codecs, models, runs
 from diffusion_jax.cli import command, config_files, declare
 from diffusion_jax.codecs import latents
 from diffusion_jax.configs import default
@@ -126,10 +126,10 @@ def _export(source, target) -> tuple[dict, str]:
   )
   params = jax.tree.map(sharding.to_host, trained.params)
   kept = (runs.conversion(source) or {}).get('settings')
-  if frozen.is_in_latents(trained.config):
+  if codecs.is_in_latents(trained.config):
     form = 'an LDMPipeline'
     pipelines.write(target, trained.config, params, kept)
-  elif trained.config['codec']['name'] == 'autoencoder':
+  elif codecs.reconstructs(trained.config):
     params = {CODEC: params[CODEC]}
     autoencoders.write(target, trained.config, params[CODEC], kept)
     kind = coders.class_of(trained.config['codec'])

@@ -33,7 +33,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from diffusion_jax import runs, samplers
+from diffusion_jax import codecs, runs, samplers
 from diffusion_jax.cli import command, config_files, declare
 from diffusion_jax.evaluation import inception
 from diffusion_jax.reproduction import cost, published, stages, task, work
@@ -165,7 +165,7 @@ def _task() -> task.Task:
   held = config['data']['heldout_split'] or config['data']['heldout_every']
   if FLAGS.bits and not held:
     raise UserError('the config has no held-out images: give --nobits')
-  if FLAGS.bits and frozen.is_in_latents(config):
+  if FLAGS.bits and codecs.is_in_latents(config):
     raise UserError('latents have no bits per dimension: give --nobits')
   workdir = declare.workdir()
   output = FLAGS.output or workdir / 'reproduction'

@@ -132,7 +132,7 @@ def make(rotation=None) -> recipe.Recipe:
     schedule=schedule,
     prediction='flow',
     objective=counting(
-      recipe.network_fn(net), codec, conditioner, schedule, 'flow'
+      models.network_fn(net), codec, conditioner, schedule, 'flow'
     ),
   )
 
@@ -289,7 +289,7 @@ def test_a_dropped_condition_changes_its_own_row_only():
   )
   assert 0 < dropped.sum() < BATCH
   objective = denoising.create(
-    recipe.network_fn(made.parts['net']), made.codec, made.conditioner,
+    models.network_fn(made.parts['net']), made.codec, made.conditioner,
     made.schedule, 'flow',
   )  # fmt: skip
   values, _ = objective.loss(params, {}, rows, keys)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffusion_jax import samplers
+from diffusion_jax import models, samplers
 from diffusion_jax.codecs import Codec
 from diffusion_jax.conditioning import none
 from diffusion_jax.objectives import denoising, laws, weights
@@ -406,8 +406,6 @@ def network(outputs):
     hidden = jnp.concatenate([xt, label / 10], 1) @ params['in']['kernel']
     return jnp.tanh(hidden) @ params['out']['kernel']
 
-  from diffusion_jax import models
-
   return models.Model(init, apply)
 
 
@@ -423,7 +421,7 @@ class Run:
       (3,),
     )  # fmt: skip
     objective = denoising.create(
-      recipe.network_fn(net), codec, none(), schedule, **options
+      models.network_fn(net), codec, none(), schedule, **options
     )
     made = recipe.Recipe(
       {'net': net}, {}, {}, codec, none(), schedule, options['prediction'],

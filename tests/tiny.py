@@ -113,7 +113,7 @@ def recipe(
   schedule = schedule or schedules.linear(1000)
   codec, conditioner = pixels.create(shape), none()
   objective = denoising.create(
-    recipes.network_fn(network), codec, conditioner, schedule, prediction
+    models.network_fn(network), codec, conditioner, schedule, prediction
   )
   return recipes.Recipe(
     {'net': network},

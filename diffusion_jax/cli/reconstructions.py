@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from diffusion_jax import models, runs
+from diffusion_jax import codecs, models, runs
 from diffusion_jax.cli import (
   command,
   declare,
@@ -43,7 +43,7 @@ def are_asked(workdir: files.Path) -> bool:
   """
   if FLAGS.follow and not (workdir / 'config.json').exists():
     return False
-  return runs.read_config(workdir)['codec']['name'] == 'autoencoder'
+  return codecs.reconstructs(runs.read_config(workdir))
 
 
 def carry_out() -> None:

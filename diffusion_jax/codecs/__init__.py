@@ -14,6 +14,28 @@ CODECS = {
 }
 
 
+def reconstructs(config: Mapping) -> bool:
+  """Whether a run trains an autoencoder: decoded, x0 is a reconstruction.
+
+  Args:
+    config: the run's config.
+  """
+  return _name(config) == 'autoencoder'
+
+
+def is_in_latents(config: Mapping) -> bool:
+  """Whether a run diffuses in the latents of an autoencoder.
+
+  Args:
+    config: the run's config.
+  """
+  return _name(config) == 'latents'
+
+
+def _name(config):
+  return config.get('codec', {}).get('name')
+
+
 def x0_shape(image_shape, config: Mapping) -> tuple[int, int, int]:
   """The shape of what is diffused, by arithmetic.
 

@@ -1,12 +1,51 @@
 """The decoder of a diffusion autoencoder (DiTo, arXiv 2501.18593)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax import models
 from diffusion_jax.process import gaussian, noise, schedules
+
+
+class DiTo(NamedTuple):
+  """A denoising network that is a decoder.
+
+  Attributes:
+    network: the network, of the part `models.NET`.
+    network_fn: see `models.network_fn`.
+    schedule: the noise schedule.
+    prediction: what the network predicts.
+    decode: (params of all parts, z, keys) -> pictures, see `decoder`.
+  """
+
+  network: models.Model
+  network_fn: Callable
+  schedule: schedules.Schedule
+  prediction: gaussian.Parametrisation
+  decode: Callable
+
+
+def create(shape: tuple[int, int, int], channels: int, config: Mapping) -> DiTo:
+  """The decoder of a config.
+
+  Args:
+    shape: (H, W, C) of the pictures.
+    channels: channels of the latents.
+    config: the config of the run that trains it, or its groups model, process
+      and loss.
+  """
+  loss, schedule = config['loss'], schedules.create(**config['process'])
+  network = models.create(
+    image_shape=shape, doors={'channels': channels}, **config['model']
+  )
+  network_fn = models.network_fn(network)
+  how = gaussian.parametrisation(loss['prediction'], loss['sigma_data'])
+  decode = decoder(network_fn, schedule, how, shape, loss['decode_steps'])
+  return DiTo(network, network_fn, schedule, how, decode)
 
 
 def enlarged(z: jax.Array, sides: tuple[int, int]) -> jax.Array:
@@ -43,7 +82,7 @@ def decoder(
     (params, z [B, h, w, z], keys [B]) -> pictures [B, H, W, C].
   """
   times = np.linspace(schedule.num_timesteps - 1, -1, steps + 1)
-  pairs = jnp.asarray(np.stack([times[:-1], times[1:]], axis=1), jnp.float32)
+  pairs = np.stack([times[:-1], times[1:]], axis=1).astype(np.float32)
 
   def decode(params, z, keys):
     cond = {'channels': enlarged(z, shape[:2])}

@@ -20,7 +20,6 @@ from diffusion_jax.codecs import dito, pixels
 from diffusion_jax.codecs.codec import Codec
 from diffusion_jax.data import augment
 from diffusion_jax.models import autoencoder, bottleneck
-from diffusion_jax.process import gaussian, schedules
 
 
 def create(
@@ -45,7 +44,7 @@ def create(
     coder = coder_of(image_shape, coder)
 
   if decoding:
-    decoded = _by_diffusion(image_shape, coder, decoding)
+    decoded = dito.create(tuple(image_shape), coder.shape[-1], decoding).decode
   else:
     decoded = lambda part, z, keys: coder.decode(part, z)  # noqa: E731
 
@@ -98,31 +97,8 @@ def init_of(image_shape, codec: Mapping) -> Callable:
   coder = coder_of(image_shape, codec['coder'])
   if not codec['decoding']:
     return coder.init
-  network = _network(image_shape, coder, codec['decoding'])
-  return lambda key: {**coder.init(key), models.NET: network.init(key)}
-
-
-def _network(image_shape, coder, decoding) -> models.Model:
-  doors = {'channels': coder.shape[-1]}
-  return models.create(
-    image_shape=image_shape, doors=doors, **decoding['model']
-  )
-
-
-def _by_diffusion(image_shape, coder, decoding) -> Callable:
-  """(part, z, keys) -> images, by the steps of a DiTo."""
-  network, loss = _network(image_shape, coder, decoding), decoding['loss']
-
-  def network_fn(part, xt, label, cond, keys):
-    return network.apply(part[models.NET], xt, label, keys, cond)
-
-  return dito.decoder(
-    network_fn,
-    schedules.create(**decoding['process']),
-    gaussian.parametrisation(loss['prediction'], loss['sigma_data']),
-    tuple(image_shape),
-    loss['decode_steps'],
-  )
+  made = dito.create(tuple(image_shape), coder.shape[-1], codec['decoding'])
+  return lambda key: {**coder.init(key), models.NET: made.network.init(key)}
 
 
 def shape_of(image_shape, options: Mapping) -> tuple[int, int, int]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.evaluation.features import Images
@@ -131,6 +130,6 @@ def measure(
   means = np.concatenate(found, axis=1).mean(axis=1)
   results = dict(zip(('psnr', 'ssim', 'l1'), map(float, means), strict=True))
   if made.counts:
-    results['perplexity'] = float(bottleneck.perplexity(jnp.asarray(counts)))
-    results['codes_used'] = float(np.mean(counts > 0))
+    used = bottleneck.use_of(counts)
+    results |= {name: float(x) for name, x in used.items()}
   return results

@@ -140,6 +140,19 @@ def named(params) -> dict:
   }
 
 
+def network_fn(network: Model) -> Callable:
+  """(params of all parts, input, label, cond, dropout keys) -> prediction.
+
+  Args:
+    network: the network, of the part NET.
+  """
+
+  def apply(params, xt, label, cond, keys):
+    return network.apply(params[NET], xt, label, keys, cond)
+
+  return apply
+
+
 def names(params) -> list[str]:
   """The names of all parameters, in the order of `jax.tree.leaves`."""
   return list(named(params))

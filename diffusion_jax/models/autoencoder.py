@@ -9,6 +9,7 @@ A hybrid encoder has blocks of a transformer over all positions after its
 convolutions.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -39,6 +40,9 @@ class Coder(NamedTuple):
       [-1, 1] and not clipped; None without a decoder. It does not snap.
     shape: (h, w, z) of the latents.
     regulariser: a name of `bottleneck.REGULARISERS`.
+    codes: the number of codes, 0 for latents that are not quantised.
+    index_of: (params, what `encode` returns) -> int32 [B, h, w], the number of
+      each code below `codes`; None without codes.
   """
 
   init: Callable
@@ -47,6 +51,8 @@ class Coder(NamedTuple):
   decode: Callable | None
   shape: tuple[int, int, int]
   regulariser: str
+  codes: int = 0
+  index_of: Callable | None = None
 
 
 def create(
@@ -118,15 +124,16 @@ def create(
     parts['decoder'] = uncoder.init
   if regulariser == 'vq':
     parts['quantize'] = lambda key: _codebook(key, codes, latents)
-  bound, snap = _regulariser(regulariser, tuple(levels))
-  size = 2 ** (len(widths) - 1)
+  bound, snap, index_of = _regulariser(regulariser, tuple(levels))
   return Coder(
     init=lambda key: _initial(key, parts),
     encode=lambda params, x: bound(coder.apply(params['encoder'], x)),
     snap=snap,
     decode=(lambda p, z: uncoder.apply(p['decoder'], z)) if decoder else None,
-    shape=(*(side // size for side in sides), latents),
+    shape=(*(side // 2 ** (len(widths) - 1) for side in sides), latents),
     regulariser=regulariser,
+    codes={'vq': codes, 'fsq': math.prod(levels)}.get(regulariser, 0),
+    index_of=index_of,
   )
 
 
@@ -143,23 +150,26 @@ def _codebook(key, codes, channels):
   return {'codebook': jax.random.uniform(key, shape, minval=-edge, maxval=edge)}
 
 
-def _regulariser(name: str, levels) -> tuple[Callable, Callable]:
-  """What follows the encoder, and `Coder.snap`."""
+def _regulariser(name: str, levels) -> tuple:
+  """What follows the encoder, `Coder.snap`, and `Coder.index_of`."""
   if name == 'fsq':
     return (
       lambda z: bottleneck.bounded(z, levels),
       lambda params, z: bottleneck.rounded(z, levels),
+      lambda params, z: bottleneck.level_index(z, levels),
     )
   if name == 'norm':
-    return bottleneck.normed, lambda params, z: bottleneck.normed(z)
+    return bottleneck.normed, lambda params, z: bottleneck.normed(z), None
   if name == 'vq':
 
-    def snap(params, z):
-      codebook = params['quantize']['codebook']
-      return codebook[bottleneck.nearest(codebook, z)]
+    def index_of(params, z):
+      return bottleneck.nearest(params['quantize']['codebook'], z)
 
-    return lambda z: z, snap
-  return lambda z: z, lambda params, z: z
+    def snap(params, z):
+      return params['quantize']['codebook'][index_of(params, z)]
+
+    return lambda z: z, snap, index_of
+  return lambda z: z, lambda params, z: z, None
 
 
 # --- networks ----------------------------------------------------------------

@@ -92,31 +92,6 @@ def nearest(codebook: jax.Array, z: jax.Array) -> jax.Array:
   return jnp.argmin(half - products, axis=-1).astype(jnp.int32)
 
 
-def distances(
-  z: jax.Array, quantised: jax.Array, beta: float = 0.25, legacy: bool = False
-) -> jax.Array:
-  """Mean squared distances of latents and codes: [B].
-
-  One term moves the latents, the other the codes; beta is the weight of the
-  first (arXiv 1711.00937, eq. 3), or of the second, as in VQGAN's code.
-
-  Args:
-    z: [B, ..., e] latents.
-    quantised: their codes, with a gradient to the codebook.
-    beta: a weight.
-    legacy: whether it is the weight of the second term.
-  """
-
-  def mean(a, b):
-    square = jnp.square(a - jax.lax.stop_gradient(b))
-    return jnp.mean(square, axis=tuple(range(1, z.ndim)))
-
-  of_latents, of_codes = mean(z, quantised), mean(quantised, z)
-  if legacy:
-    return of_latents + beta * of_codes
-  return beta * of_latents + of_codes
-
-
 def counted(index: jax.Array, z: jax.Array, codes: int) -> tuple:
   """How often each code is the nearest, and the sum of what it is nearest to.
 
@@ -152,20 +127,21 @@ def averaged(average: tuple, batch: tuple, decay: float) -> tuple:
 
 
 def codebook_of(
-  average: tuple, codebook: jax.Array, epsilon: float = 1e-5
+  average: tuple, codebook: jax.Array, least: float = 1e-5
 ) -> jax.Array:
   """The codebook of averaged counts and sums (arXiv 1711.00937, eq. 8).
 
   Args:
     average: counts [n] and sums [n, e].
-    codebook: [n, e], whose codes stay where the count is below epsilon.
-    epsilon: added to the counts, which keep their total.
+    codebook: [n, e], whose codes stay where the count is too small to divide
+      by.
+    least: the share of the mean count up to which it is.
   """
   counts, sums = average
-  total = jnp.sum(counts)
-  smoothed = (counts + epsilon) * (total / (total + len(counts) * epsilon))
-  used = counts > epsilon
-  means = sums / jnp.where(used, smoothed, 1)[:, None]
+  # A share, because counts are proportional to the number of latents in a
+  # batch, and codes may not depend on it.
+  used = counts > least * jnp.mean(counts)
+  means = sums / jnp.where(used, counts, 1)[:, None]
   return jnp.where(used[:, None], means, codebook)
 
 
@@ -189,19 +165,37 @@ def revived(average: tuple, least: float, candidates: jax.Array) -> tuple:
   )
 
 
-def perplexity(counts: jax.Array) -> jax.Array:
-  """exp of the entropy of the codes' use: from 1 to n, the size of the book.
+def histogram(
+  index: jax.Array, codes: int, weights: jax.Array | float = 1.0
+) -> jax.Array:
+  """How often each code occurs: [codes] float32.
+
+  Of whole weights the sums are exact in any order.
 
   Args:
-    counts: [n], of any total above 0.
+    index: int [...], of codes.
+    codes: n, the number of codes.
+    weights: how much each index counts, an array that broadcasts with them.
+  """
+  weights = jnp.broadcast_to(jnp.asarray(weights, jnp.float32), index.shape)
+  return jnp.zeros(codes).at[index].add(weights)
+
+
+def use_of(counts: jax.Array) -> dict[str, jax.Array]:
+  """How codes are used.
+
+  Args:
+    counts: [n], how often each code occurs, of any total above 0.
+
+  Returns:
+    'perplexity': exp of the entropy of their use, from 1 to n, and
+    'codes_used': the share of codes that occur.
   """
   p = counts / jnp.sum(counts)
-  return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(p, p)))
-
-
-def share_used(counts: jax.Array) -> jax.Array:
-  """The share of codes with a count above 0."""
-  return jnp.mean(counts > 0)
+  return {
+    'perplexity': jnp.exp(-jnp.sum(jax.scipy.special.xlogy(p, p))),
+    'codes_used': (counts > 0).mean(),
+  }
 
 
 # --- levels (finite scalar quantisation) -------------------------------------
@@ -237,13 +231,6 @@ def level_index(bound: jax.Array, levels: Sequence[int]) -> jax.Array:
   """The number of the code, int32 [...] below the product of the levels."""
   digits = _digits(bound, levels).astype(jnp.int32)
   return jnp.sum(digits * _bases(levels, digits), axis=-1)
-
-
-def level_codes(index: jax.Array, levels: Sequence[int]) -> jax.Array:
-  """The values of codes by number, the inverse of `level_index`."""
-  index = index[..., None]
-  counts = pointwise.broadcast(jnp.asarray(levels), index)
-  return _values((index // _bases(levels, index)) % counts, levels)
 
 
 def _digits(bound, levels):

@@ -65,7 +65,6 @@ def create(
   revive: float = 0.03,
   critic_weight: float = 0.5,
   critic_start: int = 0,
-  levels: tuple[int, ...] = (),
 ) -> Objective:
   """The loss of an autoencoder.
 
@@ -85,9 +84,8 @@ def create(
     critic_weight: the critic's weight, times the ratio of gradients.
     critic_start: the step from which the critic counts for the autoencoder; it
       is trained from the first step on.
-    levels: of 'fsq': the levels of each channel.
   """
-  weights = {'kl': kl, 'commitment': commitment, 'levels': levels}
+  weights = {'kl': kl, 'commitment': commitment}
 
   compared = functools.partial(_compared, l1=l1, l2=l2, ssim=ssim, lpips=lpips)
 
@@ -154,17 +152,14 @@ def metrics(values, by_row, sums) -> dict:
     if name not in (CANDIDATE, PRIORITY)
   }
   if COUNTS in sums:
-    shown['perplexity'] = bottleneck.perplexity(sums[COUNTS])
-    shown['codes_used'] = bottleneck.share_used(sums[COUNTS])
+    shown |= bottleneck.use_of(sums[COUNTS])
   return shown
 
 
 # --- the latents --------------------------------------------------------------
 
 
-def between(
-  coder: Coder, part, x, keys, *, kl=0.0, commitment=0.0, levels=()
-) -> Latents:
+def between(coder: Coder, part, x, keys, *, kl=0.0, commitment=0.0) -> Latents:
   """Encodes pictures, and regularises the latents.
 
   Args:
@@ -174,7 +169,6 @@ def between(
     keys: [B] the examples' random keys.
     kl: see `create`.
     commitment: see `create`.
-    levels: see `create`.
   """
   found = coder.encode(part, x)
   if coder.regulariser == 'kl':
@@ -186,18 +180,10 @@ def between(
     return _coded(part['quantize']['codebook'], found, keys, commitment)
   nothing = jnp.zeros(len(x))
   if coder.regulariser == 'fsq':
-    counts = _histogram(bottleneck.level_index(found, levels), levels)
-    z = bottleneck.straight_through(found, bottleneck.rounded(found, levels))
+    counts = bottleneck.histogram(coder.index_of(part, found), coder.codes)
+    z = bottleneck.straight_through(found, coder.snap(part, found))
     return Latents(z, nothing, {}, {COUNTS: counts})
   return Latents(found, nothing, {}, {})
-
-
-def _histogram(index, levels):
-  """How often each code occurs; whole numbers, so that any order is exact."""
-  codes = 1
-  for count in levels:
-    codes *= count
-  return jnp.zeros(codes).at[index.reshape(-1)].add(1.0)
 
 
 # Of a codebook: names in `Latents.by_row`, `Latents.sums` and `extras`.

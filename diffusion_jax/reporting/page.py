@@ -10,7 +10,7 @@ import jax
 import jinja2
 from markupsafe import Markup
 
-from diffusion_jax import data, models, runs, samplers
+from diffusion_jax import codecs, data, models, runs, samplers
 from diffusion_jax.evaluation import cards, tables
 from diffusion_jax.evaluation.cards import number
 from diffusion_jax.reporting import curves, facts, pictures, plots
@@ -162,20 +162,16 @@ def _strip(run: Facts) -> list[dict]:
   return _pictures(run, wanted, side=THUMBNAIL, most_bytes=0)
 
 
-def _reconstructs(run) -> bool:
-  return run.config.get('codec', {}).get('name') == 'autoencoder'
-
-
 def _shown(run) -> str:
   """What the grids of training show."""
-  if _reconstructs(run):
+  if codecs.reconstructs(run.config):
     return 'Images, each with its reconstruction to the right'
   return 'Samples'
 
 
 def _on_the_way(run):
   """How training draws its grids, in the format of a sample store."""
-  if _reconstructs(run):
+  if codecs.reconstructs(run.config):
     return {'ema': True}
   sample = run.config['sample']
   sampler, evaluations = sample.get('sampler'), sample.get('num_steps')

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from ml_collections import config_dict
 
-from diffusion_jax import objectives, runs
+from diffusion_jax import codecs, objectives, runs
 from diffusion_jax.models import lpips
 from diffusion_jax.models.bottleneck import REGULARISERS
 
@@ -53,12 +53,12 @@ def of_autoencoder(config: config_dict.ConfigDict) -> Iterator[tuple]:
   codec, loss = config.codec, config.loss
   trains = loss.name in objectives.AUTOENCODERS
   yield (
-    (codec.name == 'autoencoder') == trains,
+    codecs.reconstructs(config) == trains,
     f'loss.name={loss.name!r} with codec.name={codec.name!r}: '
     "codec.name='autoencoder' goes together with loss.name='autoencoding' or "
     "'dito'",
   )
-  if not trains or codec.name != 'autoencoder':
+  if not (trains and codecs.reconstructs(config)):
     return
   for name, group, limits in (
     ('codec', codec, OF_CODEC), ('loss', loss, OF_LOSS)

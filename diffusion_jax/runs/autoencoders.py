@@ -15,7 +15,7 @@ from diffusion_jax.data import Source
 from diffusion_jax.models import autoencoder, bottleneck, critic
 from diffusion_jax.objectives import autoencoding
 from diffusion_jax.objectives import dito as dito_objective
-from diffusion_jax.process import gaussian, schedules
+from diffusion_jax.process import schedules
 from diffusion_jax.system import distributed
 from diffusion_jax.training import sharding
 
@@ -40,16 +40,15 @@ def create(config: Mapping, frozen: Mapping, origins: Mapping) -> tuple:
   """
   create_parts = _dito if config['loss']['name'] == objectives.DITO else _plain
   schedule = schedules.create(**config['process'])
-  parts, codec, objective = create_parts(config, schedule)
+  parts, codec, objective = create_parts(config)
   return (
     parts, frozen, origins, codec, conditioning.none(), schedule, None,
     objective,
   )  # fmt: skip
 
 
-def _plain(config, schedule):
+def _plain(config):
   """Parts, codec and objective of an autoencoder with a decoder."""
-  del schedule
   coder, shape = coder_of(config), runs.image_shape(config['data'])
   loss = {k: config['loss'][k] for k in config['loss'] if k != 'name'}
   del loss['lpips_path'], loss['lpips_sha256']
@@ -60,33 +59,22 @@ def _plain(config, schedule):
       shape, channels, strides, dtype=config['codec']['dtype']
     )
     parts[autoencoding.CRITIC] = judge
-  objective = autoencoding.create(
-    coder, pixels.create(shape), judge, levels=tuple(config['codec']['levels']),
-    **loss,
-  )  # fmt: skip
+  objective = autoencoding.create(coder, pixels.create(shape), judge, **loss)
   return parts, of_coder(coder, shape), objective
 
 
-def _dito(config, schedule):
+def _dito(config):
   """Parts, codec and objective of a diffusion autoencoder."""
   coder, shape = coder_of(config), runs.image_shape(config['data'])
-  loss = dict(config['loss'])
-  del loss['name']
-  how = gaussian.parametrisation(loss.pop('prediction'), loss['sigma_data'])
-  steps = loss.pop('decode_steps')
-  network = models.create(
-    image_shape=shape, doors={'channels': coder.shape[-1]}, **config['model']
-  )
-
-  def network_fn(params, xt, label, cond, keys):
-    return network.apply(params[models.NET], xt, label, keys, cond)
-
-  decode = dito.decoder(network_fn, schedule, how, shape, steps)
+  made = dito.create(shape, coder.shape[-1], config)
+  told = ('name', 'prediction', 'decode_steps')
+  loss = {k: x for k, x in config['loss'].items() if k not in told}
   objective = dito_objective.create(
-    network_fn, coder, pixels.create(shape), schedule, prediction=how, **loss
-  )
-  parts = {models.NET: network, PART: coder}
-  return parts, of_coder(coder, shape, decode), objective
+    made.network_fn, coder, pixels.create(shape), made.schedule,
+    prediction=made.prediction, **loss,
+  )  # fmt: skip
+  parts = {models.NET: made.network, PART: coder}
+  return parts, of_coder(coder, shape, made.decode), objective
 
 
 # --- reconstructions ----------------------------------------------------------
@@ -129,20 +117,14 @@ def counter(config: Mapping) -> Callable | None:
     (params of all parts, images uint8 [B, H, W, C], whether each counts [B]) ->
     [codes]; None for an autoencoder without codes.
   """
-  coder, levels = coder_of(config), tuple(config['codec']['levels'])
-  if coder.regulariser not in ('vq', 'fsq'):
+  coder = coder_of(config)
+  if not coder.codes:
     return None
 
   def count(params, images, counts):
     found = coder.encode(params[PART], pixels.to_float(images))
-    if coder.regulariser == 'vq':
-      book = params[PART]['quantize']['codebook']
-      index, codes = bottleneck.nearest(book, found), len(book)
-    else:
-      index = bottleneck.level_index(found, levels)
-      codes = math.prod(levels)
-    weights = jnp.broadcast_to(counts[:, None, None], index.shape)
-    return jnp.zeros(codes).at[index].add(weights)
+    index = coder.index_of(params[PART], found)
+    return bottleneck.histogram(index, coder.codes, counts[:, None, None])
 
   return count
 

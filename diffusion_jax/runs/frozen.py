@@ -24,7 +24,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion_jax import models, objectives, runs
+from diffusion_jax import codecs, models, objectives, runs
 from diffusion_jax.codecs import latents
 from diffusion_jax.system import distributed, files
 from diffusion_jax.system.errors import UserError
@@ -63,11 +63,6 @@ class Frozen(NamedTuple):
 NONE = Frozen({}, {})
 
 
-def is_in_latents(config: Mapping) -> bool:
-  """Whether a run diffuses in the latents of an autoencoder."""
-  return config[CODEC]['name'] == 'latents'
-
-
 def complete(config: ConfigDict, workdir=None) -> None:
   """Adds the structure of the autoencoder to a config in latents, in place.
 
@@ -79,7 +74,7 @@ def complete(config: ConfigDict, workdir=None) -> None:
     UserError: codec.path names no autoencoder of such images.
   """
   # Validation names the keys that a choice by a flag lacks.
-  if not is_in_latents(config) or config.codec.get('coder', True):
+  if not codecs.is_in_latents(config) or config.codec.get('coder', True):
     return
   path = config.codec.path
   shape = runs.image_shape(config['data'])
@@ -99,7 +94,7 @@ def complete(config: ConfigDict, workdir=None) -> None:
       f'{here}: set data.image_size and data.channels to its, or give '
       'another autoencoder'
     )
-  if is_in_latents(found):
+  if codecs.is_in_latents(found):
     coder, decoding = (found[CODEC][name] for name in ('coder', 'decoding'))
   else:
     coder, decoding = found[CODEC], {}
@@ -123,7 +118,7 @@ def abstract(config: Mapping) -> dict:
   Args:
     config: a run's config, completed.
   """
-  if not is_in_latents(config):
+  if not codecs.is_in_latents(config):
     return {}
   shape, codec = runs.image_shape(config['data']), config[CODEC]
   part = jax.eval_shape(latents.init_of(shape, codec), jax.random.key(0))
@@ -146,7 +141,7 @@ def load(config: Mapping, mesh: Mesh, workdir=None) -> Frozen:
     UserError: they are missing, damaged, of another structure, or not those
       that the run in the workdir was trained with.
   """
-  if not is_in_latents(config):
+  if not codecs.is_in_latents(config):
     return NONE
   if not workdir or not _has_saved(workdir):
     return _of_autoencoder(config, mesh)
@@ -175,7 +170,7 @@ def copied(config: Mapping, mesh: Mesh, workdir) -> Frozen:
   Raises:
     UserError: they are missing, damaged or of another structure.
   """
-  if not is_in_latents(config):
+  if not codecs.is_in_latents(config):
     return NONE
   facts = read_facts(workdir)
   path = files.at(workdir) / FOLDER / f'{CODEC}.safetensors'
@@ -244,7 +239,7 @@ def _of_autoencoder(config, mesh) -> Frozen:
     return of_folder(found, config, mesh)
   path, there = codec['path'], _config_of(codec['path'])
   own = {'from': str(_at(path))}
-  if is_in_latents(there):
+  if codecs.is_in_latents(there):
     for key in ('step', 'scale'):
       _leave_out(codec, key, f'a run in latents, whose {key} is taken')
     found = copied({**there, 'data': config['data']}, mesh, _at(path))
@@ -361,11 +356,10 @@ def _config_of(path) -> dict:
     loss = {'name': 'autoencoding'}
     return {**autoencoders.settings_in(_at(path)), 'loss': loss}
   config = runs.read_config(_at(path), 'codec.path')
-  name = config[CODEC]['name']
-  if name not in ('autoencoder', 'latents'):
+  if not (codecs.reconstructs(config) or codecs.is_in_latents(config)):
     raise UserError(
-      f'codec.path={path} is a run with codec.name={name!r}: give one with '
-      "codec.name='autoencoder'"
+      f'codec.path={path} is a run with codec.name={config[CODEC]["name"]!r}: '
+      "give one with codec.name='autoencoder'"
     )
   return config
 

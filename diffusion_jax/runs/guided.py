@@ -12,7 +12,7 @@ from diffusion_jax.guidance.classifier import by_classifier
 from diffusion_jax.objectives import CLASSIFICATION, classification
 from diffusion_jax.process import gaussian
 from diffusion_jax.runs import averaged, dataset
-from diffusion_jax.runs.recipe import Recipe, network_fn
+from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.samplers import guided as options
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checksum
@@ -45,7 +45,7 @@ def denoiser(
   found = _combined(recipe, params, rows, guidance, mesh, guide)
   if not classifier:
     return found
-  network = network_fn(classifier.parts[models.NET])
+  network = models.network_fn(classifier.parts[models.NET])
   level = guided.same_level(classifier.schedule, recipe.schedule)
 
   def log_probability(xt, t):

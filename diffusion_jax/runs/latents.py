@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_jax import codecs
 from diffusion_jax.codecs import latents
 from diffusion_jax.data import latents as cache
 from diffusion_jax.data import looks, resident
@@ -51,7 +52,7 @@ def prepare(
     splits = distributed.everywhere(lambda: _cached(config, splits, parts))
   if config['data']['on_device']:
     distributed.everywhere(lambda: resident.check(splits[0]))
-  if not frozen.is_in_latents(config):
+  if not codecs.is_in_latents(config):
     return splits, parts
   facts = parts.facts[frozen.CODEC]
   if 'scaled_by' in facts:

@@ -83,7 +83,7 @@ class Recipe(NamedTuple):
       raise UserError(
         plan.RECONSTRUCTS if self.reconstructs else plan.CLASSIFIES
       )
-    apply = network_fn(self.parts[models.NET])
+    apply = models.network_fn(self.parts[models.NET])
 
     def network(xt, label):
       # Gathered here, so that a long loop does not keep the gathered copy.
@@ -95,15 +95,6 @@ class Recipe(NamedTuple):
       return apply(gathered, xt, label, of_rows, None)
 
     return gaussian.denoiser(network, self.schedule, self.prediction)
-
-
-def network_fn(network: models.Model):
-  """(params of all parts, input, label, cond, dropout keys) -> prediction."""
-
-  def apply(params, xt, label, cond, keys):
-    return network.apply(params[models.NET], xt, label, keys, cond)
-
-  return apply
 
 
 def create(config: Mapping, parts: frozen.Frozen | None = None) -> Recipe:
@@ -143,7 +134,7 @@ def create(config: Mapping, parts: frozen.Frozen | None = None) -> Recipe:
     loss.pop('prediction'), loss['sigma_data']
   )
   objective = objectives.create(
-    loss.pop('name'), network_fn(network), codec, conditioner, schedule,
+    loss.pop('name'), models.network_fn(network), codec, conditioner, schedule,
     prediction, step_variance=config['sample'].get('variance', 'fixedlarge'),
     **loss,
   )  # fmt: skip

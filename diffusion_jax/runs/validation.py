@@ -144,7 +144,7 @@ def _network(config):
   if config.loss.name != 'autoencoding':  # which has no denoising network
     x0 = codecs.x0_shape(runs.image_shape(config.data), config.codec)
     what = 'data.image_size'
-    if config.codec.name == 'latents':
+    if codecs.is_in_latents(config):
       what = 'the size of the latents'
     yield from rules.of_network(config.model, x0, what)
   process = config.process
@@ -223,7 +223,7 @@ def _classifier(config):
 
 def _latents(config):
   codec = config.codec
-  if codec.name != 'latents':
+  if not codecs.is_in_latents(config):
     return
   yield (
     not config.sample.clip,

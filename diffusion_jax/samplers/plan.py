@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax import samplers
+from diffusion_jax import codecs, samplers
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.samplers import grid as grids
 from diffusion_jax.samplers import guided
@@ -226,14 +226,14 @@ def for_run(
   """
   if config['loss'].get('name') == 'classification':
     raise UserError(CLASSIFIES)
-  if config['codec']['name'] == 'autoencoder':
+  if codecs.reconstructs(config):
     raise UserError(RECONSTRUCTS)
   if given.get('variance') is None and 'variance' in samplers.takes(sampler):
     given['variance'] = config['sample'].get('variance')
   check_variance(given.get('variance'), config)
   if given.get('clip') is None:
     given['clip'] = config['sample'].get('clip', True)
-  if given['clip'] and config.get('codec', {}).get('name') == 'latents':
+  if given['clip'] and codecs.is_in_latents(config):
     raise UserError(
       'clip=True: the run diffuses in latents, which have no bound to clip to: '
       'leave it out'

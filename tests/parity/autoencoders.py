@@ -11,11 +11,13 @@ import jax
 import numpy as np
 
 from diffusion_jax.models import autoencoder, bottleneck
+from diffusion_jax.objectives import autoencoding
 from diffusion_jax.weights import coders
 from diffusion_jax.weights.diffusers import to_tensors
 from parity import unet
 
 GOLDEN = unet.GOLDEN / 'autoencoders.npz'
+BETA = 0.25  # diffusers' weight of one of the two terms of VQ
 
 # name -> (class, its settings)
 CASES = {
@@ -188,16 +190,23 @@ def ours(name: str) -> dict[str, np.ndarray]:
       'snapped': coder.snap(params, moments),
       'decoded': coder.decode(params, coder.snap(params, moments)),
     }
-    for legacy in (True, False):
+    # diffusers has a gradient of the codes where we have sums.
+    counts, sums = bottleneck.counted(index, moments, len(codebook))
+    to_codes = 2 * (counts[:, None] * codebook - sums) / moments.size
+    given = coder._replace(encode=lambda params, z: z)
 
-      def loss(z, codebook, legacy=legacy):
-        return bottleneck.distances(z, codebook[index], legacy=legacy).mean()
+    def error(z, commitment):
+      keys = jax.random.split(jax.random.key(0), len(z))
+      between = autoencoding.between(
+        given, params, z, keys, commitment=commitment
+      )
+      return between.penalty.mean()
 
-      value, gradients = jax.value_and_grad(loss, (0, 1))(moments, codebook)
+    for legacy, weights in ((True, (1.0, BETA)), (False, (BETA, 1.0))):
       found |= {
-        f'loss_{legacy}': value,
-        f'of_latents_{legacy}': gradients[0],
-        f'of_codes_{legacy}': gradients[1],
+        f'loss_{legacy}': sum(error(moments, weight) for weight in weights),
+        f'of_latents_{legacy}': jax.grad(error)(moments, weights[0]),
+        f'of_codes_{legacy}': weights[1] * to_codes,
       }
     return found
 
