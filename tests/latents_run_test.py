@@ -90,6 +90,20 @@ def test_a_run_in_latents(tmp_path):
     told = binaries.run(binary, f'--workdir={workdir}', *flags).message
     assert 'latents' in told
   ok('report', f'--workdir={workdir}')
+  judged = '--features=pixels', '--num_samples=4'
+  swept = ok(
+    'evaluate', f'--workdir={workdir}', *judged, '--sweep=ddim,heun',
+    '--sweep_evaluations=2', '--json',
+  )  # fmt: skip
+  assert json.loads(swept.out)['best'].keys() == {'2'}
+  # Nothing is trained again, although the autoencoder has moved.
+  ok(
+    'reproduce', *plain, *judged, '--sampler=ddim', '--num_steps=2', '--nobits',
+    '--nomeasure', f'--cache={tmp_path}/judges',
+  )  # fmt: skip
+  record = (workdir / 'reproduction' / 'reproduction.json').read_text()
+  assert json.loads(record)['done']
+  assert tiny.losses(workdir) == losses
   there = json.loads(
     ok(
       'invert', f'--workdir={workdir}', '--num_images=2', '--num_steps=2',

@@ -1,5 +1,6 @@
 """Runs in the latents of a frozen autoencoder."""
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, load, runs
+from diffusion_jax import conditioning, data, load, runs
 from diffusion_jax.codecs import latents as codec
+from diffusion_jax.conditioning import Conditioner
 from diffusion_jax.configs import default
 from diffusion_jax.data import latents as cache
 from diffusion_jax.data import pipeline
@@ -106,6 +108,50 @@ class Run:
       )
       losses.append(float(found['loss']))
     return losses
+
+
+def test_pictures_can_be_channels_of_the_size_of_the_latents(
+  tmp_path, monkeypatch
+):
+  """By a conditioner of one's own; in another size they are refused."""
+
+  def small(num_classes, drop, side=4):
+    def condition(params, rows, keys):
+      if 'image' not in rows:
+        return {'channels': jnp.zeros((1, 1, 1, 3))}
+      x = rows['image'].reshape(-1, side, 8 // side, side, 8 // side, 3)
+      return {'channels': x.mean((2, 4)) / 127.5 - 1}
+
+    return Conditioner(condition, {'channels': 3})
+
+  names = {'small': small, 'large': functools.partial(small, side=8)}
+  for name, create in names.items():
+    monkeypatch.setitem(conditioning.CONDITIONERS, name, create)
+  unet = {
+    'model.name': 'unet', 'model.channels': 4, 'model.num_blocks': 1,
+    'codec.scale': 1.0,
+  }  # fmt: skip
+  folder = autoencoder(tmp_path / 'ae')
+  config = config_of(tmp_path, folder, **unet)
+  config.conditioning.name = 'small'
+  program = Run(config, None).program
+  rows = {'image': jax.ShapeDtypeStruct((BATCH, *SHAPE), np.uint8)}
+  state = program.abstract
+  kernel = state.params['net']['conv_in']['kernel']
+  assert kernel.shape[-2] == 2 + 3
+  after, _ = jax.eval_shape(program.step_fn, state, program.frozen, rows)
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  params = {**program.frozen, **state.params}
+  indices = jax.ShapeDtypeStruct((4,), np.uint32)
+  of_four = {'image': jax.ShapeDtypeStruct((4, *SHAPE), np.uint8)}
+  for given in ({}, of_four):
+    drawn, _ = jax.eval_shape(program.draw_fn, params, indices, given)
+    assert drawn.shape == (4, *SHAPE)
+
+  config.conditioning.name = 'large'
+  program = Run(config, None).program
+  with pytest.raises(UserError, match=r'is of 8x8, but .* of 4x4'):
+    jax.eval_shape(program.step_fn, state, program.frozen, rows)
 
 
 @pytest.mark.parametrize(

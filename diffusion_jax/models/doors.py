@@ -81,10 +81,21 @@ def embedded(module: nnx.Module, time: jax.Array, cond) -> jax.Array:
 
 
 def joined(xt: jax.Array, cond) -> jax.Array:
-  """Noised images [B, H, W, C] with the door `channels`, if there is one."""
+  """Noised images [B, H, W, C] with the door `channels`, if there is one.
+
+  Raises:
+    UserError: the channels are of another size, neither [H, W] nor [1, 1].
+  """
   if not cond or 'channels' not in cond:
     return xt
   given = cond['channels'].astype(xt.dtype)
+  there, here = given.shape[1:3], xt.shape[1:3]
+  if there not in (here, (1, 1)):
+    there, here = ('x'.join(map(str, sizes)) for sizes in (there, here))
+    raise UserError(
+      f'the condition channels is of {there}, but what is noised of {here}: '
+      f'resize it to {here}'
+    )
   given = jnp.broadcast_to(given, (*xt.shape[:-1], given.shape[-1]))
   return jnp.concatenate([xt, given], axis=-1)
 
