@@ -109,13 +109,8 @@ def shape_of(image_shape, options: Mapping) -> tuple[int, int, int]:
     options: see `coder_of`.
   """
   size = 2 ** (len(options['multipliers']) - 1)
-  channels = options['latent_channels']
-  if options['regulariser'] == 'vq':
-    channels = options['code_channels'] or channels
-  if options['regulariser'] == 'fsq':
-    channels = len(options['levels'])
   height, width, _ = image_shape
-  return height // size, width // size, channels
+  return height // size, width // size, autoencoder.channels_of(**options)
 
 
 def moments_of(coder: autoencoder.Coder, params, rows) -> jax.Array:

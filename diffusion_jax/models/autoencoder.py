@@ -104,8 +104,7 @@ def create(
     'attends': attention, 'resolutions': tuple(attention_resolutions),
     'num_groups': num_groups, 'dtype': jnp.dtype(dtype),
   }  # fmt: skip
-  sizes = {'vq': code_channels or latent_channels, 'fsq': len(levels)}
-  latents = sizes.get(regulariser, latent_channels)
+  latents = channels_of(regulariser, latent_channels, code_channels, levels)
   doubled = 1 + (regulariser == 'kl')
   coder = models.fence(
     lambda keys: Encoder(
@@ -135,6 +134,19 @@ def create(
     codes={'vq': codes, 'fsq': math.prod(levels)}.get(regulariser, 0),
     index_of=index_of,
   )
+
+
+def channels_of(
+  regulariser: str,
+  latent_channels: int,
+  code_channels: int = 0,
+  levels: Sequence[int] = (),
+  **others,
+) -> int:
+  """Channels of the latents, from options of `create`."""
+  del others
+  sizes = {'vq': code_channels or latent_channels, 'fsq': len(levels)}
+  return sizes.get(regulariser, latent_channels)
 
 
 def _initial(key, parts):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ml_collections import config_dict
 
 from diffusion_jax import codecs, objectives, runs
-from diffusion_jax.models import lpips
+from diffusion_jax.models import autoencoder, lpips
 from diffusion_jax.models.bottleneck import REGULARISERS
 
 # Keys of config.loss: (the allowed values in words, whether a value is one).
@@ -25,17 +25,16 @@ OF_LOSS = {
   ),
 }
 OF_CODEC = {
-  'channels': ('at least 1', lambda x: x >= 1),
-  'num_blocks': ('at least 1', lambda x: x >= 1),
-  'latent_channels': ('at least 1', lambda x: x >= 1),
-  'num_groups': ('at least 1', lambda x: x >= 1),
+  **dict.fromkeys(
+    ('channels', 'num_blocks', 'latent_channels', 'num_groups'),
+    ('at least 1', lambda x: x >= 1),
+  ),
   'multipliers': (
     'one or more whole numbers of at least 1',
     lambda x: len(x) > 0 and min(x) >= 1,
   ),
-  'hybrid': ('0 or more', lambda x: x >= 0),
+  **dict.fromkeys(('hybrid', 'code_channels'), ('0 or more', lambda x: x >= 0)),
   'codes': ('at least 2', lambda x: x >= 2),
-  'code_channels': ('0 or more', lambda x: x >= 0),
   'levels': (
     'whole numbers of at least 2',
     lambda x: len(x) > 0 and min(x) >= 2,
@@ -111,8 +110,7 @@ def _sizes(config):
     f'level, which has {width} (codec.channels={codec.channels} x '
     f'{codec.multipliers[-1]})',
   )
-  outputs = {'vq': codec.code_channels, 'fsq': len(codec.levels)}
-  outputs = outputs.get(codec.regulariser, 0) or codec.latent_channels
+  outputs = autoencoder.channels_of(**codec)
   yield (
     codec.quant_conv or outputs == codec.latent_channels,
     f'codec.latent_channels={codec.latent_channels} with '

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 
+from diffusion_jax.models import autoencoder
 from diffusion_jax.system import files
 from diffusion_jax.weights import coders, diffusers, places, states
 
@@ -97,8 +98,7 @@ def read(
   state = states.read(place.weights, ONE_EACH)
   kept = {**coders.KEPT_OF[theirs['_class_name']]}
   kept |= {name: theirs[name] for name in kept if name in theirs}
-  codec = config['codec']
-  channels = codec.get('code_channels') or codec['latent_channels']
+  channels = autoencoder.channels_of(**config['codec'])
   shift, scale = coders.scaling(kept, channels, file)
   return Folder(
     config, kept, shift, scale, state.tensors, state.raw, state.sha256,
