@@ -52,14 +52,14 @@ def get_config():
   config.mesh.tensor = 1  # splits the channels
 
   config.data = ConfigDict()
-  # 'folder', 'arrays', 'digits', 'emoji' or 'tfds:NAME'
+  # 'folder', 'arrays', 'webdataset', 'digits', 'emoji' or 'tfds:NAME'
   config.data.name = 'folder'
   # The folder or file; for TFDS data_dir and for emoji the font, '' = default.
   config.data.path = ''
   config.data.train_split = 'train'
   config.data.heldout_split = 'test'  # '' = none
-  # For 'folder' and 'arrays' without test images: hold out every n-th image,
-  # 0 = none.
+  # For 'folder', 'arrays' and 'webdataset' without test images: hold out every
+  # n-th image, 0 = none.
   config.data.heldout_every = 0
   # Pixels per side; files and TFDS sets are cropped to squares and resized.
   config.data.image_size = 32
@@ -67,6 +67,9 @@ def get_config():
   # For 'folder': 'folders' = sub-folders are classes, 'none' = no labels,
   # 'auto' = as their names say, see docs/data.md.
   config.data.classes = 'auto'
+  # The column of captions, for conditioning.name='text'; 'auto' looks for one,
+  # see docs/data.md.
+  config.data.captions = 'auto'
   # Bits of a grey sample in image files, such as 12 for values up to 4095; 0 =
   # as the file says.
   config.data.bits = 0

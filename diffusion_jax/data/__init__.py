@@ -31,6 +31,7 @@ def create(
   heldout_every: int = 0,
   classes: str = 'auto',
   bits: int = 0,
+  captions: str = 'auto',
 ) -> Source | None:
   """Opens a data set.
 
@@ -40,6 +41,7 @@ def create(
       'emoji'      1,382 emoji of 64x64, drawn from a font, see emoji.py;
       'arrays'     one .npy or .npz file, see arrays.py;
       'folder'     a folder of image files, see folders.py;
+      'webdataset' shards of images and captions in tar files, see shards.py;
       'tfds:NAME'  a prepared TensorFlow data set such as 'tfds:cifar10' or
                    'tfds:lsun/church_outdoor', see prepared.py.
     path: the file or folder; for TFDS the data_dir, '' for TFDS's default; for
@@ -55,6 +57,7 @@ def create(
       'none' = nothing, 'auto' = as in layouts.py.
     bits: for image files, bits of a grey sample, up to 16; 0 = as the file
       says.
+    captions: the column of captions, see captions.py; 'auto' looks for one.
 
   Returns:
     A `Source`, or None for split 'test' if no images are held out.
@@ -64,13 +67,14 @@ def create(
       files that are missing, damaged or of the wrong kind.
   """
   return _create(
-    '', name, path, split, image_size, channels, heldout_every, classes, bits
-  )
+    '', name, path, split, image_size, channels, heldout_every, classes, bits,
+    captions,
+  )  # fmt: skip
 
 
 def _create(
   prefix, name, path, split, image_size, channels, heldout_every=0,
-  classes='auto', bits=0,
+  classes='auto', bits=0, captions='auto',
 ) -> Source | None:  # fmt: skip
   """Like `create`; errors name the arguments with a prefix."""
   image_size = sources.sides(f'{prefix}image_size', image_size)
@@ -102,8 +106,9 @@ def _create(
       f'{prefix}path is empty: {prefix}name {name!r} needs a path'
     )
   wanted = sources.Wanted(
-    split, image_size, channels, heldout_every, classes, bits, has_config=True
-  )
+    split, image_size, channels, heldout_every, classes, bits, captions,
+    has_config=True,
+  )  # fmt: skip
   what = f'{prefix}path {path!r}' if path else f'{prefix}name {name!r}'
   return sets.open_kind(name, path, wanted, what)
 
@@ -113,8 +118,8 @@ def splits(config: Mapping) -> tuple[Source, Source | None]:
 
   Args:
     config: a run's `data`: name, path, train_split, heldout_split ('' for
-      none), heldout_every, image_size, channels, and optionally classes, bits
-      and skip_broken.
+      none), heldout_every, image_size, channels, and optionally classes, bits,
+      captions and skip_broken.
 
   Raises:
     UserError: as for `create`, or if there are no training images or the first
@@ -133,7 +138,10 @@ def both(config: Mapping) -> tuple[Source, Source | None]:
   Raises:
     UserError: as for `create`, or if there are no training images.
   """
-  keys = ('path', 'image_size', 'channels', 'heldout_every', 'classes', 'bits')
+  keys = (
+    *('path', 'image_size', 'channels', 'heldout_every', 'classes', 'bits'),
+    'captions',
+  )
   taken = {'path': '', **{key: config[key] for key in keys if key in config}}
   train, heldout = (
     _create('data.', config['name'], split=split, **taken) if split else None

@@ -8,19 +8,25 @@
         of the requested split are memory-mapped, or read into memory if they
         are compressed.
 
+Captions are strings, `captions` beside `images`, otherwise `train_captions` and
+`test_captions`: [N], or [N, K] for up to K captions of an image, filled up with
+empty ones.
+
 Without `test_images`, 'test' is every `heldout_every`-th image, and those whose
 indices a .npz has as `heldout_combinations`, integers [n].
 
 Files may be untrusted, see system/npz.py.
 """
 
+import functools
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from diffusion_jax.data import looks, sources
+from diffusion_jax.data import captions, looks, sources
 from diffusion_jax.system import errors, files, npz
 from diffusion_jax.system.errors import UserError
 
@@ -32,6 +38,7 @@ _KEYS = {
   'images': ('labels', *_TEST),
   'arr_0': ('labels', *_TEST),
 }
+_CAPTIONS = {'train_images': 'train_captions', 'x_train': 'train_captions'}
 _NAMED = 'heldout_combinations'
 
 
@@ -52,19 +59,9 @@ def create(
     UserError: the file is missing, damaged or of the wrong kind, has no images,
       or has images that are not uint8 [height, width, channels].
   """
-  file = Path(path).expanduser()
-  if file.suffix not in ('.npy', '.npz'):
-    remedy = (
-      "a folder of images is of data.name 'folder'"
-      if file.is_dir()
-      else 'need one that ends in .npy or .npz'
-    )
-    raise UserError(f'{what} is not an array file: {remedy}')
-  if not file.is_file():
-    found = 'is not a file' if file.exists() else 'does not exist'
-    raise UserError(f'{what} {found}: give a .npy or .npz file')
-
+  file = _file(path, what)
   labels, num_classes, has_test, notes, named = None, 0, False, [], ()
+  caption_fn = None
   with errors.one_line(
     f'{what} cannot be read: ', '; write it again with np.save or np.savez'
   ):
@@ -76,6 +73,7 @@ def create(
           archive, what, wanted
         )
         named = () if has_test else _read_named(archive, what, len(images))
+        caption_fn = _captions(archive, what, wanted, len(images))
 
   indices = np.arange(len(images))
   if not has_test:
@@ -114,7 +112,24 @@ def create(
     read,
     notes,
     label_fn=lambda index: labels[indices[index]],
+    caption_fn=caption_fn and (lambda index: caption_fn(indices[index])),
   )
+
+
+def _file(path: str, what: str) -> Path:
+  """The path of an array file, checked to exist."""
+  file = Path(path).expanduser()
+  if file.suffix not in ('.npy', '.npz'):
+    remedy = (
+      "a folder of images is of data.name 'folder'"
+      if file.is_dir()
+      else 'need one that ends in .npy or .npz'
+    )
+    raise UserError(f'{what} is not an array file: {remedy}')
+  if not file.is_file():
+    found = 'is not a file' if file.exists() else 'does not exist'
+    raise UserError(f'{what} {found}: give a .npy or .npz file')
+  return file
 
 
 def _map_npy(file: Path, what: str, wanted: sources.Wanted) -> np.ndarray:
@@ -189,6 +204,47 @@ def _read_named(archive, what: str, num_images: int) -> np.ndarray:
       f'0 to {num_images - 1}, of images in the file'
     )
   return named
+
+
+def _captions(archive, what: str, wanted, num_images: int) -> Callable | None:
+  """index -> captions, which opens the array when first called, or None."""
+  there = [name.removesuffix('.npy') for name in archive.namelist()]
+  images_key = next(key for key in _KEYS if key in there)
+  key = _CAPTIONS.get(images_key, 'captions')
+  if wanted.captions != captions.AUTO:
+    key = captions.column(there, wanted.captions, what)
+  if _TEST[0] in there and wanted.split == 'test':
+    key = f'test_{key.removeprefix("train_")}'
+  if key not in there:
+    return None
+  where, path = f'array {key!r} in {what}', archive.filename
+
+  def check(header, where):
+    shape = header.shape
+    if header.dtype.kind != 'U' or len(shape) not in (1, 2) or 0 in shape:
+      raise UserError(
+        f'{where} has {header.dtype} {list(shape)}: captions must be strings '
+        '[N] or [N, K], from np.array(captions)'
+      )
+    if shape[0] != num_images:
+      raise UserError(
+        f'{where} has captions of {shape[0]} images, and there are '
+        f'{num_images}: need one for each'
+      )
+
+  @functools.cache
+  def array():
+    with (
+      errors.one_line(f'{where} cannot be read: '),
+      zipfile.ZipFile(path) as opened,
+    ):
+      return npz.read_member(opened, key, where, check, mapped=True)
+
+  def of(index):
+    texts = array()[index].reshape(-1).tolist()
+    return tuple(filter(None, map(str.strip, texts))) or ('',)
+
+  return of
 
 
 def _check_labels(header: npz.Header, where: str) -> None:

@@ -42,7 +42,15 @@ def left_out(source: sources.Source) -> sources.Source:
           terminal.say(f'left out: {error}')
     raise UserError(f'all images are broken: {source.description}')
 
-  return dataclasses.replace(source, read_fn=read, broken=found)
+  def stand_in(index):
+    """The index of the image that was read in the place of this one."""
+    while index in found:
+      index = (index + 1) % len(source)
+    return index
+
+  return dataclasses.replace(
+    source, read_fn=read, broken=found, stand_in_fn=stand_in
+  )
 
 
 def say_left_out(*opened: sources.Source | None) -> None:

@@ -106,7 +106,7 @@ def create(path: str, wanted: sources.Wanted, what: str) -> sources.Source:
     )
   font = _find(path, what)
   images, sha256 = _images(font, os.stat(font).st_mtime_ns, width, what)
-  indices = heldout(wanted.split)
+  indices, names = heldout(wanted.split), captions()
   shape = (width, width, 3)
   contents = identity.Contents(
     len(indices),
@@ -120,6 +120,7 @@ def create(path: str, wanted: sources.Wanted, what: str) -> sources.Source:
     0,
     lambda i: (images[indices[i]], -1),
     contents=contents,
+    caption_fn=lambda i: (names[indices[i]],),
   )
 
 

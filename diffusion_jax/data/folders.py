@@ -1,12 +1,14 @@
 """A folder of image files."""
 
 import collections
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from diffusion_jax.data import (
+  caption_files,
   identity,
   images,
   layouts,
@@ -38,6 +40,7 @@ class Found(NamedTuple):
     passed: suffix, or another reason -> number of files passed over.
     links: number of images outside of the folder that links lead to.
     lost: number of images that are links to nothing; they are in `images`.
+    captions: the files of captions, see caption_files.py; None without any.
   """
 
   images: list[tuple[str, int]]
@@ -45,6 +48,7 @@ class Found(NamedTuple):
   passed: collections.Counter
   links: int
   lost: int
+  captions: caption_files.Found | None = None
 
 
 def create(
@@ -111,6 +115,8 @@ def create(
   rule = images.rule_of(open_fn, len(names), wanted)
 
   labels = [layout.label_of.get(name, -1) for name in names]
+  caption_fn, told = _captions(root, found, names, wanted.captions, what)
+  notes += told
 
   def read(index):
     return images.read(*open_fn(index), rule), labels[index]
@@ -120,9 +126,23 @@ def create(
   source = sources.create(
     called, len(names), rule.shape, layout.num_classes, read, notes,
     identity.of_files(root, names, found.images), layout.class_names,
-    labels.__getitem__,
+    labels.__getitem__, caption_fn,
   )  # fmt: skip
   return sources.keep_in_memory(source, rule.shape)
+
+
+def _captions(root, found, names, asked, what) -> tuple:
+  """(index -> captions, which reads all when first called; notes)."""
+  if found.captions is None:
+    return None, []
+
+  @functools.cache
+  def all_captions():
+    return caption_files.read(root, found.captions, names, asked, what)
+
+  kind = found.captions.kind
+  told = f'captions are in {kind}' + ' beside images' * (kind == 'NAME.txt')
+  return lambda index: all_captions().of(index), [told]
 
 
 def _overviews(root, found, wanted) -> tuple[set[str], list[str]]:
@@ -151,7 +171,7 @@ def _overviews(root, found, wanted) -> tuple[set[str], list[str]]:
 def _find(root: Path) -> Found:
   """Lists a folder and its sub-folders; OSError if one cannot be read."""
   names, passed = [], collections.Counter()
-  labels, links, lost = None, 0, 0
+  labels, links, lost, texts = None, 0, 0, []
   for name, entry, is_outside in _walk(root, '', root, {root}, passed):
     # For links os.path's function: the entry's raises if they form a cycle.
     is_link = entry.is_symlink()
@@ -162,7 +182,9 @@ def _find(root: Path) -> Found:
         folder = name.removesuffix(entry.name)
         labels = (labels or {}) | {folder + key: own[key] for key in own}
         continue
-    if not name.lower().endswith(SUFFIXES):
+    if name.lower().endswith(caption_files.SUFFIXES) and is_file:
+      texts.append(name)
+    elif not name.lower().endswith(SUFFIXES):
       passed[os.path.splitext(name)[1].lower() or 'without a suffix'] += 1
     elif is_file and not (size := entry.stat().st_size):
       passed['empty'] += 1
@@ -172,7 +194,15 @@ def _find(root: Path) -> Found:
       lost += not is_file
     else:
       passed['no regular file'] += 1
-  return Found(sorted(names), labels, passed, links, lost)
+  names.sort()
+  captions = caption_files.find(texts, [name for name, _ in names])
+  used = captions and {*captions.tables, *captions.beside.values()}
+  passed.update(
+    os.path.splitext(name)[1].lower()
+    for name in texts
+    if name not in (used or ())
+  )
+  return Found(names, labels, passed, links, lost, captions)
 
 
 def _walk(
@@ -237,7 +267,9 @@ def _no_images(found: Found, what: str) -> str:
   has = ', '.join(f'{found.passed[kind]} {kind}' for kind in kinds)
   message = f'{what} has no images' + f', but {has}' * bool(has)
   if any(kind in ARCHIVES for kind in kinds):
-    return f'{message}: unpack the archive, and give the folder of its images'
+    shards = "; .tar files can be read as data.name 'webdataset'"
+    unpack = ': unpack the archive, and give the folder of its images'
+    return message + unpack + shards * ('.tar' in kinds)
   if any(kind in _OTHER_SETS for kind in kinds):
     return f'{message}: give the .npy or .npz file itself'
   if 'without a suffix' in kinds:
@@ -247,6 +279,8 @@ def _no_images(found: Found, what: str) -> str:
 
 def hint(path: Path) -> str:
   """What to do with a path that is no folder; starts with ': ', or is ''."""
+  if path.suffix == '.tar' and path.is_file():
+    return ": it is a tar file, of data.name 'webdataset'"
   if path.name.lower().endswith(ARCHIVES):
     return ': unpack the archive, and give the folder of its images'
   if path.suffix in _OTHER_SETS:

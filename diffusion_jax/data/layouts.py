@@ -175,6 +175,27 @@ def annotations(names: Sequence[str], wanted: sources.Wanted) -> dict[str, str]:
   return {} if wanted.classes == 'folders' else left
 
 
+def by_words(names: Sequence[str]) -> dict[str, list[str]]:
+  """The splits that words in paths of shards name, such as train-000.tar.
+
+  Args:
+    names: paths, with '/'.
+
+  Returns:
+    'train' and 'test' -> paths, in order; {} unless there are both.
+  """
+  parts = collections.defaultdict(list)
+  for name in names:
+    found = (_LIKE_A_SPLIT.fullmatch(part) for part in name.split('/'))
+    match = next(filter(None, found), None)
+    split = re.sub('[-_ ]', '', match[1]).lower() if match else ''
+    parts[split].append(name)
+  held = next((split for split in _HELD_OUT if split in parts), None)
+  if held is None or 'train' not in parts:
+    return {}
+  return {'train': parts['train'], 'test': parts[held]}
+
+
 def _splits(names) -> tuple[dict[str, list[str]], int, list[str]]:
   """Folders that are splits, the depth below them, and notes."""
   depth = _through(names, 0)

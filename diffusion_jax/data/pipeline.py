@@ -25,12 +25,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffusion_jax.data import augment
+from diffusion_jax.data import augment, captions
 from diffusion_jax.data.sources import Source
 from diffusion_jax.system.errors import UserError
 
-# Branches of the seed, so that order, flips and transforms are independent.
-_ORDER, _FLIP, _AUGMENT = 0, 1, 2
+# Branches of the seed: order, flips, transforms and the choice of captions are
+# independent.
+_ORDER, _FLIP, _AUGMENT, _CAPTION = 0, 1, 2, 3
 
 
 def batches(
@@ -75,8 +76,10 @@ def batches(
   Returns:
     An iterator of {'image': uint8 [B, H, W, C], 'label': int32 [B]}, with
     latents {'moments': float32 [B, h, w, m], ...}, or of
-    {'index': int32 [B], 'mirrored': bool [B]}, with 'augment' as `orders` has
-    it; `close()` stops it early.
+    {'index': int32 [B], 'mirrored': bool [B]}, with 'augment' and 'choice' as
+    `orders` has them; `close()` stops it early. Batches of a source with an
+    `encode_fn` also have 'tokens' int32 [B, length], of one caption of each
+    image.
 
   Raises:
     UserError: batch_size, seed or start_step is out of range, or batch_size
@@ -85,7 +88,10 @@ def batches(
   rows = local_rows(sharding, batch_size)
   how = {'batch_size': batch_size, 'seed': seed, 'flip': flip, 'rows': rows}
   how['augmented'] = augmented
-  dataset = stream(source, **how) if read else orders(len(source), **how)
+  if read:
+    dataset = stream(source, **how)
+  else:
+    dataset = orders(len(source), captioned=bool(source.encode_fn), **how)
   if start_step < 0:
     raise UserError(f'start_step is {start_step}: use 0 or more')
   iterator = _read_ahead(dataset, num_threads)
@@ -128,7 +134,8 @@ def heldout(
 
   def read(step):
     positions = step * batch_size + rows
-    batch = _read(source, np.minimum(positions, total - 1), np.zeros_like(rows))
+    none = np.zeros_like(rows)  # not mirrored, and the first caption
+    batch = _read(source, np.minimum(positions, total - 1), none, none)
     return batch, (positions < total).astype(np.float32)
 
   num_batches = -(-total // batch_size)
@@ -158,20 +165,22 @@ def stream(
 
   Returns:
     An infinite dataset of NumPy batches: 'image' uint8 [R, H, W, C] and
-    'label' int32 [R], where R is the number of rows, and 'augment' as `orders`
-    has it.
+    'label' int32 [R], where R is the number of rows, 'augment' as `orders` has
+    it, and 'tokens' as `batches` has them.
 
   Raises:
     UserError: batch_size or seed is out of range.
   """
 
   def read(order):
-    batch = _read(source, order['index'], order['mirrored'])
+    batch = _read(
+      source, order['index'], order['mirrored'], order.get('choice')
+    )
     return batch | {k: x for k, x in order.items() if k == 'augment'}
 
   return orders(
     len(source), batch_size=batch_size, seed=seed, flip=flip, rows=rows,
-    augmented=augmented,
+    augmented=augmented, captioned=bool(source.encode_fn),
   ).map(read)  # fmt: skip
 
 
@@ -183,6 +192,7 @@ def orders(
   flip: bool,
   rows: np.ndarray | slice = slice(None),
   augmented: float = 0.0,
+  captioned: bool = False,
 ) -> grain.MapDataset:
   """Which images the batches of `stream` consist of.
 
@@ -194,10 +204,12 @@ def orders(
     rows: the rows of each batch.
     augmented: the probability of each transform of `augment`; above 0, flips
       are made there, too.
+    captioned: whether captions are to be chosen.
 
   Returns:
     An infinite dataset: 'index' int32 [R] of the images, 'mirrored' bool [R],
-    and if augmented 'augment' float32 [R, augment.SIZE].
+    if augmented 'augment' float32 [R, augment.SIZE], and if captioned 'choice'
+    uint32 [R]: of n captions, number choice % n is taken.
 
   Raises:
     UserError: batch_size or seed is out of range.
@@ -218,6 +230,8 @@ def orders(
   flip_key = flips.generate_state(1, np.uint64)
   others = np.random.SeedSequence(seed, spawn_key=(_AUGMENT,))
   keys = others.generate_state(augment.STREAMS, np.uint64)
+  texts = np.random.SeedSequence(seed, spawn_key=(_CAPTION,))
+  text_key = texts.generate_state(1, np.uint64)
 
   def of(step):
     positions = step * batch_size + rows
@@ -227,11 +241,15 @@ def orders(
       chosen = epochs == epoch
       indices[chosen] = order(int(epoch))[offsets[chosen]]
     coins = (augment.hashed(flip_key, positions) >> np.uint64(63)) & flip
-    coins = coins.astype(bool)
+    coins, more = coins.astype(bool), {}
+    if captioned:
+      chosen = augment.hashed(text_key, positions) >> np.uint64(32)
+      more['choice'] = chosen.astype(np.uint32)
     if not augmented:
-      return {'index': indices, 'mirrored': coins}
+      return {'index': indices, 'mirrored': coins, **more}
     return {
       'index': indices,
+      **more,
       'mirrored': np.zeros_like(coins),
       'augment': augment.draw(
         keys, positions, augmented, coins if flip else None
@@ -294,7 +312,7 @@ def put_rows(
   return jax.tree.map(put, tree)
 
 
-def _read(source: Source, indices, mirrored) -> dict[str, np.ndarray]:
+def _read(source: Source, indices, mirrored, choices=None) -> dict:
   """Reads images by index and stacks them to a batch, mirrored or not."""
   records = [source[i] for i in indices]
   read = [record[source.row] for record in records]
@@ -302,10 +320,13 @@ def _read(source: Source, indices, mirrored) -> dict[str, np.ndarray]:
     read = [x[:, ::-1] if m else x for x, m in zip(read, mirrored, strict=True)]
   else:  # both are there
     read = [x[int(m)] for x, m in zip(read, mirrored, strict=True)]
-  return {
+  batch = {
     source.row: np.stack(read),
     'label': np.array([record['label'] for record in records], np.int32),
   }
+  if source.encode_fn:
+    batch['tokens'] = captions.tokens(source, indices, choices)
+  return batch
 
 
 def _read_ahead(

@@ -9,10 +9,18 @@ import io
 import os
 import re
 import shlex
+from collections.abc import Callable
 
 import tensorflow_datasets as tfds
 
-from diffusion_jax.data import identity, images, looks, sources
+from diffusion_jax.data import (
+  caption_files,
+  captions,
+  identity,
+  images,
+  looks,
+  sources,
+)
 from diffusion_jax.system.errors import UserError, one_line, quiet
 
 # name or name/config, optionally with a version. No namespace, which would
@@ -23,12 +31,13 @@ _NAME = re.compile(r'(\w+)(/[\w.-]+)?(:\d+\.\d+\.\d+)?', re.ASCII)
 def create(
   name: str, path: str, wanted: sources.Wanted
 ) -> sources.Source | None:
-  """Opens a prepared set with an 'image' and optionally a class 'label'.
+  """Opens a prepared set with an 'image', perhaps a 'label' and captions.
 
   Without a version in the name, the latest prepared version is opened. Images
   are decoded, cropped and resized by the rules of images.py when they are first
   read, and kept if the set is not too large (sources.keep_in_memory). A 'label'
-  that is not a class is ignored, and so is every other feature.
+  that is not a class is ignored, and so is every other feature. Captions are a
+  feature of text, or a sequence of texts or of features with one.
 
   Args:
     name: 'tfds:NAME' or 'tfds:NAME/CONFIG', optionally with ':1.2.3'.
@@ -55,6 +64,7 @@ def create(
   with quiet(), one_line(f'{what} cannot be read: '):
     builder = _find(name, data_dir, where)
     needed = _needed(builder, name)
+    texts = _captions(builder.info.features, wanted, name)
     if wanted.split == 'test' and 'test' not in builder.info.splits:
       return None
     parser = tfds.features.FeaturesDict(needed)
@@ -95,6 +105,7 @@ def create(
     full_name, num_images, rule.shape, num_classes, read, notes, contents,
     needed['label'].names if num_classes else (),
     lambda index: record_of(index).get('label', -1),
+    texts and _caption_fn(records, *texts, what),
   )  # fmt: skip
   return sources.keep_in_memory(source, rule.shape)
 
@@ -123,6 +134,40 @@ def _needed(builder, name: str) -> dict:
     )
   is_class = isinstance(label, tfds.features.ClassLabel)
   return {'image': image, **({'label': label} if is_class else {})}
+
+
+def _caption_fn(records, path, needed, what: str) -> Callable:
+  """index -> captions, from `_captions`' path and features."""
+  parser = tfds.features.FeaturesDict(needed)
+
+  def captions_of(index):
+    with images.reading(f'{index} of {what}'):
+      value = parser.deserialize_example_np(records[index])
+      for key in path:
+        value = value[key]
+      parts = [value] if isinstance(value, bytes) else value
+      where = f'caption of {index} of {what}'
+      texts = (caption_files.decoded(x, where).strip() for x in parts)
+      return tuple(filter(None, texts)) or ('',)
+
+  return captions_of
+
+
+def _captions(features, wanted: sources.Wanted, name: str) -> tuple | None:
+  """The path of the captions' feature, and what to parse; None without."""
+  found = {}
+  for key, feature in features.items():
+    # A sequence of features with several columns, such as that of COCO.
+    inner = getattr(feature, 'feature', feature)
+    if isinstance(inner, tfds.features.Text):
+      found[key] = (key,), {key: feature}
+    elif isinstance(inner, tfds.features.FeaturesDict):
+      column = captions.column(inner, captions.AUTO, name)
+      if column and isinstance(inner[column], tfds.features.Text):
+        part = tfds.features.Sequence({column: inner[column]})
+        found[key] = (key, column), {key: part}
+  key = captions.column(found, wanted.captions, name)
+  return found[key] if key else None
 
 
 def _find(name: str, data_dir: str | None, where: str):

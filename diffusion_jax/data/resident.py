@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from diffusion_jax.data import captions
 from diffusion_jax.data.sources import Source
 from diffusion_jax.system.errors import UserError
 
@@ -28,6 +29,9 @@ def check(source: Source) -> None:
     UserError: they do not.
   """
   needed = len(source) * (source[0][source.row].nbytes + 4)
+  if source.encode_fn:
+    count = sum(map(len, captions.of(source, np.arange(len(source)))))
+    needed += count * source.encode_fn(['']).nbytes + 4 * len(source)
   there = min(map(_memory, jax.local_devices()))
   if needed > PART * there:
     raise UserError(
@@ -49,7 +53,8 @@ def _memory(device) -> int:
 def read(source: Source) -> dict[str, np.ndarray]:
   """All images: {'image': uint8 [N, H, W, C], 'label': int32 [N]}.
 
-  Or all latents, {'moments': float32 [N, E, h, w, m], ...}.
+  Or all latents, {'moments': float32 [N, E, h, w, m], ...}. If captions become
+  tokens, with all of them as 'text', see `captions.all_tokens`.
 
   Args:
     source: the training images.
@@ -60,7 +65,10 @@ def read(source: Source) -> dict[str, np.ndarray]:
   for i in range(len(source)):
     record = source[i]
     image[i], label[i] = record[source.row], record['label']
-  return {source.row: image, 'label': label}
+  found = {source.row: image, 'label': label}
+  return found | (
+    {'text': captions.all_tokens(source)} if source.encode_fn else {}
+  )
 
 
 def place(images: dict[str, np.ndarray], mesh: jax.sharding.Mesh):
@@ -81,9 +89,15 @@ def take(images: dict[str, jax.Array], order: dict) -> dict[str, jax.Array]:
 
   Args:
     images: all images, from `place`.
-    order: 'index' int32 [B], 'mirrored' bool [B], and 'augment', if there.
+    order: 'index' int32 [B], 'mirrored' bool [B], 'augment' and 'choice', if
+      there.
   """
-  rows = jax.tree.map(lambda x: x[order['index']], images)
+  text = images.get('text')
+  rows = {k: x[order['index']] for k, x in images.items() if k != 'text'}
+  if text:
+    first, end = (text['firsts'][order['index'] + k] for k in (0, 1))
+    number = order['choice'] % (end - first).astype(jnp.uint32)
+    rows['tokens'] = text['ids'][first + number.astype(jnp.int32)]
   mirrored = order['mirrored'][:, None, None, None]
   if 'image' in rows:
     image = rows['image']

@@ -7,7 +7,7 @@ the method of resizing changes the FID (arXiv 2104.11222).
 import dataclasses
 import os
 
-from diffusion_jax.data import arrays, digits, emoji, folders, sources
+from diffusion_jax.data import arrays, digits, emoji, folders, shards, sources
 from diffusion_jax.system.errors import UserError
 
 KINDS = {
@@ -15,6 +15,7 @@ KINDS = {
   'emoji': emoji,
   'arrays': arrays,
   'folder': folders,
+  'webdataset': shards,
 }
 NAMED = ('digits', 'emoji')  # sets that need no path
 
@@ -35,6 +36,7 @@ def open_set(
       file of the exact name takes precedence:
         DIR             a folder of image files, see folders.py;
         FILE.npy, .npz  uint8 images, see arrays.py;
+        FILE.tar        a shard of images, see shards.py;
         digits          scikit-learn's 8x8 digits;
         emoji           drawn from Noto Color Emoji, see emoji.py;
         tfds:NAME       a prepared TensorFlow data set, see prepared.py.
@@ -124,6 +126,8 @@ def _kind(name: str) -> str:
     return 'folder'
   if os.path.isfile(place) and name.endswith(('.npy', '.npz')):
     return 'arrays'
+  if os.path.isfile(place) and name.endswith('.tar'):
+    return 'webdataset'
   is_named = name in NAMED or name.startswith('tfds:')
   return name if is_named and not os.path.exists(place) else ''
 

@@ -28,6 +28,7 @@ class Wanted(NamedTuple):
     heldout_every: see `heldout_indices`.
     classes: 'auto', 'folders' or 'none', see layouts.py.
     bits: bits of a grey sample, see images.py.
+    captions: 'auto', or the name of the column of captions, see captions.py.
     has_config: whether a config's keys can be changed; messages then name them.
   """
 
@@ -37,6 +38,7 @@ class Wanted(NamedTuple):
   heldout_every: int = 0
   classes: str = 'auto'
   bits: int = 0
+  captions: str = 'auto'
   has_config: bool = False
 
 
@@ -83,6 +85,12 @@ class Source:
     class_names: the names of the classes, by label; () if they have none.
     label_fn: index -> label, without decoding the image; None if there is no
       cheaper way than `read_fn`.
+    caption_fn: index -> the captions of the image, one or more, some perhaps
+      empty, without decoding it; None for a set without captions. The first
+      call may read all, and raise UserError.
+    encode_fn: makes tokens of captions, see `captions.encoded`; None for none.
+    stand_in_fn: index -> that of the image that was read in its place, see
+      `broken.left_out`.
     row: the name of what `read_fn` gives: 'image', or 'moments' [E, h, w, m]
       float32, latents of the image and, if E = 2, of its mirror image.
   """
@@ -96,6 +104,9 @@ class Source:
   contents: identity.Contents | None = None
   class_names: tuple[str, ...] = ()
   label_fn: Callable[[int], int] | None = None
+  caption_fn: Callable[[int], tuple[str, ...]] | None = None
+  encode_fn: Callable[[list[str]], np.ndarray] | None = None
+  stand_in_fn: Callable[[int], int] = lambda index: index
   row: str = 'image'
 
   def __len__(self) -> int:
@@ -144,6 +155,7 @@ def create(
   contents: identity.Contents | None = None,
   class_names: Sequence[str] = (),
   label_fn: Callable[[int], int] | None = None,
+  caption_fn: Callable[[int], tuple[str, ...]] | None = None,
 ) -> Source:
   """Makes a Source with a description from its name and sizes.
 
@@ -157,6 +169,7 @@ def create(
     contents: see `Source`.
     class_names: see `Source`.
     label_fn: see `Source`.
+    caption_fn: see `Source`.
   """
   size = 'x'.join(map(str, shape))
   labels = f'{num_classes} classes' if num_classes else 'unlabelled'
@@ -170,6 +183,7 @@ def create(
     contents=contents,
     class_names=tuple(class_names),
     label_fn=label_fn,
+    caption_fn=caption_fn,
   )
 
 

@@ -224,6 +224,8 @@ def images_of(
     num_images=count,
     read_fn=lambda i: source.read_fn(int(chosen[i])),
     label_fn=source.label_fn and (lambda i: source.label_fn(int(chosen[i]))),
+    caption_fn=None,
+    encode_fn=None,
   )
 
   def stream():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax import data
-from diffusion_jax.data import broken, images, labels, sources
+from diffusion_jax.data import broken, captions, images, labels, sources
 from diffusion_jax.runs import dataset
 from diffusion_jax.system import distributed, environment, files
 from diffusion_jax.system.errors import UserError
@@ -78,6 +78,8 @@ def _data(config, conditioning) -> str:
     if classes := dataset.num_classes(conditioning):
       labels.check(train, heldout, classes)
       labels.describe(train, classes)
+    if dataset.has_captions(conditioning):
+      captions.check(train, heldout)
     count = min(LOOKED_AT, len(train))
     digest = hashlib.sha256()
     for i in np.arange(count) * len(train) // count:

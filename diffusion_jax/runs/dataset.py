@@ -1,7 +1,9 @@
 """The images that a run is trained on, as it remembers them in data.json:
 
   {"train": identity, "heldout": identity or null, "heldout_split": its name,
-   "labels": of a run with labels as its condition, see data/labels.py}
+   "labels": of a run with labels as its condition, see data/labels.py,
+   "captions": {"train", "heldout"}, of a run with captions as its condition,
+   see data/captions.py}
 
 See data/identity.py for an identity. Data that change in the middle of a run
 would change the order of all images, and which ones are held out; data that
@@ -12,7 +14,7 @@ import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from diffusion_jax.data import identity, labels, sources
+from diffusion_jax.data import captions, identity, labels, sources
 from diffusion_jax.data.sources import Source
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -54,16 +56,19 @@ def check(
       split than that of the run are not compared.
     accept: whether images may differ from those of the run, and held-out images
       may be training images.
-    conditioning: the config's; with labels, the images must have them.
+    conditioning: the config's; with labels or captions, the images must have
+      them.
 
   Raises:
-    UserError: in all processes; images differ, held-out images are training
-      images, or labels are missing or out of range.
+    UserError: in all processes; images or captions differ, held-out images are
+      training images, or labels or captions are missing or out of range.
   """
   classes = num_classes(conditioning)
   if classes:
     distributed.everywhere(lambda: labels.check(*splits, classes))
   facts = distributed.everywhere(lambda: _facts(splits, heldout_split))
+  if has_captions(conditioning):
+    facts['captions'] = distributed.everywhere(lambda: _captions(splits))
   _same_on_all_hosts(distributed.gather(facts))
 
   def compare():
@@ -141,6 +146,11 @@ def num_classes(conditioning: Mapping | None) -> int:
   return conditioning['num_classes']
 
 
+def has_captions(conditioning: Mapping | None) -> bool:
+  """Whether a config's condition is captions."""
+  return bool(conditioning) and conditioning['name'] == 'text'
+
+
 def read_labels(workdir, classes: int) -> dict | None:
   """The labels of a run's training images, see `labels.describe`.
 
@@ -178,11 +188,23 @@ def _facts(splits, heldout_split) -> dict:
   }
 
 
+def _captions(splits) -> dict:
+  captions.check(*splits)
+  train, heldout = (source and captions.describe(source) for source in splits)
+  if train['empty']:
+    number = f'{train["empty"]:,} of {train["captions"]:,}'
+    terminal.say(f'{number} captions are empty: they train without words')
+  return {'train': train, 'heldout': heldout}
+
+
 def _same_on_all_hosts(every: list[dict]) -> None:
   for index, there in enumerate(every[1:], 1):
     told = _difference(every[0], there, 'in process 0', f'in process {index}')
     if there['heldout_split'] != every[0]['heldout_split']:
       told = f'only one of processes 0 and {index} has held-out images'
+    told = told or _other_captions(
+      every[0], there, 'in process 0', f'in process {index}'
+    )
     if told:
       raise UserError(
         f'the images are not the same on all hosts: {told}: copy the same '
@@ -198,7 +220,9 @@ def _change(then: dict, now: dict, splits: Splits) -> str:
     if source and source.contents
     for name in source.contents.names
   )
-  told = _difference(then, now, 'then', 'now', names)
+  told = _difference(then, now, 'then', 'now', names) or _other_captions(
+    then, now, 'then', 'now'
+  )
   return told and f'the images are not those of the run: {told}'
 
 
@@ -212,6 +236,26 @@ def _difference(a: dict, b: dict, in_a, in_b, names=()) -> str:
     kinds.append('heldout')
   whole = [identity.together([facts[k] for k in kinds]) for facts in (a, b)]
   return identity.difference(*whole, in_a, in_b, names)
+
+
+def _other_captions(a: dict, b: dict, in_a: str, in_b: str) -> str:
+  """How the captions of two data.json differ, in a phrase; '' if they do not.
+
+  Those of held-out images only matter if both hold out the same images.
+  """
+  kinds = ['train']
+  if a['heldout_split'] == b['heldout_split']:
+    kinds.append('heldout')
+  if not (a.get('captions') and b.get('captions')):
+    return ''
+  for kind in kinds:
+    one, other = a['captions'][kind], b['captions'][kind]
+    if one and other and one != other:
+      counts = [f'{x["captions"]:,}' for x in (one, other)]
+      if counts[0] == counts[1]:
+        return f'some of {counts[0]} captions are others {in_a} than {in_b}'
+      return f'{counts[0]} captions {in_a}, {counts[1]} {in_b}'
+  return ''
 
 
 def _check_heldout(splits, accept: bool) -> None:

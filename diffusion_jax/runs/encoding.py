@@ -103,6 +103,8 @@ def some(source: Source, indices: Sequence[int]) -> Source:
     read_fn=lambda i: source.read_fn(indices[i]),
     contents=None,
     label_fn=None,
+    caption_fn=None,
+    encode_fn=None,
   )
 
 
