@@ -112,6 +112,7 @@ YOUNGER = {
   'process.sigma_max': 80.0, 'process.path': '', 'process.sha256': '',
   'process.zero_snr': False, 'process.shift': 1.0,
   'ema.decays': (), 'ema.profiles': (), 'data.augment': 0.0,
+  'data.captions': 'auto',
 }  # fmt: skip
 
 

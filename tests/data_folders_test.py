@@ -369,7 +369,7 @@ def test_a_link_to_itself_is_a_broken_image(tmp_path):
 
 
 def test_files_that_are_passed_over_are_counted(tmp_path):
-  for name in ('a.txt', 'b.TXT', 'c.csv', 'LICENSE', 'empty.png', '.b.png'):
+  for name in ('d.txt', 'b.TXT', 'c.csv', 'LICENSE', 'empty.png', '.b.png'):
     (tmp_path / name).write_text('' if name == 'empty.png' else 'x')
   Image.new('L', (8, 8)).save(tmp_path / 'a.png')
   (note,) = (x for x in folder(tmp_path).notes if 'passed' in x)

@@ -6,6 +6,7 @@ learns the picture without words.
 """
 
 import array
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -22,6 +23,7 @@ from diffusion_jax.system.errors import UserError
 AUTO = 'auto'
 COLUMNS = ('captions', 'caption', 'texts', 'text')  # looked for, in this order
 DESCRIBED = 100_000  # images whose captions are hashed, evenly spaced
+MANY = 10_000  # captions of files: reading them takes seconds
 AT_ONCE = 1024  # captions that become tokens in one call
 THREADS = 16  # that wait for a disk
 _SHOWN = 3  # names in a message
@@ -144,7 +146,8 @@ def check(train: Source, heldout: Source | None) -> None:
         f'{source.description} has none: {_ANYWHERE}, or set '
         "conditioning.name='none'"
       )
-    with terminal.waiting(f'reading captions of {len(source)} images'):
+    told = terminal.waiting(f'reading captions of {len(source):,} images')
+    with told if len(source) > MANY else contextlib.nullcontext():
       source.caption_fn(0)
 
 

@@ -14,6 +14,7 @@ upwards are refused.
 
 import array
 import collections
+import contextlib
 import functools
 import io
 import json
@@ -43,6 +44,7 @@ LARGEST = 2**28  # bytes of a member
 BLOCK = 512  # bytes of a tar's header
 _RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
 _MOST_SHARDS = 10**6
+MANY = 20  # shards: reading their headers takes seconds
 _COPY = 'copy it again'
 
 
@@ -94,8 +96,9 @@ def create(
   shards = parts.get(wanted.split, shards)
   if parts and wanted.heldout_every:
     notes.append('data.heldout_every is ignored, as the shards hold out')
-  with terminal.waiting(f'reading the headers of {len(shards)} shards'):
-    index = _indexed(root, shards)
+  states = [os.stat(root / shard) for shard in shards]
+  changed = tuple((state.st_size, state.st_mtime_ns) for state in states)
+  index = _indexed(root, tuple(shards), changed)
   if not index.keys:
     suffixes = ', '.join(folders.SUFFIXES)
     raise UserError(f'{what} has no images: members must end in {suffixes}')
@@ -204,8 +207,21 @@ def _by_split(shards) -> tuple[dict[str, list[str]], list[str]]:
   return parts, [told + f'; {left} others are left out' * (left > 0)]
 
 
-def _indexed(root: Path, shards: Sequence[str]) -> Index:
-  """Reads the headers of all shards."""
+@functools.lru_cache(maxsize=2)  # both splits may be in the same shards
+def _indexed(root: Path, shards: tuple[str, ...], changed: tuple) -> Index:
+  """Reads the headers of all shards.
+
+  Args:
+    root: their folder.
+    shards: their paths in it.
+    changed: their sizes and when they were changed; others are read again.
+  """
+  told = terminal.waiting(f'reading the headers of {len(shards)} shards')
+  with told if len(shards) > MANY else contextlib.nullcontext():
+    return _index_of(root, shards)
+
+
+def _index_of(root: Path, shards: Sequence[str]) -> Index:
   keys, of, labels = [], array.array('i'), array.array('i')
   spans = {kind: array.array('q') for kind in ('image', 'txt', 'json')}
   passed = collections.Counter()
