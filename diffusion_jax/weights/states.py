@@ -25,10 +25,10 @@ PICKLED = ('.bin', '.pt', '.pth', '.ckpt')  # of torch.save
 STEM = 'diffusion_pytorch_model'
 WEIGHTS = STEM + SAFE
 INDEX = '.index.json'
-# In order: the first that exists is read.
-USUAL = (WEIGHTS, WEIGHTS + INDEX, f'{STEM}.bin', f'{STEM}.bin{INDEX}')
+# The stems of files of safetensors and of torch.save.
+DIFFUSERS, TRANSFORMERS = (STEM, STEM), ('model', 'pytorch_model')
 SHARD = r'-\d+-of-(?!0*1\.)\d+\.'  # of several
-VARIANT = rf'{STEM}\.(?!.*-of-\d)([\w-]+)({SAFE}|\.bin)'
+VARIANT = rf'\.(?!.*-of-\d)([\w-]+)({SAFE}|\.bin)'  # after the stem
 
 # Each U-Net that `unets` supports has exactly one parameter of this name.
 ONE_EACH = 'conv_in.weight'
@@ -66,20 +66,34 @@ def is_weights(path) -> bool:
   return files.at(path).suffix in (SAFE, *PICKLED)
 
 
-def read(path, one_each: str = ONE_EACH) -> State:
+def usual(stems: tuple[str, str]) -> tuple[str, ...]:
+  """Names of files of weights, of which the first that exists is read.
+
+  Args:
+    stems: DIFFUSERS or TRANSFORMERS.
+  """
+  safe, pickled = stems[0] + SAFE, f'{stems[1]}.bin'
+  return safe, safe + INDEX, pickled, pickled + INDEX
+
+
+def read(
+  path, one_each: str = ONE_EACH, stems: tuple[str, str] = DIFFUSERS
+) -> State:
   """Reads the weights in a folder, or in a file.
 
   Args:
-    path: a file of weights, or a folder that holds one: WEIGHTS, the same in
-      shards, as .bin or as a variant (fp16), or a single file of another name.
+    path: a file of weights, or a folder that holds one: that of a usual name,
+      the same in shards, as .bin or as a variant (fp16), or a single file of
+      another name.
     one_each: the name of a parameter that each network has once.
+    stems: of usual names, DIFFUSERS or TRANSFORMERS.
 
   Raises:
     UserError: there are no weights or several, or they are damaged.
   """
   path, notes = files.at(path), []
   if not path.is_file():
-    path, notes = _found_in(path)
+    path, notes = _found_in(path, stems)
   digest = hashlib.sha256()
   if path.suffix == '.json':
     names, tensors = _shards(path, digest)
@@ -163,26 +177,28 @@ def _is_averaged(head: str) -> bool:
 # --- files -------------------------------------------------------------------
 
 
-def _found_in(folder) -> tuple[files.Path, list[str]]:
+def _found_in(folder, stems) -> tuple[files.Path, list[str]]:
   """The file or index of the weights in a folder, and what was assumed."""
-  for name in USUAL:
+  first, first_index, first_pickled, _ = usual(stems)
+  for name in usual(stems):
     if (folder / name).is_file():
       return folder / name, []
+  stem = f'({"|".join(stems)})'
   there = sorted(files.entries(folder)) if folder.is_dir() else []
-  variants = [name for name in there if re.fullmatch(VARIANT, name)]
+  variants = [name for name in there if re.fullmatch(stem + VARIANT, name)]
   safe = [name for name in there if name.endswith(SAFE)]
   pickled = [name for name in there if name.endswith(PICKLED)]
   for names in (
     [name for name in variants if name.endswith(SAFE)],
     variants,
-    [name for name in there if re.fullmatch(rf'{STEM}.*\.index.*\.json', name)],
+    [name for name in there if re.fullmatch(rf'{stem}.*\.index.*\.json', name)],
     safe,
     pickled,
   ):
     if shards := [name for name in names if re.search(SHARD, name)]:
       raise UserError(
         f'{folder} holds shards ({named.shortened(shards)}) without their '
-        f'index, such as {WEIGHTS}{INDEX}: download it, too'
+        f'index, such as {first_index}: download it, too'
       )
     if len(names) == 1:
       return folder / names[0], [f'the weights are those of {names[0]}']
@@ -192,8 +208,8 @@ def _found_in(folder) -> tuple[files.Path, list[str]]:
         f'give one of them, such as {folder / names[0]}'
       )
   raise UserError(
-    f'{folder} has no weights: give a folder with {WEIGHTS} (or {STEM}.bin) in '
-    'it, or a file of weights'
+    f'{folder} has no weights: give a folder with {first} (or {first_pickled}) '
+    'in it, or a file of weights'
   )
 
 
