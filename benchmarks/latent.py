@@ -47,7 +47,7 @@ FLAGS = flags.FLAGS
 PARTS = ('plan', 'train', 'speed', 'distance', 'cost')
 MINUTES = 5  # after which the worse shape is dropped
 ROUNDS, BATCH, SAMPLES = 5, 16, 1000
-HOW = {'sampler': 'ddim', 'num_steps': 50}
+HOW = {'sampler': 'ddim', 'num_steps': 20}
 SHAPES = ('wide', 'deep')
 
 
@@ -172,13 +172,19 @@ def _train(folder, name, config, steps) -> None:
   steps = _count(steps)
   path = folder / f'{name}.py'
   path.write_text(config_files.source(config))
-  given = [f'--config.{key}={steps}' for key in ('num_steps', 'eval_every')]
-  command = [
-    *(sys.executable, '-m', 'diffusion_jax.train', f'--config={path}'),
-    *(f'--workdir={folder / name}', '--config.sample_every=0', *given),
-  ]
+  _run(
+    'train',
+    f'--config={path}',
+    f'--workdir={folder / name}',
+    '--config.sample_every=0',
+    *(f'--config.{key}={steps}' for key in ('num_steps', 'eval_every')),
+  )
+
+
+def _run(binary, *given) -> None:
+  command = [sys.executable, '-m', f'diffusion_jax.{binary}', *given]
   if subprocess.run(command).returncode:
-    raise UserError(f'the training in {folder / name} has stopped: run again')
+    raise UserError(f'{binary} has failed, see above; run again to go on')
 
 
 def _heldout(workdir) -> float:
@@ -231,14 +237,21 @@ def distance(folder, networks) -> dict:
   images = np.stack([train[int(i)]['image'] for i in chosen])
   reference = folder / 'train.npy'
   np.save(reference, np.stack([train[i]['image'] for i in range(len(train))]))
-  sets = {'floor': _reconstructed(networks['latents'], images)}
+  floor = folder / 'floor.npy'
+  np.save(floor, _reconstructed(networks['latents'], images))
+  sets = {'floor': floor}
   for name, one in networks.items():
-    sets[name] = one.sample(count, batch_size=BATCH, **HOW)
-  found = {}
-  for name, drawn in sets.items():
-    path = folder / f'{name}.npy'
-    np.save(path, drawn)
-    found[name] = _frechet(path, reference)
+    sets[name] = folder / f'{name}_samples'
+    # A store, so that an interrupted job goes on.
+    _run(
+      'sample',
+      *(f'--{flag}={value}' for flag, value in HOW.items()),
+      f'--workdir={one.workdir}',
+      f'--output={sets[name]}',
+      f'--num_samples={count}',
+      f'--batch_size={BATCH}',
+    )
+  found = {name: _frechet(path, reference) for name, path in sets.items()}
   return {'samples': count, **found}
 
 
@@ -255,13 +268,13 @@ def _reconstructed(trained, images) -> np.ndarray:
 def _frechet(samples, reference) -> float:
   """The distance of two sets by `diffusion_jax.fid`."""
   card = Path(f'{samples}.json')
-  command = [
-    *(sys.executable, '-m', 'diffusion_jax.fid', f'--samples={samples}'),
-    *(f'--reference={reference}', f'--features={FLAGS.features}'),
+  _run(
+    'fid',
+    f'--samples={samples}',
+    f'--reference={reference}',
+    f'--features={FLAGS.features}',
     *('--taps=768', '--metrics=fid', f'--card={card}'),
-  ]
-  if subprocess.run(command).returncode:
-    raise UserError(f'the distance of {samples} has failed: run again')
+  )
   results = json.loads(card.read_text())['results']
   return next(value for key, value in results.items() if 'fid' in key)
 
