@@ -5,8 +5,7 @@ Reproduces: nothing published; it shows latent diffusion (arXiv 2112.10752) on a
 Data:       1,236 emoji drawn from the font Noto Color Emoji, 146 held out:
             apt-get install fonts-noto-color-emoji. No other download.
 Hardware:   2 CPU cores.
-Time:       estimated at 25 minutes, after the autoencoder's; still to be
-            checked.
+Time:       16.5 minutes, 0.25 s a step, after the autoencoder's.
 Command:    python -m diffusion_jax.train --workdir=runs/emoji_autoencoder \
               --config=configs/emoji_autoencoder.py
             python -m diffusion_jax.encode --workdir=runs/emoji_autoencoder \
