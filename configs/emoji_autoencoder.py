@@ -11,7 +11,7 @@ Command:    python -m diffusion_jax.train --workdir=runs/emoji_autoencoder \
 Others:     --config=configs/emoji_autoencoder.py:dito is trained by one
             denoising loss, without a critic; with :hybrid the encoder has a
             transformer, and with :plain about as many parameters without one
-            (280,055 and 273,072).
+            (305,207 and 305,653).
 """
 
 from diffusion_jax.configs import default
@@ -63,10 +63,10 @@ def get_config(kind='kl'):
   if kind == 'dito':
     _dito(config)
   if kind == 'hybrid':
-    config.codec.hybrid = 3
+    config.codec.hybrid = 5
   if kind == 'plain':
-    config.codec.channels = 17
-    config.codec.num_groups = 17
+    config.codec.channels = 18
+    config.codec.num_groups = 9
   return config
 
 
