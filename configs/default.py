@@ -111,6 +111,9 @@ def get_config():
   # Of 'unet' only, like the keys up to details.
   config.model.multipliers = (1, 2, 2, 2)  # of the channels, one per level
   config.model.attention_resolutions = (16,)  # map sizes with attention
+  # In place of attention_resolutions: the blocks of the transformers of each
+  # level and of the middle, such as (1, 1, 1, 0, 1); 0 = no attention there.
+  config.model.transformer_depths = ()
   # Channels of each attention head, in place of num_heads; 0 = num_heads.
   config.model.head_channels = 0
   config.model.num_groups = 32  # groups of group normalisation

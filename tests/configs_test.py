@@ -102,6 +102,7 @@ YOUNGER = {
   'optim.decay_from': 0,
   'data.classes': 'auto', 'data.bits': 0, 'data.skip_broken': False,
   'model.remat': 'none', 'model.plain': (), 'model.patch_size': 2,
+  'model.transformer_depths': (),
   'model.head_channels': 0, 'model.style': 'ddpm', 'model.time_scale': 1.0,
   'conditioning.num_classes': 0, 'conditioning.drop': 0.1,
   'sample.guidance': 1.0,

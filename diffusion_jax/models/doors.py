@@ -6,7 +6,8 @@ A door is named by how the network takes a condition, see
   label     label/embedding [classes + 1, width], added to the time embedding;
             the last row stands for 'no label'.
   vector    vector/kernel [d, width], added to the time embedding; a vector of
-            zeros adds nothing.
+            zeros adds nothing. With two layers: vector1 and vector2, each with
+            kernel and bias, as those of the time.
   tokens    cross-attention after each self-attention.
   channels  concatenated to the noised images, at the input.
 """
@@ -42,7 +43,13 @@ def check(doors, allowed: tuple[str, ...], name: str) -> None:
 
 
 def add_embeddings(
-  module: nnx.Module, doors: dict[str, int], width: int, *, std=1.0, **kwargs
+  module: nnx.Module,
+  doors: dict[str, int],
+  width: int,
+  *,
+  std=1.0,
+  vector='linear',
+  **kwargs,
 ) -> None:
   """Gives a module the layers `label` and `vector` that its doors need.
 
@@ -51,6 +58,7 @@ def add_embeddings(
     doors: name -> size.
     width: the width of the time embedding.
     std: standard deviation of the labels' initial embeddings.
+    vector: the layers of the vector, see `styles.Style`.
     **kwargs: dtype and rngs.
   """
   if 'label' in doors:
@@ -60,7 +68,10 @@ def add_embeddings(
       embedding_init=nnx.initializers.normal(std),
       **kwargs,
     )
-  if 'vector' in doors:
+  if 'vector' in doors and vector == 'mlp':
+    module.vector1 = layers.linear(doors['vector'], width, **kwargs)
+    module.vector2 = layers.linear(width, width, **kwargs)
+  elif 'vector' in doors:
     module.vector = layers.linear(
       doors['vector'], width, use_bias=False, **kwargs
     )
@@ -77,7 +88,25 @@ def embedded(module: nnx.Module, time: jax.Array, cond) -> jax.Array:
   for door in ('label', 'vector'):
     if hasattr(module, door):
       time = time + getattr(module, door)(cond[door])
+  if hasattr(module, 'vector1'):
+    time = time + module.vector2(nnx.swish(module.vector1(cond['vector'])))
   return time
+
+
+def of_sizes(pooled: jax.Array, sizes: jax.Array, dim: int) -> jax.Array:
+  """The door `vector` of SDXL (arXiv 2307.01952, section 2.2).
+
+  Args:
+    pooled: [B, d], the text as one vector.
+    sizes: [B, n] numbers: height and width of the original, top and left of the
+      crop, height and width of the image, in pixels.
+    dim: features of each of these numbers, even.
+
+  Returns:
+    [B, d + n dim]: the text, then cosines and sines of the numbers.
+  """
+  features = layers.time_features(sizes.reshape(-1), dim, 'cos_sin', 0)
+  return jnp.concatenate([pooled, features.reshape(len(sizes), -1)], -1)
 
 
 def joined(xt: jax.Array, cond) -> jax.Array:

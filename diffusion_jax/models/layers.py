@@ -388,8 +388,9 @@ class Upsample(nnx.Module):
     self.plain = plain
     self.conv = conv(channels, channels, init=style.init, **kwargs)
 
-  def __call__(self, x):
-    if 'upsampling' in self.plain:
-      return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+  def __call__(self, x, size=None):
+    h, w = size or (2 * side for side in x.shape[1:3])
+    if 'upsampling' in self.plain or (h % 2 or w % 2):
+      return self.conv(resized(x, 'up')[:, :h, :w])
     y = upsampling.upsample_conv(x, self.conv.kernel[...])
     return y + pointwise.broadcast(self.conv.bias[...], y)

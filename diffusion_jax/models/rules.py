@@ -64,10 +64,22 @@ def _unet(model, size, what):
   )
   heads = 'head_channels' if model.head_channels else 'num_heads'
   maps = [min(size) // 2**level for level in range(levels)]
+  attends = [at in model.attention_resolutions for at in maps]
+  if depths := model.transformer_depths:
+    good = all(isinstance(depth, int) and depth >= 0 for depth in depths)
+    good = good and len(depths) == levels + 1
+    yield (
+      good,
+      f'model.transformer_depths={depths}: a whole number for each of {levels} '
+      f'levels and one for the middle, {levels + 1} in all, or () for none',
+    )
+    if not good:
+      return
+    attends = [depth > 0 for depth in depths[:-1]]
   attending = {
     multiplier
-    for multiplier, resolution in zip(model.multipliers, maps, strict=True)
-    if resolution in model.attention_resolutions
+    for multiplier, attend in zip(model.multipliers, attends, strict=True)
+    if attend
   }
   attending |= set(model.multipliers[-1:])  # the middle
   for multiplier in sorted(set(model.multipliers)):
@@ -80,7 +92,7 @@ def _unet(model, size, what):
         f'model.{name}={model[name]} does not divide {width} channels '
         f'(model.channels={model.channels} x {multiplier})',
       )
-  for resolution in model.attention_resolutions:
+  for resolution in () if depths else model.attention_resolutions:
     yield (
       resolution in maps,
       f'model.attention_resolutions has {resolution}, but the maps are of size '

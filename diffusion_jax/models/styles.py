@@ -26,6 +26,8 @@ class Style(NamedTuple):
     freq_shift: the frequencies are 10000 ** (-i / (half - freq_shift)).
     doors_at: where label and vector are added: 'time' (the time embedding) or
       'sinusoid' (before its two layers).
+    vector: the layers of the vector: 'linear' (one, without bias) or 'mlp'
+      (two, like those of the time).
     init: initial values: 'ddpm' (variance scaling, biases 0) or 'torch'
       (uniform, by the number of inputs, biases too). Last layers are zero.
     attention_init: scale of the initial variance of query, key and value.
@@ -42,6 +44,7 @@ class Style(NamedTuple):
   sinusoid: str = 'sin_cos'
   freq_shift: int = 1
   doors_at: str = 'time'
+  vector: str = 'linear'
   init: str = 'ddpm'
   attention_init: float = 1.0
 
@@ -76,6 +79,7 @@ CHOICES = {
   'sinusoid': ('sin_cos', 'cos_sin', 'fourier'),
   'freq_shift': (0, 1),
   'doors_at': ('time', 'sinusoid'),
+  'vector': ('linear', 'mlp'),
   'init': ('ddpm', 'torch'),
 }
 

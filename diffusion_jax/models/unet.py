@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.models import doors as doors_of
-from diffusion_jax.models import layers, pointwise, styles
+from diffusion_jax.models import layers, pointwise, styles, transformer
 
 
 class Given(NamedTuple):
@@ -49,14 +49,20 @@ class Stage(nnx.Module):
     if at < 0 or not self.attentions:
       return x
     # Dropout is for training, with a rate of 0, too.
-    x = self.attentions[at](x, keys is not None)
+    x = _attended(self.attentions[at], x, given, keys is not None)
     return self.crosses[at](x, *given.tokens) if self.crosses else x
 
-  def resampled(self, x, given, keys):
+  def resampled(self, x, given, keys, size=None):
     if isinstance(self.resample, layers.ResBlock):
       time = given.times[self.resample.number]
       return self.resample((x,), time, keys)
-    return self.resample(x)
+    return self.resample(x) if size is None else self.resample(x, size)
+
+
+def _attended(layer, x, given, training):
+  if isinstance(layer, transformer.Transformer):
+    return layer(x, given.tokens, training)
+  return layer(x, training)
 
 
 def inputs_of(channels: int, widths: list[int], num_blocks: int):
@@ -79,9 +85,33 @@ def inputs_of(channels: int, widths: list[int], num_blocks: int):
   return down, up[::-1]
 
 
-def _attentions(width, count, num_heads, tokens, options):
-  """As many self-attentions, and cross-attentions if there are tokens."""
-  options = {'num_heads': num_heads, **options}
+def _attending(sides, style, resolutions, levels) -> tuple[bool, ...]:
+  """Whether each level and the middle have attention."""
+  maps = (min(sides) // 2**level for level in range(levels))
+  return *(size in resolutions for size in maps), style.middle_attention
+
+
+def _attentions(width, count, depth, *, transforms, heads, tokens, **options):
+  """What attends in a level, or the middle.
+
+  Args:
+    width: channels of the maps.
+    count: how often.
+    depth: blocks of a transformer; 0 = nothing attends.
+    transforms: whether they are transformers, not just attention.
+    heads: (their number, the channels of each in place of it or 0).
+    tokens: width of the tokens, or None.
+    **options: of `layers.Attention`.
+
+  Returns:
+    (self-attentions or transformers, cross-attentions if there are tokens).
+  """
+  number, channels = heads
+  options['num_heads'] = width // channels if channels else number
+  count = count if depth else 0
+  if transforms:
+    make = functools.partial(transformer.Transformer, width, tokens, **options)
+    return [make(depth=depth) for _ in range(count)], []
   crosses = count if tokens else 0
   return (
     [layers.Attention(width, **options) for _ in range(count)],
@@ -114,6 +144,9 @@ class UNet(nnx.Module):
     num_blocks: residual blocks per level down (one more per level up).
     attention_resolutions: sizes of a map's shorter side, in pixels, at which
       blocks are followed by attention.
+    transformer_depths: in place of attention_resolutions: for each level and
+      for the middle, the blocks of the transformers in it, see `transformer`;
+      0 = it has none.
     num_heads: number of attention heads.
     head_channels: channels of each head instead; 0 = as num_heads says.
     num_groups: groups of the group norms; divides the channels of all levels.
@@ -137,27 +170,12 @@ class UNet(nnx.Module):
   )
 
   def __init__(
-    self,
-    image_shape,
-    *,
-    doors,
-    out_channels,
-    channels=128,
-    multipliers=(1, 2, 2, 2),
-    num_blocks=2,
-    attention_resolutions=(16,),
-    num_heads=1,
-    head_channels=0,
-    num_groups=32,
-    style='ddpm',
-    details=(),
-    time_scale=1.0,
-    dropout=0.1,
-    dtype='float32',
-    remat='none',
-    plain=(),
-    rngs,
-  ):
+    self, image_shape, *, doors, out_channels, channels=128,
+    multipliers=(1, 2, 2, 2), num_blocks=2, attention_resolutions=(16,),
+    transformer_depths=(), num_heads=1, head_channels=0, num_groups=32,
+    style='ddpm', details=(), time_scale=1.0, dropout=0.1, dtype='float32',
+    remat='none', plain=(), rngs,
+  ):  # fmt: skip
     *sides, colors = image_shape
     widths = [channels * m for m in multipliers]
     last = len(widths) - 1
@@ -176,16 +194,19 @@ class UNet(nnx.Module):
         number=next(numbers), resample=resample, **blocks,
       )  # fmt: skip
 
-    def attend(width, count):
-      heads = width // head_channels if head_channels else num_heads
-      return _attentions(width, count, heads, doors.get('tokens'), blocks)
+    depths = transformer_depths or _attending(
+      sides, how, attention_resolutions, len(widths)
+    )
+    attend = functools.partial(
+      _attentions, transforms=bool(transformer_depths), **blocks,
+      heads=(num_heads, head_channels), tokens=doors.get('tokens'),
+    )  # fmt: skip
 
     def stage(level, inputs, way, count):
       width = widths[level]
-      attends = min(sides) // 2**level in attention_resolutions
       return Stage(
         [block(i, width) for i in inputs],
-        *attend(width, count if attends else 0),
+        *attend(width, count, depths[level]),
         way and _resampler(width, way, how, block, **measured),
       )
 
@@ -199,7 +220,7 @@ class UNet(nnx.Module):
       for level, inputs in enumerate(down)
     )
     self.middle1 = block(widths[-1], widths[-1])
-    made, crosses = attend(widths[-1], int(how.middle_attention))
+    made, crosses = attend(widths[-1], 1, depths[-1])
     if made:
       (self.middle_attention,) = made
     self.middle_crosses = nnx.List(crosses)
@@ -215,7 +236,7 @@ class UNet(nnx.Module):
     )
     self.conv_out = layers.conv(widths[0], out_channels, scale=ZERO, **dense)
     width = 4 * channels if how.doors_at == 'time' else channels
-    doors_of.add_embeddings(self, doors, width, **common)
+    doors_of.add_embeddings(self, doors, width, vector=how.vector, **common)
 
   def __call__(self, xt, t, keys=None, cond=None):
     """Computes the prediction for noised images.
@@ -246,15 +267,17 @@ class UNet(nnx.Module):
       skips += found
 
     x = self._block(self.middle1)((x,), times[self.middle1.number], keys)
-    if self.style.middle_attention:
-      x = self.middle_attention(x, keys is not None)
+    if hasattr(self, 'middle_attention'):
+      x = self._middle_attended(x, given, keys is not None)
     for cross in self.middle_crosses:
       x = cross(x, *given.tokens)
     x = self._block(self.middle2)((x,), times[self.middle2.number], keys)
 
     for stage in self.up:
       left = len(skips) - len(stage.blocks)
-      x = of_level(functools.partial(self._up, stage))(
+      # That of the next skips: not twice that of x where halving rounded up.
+      size = skips[left - 1].shape[1:3] if left else None
+      x = of_level(functools.partial(self._up, stage, size))(
         x, skips[left:], given, keys
       )
       skips = skips[:left]
@@ -292,7 +315,17 @@ class UNet(nnx.Module):
       skips.append(x)
     return x, skips
 
-  def _up(self, stage, x, skips, given, keys):
+  def _middle_attended(self, x, given, training):
+    layer = self.middle_attention
+    if not isinstance(layer, transformer.Transformer):
+      return _attended(layer, x, given, training)
+    # Up to ten blocks, which are as worth recomputing as a residual block.
+    attended = functools.partial(_attended, layer, training=training)
+    return self._block(attended)(x, given)
+
+  def _up(self, stage, size, x, skips, given, keys):
     for i, skip in enumerate(reversed(skips)):
       x = self._block(functools.partial(stage.block, i))((x, skip), given, keys)
-    return x if stage.resample is None else stage.resampled(x, given, keys)
+    if stage.resample is None:
+      return x
+    return stage.resampled(x, given, keys, size)

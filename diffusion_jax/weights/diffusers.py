@@ -51,10 +51,20 @@ _RENAMED = (
   (r'\bnorm_out', r'conv_norm_out'),
   (r'((?:resnets|samplers)/\d+)/time', r'\1/time_emb_proj'),
   (r'((?:resnets|samplers)/\d+)/shortcut', r'\1/conv_shortcut'),
-  (r'(attentions/\d+)/norm', r'\1/group_norm'),
+  (r'(attentions/\d+)/norm/', r'\1/group_norm/'),
   (r'(attentions/\d+)/(q|k|v)(?:uery|ey|alue)', r'\1/to_\2'),
   (r'(attentions/\d+)/out', r'\1/to_out/0'),
+  (r'^vector([12])', r'add_embedding/linear_\1'),
   (r'^label/embedding$', r'class_embedding/weight'),
+  # Transformers.
+  (r'(attentions/\d+)/norm_in', r'\1/norm'),
+  (r'(attentions/\d+)/blocks', r'\1/transformer_blocks'),
+  (r'(blocks/\d+)/attention/', r'\1/attn1/'),
+  (r'(blocks/\d+)/cross/', r'\1/attn2/'),
+  (r'(attn\d)/(q|k|v)(?:uery|ey|alue)', r'\1/to_\2'),
+  (r'(attn\d)/out', r'\1/to_out/0'),
+  (r'(blocks/\d+)/mlp1', r'\1/ff/net/0/proj'),
+  (r'(blocks/\d+)/mlp2', r'\1/ff/net/2'),
   (r'/(kernel|scale)$', r'/weight'),
   (r'/', r'.'),
 )
@@ -73,7 +83,7 @@ _TODAY = [
 _TABLE = re.compile(r'.*/(embedding|codebook)')
 # Dense layers here. diffusers has the second as 1x1 convolutions, and folders
 # from elsewhere may have the first as such.
-_DENSE = re.compile(r'.*/(query|key|value|out)/kernel')
+_DENSE = re.compile(r'.*/(query|key|value|out|proj_in|proj_out)/kernel')
 _POINTWISE = re.compile(r'.*/(shortcut|(post_)?quant_conv)/kernel')
 
 

@@ -6,7 +6,7 @@ that may differ and those that may not. Errors name the setting that makes a
 network another one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from diffusion_jax.models import styles
 from diffusion_jax.system.errors import UserError
@@ -33,7 +33,9 @@ DETAILS = {
   'add_attention': ('middle_attention', {True: True, False: False}),
 }  # fmt: skip
 # What their network cannot have.
-DDPM_ONLY = ('up_attention', 'skip_scale', 'resampled_shortcut', 'doors_at')
+DDPM_ONLY = (
+  *('up_attention', 'skip_scale', 'resampled_shortcut', 'doors_at', 'vector'),
+)
 # diffusers' defaults of other settings.
 DEFAULTS = {
   **{'in_channels': 3, 'out_channels': 3, 'layers_per_block': 2},
@@ -64,7 +66,12 @@ def unet_of(config: Mapping) -> dict:
     raise UserError(
       f'data.image_size={list(size)}: DDPMPipeline only supports squares'
     )
-  style = _style_of(model, config['data'].get('augment', 0.0))
+  style = style_of(model, augment=config['data'].get('augment', 0.0))
+  if model.get('transformer_depths'):
+    raise UserError(
+      f'model.transformer_depths={list(model["transformer_depths"])}: a '
+      'UNet2DModel has no transformers: such a network cannot be written'
+    )
   widths = [model['channels'] * m for m in model['multipliers']]
   maps = [size // 2**level for level in range(len(widths))]
   attends = [at in model['attention_resolutions'] for at in maps]
@@ -97,34 +104,46 @@ def unet_of(config: Mapping) -> dict:
     ),
     **{name: value for name, (_, value) in FIXED.items()},
     **{
-      name: _inverse(values)[getattr(style, field)]
+      name: inverse(values)[getattr(style, field)]
       for name, (field, values) in DETAILS.items()
     },
   }
 
 
-def _style_of(model, augment=0.0) -> styles.Style:
-  """The style of a network that diffusers supports."""
+def style_of(
+  model, kind='UNet2DModel', only=DDPM_ONLY, augment=0.0
+) -> styles.Style:
+  """The style of a network that diffusers supports.
+
+  Args:
+    model: the group `model` of a run's config.
+    kind: diffusers' class.
+    only: fields of the style in which it must be DDPM's.
+    augment: the run's `data.augment`.
+
+  Raises:
+    UserError: diffusers does not support it.
+  """
   if model['name'] != 'unet':
     raise UserError(
       f'model.name={model["name"]}: only a unet can be written for diffusers'
     )
   style = styles.create(model['style'], model['details'])
-  wrong = [n for n in DDPM_ONLY if getattr(style, n) != getattr(styles.DDPM, n)]
+  wrong = [n for n in only if getattr(style, n) != getattr(styles.DDPM, n)]
   wrong += ['sinusoid'] * (style.sinusoid == 'fourier')
   if wrong:
     raise UserError(
-      f'model.style={model["style"]}: a UNet2DModel has no {wrong[0]}='
+      f'model.style={model["style"]}: a {kind} has no {wrong[0]}='
       f'{getattr(style, wrong[0])}: such a network cannot be written'
     )
   if augment:
     raise UserError(
-      f'data.augment={augment}: a UNet2DModel has no input for the transforms: '
+      f'data.augment={augment}: a {kind} has no input for the transforms: '
       'such a network cannot be written'
     )
   if model['time_scale'] != 1:
     raise UserError(
-      f'model.time_scale={model["time_scale"]}: a UNet2DModel has none: such a '
+      f'model.time_scale={model["time_scale"]}: a {kind} has none: such a '
       'network cannot be written'
     )
   return style
@@ -146,7 +165,8 @@ def _head_dim(model, widths: set[int]) -> int | None:
   return heads.pop()
 
 
-def _inverse(values: dict) -> dict:
+def inverse(values: dict) -> dict:
+  """Our value -> theirs."""
   return {ours: theirs for theirs, ours in values.items()}
 
 
@@ -192,7 +212,8 @@ def network_of(settings: dict, path) -> dict:
   )
   outputs = theirs['out_channels']
   agree(path, 'out_channels', outputs, [channels, 2 * channels])
-  widths, attends, resampling = _levels_of(theirs, path)
+  widths, attends = levels_of(theirs, path, _allowed)
+  resampling = _resampling_of(theirs, path)
   style = _details_of(theirs, path)._replace(resampling=resampling)
   name, details = styles.described(style)
   return {
@@ -212,12 +233,13 @@ def network_of(settings: dict, path) -> dict:
       ],
       **_heads_of(theirs, _attending(widths, attends), path),
       'num_groups': groups,
-      'dropout': _number('dropout', theirs['dropout'], path),
+      'dropout': number('dropout', theirs['dropout'], path),
     },
   }
 
 
-def _number(name: str, value, path) -> float:
+def number(name: str, value, path) -> float:
+  """A setting that must be a number in [0, 1), as `settings.whole`."""
   if type(value) not in (int, float) or not 0 <= value < 1:
     raise UserError(f'{path}: {name} is {shown(value)}: in [0, 1)')
   return float(value)
@@ -225,7 +247,7 @@ def _number(name: str, value, path) -> float:
 
 def _details_of(theirs: dict, path) -> styles.Style:
   """The details of their network but for its resampling."""
-  found = {'epsilon': _number('norm_eps', theirs['norm_eps'], path)}
+  found = {'epsilon': number('norm_eps', theirs['norm_eps'], path)}
   for name, (field, values) in DETAILS.items():
     agree(path, name, theirs[name], values)
     found[field] = values[theirs[name]]
@@ -249,8 +271,19 @@ def _condition_of(embeddings, path) -> dict:
   return {'name': 'label', 'num_classes': count}
 
 
-def _levels_of(theirs: dict, path) -> tuple[list[int], list[bool], str]:
-  """The width of each level, whether it attends, and how maps are resampled."""
+def levels_of(
+  theirs: dict, path, allowed: Callable[[str], list[str]]
+) -> tuple[list[int], list[bool]]:
+  """The width of each level, and whether it attends.
+
+  Args:
+    theirs: their settings, with all of LISTS.
+    path: the path of the file, for messages.
+    allowed: 'Down' or 'Up' -> the types of blocks that are supported.
+
+  Raises:
+    UserError: the levels are not supported; the message names the setting.
+  """
   for name in LISTS:
     value = theirs[name]
     if not isinstance(value, list) or not 0 < len(value) < LEVELS:
@@ -265,18 +298,18 @@ def _levels_of(theirs: dict, path) -> tuple[list[int], list[bool], str]:
         'needs multiples of the first: it is another network'
       )
   for kind in down:
-    agree(path, 'down_block_types', kind, _allowed('Down'))
+    agree(path, 'down_block_types', kind, allowed('Down'))
   for kind in up:
-    agree(path, 'up_block_types', kind, _allowed('Up'))
-  attends = [kind.startswith('Attn') for kind in down]
+    agree(path, 'up_block_types', kind, allowed('Up'))
+  attends = ['Attn' in kind for kind in down]
   agree(path, 'block_out_channels', len(widths), [len(attends)])
-  theirs_up = [kind.startswith('Attn') for kind in up]
+  theirs_up = ['Attn' in kind for kind in up]
   if theirs_up != attends[::-1]:
     raise UserError(
       f'{path}: up_block_types is {shown(up)}, but must attend at the levels '
       f'of down_block_types {shown(down)}: it is another network'
     )
-  return widths, attends, _resampling_of(theirs, path)
+  return widths, attends
 
 
 def _allowed(way: str) -> list[str]:
@@ -297,7 +330,7 @@ def _resampling_of(theirs: dict, path) -> str:
       f'{path}: downsample_type, upsample_type and the block types resample '
       'some levels by conv and others by resnet: it is another network'
     )
-  return _inverse(TYPES)[found.pop()] if found else 'conv'
+  return inverse(TYPES)[found.pop()] if found else 'conv'
 
 
 def _heads_of(theirs: dict, widths: set[int], path) -> dict:

@@ -1,0 +1,69 @@
+"""Writes weights as safetensors, in one file or in several with an index.
+
+The names are those that diffusers looks for; `states` reads all of them.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import safetensors.numpy
+
+from diffusion_jax.system import files
+from diffusion_jax.weights import states
+
+LARGEST = 10**10  # bytes of a file, as diffusers writes them
+
+
+def write(
+  folder,
+  tensors: Mapping[str, np.ndarray],
+  variant: str = '',
+  largest: int = LARGEST,
+) -> list[str]:
+  """Writes the weights of a network; returns the names of the files.
+
+  Args:
+    folder: where to write, which exists.
+    tensors: name -> array.
+    variant: such as 'fp16', a part of the names.
+    largest: bytes of a file; a tensor that is larger has a file of its own.
+  """
+  stem = '.'.join([states.STEM, variant]).strip('.')
+  groups = _groups(tensors, largest)
+  many = len(groups)
+  names = [
+    f'{stem}-{number:05}-of-{many:05}{states.SAFE}' if many > 1 else
+    f'{stem}{states.SAFE}'
+    for number in range(1, many + 1)
+  ]  # fmt: skip
+  for name, group in zip(names, groups, strict=True):
+    content = safetensors.numpy.save(
+      {key: tensors[key] for key in group}, {'format': 'pt'}
+    )
+    with files.replacing(folder / name) as file:
+      file.write(content)
+  if many == 1:
+    return names
+  index = '.'.join(filter(None, [states.WEIGHTS, 'index', variant, 'json']))
+  listed = {
+    key: name
+    for name, group in zip(names, groups, strict=True)
+    for key in group
+  }
+  total = sum(array.nbytes for array in tensors.values())
+  files.write_json(
+    folder / index, {'metadata': {'total_size': total}, 'weight_map': listed}
+  )
+  return [*names, index]
+
+
+def _groups(tensors, largest) -> list[list[str]]:
+  """The names of the tensors of each file."""
+  groups, size = [[]], 0
+  for name, array in tensors.items():
+    if groups[-1] and size + array.nbytes > largest:
+      groups.append([])
+      size = 0
+    groups[-1].append(name)
+    size += array.nbytes
+  return groups
