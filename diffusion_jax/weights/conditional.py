@@ -308,7 +308,7 @@ def unet_of(
     'use_linear_projection': True,
   }
   if kept:
-    settings |= {name: kept[name] for name in OF_FILES if kept.get(name)}
+    settings |= {name: kept[name] for name in OF_FILES if name in kept}
   if kept and network_of(kept, CLASS) == network_of(settings, CLASS):
     return dict(kept)
   network_of(settings, CLASS)  # raises where theirs would
