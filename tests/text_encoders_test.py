@@ -179,6 +179,13 @@ def test_networks_that_cannot_be(options, told):
     text.create(9, **options)
 
 
+def test_texts_that_are_too_long_are_refused():
+  model = text.create(9, width=2, inner=2, num_layers=1, num_heads=1, length=4)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  with pytest.raises(UserError, match='texts of 5 tokens'):
+    jax.eval_shape(model.apply, params, np.zeros((1, 5), np.int32))
+
+
 # --- folders -----------------------------------------------------------------
 
 

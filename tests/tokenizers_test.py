@@ -167,6 +167,19 @@ def test_one_file_keeps_a_tokenizer(tmp_path, kind):
   assert inner(alone.encode(['cat'])) == inner(one.encode(['cat']))
 
 
+@pytest.mark.parametrize('pad', ['<|endoftext|>', '!'])
+def test_a_folder_is_written_as_it_was_read(tmp_path, pad):
+  one = tokenizers.read(
+    folder_of(tmp_path / 'it', model_max_length=9, pad_token=pad)
+  )
+  tokenizers.write_folder(tmp_path / 'new', one)
+  assert tokenizers.read(tmp_path / 'new')[1:] == one[1:]
+  merges = (
+    folder / 'merges.txt' for folder in (tmp_path / 'it', tmp_path / 'new')
+  )
+  assert len({file.read_bytes() for file in merges}) == 1
+
+
 def test_training_on_captions():
   one = tokenizers.train(CAPTIONS, 600)
   shuffled = random.Random(0).sample(CAPTIONS, len(CAPTIONS))
@@ -178,6 +191,9 @@ def test_training_on_captions():
   assert one.length == 5  # every word is one token
   assert found.mask.all()
   assert len({*map(tuple, found.ids)}) == len(CAPTIONS)
+  # Eight times and six; of equal counts the pair with the lower ids is first.
+  merges = json.loads(one.content)['model']['merges']
+  assert merges[:3] == [['r', 'e'], ['h', 'o'], ['s', 'e</w>']]
   # Nothing is lost of texts that are unlike the captions.
   long = tokenizers.train(CAPTIONS, 520, length=40)
   assert long.size == 520
@@ -275,6 +291,12 @@ def test_equals_transformers(tmp_path, request, merges, pad):
   np.testing.assert_array_equal(found.ids, wanted['input_ids'])
   np.testing.assert_array_equal(found.mask, wanted['attention_mask'])
   np.testing.assert_array_equal(found.ids, ours.encode(TEXTS).ids)
+  for tokenizer in (ours, tokenizers.train(CAPTIONS, 530, length=9)):
+    tokenizers.write_folder(tmp_path / 'new', tokenizer)
+    again = transformers.CLIPTokenizer.from_pretrained(tmp_path / 'new')
+    told = again(['a red cat', ''], padding='max_length', truncation=True)
+    wanted = tokenizer.encode(['a red cat', ''])
+    np.testing.assert_array_equal(told['input_ids'], wanted.ids)
   # What transformers saves comes in, too.
   theirs.save_pretrained(tmp_path / 'saved')
   saved = tokenizers.read(tmp_path / 'saved')

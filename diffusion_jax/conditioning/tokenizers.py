@@ -177,6 +177,44 @@ def write(path, tokenizer: Tokenizer) -> None:
     file.write(tokenizer.content.encode())
 
 
+def write_folder(path, tokenizer: Tokenizer) -> None:
+  """Writes a folder that transformers loads as a `CLIPTokenizer`.
+
+  Args:
+    path: the folder.
+    tokenizer: the tokenizer.
+
+  Raises:
+    UserError: it is another kind than CLIP's.
+  """
+  told = json.loads(tokenizer.content)
+  model, ends = told['model'], told['post_processor']
+  if model['type'] != 'BPE' or model['end_of_word_suffix'] != END:
+    raise UserError(
+      f'a tokenizer of the kind {model["type"]} cannot be written as a '
+      f"CLIPTokenizer: only byte-pair encoding with {END} can, such as CLIP's"
+    )
+  special = {
+    'bos_token': ends['cls'][0],
+    'eos_token': ends['sep'][0],
+    'pad_token': told['padding']['pad_token'],
+    'unk_token': ends['sep'][0],
+  }
+  path = files.make(path)
+  merges = ['#version: 0.2', *map(' '.join, model['merges']), '']
+  with files.replacing(path / MERGES) as file:
+    file.write('\n'.join(merges).encode())
+  files.write_json(path / VOCABULARY, model['vocab'])
+  files.write_json(path / SPECIAL, special)
+  settings = {
+    'tokenizer_class': 'CLIPTokenizer',
+    'model_max_length': tokenizer.length,
+    'do_lower_case': True,
+    **special,
+  }
+  files.write_json(path / SETTINGS, settings)
+
+
 # --- the library's tokenizer -------------------------------------------------
 
 

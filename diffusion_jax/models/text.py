@@ -89,7 +89,8 @@ def create(
     dtype: dtype of the computation; parameters are float32.
 
   Raises:
-    UserError: the numbers do not fit each other.
+    UserError: the numbers do not fit each other, or, of `apply`, the texts are
+      longer than `length`.
   """
   if num_heads < 1 or width % num_heads:
     raise UserError(
@@ -120,6 +121,7 @@ class Transformer(nnx.Module):
     skip, final_norm, num_heads, activation, causal, epsilon, dtype, rngs,
   ):  # fmt: skip
     self.eos, self.skip, self.final_norm = eos, skip, final_norm
+    self.length = length
     common = {'dtype': dtype, 'rngs': rngs}
     embed = functools.partial(nnx.Embed, features=width, **common)
     self.token = embed(vocabulary, embedding_init=_normal(0.02))
@@ -139,6 +141,11 @@ class Transformer(nnx.Module):
       )  # fmt: skip
 
   def __call__(self, ids, mask=None):
+    if ids.shape[1] > self.length:
+      raise UserError(
+        f'texts of {ids.shape[1]} tokens: this text encoder takes at most '
+        f'{self.length}: give the tokenizer this length'
+      )
     x = self.token(ids) + self.position(jnp.arange(ids.shape[1]))[None]
     tokens = x
     for number, block in enumerate(self.blocks, 1):
