@@ -13,10 +13,13 @@ from parity import conditional as parity
 
 from diffusion_jax import models
 from diffusion_jax.models import transformer
+from diffusion_jax.process import schedules
+from diffusion_jax.samplers import plan
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import (
   conditional,
   diffusers,
+  settings,
   shards,
   stable_diffusion,
 )
@@ -230,6 +233,68 @@ def test_what_diffusers_cannot_have_is_not_written(change, told):
     conditional.unet_of({**parts, 'model': {
       **parts['model'], 'name': 'unet', 'style': 'diffusers', 'time_scale': 1.0,
     }}, {'label': 3})  # fmt: skip
+
+
+# Schedulers.
+
+OF_STABLE = {
+  'beta_start': 0.00085, 'beta_end': 0.012, 'beta_schedule': 'scaled_linear',
+  'steps_offset': 1, 'clip_sample': False,
+}  # fmt: skip
+PNDM = {'_class_name': 'PNDMScheduler', 'skip_prk_steps': True}
+EULER = {'_class_name': 'EulerDiscreteScheduler', 'timestep_spacing': 'leading'}
+
+
+def test_the_process_of_stable_diffusion():
+  parts = settings.process_of({**OF_STABLE, **PNDM}, 'a file')
+  schedule = schedules.create(**parts['process'])
+  alpha_bar = np.exp(schedule.host([0, 1, 499, 981, 999])[0])
+  wanted = [0.99915, 0.99829603, 0.27766965, 0.00577550, 0.00466010]
+  np.testing.assert_allclose(alpha_bar, wanted, atol=5e-9)
+  assert parts['loss']['prediction'] == 'eps'
+  assert not parts['sample']['clip']
+  euler = settings.process_of({**EULER, 'beta_end': 0.012}, 'a file')
+  assert not euler['sample']['clip']
+
+
+@pytest.mark.parametrize(
+  ('given', 'wanted'),
+  [
+    (PNDM, ('plms', 'stable_diffusion')),
+    ({**PNDM, 'set_alpha_to_one': True}, ('plms', 'sdxl')),
+    ({'_class_name': 'DDIMScheduler'}, ('ddim', 'sdxl')),
+    (
+      {'_class_name': 'DDIMScheduler', 'set_alpha_to_one': False},
+      ('ddim', 'stable_diffusion'),
+    ),
+    (EULER, ('euler', 'sdxl')),
+  ],
+)
+def test_a_scheduler_names_sampler_and_grid(given, wanted):
+  found = settings.sampling_of({**OF_STABLE, **given}, 'a file')
+  assert (found['sampler'], found['grid']) == wanted
+  schedule = schedules.scaled_linear(1000, 0.00085, 0.012)
+  made = plan.create(schedule, num_steps=50, clip=False, **found)
+  end = {'stable_diffusion': [0, 'end'], 'sdxl': [-1]}[wanted[1]]
+  assert made.protocol()['grid'] == [*range(981, 0, -20), *end]
+  assert made.evaluations == 50 + (wanted[0] == 'plms')
+
+
+@pytest.mark.parametrize(
+  ('given', 'told'),
+  [
+    ({'_class_name': 'DDPMScheduler'}, '_class_name is "DDPMScheduler"'),
+    ({**PNDM, 'timestep_spacing': 'trailing'}, 'timestep_spacing is "t'),
+    ({**PNDM, 'skip_prk_steps': False}, 'skip_prk_steps is false'),
+    ({**EULER, 'use_karras_sigmas': True}, 'use_karras_sigmas is true'),
+    ({**PNDM, 'steps_offset': 7}, 'steps_offset is 7'),
+  ],
+)  # fmt: skip
+def test_other_ways_of_sampling_are_refused_in_one_line(given, told):
+  with pytest.raises(UserError) as error:
+    settings.sampling_of({**OF_STABLE, **given}, 'a file')
+  assert told in str(error.value)
+  assert '\n' not in str(error.value)
 
 
 # Folders.

@@ -108,6 +108,9 @@ def assert_moments(x, mean, std, what):
     ('leading', 10, 5, [8, 6, 4, 2, 0, -1]),
     ('leading', 10, 2, [5, 0, -1]),
     ('leading', 1000, 1, [0, -1]),
+    ('stable_diffusion', 10, 3, [7, 4, 1, 0]),
+    ('sdxl', 10, 4, [7, 5, 3, 1, -1]),
+    ('sdxl', 1000, 1, [1, -1]),
     ('trailing', 10, 5, [9, 7, 5, 3, 1, -1]),
     ('trailing', 10, 3, [9, 6, 2, -1]),  # 10, 6.67, 3.33; less 1
     ('trailing', 1000, 4, [999, 749, 499, 249, -1]),
@@ -123,13 +126,14 @@ def test_grids_by_hand(name, num_timesteps, num_steps, times):
 
 
 PUBLISHED = ('ddim_uniform', 'ddim_quadratic')  # with numbers of their own
+OFFSET = ('stable_diffusion', 'sdxl')  # which start at 1
 
 
 def every_size(name=None):
   """(T, S) for small T, and some for a real one; leading needs a divisor."""
   for t in (*range(1, 41), T):
     for s in range(1, t + 1, 1 if t < T else 37):
-      if name != 'leading' or t % s == 0:
+      if not (name == 'leading' and t % s) and not (name in OFFSET and s == t):
         yield t, s
 
 
@@ -145,7 +149,7 @@ def test_every_grid_falls_strictly_to_clean_data(name):
     if name not in PUBLISHED:
       assert len(times) == num_steps + 1
     assert np.all(np.diff(np.asarray(times, np.float32)) < 0)
-    assert times[-1] == -1
+    assert times[-1] == (0 if name == 'stable_diffusion' else -1)
     assert times[-2] >= 0
 
 
@@ -155,8 +159,21 @@ def test_a_printed_grid_can_be_given_back(name):
   for num_timesteps, num_steps in every_size(name):
     schedule = linear(num_timesteps)
     times = grid.create(name, schedule, num_steps)
-    literal = ','.join(map(str, times))
-    assert grid.create(literal, schedule, 1) == times
+    given = grid.literal(times)
+    assert grid.create(','.join(map(str, given)), schedule, 1) == times
+    assert grid.create(given, schedule, 1) == times
+
+
+def test_the_grids_of_stable_diffusion_start_at_one():
+  stable = grid.create('stable_diffusion', linear(T), 50)
+  assert stable == [*range(981, 0, -20), 0]
+  assert grid.literal(stable)[-3:] == [1, 0, grid.END]
+  assert grid.create('sdxl', linear(T), 30)[:2] == [958, 925]
+  with pytest.raises(UserError, match='at most 999 steps, not 1000'):
+    grid.create('sdxl', linear(T), T)
+  for wrong in ('end', '999,end', '9,-1,end', '1,2,end', '5,end,3'):
+    with pytest.raises(UserError):
+      grid.create(wrong, linear(T), 1)
 
 
 def test_which_ends_a_grid_visits():

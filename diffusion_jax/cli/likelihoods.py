@@ -142,6 +142,11 @@ def _how(kind, trained, plan) -> bits.How:
   given = FLAGS.variance or trained.config['sample'].get('variance')
   variance = given or 'fixedlarge'
   plans.check_variance(variance, trained.config)
+  if plan.grid[-1] != -1:
+    raise UserError(
+      f'grid={FLAGS.grid} ends at noised data, but a likelihood is that of '
+      'clean data: use --grid=uniform'
+    )
   names = bits.OF_FLOW if kind == 'bpd_ode' else ()
   own = {name: FLAGS[name].value for name in names}
   return bits.How(kind, plan.seed, plan.grid, variance, plan.clip, **own)

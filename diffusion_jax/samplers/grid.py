@@ -4,6 +4,9 @@ A grid decreases from the first time at which a sampler evaluates the network to
 -1, clean data: [999, 749, 499, 249, -1] is four steps and, for a sampler with
 one evaluation per step, four evaluations. The network was trained at whole
 times; fractional times are interpolated, see `schedules`.
+
+A grid may also end at 0, as Stable Diffusion's does: its last x still has the
+little noise of that time. It is written with END: 981,961,...,21,1,0,end.
 """
 
 import itertools
@@ -14,6 +17,8 @@ import numpy as np
 from diffusion_jax.process.schedules import Schedule
 from diffusion_jax.samplers import levels
 from diffusion_jax.system.errors import UserError
+
+END = 'end'  # in place of the final -1
 
 
 def uniform(schedule: Schedule, num_steps: int) -> list[int]:
@@ -101,6 +106,34 @@ def _at_levels(schedule, num_steps, levels_of):
   return [*noise, ends[0], *times[1:-1], *ends[1 : len(times)], -1]
 
 
+def stable_diffusion(schedule: Schedule, num_steps: int) -> list[int]:
+  """Stable Diffusion's grid: 1 + multiples of T // num_steps, then 0.
+
+  That is diffusers' 'leading' with steps_offset 1 and set_alpha_to_one False,
+  for PNDM and DDIM: 50 steps are 981, 961, ..., 21, 1, 0.
+
+  Raises:
+    UserError: num_steps is T: the first time would be T.
+  """
+  return [*_offset(schedule, num_steps, 'stable_diffusion'), 0]
+
+
+def sdxl(schedule: Schedule, num_steps: int) -> list[int]:
+  """SDXL's grid: as `stable_diffusion`, but for clean data at the end."""
+  return [*_offset(schedule, num_steps, 'sdxl'), -1]
+
+
+def _offset(schedule, num_steps, name):
+  num_timesteps = schedule.num_timesteps
+  stride = num_timesteps // num_steps
+  if num_steps >= num_timesteps:
+    raise UserError(
+      f'grid={name} has at most {num_timesteps - 1} steps, not {num_steps}: '
+      'its times start at 1; choose fewer, or grid=uniform'
+    )
+  return [1 + stride * i for i in reversed(range(num_steps))]
+
+
 def ddim_uniform(schedule: Schedule, num_steps: int) -> list[int]:
   """The 'uniform' grid of DDIM's code: range(0, T, T // num_steps).
 
@@ -163,7 +196,7 @@ def optimal(schedule: Schedule, num_steps: int, mse) -> list[int]:
   return [last, *times[::-1], -1]
 
 
-_PUBLISHED = (ddim_uniform, ddim_quadratic)
+_PUBLISHED = (ddim_uniform, ddim_quadratic, stable_diffusion, sdxl)
 _ALL = (uniform, leading, trailing, quadratic, logsnr, karras, *_PUBLISHED)
 GRIDS = {grid.__name__: grid for grid in _ALL}
 NAMES = (*GRIDS, 'optimal')
@@ -182,7 +215,7 @@ def create(
 
   Args:
     grid: times, or a string of them separated by commas, where the final -1 may
-      be left out; or one of
+      be left out, or be END, see above; or one of
       'uniform'         evenly spaced from T-1 to 0;
       'leading'         multiples of T / num_steps, ending before T-1;
       'trailing'        equal strides down from T-1;
@@ -191,6 +224,7 @@ def create(
       'karras'          EDM's grid; times are fractional;
       'ddim_uniform'    as in DDIM's code: may have more entries;
       'ddim_quadratic'  as in DDIM's code: from 0.8 T, with repeated entries;
+      'stable_diffusion', 'sdxl'  those of their pipelines, see there;
       'optimal'         minimises the variational bound, see `optimal`.
     schedule: the noise schedule.
     num_steps: 1 .. T; ignored for a literal grid.
@@ -215,21 +249,29 @@ def create(
         'grid=optimal is for samples of a calibrated run: use another grid here'
       )
     return optimal(schedule, num_steps, mse_fn())
+  *parts, last = grid.split(',')
+  noised = last.strip() == END
   try:
-    times = [float(part) for part in grid.split(',')]
+    times = [float(part) for part in (parts if noised else [*parts, last])]
   except ValueError:
     raise UserError(
       f'grid={grid}: use one of {", ".join(NAMES)}, or times separated by '
       f'commas, decreasing from at most {num_timesteps - 1}'
     ) from None
   times = [int(time) if time.is_integer() else time for time in times]
-  if times[-1] != -1:
+  if times[-1:] != [-1] and not noised:
     times.append(-1)
   falls = all(s < t for t, s in itertools.pairwise(times))
-  inside = all(0 <= t <= num_timesteps - 1 for t in times[:-1])
+  early = times if noised else times[:-1]
+  inside = all(0 <= t <= num_timesteps - 1 for t in early)
   if len(times) < 2 or not falls or not inside:
     raise UserError(
       f'grid={",".join(map(str, times))}: times must strictly decrease, '
-      f'between {num_timesteps - 1} and 0, and end at -1'
+      f'between {num_timesteps - 1} and 0, and end at -1 (or with {END})'
     )
   return times
+
+
+def literal(times: Sequence[float]) -> list:
+  """Times of a grid as they can be given back to `create`."""
+  return list(times) if times[-1] == -1 else [*times, END]

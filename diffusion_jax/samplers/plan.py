@@ -19,8 +19,8 @@ class Plan(NamedTuple):
   Attributes:
     sampler: a key of SAMPLERS.
     options: all of the sampler's options, including defaults.
-    grid: decreasing times, the last one -1; for a sampler that chooses its own
-      steps T-1, 0 and -1.
+    grid: decreasing times, the last one -1, or 0, see `grid`; for a sampler
+      that chooses its own steps T-1, 0 and -1.
     clip: whether x0 is clipped to [-1, 1] in every step.
     seed: the seed of the samples, see `draw.sample_keys`.
     condition: of conditional samples, {'label': [labels, in turn by index]} or
@@ -76,7 +76,7 @@ class Plan(NamedTuple):
       **self.options,
       'clip': self.clip,
       'seed': self.seed,
-      **({} if self.adaptive else {'grid': self.grid}),
+      **({} if self.adaptive else {'grid': grids.literal(self.grid)}),
       **self.condition,
       **self.guidance,
     }

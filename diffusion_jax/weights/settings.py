@@ -21,8 +21,33 @@ PREDICTIONS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
 SCHEDULERS = (
   *('DDPMScheduler', 'DDIMScheduler', 'PNDMScheduler'),
   *('DPMSolverMultistepScheduler', 'DPMSolverSinglestepScheduler'),
-  'UniPCMultistepScheduler',
+  *('UniPCMultistepScheduler', 'EulerDiscreteScheduler'),
 )
+# Those that do not clip unless they say so: diffusers has no such setting.
+UNCLIPPED = ('EulerDiscreteScheduler',)
+# Sampling as a scheduler does, class -> (sampler, the settings that it must
+# have, as in PROCESS).
+LEADING = {'timestep_spacing': ('leading', 'leading')}
+SAMPLERS = {
+  'DDIMScheduler': ('ddim', LEADING),
+  'PNDMScheduler': ('plms', {**LEADING, 'skip_prk_steps': (False, True)}),
+  'EulerDiscreteScheduler': (
+    'euler',
+    {
+      'timestep_spacing': ('linspace', 'leading'),
+      'steps_offset': (0, 1),
+      'interpolation_type': ('linear', 'linear'),
+      'final_sigmas_type': ('zero', 'zero'),
+      'timestep_type': ('discrete', 'discrete'),
+      'sigma_min': (None, None),
+      'sigma_max': (None, None),
+      **dict.fromkeys(
+        (f'use_{kind}_sigmas' for kind in ('karras', 'exponential', 'beta')),
+        (False, False),
+      ),
+    },
+  ),
+}
 VARIANCES = {
   **{'fixed_small': 'fixedsmall', 'fixed_large': 'fixedlarge'},
   **{'learned_range': 'learned'},
@@ -142,9 +167,37 @@ def process_of(settings: dict, path) -> dict:
     'loss': {'prediction': PREDICTIONS[prediction]},
     'sample': {
       'variance': VARIANCES[variance],
-      'clip': bool(settings.get('clip_sample', True)),
+      'clip': bool(settings.get('clip_sample', kind not in UNCLIPPED)),
     },
   }
+
+
+def sampling_of(settings: dict, path) -> dict:
+  """How a pipeline of Stable Diffusion samples with a scheduler.
+
+  Args:
+    settings: the content of its scheduler_config.json; missing settings have
+      diffusers' defaults.
+    path: the path of that file, for messages.
+
+  Returns:
+    'sampler' and its options, and 'grid', as `samplers.plan.create` takes them.
+
+  Raises:
+    UserError: no sampler here does the same; the message names the setting.
+  """
+  kind = settings.get('_class_name')
+  agree(path, '_class_name', kind, SAMPLERS)
+  sampler, rules = SAMPLERS[kind]
+  must_be(settings, rules, path)
+  # Of other offsets, the pipelines make 1.
+  agree(path, 'steps_offset', settings.get('steps_offset', 0), [0, 1])
+  # Euler always ends in clean data; DDIM does by default.
+  clean = settings.get('set_alpha_to_one', kind == 'DDIMScheduler')
+  clean = clean or kind == 'EulerDiscreteScheduler'
+  options = {'variant': 'improved_euler'} if sampler == 'plms' else {}
+  grid = 'sdxl' if clean else 'stable_diffusion'
+  return {'sampler': sampler, 'grid': grid, **options}
 
 
 def must_be(settings: Mapping, rules: Mapping, path) -> None:

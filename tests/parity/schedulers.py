@@ -28,7 +28,8 @@ class Case(NamedTuple):
     settings: of it.
     sampler: ours.
     options: its options.
-    grid: 'leading', 'trailing', or 'to 0': the trailing one, ending at 0.
+    grid: 'leading', 'trailing', 'to 0': the trailing one, ending at 0, or that
+      of Stable Diffusion or SDXL, which also have other betas.
   """
 
   scheduler: str
@@ -40,6 +41,8 @@ class Case(NamedTuple):
 
 PNDM = {'set_alpha_to_one': True}
 ODE = {'algorithm_type': 'dpmsolver', 'final_sigmas_type': 'sigma_min'}
+BETAS = {'beta_start': 0.00085, 'beta_end': 0.012}  # of Stable Diffusion
+STABLE = {'beta_schedule': 'scaled_linear', **BETAS, 'steps_offset': 1}
 CASES = {
   'ddim': Case(
     'DDIM', {'clip_sample': False}, 'ddim', {'eta': 0.0}, 'leading'
@@ -92,13 +95,28 @@ CASES = {
   },
   'heun': Case('HeunDiscrete', {'timestep_spacing': 'linspace'}, 'heun', {}),
   'euler': Case('EulerDiscrete', {}, 'euler', {}),
+  'stable_pndm': Case(
+    'PNDM', {**STABLE, 'skip_prk_steps': True, 'set_alpha_to_one': False},
+    'plms', {'variant': 'improved_euler'}, 'stable_diffusion',
+  ),
+  'stable_ddim': Case(
+    'DDIM', {**STABLE, 'clip_sample': False, 'set_alpha_to_one': False},
+    'ddim', {}, 'stable_diffusion',
+  ),
+  'sdxl_euler': Case(
+    'EulerDiscrete', {**STABLE, 'timestep_spacing': 'leading'},
+    'euler', {}, 'sdxl',
+  ),
 }  # fmt: skip
 STEPS = (10, 50)
+ENDS = {'stable_diffusion': 0, 'sdxl': -1}
 KAPPA = ('HeunDiscrete', 'EulerDiscrete')  # in x / alpha
 
 
 def grid(name: str, steps: int) -> list[int]:
   stride = T // steps
+  if name in ENDS:
+    return [*(1 + stride * i for i in reversed(range(steps))), ENDS[name]]
   first = T - stride if name == 'leading' else T - 1
   times = list(range(first, first - T, -stride))
   return [*times[:steps], 0 if name == 'to 0' else -1]
@@ -110,9 +128,12 @@ def noise(name: str, steps: int) -> np.ndarray:
   return generator.standard_normal((1 + steps, *SHAPE)).astype(np.float32)
 
 
-def _levels(t):
+def _levels(t, stable=False):
   """(alpha, sigma) of whole times in float64."""
-  log = np.cumsum(np.log1p(-np.linspace(1e-4, 0.02, T)))
+  betas = np.linspace(1e-4, 0.02, T)
+  if stable:
+    betas = np.linspace(*np.sqrt([*BETAS.values()]), T) ** 2
+  log = np.cumsum(np.log1p(-betas))
   log = np.concatenate([log, [0.0]])[np.asarray(t)]  # -1 is the last
   return np.exp(0.5 * log), np.sqrt(-np.expm1(log))
 
@@ -129,7 +150,9 @@ def way_live(name: str, steps: int) -> np.ndarray:
   if case.scheduler == 'IPNDM':
     settings = case.settings
   scheduler = getattr(diffusers, f'{case.scheduler}Scheduler')(**settings)
-  if 'timesteps' in inspect.signature(scheduler.set_timesteps).parameters:
+  stable = case.grid in ENDS
+  takes = inspect.signature(scheduler.set_timesteps).parameters
+  if 'timesteps' in takes and not stable:
     scheduler.set_timesteps(timesteps=times[:-1])
   else:
     scheduler.set_timesteps(steps)
@@ -142,12 +165,12 @@ def way_live(name: str, steps: int) -> np.ndarray:
     scheduler.alphas, scheduler.betas = alpha, sigma
   x = torch.from_numpy(start.copy())
   if case.scheduler in KAPPA:
-    x = x / _levels(times[0])[0]
+    x = x / _levels(times[0], stable)[0]
   way = []
   for i, t in enumerate(asked):
     given = x.numpy().astype(np.float64)
     time = times[i] if case.scheduler == 'IPNDM' else int(t)
-    alpha, sigma = _levels(time)
+    alpha, sigma = _levels(time, stable)
     if case.scheduler in KAPPA:
       given = scheduler.scale_model_input(x, t).numpy().astype(np.float64)
     eps = (given - alpha * mixture.x0(given, alpha, sigma)) / sigma
@@ -164,7 +187,7 @@ def way_live(name: str, steps: int) -> np.ndarray:
     way.append(x.numpy())
   way = np.stack(way)[_ends(name, steps, len(asked))]
   if case.scheduler in KAPPA:
-    way = way * _levels(times[1:])[0][:, None, None]
+    way = way * _levels(times[1:], stable)[0][:, None, None]
   return way.astype(np.float32)
 
 
@@ -193,6 +216,8 @@ def way_ours(name: str, steps: int, **options) -> np.ndarray:
 
   case = CASES[name]
   schedule = schedules.linear(T)
+  if case.grid in ENDS:
+    schedule = schedules.scaled_linear(T, **BETAS)
   sampler = samplers.create(case.sampler, **{**case.options, **options})
   start, *later = noise(name, steps)
   later = jnp.asarray(np.array(later))
