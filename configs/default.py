@@ -92,7 +92,9 @@ def get_config():
 
   # Network inputs other than the noised data and the time.
   config.conditioning = ConfigDict()
-  config.conditioning.name = 'none'  # or 'label', class labels of the data
+  # 'none', 'label', class labels of the data, or 'text', captions, which have
+  # keys of their own, see below.
+  config.conditioning.name = 'none'
   # For 'label': the number of classes of the data.
   config.conditioning.num_classes = 0
   # For 'label': the probability with which training drops the label of an
@@ -311,9 +313,34 @@ def latents():
   return config.codec
 
 
+def text():
+  """The keys of config.conditioning for captions, see docs/text.md."""
+  config = ConfigDict()
+  config.conditioning = ConfigDict({'name': 'text'})
+  # '' trains a small tokenizer on the run's captions. Or a folder with
+  # merges.txt or tokenizer.json, or another run with captions.
+  config.conditioning.tokenizer = ''
+  config.conditioning.vocabulary = 2048  # the most ids of tokens
+  # Tokens of a caption, with start and end; longer ones are cut. 0 = as many as
+  # the longest caption has, or as the tokenizer's folder says.
+  config.conditioning.length = 0
+  # The transformer that encodes captions, trained with the network.
+  config.conditioning.width = 256  # of the tokens
+  config.conditioning.num_layers = 4
+  config.conditioning.num_heads = 4
+  # The probability with which training drops the caption of an image, so that
+  # the network can also sample without one and be guided.
+  config.conditioning.drop = 0.1
+  # The tokenizer's special tokens and its hash; set when a run begins.
+  config.conditioning.ids = ConfigDict()
+  config.conditioning.sha256 = ''
+  return config.conditioning
+
+
 # Group -> name -> a function that gives the keys of that choice. A name that is
 # not here has the keys in `get_config`.
 CHOICES = {
   'codec': {'autoencoder': autoencoder, 'latents': latents},
+  'conditioning': {'text': text},
   'loss': {'autoencoding': autoencoding, 'dito': dito},
 }

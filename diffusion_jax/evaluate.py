@@ -381,7 +381,7 @@ def _judge(task, path, trained, plan, output) -> tuple[dict, int]:
     (images,) = store.stream(output, i, i + 1, 1)
     return features.whole(images[0])
 
-  asked = labels.of_samples(plan, count) if plan.condition else None
+  asked = labels.of_samples(plan, count)
   samples = features.Images(count, stream, f'samples in {output}', shown, asked)
   card = judging.carry_out(
     task,

@@ -106,6 +106,11 @@ def _check_plan(plan):
       f'--sampler={plan.sampler} chooses its own steps: leave --'
       f'{" and --".join(ways)} out'
     )
+  if FLAGS.interpolate and 'prompts' in plan.condition:
+    raise UserError(
+      f'--interpolate={FLAGS.interpolate} is not for runs with captions: leave '
+      'it out'
+    )
   if FLAGS.interpolate and plan.condition and len(_asked(plan)) != 1:
     raise UserError(
       f'--interpolate={FLAGS.interpolate} of a conditional run needs one label '

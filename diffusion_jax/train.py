@@ -36,10 +36,10 @@ from diffusion_jax.runs import (
   autoencoders,
   dataset,
   finetune,
-  frozen,
   latents,
   programs,
   recipe,
+  texts,
   validation,
 )
 from diffusion_jax.system import (
@@ -97,7 +97,7 @@ declare.shared('accept_data', 'json')
 def main():
   distributed.initialize()
   config, workdir = FLAGS.config, files.at(FLAGS.workdir).expanduser()
-  distributed.everywhere(lambda: frozen.complete(config, workdir))
+  distributed.everywhere(lambda: latents.complete(config, workdir))
   if wrong := validation.check(config, jax.devices()):
     raise UserError(wrong[0])
   splits = distributed.everywhere(lambda: data.splits(config.data))
@@ -121,7 +121,7 @@ def main():
     kept = distributed.on_first(
       lambda: _begin(stack, workdir, config, known, origin, begun)
     )
-    frozen.write(workdir, parts)
+    latents.keep(workdir, parts, splits)
     signals = preemption.Signals(FLAGS.stop_secs, _give_up)
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(
@@ -228,6 +228,7 @@ def _train(
 
   def draw(now, at):
     count, shown = config.sample.num_images, heldout or source
+    shown = source if source.encode_fn else shown  # the captions of training
     _draw_grid(program, now, at, count, mesh, workdir, writer, shown)
 
   profiled = profiling.profiled(
@@ -320,7 +321,7 @@ def _draw_grid(
   """
   params = {**program.frozen, **train_state.averaged}
   reconstructs, originals = program.recipe.reconstructs, None
-  rows = (sharding.padded_indices(count, mesh),)
+  rows = (sharding.padded_indices(count, mesh), *texts.of_grid(source, count))
   if reconstructs:
     rows = autoencoders.examples(source, count, mesh)
     originals = sharding.to_host(rows[1])

@@ -4,12 +4,14 @@
 """
 
 import functools
+import hashlib
+import re
 
 from absl import flags
 
 from diffusion_jax import runs
 from diffusion_jax.cli import declare
-from diffusion_jax.runs import guided, labels
+from diffusion_jax.runs import guided, labels, prompts
 from diffusion_jax.runs.trained import Trained, load
 from diffusion_jax.samplers import guided as options
 from diffusion_jax.samplers.plan import Plan
@@ -23,6 +25,16 @@ declare.table(
     'Conditional runs: the class, as a number or a name; several with commas '
     'between, which samples get in turn; or all. By default a random one, as '
     'often as in the training images.',
+  ),
+  prompts=(
+    str,
+    'Runs with captions: a file with a prompt a line, which samples get in '
+    'turn.',
+  ),
+  negative_prompt=(
+    str,
+    'Runs with captions: what --guidance leads away from; by default the empty '
+    'caption.',
   ),
   guidance=(
     float,
@@ -58,6 +70,11 @@ declare.table(
     "--classifier: factor on the gradient, the paper's s; by default 1.",
   ),
 )
+flags.DEFINE_multi_string(
+  'prompt', None,
+  'Runs with captions: what to draw; given several times, samples get the '
+  'prompts in turn. By default captions of training images.',
+)  # fmt: skip
 
 
 def asked() -> dict:
@@ -66,15 +83,28 @@ def asked() -> dict:
 
 
 def condition(workdir, config: dict, others: dict) -> dict:
-  """The condition that --label asks for, see `labels.condition`.
+  """The condition that flags ask for, see `prompts.condition`.
 
   Args:
     workdir: the run's folder.
     config: its config.
     others: a result of `others_of`.
+
+  Raises:
+    UserError: the run does not take that, or --prompts is no file of prompts.
   """
-  other = others.get(guided.CLASSIFIER)
-  return labels.condition(workdir, config, FLAGS.label, other)
+  told = FLAGS.prompt
+  if FLAGS.prompts is not None:
+    if told:
+      raise UserError(
+        f'--prompts={FLAGS.prompts} and --prompt={told[0]!r}: give one of them'
+      )
+    told = prompts.read(FLAGS.prompts)
+  asked = FLAGS.label, told, FLAGS.negative_prompt
+  return prompts.condition(
+    workdir, config, dict(zip(prompts.NAMES, asked, strict=True)),
+    others.get(guided.CLASSIFIER),
+  )  # fmt: skip
 
 
 def name(plan: Plan) -> list[str]:
@@ -84,6 +114,10 @@ def name(plan: Plan) -> list[str]:
   if asked != 'data':
     every = asked == list(range(len(asked))) and len(asked) > 1
     parts.append('label' + (labels.ALL if every else '-'.join(map(str, asked))))
+  if texts := plan.condition.get('prompts'):
+    parts.append(_of_texts('prompt', texts))
+  if 'negative_prompt' in plan.condition:
+    parts.append(_of_texts('not', [plan.condition['negative_prompt']]))
   if 'guidance' in how:
     parts.append(f'guidance{how["guidance"]:g}')
   if 'guidance_interval' in how:
@@ -96,6 +130,14 @@ def name(plan: Plan) -> list[str]:
   if 'classifier_scale' in how:
     parts.append(f'scale{how["classifier_scale"]:g}')
   return parts
+
+
+def _of_texts(word: str, texts: list[str]) -> str:
+  """A short name of texts: the first one's letters, their number, a hash."""
+  letters = re.sub('[^a-z0-9]+', '-', texts[0].lower()).strip('-')[:24]
+  more = [f'and{len(texts) - 1}'] * (len(texts) > 1)
+  digest = hashlib.sha256('\n'.join(texts).encode(errors='replace'))
+  return '-'.join([word, letters, *more, digest.hexdigest()[:8]])
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Conditioning: labels, text or images -> the network's conditioning input."""
 
-from diffusion_jax.conditioning import augmented, labels
+from diffusion_jax.conditioning import augmented, labels, text
 from diffusion_jax.conditioning.conditioner import Conditioner
 from diffusion_jax.system.errors import one_of
 
@@ -17,7 +17,7 @@ def none(num_classes: int = 0, drop: float = 0.0) -> Conditioner:
 
 
 # name -> (**options) -> Conditioner
-CONDITIONERS = {'none': none, 'label': labels.create}
+CONDITIONERS = {'none': none, 'label': labels.create, 'text': text.create}
 
 
 def create(name: str, augment: float = 0.0, **options) -> Conditioner:

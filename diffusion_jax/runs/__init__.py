@@ -5,7 +5,8 @@ data.json              what the training images are, see dataset.py
 init_from.json         the run that the parameters came from, see finetune.py
 converted.json         the source of converted weights
 checkpoints/           one folder per step
-parts/                 parts that are not trained, see frozen.py
+parts/                 parts that are not trained, see frozen.py, and the
+                       tokenizer of captions, see texts.py
 saved.json             the newest saved step, see training/saved.py
 held.json              checkpoints not to be deleted, see training/held.py
 starts.jsonl           one object per start: time, step, versions, devices,
@@ -41,6 +42,7 @@ MAY_CHANGE = (
   # Of the same content.
   *('process.path', 'codec.path', 'codec.step', 'loss.lpips_path'),
   *('steps_per_dispatch', 'codec.cache', 'codec.decode_rows'),
+  'conditioning.tokenizer',  # the run has its own
 )
 # Keys that may change on purpose: the run goes on, but from there on it is not
 # the run that one config describes. The optimiser's state must keep its form.
@@ -49,6 +51,7 @@ ON_PURPOSE = ('optim', 'ema', 'batch_size')
 PATHS = (
   *(('data', 'path'), ('process', 'path')),
   *(('codec', 'path'), ('codec', 'cache'), ('loss', 'lpips_path')),
+  ('conditioning', 'tokenizer'),
 )
 VARIANCE = 'sample.variance'
 

@@ -2,8 +2,8 @@
 
   {"train": identity, "heldout": identity or null, "heldout_split": its name,
    "labels": of a run with labels as its condition, see data/labels.py,
-   "captions": {"train", "heldout"}, of a run with captions as its condition,
-   see data/captions.py}
+   "captions": {"train", "heldout", "examples": some of the training images'},
+   of a run with captions as its condition, see data/captions.py}
 
 See data/identity.py for an identity. Data that change in the middle of a run
 would change the order of all images, and which ones are held out; data that
@@ -14,6 +14,8 @@ import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from diffusion_jax.data import captions, identity, labels, sources
 from diffusion_jax.data.sources import Source
 from diffusion_jax.system import distributed, files, terminal
@@ -21,6 +23,7 @@ from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import saved
 
 DATA = 'data.json'
+EXAMPLES = 64  # captions of training images that are kept
 ACCEPT = 'accept it with --accept_data'
 
 Splits = tuple[Source, Source | None]
@@ -194,7 +197,10 @@ def _captions(splits) -> dict:
   if train['empty']:
     number = f'{train["empty"]:,} of {train["captions"]:,}'
     terminal.say(f'{number} captions are empty: they train without words')
-  return {'train': train, 'heldout': heldout}
+  count = min(len(splits[0]), EXAMPLES)
+  chosen = np.arange(count) * len(splits[0]) // count
+  examples = [texts[0] for texts in captions.of(splits[0], chosen)]
+  return {'train': train, 'heldout': heldout, 'examples': examples}
 
 
 def _same_on_all_hosts(every: list[dict]) -> None:

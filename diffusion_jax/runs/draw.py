@@ -50,17 +50,26 @@ def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
   return pairs[:, 0], pairs[:, 1]
 
 
-def conditions(plan: Plan, indices: jax.Array) -> dict[str, jax.Array]:
+def conditions(
+  plan: Plan, indices: jax.Array, texts: dict | None = None
+) -> dict[str, jax.Array]:
   """The data that the conditions of samples are computed from.
 
   Args:
     plan: the sampling plan.
     indices: [B] uint32, the indices of the samples.
+    texts: 'tokens' int32 [P, length] of prompts, which samples get in turn by
+      index, and perhaps 'negative' [1, length], of the negative prompt.
 
   Returns:
     {'label': int32 [B]}, or {} without a condition. A label depends on the
-    plan's seed and the sample's index only.
+    plan's seed and the sample's index only. With texts also 'tokens' [B,
+    length] and 'negative'.
   """
+  if texts:
+    table = jnp.asarray(texts['tokens'])
+    given = {**texts, 'tokens': table[indices % len(table)]}
+    return {**conditions(plan, indices), **given}
   asked = plan.condition.get('label')
   if asked is None:
     return {}
@@ -115,10 +124,11 @@ def drawer(
     classifier: the recipe of a classifier that guides.
 
   Returns:
-    draw(params, indices [B], rows={}) -> (data [B, ...], is_finite), see
-    `checked`. `params` holds all parts, and `rows` the data that a condition is
-    computed from, by default the plan's. With `frames`, the data are a pair of
-    them and [F, B, ...]; with `took`, a pair of them and `adaptive.Took`.
+    draw(params, indices [B], rows={}, texts=None) -> (data [B, ...],
+    is_finite), see `checked`. `params` holds all parts, and `rows` the data
+    that a condition is computed from, by default those of `conditions`. With
+    `frames`, the data are a pair of them and [F, B, ...]; with `took`, a pair
+    of them and `adaptive.Took`.
 
   Raises:
     UserError: an unknown dtype, or one that does not fit the data.
@@ -130,8 +140,8 @@ def drawer(
   dtype = one_of('dtype', dtype or next(iter(known)), known)
   sampler, grid = plan.create(), plan.grid
 
-  def draw(params, indices, rows=None):
-    rows = rows or conditions(plan, indices)
+  def draw(params, indices, rows=None, texts=None):
+    rows = rows or conditions(plan, indices, texts)
     denoiser = guided.denoiser(
       recipe, params, rows, plan.guidance, mesh, guide, classifier
     )

@@ -36,7 +36,8 @@ def denoiser(
     recipe: the run's recipe.
     params: all parts; with a guide, all of its parts as the entry GUIDE.
     rows: the data that the condition is computed from, [B, ...] each; without
-      them, it is the null condition.
+      them, it is the null condition. 'negative' [1, length] are the tokens of
+      the unconditional model, by default those of the empty caption.
     guidance: see `samplers.guided.chosen`.
     mesh: the devices.
     guide: the recipe of another network that gives u.
@@ -73,7 +74,8 @@ def _combined(recipe, params, rows, guidance, mesh, guide) -> gaussian.Denoiser:
     )
     pair = guided.by_guide(conditional, u)
   else:
-    null = recipe.conditioner.condition(params, {}, None)
+    negative = {'tokens': rows['negative']} if 'negative' in rows else {}
+    null = recipe.conditioner.condition(params, negative, None)
     u = recipe.denoiser(params, null, mesh)
     pair = guided.classifier_free(
       recipe.denoiser(params, jax.tree.map(_both, cond, null), mesh)
@@ -128,6 +130,13 @@ def check(config: Mapping, guide: Mapping, workdir, flag: str = GUIDE) -> None:
   own, theirs = (
     dataset.num_classes(one['conditioning']) for one in (config, guide)
   )
+  if dataset.has_captions(guide['conditioning']):
+    digests = [one['conditioning'].get('sha256') for one in (config, guide)]
+    if len({*digests}) > 1:
+      raise UserError(
+        f'{given} was trained with captions and another tokenizer: give a run '
+        'whose conditioning.tokenizer is this run'
+      )
   fits = (own, 0) if flag == GUIDE else (own or theirs,)
   if theirs not in fits:
     raise UserError(

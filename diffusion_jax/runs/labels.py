@@ -67,28 +67,30 @@ def given(cond: Mapping, conditioner: Conditioner) -> dict[str, jax.Array]:
       no model without.
   """
   doors = conditioner.doors
-  if unknown := cond.keys() - doors:
+  # A mask may come with tokens.
+  if unknown := cond.keys() - doors - ({'mask'} if 'tokens' in cond else set()):
     raise UserError(
       f'cond has {", ".join(sorted(unknown))}, but the run takes '
       f'{", ".join(doors) or "no condition"}'
     )
-  if 'label' not in cond:
-    check_null(conditioner, "cond={'label': [one for each row]}")
+  for door in {'label', 'tokens'} & doors.keys() - cond.keys():
+    check_null(conditioner, f"cond={{'{door}': [one for each row]}}")
   return {door: jnp.asarray(x) for door, x in cond.items()}
 
 
 def check_null(conditioner: Conditioner, remedy: str) -> None:
-  """Raises UserError for a model without a label that was not trained.
+  """Raises UserError for a model without a condition that was not trained.
 
   Args:
     conditioner: the run's.
     remedy: what to give, for the message.
   """
-  if 'label' in conditioner.doors and not conditioner.drop:
-    raise UserError(
-      'the run was trained with conditioning.drop=0 and has no model without a '
-      f'label: give {remedy}'
-    )
+  for door, what in (('label', 'label'), ('tokens', 'caption')):
+    if door in conditioner.doors and not conditioner.drop:
+      raise UserError(
+        'the run was trained with conditioning.drop=0 and has no model without '
+        f'a {what}: give {remedy}'
+      )
 
 
 def numbers(asked, count: int, names: Sequence[str]) -> list[int]:
@@ -114,8 +116,10 @@ def numbers(asked, count: int, names: Sequence[str]) -> list[int]:
   return [_number(part, count, names) for part in parts]
 
 
-def of_samples(plan: Plan, count: int) -> np.ndarray:
-  """The labels of the first samples of a conditional plan: int32 [count]."""
+def of_samples(plan: Plan, count: int) -> np.ndarray | None:
+  """The labels of the first samples: int32 [count]; None without labels."""
+  if 'label' not in plan.condition:
+    return None
   indices = np.arange(count, dtype=np.uint32)
   found = jax.jit(lambda at: draw.conditions(plan, at))(indices)
   return np.asarray(found['label'])

@@ -1,4 +1,4 @@
-"""What a run in latents does before training: cached latents, and their scale.
+"""What runs do before training: tokens, cached latents, and their scale.
 
 Shift and scale are the mean and the deviation of each channel of the latents,
 over the posteriors and over the training images, so that x0 has unit variance.
@@ -16,12 +16,32 @@ from diffusion_jax.data import latents as cache
 from diffusion_jax.data import looks, resident
 from diffusion_jax.data.sources import Source
 from diffusion_jax.models.autoencoder import Coder
-from diffusion_jax.runs import encoding, frozen, perceptual
+from diffusion_jax.runs import encoding, frozen, perceptual, texts
 from diffusion_jax.runs.dataset import Splits
 from diffusion_jax.system import distributed, numerics, terminal
 from diffusion_jax.training import sharding
 
 MEASURED = 50_000
+
+
+def complete(config, workdir=None) -> None:
+  """Adds to a config what its run has found out, or will be told, in place.
+
+  Args:
+    config: the config of a run.
+    workdir: the run's folder, new or existing, or None.
+
+  Raises:
+    UserError: as for `frozen.complete`.
+  """
+  frozen.complete(config, workdir)
+  texts.complete(config, workdir)
+
+
+def keep(workdir, parts: frozen.Frozen, splits: Splits) -> None:
+  """Copies frozen parts and the tokenizer into a run; see their `write`."""
+  frozen.write(workdir, parts)
+  texts.write(workdir, splits[0])
 
 
 def prepare(
@@ -38,13 +58,14 @@ def prepare(
     splits: the training images and the held-out ones.
 
   Returns:
-    The splits, with cached latents in place of images if there are any, and
-    the frozen parts, with shift and scale.
+    The splits, with cached latents in place of images if there are any and
+    with tokens of captions, and the frozen parts, with shift and scale.
 
   Raises:
-    UserError: as for `frozen.load`, `perceptual.load` and
+    UserError: as for `frozen.load`, `perceptual.load`, `texts.prepare` and
       `data.latents.opened`, or they do not fit on the devices.
   """
+  splits = texts.prepare(config, workdir, splits)
   parts = frozen.load(config, mesh, workdir)
   if perceptual.is_used(config):
     parts = perceptual.load(config, mesh)

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion_jax import objectives, runs, samplers
+from diffusion_jax.conditioning import text
 from diffusion_jax.data import augment
 from diffusion_jax.runs import autoencoders, draw, encoding, recipe
 from diffusion_jax.samplers import grid, guided, plan
@@ -147,6 +148,9 @@ def rows(config: Mapping, made: recipe.Recipe, batch_size: int) -> dict:
   classifies = config['loss']['name'] == objectives.CLASSIFICATION
   if 'label' in made.conditioner.doors or classifies:
     found['label'] = ((batch_size,), np.int32)
+  if text.ROW in made.conditioner.doors:
+    length = text.length_of(config['conditioning'])
+    found[text.ROW] = ((batch_size, length), np.int32)
   if config['data'].get('augment'):
     found['augment'] = ((batch_size, augment.SIZE), np.float32)
   return found
@@ -171,7 +175,7 @@ def _plan(config: Mapping, made: recipe.Recipe) -> plan.Plan:
   options = samplers.options(name, **{key: sample[key] for key in given})
   times = grid.create(sample['grid'], schedule, sample['num_steps'])
   classes, guidance = made.conditioner.doors.get('label'), {}
-  if classes:
+  if classes or text.ROW in made.conditioner.doors:
     of = {'name': 'label', 'drop': made.conditioner.drop}
     guidance = guided.chosen(of, {}, sample.get('guidance', 1.0))
   sampler = samplers.create(name, **options)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax import codecs, conditioning, models, objectives, runs
+from diffusion_jax.conditioning import text
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.runs import autoencoders, frozen, perceptual, rules
+from diffusion_jax.runs import autoencoders, dataset, frozen, perceptual, rules
 from diffusion_jax.samplers import plan
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -138,7 +139,10 @@ def create(config: Mapping, parts: frozen.Frozen | None = None) -> Recipe:
     prediction, step_variance=config['sample'].get('variance', 'fixedlarge'),
     **loss,
   )  # fmt: skip
+  parts = {models.NET: network}
+  if dataset.has_captions(config['conditioning']) and not classes:
+    parts[text.PART] = text.network(config['conditioning'])
   return Recipe(
-    {models.NET: network}, *given, codec, conditioner, schedule,
+    parts, *given, codec, conditioner, schedule,
     None if classes else prediction, objective,
   )  # fmt: skip

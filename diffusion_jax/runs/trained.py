@@ -20,6 +20,7 @@ from diffusion_jax.runs import (
   frozen,
   guided,
   labels,
+  prompts,
   recipe,
 )
 from diffusion_jax.samplers import plan as plans
@@ -250,16 +251,17 @@ class Trained:
     Args:
       **options: sampler, num_steps, grid, clip, seed and the sampler's options,
         see `samplers.plan.create`; guidance, guidance_interval and
-        guidance_rescale, see `samplers.guided`; label, see `labels.condition`.
+        guidance_rescale, see `samplers.guided`; label, prompts and
+        negative_prompt, see `prompts.condition`.
 
     Raises:
       UserError: an unknown name, a number out of range, or a plan that needs a
         calibration of the network, if there is none.
     """
-    condition = labels.condition(
-      self.workdir, self.config, options.pop('label', None),
-      self.guides.get(guided.CLASSIFIER),
-    )  # fmt: skip
+    asked = {name: options.pop(name, None) for name in prompts.NAMES}
+    condition = prompts.condition(
+      self.workdir, self.config, asked, self.guides.get(guided.CLASSIFIER)
+    )
     facts = {
       name: guided.facts(other, name) for name, other in self.guides.items()
     }
@@ -297,6 +299,7 @@ class Trained:
       UserError: an unknown dtype. The function raises it for data that are not
         finite.
     """
+    how, texts = prompts.tables(self.workdir, self.config, how)
     draw_fn = self.compiled.drawer(
       json.dumps(how), frames=tuple(frames), **options
     )
@@ -304,7 +307,7 @@ class Trained:
     @numerics.fixed()
     def draw_batch(indices):
       rows = sharding.padded_indices(indices, self.mesh)
-      return draw.checked(*draw_fn(self.all_params, rows))
+      return draw.checked(*draw_fn(self.all_params, rows, None, texts))
 
     return draw_batch
 
@@ -330,8 +333,8 @@ class Trained:
       dtype: dtype of the data: 'uint8', or 'float32' in [0, 255], not rounded.
       **options: see `samplers.plan.create`: sampler ('ancestral'), num_steps
         (all), grid ('uniform'), seed (0), clip (the config's), and the
-        sampler's options, such as eta; and, of conditional runs, label and
-        guidance, see `plan`.
+        sampler's options, such as eta; and, of conditional runs, label or
+        prompts, negative_prompt and guidance, see `plan`.
 
     Returns:
       An array [num_samples, H, W, C] of the dtype.
@@ -348,10 +351,11 @@ class Trained:
         raise UserError(f'{name}={value}: at least {least}')
     if first + num_samples > 2**32:
       raise UserError(f'first={first}: first + num_samples is at most 2**32')
-    how = json.dumps(self.plan(**options))
-    draw_fn = self.compiled.drawer(how, frames=(), dtype=dtype)
+    plan = self.plan(**options)
+    how, texts = prompts.tables(self.workdir, self.config, plan)
+    draw_fn = self.compiled.drawer(json.dumps(how), frames=(), dtype=dtype)
     return sharding.in_batches(
-      lambda rows: draw.checked(*draw_fn(self.all_params, rows)),
+      lambda rows: draw.checked(*draw_fn(self.all_params, rows, None, texts)),
       np.arange(first, first + num_samples, dtype=np.uint32),
       sharding.rounded(min(batch_size, num_samples), self.mesh),
       self.mesh,

@@ -244,17 +244,43 @@ def _latents(config):
   )
 
 
-def _conditioning(condition):
-  if condition.name != 'label':
-    return
-  for key, fits, allowed in (
+OF_CONDITION = {
+  'label': (
     ('num_classes', lambda x: x >= 1, 'the number of classes of the data'),
     ('drop', lambda x: 0 <= x < 1, 'in [0, 1)'),
-  ):
+  ),
+  'text': (
+    (
+      'vocabulary',
+      lambda x: x >= 515,
+      'at least 515, of bytes and special ids',
+    ),
+    (
+      'length',
+      lambda x: x == 0 or x >= 3,
+      '0 (as long as needed), or 3 and more',
+    ),
+    ('width', lambda x: x >= 1, '1 or more'),
+    ('num_layers', lambda x: x >= 1, '1 or more'),
+    ('num_heads', lambda x: x >= 1, '1 or more'),
+    ('drop', lambda x: 0 <= x < 1, 'in [0, 1)'),
+  ),
+}
+
+
+def _conditioning(condition):
+  for key, fits, allowed in OF_CONDITION.get(condition.name, ()):
     value = condition.get(key)
     yield (
       value is not None and fits(value),
-      f"conditioning.{key}={value}: {allowed}, for conditioning.name='label'",
+      f'conditioning.{key}={value}: {allowed}, for conditioning.name='
+      f'{condition.name!r}',
+    )
+  if condition.name == 'text':
+    yield (
+      condition.width % condition.num_heads == 0,
+      f'conditioning.num_heads={condition.num_heads} does not divide '
+      f'conditioning.width={condition.width}',
     )
 
 

@@ -25,7 +25,8 @@ class Plan(NamedTuple):
     seed: the seed of the samples, see `draw.sample_keys`.
     condition: of conditional samples, {'label': [labels, in turn by index]} or
       {'label': 'data', 'label_counts': [K]}: by chance, in proportion to these
-      numbers of images.
+      numbers of images; {'prompts': [texts, in turn by index]} and perhaps
+      'negative_prompt'.
     guidance: see `guided.chosen`; {} for none.
     network_rows: rows of the network per sample, over all evaluations.
     from_noise: whether the grid starts at pure noise, see `solve`.
@@ -245,5 +246,23 @@ def for_run(
     classifier,
     **{name: given.pop(name, None) for name in guided.OPTIONS},
   )
+  _check_negative(given.get('condition') or {}, given['guidance'])
   schedule = schedules.create(**config['process'])
   return create(schedule, sampler=sampler, **given)
+
+
+def _check_negative(condition: dict, guidance: dict) -> None:
+  """Raises UserError for a negative prompt that nothing is compared with."""
+  if 'negative_prompt' not in condition:
+    return
+  given = f'negative_prompt={condition["negative_prompt"]!r:.60}'
+  if 'guidance' not in guidance:
+    raise UserError(
+      f'{given} has no effect with guidance=1: give another guidance, such as '
+      '7.5, or leave it out'
+    )
+  if 'guide' in guidance:
+    raise UserError(
+      f'{given} has no effect with a guide, which gives u: leave one of them '
+      'out'
+    )

@@ -1,0 +1,81 @@
+"""Captions as the condition: token ids -> the doors 'tokens' and 'mask'.
+
+A text encoder, the part 'text' of a run, makes a vector of each token of a
+caption, to which the network attends. A dropped caption is the empty one, which
+the encoder encodes like any other.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax import models
+from diffusion_jax.conditioning.conditioner import Conditioner
+from diffusion_jax.models import text
+
+PART = 'text'
+ROW = 'tokens'  # in batches: ids of captions, int32 [B, length]
+LONGEST = 77  # where a config leaves the length open, and no run has begun
+
+
+def ids_of(options: Mapping) -> dict[str, int]:
+  """The numbers of special tokens, of a config's conditioning.
+
+  'bos', 'eos' and 'pad'. Before a run has begun, which sets them, those of a
+  vocabulary that is full.
+  """
+  size = options['vocabulary']
+  full = {'pad': size - 3, 'bos': size - 2, 'eos': size - 1}
+  return {**full, **options.get('ids', {})}
+
+
+def length_of(options: Mapping) -> int:
+  """The number of tokens of a caption, of a config's conditioning."""
+  return options['length'] or LONGEST
+
+
+def network(options: Mapping) -> models.Model:
+  """The text encoder: `apply(params, ids, mask)`, see `models.text.create`.
+
+  Args:
+    options: a config's conditioning.
+
+  Raises:
+    UserError: the heads do not divide the width.
+  """
+  return text.create(
+    options['vocabulary'],
+    length_of(options),
+    width=options['width'],
+    inner=4 * options['width'],
+    num_layers=options['num_layers'],
+    num_heads=options['num_heads'],
+    activation='gelu',
+    causal=False,
+  )
+
+
+def create(drop: float, **options) -> Conditioner:
+  """The tokens of each caption, replaced by the empty caption at random.
+
+  Args:
+    drop: the probability with which training drops an example's caption.
+    **options: the other keys of a config's conditioning.
+  """
+  encoder, ids = network(options), ids_of(options)
+  rest = length_of(options) - 2
+  empty = jnp.array([ids['bos'], ids['eos'], *[ids['pad']] * rest], jnp.int32)
+
+  def condition(params, rows, keys):
+    tokens = rows.get(ROW, empty[None])
+    if ROW in rows and keys is not None and drop:
+      dropped = jax.vmap(lambda key: jax.random.bernoulli(key, drop))(keys)
+      tokens = jnp.where(dropped[:, None], empty, tokens)
+    # Up to the end token, which may also be the padding.
+    last = jnp.argmax(tokens == ids['eos'], axis=1)
+    mask = jnp.arange(tokens.shape[1]) <= last[:, None]
+    encoded = encoder.apply(params[PART], tokens, mask)
+    return {'tokens': encoded.tokens, 'mask': mask}
+
+  return Conditioner(condition, {'tokens': options['width']}, drop)

@@ -1,0 +1,380 @@
+"""Captions as the condition: training, sampling by prompts, and mistakes."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from absl import flags
+from absl.testing import flagsaver
+from flax import nnx
+
+import diffusion_jax
+from diffusion_jax import conditioning, data, models, runs, sample  # noqa: F401
+from diffusion_jax.cli import config_files, drawing
+from diffusion_jax.configs import default
+from diffusion_jax.data import captions, pipeline
+from diffusion_jax.models import layers
+from diffusion_jax.runs import (
+  dataset,
+  latents,
+  programs,
+  prompts,
+  recipe,
+  trajectories,
+  validation,
+)
+from diffusion_jax.system.errors import UserError
+from diffusion_jax.training import checkpoint, sharding
+
+BATCH, WIDTH, LENGTH = 8, 4, 8
+WORDS = ['red', 'green', 'blue']
+HOW = {'sampler': 'ddim', 'grid': '400', 'clip': False, 'dtype': 'float32'}
+
+
+class Worded(nnx.Module):
+  """Its input, plus a layer of the mean of the valid tokens."""
+
+  DOORS = ('tokens',)
+
+  def __init__(self, image_shape, *, doors, out_channels, rngs, **kwargs):
+    self.shape = (*image_shape[:-1], out_channels)
+    self.out = layers.linear(
+      doors['tokens'], int(np.prod(self.shape)), dtype=jnp.float32, rngs=rngs
+    )
+
+  def __call__(self, xt, t, keys=None, cond=None):
+    mask = cond['mask'][..., None]
+    mean = jnp.sum(cond['tokens'] * mask, axis=1) / jnp.sum(mask, axis=1)
+    return xt + self.out(mean).reshape(-1, *self.shape)
+
+
+models.MODELS['worded'] = Worded
+
+
+def config_of(folder, **changes):
+  """24 images of one colour, named once or twice."""
+  path = folder / 'words.npz'
+  if not path.exists():
+    kinds = np.arange(24) % 3
+    images = np.zeros((24, 4, 4, 3), np.uint8)
+    images[np.arange(24), :, :, kinds] = 255 - np.arange(24)[:, None, None]
+    each = [[f'a {WORDS[k]} square', WORDS[k] if k else ''] for k in kinds]
+    np.savez(path, images=images, captions=each)
+  config = config_files.load('configs/digits.py')
+  with config.ignore_type(), config.unlocked():
+    config.conditioning = default.text()
+    config.update_from_flattened_dict({
+      'num_steps': 4, 'batch_size': BATCH, 'data.name': 'arrays',
+      'data.path': str(path), 'data.image_size': 4, 'data.channels': 3,
+      'data.heldout_every': 6, 'model.name': 'worded',
+      'conditioning.width': WIDTH, 'conditioning.num_layers': 1,
+      'conditioning.num_heads': 2, 'conditioning.vocabulary': 530,
+      'conditioning.drop': 0.5, 'optim.warmup_steps': 0, 'optim.lr': 0.01,
+      **changes,
+    })  # fmt: skip
+  return config
+
+
+class Run:
+  """A run of a few steps, in the process."""
+
+  def __init__(self, folder, workdir, sizes=(1, 1, 1), **changes):
+    self.config, self.workdir = config_of(folder, **changes), workdir
+    assert not validation.check(self.config, jax.devices()[:1])
+    count = int(np.prod(sizes))
+    self.mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:count])
+    latents.complete(self.config, workdir)
+    splits = data.splits(self.config.data)
+    known = dataset.check(
+      workdir, splits, 'test', False, self.config.conditioning
+    )
+    runs.check(workdir, self.config)
+    self.splits, parts = latents.prepare(
+      self.config, self.mesh, workdir, splits
+    )
+    self.made = recipe.create(self.config, parts)
+    self.program = programs.create(self.config, self.mesh, self.made)
+    self.state = self.program.create_state(self.mesh)
+    self.write = functools.partial(self._write, known, parts)
+
+  def _write(self, known, parts):
+    self.workdir.mkdir(exist_ok=True)
+    dataset.write(self.workdir, known)
+    runs.write_config(self.workdir, self.config)
+    latents.keep(self.workdir, parts, self.splits)
+    with checkpoint.Checkpoints(self.workdir / 'checkpoints') as kept:
+      kept.save(int(self.state.step), self.state)
+    return self
+
+  def restore(self):
+    with checkpoint.Checkpoints(self.workdir / 'checkpoints') as kept:
+      self.state = kept.restore_newest(self.program.abstract)
+    return self
+
+  def train(self, until=4) -> list[float]:
+    batches = pipeline.batches(
+      self.splits[0], batch_size=BATCH, seed=0, flip=True, end_step=until,
+      start_step=int(self.state.step),
+      sharding=sharding.batch_sharding(self.mesh),
+    )  # fmt: skip
+    losses = []
+    for batch in batches:
+      rows = programs.rows(self.config, self.made, BATCH)
+      assert all(batch[k].shape == shape for k, (shape, _) in rows.items())
+      self.state, found = self.program.step_fn(self.state, {}, batch)
+      losses.append(float(found['loss']))
+    return losses
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp('words')
+
+
+@pytest.fixture(scope='module')
+def whole(folder):
+  """A run of four steps and its losses."""
+  run = Run(folder, folder / 'run')
+  losses = run.train()
+  run.write()
+  return run, losses
+
+
+@pytest.fixture(scope='module')
+def trained(whole):
+  return diffusion_jax.load(whole[0].workdir)
+
+
+# --- training ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('sizes', 'pieces'), [((1, 1, 1), 2), ((2, 2, 2), 1)])
+def test_the_losses_are_the_same_on_any_mesh_in_any_pieces(
+  folder, whole, sizes, pieces
+):
+  run = Run(folder, folder / 'other', sizes, microbatches=pieces)
+  np.testing.assert_allclose(run.train(), whole[1], rtol=3e-6)
+
+
+def test_a_run_resumes_with_its_tokenizer(folder, whole, tmp_path):
+  first = Run(folder, tmp_path / 'run')
+  losses = first.train(2)
+  first.write()
+  kept = json.loads((tmp_path / 'run/config.json').read_text())['conditioning']
+  assert kept['length'] == 5  # a red square, with start and end
+  assert set(kept['ids']) == {'bos', 'eos', 'pad'}
+  again = Run(folder, tmp_path / 'run').restore()
+  losses += again.train()
+  np.testing.assert_allclose(losses, whole[1], rtol=3e-6)
+  jax.tree.map(
+    np.testing.assert_array_equal, again.state.params, whole[0].state.params
+  )
+  path = tmp_path / 'run/parts/tokenizer.json'
+  path.write_text(path.read_text() + ' ')
+  with pytest.raises(UserError, match='not what was saved: copy the folder'):
+    Run(folder, tmp_path / 'run')
+  with pytest.raises(UserError, match=r'conditioning\.length'):
+    Run(folder, tmp_path / 'run', **{'conditioning.length': 7})
+
+
+def test_both_parts_are_trained(whole, folder):
+  run, _ = whole
+  assert run.state.params.keys() == {'net', 'text'}
+  begun = Run(folder, folder / 'other').state.params['text']
+  moved = jax.tree.map(
+    lambda a, b: float(np.abs(a - b).max()), begun, run.state.params['text']
+  )
+  assert min(jax.tree.leaves(moved['blocks'])) > 0
+
+
+# --- the condition -----------------------------------------------------------
+
+
+def test_a_dropped_caption_is_the_empty_one_for_its_row_only(whole):
+  run, _ = whole
+  made, params = run.made.conditioner, run.state.params
+  encode = run.splits[0].encode_fn
+  texts = ['a red square', 'green', 'blue', 'a red square'] * 4
+  ids = jnp.asarray(encode(texts))
+  keys = jax.vmap(jax.random.key)(jnp.arange(16))
+  apply = jax.jit(made.condition)
+  got = apply(params, {'tokens': ids}, keys)
+  own = apply(params, {'tokens': ids}, None)
+  null = made.condition(params, {}, None)
+  same = np.asarray(encode(['']))
+  written = made.condition(params, {'tokens': same}, None)
+  np.testing.assert_array_equal(null['mask'], written['mask'])
+  np.testing.assert_allclose(null['tokens'], written['tokens'], atol=1e-6)
+  assert own['mask'].sum(1).tolist() == [5, 3, 3, 5] * 4
+  dropped = np.asarray([
+    np.allclose(row, null['tokens'][0], atol=1e-5) for row in got['tokens']
+  ])  # fmt: skip
+  assert 2 < dropped.sum() < 14
+  for i, is_dropped in enumerate(dropped):
+    want = null['tokens'][0] if is_dropped else own['tokens'][i]
+    np.testing.assert_allclose(got['tokens'][i], want, atol=1e-5)
+  # By its own key, wherever the row is.
+  turned = apply(params, {'tokens': ids[::-1]}, keys[::-1])
+  np.testing.assert_allclose(turned['tokens'][::-1], got['tokens'], atol=1e-5)
+
+
+# --- sampling ----------------------------------------------------------------
+
+
+def x0_of(trained, count, **how):
+  return trained.sample(count, **{**HOW, **how}) / 127.5 - 1
+
+
+def test_samples_follow_their_prompts(trained, whole):
+  x = trajectories.noises(trained, 0, 4)
+  encode = whole[0].splits[0].encode_fn
+
+  def x0(texts):
+    made = trained.recipe.conditioner
+    cond = made.condition(trained.params, {'tokens': encode(texts)}, None)
+    return trained.denoise(x, 400, cond).x0
+
+  texts = ['a red square', 'blue']
+  c, u = x0(texts * 2), trained.denoise(x, 400).x0
+  assert np.abs(c - u).max() > 0.05
+
+  def close(got, want):
+    np.testing.assert_allclose(got, np.clip(want, -1, 1), atol=1e-4)
+
+  close(x0_of(trained, 4, prompts=texts), c)
+  close(x0_of(trained, 4, prompts=texts, guidance=2.5), u + 2.5 * (c - u))
+  close(x0_of(trained, 2, first=2, prompts=texts), c[2:])
+  negative = x0(['green'] * 4)
+  got = x0_of(trained, 4, prompts=texts, guidance=2.5, negative_prompt='green')
+  close(got, negative + 2.5 * (c - negative))
+  programs_made = trained.compiled.drawer.cache_info().currsize
+  close(x0_of(trained, 4, prompts='green'), negative)
+  assert trained.compiled.drawer.cache_info().currsize == programs_made
+  # Without a wish, captions of training images.
+  shown = trained.plan(**HOW_OF_PLAN).condition['prompts']
+  assert len(shown) == 20
+  assert shown[1] == 'a green square'
+
+
+HOW_OF_PLAN = {k: x for k, x in HOW.items() if k != 'dtype'}
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_said(trained, capsys):
+  long = 'a red square in a green square'
+  plan = trained.plan(**HOW_OF_PLAN, prompts=[long])
+  bare, tables = prompts.tables(trained.workdir, trained.config, plan)
+  assert bare.condition == {}
+  assert tables['tokens'].shape == (1, 5)
+  assert "' in a green square' is left out" in capsys.readouterr().err
+  assert plan.protocol()['prompts'] == [long]
+
+
+MISTAKES = [
+  ({'label': 3}, 'the run takes text: give a prompt'),
+  ({'prompts': []}, 'a list of one and more'),
+  ({'prompts': [3]}, 'a list of one and more'),
+  ({'negative_prompt': 'x'}, 'no effect with guidance=1'),
+]
+
+
+@pytest.mark.parametrize(('asked', 'told'), MISTAKES)
+def test_a_wrong_wish_is_one_line(trained, asked, told):
+  with pytest.raises(UserError, match=told) as error:
+    trained.plan(**HOW_OF_PLAN, **asked)
+  assert '\n' not in str(error.value)
+
+
+def test_a_run_without_captions_takes_no_prompt(tmp_path):
+  config = config_files.load('configs/digits.py')
+  for asked in ({'prompts': ['a cat']}, {'negative_prompt': 'a cat'}):
+    with pytest.raises(UserError, match=r"=.*'a cat'.*: the run"):
+      prompts.condition(tmp_path, config, asked)
+
+
+def test_a_file_of_prompts(tmp_path):
+  path = tmp_path / 'prompts.txt'
+  path.write_text('\ufeffa red apple \r\ngrün\n')
+  assert prompts.read(path) == ['a red apple', 'grün']
+  for content, told in (
+    (b'a\n\nb\n', 'line 2 is empty'), (b'', 'is empty'),
+    (b'a\xff', 'not UTF-8 \\(byte 1\\)'),
+  ):  # fmt: skip
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=told):
+      prompts.read(path)
+  with pytest.raises(UserError, match='is not a file'):
+    prompts.read(tmp_path / 'none')
+
+
+def test_the_flags_reach_the_store(whole, tmp_path):
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(['sample'])
+  with flagsaver.flagsaver(
+    workdir=str(whole[0].workdir), prompt=['a red square', 'blue'],
+    negative_prompt='green', guidance=2.0, sampler='ddim', num_steps=1,
+    num_samples=3, clip=False, batch_size=3,
+  ):  # fmt: skip
+    trained, plan, output = drawing.chosen()
+    assert plan.condition == {
+      'prompts': ['a red square', 'blue'], 'negative_prompt': 'green',
+    }  # fmt: skip
+    assert 'prompt-a-red-square-and1-' in output.name
+    assert 'not-green-' in output.name
+    assert drawing.fill(trained, plan, output, 3) == 3
+    facts = json.loads((output / 'store.json').read_text())
+    assert facts['prompts'] == ['a red square', 'blue']
+    with (
+      flagsaver.flagsaver(prompts='x.txt'),
+      pytest.raises(UserError, match='give one of them'),
+    ):
+      drawing.chosen()
+
+
+# --- mistakes of configs -----------------------------------------------------
+
+
+def test_mistakes_of_the_keys(tmp_path):
+  for key, value, told in (
+    ('conditioning.vocabulary', 100, 'at least 515'),
+    ('conditioning.length', 2, '3 and more'),
+    ('conditioning.num_heads', 3, 'does not divide'),
+    ('conditioning.drop', 1.0, r'in \[0, 1\)'),
+  ):
+    config = config_of(tmp_path, **{key: value})
+    (message, *_) = validation.check(config, jax.devices()[:1])
+    assert key in message
+    assert told.replace('\\', '') in message
+  config = config_of(tmp_path, **{'model.name': 'dense'})
+  with pytest.raises(UserError, match='tokens'):
+    recipe.create(config)
+
+
+def test_captions_that_are_cut_are_counted(folder, tmp_path, capsys):
+  run = Run(folder, tmp_path / 'run', **{'conditioning.length': 4})
+  told = capsys.readouterr().err
+  assert '20 of 33 captions are longer than conditioning.length=4' in told
+  batch = pipeline.stream(run.splits[0], batch_size=4, seed=0, flip=False)[0]
+  assert batch['tokens'].shape == (4, 4)
+  assert captions.describe(run.splits[0])['captions'] == 33
+
+
+def test_the_tokenizer_of_another_run(folder, whole, tmp_path):
+  path = str(whole[0].workdir)
+  run = Run(folder, tmp_path / 'run', **{'conditioning.tokenizer': path})
+  assert run.config.conditioning.sha256 == whole[0].config.conditioning.sha256
+
+
+def test_a_guide_needs_the_same_tokenizer(trained, whole):
+  from diffusion_jax.runs import guided
+
+  other = {**trained.config, 'conditioning': {
+    **trained.config['conditioning'], 'sha256': 'x'
+  }}  # fmt: skip
+  guided.check(trained.config, trained.config, 'w')
+  with pytest.raises(UserError, match='another tokenizer'):
+    guided.check(trained.config, other, 'w')
+  assert tiny  # the tests' network is declared by its import
