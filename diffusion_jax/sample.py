@@ -166,7 +166,8 @@ def _write(output, plan):
     with files.replacing(output / 'evaluations.npy') as file:
       np.save(file, drawing.took(output, count).evaluations)
   shown = min(FLAGS.grid_images, FLAGS.num_samples)
-  kinds = len(_asked(plan)) or 1
+  kinds = len(plan.condition.get('prompts', _asked(plan))) or 1
+  kinds = kinds if 2 * kinds <= shown else 1
   picture = pictures.in_turn(store.load(output, shown), kinds)
   pictures.save(output / 'grid.png', picture)
   if FLAGS.png:

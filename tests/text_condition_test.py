@@ -356,10 +356,10 @@ def test_mistakes_of_the_keys(tmp_path):
 def test_captions_that_are_cut_are_counted(folder, tmp_path, capsys):
   run = Run(folder, tmp_path / 'run', **{'conditioning.length': 4})
   told = capsys.readouterr().err
-  assert '20 of 33 captions are longer than conditioning.length=4' in told
+  assert '20 of 32 captions are longer than conditioning.length=4' in told
   batch = pipeline.stream(run.splits[0], batch_size=4, seed=0, flip=False)[0]
   assert batch['tokens'].shape == (4, 4)
-  assert captions.describe(run.splits[0])['captions'] == 33
+  assert captions.describe(run.splits[0])['captions'] == 32
 
 
 def test_the_tokenizer_of_another_run(folder, whole, tmp_path):

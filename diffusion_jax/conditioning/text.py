@@ -65,16 +65,16 @@ def create(drop: float, **options) -> Conditioner:
   """
   encoder, ids = network(options), ids_of(options)
   rest = length_of(options) - 2
-  empty = jnp.array([ids['bos'], ids['eos'], *[ids['pad']] * rest], jnp.int32)
+  empty = jnp.array([[ids['bos'], ids['eos'], *[ids['pad']] * rest]], jnp.int32)
 
   def condition(params, rows, keys):
-    tokens = rows.get(ROW, empty[None])
+    tokens = rows.get(ROW, empty)
     if ROW in rows and keys is not None and drop:
       dropped = jax.vmap(lambda key: jax.random.bernoulli(key, drop))(keys)
       tokens = jnp.where(dropped[:, None], empty, tokens)
     # Up to the end token, which may also be the padding.
     last = jnp.argmax(tokens == ids['eos'], axis=1)
-    mask = jnp.arange(tokens.shape[1]) <= last[:, None]
+    mask = jnp.arange(tokens.shape[1])[None] <= last[:, None]
     encoded = encoder.apply(params[PART], tokens, mask)
     return {'tokens': encoded.tokens, 'mask': mask}
 

@@ -124,11 +124,10 @@ def drawer(
     classifier: the recipe of a classifier that guides.
 
   Returns:
-    draw(params, indices [B], rows={}, texts=None) -> (data [B, ...],
-    is_finite), see `checked`. `params` holds all parts, and `rows` the data
-    that a condition is computed from, by default those of `conditions`. With
-    `frames`, the data are a pair of them and [F, B, ...]; with `took`, a pair
-    of them and `adaptive.Took`.
+    draw(params, indices [B], rows={}, texts=None) -> (data [B, ...], whether
+    finite). `params` holds all parts, and `rows` the data that a condition is
+    computed from, by default those of `conditions`. With `frames`, the data are
+    a pair of them and [F, B, ...]; with `took`, of them and `adaptive.Took`.
 
   Raises:
     UserError: an unknown dtype, or one that does not fit the data.

@@ -75,6 +75,11 @@ def prepare(
   if not dataset.has_captions(config['conditioning']):
     return splits
   made = distributed.everywhere(lambda: _tokenizer(config, workdir, splits[0]))
+  if len({*distributed.gather(made.sha256)}) > 1:
+    raise UserError(
+      'the tokenizers are not the same on all hosts: install the same version '
+      'of the package tokenizers on all of them'
+    )
   chosen = {
     'ids': {'bos': made.bos, 'eos': made.eos, 'pad': made.pad},
     'length': made.length,

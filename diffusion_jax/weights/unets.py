@@ -81,6 +81,11 @@ def unet_of(config: Mapping) -> dict:
       'the first level: such a network cannot be written'
     )
   condition, groups = config['conditioning'], model['num_groups']
+  if condition['name'] == 'text':
+    raise UserError(
+      "conditioning.name='text': a UNet2DModel of diffusers takes no text: "
+      'such a run cannot be written'
+    )
   learned = config['loss']['variance'] == 'learned'
   is_plain = style.middle_attention and not style.scale_shift
   return {
