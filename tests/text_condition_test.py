@@ -24,6 +24,7 @@ from diffusion_jax.runs import (
   programs,
   prompts,
   recipe,
+  texts,
   trajectories,
   validation,
 )
@@ -178,6 +179,18 @@ def test_a_run_resumes_with_its_tokenizer(folder, whole, tmp_path):
     Run(folder, tmp_path / 'run', **{'conditioning.length': 7})
 
 
+def test_grids_of_training_have_captions(whole):
+  run, _ = whole
+  given = texts.of_grid(run.splits[0], 8)
+  encode = run.splits[0].encode_fn
+  want = encode(['a red square', 'a green square', 'a blue square'])
+  np.testing.assert_array_equal(given[1]['tokens'][:3:2], want[[0, 2]])
+  drawn, _ = jax.eval_shape(
+    run.program.draw_fn, run.state.params, np.arange(8, dtype=np.uint32), *given
+  )
+  assert drawn.shape == (8, 4, 4, 3)
+
+
 def test_both_parts_are_trained(whole, folder):
   run, _ = whole
   assert run.state.params.keys() == {'net', 'text'}
@@ -195,8 +208,8 @@ def test_a_dropped_caption_is_the_empty_one_for_its_row_only(whole):
   run, _ = whole
   made, params = run.made.conditioner, run.state.params
   encode = run.splits[0].encode_fn
-  texts = ['a red square', 'green', 'blue', 'a red square'] * 4
-  ids = jnp.asarray(encode(texts))
+  said = ['a red square', 'green', 'blue', 'a red square'] * 4
+  ids = jnp.asarray(encode(said))
   keys = jax.vmap(jax.random.key)(jnp.arange(16))
   apply = jax.jit(made.condition)
   got = apply(params, {'tokens': ids}, keys)
@@ -230,23 +243,23 @@ def test_samples_follow_their_prompts(trained, whole):
   x = trajectories.noises(trained, 0, 4)
   encode = whole[0].splits[0].encode_fn
 
-  def x0(texts):
+  def x0(said):
     made = trained.recipe.conditioner
-    cond = made.condition(trained.params, {'tokens': encode(texts)}, None)
+    cond = made.condition(trained.params, {'tokens': encode(said)}, None)
     return trained.denoise(x, 400, cond).x0
 
-  texts = ['a red square', 'blue']
-  c, u = x0(texts * 2), trained.denoise(x, 400).x0
+  said = ['a red square', 'blue']
+  c, u = x0(said * 2), trained.denoise(x, 400).x0
   assert np.abs(c - u).max() > 0.05
 
   def close(got, want):
     np.testing.assert_allclose(got, np.clip(want, -1, 1), atol=1e-4)
 
-  close(x0_of(trained, 4, prompts=texts), c)
-  close(x0_of(trained, 4, prompts=texts, guidance=2.5), u + 2.5 * (c - u))
-  close(x0_of(trained, 4, first=2, prompts=texts)[:2], c[2:])
+  close(x0_of(trained, 4, prompts=said), c)
+  close(x0_of(trained, 4, prompts=said, guidance=2.5), u + 2.5 * (c - u))
+  close(x0_of(trained, 4, first=2, prompts=said)[:2], c[2:])
   negative = x0(['green'] * 4)
-  got = x0_of(trained, 4, prompts=texts, guidance=2.5, negative_prompt='green')
+  got = x0_of(trained, 4, prompts=said, guidance=2.5, negative_prompt='green')
   close(got, negative + 2.5 * (c - negative))
   programs_made = trained.compiled.drawer.cache_info().currsize
   close(x0_of(trained, 4, prompts=['green'] * 2), negative)
@@ -327,6 +340,11 @@ def test_the_flags_reach_the_store(whole, tmp_path):
     with (
       flagsaver.flagsaver(prompts='x.txt'),
       pytest.raises(UserError, match='give one of them'),
+    ):
+      drawing.chosen()
+    with (
+      flagsaver.flagsaver(guide_ema_profile='0.1'),
+      pytest.raises(UserError, match='no effect without --guide'),
     ):
       drawing.chosen()
 

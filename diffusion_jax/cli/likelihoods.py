@@ -43,6 +43,7 @@ OF_SAMPLES = (
   'write_statistics',
   *(name for name in drawing.OPTIONS if name != 'variance'),
   *('label', 'guide', 'guide_ema_profile', 'classifier', *guided.OPTIONS),
+  *('prompt', 'prompts', 'negative_prompt'),
 )
 
 
