@@ -183,8 +183,8 @@ def test_grids_of_training_have_captions(whole):
   run, _ = whole
   given = texts.of_grid(run.splits[0], 8)
   encode = run.splits[0].encode_fn
-  want = encode(['a red square', 'a green square', 'a blue square'])
-  np.testing.assert_array_equal(given[1]['tokens'][:3:2], want[[0, 2]])
+  want = encode(['a red square', 'a blue square'])
+  np.testing.assert_array_equal(given[1]['tokens'][:2], want)
   drawn, _ = jax.eval_shape(
     run.program.draw_fn, run.state.params, np.arange(8, dtype=np.uint32), *given
   )
