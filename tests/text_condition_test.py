@@ -14,7 +14,7 @@ from flax import nnx
 
 import diffusion_jax
 from diffusion_jax import conditioning, data, models, runs, sample  # noqa: F401
-from diffusion_jax.cli import config_files, drawing
+from diffusion_jax.cli import command, config_files, drawing
 from diffusion_jax.configs import default
 from diffusion_jax.data import captions, pipeline
 from diffusion_jax.models import layers
@@ -318,6 +318,11 @@ def test_a_file_of_prompts(tmp_path):
       prompts.read(path)
   with pytest.raises(UserError, match='is not a file'):
     prompts.read(tmp_path / 'none')
+
+
+def test_a_prompt_may_be_given_several_times():
+  given = ['sample', '--prompt=a', '--prompt', 'b', '--seed=1', '--prompt=a']
+  assert command._last(given) == given
 
 
 def test_the_flags_reach_the_store(whole, tmp_path):

@@ -232,7 +232,8 @@ def _resolve_config(argv: list[str]) -> list[str]:
 def _last(argv: list[str]) -> list[str]:
   """Keeps the last of the flags that are given twice, as absl and shells do.
 
-  So a flag of an alias or a script can be overridden.
+  So a flag of an alias or a script can be overridden. All of a flag that may
+  be given several times are kept.
   """
   groups, words = [], iter(argv[1:])
   for word in words:
@@ -240,7 +241,8 @@ def _last(argv: list[str]) -> list[str]:
     bare = next((n for n in (name, name.removeprefix('no')) if _switch(n)), '')
     spaced = word[0:1] == '-' and not given and not bare
     group = [word, *([next(words, '')] if spaced else [])]
-    groups.append((bare or name if word[:1] == '-' else object(), group))
+    alone = word[:1] == '-' and not _is_several(name)
+    groups.append((bare or name if alone else object(), group))
   last = dict(groups)
   for name, group in last.items():
     before = [other for same, other in groups if same == name][:-1]
@@ -253,6 +255,11 @@ def _last(argv: list[str]) -> list[str]:
     word for name, group in groups if last[name] is group for word in group
   ]
   return [*argv[:1], *kept]
+
+
+def _is_several(name: str) -> bool:
+  """Whether it is a flag that may be given several times."""
+  return name in flags.FLAGS and isinstance(flags.FLAGS[name], flags.MultiFlag)
 
 
 def _switch(name: str) -> bool:
