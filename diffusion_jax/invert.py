@@ -101,10 +101,10 @@ def main():
 def _label(workdir, config) -> list[int] | str | None:
   """The labels that images get in turn, OWN, or None for the null label."""
   if FLAGS.label is None:
-    labels.check_null(
-      conditioning.create(**config['conditioning']),
-      f'--label, such as --label={OWN}',
-    )
+    remedy = f'--label, such as --label={OWN}'
+    if dataset.has_captions(config['conditioning']):
+      remedy = 'a run that was trained with conditioning.drop=0.1'
+    labels.check_null(conditioning.create(**config['conditioning']), remedy)
     return None
   if FLAGS.label == OWN and dataset.num_classes(config['conditioning']):
     return OWN

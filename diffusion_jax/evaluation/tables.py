@@ -127,6 +127,7 @@ def how(subject: dict) -> dict:
       and not (key in known or key.endswith('sha256'))
     },
     'label': _asked(subject.get('label')),
+    'prompts': _asked(subject.get('prompts')),
     'seed': subject.get('seed'),
     # Two samplers of one name may differ only in the grid.
     'grid': _grid(grid) if steps and all(map(cards.is_number, grid)) else None,
@@ -135,7 +136,7 @@ def how(subject: dict) -> dict:
 
 
 def _asked(label) -> str | None:
-  """The labels that samples get in turn; None if as in the data."""
+  """The labels or prompts that samples get in turn; None if as in the data."""
   if not isinstance(label, list):
     return None
   return value(label) if len(label) <= 10 else f'{len(label)} in turn'
