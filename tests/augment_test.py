@@ -127,7 +127,7 @@ HOW = {'batch_size': 8, 'seed': 3, 'flip': True}
 class Source:
   """Twelve images of noise."""
 
-  row = 'image'
+  row, encode_fn = 'image', None
   rows = np.random.default_rng(1).integers(0, 256, (12, *tiny.SHAPE), np.uint8)
 
   def __len__(self):

@@ -208,9 +208,10 @@ def draw_no_grid(workdir):
     draw_fn=lambda params, indices: (None, np.False_),
     recipe=types.SimpleNamespace(reconstructs=None),
   )
+  source = types.SimpleNamespace(encode_fn=None)
   with contextlib.redirect_stderr((workdir / 'told').open('w')):
     train._draw_grid(
-      program, state, 7, 4, tiny.one_device(), workdir, None, None
+      program, state, 7, 4, tiny.one_device(), workdir, None, source
     )
 
 

@@ -3,17 +3,16 @@
 import functools
 import json
 
+import binaries
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny  # noqa: F401, which adds the network 'dense'
-from absl import flags
-from absl.testing import flagsaver
 from flax import nnx
 
 import diffusion_jax
-from diffusion_jax import conditioning, data, models, runs, sample  # noqa: F401
+from diffusion_jax import data, models, runs
 from diffusion_jax.cli import command, config_files, drawing
 from diffusion_jax.configs import default
 from diffusion_jax.data import captions, pipeline
@@ -322,36 +321,29 @@ def test_a_file_of_prompts(tmp_path):
 
 def test_a_prompt_may_be_given_several_times():
   given = ['sample', '--prompt=a', '--prompt', 'b', '--seed=1', '--prompt=a']
+  assert drawing.FLAGS['prompt'].multi
   assert command._last(given) == given
 
 
-def test_the_flags_reach_the_store(whole, tmp_path):
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(['sample'])
-  with flagsaver.flagsaver(
-    workdir=str(whole[0].workdir), prompt=['a red square', 'blue'],
-    negative_prompt='green', guidance=2.0, sampler='ddim', num_steps=1,
-    num_samples=3, clip=False, batch_size=3,
-  ):  # fmt: skip
-    trained, plan, output = drawing.chosen()
-    assert plan.condition == {
-      'prompts': ['a red square', 'blue'], 'negative_prompt': 'green',
-    }  # fmt: skip
-    assert 'prompt-a-red-square-and1-' in output.name
-    assert 'not-green-' in output.name
-    assert drawing.fill(trained, plan, output, 3) == 3
-    facts = json.loads((output / 'store.json').read_text())
-    assert facts['prompts'] == ['a red square', 'blue']
-    with (
-      flagsaver.flagsaver(prompts='x.txt'),
-      pytest.raises(UserError, match='give one of them'),
-    ):
-      drawing.chosen()
-    with (
-      flagsaver.flagsaver(guide_ema_profile='0.1'),
-      pytest.raises(UserError, match='no effect without --guide'),
-    ):
-      drawing.chosen()
+def test_the_flags_reach_the_store(whole):
+  workdir = whole[0].workdir
+  how = [
+    f'--workdir={workdir}', '--sampler=ddim', '--num_steps=1', '--noclip',
+    '--num_samples=3', '--batch_size=3',
+  ]  # fmt: skip
+  asked = ['--prompt=a red square', '--prompt=blue', '--negative_prompt=green']
+  binaries.here('sample', *how, *asked, '--guidance=2')
+  (output,) = (workdir / 'samples').glob('*prompt-a-red-square-and1-*')
+  assert 'not-green-' in output.name
+  facts = json.loads((output / 'store.json').read_text())
+  assert facts['prompts'] == ['a red square', 'blue']
+  assert len(np.load(output / 'samples.npz')['arr_0']) == 3
+  for given, told in (
+    ('--prompts=x.txt', 'give one of them'),
+    ('--guide_ema_profile=0.1', 'no effect without --guide'),
+  ):
+    with pytest.raises(UserError, match=told):
+      binaries.here('sample', *how, *asked, given)
 
 
 # --- mistakes of configs -----------------------------------------------------

@@ -143,7 +143,15 @@ def channels_of(
   levels: Sequence[int] = (),
   **others,
 ) -> int:
-  """Channels of the latents, from options of `create`."""
+  """The channels of the latents.
+
+  Args:
+    regulariser: as for `create`.
+    latent_channels: channels of the encoder's latents.
+    code_channels: of 'vq': channels of a code; 0 for latent_channels.
+    levels: of 'fsq': the levels of each channel.
+    **others: the other options of `create`, unused.
+  """
   del others
   sizes = {'vq': code_channels or latent_channels, 'fsq': len(levels)}
   return sizes.get(regulariser, latent_channels)

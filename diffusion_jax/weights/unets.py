@@ -244,7 +244,16 @@ def network_of(settings: dict, path) -> dict:
 
 
 def number(name: str, value, path) -> float:
-  """A setting that must be a number in [0, 1), as `settings.whole`."""
+  """A setting that must be a number in [0, 1), as `settings.whole`.
+
+  Args:
+    name: the setting.
+    value: its value.
+    path: the file, for the message.
+
+  Raises:
+    UserError: it is not.
+  """
   if type(value) not in (int, float) or not 0 <= value < 1:
     raise UserError(f'{path}: {name} is {shown(value)}: in [0, 1)')
   return float(value)
