@@ -389,7 +389,7 @@ def test_diffusers_loads_what_is_written_and_we_what_it_writes(
   parts = conditional.network_of(parity.settings(name), '')
   stable_diffusion.write(
     tmp_path / 'ours', parts, parts['doors'], parity.create(name)[1],
-    variant=variant or '', largest=4000,
+    parity.settings(name), variant or '', largest=4000,
   )  # fmt: skip
   kind = torch.float16 if variant else torch.float32
   network = theirs.UNet2DConditionModel.from_pretrained(
