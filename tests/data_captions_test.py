@@ -138,6 +138,7 @@ TABLES = {
   'columns': ('captions.csv', 'image,words\na.png,x\n', 'image, words'),
   'names': ('captions.csv', 'path,text\na.png,x\n', 'names of images'),
   'short row': ('captions.csv', 'image,text\na.png,x\nb.png\n', 'line 3'),
+  'long row': ('captions.csv', 'image,text\na.png,x\nb.png,a, b\n', 'line 3'),
   'json': (
     'metadata.jsonl',
     '{"file_name": "a.png", "text": "x"}\n{"file_name": "b.pn\n',

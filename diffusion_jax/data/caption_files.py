@@ -138,10 +138,13 @@ def _csv_rows(path: Path, asked: str, where: str) -> Iterator[tuple]:
     columns = _columns(header, asked, where)
     reader = csv.DictReader(lines, header)
     for row in reader:
-      # A line that is too short has None in the last columns.
-      if any(row[key] is None for key in columns):
+      # A line that is too short has None in the last columns, one that is too
+      # long has the rest under None.
+      short = any(row[key] is None for key in columns)
+      if short or any(row.get(None, ())):
         raise UserError(
-          f'line {reader.line_num + 1} of {where} has fewer columns than the '
+          f'line {reader.line_num + 1} of {where} has '
+          f'{"fewer" if short else "more"} columns than the '
           f'header ({", ".join(header)}): put texts with commas in quotes'
         )
       yield row[columns[0]].strip(), captions.strings(row[columns[1]])
