@@ -107,6 +107,7 @@ def test_names_of_shards_say_what_is_held_out(tmp_path):
   ranged = opened(tmp_path / 'train-{000..001}.tar')
   np.testing.assert_array_equal(all_images(ranged), images[:4])
   refusal(tmp_path / 'train-{000..003}.tar', '4 shards', '2 do not exist')
+  refusal(tmp_path / 'part-{0..1}' / 'x.tar', 'name of a folder')
 
 
 def test_members_that_are_no_samples_are_passed_over(tmp_path):
@@ -163,6 +164,34 @@ def test_mistakes_in_shards_are_one_line(tmp_path):
   (tmp_path / 'b.tar').unlink()
   refusal(tmp_path, 'no .tar files', 'a.tar.gz')
   refusal(tmp_path / 'c', 'does not exist')
+
+
+@pytest.mark.parametrize('form', [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_that_lead_back_or_fill_memory_are_refused(tmp_path, form):
+  image = png(random_images(1)[0])
+  back = tarfile.TarInfo('b.png')
+  if form == tarfile.GNU_FORMAT:
+    back.size = -1024
+  else:
+    back.pax_headers['size'] = '-2048'
+  content = b''.join(
+    [
+      *(tarfile.TarInfo('a.txt').tobuf(), back.tobuf(form)),
+      *(image, bytes(-len(image) % 512 + 1024)),
+    ]
+  )
+  path = tmp_path / 'a.tar'
+  path.write_bytes(content)
+  refusal(path, "a.tar' cannot be read", "'b.png' has -")
+  long = tarfile.TarInfo('long')
+  long.size = 2**17
+  for size, kind in (
+    (2**17, tarfile.XHDTYPE), (2**17, tarfile.GNUTYPE_LONGNAME),
+    (-1024, tarfile.XHDTYPE),
+  ):  # fmt: skip
+    long.size, long.type = size, kind
+    path.write_bytes(long.tobuf(tarfile.GNU_FORMAT) + b'1' * 2**18)
+    refusal(path, f'a header of {size:,} bytes')
 
 
 def test_a_broken_image_in_a_shard_can_be_left_out(tmp_path):

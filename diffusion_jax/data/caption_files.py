@@ -202,6 +202,26 @@ def of_text(content: bytes, where: str) -> list[str]:
   return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+def of_json(content: bytes, asked: str, where: str) -> list[str]:
+  """The captions in the content of a JSON object.
+
+  Raises:
+    UserError: it has none, is no JSON, or not UTF-8.
+  """
+  try:
+    row = json.loads(decoded(content, where))
+  except (json.JSONDecodeError, RecursionError) as error:
+    raise UserError(f'{where} is no JSON ({error})') from error
+  key = captions.column(row, asked, where) if isinstance(row, dict) else None
+  found = captions.strings(row[key]) if key else None
+  if found is None:
+    raise UserError(
+      f'{where} has no captions: need an object with one of '
+      f'{", ".join(captions.COLUMNS)}, or set data.captions to its column'
+    )
+  return found
+
+
 def decoded(content: bytes, where: str) -> str:
   """Bytes as text; UserError if they are not UTF-8."""
   try:

@@ -17,7 +17,6 @@ import collections
 import contextlib
 import functools
 import io
-import json
 import os
 import re
 import tarfile
@@ -42,10 +41,21 @@ from diffusion_jax.system.errors import UserError, one_line
 
 LARGEST = 2**28  # bytes of a member
 BLOCK = 512  # bytes of a tar's header
+# Bytes of a long name or of PAX headers: tarfile's search of them is quadratic.
+_LONGEST = 2**16
 _RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
 _MOST_SHARDS = 10**6
 MANY = 20  # shards: reading their headers takes seconds
 _COPY = 'copy it again'
+
+
+class _Bounded(io.BufferedReader):
+  """A file from which little is read at once, which a header cannot change."""
+
+  def read(self, size=-1):
+    if not 0 <= size <= _LONGEST:
+      raise ValueError(f'a header of {size:,} bytes, at most {_LONGEST:,}')
+    return super().read(size)
 
 
 class Index(NamedTuple):
@@ -163,6 +173,11 @@ def _shards(path: str, what: str) -> tuple[Path, list[str]]:
       raise UserError(
         f'{what} has the range {found[0]}: from the lower number to the higher'
       )
+    if _RANGE.search(str(place.parent)):
+      raise UserError(
+        f'{what} has the range {found[0]} in the name of a folder, and only '
+        'names of shards may have one: give the folder around them'
+      )
     names = [
       _RANGE.sub(f'{k:0{len(first)}d}', str(place), count=1)
       for k in range(int(first), int(last) + 1)
@@ -251,7 +266,7 @@ def _members(path: Path, where: str, passed) -> dict[str, dict]:
   found, size = {}, path.stat().st_size
   with (
     one_line(f'shard {where} cannot be read: ', f': {_COPY}'),
-    path.open('rb') as file,
+    _Bounded(io.FileIO(path)) as file,
   ):
     if file.read(2) == b'\x1f\x8b':
       raise UserError(
@@ -261,6 +276,9 @@ def _members(path: Path, where: str, passed) -> dict[str, dict]:
     with tarfile.open(fileobj=file, mode='r:') as shard:
       while (member := shard.next()) is not None:
         shard.members = []  # or it keeps all of them
+        # It would be read again and again.
+        if member.size < 0 or shard.offset <= member.offset:
+          raise ValueError(f'{member.name!r:.80} has {member.size:,} bytes')
         if kind_key := _kind(member, size, where, passed):
           kind, key = kind_key
           kinds = found.setdefault(key, {})
@@ -361,24 +379,9 @@ def _captions(root, index, indices, kind, asked, name_of, what):
       content = _read(root, index, number, kind, caption_files.LARGEST + 1)
       return caption_files.of_text(content, where)
     content = _read(root, index, number, kind)
-    return _of_json(content, asked, where)
+    return caption_files.of_json(content, asked, where)
 
   return captions.pack(map(texts, indices))
-
-
-def _of_json(content: bytes, asked: str, where: str) -> list[str]:
-  try:
-    row = json.loads(caption_files.decoded(content, where))
-  except (json.JSONDecodeError, RecursionError) as error:
-    raise UserError(f'{where} is no JSON ({error})') from error
-  key = captions.column(row, asked, where) if isinstance(row, dict) else None
-  found = captions.strings(row[key]) if key else None
-  if found is None:
-    raise UserError(
-      f'{where} has no captions: need an object with one of '
-      f'{", ".join(captions.COLUMNS)}, or set data.captions to its column'
-    )
-  return found
 
 
 def _told(index: Index) -> list[str]:
