@@ -110,7 +110,7 @@ def main():
   )
   compilation.keep()
   mesh = sharding.make_mesh(**config.mesh)
-  splits, parts = latents.prepare(config, mesh, workdir, splits)
+  splits, parts = latents.prepare(config, mesh, workdir, splits, origin)
   program = programs.create(config, mesh, recipe.create(config, parts))
   origin, begun = finetune.load(
     origin, program.abstract.params, FLAGS.init_step

@@ -19,6 +19,7 @@ from diffusion_jax.data import captions, pipeline
 from diffusion_jax.models import layers
 from diffusion_jax.runs import (
   dataset,
+  finetune,
   latents,
   programs,
   prompts,
@@ -377,6 +378,39 @@ def test_the_tokenizer_of_another_run(folder, whole, tmp_path):
   path = str(whole[0].workdir)
   run = Run(folder, tmp_path / 'run', **{'conditioning.tokenizer': path})
   assert run.config.conditioning.sha256 == whole[0].config.conditioning.sha256
+
+
+def test_embeddings_that_are_taken_keep_their_tokenizer(
+  folder, whole, tmp_path, capsys
+):
+  captions = [[text.upper() + ' and more'] for text in WORDS * 4]
+  images = np.zeros((12, 4, 4, 3), np.uint8)
+  np.savez(tmp_path / 'words.npz', images=images, captions=captions)
+  there = whole[0].config.conditioning
+  origin = finetune.Origin(str(whole[0].workdir), 4, True)
+
+  def begun(origin, **changes):
+    config = config_of(tmp_path, **changes)
+    splits = texts.prepare(config, None, data.splits(config.data), origin)
+    return config, splits
+
+  config, _ = begun(origin)
+  assert config.conditioning.sha256 == there.sha256
+  assert f'the tokenizer is that of {origin.workdir}' in capsys.readouterr().err
+  nothing = finetune.Begun({}, [])
+  (line,) = finetune.told(origin, nothing, runs.to_plain(config))
+  assert 'warning' not in line
+  own, _ = begun(None)
+  assert own.conditioning.sha256 != there.sha256
+  texts.write(tmp_path, begun(None)[1][0])
+  chosen, _ = begun(
+    origin,
+    **{'conditioning.tokenizer': str(tmp_path), 'conditioning.num_heads': 4},
+  )
+  assert chosen.conditioning.sha256 == own.conditioning.sha256
+  lines = finetune.told(origin, nothing, runs.to_plain(chosen))
+  assert 'conditioning.num_heads: 2 there, 4 now' in lines[1]
+  assert 'conditioning.sha256: ' in lines[1]
 
 
 def test_a_guide_needs_the_same_tokenizer(trained, whole):

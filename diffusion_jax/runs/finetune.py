@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from diffusion_jax import runs
+from diffusion_jax.runs import dataset
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint
@@ -26,6 +27,8 @@ MEANING = (
   *('model.head_channels', 'model.style', 'model.details', 'model.time_scale'),
 )
 
+# Also, if both runs have captions.
+OF_CAPTIONS = ('conditioning.sha256', 'conditioning.num_heads')
 HARMLESS = ('codec.cache', 'codec.decode_rows')
 
 SHOWN = 4  # names to show in a line before 'and N more'
@@ -210,11 +213,14 @@ def told(origin: Origin, begun: Begun, config: dict) -> list[str]:
   ):  # fmt: skip
     if names:
       lines.append(f'  {len(names)} {what}: {_shortened(names)}')
-  differ = runs.differences(runs.read_config(origin.workdir), config)
+  there = runs.read_config(origin.workdir)
+  meaning = MEANING
+  if all(dataset.has_captions(c.get('conditioning')) for c in (there, config)):
+    meaning += OF_CAPTIONS
   differ = [
     line
-    for key, line in differ.items()
-    if key.startswith(MEANING) and key not in HARMLESS
+    for key, line in runs.differences(there, config).items()
+    if key.startswith(meaning) and key not in HARMLESS
   ]
   if differ:
     lines.append(

@@ -16,7 +16,7 @@ from diffusion_jax.data import latents as cache
 from diffusion_jax.data import looks, resident
 from diffusion_jax.data.sources import Source
 from diffusion_jax.models.autoencoder import Coder
-from diffusion_jax.runs import encoding, frozen, perceptual, texts
+from diffusion_jax.runs import encoding, finetune, frozen, perceptual, texts
 from diffusion_jax.runs.dataset import Splits
 from diffusion_jax.system import distributed, numerics, terminal
 from diffusion_jax.training import sharding
@@ -45,7 +45,11 @@ def keep(workdir, parts: frozen.Frozen, splits: Splits) -> None:
 
 
 def prepare(
-  config, mesh: Mesh, workdir, splits: Splits
+  config,
+  mesh: Mesh,
+  workdir,
+  splits: Splits,
+  origin: finetune.Origin | None = None,
 ) -> tuple[Splits, frozen.Frozen]:
   """What a run trains on, and with which frozen parts.
 
@@ -56,6 +60,7 @@ def prepare(
     mesh: the devices.
     workdir: the run's folder, new or existing.
     splits: the training images and the held-out ones.
+    origin: the origin of the initial parameters, see `texts.prepare`.
 
   Returns:
     The splits, with cached latents in place of images if there are any and
@@ -65,7 +70,7 @@ def prepare(
     UserError: as for `frozen.load`, `perceptual.load`, `texts.prepare` and
       `data.latents.opened`, or they do not fit on the devices.
   """
-  splits = texts.prepare(config, workdir, splits)
+  splits = texts.prepare(config, workdir, splits, origin)
   parts = frozen.load(config, mesh, workdir)
   if perceptual.is_used(config):
     parts = perceptual.load(config, mesh)

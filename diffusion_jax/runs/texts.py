@@ -1,8 +1,9 @@
 """What a run with captions does before training: its tokenizer.
 
 A small tokenizer is trained on the captions of the run, or one is taken from a
-folder. The run keeps it as parts/tokenizer.json; its hash and the ids of its
-special tokens are in config.json.
+folder, or from the run whose parameters training starts from. The run keeps it
+as parts/tokenizer.json; its hash and the ids of its special tokens are in
+config.json.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from diffusion_jax import runs
 from diffusion_jax.conditioning import tokenizers
 from diffusion_jax.data import captions
 from diffusion_jax.data.sources import Source
-from diffusion_jax.runs import dataset
+from diffusion_jax.runs import dataset, finetune
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint
@@ -58,7 +59,10 @@ def complete(config: ConfigDict, workdir=None) -> None:
 
 
 def prepare(
-  config: ConfigDict, workdir, splits: dataset.Splits
+  config: ConfigDict,
+  workdir,
+  splits: dataset.Splits,
+  origin: finetune.Origin | None = None,
 ) -> dataset.Splits:
   """The splits with tokens of captions; without captions, as they are.
 
@@ -68,13 +72,17 @@ def prepare(
     config: the run's config.
     workdir: the run's folder, new or existing, or None.
     splits: the training images and the held-out ones, with captions.
+    origin: the origin of the initial parameters. Its embeddings are those of
+      its tokenizer, which is taken unless conditioning.tokenizer is set.
 
   Raises:
     UserError: there is no such tokenizer, or the run's is missing or damaged.
   """
   if not dataset.has_captions(config['conditioning']):
     return splits
-  made = distributed.everywhere(lambda: _tokenizer(config, workdir, splits[0]))
+  made = distributed.everywhere(
+    lambda: _tokenizer(config, workdir, splits[0], origin)
+  )
   if len({*distributed.gather(made.sha256)}) > 1:
     raise UserError(
       'the tokenizers are not the same on all hosts: install the same version '
@@ -144,7 +152,7 @@ def of_grid(source: Source, count: int) -> tuple:
   return None, {'tokens': tokens}
 
 
-def _tokenizer(config, workdir, source: Source) -> tokenizers.Tokenizer:
+def _tokenizer(config, workdir, source, origin) -> tokenizers.Tokenizer:
   """The tokenizer of a start."""
   options = config['conditioning']
   if workdir and checkpoint.steps(files.at(workdir) / 'checkpoints'):
@@ -153,7 +161,7 @@ def _tokenizer(config, workdir, source: Source) -> tokenizers.Tokenizer:
   count = min(len(source), captions.DESCRIBED)
   each = captions.of(source, np.arange(count) * len(source) // count)
   texts = [text for several in each for text in several]
-  path = options['tokenizer']
+  path = options['tokenizer'] or _of_origin(origin)
   if path:
     made = tokenizers.read(_place(path), length)
   else:
@@ -166,6 +174,20 @@ def _tokenizer(config, workdir, source: Source) -> tokenizers.Tokenizer:
     )
   _say_cut(made, texts)
   return made
+
+
+def _of_origin(origin) -> str | None:
+  """The run that the parameters come from, if it has captions."""
+  if origin is None:
+    return None
+  there = runs.read_config(origin.workdir)
+  if not dataset.has_captions(there['conditioning']):
+    return None
+  kept(origin.workdir, there)
+  terminal.say(
+    f'the tokenizer is that of {origin.workdir}, to which its embeddings belong'
+  )
+  return origin.workdir
 
 
 def _place(path):
