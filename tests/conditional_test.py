@@ -253,8 +253,10 @@ def test_the_process_of_stable_diffusion():
   np.testing.assert_allclose(alpha_bar, wanted, atol=5e-9)
   assert parts['loss']['prediction'] == 'eps'
   assert not parts['sample']['clip']
-  euler = settings.process_of({**EULER, 'beta_end': 0.012}, 'a file')
-  assert not euler['sample']['clip']
+  clip = {'DDPMScheduler', 'DDIMScheduler'}  # by default; others cannot
+  for kind in settings.SCHEDULERS:
+    parts = settings.process_of({'_class_name': kind}, 'a file')
+    assert parts['sample']['clip'] == (kind in clip), kind
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ SCHEDULERS = (
   *('DPMSolverMultistepScheduler', 'DPMSolverSinglestepScheduler'),
   *('UniPCMultistepScheduler', 'EulerDiscreteScheduler'),
 )
-# Those that do not clip unless they say so: diffusers has no such setting.
-UNCLIPPED = ('EulerDiscreteScheduler',)
+# Those that clip unless they say otherwise; in diffusers, the others have no
+# such setting, and never clip.
+CLIPPED = ('DDPMScheduler', 'DDIMScheduler')
 # Sampling as a scheduler does, class -> (sampler, the settings that it must
 # have, as in PROCESS).
 LEADING = {'timestep_spacing': ('leading', 'leading')}
@@ -167,7 +168,7 @@ def process_of(settings: dict, path) -> dict:
     'loss': {'prediction': PREDICTIONS[prediction]},
     'sample': {
       'variance': VARIANCES[variance],
-      'clip': bool(settings.get('clip_sample', kind not in UNCLIPPED)),
+      'clip': bool(settings.get('clip_sample', kind in CLIPPED)),
     },
   }
 
