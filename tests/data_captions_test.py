@@ -73,6 +73,10 @@ def test_captions_that_an_array_file_cannot_have(tmp_path):
     np.savez(path, images=images, captions=wrong)
     refusal(lambda: arrays(path), "'captions'", *parts)
     assert arrays(path)[0]['image'].shape == (8, 8, 3)  # which are not in need
+  beyond = np.array(['a', 'b', 'c'])
+  beyond.view(np.uint32)[1] = 0x110000
+  np.savez(path, images=images, captions=beyond)
+  refusal(lambda: texts_of(arrays(path)), 'image 1', 'not Unicode')
   np.savez(path, images=images)
   refusal(lambda: arrays(path), 'has none', "conditioning.name='none'")
   refusal(lambda: arrays(path, captions='texts'), 'texts', 'images', 'auto')

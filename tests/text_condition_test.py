@@ -287,6 +287,7 @@ MISTAKES = [
   ({'label': 3}, 'the run takes text: give a prompt'),
   ({'prompts': []}, 'a list of one and more'),
   ({'prompts': [3]}, 'a list of one and more'),
+  ({'prompts': ['a', 'b\ud83c']}, r"'b\\ud83c', which is not Unicode"),
   ({'negative_prompt': 'x'}, 'no effect with guidance=1'),
 ]
 

@@ -194,6 +194,15 @@ def test_training_on_captions():
   # Eight times and six; of equal counts the pair with the lower ids is first.
   merges = json.loads(one.content)['model']['merges']
   assert merges[:3] == [['r', 'e'], ['h', 'o'], ['s', 'e</w>']]
+  # Halves of pairs, which are no Unicode.
+  halves = [text.replace('e', '\ud83c') for text in CAPTIONS]
+  marked = [text.replace('e', '?') for text in CAPTIONS]
+  assert (
+    tokenizers.train(halves, 520).sha256 == tokenizers.train(marked, 520).sha256
+  )
+  shown = [one.encode(['red\udc00 house' * 3]), one.encode(['red? house' * 3])]
+  np.testing.assert_array_equal(shown[0].ids, shown[1].ids)
+  assert shown[0].cut == shown[1].cut != {}
   # Nothing is lost of texts that are unlike the captions.
   long = tokenizers.train(CAPTIONS, 520, length=40)
   assert long.size == 520

@@ -102,6 +102,7 @@ def train(
       f'a vocabulary of {size} tokens: at least {least}, of bytes and special '
       'tokens'
     )
+  captions = list(map(_valid, captions))
   learned = _pipeline({}, [])
   trainer = trainers.BpeTrainer(
     vocab_size=size - len(specials),
@@ -115,7 +116,7 @@ def train(
   merges = [tuple(x) for x in json.loads(learned.to_str())['model']['merges']]
   one = _pipeline(_vocabulary(merges, specials), merges)
   if length is None:
-    length = 2 + max(len(x.ids) for x in one.encode_batch(list(captions)))
+    length = 2 + max(len(x.ids) for x in one.encode_batch(captions))
   return _complete(one, BOS, EOS, PAD, length)
 
 
@@ -265,7 +266,8 @@ def _complete(one, bos: str, eos: str, pad: str, length: int) -> Tokenizer:
   content = one.to_str()
 
   def encode(texts: Sequence[str]) -> Tokens:
-    found = one.encode_batch(list(texts))
+    texts = list(map(_valid, texts))
+    found = one.encode_batch(texts)
     return Tokens(
       np.array([x.ids for x in found], np.int32).reshape(-1, length),
       np.array([x.attention_mask for x in found], bool).reshape(-1, length),
@@ -280,6 +282,11 @@ def _complete(one, bos: str, eos: str, pad: str, length: int) -> Tokenizer:
     encode, length, one.get_vocab_size(), ids[bos], ids[eos], ids[pad], content,
     hashlib.sha256(content.encode()).hexdigest(),
   )  # fmt: skip
+
+
+def _valid(text: str) -> str:
+  """A text with '?' in place of halves of pairs, which are no Unicode."""
+  return text.encode(errors='replace').decode()
 
 
 def _of_content(content: str, path, length) -> Tokenizer:

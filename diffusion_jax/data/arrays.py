@@ -241,7 +241,14 @@ def _captions(archive, what: str, wanted, num_images: int) -> Callable | None:
       return npz.read_member(opened, key, where, check, mapped=True)
 
   def of(index):
-    texts = array()[index].reshape(-1).tolist()
+    rows = array()
+    try:
+      texts = rows[index].reshape(-1).tolist()
+    except (ValueError, SystemError) as error:  # by the version of NumPy
+      raise UserError(
+        f'{where} has text of image {index} that is not Unicode: write the '
+        'captions again'
+      ) from error
     return tuple(filter(None, map(str.strip, texts))) or ('',)
 
   return of

@@ -63,6 +63,12 @@ def condition(workdir, config: Mapping, asked: Mapping, other=None) -> dict:
     raise UserError(
       f'prompts={_shown(prompts)}: a text, or a list of one and more texts'
     )
+  for text in (*prompts, negative or ''):
+    if text.encode(errors='replace').decode() != text:
+      raise UserError(
+        f'prompts have {_shown(text)}, which is not Unicode (half of a pair): '
+        'write its signs anew'
+      )
   found['prompts'] = prompts
   if negative is not None:
     found['negative_prompt'] = negative
