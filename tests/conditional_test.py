@@ -349,6 +349,17 @@ def test_folders_return_bitwise(name, variant, largest, tmp_path):
   else:
     assert len(files) > 5
     assert max(f.stat().st_size for f in ours.glob('*.safetensors')) < 9000
+  # Over the same names, not beside others, which would be read first.
+  before = {file: (ours / file).read_bytes() for file in files}
+  for other in {shards.LARGEST, 2000} - {largest}:
+    with pytest.raises(UserError, match=r'holds other weights \(diffusion'):
+      stable_diffusion.write(
+        ours, read.config, read.doors, params, read.kept, variant, other
+      )
+  stable_diffusion.write(
+    ours, read.config, read.doors, params, read.kept, variant, largest
+  )
+  assert before == {f.name: f.read_bytes() for f in ours.iterdir()}
   # Byte for byte.
   stable_diffusion.write(
     tmp_path / 'twice', again.config, again.doors, params_of(again, name),

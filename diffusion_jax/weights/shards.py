@@ -9,7 +9,8 @@ import numpy as np
 import safetensors.numpy
 
 from diffusion_jax.system import files
-from diffusion_jax.weights import states
+from diffusion_jax.system.errors import UserError
+from diffusion_jax.weights import named, states
 
 LARGEST = 10**10  # bytes of a file, as diffusers writes them
 
@@ -27,6 +28,10 @@ def write(
     tensors: name -> array.
     variant: such as 'fp16', a part of the names.
     largest: bytes of a file; a tensor that is larger has a file of its own.
+
+  Raises:
+    UserError: the folder holds weights in files of other names, which would be
+      read in place of these.
   """
   stem = '.'.join([states.STEM, variant]).strip('.')
   groups = _groups(tensors, largest)
@@ -36,6 +41,8 @@ def write(
     f'{stem}{states.SAFE}'
     for number in range(1, many + 1)
   ]  # fmt: skip
+  index = '.'.join(filter(None, [states.WEIGHTS, 'index', variant, 'json']))
+  _refuse_others(folder, [*names, index] if many > 1 else names)
   for name, group in zip(names, groups, strict=True):
     content = safetensors.numpy.save(
       {key: tensors[key] for key in group}, {'format': 'pt'}
@@ -44,7 +51,6 @@ def write(
       file.write(content)
   if many == 1:
     return names
-  index = '.'.join(filter(None, [states.WEIGHTS, 'index', variant, 'json']))
   listed = {
     key: name
     for name, group in zip(names, groups, strict=True)
@@ -55,6 +61,21 @@ def write(
     folder / index, {'metadata': {'total_size': total}, 'weight_map': listed}
   )
   return [*names, index]
+
+
+def _refuse_others(folder, names) -> None:
+  """Raises UserError if a folder holds weights in files of other names."""
+  kinds = (states.SAFE, *states.PICKLED, '.json')
+  others = [
+    name
+    for name in sorted(files.entries(folder) if folder.is_dir() else ())
+    if name.startswith(states.STEM) and name.endswith(kinds)
+  ]
+  if others := [name for name in others if name not in names]:
+    raise UserError(
+      f'{folder} holds other weights ({named.shortened(others)}), which may be '
+      'read in place of the new ones: give a new folder, or remove them'
+    )
 
 
 def _groups(tensors, largest) -> list[list[str]]:
