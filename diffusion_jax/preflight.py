@@ -44,7 +44,7 @@ from diffusion_jax.planning import (
 )
 from diffusion_jax.planning.compiled import Compiled, device_bytes
 from diffusion_jax.planning.page import gib
-from diffusion_jax.runs import frozen, programs, validation
+from diffusion_jax.runs import latents, programs, validation
 from diffusion_jax.system import distributed, environment, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -151,7 +151,8 @@ def main():
     other = 'topology' if where else 'largest_batch'
     raise UserError(f'--measure is for this machine: leave --{other} out')
   devices = slices.devices(where) if where else jax.devices()
-  distributed.everywhere(lambda: frozen.complete(FLAGS.config, FLAGS.workdir))
+  workdir = FLAGS.workdir and os.path.expanduser(FLAGS.workdir)
+  distributed.everywhere(lambda: latents.complete(FLAGS.config, workdir))
   if wrong := validation.check(FLAGS.config, devices):
     raise UserError(wrong[0])
   config = FLAGS.config
@@ -159,7 +160,7 @@ def main():
   limit = where.memory if where else _memory()
   fast = FLAGS.fast and devices[0].platform == 'tpu'
   place = Place(config, mesh, programs.create(config, mesh), limit, where, fast)
-  looked_at = _look(place)
+  looked_at = _look(place, workdir)
   if FLAGS.largest_batch:
     _largest(place)
     return
@@ -191,9 +192,8 @@ def _memory() -> int:
   return min(distributed.gather(limit))
 
 
-def _look(place) -> list[checks.Check]:
+def _look(place, workdir) -> list[checks.Check]:
   """Runs the checks; raises UserError if any fails on the run's machine."""
-  workdir = FLAGS.workdir and os.path.expanduser(FLAGS.workdir)
   batch = checks.Check('batch', True, _batch(place))
   looked_at = [batch, *checks.run(place.config, workdir, FLAGS.all_images)]
   failed = []

@@ -347,6 +347,29 @@ def test_the_flags_reach_the_store(whole):
       binaries.here('sample', *how, *asked, given)
 
 
+def test_other_commands_know_what_the_run_has_found_out(
+  folder, whole, tmp_path, monkeypatch, capsys
+):
+  (tmp_path / 'words.json').write_text(config_of(folder).to_json())
+  how = [f'--config={tmp_path}/words.json', f'--workdir={whole[0].workdir}']
+  asked = ['--features=pixels', '--nobits', '--nomeasure', '--plan']
+  binaries.here('reproduce', *how, *asked)
+  assert 'training' in capsys.readouterr().out
+  with pytest.raises(UserError, match=r'another config.*conditioning\.length'):
+    binaries.here('reproduce', *how, *asked, '--config.conditioning.length=7')
+
+  class Reached(Exception):
+    pass
+
+  def create(config, mesh):
+    raise Reached(config.conditioning.to_dict())
+
+  monkeypatch.setattr(programs, 'create', create)
+  with pytest.raises(Reached) as error:
+    binaries.here('preflight', *how)
+  assert error.value.args == (whole[0].config.conditioning.to_dict(),)
+
+
 # --- mistakes of configs -----------------------------------------------------
 
 
