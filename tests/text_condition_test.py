@@ -270,6 +270,20 @@ def test_samples_follow_their_prompts(trained, whole):
   assert shown[1] == 'a green square'
 
 
+def test_tokens_without_a_mask_are_all_valid(trained):
+  x = np.zeros((2, 4, 4, 3), np.float32)
+  tokens = np.linspace(-1, 1, 2 * 5 * WIDTH).reshape(2, 5, WIDTH)
+  tokens[:, 2:] *= 3  # another mean than that of the first two
+  ones = {'tokens': tokens, 'mask': np.ones((2, 5), bool)}
+  want, first = trained.denoise(x, 400, ones).x0, ones['mask'].copy()
+  np.testing.assert_array_equal(
+    trained.denoise(x, 400, {'tokens': tokens}).x0, want
+  )
+  first[:, 2:] = False
+  other = trained.denoise(x, 400, {**ones, 'mask': first}).x0
+  assert np.abs(other - want).max() > 1e-3
+
+
 HOW_OF_PLAN = {k: x for k, x in HOW.items() if k != 'dtype'}
 
 

@@ -59,7 +59,7 @@ def given(cond: Mapping, conditioner: Conditioner) -> dict[str, jax.Array]:
   """The inputs that are given to a network; what is left out is null.
 
   Args:
-    cond: door -> array.
+    cond: door -> array; without a mask, all tokens are valid.
     conditioner: the run's.
 
   Raises:
@@ -75,7 +75,10 @@ def given(cond: Mapping, conditioner: Conditioner) -> dict[str, jax.Array]:
     )
   for door in {'label', 'tokens'} & doors.keys() - cond.keys():
     check_null(conditioner, f"cond={{'{door}': [one for each row]}}")
-  return {door: jnp.asarray(x) for door, x in cond.items()}
+  found = {door: jnp.asarray(x) for door, x in cond.items()}
+  if 'tokens' in found:  # the null condition's mask is for its own tokens
+    found.setdefault('mask', jnp.ones(found['tokens'].shape[:2], bool))
+  return found
 
 
 def check_null(conditioner: Conditioner, remedy: str) -> None:
