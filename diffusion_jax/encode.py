@@ -11,16 +11,20 @@ rounding.
 
 An interrupted job goes on when it is run again. Run again after it is
 complete, it checks the hash of each file and encodes those that are damaged.
+A broken image ends the job, also with data.skip_broken.
 """
+
+import dataclasses
 
 from absl import flags
 
 from diffusion_jax import data, runs
 from diffusion_jax.cli import command, declare
 from diffusion_jax.configs import default
-from diffusion_jax.data import sources
+from diffusion_jax.data import images, sources
 from diffusion_jax.runs import encoding, frozen
 from diffusion_jax.system import compilation, distributed, files, terminal
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 FLAGS = flags.FLAGS
@@ -44,7 +48,7 @@ def main():
     config.codec.path, config.codec.step = FLAGS.workdir, FLAGS.step or 0
   distributed.everywhere(lambda: frozen.complete(config))
   runs.usable_folder('output', output)
-  splits = distributed.everywhere(lambda: data.splits(config.data))
+  splits = distributed.everywhere(lambda: _opened(config.data))
   compilation.keep()
   mesh = sharding.make_mesh()
   parts = frozen.load(config, mesh)
@@ -67,6 +71,30 @@ def main():
     f'{told}; train with --config.codec.cache={output}',
     FLAGS.json,
   )
+
+
+def _opened(config):
+  """The images of a config's data; broken ones are refused, not left out.
+
+  Labels and captions are read without the images, so that the latents of a
+  stand-in would get those of the broken image.
+  """
+  train, heldout = (one and _whole(one) for one in data.both(config))
+  train[0]  # fails early if the first image is damaged
+  return train, heldout
+
+
+def _whole(source):
+  def read(index):
+    try:
+      return source.read_fn(index)
+    except images.Broken as error:
+      raise UserError(
+        f'{error}, and encode into a new folder: only a run without '
+        'codec.cache can leave it out, with data.skip_broken=True'
+      ) from error
+
+  return dataclasses.replace(source, read_fn=read)
 
 
 if __name__ == '__main__':

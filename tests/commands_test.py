@@ -13,6 +13,7 @@ import latents_test
 import numpy as np
 import pytest
 import tiny
+from imagesets import png
 
 from diffusion_jax import runs
 from diffusion_jax.configs import default, digits
@@ -72,6 +73,19 @@ def test_encode_and_evaluate_of_an_autoencoder(tmp_path, capsys):
   assert first['images'] == latents_test.COUNT
   assert first['files_written'] > 0
   assert not report(capsys, 'encode', *how)['files_written']
+  # A stand-in would get the caption of the broken image.
+  (tmp_path / 'images').mkdir()
+  for i, content in enumerate([png(latents_test.images()[0]), b'broken']):
+    (tmp_path / 'images' / f'{i}.png').write_bytes(content)
+  data = {
+    **config.data, 'name': 'folder', 'path': f'{tmp_path}/images',
+    'skip_broken': True, 'heldout_every': 0,
+  }  # fmt: skip
+  config.data.update(data)
+  (tmp_path / 'mine.json').write_text(config.to_json())
+  how[2] = f'--output={tmp_path}/other'
+  with pytest.raises(UserError, match=r"'1\.png'.*only a run without codec"):
+    report(capsys, 'encode', *how)
 
   card = report(capsys, 'evaluate', f'--workdir={folder}', '--features=pixels')
   assert card['protocol']['num_images'] == latents_test.COUNT // 5  # held out
