@@ -111,7 +111,11 @@ def _check_plan(plan):
       f'--interpolate={FLAGS.interpolate} is not for runs with captions: leave '
       'it out'
     )
-  if FLAGS.interpolate and plan.condition and len(_asked(plan)) != 1:
+  if (
+    FLAGS.interpolate
+    and plan.condition
+    and len(drawing.labels_asked(plan)) != 1
+  ):
     raise UserError(
       f'--interpolate={FLAGS.interpolate} of a conditional run needs one label '
       'for both ends: give one, such as --label=0'
@@ -122,12 +126,6 @@ def _check_plan(plan):
       'options adds noise on the way; give a sampler that adds none, such as '
       '--sampler=ddim'
     )
-
-
-def _asked(plan) -> list[int]:
-  """The labels that samples get in turn; [] if they get them by chance."""
-  asked = plan.condition.get('label', 'data')
-  return [] if asked == 'data' else asked
 
 
 def _cost(plan, output):
@@ -166,9 +164,8 @@ def _write(output, plan):
     with files.replacing(output / 'evaluations.npy') as file:
       np.save(file, drawing.took(output, count).evaluations)
   shown = min(FLAGS.grid_images, FLAGS.num_samples)
-  kinds = len(plan.condition.get('prompts', _asked(plan))) or 1
-  kinds = kinds if 2 * kinds <= shown else 1
-  picture = pictures.in_turn(store.load(output, shown), kinds)
+  rows = drawing.rows(plan, shown)
+  picture = pictures.in_turn(store.load(output, shown), rows)
   pictures.save(output / 'grid.png', picture)
   if FLAGS.png:
     files.make(output / 'png')
