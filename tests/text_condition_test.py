@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import binaries
 import jax
@@ -13,9 +14,11 @@ from flax import nnx
 
 import diffusion_jax
 from diffusion_jax import data, models, runs
-from diffusion_jax.cli import command, config_files, drawing  # noqa: F401
+from diffusion_jax.cli import command, config_files, drawing, run_data
+from diffusion_jax.conditioning import conditioner
 from diffusion_jax.configs import default
 from diffusion_jax.data import captions, pipeline
+from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.models import layers
 from diffusion_jax.runs import (
   dataset,
@@ -382,6 +385,31 @@ def test_other_commands_know_what_the_run_has_found_out(
   with pytest.raises(Reached) as error:
     binaries.here('preflight', *how)
   assert error.value.args == (whole[0].config.conditioning.to_dict(),)
+
+
+def test_likelihoods_need_an_empty_caption_that_was_trained(tmp_path):
+  made = conditioner.Conditioner(lambda *_: {}, {'tokens': WIDTH}, drop=0.0)
+  trained = types.SimpleNamespace(
+    recipe=types.SimpleNamespace(conditioner=made), codec=None
+  )
+  images = types.SimpleNamespace(labels=None)
+  how = {'seed': 0, 'stream': 2, 'dtype': 'uint8'}
+  with pytest.raises(UserError, match='no model without a caption'):
+    Batches(trained, images, tmp_path, 2).program(None, **how)
+  trained.recipe.conditioner = made._replace(drop=0.1)
+  assert Batches(trained, images, tmp_path, 2).program(None, **how)
+  told = run_data.of_captions(config_of(tmp_path))
+  assert told == {'condition': 'empty caption'}
+
+
+def test_a_grid_has_a_row_for_each_label_and_for_few_prompts():
+  def rows(condition, shown):
+    return drawing.rows(types.SimpleNamespace(condition=condition), shown)
+
+  assert rows({}, 8) == rows({'label': 'data'}, 8) == 1
+  assert rows({'label': [0, 1, 2, 3, 4]}, 8) == 5
+  assert rows({'prompts': ['a'] * 4}, 8) == 4
+  assert rows({'prompts': ['a'] * 5, 'label': [0, 1]}, 8) == 1
 
 
 # --- mistakes of configs -----------------------------------------------------

@@ -93,6 +93,7 @@ def carry_out() -> None:
     'split': config[f'{FLAGS.split}_split'],
     **features.facts_of(images),
     **({} if images.labels is None else {'condition': 'label'}),
+    **run_data.of_captions(trained.config),
   }
   hows = [_how(kind, trained, plan) for kind in kinds]
   for how in hows:

@@ -42,6 +42,13 @@ def splits(config: dict) -> tuple[Source, Source | None]:
   return opened
 
 
+def of_captions(config: dict) -> dict:
+  """What images of a run with captions are judged with; {} of other runs."""
+  if dataset.has_captions(config['conditioning']):
+    return {'condition': 'empty caption'}
+  return {}
+
+
 def images(
   config: dict, split: str, count: int | None, *, at_most: bool = True
 ) -> features.Images:

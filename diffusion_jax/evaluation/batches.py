@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.evaluation import features, kept
+from diffusion_jax.runs.labels import check_null
 from diffusion_jax.runs.trained import Trained
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 VERSION = 'v1'  # of the files; to be changed when the numbers change
+REMEDY = 'a run that was trained with conditioning.drop=0.1'
 CHUNK = 50  # steps of a grid between two reports of progress
 
 
@@ -54,8 +56,14 @@ class Batches(NamedTuple):
 
     Returns:
       (images, numbers, *rest) -> a tree of NumPy arrays.
+
+    Raises:
+      UserError: the images have no labels, and the run was trained with
+        conditioning.drop=0.
     """
     trained, labels = self.trained, self.images.labels
+    if labels is None:
+      check_null(trained.recipe.conditioner, REMEDY)
 
     @jax.jit
     def run(params, images, numbers, *rest):
