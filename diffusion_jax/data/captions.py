@@ -96,7 +96,8 @@ def column(names: Iterable[str], asked: str, where: str) -> str | None:
   if asked == AUTO:
     return next((name for name in COLUMNS if name in names), None)
   if asked not in names:
-    shown = ', '.join(names[:10]) or 'nothing'
+    # In an order of their own, since some sources have none.
+    shown = ', '.join(sorted(names)[:10]) or 'nothing'
     raise UserError(
       f'data.captions={asked!r}: {where} has {shown}: name one of these, or '
       f'use {AUTO}'
