@@ -110,6 +110,7 @@ class Run:
     return losses
 
 
+@pytest.mark.slow
 def test_pictures_can_be_channels_of_the_size_of_the_latents(
   tmp_path, monkeypatch
 ):
