@@ -44,7 +44,7 @@ from diffusion_jax.planning import (
 )
 from diffusion_jax.planning.compiled import Compiled, device_bytes
 from diffusion_jax.planning.page import gib
-from diffusion_jax.runs import latents, programs, validation
+from diffusion_jax.runs import preparation, programs, validation
 from diffusion_jax.system import distributed, environment, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -152,7 +152,7 @@ def main():
     raise UserError(f'--measure is for this machine: leave --{other} out')
   devices = slices.devices(where) if where else jax.devices()
   workdir = FLAGS.workdir and os.path.expanduser(FLAGS.workdir)
-  distributed.everywhere(lambda: latents.complete(FLAGS.config, workdir))
+  distributed.everywhere(lambda: preparation.complete(FLAGS.config, workdir))
   if wrong := validation.check(FLAGS.config, devices):
     raise UserError(wrong[0])
   config = FLAGS.config

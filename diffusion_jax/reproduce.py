@@ -37,7 +37,7 @@ from diffusion_jax import codecs, runs, samplers
 from diffusion_jax.cli import command, config_files, declare
 from diffusion_jax.evaluation import inception
 from diffusion_jax.reproduction import cost, published, stages, task, work
-from diffusion_jax.runs import latents, validation
+from diffusion_jax.runs import preparation, validation
 from diffusion_jax.samplers import guided
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import files, terminal
@@ -151,7 +151,7 @@ def _task() -> task.Task:
   source = origin and files.at(origin).expanduser()
   if origin and not (source.exists() or official.is_checkpoint(source)):
     raise UserError(f'--from={origin}: there is no such file or folder')
-  latents.complete(FLAGS.config, declare.workdir())
+  preparation.complete(FLAGS.config, declare.workdir())
   if wrong := validation.check_network(FLAGS.config):
     raise UserError(wrong[0])
   config = runs.to_plain(FLAGS.config)

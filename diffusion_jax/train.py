@@ -36,7 +36,7 @@ from diffusion_jax.runs import (
   autoencoders,
   dataset,
   finetune,
-  latents,
+  preparation,
   programs,
   recipe,
   texts,
@@ -97,7 +97,7 @@ declare.shared('accept_data', 'json')
 def main():
   distributed.initialize()
   config, workdir = FLAGS.config, files.at(FLAGS.workdir).expanduser()
-  distributed.everywhere(lambda: latents.complete(config, workdir))
+  distributed.everywhere(lambda: preparation.complete(config, workdir))
   if wrong := validation.check(config, jax.devices()):
     raise UserError(wrong[0])
   splits = distributed.everywhere(lambda: data.splits(config.data))
@@ -110,7 +110,7 @@ def main():
   )
   compilation.keep()
   mesh = sharding.make_mesh(**config.mesh)
-  splits, parts = latents.prepare(config, mesh, workdir, splits, origin)
+  splits, parts = preparation.prepare(config, mesh, workdir, splits, origin)
   program = programs.create(config, mesh, recipe.create(config, parts))
   origin, begun = finetune.load(
     origin, program.abstract.params, FLAGS.init_step
@@ -121,7 +121,7 @@ def main():
     kept = distributed.on_first(
       lambda: _begin(stack, workdir, config, known, origin, begun)
     )
-    latents.keep(workdir, parts, splits)
+    preparation.keep(workdir, parts, splits)
     signals = preemption.Signals(FLAGS.stop_secs, _give_up)
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(

@@ -189,6 +189,15 @@ def test_a_round_trip_gives_the_same_bits(tmp_path, name):
     np.testing.assert_array_equal(back[key], array)
 
 
+def test_weights_are_not_written_beside_others(tmp_path):
+  """Those would be read in place of the new ones."""
+  (tmp_path / 'diffusion_pytorch_model.fp16.safetensors').write_bytes(b'')
+  config = coders.network_of(parity.settings('kl'), 'config.json')
+  with pytest.raises(UserError, match='holds other weights'):
+    autoencoders.write(tmp_path, config, parity.create('kl')[1])
+  assert len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.slow
 def test_the_binary_brings_in_and_out_the_same_folder(tmp_path):
   source = autoencoder_folder('vq', tmp_path / 'theirs', scaling_factor=0.25)

@@ -21,7 +21,7 @@ from diffusion_jax.runs import (
   draw,
   encoding,
   frozen,
-  latents,
+  preparation,
   programs,
   recipe,
   validation,
@@ -85,7 +85,7 @@ class Run:
   def __init__(self, config, workdir):
     self.config, self.mesh = config, tiny.one_device()
     frozen.complete(config, workdir)
-    splits, self.parts = latents.prepare(
+    splits, self.parts = preparation.prepare(
       config, self.mesh, workdir, data.splits(config.data)
     )
     self.made, self.source = recipe.create(config, self.parts), splits[0]
@@ -298,7 +298,7 @@ def test_mistakes_take_one_line(tmp_path):
 
   def prepare(config, workdir):
     frozen.complete(config, workdir)
-    return latents.prepare(config, mesh, workdir, data.splits(config.data))
+    return preparation.prepare(config, mesh, workdir, data.splits(config.data))
 
   def told(config, workdir=None) -> str:
     with pytest.raises(UserError) as error:

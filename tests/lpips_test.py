@@ -14,7 +14,7 @@ import tiny
 from diffusion_jax import runs
 from diffusion_jax.configs import default
 from diffusion_jax.models import lpips
-from diffusion_jax.runs import frozen, latents, recipe, validation
+from diffusion_jax.runs import frozen, preparation, recipe, validation
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import lpips as weights
 
@@ -168,7 +168,7 @@ def test_it_is_a_part_of_a_run_that_is_not_trained(tmp_path, narrow):
   config.loss.update(lpips=1.0, lpips_path=write(tmp_path, state()))
   mesh = tiny.one_device()
   assert validation.check(config, mesh.devices.ravel()) == []
-  _, parts = latents.prepare(config, mesh, tmp_path / 'run', ([], None))
+  _, parts = preparation.prepare(config, mesh, tmp_path / 'run', ([], None))
   made = recipe.create(config, parts)
   assert made.frozen.keys() == made.origins.keys() == {'lpips'}
   assert made.origins['lpips'] == config.loss.lpips_path

@@ -23,7 +23,7 @@ from diffusion_jax.models import layers
 from diffusion_jax.runs import (
   dataset,
   finetune,
-  latents,
+  preparation,
   programs,
   prompts,
   recipe,
@@ -91,13 +91,13 @@ class Run:
     assert not validation.check(self.config, jax.devices()[:1])
     count = int(np.prod(sizes))
     self.mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:count])
-    latents.complete(self.config, workdir)
+    preparation.complete(self.config, workdir)
     splits = data.splits(self.config.data)
     known = dataset.check(
       workdir, splits, 'test', False, self.config.conditioning
     )
     runs.check(workdir, self.config)
-    self.splits, parts = latents.prepare(
+    self.splits, parts = preparation.prepare(
       self.config, self.mesh, workdir, splits
     )
     self.made = recipe.create(self.config, parts)
@@ -109,7 +109,7 @@ class Run:
     self.workdir.mkdir(exist_ok=True)
     dataset.write(self.workdir, known)
     runs.write_config(self.workdir, self.config)
-    latents.keep(self.workdir, parts, self.splits)
+    preparation.keep(self.workdir, parts, self.splits)
     with checkpoint.Checkpoints(self.workdir / 'checkpoints') as kept:
       kept.save(int(self.state.step), self.state)
     return self

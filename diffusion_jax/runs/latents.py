@@ -1,4 +1,4 @@
-"""What runs do before training: tokens, cached latents, and their scale.
+"""Latents of a run's images: cached ones, and their scale.
 
 Shift and scale are the mean and the deviation of each channel of the latents,
 over the posteriors and over the training images, so that x0 has unit variance.
@@ -10,92 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax import codecs
 from diffusion_jax.codecs import latents
 from diffusion_jax.data import latents as cache
-from diffusion_jax.data import looks, resident
+from diffusion_jax.data import looks
 from diffusion_jax.data.sources import Source
 from diffusion_jax.models.autoencoder import Coder
-from diffusion_jax.runs import encoding, finetune, frozen, perceptual, texts
+from diffusion_jax.runs import encoding, frozen
 from diffusion_jax.runs.dataset import Splits
-from diffusion_jax.system import distributed, numerics, terminal
+from diffusion_jax.system import numerics, terminal
 from diffusion_jax.training import sharding
 
 MEASURED = 50_000
 
 
-def complete(config, workdir=None) -> None:
-  """Adds to a config what its run has found out, or will be told, in place.
+def cached(config, splits: Splits, parts: frozen.Frozen) -> Splits:
+  """The splits with the latents of codec.cache in place of images.
 
   Args:
-    config: the config of a run.
-    workdir: the run's folder, new or existing, or None.
-
-  Raises:
-    UserError: as for `frozen.complete`.
-  """
-  frozen.complete(config, workdir)
-  texts.complete(config, workdir)
-
-
-def keep(workdir, parts: frozen.Frozen, splits: Splits) -> None:
-  """Copies frozen parts and the tokenizer into a run; see their `write`."""
-  frozen.write(workdir, parts)
-  texts.write(workdir, splits[0])
-
-
-def prepare(
-  config,
-  mesh: Mesh,
-  workdir,
-  splits: Splits,
-  origin: finetune.Origin | None = None,
-) -> tuple[Splits, frozen.Frozen]:
-  """What a run trains on, and with which frozen parts.
-
-  Call it in all processes.
-
-  Args:
-    config: the run's config, completed.
-    mesh: the devices.
-    workdir: the run's folder, new or existing.
+    config: the run's config.
     splits: the training images and the held-out ones.
-    origin: the origin of the initial parameters, see `texts.prepare`.
-
-  Returns:
-    The splits, with cached latents in place of images if there are any and
-    with tokens of captions, and the frozen parts, with shift and scale.
+    parts: the frozen parts, whose latents they must be.
 
   Raises:
-    UserError: as for `frozen.load`, `perceptual.load`, `texts.prepare` and
-      `data.latents.opened`, or they do not fit on the devices.
+    UserError: as for `data.latents.opened`.
   """
-  splits = texts.prepare(config, workdir, splits, origin)
-  parts = frozen.load(config, mesh, workdir)
-  if perceptual.is_used(config):
-    parts = perceptual.load(config, mesh)
-  if config['codec'].get('cache'):
-    splits = distributed.everywhere(lambda: _cached(config, splits, parts))
-  if config['data']['on_device']:
-    distributed.everywhere(lambda: resident.check(splits[0]))
-  if not codecs.is_in_latents(config):
-    return splits, parts
-  facts = parts.facts[frozen.CODEC]
-  if 'scaled_by' in facts:
-    return splits, parts
-  coder = encoding.coder_of(config)
-  count = min(len(splits[0]), MEASURED)
-  with terminal.waiting(
-    f'measuring the scale of the latents of {count} images'
-  ):
-    found = scale_of(coder, parts.params, splits[0], mesh)
-  told = f'mean and deviation over {count} training images'
-  part = {**parts.params[frozen.CODEC], **sharding.placed(found, mesh)}
-  facts = {**facts, 'scaled_by': told}
-  return splits, frozen.Frozen({frozen.CODEC: part}, {frozen.CODEC: facts})
-
-
-def _cached(config, splits, parts) -> Splits:
   given = {
     'weights': encoding.fingerprint(parts.params),
     'origin': parts.origins[frozen.CODEC],
@@ -107,6 +45,32 @@ def _cached(config, splits, parts) -> Splits:
   if heldout:
     heldout = cache.opened(folder, 'test', heldout, flip=False, **given)
   return train, heldout
+
+
+def scaled(
+  config, source: Source, parts: frozen.Frozen, mesh: Mesh
+) -> frozen.Frozen:
+  """The frozen parts with shift and scale, measured where there are none.
+
+  Args:
+    config: the run's config.
+    source: the training images, or their latents.
+    parts: the frozen parts.
+    mesh: the devices.
+  """
+  facts = parts.facts[frozen.CODEC]
+  if 'scaled_by' in facts:
+    return parts
+  coder = encoding.coder_of(config)
+  count = min(len(source), MEASURED)
+  with terminal.waiting(
+    f'measuring the scale of the latents of {count} images'
+  ):
+    found = scale_of(coder, parts.params, source, mesh)
+  told = f'mean and deviation over {count} training images'
+  part = {**parts.params[frozen.CODEC], **sharding.placed(found, mesh)}
+  facts = {**facts, 'scaled_by': told}
+  return frozen.Frozen({frozen.CODEC: part}, {frozen.CODEC: facts})
 
 
 @numerics.fixed()

@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.numpy
 
 from diffusion_jax.models import autoencoder
 from diffusion_jax.system import files
-from diffusion_jax.weights import coders, diffusers, places, states
+from diffusion_jax.weights import coders, diffusers, places, shards, states
 
 ONE_EACH = 'encoder.conv_in.weight'
 
@@ -117,12 +116,10 @@ def write(path, config: Mapping, params, kept: Mapping | None = None) -> None:
       diffusers', and a scaling_factor of 1.
 
   Raises:
-    UserError: diffusers does not support such a network.
+    UserError: diffusers does not support such a network, or as for
+      `shards.write`.
   """
   settings = coders.settings_of(config, kept or {'scaling_factor': 1.0})
-  path = files.make(files.at(path))
-  tensors = diffusers.to_tensors(params)
-  weights = safetensors.numpy.save(tensors, {'format': 'pt'})
-  with files.replacing(path / states.WEIGHTS) as file:
-    file.write(weights)
+  path = files.at(path)
+  shards.write(path, diffusers.to_tensors(params))
   files.write_json(path / places.SETTINGS, settings)

@@ -26,15 +26,19 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.numpy
 
-from diffusion_jax import models
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.weights import named, places, settings, states, unets
+from diffusion_jax.weights import (
+  named,
+  places,
+  settings,
+  shards,
+  states,
+  unets,
+)
 
 INDEX = places.PIPELINE
-WEIGHTS = states.WEIGHTS
 IN_LATENTS = 'LDMPipeline'
 PIPELINES = ('DDPMPipeline', 'DDIMPipeline', 'PNDMPipeline', IN_LATENTS)
 
@@ -214,13 +218,12 @@ def write(
     others: name -> class of other networks, which are there already.
 
   Raises:
-    UserError: diffusers does not support such a network.
+    UserError: diffusers does not support such a network, or as for
+      `shards.write`.
   """
   unet, process = settings_of(config)
   path = files.at(path)
-  weights = safetensors.numpy.save(to_tensors(params), {'format': 'pt'})
-  with files.replacing(files.make(path / 'unet') / WEIGHTS) as file:
-    file.write(weights)
+  shards.write(path / 'unet', to_tensors(params))
   files.write_json(path / 'unet' / 'config.json', unet)
   files.write_json(path / 'scheduler' / 'scheduler_config.json', process)
   index = {
@@ -289,10 +292,7 @@ def to_tensors(params) -> dict[str, np.ndarray]:
   Args:
     params: a nested dict of arrays.
   """
-  return {
-    name_of(name): np.ascontiguousarray(to_theirs(name, np.asarray(leaf)))
-    for name, leaf in models.named(params).items()
-  }
+  return named.tensors_of(params, name_of, to_theirs)
 
 
 def name_of(name: str) -> str:

@@ -72,6 +72,24 @@ def place(
   return jax.tree.structure(abstract).unflatten(leaves)
 
 
+def tensors_of(
+  params,
+  name_of: Callable[[str], str],
+  to_theirs: Callable[[str, np.ndarray], np.ndarray],
+) -> dict[str, np.ndarray]:
+  """Converts our parameters to tensors with other names and layouts.
+
+  Args:
+    params: a nested dict of arrays.
+    name_of: our name of a parameter -> their name.
+    to_theirs: (our name, our array) -> the array in their layout.
+  """
+  return {
+    name_of(name): np.ascontiguousarray(to_theirs(name, np.asarray(leaf)))
+    for name, leaf in models.named(params).items()
+  }
+
+
 def from_bfloat16(halves: np.ndarray) -> np.ndarray:
   """float32 of bfloat16 numbers, which are its upper 16 bits.
 

@@ -20,20 +20,22 @@ def write(
   tensors: Mapping[str, np.ndarray],
   variant: str = '',
   largest: int = LARGEST,
+  name: str = states.STEM,
 ) -> list[str]:
   """Writes the weights of a network; returns the names of the files.
 
   Args:
-    folder: where to write, which exists.
+    folder: where to write; created if it does not exist.
     tensors: name -> array.
     variant: such as 'fp16', a part of the names.
     largest: bytes of a file; a tensor that is larger has a file of its own.
+    name: what the names of the files begin with.
 
   Raises:
     UserError: the folder holds weights in files of other names, which would be
       read in place of these.
   """
-  stem = '.'.join([states.STEM, variant]).strip('.')
+  folder, stem = files.make(folder), '.'.join(filter(None, [name, variant]))
   groups = _groups(tensors, largest)
   many = len(groups)
   names = [
@@ -41,19 +43,19 @@ def write(
     f'{stem}{states.SAFE}'
     for number in range(1, many + 1)
   ]  # fmt: skip
-  index = '.'.join(filter(None, [states.WEIGHTS, 'index', variant, 'json']))
-  _refuse_others(folder, [*names, index] if many > 1 else names)
-  for name, group in zip(names, groups, strict=True):
+  index = '.'.join(filter(None, [name + states.SAFE, 'index', variant, 'json']))
+  _refuse_others(folder, name, [*names, index] if many > 1 else names)
+  for file_name, group in zip(names, groups, strict=True):
     content = safetensors.numpy.save(
       {key: tensors[key] for key in group}, {'format': 'pt'}
     )
-    with files.replacing(folder / name) as file:
+    with files.replacing(folder / file_name) as file:
       file.write(content)
   if many == 1:
     return names
   listed = {
-    key: name
-    for name, group in zip(names, groups, strict=True)
+    key: file_name
+    for file_name, group in zip(names, groups, strict=True)
     for key in group
   }
   total = sum(array.nbytes for array in tensors.values())
@@ -63,15 +65,15 @@ def write(
   return [*names, index]
 
 
-def _refuse_others(folder, names) -> None:
+def _refuse_others(folder, stem, names) -> None:
   """Raises UserError if a folder holds weights in files of other names."""
   kinds = (states.SAFE, *states.PICKLED, '.json')
   others = [
     name
-    for name in sorted(files.entries(folder) if folder.is_dir() else ())
-    if name.startswith(states.STEM) and name.endswith(kinds)
+    for name in sorted(files.entries(folder))
+    if name.startswith(stem) and name.endswith(kinds) and name not in names
   ]
-  if others := [name for name in others if name not in names]:
+  if others:
     raise UserError(
       f'{folder} holds other weights ({named.shortened(others)}), which may be '
       'read in place of the new ones: give a new folder, or remove them'

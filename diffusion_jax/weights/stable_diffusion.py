@@ -116,7 +116,7 @@ def write(
   tensors = to_tensors(params, settings)
   if variant:
     tensors = {n: _halved(n, array) for n, array in tensors.items()}
-  path = files.make(files.at(path))
+  path = files.at(path)
   shards.write(path, tensors, variant, largest)
   files.write_json(path / places.SETTINGS, settings)
 

@@ -17,13 +17,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors.numpy
 
-from diffusion_jax import models
 from diffusion_jax.models import text
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.weights import diffusers, named, places, states
+from diffusion_jax.weights import diffusers, named, places, shards, states
 from diffusion_jax.weights.settings import LARGEST, agree, shown, whole
 
 PLAIN, PROJECTING = 'CLIPTextModel', 'CLIPTextModelWithProjection'
@@ -134,13 +132,12 @@ def write(path, options: Mapping, params, kept: Mapping | None = None) -> None:
     kept: settings that `options` do not have, see `Folder`.
 
   Raises:
-    UserError: transformers does not support such a network.
+    UserError: transformers does not support such a network, or as for
+      `shards.write`.
   """
   settings = settings_of(options, kept or {})
-  path = files.make(files.at(path))
-  weights = safetensors.numpy.save(to_tensors(params), {'format': 'pt'})
-  with files.replacing(path / states.usual(states.TRANSFORMERS)[0]) as file:
-    file.write(weights)
+  path = files.at(path)
+  shards.write(path, to_tensors(params), name=states.TRANSFORMERS[0])
   files.write_json(path / places.SETTINGS, settings)
 
 
@@ -272,10 +269,7 @@ def to_tensors(params) -> dict[str, np.ndarray]:
   Args:
     params: a nested dict of arrays.
   """
-  return {
-    name_of(name): np.ascontiguousarray(to_theirs(name, np.asarray(leaf)))
-    for name, leaf in models.named(params).items()
-  }
+  return named.tensors_of(params, name_of, to_theirs)
 
 
 def name_of(name: str) -> str:

@@ -1,0 +1,74 @@
+"""What a run does before it trains: its config, its parts and its rows.
+
+Latents of images and tokens of captions are made here from what the config
+names, and what later starts need is kept in the run.
+"""
+
+from jax.sharding import Mesh
+
+from diffusion_jax import codecs
+from diffusion_jax.data import resident
+from diffusion_jax.runs import finetune, frozen, latents, perceptual, texts
+from diffusion_jax.runs.dataset import Splits
+from diffusion_jax.system import distributed
+
+
+def complete(config, workdir=None) -> None:
+  """Adds to a config what its run has found out, or will be told, in place.
+
+  Args:
+    config: the config of a run.
+    workdir: the run's folder, new or existing, or None.
+
+  Raises:
+    UserError: as for `frozen.complete`.
+  """
+  frozen.complete(config, workdir)
+  texts.complete(config, workdir)
+
+
+def keep(workdir, parts: frozen.Frozen, splits: Splits) -> None:
+  """Copies frozen parts and the tokenizer into a run; see their `write`."""
+  frozen.write(workdir, parts)
+  texts.write(workdir, splits[0])
+
+
+def prepare(
+  config,
+  mesh: Mesh,
+  workdir,
+  splits: Splits,
+  origin: finetune.Origin | None = None,
+) -> tuple[Splits, frozen.Frozen]:
+  """What a run trains on, and with which frozen parts.
+
+  Call it in all processes.
+
+  Args:
+    config: the run's config, completed.
+    mesh: the devices.
+    workdir: the run's folder, new or existing.
+    splits: the training images and the held-out ones.
+    origin: the origin of the initial parameters, see `texts.prepare`.
+
+  Returns:
+    The splits, with cached latents in place of images if there are any and
+    with tokens of captions, and the frozen parts, with shift and scale.
+
+  Raises:
+    UserError: as for `frozen.load`, `perceptual.load`, `texts.prepare` and
+      `data.latents.opened`, or they do not fit on the devices.
+  """
+  splits = texts.prepare(config, workdir, splits, origin)
+  parts = frozen.load(config, mesh, workdir)
+  if perceptual.is_used(config):
+    parts = perceptual.load(config, mesh)
+  if config['codec'].get('cache'):
+    splits = distributed.everywhere(
+      lambda: latents.cached(config, splits, parts)
+    )
+  if config['data']['on_device']:
+    distributed.everywhere(lambda: resident.check(splits[0]))
+  if not codecs.is_in_latents(config):
+    return splits, parts
+  return splits, latents.scaled(config, splits[0], parts, mesh)
