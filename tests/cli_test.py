@@ -145,6 +145,8 @@ def test_a_config_without_a_key_is_told_which():
     ((DIGITS, '--config.sample.variance=large'), ['large', 'fixedlarge']),
     (('--config=configs/cifar10.py', '--config.data.path={empty}'),
      ['cifar10', 'prepare_data.sh']),
+    ((DIGITS, '--config.conditioning.name=text'),
+     ['no conditioning.ids', 'write config.conditioning = default.text()']),
     ((), ['--config']),
   ],
 )  # fmt: skip

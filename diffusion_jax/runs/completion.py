@@ -130,6 +130,24 @@ def lacking(config: Mapping) -> list[str]:
   return ['.'.join(p) for p, _ in _lacking(config, default.get_config())]
 
 
+def chosen_by(key: str, config: Mapping) -> str | None:
+  """The code that gives a key's group all keys of its choice.
+
+  Args:
+    key: a dotted key that the config lacks.
+    config: the config.
+
+  Returns:
+    Such as "config.codec = default.latents()"; None for other groups.
+  """
+  group = key.partition('.')[0]
+  if group not in CHOICES or group not in config:
+    return None
+  make = default.CHOICES[group].get(config[group].get(CHOICES[group]))
+  made = f'{make.__name__}()' if make else f'get_config().{group}'
+  return f'config.{group} = default.{made}'
+
+
 def unknown(config: Mapping) -> list[str]:
   """The problems with a config's keys, a line each; [] if valid."""
   return list(_unknown(config, default.get_config()))

@@ -117,9 +117,12 @@ def check_network(config: config_dict.ConfigDict) -> list[str]:
 
 
 def _lacking(config):
-  lacking = ', '.join(completion.lacking(config))
-  if lacking:
-    return [f'the config has no {lacking}: every run has these keys']
+  if lacking := completion.lacking(config):
+    told = f'the config has no {", ".join(lacking)}'
+    if made := completion.chosen_by(lacking[0], config):
+      # A flag can change the choice, but not the keys that go with it.
+      return [f'{told}: write {made} in a config file, which has them']
+    return [f'{told}: every run has these keys']
   # After a choice by a flag, the group has the keys of another one.
   return completion.unknown(config)[:1]
 
