@@ -94,14 +94,14 @@ def chosen(
   if not (is_conditional or guide):
     raise UserError(
       f'guidance={weight}: the run has no condition, so it has no pair of '
-      "models to guide with: train with conditioning.name='label', or give "
-      'another run as the guide'
+      "models to guide with: train with conditioning.name='label' or 'text', or "
+      'give another run as the guide'
     )
   if not guide and not conditioning['drop']:
     raise UserError(
       f'guidance={weight}: the run was trained with conditioning.drop=0 and '
       'has no unconditional model: train with conditioning.drop=0.1, or give '
-      'another run as the guide'
+      'give another run as the guide'
     )
   if rescale is not None and not 0 <= rescale <= 1:
     raise UserError(f'guidance_rescale={rescale}: from 0 (off) to 1')
