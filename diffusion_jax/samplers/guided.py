@@ -94,8 +94,8 @@ def chosen(
   if not (is_conditional or guide):
     raise UserError(
       f'guidance={weight}: the run has no condition, so it has no pair of '
-      "models to guide with: train with conditioning.name='label' or 'text', or "
-      'give another run as the guide'
+      "models to guide with: train with conditioning.name='label' or 'text', "
+      'or give another run as the guide'
     )
   if not guide and not conditioning['drop']:
     raise UserError(
