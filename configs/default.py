@@ -56,6 +56,7 @@ def get_config():
   config.data.name = 'folder'
   # The folder or file; for TFDS data_dir and for emoji the font, '' = default.
   config.data.path = ''
+  # 'train', or 'all': held-out images, too; of TFDS any of its splits.
   config.data.train_split = 'train'
   config.data.heldout_split = 'test'  # '' = none
   # For 'folder', 'arrays' and 'webdataset' without test images: hold out every

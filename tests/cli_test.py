@@ -122,7 +122,7 @@ def test_a_config_without_a_key_is_told_which():
     ((DIGITS, '--config.sample.sampler=adaptive'), ['adaptive', 'ddim']),
     ((DIGITS, '--config.sample.num_steps=5000'), ['5000', '1000']),
     ((DIGITS, '--config.data.train_split='), ['data.train_split']),
-    ((DIGITS, '--config.data.train_split=all'), ['all', 'train or test']),
+    ((DIGITS, '--config.data.train_split=val'), ['val', 'train, test or all']),
     ((DIGITS, '--config.model.name=unt'), ['unt', 'unet']),
     ((DIGITS, '--config.num_step=3'), ['--config.num_step=3', 'num_steps?']),
     ((DIGITS, '--config.model.multipliers=(1,"a")'), ['whole numbers']),

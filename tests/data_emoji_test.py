@@ -96,6 +96,7 @@ def test_the_set_is_pinned():
   test, train = emoji.heldout('test'), emoji.heldout('train')
   assert (len(test), len(train)) == (146, 1236)
   assert not set(test) & set(train)
+  assert sorted([*test, *train]) == emoji.heldout('all').tolist()
   told = {names[i] for i in test if i % 10 != 9}
   assert {'green heart', 'orange book', 'large blue square'} < told
 

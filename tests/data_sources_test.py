@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from imagesets import all_images, all_labels, error_line, numbered
+from PIL import Image
 
 from diffusion_jax import data
 from diffusion_jax.system.errors import UserError
@@ -28,6 +29,30 @@ def test_digits_are_split_into_1438_and_359():
   assert whole.min() == 0
   assert whole.max() == 255
   assert all_labels(test) == list(digits.target[4::5])
+  everything = data.create('digits', split='all', image_size=8, channels=1)
+  np.testing.assert_array_equal(all_images(everything), whole)
+
+
+def test_a_set_with_test_images_of_its_own_has_no_split_of_all(tmp_path):
+  images = np.zeros((3, 4, 4, 3), np.uint8)
+  named = {'train_images': images, 'test_images': images[:1]}
+  np.savez(tmp_path / 'own.npz', **named)
+  np.savez(tmp_path / 'plain.npz', images=images)
+  for split in ('train', 'test'):
+    for i in range(2):
+      path = tmp_path / 'folder' / split / f'{i}.png'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(images[i]).save(path)
+  how = {'split': 'all', 'image_size': 4, 'channels': 3}
+  for name, path in (('arrays', 'own.npz'), ('folder', 'folder')):
+    told = error_line(name, path=str(tmp_path / path), **how)
+    assert 'has test images of its own: use train or test' in told
+  plain = str(tmp_path / 'plain.npz')
+  for every in (0, 2):
+    source = data.create('arrays', path=plain, heldout_every=every, **how)
+    assert len(source) == 3
+  with pytest.raises(UserError, match='use train, test or all'):
+    data.create('arrays', path=plain, **{**how, 'split': 'val'})
 
 
 def test_a_record_has_the_promised_types():
@@ -53,7 +78,7 @@ MISTAKES = {
   'channels': (('digits',), {'channels': 3}, ['8x8x3', '8x8x1']),
   'zero size': (('digits',), {'image_size': 0}, ['image_size is 0']),
   'zero channels': (('digits',), {'channels': 0}, ['channels is 0']),
-  'split': (('digits',), {'split': 'val'}, ["'val'", 'train or test']),
+  'split': (('digits',), {'split': 'val'}, ["'val'", 'train, test or all']),
   'heldout': (('digits',), {'heldout_every': 1}, ['heldout_every is 1']),
   'no path': (('arrays',), {}, ['path is empty: name', 'arrays']),
   'no folder path': (('folder',), {}, ['path is empty: name', 'folder']),

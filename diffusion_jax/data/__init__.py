@@ -46,7 +46,8 @@ def create(
                    'tfds:lsun/church_outdoor', see prepared.py.
     path: the file or folder; for TFDS the data_dir, '' for TFDS's default; for
       'emoji' the font, '' for an installed one.
-    split: 'train' or 'test'; for TFDS any of its split strings.
+    split: 'train', 'test' or, of sets without test images of their own, 'all';
+      for TFDS any of its split strings.
     image_size: the images' size in pixels: one number for squares, or (height,
       width).
     channels: 1 (grey) or 3 (RGB); 'arrays' accepts any number.

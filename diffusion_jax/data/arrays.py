@@ -76,7 +76,9 @@ def create(
         caption_fn = _captions(archive, what, wanted, len(images))
 
   indices = np.arange(len(images))
-  if not has_test:
+  if has_test:
+    sources.check_split(wanted, what)
+  else:
     indices = sources.heldout_indices(len(images), wanted, named)
   if indices is None:
     return None

@@ -79,7 +79,7 @@ def captions() -> list[str]:
 
 
 def heldout(split: str) -> np.ndarray:
-  """The indices of a split, 'train' or 'test', ascending."""
+  """The indices of a split, 'train', 'test' or 'all', ascending."""
   known = codepoints()
   named = [known.index(c) for c in codepoints(COMBINATIONS)]
   wanted = sources.Wanted(split, None, None, EVERY)

@@ -100,6 +100,7 @@ def create(
   layout = layouts.understand(names, found.labels, what, wanted)
   notes = [*layout.notes, *_told(found), *seen, *beside.values()]
   if layout.splits:
+    sources.check_split(wanted, what)
     names = layout.splits[wanted.split]
     if wanted.heldout_every:
       notes.append('data.heldout_every is ignored, as the folders hold out')

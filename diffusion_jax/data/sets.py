@@ -32,8 +32,9 @@ def open_set(
   Args:
     text: the set, optionally followed by a split, as in 'tfds:cifar10@test':
       'train' (the default; all images of a folder without splits, see
-      layouts.py), 'test', or for TFDS any of its split strings. A folder or
-      file of the exact name takes precedence:
+      layouts.py), 'test', 'all' of sets without test images of their own, or
+      for TFDS any of its split strings. A folder or file of the exact name
+      takes precedence:
         DIR             a folder of image files, see folders.py;
         FILE.npy, .npz  uint8 images, see arrays.py;
         FILE.tar        a shard of images, see shards.py;
@@ -112,9 +113,10 @@ def open_kind(
     from diffusion_jax.data import prepared
 
     return prepared.create(kind, path, wanted)
-  if wanted.split not in ('train', 'test'):
+  if wanted.split not in ('train', 'test', sources.ALL):
     raise UserError(
-      f'split {wanted.split!r} of {what} is not known: use train or test'
+      f'split {wanted.split!r} of {what} is not known: use train, test or '
+      f'{sources.ALL}'
     )
   return KINDS[kind].create(path, wanted, what)
 

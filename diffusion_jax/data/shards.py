@@ -103,6 +103,8 @@ def create(
   images.check_channels(wanted.channels)
   root, shards = _shards(path, what)
   parts, notes = _by_split(shards)
+  if parts:
+    sources.check_split(wanted, what)
   shards = parts.get(wanted.split, shards)
   if parts and wanted.heldout_every:
     notes.append('data.heldout_every is ignored, as the shards hold out')

@@ -14,13 +14,15 @@ from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError, one_line
 
 KEEP_BYTES = 2**30
+ALL = 'all'  # the split of all images
 
 
 class Wanted(NamedTuple):
   """The requested split, size and channels of a set of images.
 
   Attributes:
-    split: 'train' or 'test'; for TFDS any split string.
+    split: 'train', 'test', or 'all' for both if the set itself does not divide
+      them; for TFDS any split string.
     image_size: (height, width) of the images, in pixels; None for any square,
       for image files the first one's size.
     channels: number of channels, 1 or 3 for files; None for any, for image
@@ -230,7 +232,7 @@ def heldout_indices(
   Args:
     num_images: size of the whole set.
     wanted: the split and n = heldout_every: images n - 1, 2 n - 1, ... are
-      'test'; 0 holds out none.
+      'test'; 0 holds out none. 'all' are all images.
     named: indices of further images that are 'test'.
 
   Returns:
@@ -241,8 +243,8 @@ def heldout_indices(
   """
   indices = np.arange(num_images)
   split, every = wanted.split, wanted.heldout_every
-  if not every and not len(named):
-    return indices if split == 'train' else None
+  if split == ALL or (not every and not len(named)):
+    return None if split == 'test' else indices
   if num_images < every:
     raise UserError(
       f'data.heldout_every is {every}, but the set has only {num_images} '
@@ -252,3 +254,20 @@ def heldout_indices(
   if every:
     is_test |= indices % every == every - 1
   return indices[is_test if split == 'test' else ~is_test]
+
+
+def check_split(wanted: Wanted, what: str) -> None:
+  """Checks the split of a set that has test images of its own.
+
+  Args:
+    wanted: the split.
+    what: what to call the set in the error.
+
+  Raises:
+    UserError: all images are wanted.
+  """
+  if wanted.split == ALL:
+    raise UserError(
+      f'split {ALL!r} of {what}: it has test images of its own: use train or '
+      'test'
+    )
