@@ -364,7 +364,7 @@ ALLOWED = ['a folder', '.npy', '.npz', 'digits', 'tfds:NAME']
     ('two\nlines\0', {}, ['two', *ALLOWED]),
     ('x' * 5000, {}, ALLOWED),
     ('digits@', {}, ["'digits@'", *ALLOWED]),
-    ('digits@valid', {}, ["'valid'", "'digits'", 'train or test']),
+    ('digits@valid', {}, ["'valid'", "'digits'", 'train, test or all']),
     ('{tmp}/empty', {}, ['empty', 'no images', '.png']),
     ('{tmp}/full@test', {}, ['full@test', 'no test images']),
     ('{tmp}/a.npy@test', {}, ['a.npy@test', 'no test images']),

@@ -312,5 +312,5 @@ def load(path, image_shape: tuple[int, int, int]) -> features.Judge:
 
 
 def _arrays(source):
-  images, labels = zip(*(source.read_fn(i) for i in range(len(source))))  # noqa: B905
+  images, labels = zip(*map(source.read_fn, range(len(source))), strict=True)
   return np.stack(images), np.array(labels, np.int32)
