@@ -17,7 +17,7 @@ import itertools
 import numpy as np
 from absl import flags
 
-from diffusion_jax.cli import command, declare, drawing
+from diffusion_jax.cli import command, declare, drawing, grids
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import store, trajectories
 from diffusion_jax.system import compilation, distributed, files, terminal
@@ -79,7 +79,7 @@ def main():
   trained, plan, output = drawing.chosen(check=_check_plan)
   drawn = drawing.fill(trained, plan, output, FLAGS.num_samples)
   if distributed.is_first():
-    _write(output, plan)
+    _write(output, plan, trained)
   for what in ('trajectory', 'progressive'):
     if FLAGS[what].value:
       _draw_way(trained, plan, output / f'{what}.png', FLAGS[what].value)
@@ -112,9 +112,7 @@ def _check_plan(plan):
       'it out'
     )
   if (
-    FLAGS.interpolate
-    and plan.condition
-    and len(drawing.labels_asked(plan)) != 1
+    FLAGS.interpolate and plan.condition and len(grids.labels_asked(plan)) != 1
   ):
     raise UserError(
       f'--interpolate={FLAGS.interpolate} of a conditional run needs one label '
@@ -152,7 +150,7 @@ def _cost(plan, output):
   return {'evaluations': evaluations, 'unfinished': unfinished}, told
 
 
-def _write(output, plan):
+def _write(output, plan, trained):
   """Writes the files made from the images in the store, of which many may be.
 
   samples.npz and evaluations.npy have all of the store, the others those asked
@@ -164,8 +162,7 @@ def _write(output, plan):
     with files.replacing(output / 'evaluations.npy') as file:
       np.save(file, drawing.took(output, count).evaluations)
   shown = min(FLAGS.grid_images, FLAGS.num_samples)
-  rows = drawing.rows(plan, shown)
-  picture = pictures.in_turn(store.load(output, shown), rows)
+  picture = grids.of_samples(trained, plan, store.load(output, shown))
   pictures.save(output / 'grid.png', picture)
   if FLAGS.png:
     files.make(output / 'png')

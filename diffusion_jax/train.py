@@ -29,7 +29,7 @@ import jax
 from absl import flags
 
 from diffusion_jax import data, runs
-from diffusion_jax.cli import command, declare
+from diffusion_jax.cli import command, declare, grids
 from diffusion_jax.data import broken, pipeline, resident, sources
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import (
@@ -334,8 +334,8 @@ def _draw_grid(
     if reconstructs:
       picture = pictures.pairs(originals, images)
     else:
-      kinds = program.recipe.conditioner.doors.get('label', 1)
-      picture = pictures.in_turn(images[:count], kinds)
+      shown = images[:count]
+      picture = grids.of_training(program.recipe, shown, source, workdir)
     folder = files.make(workdir / 'samples')
     pictures.save(folder / f'train_{at:08d}.png', picture)
     writer.picture(at, 'samples', picture)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.reporting import pictures
+from diffusion_jax.reporting import captions, pictures
 
 
 def dark(count, size, channels, seed=0):
@@ -181,6 +181,94 @@ def test_labels_say_the_time():
   different = {label(time).tobytes() for time in (999, 998, 0, 0.25, -1)}
   assert len(different) == 5
   assert width(label(-1)) < 0.75 * width(label(0))
+
+
+# --- captions ----------------------------------------------------------------
+
+SHORT = ['a cat', 'a red dog', 'grün', 'Ψ']
+LONG = 'a photograph of an astronaut who rides a horse ' * 9
+
+
+@pytest.mark.parametrize(
+  ('texts', 'side'),
+  [(SHORT, 64), ([*SHORT[:3], LONG], 128), ([LONG] * 4, 128)],
+)
+def test_captions_stand_under_their_own_images(texts, side):
+  """Within its width, below it, and a gutter above the next row."""
+  images = dark(4, 8, 3)
+  picture = pictures.grid(images, 2, texts)
+  ink, gap = np.any(picture != 255, axis=-1), pictures.gutter(side)
+  tiles = [enlarged(image, side // 8) for image in images]
+  lefts = gap, gap + side + gap
+
+  def tile(top, left):
+    return picture[top : top + side, left : left + side]
+
+  second = next(
+    top
+    for top in range(gap + side, len(picture) - side)
+    if np.array_equal(tile(top, gap), tiles[2])
+  )
+  for row, (top, end) in enumerate([(gap, second), (second, len(picture))]):
+    for i, left in enumerate(lefts):
+      np.testing.assert_array_equal(tile(top, left), tiles[2 * row + i])
+    marks = ink[top + side : end].copy()
+    assert not marks[: gap // 4].any()
+    assert not marks[-gap:].any()
+    if texts[2 * row] != texts[2 * row + 1]:
+      for left in lefts:
+        assert marks[:, left : left + side].any()
+        marks[:, left : left + side] = False
+    else:
+      assert marks.any()
+      marks[:, gap:-gap] = False
+    assert not marks.any()
+
+
+def test_a_row_of_one_caption_has_it_once():
+  """Across, in the middle."""
+  picture = pictures.grid(dark(6, 64, 1), 3, ['the same'] * 3 + SHORT[:3])
+  (first, second) = spans(np.any(picture != 255, axis=(1, 2)))[1::2]
+  marks = np.flatnonzero(np.any(picture[slice(*first)] != 255, axis=(0, 2)))
+  width = picture.shape[1]
+  assert np.ptp(marks) < 64
+  assert abs(marks[0] + marks[-1] - width) <= 4
+  assert np.any(picture[slice(*second), : width // 3] != 255)
+
+
+def test_captions_come_in_turn_as_their_images_do():
+  texts = ['first', 'second one'] * 3
+  images = dark(6, 64, 1)
+  order = [0, 2, 4, 1, 3, 5]
+  want = pictures.grid(images[order], 3, [texts[i] for i in order])
+  np.testing.assert_array_equal(pictures.in_turn(images, 2, texts), want)
+
+
+def test_no_words_take_no_room():
+  images = dark(4, 16, 3)
+  want = pictures.grid(images)
+  np.testing.assert_array_equal(pictures.grid(images, None, [''] * 4), want)
+
+
+def test_lines_of_captions():
+  size = 13
+  letters = captions.font(size).getlength
+  whole, is_whole = captions.wrapped('a red apple on\na  table', 90, size)
+  assert is_whole
+  assert ' '.join(whole) == 'a red apple on a table'
+  assert max(map(letters, whole)) <= 90
+  # Each word stands on the first line that has room for it.
+  for line, after in itertools.pairwise(whole):
+    assert letters(f'{line} {after.split()[0]}') > 90
+  for long in (LONG, 'x' * 300, 'x' * 5000, 'a ' * 100_000):
+    lines, is_whole = captions.wrapped(long, 90, size)
+    assert not is_whole
+    assert len(lines) == captions.LINES
+    assert lines[-1].endswith('…')
+    assert max(map(letters, lines)) <= 90
+    assert long.startswith(lines[0])
+  assert captions.wrapped(' \n', 90, size) == ([], True)
+  assert captions.wrapped('W', 1, size) == (['W'], True)
 
 
 # --- files -------------------------------------------------------------------

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import tiny  # noqa: F401, which adds the network 'dense'
 from flax import nnx
+from PIL import Image
 
 import diffusion_jax
 from diffusion_jax import data, models, runs
-from diffusion_jax.cli import command, config_files, drawing, run_data
+from diffusion_jax.cli import command, config_files, drawing, grids, run_data
 from diffusion_jax.conditioning import conditioner
 from diffusion_jax.configs import default
 from diffusion_jax.data import captions, pipeline
 from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.models import layers
+from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import (
   dataset,
   finetune,
@@ -192,6 +194,10 @@ def test_grids_of_training_have_captions(whole):
     run.program.draw_fn, run.state.params, np.arange(8, dtype=np.uint32), *given
   )
   assert drawn.shape == (8, 4, 4, 3)
+  images = np.arange(8 * 48, dtype=np.uint8).reshape(drawn.shape) % 200
+  got = grids.of_training(run.made, images, run.splits[0], run.workdir)
+  told = ['a red square', 'a blue square'] * 4
+  np.testing.assert_array_equal(got, pictures.grid(images, None, told))
 
 
 def test_both_parts_are_trained(whole, folder):
@@ -340,6 +346,7 @@ def test_a_file_of_prompts(tmp_path):
 
 def test_a_prompt_may_be_given_several_times():
   given = ['sample', '--prompt=a', '--prompt', 'b', '--seed=1', '--prompt=a']
+  assert 'prompt' in drawing.FLAGS
   assert command._last(given) == given
 
 
@@ -355,7 +362,10 @@ def test_the_flags_reach_the_store(whole):
   assert 'not-green-' in output.name
   facts = json.loads((output / 'store.json').read_text())
   assert facts['prompts'] == ['a red square', 'blue']
-  assert len(np.load(output / 'samples.npz')['arr_0']) == 3
+  images = np.load(output / 'samples.npz')['arr_0']
+  assert len(images) == 3
+  want = pictures.grid(images, None, ['a red square', 'blue', 'a red square'])
+  np.testing.assert_array_equal(Image.open(output / 'grid.png'), want)
   for given, told in (
     ('--prompts=x.txt', 'give one of them'),
     ('--guide_ema_profile=0.1', 'no effect without --guide'),
@@ -404,12 +414,37 @@ def test_likelihoods_need_an_empty_caption_that_was_trained(tmp_path):
 
 def test_a_grid_has_a_row_for_each_label_and_for_few_prompts():
   def rows(condition, shown):
-    return drawing.rows(types.SimpleNamespace(condition=condition), shown)
+    return grids.rows(types.SimpleNamespace(condition=condition), shown)
 
   assert rows({}, 8) == rows({'label': 'data'}, 8) == 1
   assert rows({'label': [0, 1, 2, 3, 4]}, 8) == 5
   assert rows({'prompts': ['a'] * 4}, 8) == 4
   assert rows({'prompts': ['a'] * 5, 'label': [0, 1]}, 8) == 1
+
+
+def test_the_captions_of_labels_are_their_names(monkeypatch):
+  known = {'labels': {'counts': [2, 0, 2], 'names': ['cat', 'dog']}}
+  monkeypatch.setattr(dataset, 'read', lambda workdir: known)
+  run = types.SimpleNamespace(
+    workdir='run', config={'conditioning': {'name': 'label', 'num_classes': 3}},
+    guides={},
+  )  # fmt: skip
+
+  def told(**condition):
+    plan = types.SimpleNamespace(condition=condition, seed=0)
+    return grids.told(run, plan, 5)
+
+  assert told(label=[2, 0]) == ['2', 'cat', '2', 'cat', '2']
+  assert told(label=[1], prompts=['a', 'b']) == ['a', 'b', 'a', 'b', 'a']
+  assert set(told(label='data', label_counts=[2, 0, 2])) <= {'cat', '2'}
+  assert told() is None
+  doors = types.SimpleNamespace(doors={'label': 3})
+  made = types.SimpleNamespace(conditioner=doors)
+  source = types.SimpleNamespace(encode_fn=None)
+  images = np.zeros((6, 64, 64, 1), np.uint8)
+  want = pictures.in_turn(images, 3, ['cat', 'dog', '2'] * 2)
+  got = grids.of_training(made, images, source, 'run')
+  np.testing.assert_array_equal(got, want)
 
 
 # --- mistakes of configs -----------------------------------------------------

@@ -279,25 +279,6 @@ def fill(
   return len(absent)
 
 
-def labels_asked(plan) -> list[int]:
-  """The labels that samples get in turn; [] if they get them by chance."""
-  asked = plan.condition.get('label', 'data')
-  return [] if asked == 'data' else asked
-
-
-def rows(plan, shown: int) -> int:
-  """The rows of a grid: one for each label, or prompt of two and more images.
-
-  Args:
-    plan: the plan.
-    shown: number of images.
-  """
-  prompts = plan.condition.get('prompts')
-  if prompts is None:
-    return len(labels_asked(plan)) or 1
-  return len(prompts) if 2 * len(prompts) <= shown else 1
-
-
 def took(output: files.Path, num_samples: int) -> Took:
   """The cost of each of the first samples of an adaptive plan's store."""
   counts = store.load(output / store.TOOK, num_samples).T

@@ -194,6 +194,23 @@ def encoded(source: Source, encode_fn: Callable) -> Source:
   return dataclasses.replace(source, encode_fn=encode_fn)
 
 
+def chosen(
+  source: Source, indices: np.ndarray, choices: np.ndarray
+) -> list[str]:
+  """One caption of each image.
+
+  Args:
+    source: images that were read.
+    indices: [R] which ones.
+    choices: uint32 [R], from which one of several captions is chosen.
+  """
+  texts = []
+  for index, choice in zip(indices, choices, strict=True):
+    several = source.caption_fn(source.stand_in_fn(int(index)))
+    texts.append(several[int(choice) % len(several)])
+  return texts
+
+
 def tokens(
   source: Source, indices: np.ndarray, choices: np.ndarray
 ) -> np.ndarray:
@@ -202,12 +219,9 @@ def tokens(
   Args:
     source: images that were read, from `encoded`.
     indices: [R] which ones.
-    choices: uint32 [R], from which one of several captions is chosen.
+    choices: uint32 [R], see `chosen`.
   """
-  texts = []
-  for index, choice in zip(indices, choices, strict=True):
-    several = source.caption_fn(source.stand_in_fn(int(index)))
-    texts.append(several[int(choice) % len(several)])
+  texts = chosen(source, indices, choices)
   return np.asarray(source.encode_fn(texts), np.int32)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+from diffusion_jax.reporting import captions as under
 from diffusion_jax.samplers import inversion
 from diffusion_jax.system import files
 
@@ -20,13 +21,14 @@ MAX_BYTES, MAX_SIDE = 500_000, 1200
 # Raised by Pillow for a damaged picture, or one with too many pixels.
 DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 TILE = 64  # small images are enlarged to at least this many pixels
+CAPTIONED = 128  # or to this many, if their captions need the room
 
 
-def enlarge(images: np.ndarray) -> np.ndarray:
-  """uint8 [N, H, W, C] -> RGB [N, h, w, 3], repeating pixels up to TILE."""
+def enlarge(images: np.ndarray, least: int = TILE) -> np.ndarray:
+  """uint8 [N, H, W, C] -> RGB [N, h, w, 3], repeating pixels up to `least`."""
   if images.dtype != np.uint8:
     raise ValueError(f'pictures need uint8 images, not {images.dtype}')
-  factor = max(1, math.ceil(TILE / min(images.shape[1:3])))
+  factor = max(1, math.ceil(least / min(images.shape[1:3])))
   images = images.repeat(factor, axis=1).repeat(factor, axis=2)
   return np.broadcast_to(images, (*images.shape[:3], 3))
 
@@ -36,45 +38,68 @@ def gutter(tile: int) -> int:
   return max(4, tile // 8)
 
 
-def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+def grid(
+  images: np.ndarray,
+  columns: int | None = None,
+  captions: Sequence[str] | None = None,
+) -> np.ndarray:
   """Images side by side, with white gutters.
 
   Args:
     images: uint8 [N, H, W, C], C = 1 or 3.
     columns: images per row; by default the root of N, rounded up.
+    captions: N texts, written under the images; see `captions.placed`.
 
   Returns:
     uint8 [height, width, 3].
   """
-  tiles = enlarge(images)
-  count, height, width, _ = tiles.shape
-  columns = columns or math.ceil(math.sqrt(count))
-  rows, gap = math.ceil(count / columns), gutter(height)
-  size = (rows * (height + gap) + gap, columns * (width + gap) + gap, 3)
+  columns = columns or math.ceil(math.sqrt(len(images)))
+  for least in (TILE, CAPTIONED):
+    tiles = enlarge(images, least)
+    count, height, width, _ = tiles.shape
+    gap = gutter(height)
+    texts = under.placed(captions or (), columns, width, gap)
+    if all(text.whole for text in texts):
+      break
+  rows = math.ceil(count / columns)
+  bands = [
+    band and gap // 2 + band for band in under.heights(texts, rows, width)
+  ]
+  tops = [gap + i * (height + gap) + sum(bands[:i]) for i in range(rows + 1)]
+  size = (tops[-1], columns * (width + gap) + gap, 3)
   canvas = np.full(size, GUTTER, np.uint8)
   for i, tile in enumerate(tiles):
-    top = gap + (i // columns) * (height + gap)
-    left = gap + (i % columns) * (width + gap)
+    top, left = tops[i // columns], gap + (i % columns) * (width + gap)
     canvas[top : top + height, left : left + width] = tile
-  return canvas
+  if not any(bands):
+    return canvas
+  written = Image.fromarray(canvas)
+  pen = ImageDraw.Draw(written)
+  for text in texts:
+    under.write(pen, text, tops[text.row] + height + gap // 2, width, INK)
+  return np.asarray(written)
 
 
-def in_turn(images: np.ndarray, kinds: int) -> np.ndarray:
+def in_turn(
+  images: np.ndarray, kinds: int, captions: Sequence[str] | None = None
+) -> np.ndarray:
   """A grid of images whose kinds come in turn: a row for each kind.
 
   Args:
     images: uint8 [N, H, W, C]; image i is of kind i % kinds.
     kinds: number of kinds; with 1, or fewer images than kinds, the grid is that
       of `grid`. An incomplete last turn is left out.
+    captions: N texts, written under the images.
 
   Returns:
     uint8 [height, width, 3].
   """
   turns = len(images) // kinds
   if kinds == 1 or not turns:
-    return grid(images)
-  turned = images[: turns * kinds].reshape(turns, kinds, *images.shape[1:])
-  return grid(turned.swapaxes(0, 1).reshape(-1, *images.shape[1:]), turns)
+    return grid(images, captions=captions)
+  order = np.arange(turns * kinds).reshape(turns, kinds).T.ravel()
+  told = captions and [captions[i] for i in order]
+  return grid(images[order], turns, told)
 
 
 def pairs(originals: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -32,10 +32,7 @@ def condition(workdir, config: Mapping, asked=None, other=None) -> dict:
   Raises:
     UserError: the run has no labels, or none of that name or number.
   """
-  count = dataset.num_classes(config['conditioning'])
-  if not count and other is not None:
-    workdir = other.workdir
-    count = dataset.num_classes(other.config['conditioning'])
+  workdir, count = _whose(workdir, config, other)
   if not count:
     if asked is not None:
       raise UserError(
@@ -53,6 +50,37 @@ def condition(workdir, config: Mapping, asked=None, other=None) -> dict:
     return {'label': 'data', 'label_counts': known['counts']}
   names = known['names'] if known else []
   return {'label': numbers(asked, count, names)}
+
+
+def names(workdir, config: Mapping, other=None) -> list[str]:
+  """The names of the classes that samples may be of; numbers without names.
+
+  Args:
+    workdir: the run's folder.
+    config: its config.
+    other: see `condition`.
+  """
+  return names_in(*_whose(workdir, config, other))
+
+
+def names_in(workdir, count: int) -> list[str]:
+  """The names of a run's classes; their numbers where they have no names.
+
+  Args:
+    workdir: the run's folder.
+    count: the number of classes.
+  """
+  found = (dataset.read_labels(workdir, count) or {}).get('names', [])
+  return [*found, *map(str, range(len(found), count))]
+
+
+def _whose(workdir, config, other):
+  """(the folder of the run whose classes samples are of, their number)."""
+  count = dataset.num_classes(config['conditioning'])
+  if not count and other is not None:
+    workdir = other.workdir
+    count = dataset.num_classes(other.config['conditioning'])
+  return workdir, count
 
 
 def given(cond: Mapping, conditioner: Conditioner) -> dict[str, jax.Array]:

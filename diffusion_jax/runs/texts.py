@@ -138,18 +138,30 @@ def kept(workdir, config: Mapping) -> tokenizers.Tokenizer:
   return tokenizers.read(path)
 
 
-def of_grid(source: Source, count: int) -> tuple:
-  """Arguments of `draw` for pictures of captions; () without captions.
+def captions_of_grid(source: Source, count: int) -> list[str] | None:
+  """What pictures of captions show; None without captions.
 
   Args:
     source: the images, whose captions are taken, evenly spaced.
     count: how many pictures.
   """
   if source.encode_fn is None:
-    return ()
+    return None
   indices = np.arange(count) * len(source) // count
-  tokens = captions.tokens(source, indices, np.zeros(count, np.uint32))
-  return None, {'tokens': tokens}
+  return captions.chosen(source, indices, np.zeros(count, np.uint32))
+
+
+def of_grid(source: Source, count: int) -> tuple:
+  """Arguments of `draw` for pictures of captions; () without captions.
+
+  Args:
+    source: see `captions_of_grid`.
+    count: how many pictures.
+  """
+  told = captions_of_grid(source, count)
+  if told is None:
+    return ()
+  return None, {'tokens': np.asarray(source.encode_fn(told), np.int32)}
 
 
 def _tokenizer(config, workdir, source, origin) -> tokenizers.Tokenizer:
