@@ -10,6 +10,10 @@ missing images. The folder also gets samples.npz (`arr_0`, uint8) with all of
 its images, grid.png, the pictures that flags ask for, and with
 --sampler=adaptive evaluations.npy, the number of network evaluations for each
 image.
+
+grid.png and the images of --png carry their addresses: run, checksum of the
+weights, seed, index, prompt or label, and sampler. --like=PICTURE draws such an
+image again.
 """
 
 import itertools
@@ -17,15 +21,16 @@ import itertools
 import numpy as np
 from absl import flags
 
-from diffusion_jax.cli import command, declare, drawing, grids
+from diffusion_jax.cli import again, command, declare, drawing, grids
 from diffusion_jax.reporting import pictures
-from diffusion_jax.runs import store, trajectories
+from diffusion_jax.runs import addresses, labels, store, trajectories
 from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(drawing)
+flags.adopt_module_key_flags(again)
 declare.shared('json')
 declare.table(
   num_samples=(
@@ -52,12 +57,20 @@ declare.table(
   ),
 )
 
+# Flags that are not for --like.
+OWN = (
+  *('num_samples', 'grid_images', 'png'),
+  *('trajectory', 'progressive', 'interpolate'),
+)
 FRAMES = 10  # most times on trajectory.png and progressive.png
 PAIRS = 8  # most pairs on interpolation.png
 
 
 def main():
   if drawing.listed():
+    return
+  if FLAGS.like:
+    _draw_again()
     return
   command.need('workdir')
   distributed.initialize()
@@ -78,8 +91,9 @@ def main():
   compilation.keep()
   trained, plan, output = drawing.chosen(check=_check_plan)
   drawn = drawing.fill(trained, plan, output, FLAGS.num_samples)
+  protocol = drawing.protocol(trained, plan)
   if distributed.is_first():
-    _write(output, plan, trained)
+    _write(output, plan, trained, protocol)
   for what in ('trajectory', 'progressive'):
     if FLAGS[what].value:
       _draw_way(trained, plan, output / f'{what}.png', FLAGS[what].value)
@@ -150,7 +164,7 @@ def _cost(plan, output):
   return {'evaluations': evaluations, 'unfinished': unfinished}, told
 
 
-def _write(output, plan, trained):
+def _write(output, plan, trained, protocol):
   """Writes the files made from the images in the store, of which many may be.
 
   samples.npz and evaluations.npy have all of the store, the others those asked
@@ -163,14 +177,44 @@ def _write(output, plan, trained):
       np.save(file, drawing.took(output, count).evaluations)
   shown = min(FLAGS.grid_images, FLAGS.num_samples)
   picture = grids.of_samples(trained, plan, store.load(output, shown))
-  pictures.save(output / 'grid.png', picture)
+  text = addresses.of_grid(protocol, FLAGS.workdir, shown)
+  pictures.save(output / 'grid.png', picture, text)
   if FLAGS.png:
     files.make(output / 'png')
     images = itertools.chain.from_iterable(
       store.stream(output, 0, FLAGS.num_samples, store.BLOCK)
     )
+    own = labels.of_samples(plan, FLAGS.num_samples)
     for i, image in enumerate(images):
-      pictures.save(output / 'png' / f'{i:06d}.png', image)
+      label = None if own is None else own[i]
+      text = addresses.of_sample(protocol, FLAGS.workdir, i, label)
+      pictures.save(output / 'png' / f'{i:06d}.png', image, text)
+
+
+def _draw_again():
+  """Draws the sample of --like again, and says how close it is."""
+  distributed.initialize()
+  compilation.keep()
+  made = again.draw(OWN)
+  facts = made.address.facts
+  if made.largest is None:
+    told = f'{FLAGS.like} has another size and is not compared'
+  elif made.largest == 0:
+    told = f'the pixels are those of {FLAGS.like}'
+  else:
+    told = (
+      f'{made.share:.3%} of values differ from {FLAGS.like}, by at most '
+      f'{made.largest} of 255'
+    )
+  terminal.report(
+    {
+      'output': str(made.path), 'step': facts['step'], 'index': facts['index'],
+      'largest_difference': made.largest, 'share_of_differences': made.share,
+    },
+    f'sample {facts["index"]} of step {facts["step"]}: {told}; picture: '
+    f'{made.path}',
+    FLAGS.json,
+  )  # fmt: skip
 
 
 def _draw_way(trained, plan, path, count):

@@ -23,6 +23,7 @@ from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.models import layers
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import (
+  addresses,
   dataset,
   finetune,
   preparation,
@@ -372,6 +373,21 @@ def test_the_flags_reach_the_store(whole):
   ):
     with pytest.raises(UserError, match=told):
       binaries.here('sample', *how, *asked, given)
+
+
+def test_a_picture_of_a_prompt_is_drawn_again(whole, tmp_path, capsys):
+  binaries.here(
+    'sample', f'--workdir={whole[0].workdir}', '--sampler=ddim', '--grid=400',
+    '--noclip', '--num_samples=3', '--png', '--prompt=a red square',
+    '--prompt=grün', '--negative_prompt=green', '--guidance=2',
+    f'--output={tmp_path}/one',
+  )  # fmt: skip
+  path = tmp_path / 'one/png/000001.png'
+  facts = addresses.read(path).facts
+  assert (facts['prompt'], facts['negative_prompt']) == ('grün', 'green')
+  capsys.readouterr()
+  binaries.here('sample', f'--like={path}', f'--output={tmp_path}', '--json')
+  assert json.loads(capsys.readouterr().out)['largest_difference'] == 0
 
 
 def test_other_commands_know_what_the_run_has_found_out(

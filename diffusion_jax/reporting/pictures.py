@@ -3,14 +3,16 @@
 import base64
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK, PngInfo
 
 from diffusion_jax.reporting import captions as under
 from diffusion_jax.samplers import inversion
 from diffusion_jax.system import files
+from diffusion_jax.system.errors import one_line
 
 GUTTER = (255, 255, 255)
 INK = (60, 60, 60)  # of labels
@@ -20,6 +22,7 @@ LABEL = 170  # the width of a label, in pixels
 MAX_BYTES, MAX_SIDE = 500_000, 1200
 # Raised by Pillow for a damaged picture, or one with too many pixels.
 DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+SHORT = 1000  # letters of a text that are not compressed
 TILE = 64  # small images are enlarged to at least this many pixels
 CAPTIONED = 128  # or to this many, if their captions need the room
 
@@ -231,14 +234,41 @@ def embedded(path, side: int = MAX_SIDE, most_bytes: int = MAX_BYTES) -> dict:
   return {'src': src, 'width': width, 'height': height}
 
 
-def save(path, picture: np.ndarray) -> None:
+def save(
+  path, picture: np.ndarray, text: Mapping[str, str] | None = None
+) -> None:
   """Writes a PNG atomically.
 
   Args:
     path: the file.
     picture: uint8 [H, W, 3] or [H, W, 1].
+    text: the text chunks to write, by key.
   """
   if picture.shape[-1] == 1:
     picture = picture[..., 0]
+  chunks = PngInfo()
+  for key, value in (text or {}).items():
+    # Compressed text is read up to a limit.
+    worth = SHORT < len(value) < MAX_TEXT_CHUNK // 4
+    chunks.add_itxt(key, value, zip=worth)
   with files.replacing(path) as file:
-    Image.fromarray(picture).save(file, format='PNG')
+    Image.fromarray(picture).save(file, format='PNG', pnginfo=chunks)
+
+
+def read(path) -> np.ndarray:
+  """The pixels of a PNG: uint8 [H, W, 3], or [H, W, 1] if it is grey.
+
+  Args:
+    path: the file.
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  path = files.at(path).expanduser()
+  with (
+    one_line(f'{path} cannot be read as a PNG (', '): give another file'),
+    path.open('rb') as file,
+    Image.open(file, formats=['PNG']) as image,
+  ):
+    kept = image if image.mode == 'L' else image.convert('RGB')
+    return np.asarray(kept).reshape(image.height, image.width, -1)
