@@ -74,6 +74,7 @@ setup(
       'torch==2.13.0',
       'diffusers==0.42.1',
       'transformers==5.24.0',
+      'peft==0.21.2',  # LoRA in diffusers
     ],
   },
 )

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from diffusion_jax import conditioning, runs
-from diffusion_jax.cli import command, declare, run_data
+from diffusion_jax.cli import command, declare, low_rank, run_data
 from diffusion_jax.codecs import pixels
 from diffusion_jax.evaluation import cards, features
 from diffusion_jax.reporting import pictures
@@ -34,6 +34,7 @@ from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
+flags.adopt_module_key_flags(low_rank)
 flags.adopt_module_key_flags(run_data)
 declare.shared('accept_data', 'workdir', 'step', 'ema', 'ema_profile', 'json')
 declare.table(
@@ -83,6 +84,7 @@ def main():
   how = {name: FLAGS[name].value for name in ('num_steps', 'grid', 'clip')}
   plan = plans.for_run(config, sampler='ddim', **how)
   asked = _label(workdir, config)
+  low_rank.asked()
   compilation.keep()
 
   def read(step):
@@ -93,7 +95,8 @@ def main():
       config, FLAGS.split, FLAGS.num_images, at_most=False
     )
     label = _labels(asked, images)
-    return declare.network(step), plan, images, label, output
+    trained = low_rank.applied(declare.network(step))
+    return trained, plan, images, label, output
 
   _invert(*declare.of_run(read))
 
@@ -136,6 +139,7 @@ def _name(step, plan) -> str:
   parts += [f'iterations{FLAGS.iterations}', f'{FLAGS.split}{FLAGS.num_images}']
   if FLAGS.label is not None:
     parts += ['label' + FLAGS.label.replace(',', '-').replace(' ', '')]
+  parts += low_rank.name()
   which = averaged.suffix(FLAGS.ema_profile or FLAGS.ema)
   return '_'.join(parts) + which + '_clip' * plan.clip
 

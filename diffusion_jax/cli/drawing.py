@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from diffusion_jax import runs, samplers
-from diffusion_jax.cli import command, declare, guiding
+from diffusion_jax.cli import command, declare, guiding, low_rank
 from diffusion_jax.runs import averaged, calibration, guided, store
 from diffusion_jax.runs.trained import Trained
 from diffusion_jax.samplers import grid
@@ -27,6 +27,7 @@ from diffusion_jax.training import sharding
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(guiding)
+flags.adopt_module_key_flags(low_rank)
 declare.shared('workdir', 'step', 'ema', 'ema_profile')
 declare.table(
   output=(
@@ -125,6 +126,7 @@ def prepared(
   workdir = declare.workdir()
   config = runs.read_config(workdir)
 
+  low_rank.asked()  # before the weights of others are read
   others = guiding.others_of(config)
   condition = guiding.condition(workdir, config, others) if labelled else {}
 
@@ -134,7 +136,7 @@ def prepared(
   def loaded(average):
     if compiled:
       return compiled[0].using(average)
-    trained = declare.network(step, ema_profile=average)
+    trained = low_rank.applied(declare.network(step, ema_profile=average))
     if guided.GUIDE in others:
       trained = trained.guided_by(others[guided.GUIDE])
     if guided.CLASSIFIER in others:
@@ -144,7 +146,8 @@ def prepared(
 
   @functools.cache
   def calibrated(average):
-    loaded(average)  # before a calibration of damaged weights is missed
+    # Before a calibration of damaged weights is missed.
+    calibration.check_plain(loaded(average))
     timesteps = config['process']['num_timesteps']
     kept = distributed.on_first(
       lambda: calibration.read(workdir, step, average or FLAGS.ema, timesteps)
@@ -292,6 +295,7 @@ def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
     'ema': trained.ema,
     **{k: x for k, x in trained.average.items() if k == 'ema_profile'},
     'weights_sha256': trained.weights_sha256,
+    **trained.about_changes,
     **{part: trained.config[part] for part in ('model', 'process', 'loss')},
     'image_shape': trained.image_shape,
     **plan.protocol(),
@@ -320,7 +324,7 @@ def name(
   parts = [f'step{step}', f'{plan.sampler}{steps}']
   parts += [f'{k}{x}' for k, x in given.items()]
   parts += [how['grid']] * (how['grid'] != 'uniform')
-  parts += [*guiding.name(plan), f'seed{plan.seed}']
+  parts += [*guiding.name(plan), *low_rank.name(), f'seed{plan.seed}']
   parts[-1] += averaged.suffix(how.get('ema_profile') or FLAGS.ema)
   parts += ['noclip'] * (not plan.clip)
   # The plan depends on the calibration, which may differ another time.

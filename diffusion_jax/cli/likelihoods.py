@@ -6,7 +6,14 @@
 from absl import flags
 
 from diffusion_jax import runs
-from diffusion_jax.cli import command, declare, drawing, judging, run_data
+from diffusion_jax.cli import (
+  command,
+  declare,
+  drawing,
+  judging,
+  low_rank,
+  run_data,
+)
 from diffusion_jax.evaluation import bits, cards, features, tables
 from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.process import flow
@@ -108,7 +115,8 @@ def _card(trained, images, how, about) -> dict:
   """Measures one kind of likelihood; writes and returns its card."""
   protocol = {**about, **how.protocol()}
   name = cards.name(
-    f'step{trained.step}' + averaged.suffix(trained.weights),
+    '_'.join([f'step{trained.step}', *low_rank.name()])
+    + averaged.suffix(trained.weights),
     f'{how.kind}_{images.count}',
     protocol,
   )

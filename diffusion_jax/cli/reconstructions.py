@@ -29,7 +29,7 @@ IDLE = (
   *('sampler', 'num_steps', 'grid', 'clip', 'output', 'rounding', 'reference'),
   *('follow', 'sweep', 'keep_samples', 'label', 'guide', 'classifier'),
   *('guide_ema_profile', *guided.OPTIONS, *drawing.OPTIONS),
-  *('prompt', 'prompts', 'negative_prompt'),
+  *('prompt', 'prompts', 'negative_prompt', 'lora'),
 )
 
 

@@ -59,6 +59,7 @@ def subject_of(trained: Trained) -> dict:
     'ema': trained.ema,
     **trained.average,
     'weights_sha256': trained.weights_sha256,
+    **trained.about_changes,
   }
 
 

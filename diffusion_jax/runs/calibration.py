@@ -95,6 +95,15 @@ def _command(workdir, step, weights) -> str:
   )
 
 
+def check_plain(trained) -> None:
+  """Raises UserError if a `Trained` is not the network of its checkpoint."""
+  if trained.changes:
+    raise UserError(
+      'the statistics of a checkpoint are for its network without --lora: use '
+      'a sampler and a grid that are not calibrated, such as ddim and uniform'
+    )
+
+
 def check(calibration: Calibration, trained) -> None:
   """Raises UserError unless a calibration is for a `Trained`'s weights."""
   if calibration.weights_sha256 != trained.weights_sha256:

@@ -5,7 +5,10 @@ seed and index, so its noise is bitwise the same in any batch, on any mesh and
 in any order.
 """
 
+import functools
+import json
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +178,41 @@ def drawer(
     return (data, shown), is_finite & are_finite.all()
 
   return draw
+
+
+class Compiled(NamedTuple):
+  """The compiled functions of a network, for parameters of any checkpoint.
+
+  Attributes:
+    denoise: (params, xt, t, cond) -> Denoised.
+    drawer: (a plan as JSON, **options) -> draw, see `drawer`.
+  """
+
+  denoise: Callable
+  drawer: Callable
+
+
+def compiled(recipe: Recipe, mesh: Mesh, **others: Recipe) -> Compiled:
+  """The functions of a network; each is compiled when it is called first.
+
+  Args:
+    recipe: the run's recipe.
+    mesh: the devices.
+    **others: the recipes of networks that guide, see `drawer`.
+  """
+
+  @jax.jit
+  def denoise(params, xt, t, cond):
+    cond = {**recipe.conditioner.condition(params, {}, None), **cond}
+    return recipe.denoiser(params, cond, mesh)(xt, t)
+
+  # Cached, so that a second call of `sample` does not compile again.
+  @functools.lru_cache(maxsize=8)
+  def of_plan(plan, **options):
+    how = Plan(*json.loads(plan))
+    return jax.jit(drawer(recipe, mesh, how, **others, **options))
+
+  return Compiled(denoise, of_plan)
 
 
 def in_groups(codec: Codec, params, x0, keys, mesh: Mesh):

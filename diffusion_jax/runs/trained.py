@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 from diffusion_jax import codecs, models, runs
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import (
+  adapted,
   averaged,
   calibration,
   draw,
@@ -27,35 +27,6 @@ from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import files, numerics
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, sharding
-
-
-class Compiled(NamedTuple):
-  """The compiled functions of a network, for parameters of any checkpoint.
-
-  Attributes:
-    denoise: (params, xt, t, cond) -> Denoised.
-    drawer: (a plan as JSON, **options) -> draw, see `draw.drawer`.
-  """
-
-  denoise: Callable
-  drawer: Callable
-
-
-def _compile(
-  recipe: recipe.Recipe, mesh: Mesh, **others: recipe.Recipe
-) -> Compiled:
-  @jax.jit
-  def denoise(params, xt, t, cond):
-    cond = {**recipe.conditioner.condition(params, {}, None), **cond}
-    return recipe.denoiser(params, cond, mesh)(xt, t)
-
-  # Cached, so that a second call of `sample` does not compile again.
-  @functools.lru_cache(maxsize=8)
-  def drawer(plan, **options):
-    how = plans.Plan(*json.loads(plan))
-    return jax.jit(draw.drawer(recipe, mesh, how, **others, **options))
-
-  return Compiled(denoise, drawer)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -74,6 +45,7 @@ class Trained:
     guides: other networks that guide this one, by name, see `guided_by` and
       `classified_by`.
     average: facts about the average if one was chosen, see `averaged.load`.
+    changes: what `with_lora` has added to the network.
   """
 
   workdir: files.Path
@@ -83,9 +55,10 @@ class Trained:
   recipe: recipe.Recipe
   params: dict
   mesh: Mesh
-  compiled: Compiled
+  compiled: draw.Compiled
   guides: dict[str, 'Trained'] = dataclasses.field(default_factory=dict)
   average: dict = dataclasses.field(default_factory=dict)
+  changes: tuple[adapted.Change, ...] = ()
 
   def __repr__(self):
     count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -170,6 +143,7 @@ class Trained:
         directory, at, abstract, self.config['ema'], self.weights
       )
       params = {**self.recipe.frozen, **params}
+      params = adapted.changed(params, self.changes)
       return dataclasses.replace(self, step=at, params=params, average=average)
 
     if step is None:
@@ -192,6 +166,32 @@ class Trained:
       return self
     ema = bool(average) or self.config['ema']['decay'] > 0
     return dataclasses.replace(self, ema=ema, average=average).at(self.step)
+
+  def with_lora(self, path, scale: float = 1.0) -> 'Trained':
+    """Returns the network with low-rank changes (LoRA, arXiv 2106.09685).
+
+    The compiled functions are shared, as by `at`. Several calls add up.
+
+    Args:
+      path: a safetensors file of LoRA, or a folder with one.
+      scale: a factor on the changes; 0 = none of them.
+
+    Raises:
+      UserError: it is no such file, or is for a network with other layers.
+    """
+    return self.changed_by(adapted.read(path, scale, self.config))
+
+  @property
+  def about_changes(self) -> dict:
+    """{'lora': facts about each change}; {} without."""
+    facts = [change.facts for change in self.changes]
+    return {'lora': facts} if facts else {}
+
+  def changed_by(self, change: adapted.Change) -> 'Trained':
+    """Returns the network with changes that have been read, see `with_lora`."""
+    params = adapted.changed(self.params, [change])
+    changes = *self.changes, change
+    return dataclasses.replace(self, params=params, changes=changes)
 
   def guided_by(self, guide: 'Trained') -> 'Trained':
     """Returns the network with another one as its guide (arXiv 2406.02507).
@@ -227,7 +227,7 @@ class Trained:
     guided.check_latents(self.params, other.params, other.workdir, name)
     guides = {**self.guides, name: other}
     recipes = {key: one.recipe for key, one in guides.items()}
-    compiled = _compile(self.recipe, self.mesh, **recipes)
+    compiled = draw.compiled(self.recipe, self.mesh, **recipes)
     return dataclasses.replace(self, guides=guides, compiled=compiled)
 
   @property
@@ -267,6 +267,7 @@ class Trained:
     }
 
     def found():
+      calibration.check_plain(self)
       kept = calibration.read(
         self.workdir, self.step, self.weights, self.schedule.num_timesteps
       )
@@ -390,7 +391,7 @@ def load(
   config = runs.read_config(workdir, 'workdir')
   mesh = mesh or sharding.make_mesh()
   made = recipe.create(config, frozen.copied(config, mesh, workdir))
-  compiled = _compile(made, mesh)
+  compiled = draw.compiled(made, mesh)
   average = averaged.check(config['ema'], ema, ema_profile)
   ema = ema and (bool(average) or config['ema']['decay'] > 0)
   return Trained(

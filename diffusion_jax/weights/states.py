@@ -249,6 +249,19 @@ def _tensors(path, digest) -> dict[str, np.ndarray]:
   """The tensors of one file; adds its bytes to the hash."""
   content = files.content(path, 'download it again, or give another file')
   digest.update(content)
+  return tensors_of(path, content)
+
+
+def tensors_of(path, content: bytes) -> dict[str, np.ndarray]:
+  """The tensors of a file: name -> array.
+
+  Args:
+    path: the file.
+    content: its bytes.
+
+  Raises:
+    UserError: it is damaged, or something else than its name says.
+  """
   if content.startswith(POINTER):
     raise UserError(
       f'{path} is only a pointer of Git LFS to the weights: run git lfs pull '

@@ -105,9 +105,10 @@ def inputs(name: str) -> dict[str, np.ndarray]:
   return found
 
 
-def ours(name: str, **changes) -> np.ndarray:
-  """What our network answers, [2, H, W, 4]."""
-  model, params, _ = create(name)
+def ours(name: str, params=None, **changes) -> np.ndarray:
+  """What our network answers, [2, H, W, 4]; perhaps with other parameters."""
+  model, own, _ = create(name)
+  params = params or own
   xt, cond = split({**inputs(name), **changes})
   with jax.default_matmul_precision('highest'):
     apply = jax.jit(lambda p, x, c: model.apply(p, x, np.array(TIMES), None, c))
@@ -137,11 +138,11 @@ def network_live(name: str):
   return network
 
 
-def live(name: str) -> np.ndarray:
-  """What diffusers answers now, channels last."""
+def live(name: str, network=None) -> np.ndarray:
+  """What diffusers answers now, channels last; perhaps of a changed network."""
   import torch
 
-  network, given = network_live(name), inputs(name)
+  network, given = network or network_live(name), inputs(name)
   x = np.concatenate(
     [given['xt'], given.get('channels', given['xt'][..., :0])], -1
   )
