@@ -103,8 +103,8 @@ def get_config():
   config.conditioning.drop = 0.1
 
   config.model = ConfigDict()
-  # 'unet', 'dit', a transformer, see docs/networks.md, or 'encoder', a
-  # classifier of noised images, see docs/conditions.md.
+  # 'unet', 'dit', a transformer, see docs/networks.md, or 'encoder', of a
+  # classifier, see docs/conditions.md, or of pictures, see docs/text.md.
   config.model.name = 'unet'
   config.model.channels = 128  # at full resolution; of 'dit', in all blocks
   config.model.num_blocks = 2  # residual blocks per level; of 'dit', blocks
@@ -154,7 +154,8 @@ def get_config():
   config.loss = ConfigDict()
   # 'denoising': the error of the prediction; 'classification': a classifier of
   # noised images, see docs/conditions.md. 'autoencoding' and 'dito' train
-  # autoencoders and have keys of their own, see below.
+  # autoencoders, 'contrastive' a pair of encoders, of pictures and captions;
+  # they have keys of their own, see below.
   config.loss.name = 'denoising'
   # What the network predicts: 'eps', 'x0', 'v', 'edm' or 'flow', see
   # docs/objectives.md.
@@ -338,10 +339,29 @@ def text():
   return config.conditioning
 
 
+def contrastive():
+  """The keys of config.loss for a pair of encoders, see docs/text.md."""
+  config = ConfigDict()
+  config.loss = ConfigDict({'name': 'contrastive'})
+  config.loss.embedding = 128  # dimensions of the space of both encoders
+  config.loss.temperature = 0.07  # at first; it is learned
+  config.loss.coldest = 0.01  # the lowest temperature
+  # Training pictures are moved by up to so many pixels, scaled by up to this
+  # share, and get noise of up to so many levels of 255, at random.
+  config.loss.shift = 0.0
+  config.loss.scale = 0.0
+  config.loss.noise = 0.0
+  return config.loss
+
+
 # Group -> name -> a function that gives the keys of that choice. A name that is
 # not here has the keys in `get_config`.
 CHOICES = {
   'codec': {'autoencoder': autoencoder, 'latents': latents},
   'conditioning': {'text': text},
-  'loss': {'autoencoding': autoencoding, 'dito': dito},
+  'loss': {
+    'autoencoding': autoencoding,
+    'dito': dito,
+    'contrastive': contrastive,
+  },
 }

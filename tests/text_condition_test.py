@@ -89,8 +89,10 @@ def config_of(folder, **changes):
 class Run:
   """A run of a few steps, in the process."""
 
-  def __init__(self, folder, workdir, sizes=(1, 1, 1), **changes):
-    self.config, self.workdir = config_of(folder, **changes), workdir
+  def __init__(
+    self, folder, workdir, sizes=(1, 1, 1), make=config_of, **changes
+  ):
+    self.config, self.workdir = make(folder, **changes), workdir
     assert not validation.check(self.config, jax.devices()[:1])
     count = int(np.prod(sizes))
     self.mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:count])

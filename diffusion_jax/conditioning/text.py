@@ -35,11 +35,12 @@ def length_of(options: Mapping) -> int:
   return options['length'] or LONGEST
 
 
-def network(options: Mapping) -> models.Model:
+def network(options: Mapping, projection: int = 0) -> models.Model:
   """The text encoder: `apply(params, ids, mask)`, see `models.text.create`.
 
   Args:
     options: a config's conditioning.
+    projection: see there.
 
   Raises:
     UserError: the heads do not divide the width.
@@ -53,7 +54,20 @@ def network(options: Mapping) -> models.Model:
     num_heads=options['num_heads'],
     activation='gelu',
     causal=False,
+    eos=ids_of(options)['eos'],
+    projection=projection,
   )
+
+
+def valid(tokens: jax.Array, eos: int) -> jax.Array:
+  """Which tokens are not padding: up to the end token, bool [B, length].
+
+  Args:
+    tokens: int32 [B, length].
+    eos: the id of the end, which may also be that of padding.
+  """
+  last = jnp.argmax(tokens == eos, axis=1)
+  return jnp.arange(tokens.shape[1])[None] <= last[:, None]
 
 
 def create(drop: float, **options) -> Conditioner:
@@ -72,9 +86,7 @@ def create(drop: float, **options) -> Conditioner:
     if ROW in rows and keys is not None and drop:
       dropped = jax.vmap(lambda key: jax.random.bernoulli(key, drop))(keys)
       tokens = jnp.where(dropped[:, None], empty, tokens)
-    # Up to the end token, which may also be the padding.
-    last = jnp.argmax(tokens == ids['eos'], axis=1)
-    mask = jnp.arange(tokens.shape[1])[None] <= last[:, None]
+    mask = valid(tokens, ids['eos'])
     encoded = encoder.apply(params[PART], tokens, mask)
     return {'tokens': encoded.tokens, 'mask': mask}
 

@@ -10,9 +10,10 @@ OBJECTIVES = {
   'classification': classification.create,
 }
 CLASSIFICATION = 'classification'  # its network gives logits, not a denoiser
-# Those of autoencoders, whose `create` have arguments of their own.
+# Those of autoencoders, whose `create` has arguments of their own.
 DITO = 'dito'
 AUTOENCODERS = ('autoencoding', DITO)
+CONTRASTIVE = 'contrastive'  # of a pair of encoders, likewise
 
 
 def create(name: str, *parts, **options) -> Objective:

@@ -7,7 +7,10 @@ import jax
 
 # Each use of an example's key has its own branch. The order determines the
 # noise of a run: add new ones at the end.
-BRANCHES = ('t', 'eps', 'dropout', 'codec', 'condition', 'revival')
+BRANCHES = (
+  *('t', 'eps', 'dropout', 'codec', 'condition', 'revival'),
+  'jitter',
+)
 
 
 def branch(keys: jax.Array, name: str) -> jax.Array:
@@ -48,7 +51,7 @@ class Objective(NamedTuple):
 
   Attributes:
     loss: (params, extras, rows, keys) -> (values [B], Aux). The value of an
-      example depends only on its row and key.
+      example depends only on its row and key; a contrastive one's on all rows.
     heldout: (params, extras, rows, keys, index [B]) -> values [B]: the loss of
       held-out examples, given with their indices, always with the same noise,
       so that checkpoints are comparable.

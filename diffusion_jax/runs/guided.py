@@ -9,7 +9,11 @@ from jax.sharding import Mesh
 from diffusion_jax import models, runs
 from diffusion_jax.guidance import guided
 from diffusion_jax.guidance.classifier import by_classifier
-from diffusion_jax.objectives import CLASSIFICATION, classification
+from diffusion_jax.objectives import (
+  CLASSIFICATION,
+  CONTRASTIVE,
+  classification,
+)
 from diffusion_jax.process import gaussian
 from diffusion_jax.runs import averaged, dataset
 from diffusion_jax.runs.recipe import Recipe
@@ -110,6 +114,11 @@ def check(config: Mapping, guide: Mapping, workdir, flag: str = GUIDE) -> None:
       data, their codec or their classes.
   """
   given = f'--{flag}={workdir}'
+  if guide['loss']['name'] == CONTRASTIVE:
+    raise UserError(
+      f'{given} has loss.name={CONTRASTIVE}: give it as --text_judge of '
+      'evaluate, or give another run'
+    )
   if (guide['loss']['name'] == CLASSIFICATION) != (flag == CLASSIFIER):
     other = GUIDE if flag == CLASSIFIER else CLASSIFIER
     raise UserError(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from diffusion_jax import objectives, runs, samplers
 from diffusion_jax.conditioning import text
 from diffusion_jax.data import augment
-from diffusion_jax.runs import autoencoders, draw, encoding, recipe
+from diffusion_jax.runs import autoencoders, draw, encoding, pairs, recipe
 from diffusion_jax.samplers import grid, guided, plan
 from diffusion_jax.samplers.solve import starts_at_noise
 from diffusion_jax.system.errors import UserError
@@ -148,7 +148,7 @@ def rows(config: Mapping, made: recipe.Recipe, batch_size: int) -> dict:
   classifies = config['loss']['name'] == objectives.CLASSIFICATION
   if 'label' in made.conditioner.doors or classifies:
     found['label'] = ((batch_size,), np.int32)
-  if text.ROW in made.conditioner.doors:
+  if text.ROW in made.conditioner.doors or pairs.trains(config):
     length = text.length_of(config['conditioning'])
     found[text.ROW] = ((batch_size, length), np.int32)
   if config['data'].get('augment'):

@@ -18,7 +18,14 @@ from jax.sharding import Mesh
 from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.conditioning import text
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.runs import autoencoders, dataset, frozen, perceptual, rules
+from diffusion_jax.runs import (
+  autoencoders,
+  dataset,
+  frozen,
+  pairs,
+  perceptual,
+  rules,
+)
 from diffusion_jax.samplers import plan
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -39,7 +46,7 @@ class Recipe(NamedTuple):
     conditioner: rows -> the network's conditioning input.
     schedule: the noise schedule.
     prediction: what the network predicts: a parametrisation, or its name; None
-      for a classifier and an autoencoder.
+      for a classifier, an autoencoder and a pair of encoders.
     objective: the training objective.
     reconstructs: whether it is an autoencoder: decoded again, x0 is what it
       makes of data.
@@ -81,9 +88,8 @@ class Recipe(NamedTuple):
       mesh: the devices that hold the parameters.
     """
     if self.prediction is None:
-      raise UserError(
-        plan.RECONSTRUCTS if self.reconstructs else plan.CLASSIFIES
-      )
+      told = plan.RECONSTRUCTS if self.reconstructs else plan.CLASSIFIES
+      raise UserError(plan.COMPARES if pairs.IMAGE in self.parts else told)
     apply = models.network_fn(self.parts[models.NET])
 
     def network(xt, label):
@@ -113,6 +119,8 @@ def create(config: Mapping, parts: frozen.Frozen | None = None) -> Recipe:
     given = parts.params, parts.origins
   if config['loss']['name'] in objectives.AUTOENCODERS:
     return Recipe(*autoencoders.create(config, *given), reconstructs=True)
+  if pairs.trains(config):
+    return Recipe(*pairs.create(config, *given))
   codec = codecs.create(
     image_shape=runs.image_shape(config['data']), **config['codec']
   )

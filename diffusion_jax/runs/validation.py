@@ -10,7 +10,7 @@ from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.models import rules, styles, unet
 from diffusion_jax.objectives import laws, weights
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.runs import autoencoder_rules, completion
+from diffusion_jax.runs import autoencoder_rules, completion, pairs
 from diffusion_jax.system.errors import hint
 from diffusion_jax.training import averages, optim, sharding
 
@@ -67,7 +67,11 @@ OF_NETWORK = {
 }
 NAMES = {
   'codec.name': codecs.CODECS,
-  'loss.name': (*objectives.OBJECTIVES, *objectives.AUTOENCODERS),
+  'loss.name': (
+    *objectives.OBJECTIVES,
+    *objectives.AUTOENCODERS,
+    objectives.CONTRASTIVE,
+  ),
   'model.name': models.MODELS,
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': unet.REMAT,
@@ -204,6 +208,9 @@ def _dispatch(config):
 
 
 def _classifier(config):
+  if pairs.trains(config):
+    yield from pairs.problems(config)
+    return
   classifies = config.loss.name == objectives.CLASSIFICATION
   yield (
     (config.model.name == 'encoder') == classifies,

@@ -182,6 +182,12 @@ CLASSIFIES = (
 )
 
 
+COMPARES = (
+  'the run trains a pair of encoders, which draws no samples: evaluate it, or '
+  'give it as --text_judge of another run'
+)
+
+
 RECONSTRUCTS = (
   'the run trains an autoencoder, which draws no samples: evaluate it, or '
   'train a network in its latents'
@@ -227,6 +233,8 @@ def for_run(
   """
   if config['loss'].get('name') == 'classification':
     raise UserError(CLASSIFIES)
+  if config['loss'].get('name') == 'contrastive':
+    raise UserError(COMPARES)
   if codecs.reconstructs(config):
     raise UserError(RECONSTRUCTS)
   if given.get('variance') is None and 'variance' in samplers.takes(sampler):
