@@ -21,7 +21,10 @@ an interrupted evaluation resumes.
 --follow judges each new checkpoint during training and keeps the best one.
 --sweep compares samplers at equal numbers of network evaluations.
 Of an autoencoder's run it measures the reconstructions: their Frechet distance
-to the images, PSNR, SSIM, how the codes are used, and the cost.
+to the images, PSNR, SSIM, how the codes are used, and the cost. Of a run with
+captions --text_judge also measures how often a pair of encoders, a run with
+loss.name=contrastive, finds a sample's prompt among all captions; of such a run
+it measures how often it finds the captions of real pictures.
 
 --metrics=bpd, bpd_fast or bpd_ode measures bits per dimension of the held-out
 images instead, and draws no samples.
@@ -31,11 +34,11 @@ To compare two sets of images without a run, use python -m diffusion_jax.fid.
 
 import contextlib
 
-import numpy as np
 from absl import flags
 
 from diffusion_jax import runs, samplers
 from diffusion_jax.cli import (
+  agreeing,
   command,
   declare,
   drawing,
@@ -43,12 +46,11 @@ from diffusion_jax.cli import (
   judging,
   likelihoods,
   reconstructions,
-  run_data,
+  retrieval,
+  sampled,
 )
-from diffusion_jax.data import labels as labels_of_data
-from diffusion_jax.evaluation import cards, features, follow, sweep, tables
+from diffusion_jax.evaluation import cards, follow, sweep, tables
 from diffusion_jax.reporting import page, plots
-from diffusion_jax.runs import dataset, guided, labels, store
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -57,6 +59,8 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(drawing)
 flags.adopt_module_key_flags(judging)
 flags.adopt_module_key_flags(likelihoods)
+flags.adopt_module_key_flags(sampled)
+flags.adopt_module_key_flags(retrieval)
 declare.shared('accept_data')
 declare.table(
   num_samples=(1000, 'Number of samples to judge.'),
@@ -88,9 +92,6 @@ declare.table(
   ),
 )
 
-# Images per batch; a judge's feature maps may be larger than the images.
-JUDGED = 64
-
 
 def main():
   if drawing.listed():
@@ -120,7 +121,17 @@ def main():
   runs.usable_folder('workdir', workdir / 'evaluations')
   if reconstructions.are_asked(workdir):
     reconstructions.carry_out()
-  elif FLAGS.follow:
+    return
+  if retrieval.is_asked(workdir):
+    retrieval.carry_out()
+    return
+  if FLAGS.jitter != retrieval.JITTER:
+    raise UserError(
+      f'--jitter={",".join(FLAGS.jitter)} is for runs with '
+      'loss.name=contrastive: leave it out'
+    )
+  agreeing.check(workdir)
+  if FLAGS.follow:
     _follow(workdir)
   elif FLAGS.sweep:
     _sweep(workdir)
@@ -129,10 +140,10 @@ def main():
 
 
 def _once(workdir):
-  trained, plan, output = drawing.chosen(_dtype())
-  task = _task(workdir, trained)
-  path = _card_path(task, workdir, trained.step, plan)
-  card, drawn = _judge(task, path, trained, plan, output)
+  trained, plan, output = drawing.chosen(sampled.dtype())
+  task = sampled.task(trained, plan)
+  path = sampled.card_path(task, workdir, trained.step, plan)
+  card, drawn = sampled.judge(task, path, trained, plan, output)
   report = workdir / 'report.html'
   terminal.report(
     {**card, 'path': str(path), 'report': str(report), 'drawn': drawn},
@@ -155,19 +166,19 @@ def _follow(workdir):
   options = {name: FLAGS[name].value for name in drawing.OPTIONS}
   samplers.options(FLAGS.sampler, **options)
   follow.wait_for_first(workdir, FLAGS.poll_secs)
-  trained, plan, _ = drawing.chosen(_dtype())
-  task = _task(workdir, trained)
+  trained, plan, _ = drawing.chosen(sampled.dtype())
+  task = sampled.task(trained, plan)
 
   def path_of(step):
-    return _card_path(task, workdir, step, plan)
+    return sampled.card_path(task, workdir, step, plan)
 
   def output_of(step):
-    name = drawing.name(step, plan, _dtype())
+    name = drawing.name(step, plan, sampled.dtype())
     return workdir / 'samples' / f'followed_{name}'
 
   def judge(now):
     output = output_of(now.step)
-    card, _ = _judge(task, path_of(now.step), now, plan, output)
+    card, _ = sampled.judge(task, path_of(now.step), now, plan, output)
     page.update(workdir)
     _clean([output])
     return card
@@ -230,11 +241,11 @@ def _sweep(workdir):
 
   step, planned, network = declare.of_run(read)
   trained = network(entries[planned[0][0]])
-  task = _task(workdir, trained)
+  task = sampled.task(trained, planned[0][2])
   cells = []
   for i, (text, budget, plan) in enumerate(planned, 1):
     terminal.say(f'{i} of {len(planned)}: {text}, {plan.cost()}')
-    path = _card_path(task, workdir, step, plan, entries[text])
+    path = sampled.card_path(task, workdir, step, plan, entries[text])
     now = network(entries[text])
     card = _judged(task, path, now, plan, entries[text])
     cells.append({
@@ -280,119 +291,21 @@ def _judged(task, path, trained, plan, asked) -> dict:
   def known():
     with contextlib.suppress(UserError):
       card = cards.read(path)
-      wanted = cards.create(_subject(trained, plan), task.protocol, {}, {})
+      wanted = cards.create(
+        sampled.subject(trained, plan), task.protocol, {}, {}
+      )
       wanted['subject']['workdir'] = card['subject'].get('workdir')  # it moves
       if all(card[part] == wanted[part] for part in ('subject', 'protocol')):
         return card
     return None
 
   card = distributed.on_first(known)
-  name = drawing.name(trained.step, plan, _dtype(), asked)
+  name = drawing.name(trained.step, plan, sampled.dtype(), asked)
   output = trained.workdir / 'samples' / f'swept_{name}'
   if card is None:
-    card, _ = _judge(task, path, trained, plan, output)
+    card, _ = sampled.judge(task, path, trained, plan, output)
   _clean([output])  # a killed process may have left them
   return card
-
-
-def _dtype() -> str:
-  """The dtype of the samples on disk."""
-  return 'uint8' if FLAGS.rounding == 'round' else 'float32'
-
-
-def _task(workdir, trained):
-  """How samples of any step are judged, checked before any is drawn."""
-  config, shape = trained.config['data'], trained.image_shape
-  heldout = None
-  if FLAGS.reference:
-    source = judging.open_set('reference', shape[:2], shape[2])
-    about = {'data': 'images' if source else 'statistics'}
-  else:
-    source, heldout = run_data.splits(trained.config)
-    about = {
-      'data': config['name'],
-      'split': config['train_split'],
-      'heldout_split': config['heldout_split'] if heldout else '',
-    }
-  count = FLAGS.num_samples
-  samples = features.Images(count, None, f'--num_samples={count}')
-  judge = judges.judge_of(source, heldout, shape, workdir / 'evaluations')
-  labelled = _of_labels(trained)
-  if names := labelled and _class_names(labelled):
-    judge = judge._replace(details={**judge.details, 'class_names': names})
-  # Labels that are read with the images would need one more pass over them.
-  known = labelled and not FLAGS.reference and labels_of_data.are_quick(source)
-  reference = judging.set_of('reference', source, judge, shape, bool(known))
-  # Spread over the set: in a sorted one the first images are of one class.
-  held = heldout and features.images_of(
-    heldout, min(count, len(heldout)), bool(labelled)
-  )
-  usual = ['fid']
-  if not FLAGS.sweep:  # a sweep caches the reference's statistics
-    usual += ['copies'] * bool(source)
-    usual += ['classes'] * ('num_classes' in judge.protocol)
-  about |= {'rounding': FLAGS.rounding}
-  return judging.task(judge, samples, reference, held, about=about, usual=usual)
-
-
-def _of_labels(trained):
-  """Whose labels samples get: the run's, or those of its classifier."""
-  if dataset.num_classes(trained.config['conditioning']):
-    return trained
-  return trained.guides.get(guided.CLASSIFIER)
-
-
-def _class_names(labelled) -> list[str]:
-  count = dataset.num_classes(labelled.config['conditioning'])
-  known = dataset.read_labels(labelled.workdir, count)
-  return known['names'] if known else []
-
-
-def _card_path(task, workdir, step, plan, how=None):
-  what = f'{task.protocol["features"]}_{task.protocol["num_samples"]}'
-  name = cards.name(drawing.name(step, plan, how=how), what, task.protocol)
-  return workdir / 'evaluations' / f'{name}.json'
-
-
-def _subject(trained, plan, output=None) -> dict:
-  subject = {**cards.subject_of(trained), **plan.protocol()}
-  if not plan.adaptive:
-    rows = {'network_rows': plan.rows} if plan.rows != plan.evaluations else {}
-    return {**subject, 'evaluations': plan.evaluations, **rows}
-  took = drawing.took(output, FLAGS.num_samples)  # the sampler chose its steps
-  return {
-    **subject,
-    'evaluations': round(float(took.evaluations.mean()), 2),
-    'unfinished': int((~took.finished).sum()),
-  }
-
-
-def _judge(task, path, trained, plan, output) -> tuple[dict, int]:
-  """Draws missing samples and judges: (the card, the number drawn)."""
-  count = FLAGS.num_samples
-  drawn = drawing.fill(trained, plan, output, count, _dtype())
-
-  def stream():
-    for images in store.stream(output, 0, count, features.BLOCK):
-      # No value is negative, so this rounds down.
-      yield images.astype(np.uint8) if FLAGS.rounding == 'truncate' else images
-
-  def shown(i):
-    (images,) = store.stream(output, i, i + 1, 1)
-    return features.whole(images[0])
-
-  asked = labels.of_samples(plan, count)
-  samples = features.Images(count, stream, f'samples in {output}', shown, asked)
-  card = judging.carry_out(
-    task,
-    samples,
-    _subject(trained, plan, output),
-    path,
-    batch_size=min(FLAGS.batch_size, JUDGED),
-    mesh=trained.mesh,
-    sample_cache=output,
-  )
-  return card, drawn
 
 
 if __name__ == '__main__':

@@ -155,7 +155,10 @@ def here(binary: str, *arguments) -> None:
 
   Another binary may have flags of the same names.
   """
-  for name in ('again', 'drawing', 'judging', 'likelihoods', 'run_data'):
+  for name in (
+    *('again', 'drawing', 'judging', 'likelihoods', 'run_data'),
+    *('agreeing', 'retrieval'),
+  ):
     importlib.import_module(f'diffusion_jax.cli.{name}')  # they keep theirs
   known = flags.FLAGS._flags()
   before = dict(known)

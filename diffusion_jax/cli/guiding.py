@@ -142,7 +142,7 @@ def _of_texts(word: str, texts: list[str]) -> str:
 
 @functools.cache
 def _load(flag: str, text: str, ema: bool, average: str | None) -> Trained:
-  workdir, step = _parsed(flag, text)
+  workdir, step = parsed(flag, text)
   return load(workdir, step, ema, ema_profile=average)
 
 
@@ -163,7 +163,7 @@ def others_of(config: dict) -> dict[str, Trained]:
   found = {}
   for flag in (guided.GUIDE, guided.CLASSIFIER):
     if text := FLAGS[flag].value:
-      workdir, _ = _parsed(flag, text)
+      workdir, _ = parsed(flag, text)
       theirs = runs.read_config(workdir, f'--{flag}')
       guided.check(config, theirs, workdir, flag)
       average = FLAGS.guide_ema_profile if flag == guided.GUIDE else None
@@ -171,8 +171,16 @@ def others_of(config: dict) -> dict[str, Trained]:
   return found
 
 
-def _parsed(flag: str, text: str) -> tuple[files.Path, int | None]:
-  """WORKDIR or WORKDIR@STEP -> the folder, and the step or None."""
+def parsed(flag: str, text: str) -> tuple[files.Path, int | None]:
+  """WORKDIR or WORKDIR@STEP -> the folder, and the step or None.
+
+  Args:
+    flag: the name of the flag that gave it, for the message.
+    text: its value.
+
+  Raises:
+    UserError: the step is no number.
+  """
   workdir, at, step = text.rpartition('@')
   if not at or files.at(text).expanduser().exists():
     workdir, step = text, None

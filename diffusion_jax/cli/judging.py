@@ -12,7 +12,14 @@ from absl import flags
 from diffusion_jax import data, runs
 from diffusion_jax.cli import command, declare, given, judges, run_data
 from diffusion_jax.data import sources
-from diffusion_jax.evaluation import bits, cards, features, measure, statistics
+from diffusion_jax.evaluation import (
+  bits,
+  breakdown,
+  cards,
+  features,
+  measure,
+  statistics,
+)
 from diffusion_jax.evaluation.features import Images, Judge
 from diffusion_jax.reporting import pictures
 from diffusion_jax.system import distributed, files, terminal
@@ -236,14 +243,17 @@ def carry_out(
   ) as progress:
     how |= {'cache': cache, 'on_images': progress.update}
     found = measure.measure(task, samples, known=used, **how)
+  more, told = task.more(samples) if task.more else ({}, {})
+  near, copied = _by_text(found, samples, task.reference)
   reference = described('reference', task.reference)
-  details = {'reference': reference, **found.details}
+  details = {'reference': reference, **found.details, **copied, **told}
   origins = _origins(task, samples)
   details |= {f'{flag}_made_with': origin for flag, origin in origins.items()}
   if unknown := [flag for flag, origin in origins.items() if not origin]:
     caveats = [_unknown(flag, task.judge) for flag in unknown]
     details['caveats'] = details.get('caveats', []) + caveats
-  card = cards.create(subject, task.protocol, found.results, details)
+  results = {**found.results, **near, **more}
+  card = cards.create(subject, task.protocol, results, details)
 
   def keep():
     if known is None:
@@ -284,11 +294,37 @@ def _takes_images(metrics) -> bool:
   return bool(set(metrics) - {*measure.OF_STATISTICS, 'is'})
 
 
+def _by_text(found, samples, reference) -> tuple[dict, dict]:
+  """How the nearest training images go with the prompts of samples.
+
+  Returns:
+    (results, details): how often the nearest image has the sample's prompt, and
+    the samples that are near it, nearest first.
+  """
+  texts = [getattr(one, 'text', None) for one in (samples, reference)]
+  if not (found.nearest and all(texts)):
+    return {}, {}
+  prompts = [texts[0](int(i)) for i in found.searched]
+  captions = [texts[1](int(i)) for i in found.nearest.indices[:, 0]]
+  same = [a == b for a, b in zip(prompts, captions, strict=True)]
+  results = {'nearest_own': float(np.mean(same))}
+  if found.nearer is None:
+    return results, {}
+  distances = found.nearest.distances[:, 0]
+  near = [
+    [int(found.searched[i]), prompts[i], captions[i], float(distances[i])]
+    for i in np.argsort(distances, kind='stable')
+    if found.nearer[i] < measure.NEAR
+  ]
+  return results, {'copied': near[: breakdown.SHOWN]} if near else {}
+
+
 def _draw_neighbours(path, measured, samples, reference):
   """Draws samples next to their nearest training images, nearest first."""
   nearest = measured.nearest
   order = np.argsort(nearest.distances[:, 0], kind='stable')
-  rows, labels = [], []
+  rows, labels, captions = [], [], []
+  told = samples.text and reference.text
   for i in order[: FLAGS.neighbours]:
     number = int(measured.searched[i])
     real = map(reference.image, nearest.indices[i])
@@ -297,5 +333,8 @@ def _draw_neighbours(path, measured, samples, reference):
     if measured.nearer is not None:
       label += f'; {measured.nearer[i]:.0%} of held-out images are nearer'
     labels.append(label)
+    if told:
+      captions += [samples.text(number), *map(told, nearest.indices[i])]
   files.make(path.parent)
-  pictures.save(path, pictures.neighbours(np.stack(rows), labels))
+  picture = pictures.neighbours(np.stack(rows), labels, captions or None)
+  pictures.save(path, picture)

@@ -20,6 +20,11 @@ from diffusion_jax.system import environment, files
 from diffusion_jax.system.errors import UserError
 
 VERSION = 1
+# Details that are rows of texts (t) and numbers (n).
+ROWS = {
+  'by_prompt': 'tnnnn',  # prompt, samples, median place, recall at 1 and at 5
+  'copied': 'nttn',  # sample, prompt, caption of the nearest image, distance
+}
 
 # Names of Frechet distances; FID is the one of Inception's last features.
 DISTANCES = {
@@ -147,6 +152,10 @@ def is_card(value) -> bool:
           if key.endswith('confusion')
         )
         and all(map(is_number, _values(details.get('frechet_by_class', {}))))
+        and all(
+          _are_rows(details.get(name, []), kinds)
+          for name, kinds in ROWS.items()
+        )
       )
   return False
 
@@ -155,6 +164,17 @@ def _values(of) -> list:
   """The values of {a number as text: value}; [None] for anything else."""
   fine = isinstance(of, dict) and all(key.isdecimal() for key in of)
   return [*of.values()] if fine else [None]
+
+
+def _are_rows(rows, kinds) -> bool:
+  """Whether these are rows of texts (t) and numbers (n)."""
+  fits = {'t': lambda x: isinstance(x, str), 'n': is_number}
+  return isinstance(rows, list) and all(
+    isinstance(row, list)
+    and len(row) == len(kinds)
+    and all(fits[kind](x) for kind, x in zip(kinds, row, strict=True))
+    for row in rows
+  )
 
 
 def _is_row(value) -> bool:

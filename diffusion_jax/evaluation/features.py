@@ -198,6 +198,8 @@ class Images(NamedTuple):
     image: index -> uint8 [H, W, C], for pictures.
     labels: int32 [count], the class of each image, or the one that was asked
       for; None if there are none, or they do not matter.
+    text: index -> the caption of an image, or the prompt of a sample, for
+      pictures; None if there are none.
   """
 
   count: int
@@ -205,6 +207,7 @@ class Images(NamedTuple):
   description: str
   image: Callable[[int], np.ndarray] | None = None
   labels: np.ndarray | None = None
+  text: Callable[[int], str] | None = None
 
 
 def images_of(
@@ -233,8 +236,9 @@ def images_of(
       yield batch['image'][weight > 0]
 
   found = labels.of(picked, np.arange(count)) if labelled else None
+  text = source.caption_fn and (lambda i: source.caption_fn(int(chosen[i]))[0])
   return Images(
-    count, stream, source.description, lambda i: picked[i]['image'], found
+    count, stream, source.description, lambda i: picked[i]['image'], found, text
   )
 
 

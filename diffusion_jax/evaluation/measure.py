@@ -74,6 +74,8 @@ class Task(NamedTuple):
     options: options of the metrics.
     heldout: held-out images, at most as many as there are samples, or None.
     about: other facts that the numbers depend on, for the card.
+    more: what else is measured of the samples: images -> (results, details);
+      None for nothing.
   """
 
   judge: features.Judge
@@ -82,6 +84,7 @@ class Task(NamedTuple):
   options: Options = DEFAULTS
   heldout: features.Images | None = None
   about: dict = {}  # noqa: RUF012
+  more: Callable[[features.Images], tuple[dict, dict]] | None = None
 
   @property
   def result(self) -> str:

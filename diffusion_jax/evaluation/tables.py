@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import NamedTuple
 
-from diffusion_jax.evaluation import bits, cards
+from diffusion_jax.evaluation import bits, breakdown, cards
 from diffusion_jax.evaluation.cards import number
 from diffusion_jax.system import terminal
 
@@ -34,6 +34,18 @@ RESULTS = {
   'confident': ('confident ↑', 'class with probability > 0.8'),
   'smallest_class': ('least class ↑', 'least frequent class'),
   'label_accuracy': ('label ↑', 'classified as the label asked for'),
+  **{
+    f'text_recall_{k}{tail}': (f'{head}{k}{end}', f'{meaning}')
+    for k, name in ((1, 'first'), (5, 'among the first 5'))
+    for tail, head, end, meaning in (
+      ('', 'R@', ' ↑', f'caption found {name} (95% interval)'),
+      ('_shaken', 'shaken R@', ' ↑', '  of pictures after jitter'),
+      ('_blank', 'blank R@', '', '  of blank pictures of the mean colour'),
+      ('_chance', 'chance R@', '', '  by chance'),
+      ('_p', 'p of R@', ' ↓', '  p-value of permuted prompts'),
+    )
+  },
+  'nearest_own': ('own', '  nearest has the prompt as its caption'),
   'identical': ('identical ↓', 'identical to a training image'),
   'nearest': ('nearest', 'nearest training image, median'),
   'nearest_share': ('near', '  nearer than 95% of held-out'),
@@ -50,15 +62,24 @@ RESULTS = {
 SHARES = (
   *('precision', 'recall', 'coverage', 'confident', 'smallest_class'),
   *('identical', 'nearest_share', 'classifier_accuracy', 'label_accuracy'),
-  'codes_used',
+  *('codes_used', 'nearest_own'),
 )
-# Suffixes of results that are the spread of another result.
+# Of which 0.07% is a usual number.
+SMALL_SHARES = tuple(
+  f'text_recall_{k}{tail}'
+  for k in (1, 5)
+  for tail in ('', '_shaken', '_blank', '_chance')
+)
+# Suffixes of results that are the spread of another result, or its interval.
 SPREADS = ('_error', '_std')
+LIMITS = ('_low', '_high')
 
 # The fields of a protocol that are in the title of its table.
-TITLE = ('data', 'split', 'num_samples', 'num_reference', 'num_images', 'bits')
+TITLE = (
+  *('data', 'split', 'num_samples', 'num_reference', 'num_images', 'bits'),
+  'judged',
+)
 LABELS = {'num_heldout': 'held-out images'}
-SHOWN_CLASSES = 20  # with more classes, their table is not printed
 DECODED = 10  # rows of a rate-distortion table
 
 
@@ -91,7 +112,7 @@ def columns(found: Sequence[dict]) -> list[str]:
   """The results of cards, except spreads and those of held-out images."""
   names = dict.fromkeys(name for card in found for name in card['results'])
   beside = {cards.heldout_name(name) for name in names}
-  beside |= {name + tail for name in names for tail in SPREADS}
+  beside |= {name + tail for name in names for tail in (*SPREADS, *LIMITS)}
   return [name for name in names if name not in beside]
 
 
@@ -164,7 +185,7 @@ def title(protocol: dict) -> str:
   there = (value(protocol[k]) for k in ('data', 'split') if k in protocol)
   data = ', '.join(there)
   if 'num_images' in protocol:
-    what = bits.KINDS.get(protocol.get('bits'), '')
+    what = bits.KINDS.get(protocol.get('bits'), protocol.get('judged', ''))
     return f'{number(protocol["num_images"])} images of {data}: {what}'
   count, reference = (
     number(protocol[key]) if cards.is_number(protocol.get(key)) else 'some'
@@ -233,6 +254,8 @@ def _details(card) -> dict:
 def _cell(key, x) -> Cell:
   if not cards.is_number(x):
     return Cell(number(x), '')
+  if key in SMALL_SHARES:
+    return Cell(f'{x:.2%}', str(x))
   return Cell(f'{x:.1%}' if key in SHARES else number(x), str(x))
 
 
@@ -246,6 +269,11 @@ def result(card, name, real=False) -> Cell:
   for end in SPREADS:
     if spread := results.get(f'{name}{end}{tail}'):
       cell = Cell(f'{cell.text} ± {spread:.2g}', f'{x} ± {spread}')
+  low, high = (results.get(f'{name}{end}{tail}') for end in LIMITS)
+  if cards.is_number(low) and cards.is_number(high):
+    cell = Cell(
+      f'{cell.text} ({low:.1%} to {high:.1%})', f'{x} ({low}, {high})'
+    )
   return cell
 
 
@@ -276,7 +304,7 @@ def _about(card) -> list[str]:
 def text(card: dict) -> str:
   """One card as text: subject, protocol, results and caveats."""
   details = card['details']
-  about = [key for key in ('reference', 'images') if key in details]
+  about = [k for k in ('reference', 'images', 'judge') if k in details]
   told = [drawing(card['subject']), *(f'{k}: {details[k]}' for k in about)]
   rows = [
     [RESULTS.get(name, ('', name))[1], result(card, name).text,
@@ -287,9 +315,9 @@ def text(card: dict) -> str:
   real = 'held-out' * bool(cards.heldout(card))
   what = 'images' if 'num_images' in card['protocol'] else 'samples'
   told += [*_about(card), '', *terminal.table(['', what, real], rows)]
-  if len(details.get('class_histogram', ())) in range(1, SHOWN_CLASSES + 1):
+  if len(details.get('class_histogram', ())) in range(1, breakdown.SHOWN + 1):
     told += ['', *_classes(details)]
-  for heads, cells in by_label(card):
+  for heads, cells in breakdown.of_card(card):
     told += ['', *terminal.table(heads, cells)]
   if 'rate' in details:
     told += ['', *_decoded(details)]
@@ -306,48 +334,6 @@ def _classes(details):
   rows = [[what, *(f'{x:.1%}' for x in of)] for what, of in named.items() if of]
   heads = ['class', *map(str, range(len(named['samples'])))]
   return terminal.table(heads, rows)
-
-
-def by_label(card: dict) -> list[tuple[list[str], list[list[str]]]]:
-  """What a card says of each label, as tables of text: (heads, rows).
-
-  They are the distances of the samples of each label, and the classes that the
-  judge gives them. With more than SHOWN_CLASSES labels there are none.
-  """
-  details = card.get('details', {})
-  made = {'frechet_by_class': _distances, 'confusion': _confusion}
-  return [
-    table_of(details)
-    for name, table_of in made.items()
-    if len(details.get(name, ())) in range(1, SHOWN_CLASSES + 1)
-  ]
-
-
-def _distances(details):
-  """The distance of the samples of each label to its training images."""
-  by_class = details['frechet_by_class']
-  names = dict(enumerate(details.get('class_names', ())))
-  heads = ['label', *(str(names.get(int(k), k)) for k in by_class)]
-  row = [cards.DISTANCES['frechet'], *map(number, by_class.values())]
-  return heads, [row]
-
-
-def _confusion(details):
-  """Samples of each label by their class, and the share that is right."""
-  counts, real = details['confusion'], details.get('heldout_confusion', [])
-  names = [*map(str, details.get('class_names', ()))]
-  names += map(str, range(len(names), len(counts)))
-
-  def right(of, k):
-    row = of[k] if k < len(of) else []
-    return f'{row[k] / sum(row):.1%}' if sum(row) and k < len(row) else '–'
-
-  rows = [
-    [name, *map(str, row), right(counts, k), right(real, k)]
-    for k, (name, row) in enumerate(zip(names, counts, strict=False))
-  ]
-  classes = map(str, range(len(counts[0])))
-  return ['label, by class', *classes, 'right', 'held-out'], rows
 
 
 def _decoded(details):

@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from diffusion_jax import codecs, data, models, runs, samplers
-from diffusion_jax.evaluation import cards, tables
+from diffusion_jax.evaluation import breakdown, cards, tables
 from diffusion_jax.evaluation.cards import number
 from diffusion_jax.reporting import curves, facts, pictures, plots
 from diffusion_jax.reporting.facts import Facts
@@ -205,7 +205,7 @@ def _tables(run: Facts) -> list[dict]:
       'title': tables.title(group[0]['protocol']),
       'protocol': tables.facts(group[0]['protocol']),
       'classes': _classes(group[-1]),
-      'by_label': tables.by_label(group[-1]),
+      'by_label': breakdown.of_card(group[-1]),
       'step': group[-1]['subject']['step'],
       'caveats': group[-1].get('details', {}).get('caveats', []),
     }

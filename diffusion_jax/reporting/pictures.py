@@ -4,6 +4,7 @@ import base64
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -41,6 +42,22 @@ def gutter(tile: int) -> int:
   return max(4, tile // 8)
 
 
+class Laid(NamedTuple):
+  """A grid, and where its tiles are, in pixels.
+
+  Attributes:
+    picture: uint8 [height, width, 3].
+    tops: of the rows.
+    tile: (height, width) of a tile.
+    gap: the gutter.
+  """
+
+  picture: np.ndarray
+  tops: list[int]
+  tile: tuple[int, int]
+  gap: int
+
+
 def grid(
   images: np.ndarray,
   columns: int | None = None,
@@ -56,6 +73,11 @@ def grid(
   Returns:
     uint8 [height, width, 3].
   """
+  return _laid(images, columns, captions).picture
+
+
+def _laid(images, columns=None, captions=None) -> Laid:
+  """`grid`, with the places of its tiles."""
   columns = columns or math.ceil(math.sqrt(len(images)))
   for least in (TILE, CAPTIONED):
     tiles = enlarge(images, least)
@@ -74,13 +96,13 @@ def grid(
   for i, tile in enumerate(tiles):
     top, left = tops[i // columns], gap + (i % columns) * (width + gap)
     canvas[top : top + height, left : left + width] = tile
-  if not any(bands):
-    return canvas
-  written = Image.fromarray(canvas)
-  pen = ImageDraw.Draw(written)
-  for text in texts:
-    under.write(pen, text, tops[text.row] + height + gap // 2, width, INK)
-  return np.asarray(written)
+  if any(bands):
+    written = Image.fromarray(canvas)
+    pen = ImageDraw.Draw(written)
+    for text in texts:
+      under.write(pen, text, tops[text.row] + height + gap // 2, width, INK)
+    canvas = np.asarray(written)
+  return Laid(canvas, tops[:-1], (height, width), gap)
 
 
 def in_turn(
@@ -183,25 +205,29 @@ def interpolation(
   return columns(frames, [f'{weight:.3g}' for weight in weights])
 
 
-def neighbours(images: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+def neighbours(
+  images: np.ndarray,
+  labels: Sequence[str],
+  captions: Sequence[str] | None = None,
+) -> np.ndarray:
   """Framed samples with their nearest training images and labels.
 
   Args:
     images: uint8 [Q, 1 + k, H, W, C]: a sample, then its k nearest images.
     labels: Q texts; a semicolon starts a new line.
+    captions: Q (1 + k) texts, written under the images.
 
   Returns:
     uint8 [height, width, 3].
   """
-  picture = grid(images.reshape(-1, *images.shape[2:]), images.shape[1])
-  canvas, pen = _with_margins(picture, right=LABEL)
-  tile = enlarge(images[0, :1]).shape[1:3]
-  gap = gutter(tile[0])
-  for i, label in enumerate(labels):
-    top = gap + i * (tile[0] + gap)
-    frame = (gap - 2, top - 2, gap + tile[1] + 1, top + tile[0] + 1)
+  flat = images.reshape(-1, *images.shape[2:])
+  laid = _laid(flat, images.shape[1], captions)
+  canvas, pen = _with_margins(laid.picture, right=LABEL)
+  gap, (height, width) = laid.gap, laid.tile
+  for top, label in zip(laid.tops, labels, strict=True):
+    frame = (gap - 2, top - 2, gap + width + 1, top + height + 1)
     pen.rectangle(frame, outline=SAMPLE, width=2)
-    place = (picture.shape[1], top)
+    place = (laid.picture.shape[1], top)
     pen.text(place, label.replace('; ', '\n'), fill=INK)
   return np.asarray(canvas)
 

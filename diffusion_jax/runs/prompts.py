@@ -75,38 +75,42 @@ def condition(workdir, config: Mapping, asked: Mapping, other=None) -> dict:
   return found
 
 
-def read(path) -> list[str]:
-  """The prompts in a file, one a line.
+def read(path, flag: str = 'prompts') -> list[str]:
+  """The prompts, or captions, in a file, one a line.
+
+  Args:
+    path: the file.
+    flag: the flag that gave it, for messages.
 
   Raises:
     UserError: there is no such file, it is not UTF-8, or a line is empty.
   """
   path = files.at(path).expanduser()
   if not path.is_file():
+    other = ', or --prompt="a red apple"' * (flag == 'prompts')
     raise UserError(
-      f'--prompts={path} is not a file: give one with a prompt a line, or '
-      '--prompt="a red apple"'
+      f'--{flag}={path} is not a file: give one with a text a line{other}'
     )
   content = files.content(path, 'give another file')
   if len(content) > LARGEST:
     raise UserError(
-      f'--prompts={path} has {len(content):,} bytes, at most {LARGEST:,}: give '
+      f'--{flag}={path} has {len(content):,} bytes, at most {LARGEST:,}: give '
       'a shorter one'
     )
   try:
     lines = content.decode().removeprefix('\ufeff').splitlines()
   except UnicodeDecodeError as error:
     raise UserError(
-      f'--prompts={path} is not UTF-8 (byte {error.start}): save it as UTF-8'
+      f'--{flag}={path} is not UTF-8 (byte {error.start}): save it as UTF-8'
     ) from error
   for number, line in enumerate(lines, 1):
     if not line.strip():
       raise UserError(
-        f'--prompts={path}: line {number} is empty: remove it (--prompt="" '
-        'samples without words)'
+        f'--{flag}={path}: line {number} is empty: remove it'
+        + ' (--prompt="" samples without words)' * (flag == 'prompts')
       )
   if not lines:
-    raise UserError(f'--prompts={path} is empty: write a prompt a line')
+    raise UserError(f'--{flag}={path} is empty: write a text a line')
   return [line.strip() for line in lines]
 
 
