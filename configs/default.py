@@ -93,8 +93,9 @@ def get_config():
 
   # Network inputs other than the noised data and the time.
   config.conditioning = ConfigDict()
-  # 'none', 'label', class labels of the data, or 'text', captions, which have
-  # keys of their own, see below.
+  # 'none', 'label', class labels of the data, or captions: 'text', with an
+  # encoder that the run trains, 'frozen_text', with trained ones. Both have keys
+  # of their own, see below.
   config.conditioning.name = 'none'
   # For 'label': the number of classes of the data.
   config.conditioning.num_classes = 0
@@ -354,11 +355,35 @@ def contrastive():
   return config.loss
 
 
+def frozen_text():
+  """The keys of config.conditioning for captions and trained text encoders."""
+  config = ConfigDict()
+  config.conditioning = ConfigDict({'name': 'frozen_text'})
+  # A folder with text_encoder/ and tokenizer/, such as that of Stable
+  # Diffusion, or another run with captions. The run copies both when it begins.
+  config.conditioning.path = ''
+  # The probability with which training drops the caption of an image, so that
+  # the network can also sample without one and be guided.
+  config.conditioning.drop = 0.1
+  # The text encoders' structure, special tokens and layers, and the hash of the
+  # tokenizers; set when a run begins.
+  config.conditioning.encoders = ConfigDict()
+  config.conditioning.ids = ConfigDict()
+  config.conditioning.masked = False  # whether the padding is hidden
+  config.conditioning.zeros = False  # whether no caption is zeros (SDXL)
+  # Features of the sizes of images, which SDXL's network is told; 0 = none.
+  config.conditioning.size_features = 0
+  # Further channels of the network that inpaints: a mask and latents; 0 = none.
+  config.conditioning.channels = 0
+  config.conditioning.sha256 = ''
+  return config.conditioning
+
+
 # Group -> name -> a function that gives the keys of that choice. A name that is
 # not here has the keys in `get_config`.
 CHOICES = {
   'codec': {'autoencoder': autoencoder, 'latents': latents},
-  'conditioning': {'text': text},
+  'conditioning': {'text': text, 'frozen_text': frozen_text},
   'loss': {
     'autoencoding': autoencoding,
     'dito': dito,

@@ -8,6 +8,9 @@ r"""Imports published weights as a run, and exports a run's weights.
     safetensors or the older .bin (no code in it is executed), or a file of
     weights in it. It sets the network, the noise schedule, the variance and the
     clipping, and of an LDMPipeline also the autoencoder;
+  a folder of Stable Diffusion 1, 2 or XL, or of its inpainting: U-Net,
+    autoencoder, text encoders, tokenizers and scheduler become one run, which
+    `sample --prompt="a red apple"` takes;
   a checkpoint of DDPM's authors, such as .../model.ckpt-790000. Give the config
     of its network: --config=cifar10, celebahq256, lsun:church, ... It is read
     with TensorFlow: pip install 'diffusion_jax[prepare]';
@@ -15,14 +18,17 @@ r"""Imports published weights as a run, and exports a run's weights.
     the vae/ of Stable Diffusion. The images are of the folder's sample_size,
     or of the size in --config;
   the workdir of a run. Its averaged weights are written as a folder that
-    diffusers loads: as a DDPMPipeline, a run in latents as an LDMPipeline, an
-    autoencoder as an AutoencoderKL or a VQModel.
+    diffusers loads: as a DDPMPipeline, a run in latents as an LDMPipeline, or
+    with frozen text encoders as a StableDiffusionPipeline, an autoencoder as
+    an AutoencoderKL or a VQModel.
 
 An import writes a workdir for sample, evaluate and train --init_from; its
 converted.json says where the weights come from. With --config the workdir has
 the config's data, and evaluate compares samples with them; without it,
 evaluate needs --reference.
 """
+
+import functools
 
 import jax
 from absl import flags
@@ -33,8 +39,16 @@ from diffusion_jax.cli import command, config_files, declare
 from diffusion_jax.codecs import latents
 from diffusion_jax.configs import default
 from diffusion_jax.models import NET
-from diffusion_jax.runs import folder, frozen, recipe, validation
-from diffusion_jax.runs.frozen import CODEC
+from diffusion_jax.runs import (
+  folder,
+  frozen_codec,
+  kept_parts,
+  recipe,
+  text_pipelines,
+  texts,
+  validation,
+)
+from diffusion_jax.runs.frozen_codec import CODEC
 from diffusion_jax.runs.trained import load
 from diffusion_jax.system import environment, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -78,6 +92,8 @@ def main():
   _check_target(source, target)
   if is_run:
     result, told = _export(source, target)
+  elif text_pipelines.is_folder(source):
+    result, told = _import_text_pipeline(source, target)
   elif autoencoders.is_folder(source):
     result, told = _import_autoencoder(source, target)
   elif diffusers.is_folder(source):
@@ -104,7 +120,8 @@ def _check_target(source, target) -> None:
   runs.usable_folder('to', target)
   there = folder.foreign(target)
   # The remains of an interrupted import are overwritten.
-  ours = {runs.CONVERTED, 'checkpoints', frozen.FOLDER}
+  ours = {runs.CONVERTED, 'checkpoints', kept_parts.FOLDER}
+  ours.add(text_pipelines.LICENCES)
   unfinished = {runs.CONVERTED} <= there <= ours
   if there and not unfinished:
     raise UserError(
@@ -126,7 +143,12 @@ def _export(source, target) -> tuple[dict, str]:
   )
   params = jax.tree.map(sharding.to_host, trained.params)
   kept = (runs.conversion(source) or {}).get('settings')
-  if codecs.is_in_latents(trained.config):
+  if text_pipelines.is_one(trained.config):
+    encoder = texts.kept(source, trained.config)
+    kind = text_pipelines.write(target, trained.config, params, encoder, kept)
+    form = f'a {kind}'
+    text_pipelines.copy_licences(source, target, (text_pipelines.LICENCES, ''))
+  elif codecs.is_in_latents(trained.config):
     form = 'an LDMPipeline'
     pipelines.write(target, trained.config, params, kept)
   elif codecs.reconstructs(trained.config):
@@ -159,7 +181,10 @@ def _import_folder(source, target) -> tuple[dict, str]:
   parts, assumed = _assumed(found)
   coder = None
   if found.codec:
-    coder = _coder_of(found)
+    latent = found.config['data']
+    coder = autoencoders.of_latents(
+      found.codec, latent['image_size'], latent['channels']
+    )
     codec = {
       'path': str(files.absolute(source)),
       'coder': coder.config['codec'],
@@ -183,19 +208,41 @@ def _import_folder(source, target) -> tuple[dict, str]:
   }
   if coder:
     facts |= {'codec_sha256': coder.sha256, 'settings': coder.kept}
-  return _write(target, config, params, raw, step, facts, coder)
+  if not coder:
+    return _write(target, config, params, raw, step, facts)
+  codec = frozen_codec.of_folder(coder, config, sharding.make_mesh())
+  copy = functools.partial(kept_parts.write, target, codec)
+  return _write(target, config, params, raw, step, facts, copy)
 
 
-def _coder_of(found) -> autoencoders.Folder:
-  """The autoencoder of a pipeline in latents."""
-  latents = found.config['data']
-  coder = autoencoders.read(found.codec, latent_size=latents['image_size'])
-  if len(coder.scale) != latents['channels']:
-    raise UserError(
-      f'{found.codec} has latents of {len(coder.scale)} channels, but the '
-      f'U-Net takes {latents["channels"]}: they do not belong together'
+def _import_text_pipeline(source, target) -> tuple[dict, str]:
+  found = text_pipelines.read(source)
+  config = _config_with(found.parts, found.groups)
+  own, raw, parts, encoder = text_pipelines.params_of(
+    found, config, _abstract(config), sharding.make_mesh()
+  )
+  with config.unlocked():
+    config.conditioning.sha256 = encoder.sha256
+  for note in found.notes:
+    terminal.say(f'{source}: {note}')
+  step = FLAGS.step or 0
+  facts = {
+    'format': 'diffusers',
+    'sha256': found.network.sha256,
+    'files': found.network.names,
+    'notes': found.notes,
+    'settings': found.kept,
+    'sampling': found.sampling,
+  }
+
+  def beside():
+    kept_parts.write(target, parts)
+    texts.save(target, encoder)
+    text_pipelines.copy_licences(
+      config.codec.path, target, ('', text_pipelines.LICENCES)
     )
-  return coder
+
+  return _write(target, config, own, raw, step, facts, beside)
 
 
 def _import_autoencoder(source, target) -> tuple[dict, str]:
@@ -311,9 +358,19 @@ def _abstract(config):
 
 
 def _write(
-  target, config, params, raw, step, facts, coder=None
+  target, config, params, raw, step, facts, beside=lambda: None
 ) -> tuple[dict, str]:
-  """Writes the workdir; config.json comes last and makes it a run."""
+  """Writes the workdir; config.json comes last and makes it a run.
+
+  Args:
+    target: the folder.
+    config: its config.
+    params: the parameters.
+    raw: raw ones next to averaged ones, or None.
+    step: their training step.
+    facts: of converted.json.
+    beside: writes what else the run has.
+  """
   facts = {
     'from': str(files.absolute(files.at(FLAGS['from'].value).expanduser())),
     **facts,
@@ -326,12 +383,10 @@ def _write(
       f'--from={FLAGS["from"].value}: the weights {name} are not finite: give '
       'an earlier checkpoint, or download it again'
     )
-  codec = coder and frozen.of_folder(coder, config, sharding.make_mesh())
   config.num_steps = max(step, 1)  # marks training as finished
   files.write_json(target / runs.CONVERTED, facts)
   files.remove(target / 'checkpoints')
-  if coder:
-    frozen.write(target, codec)
+  beside()
   checkpoint.save_params(target / 'checkpoints', step, params, raw)
   runs.write_config(target, config)
   count = models.count(params)

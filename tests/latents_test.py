@@ -21,6 +21,7 @@ from diffusion_jax.runs import (
   draw,
   encoding,
   frozen,
+  kept_parts,
   preparation,
   programs,
   recipe,
@@ -93,7 +94,7 @@ class Run:
 
   def write(self, workdir):
     runs.write_config(workdir, self.config)
-    frozen.write(workdir, self.parts)
+    kept_parts.write(workdir, self.parts)
     return self
 
   def train(self, steps=3) -> list[float]:
@@ -328,7 +329,7 @@ def test_mistakes_take_one_line(tmp_path):
   _, parts = prepare(own, None)
   files.make(workdir)
   runs.write_config(workdir, own)
-  frozen.write(workdir, parts)
+  kept_parts.write(workdir, parts)
   _, again = prepare(
     config_of(tmp_path, folder, **{'codec.scale': 2.0}), workdir
   )

@@ -14,7 +14,7 @@ import tiny
 from diffusion_jax import runs
 from diffusion_jax.configs import default
 from diffusion_jax.models import lpips
-from diffusion_jax.runs import frozen, preparation, recipe, validation
+from diffusion_jax.runs import kept_parts, preparation, recipe, validation
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import lpips as weights
 
@@ -178,7 +178,7 @@ def test_it_is_a_part_of_a_run_that_is_not_trained(tmp_path, narrow):
     lambda a, b: np.testing.assert_equal(a.shape, b.shape), shapes, made.frozen
   )
   # A loaded run does without.
-  assert recipe.create(config, frozen.NONE).frozen == {}
+  assert recipe.create(config, kept_parts.NONE).frozen == {}
 
   runs.write_config(tmp_path / 'run', config)
   kept = runs.read_config(tmp_path / 'run')

@@ -32,7 +32,28 @@ def ids_of(options: Mapping) -> dict[str, int]:
 
 def length_of(options: Mapping) -> int:
   """The number of tokens of a caption, of a config's conditioning."""
+  if 'encoders' in options:
+    return sum(one['length'] for one in options['encoders'].values())
   return options['length'] or LONGEST
+
+
+def structure(options: Mapping) -> dict:
+  """The options of `models.text.create`, of a config's conditioning."""
+  return {
+    'vocabulary': options['vocabulary'],
+    'length': length_of(options),
+    'width': options['width'],
+    'inner': 4 * options['width'],
+    'num_layers': options['num_layers'],
+    'num_heads': options['num_heads'],
+    'activation': 'gelu',
+    'causal': False,
+    'eos': ids_of(options)['eos'],
+    'projection': 0,
+    'skip': 0,
+    'final_norm': True,
+    'epsilon': 1e-5,
+  }
 
 
 def network(options: Mapping, projection: int = 0) -> models.Model:
@@ -45,18 +66,23 @@ def network(options: Mapping, projection: int = 0) -> models.Model:
   Raises:
     UserError: the heads do not divide the width.
   """
-  return text.create(
-    options['vocabulary'],
-    length_of(options),
-    width=options['width'],
-    inner=4 * options['width'],
-    num_layers=options['num_layers'],
-    num_heads=options['num_heads'],
-    activation='gelu',
-    causal=False,
-    eos=ids_of(options)['eos'],
-    projection=projection,
-  )
+  return text.create(**structure(options) | {'projection': projection})
+
+
+def empty(ids: Mapping, length: int) -> jax.Array:
+  """The empty caption: [1, length] int32."""
+  rest = length - 2
+  return jnp.array([[ids['bos'], ids['eos'], *[ids['pad']] * rest]], jnp.int32)
+
+
+def dropped(keys: jax.Array, drop: float) -> jax.Array:
+  """Whether each example's caption is dropped: [B] bool.
+
+  Args:
+    keys: [B] random keys.
+    drop: the probability.
+  """
+  return jax.vmap(lambda key: jax.random.bernoulli(key, drop))(keys)
 
 
 def valid(tokens: jax.Array, eos: int) -> jax.Array:
@@ -78,14 +104,12 @@ def create(drop: float, **options) -> Conditioner:
     **options: the other keys of a config's conditioning.
   """
   encoder, ids = network(options), ids_of(options)
-  rest = length_of(options) - 2
-  empty = jnp.array([[ids['bos'], ids['eos'], *[ids['pad']] * rest]], jnp.int32)
+  none = empty(ids, length_of(options))
 
   def condition(params, rows, keys):
-    tokens = rows.get(ROW, empty)
+    tokens = rows.get(ROW, none)
     if ROW in rows and keys is not None and drop:
-      dropped = jax.vmap(lambda key: jax.random.bernoulli(key, drop))(keys)
-      tokens = jnp.where(dropped[:, None], empty, tokens)
+      tokens = jnp.where(dropped(keys, drop)[:, None], none, tokens)
     mask = valid(tokens, ids['eos'])
     encoded = encoder.apply(params[PART], tokens, mask)
     return {'tokens': encoded.tokens, 'mask': mask}

@@ -24,6 +24,7 @@ from diffusion_jax.training import saved
 
 DATA = 'data.json'
 EXAMPLES = 64  # captions of training images that are kept
+CAPTIONED = ('text', 'frozen_text')  # names of conditions
 ACCEPT = 'accept it with --accept_data'
 
 Splits = tuple[Source, Source | None]
@@ -151,7 +152,7 @@ def num_classes(conditioning: Mapping | None) -> int:
 
 def has_captions(conditioning: Mapping | None) -> bool:
   """Whether a config's condition is captions."""
-  return bool(conditioning) and conditioning['name'] == 'text'
+  return bool(conditioning) and conditioning['name'] in CAPTIONED
 
 
 def read_labels(workdir, classes: int) -> dict | None:

@@ -17,7 +17,7 @@ from diffusion_jax.data import latents as cache
 from diffusion_jax.data import pipeline
 from diffusion_jax.data.sources import Source
 from diffusion_jax.models.autoencoder import Coder
-from diffusion_jax.runs import frozen
+from diffusion_jax.runs import frozen_codec, kept_parts
 from diffusion_jax.runs.dataset import Splits
 from diffusion_jax.system import distributed, files, numerics
 from diffusion_jax.system.errors import UserError
@@ -40,7 +40,9 @@ def fingerprint(params) -> str:
     params: the frozen parts, on any mesh.
   """
   sums = checksum.of(params)
-  own = {name: sums[name] for name in sorted(sums) if frozen.is_weight(name)}
+  own = {
+    name: sums[name] for name in sorted(sums) if frozen_codec.is_weight(name)
+  }
   return hashlib.sha256(json.dumps(own).encode()).hexdigest()
 
 
@@ -109,7 +111,7 @@ def some(source: Source, indices: Sequence[int]) -> Source:
 
 
 def write(
-  config, splits: Splits, parts: frozen.Frozen, mesh: Mesh, output,
+  config, splits: Splits, parts: kept_parts.Frozen, mesh: Mesh, output,
   batch_size: int = BATCH, tell: Callable = lambda count: None,
 ) -> int:  # fmt: skip
   """Writes the latents of a data set, see `data.latents`.
@@ -136,7 +138,7 @@ def write(
   copies = {'train': 1 + config['data']['flip'], 'test': 1}
   about = {
     'weights': fingerprint(parts.params),
-    'from': parts.origins[frozen.CODEC],
+    'from': parts.origins[frozen_codec.CODEC],
     'shape': [*coder.shape[:-1], size_of(coder)],
     'per_file': cache.PER_FILE,
     'splits': {

@@ -1,115 +1,34 @@
 """Frozen parts of a run: networks that it uses and does not train.
 
-A run in latents uses an autoencoder. It copies it when it begins, and needs the
-autoencoder's run no longer once it has a checkpoint:
-
-  parts/codec.safetensors   the parameters, by their names
-  parts/codec.json          {"from", "step", "ema": where they come from,
-                             "sha256": of the other file,
-                             "scaled_by": what gave the shift and the scale}
-
-The config keeps the autoencoder's structure as codec.coder.
+A run in latents uses an autoencoder, see `frozen_codec`, and one with
+conditioning.name='frozen_text' text encoders, see `frozen_text`. It copies them
+when it begins, see `kept_parts`, and needs the places that they come from no
+longer once it has a checkpoint.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import safetensors.numpy
-from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion_jax import codecs, models, objectives, runs
-from diffusion_jax.codecs import latents
-from diffusion_jax.system import distributed, files
-from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint, checksum, sharding
-from diffusion_jax.weights import autoencoders, diffusers
+from diffusion_jax.runs import frozen_codec, frozen_text, kept_parts
+from diffusion_jax.runs.kept_parts import Frozen
 
-CODEC = 'codec'  # the part
-SHA256, SEPARATOR, ORIGIN = 'sha256', '/', ('from', 'step')
-FOLDER = 'parts'
-IMPORTED = 'the settings of the imported weights'
-AGAIN = 'copy the folder parts/ from a backup, or train in a new workdir'
-
-
-class Frozen(NamedTuple):
-  """The parts of a run that are not trained.
-
-  Attributes:
-    params: name -> parameters, on the devices.
-    facts: name -> the content of its JSON file; without 'sha256' if the run
-      has no copy yet, and without 'scaled_by' as long as shift and scale are
-      not known.
-  """
-
-  params: dict[str, Any]
-  facts: dict[str, dict]
-
-  @property
-  def origins(self) -> dict[str, str]:
-    """Name -> where a part comes from, for messages."""
-    return {
-      name: ', step '.join(str(facts[x]) for x in ORIGIN if x in facts)
-      for name, facts in self.facts.items()
-    }
-
-
-NONE = Frozen({}, {})
+KINDS = (frozen_codec, frozen_text)
 
 
 def complete(config: ConfigDict, workdir=None) -> None:
-  """Adds the structure of the autoencoder to a config in latents, in place.
+  """Adds the structures of the frozen parts to a config, in place.
 
   Args:
     config: the config of a run.
     workdir: the run's folder, new or existing, or None.
 
   Raises:
-    UserError: codec.path names no autoencoder of such images.
+    UserError: the config names no such part, or one that does not fit.
   """
-  # Validation names the keys that a choice by a flag lacks.
-  if not codecs.is_in_latents(config) or config.codec.get('coder', True):
-    return
-  path = config.codec.path
-  shape = runs.image_shape(config['data'])
-  if workdir and _is_copied(workdir, config):
-    found, theirs = runs.read_config(workdir), shape
-  else:
-    found = _config_of(path)
-    theirs = runs.image_shape(found['data'])
-  # Imported weights are for images of any size.
-  imported = shape != theirs and (
-    _is_folder(path) or runs.converted_from(_at(path))
-  )
-  if shape[-1] != theirs[-1] or not (shape == theirs or imported):
-    there, here = ('x'.join(map(str, sizes)) for sizes in (theirs, shape))
-    raise UserError(
-      f'codec.path={path} encodes images of {there}, but the data are '
-      f'{here}: set data.image_size and data.channels to its, or give '
-      'another autoencoder'
-    )
-  if codecs.is_in_latents(found):
-    coder, decoding = (found[CODEC][name] for name in ('coder', 'decoding'))
-  else:
-    coder, decoding = found[CODEC], {}
-  if found['loss']['name'] == objectives.DITO:
-    decoding = {name: found[name] for name in ('model', 'process', 'loss')}
-  # The same levels attend, whose maps are of other sizes.
-  resolutions = [
-    at * min(shape[:2]) // min(theirs[:2])
-    for at in coder['attention_resolutions']
-  ]
-  with config.unlocked():
-    config.codec.coder = ConfigDict(
-      {**coder, 'attention_resolutions': resolutions}
-    )
-    config.codec.decoding = ConfigDict(decoding)
+  for kind in KINDS:
+    kind.complete(config, workdir)
 
 
 def abstract(config: Mapping) -> dict:
@@ -118,13 +37,9 @@ def abstract(config: Mapping) -> dict:
   Args:
     config: a run's config, completed.
   """
-  if not codecs.is_in_latents(config):
-    return {}
-  shape, codec = runs.image_shape(config['data']), config[CODEC]
-  part = jax.eval_shape(latents.init_of(shape, codec), jax.random.key(0))
-  channels = latents.coder_of(shape, codec['coder']).shape[-1]
-  number = jax.ShapeDtypeStruct((channels,), jnp.float32)
-  return {CODEC: {**part, 'shift': number, 'scale': number}}
+  return {
+    name: tree for kind in KINDS for name, tree in kind.abstract(config).items()
+  }
 
 
 def load(config: Mapping, mesh: Mesh, workdir=None) -> Frozen:
@@ -141,22 +56,16 @@ def load(config: Mapping, mesh: Mesh, workdir=None) -> Frozen:
     UserError: they are missing, damaged, of another structure, or not those
       that the run in the workdir was trained with.
   """
-  if not codecs.is_in_latents(config):
-    return NONE
-  if not workdir or not _has_saved(workdir):
-    return _of_autoencoder(config, mesh)
-  own = copied(config, mesh, workdir)
-  if _is_copied(workdir, config):
-    return own
-  found = _of_autoencoder(config, mesh)
-  kept, now = (checksum.of(one.params) for one in (own, found))
-  if any(kept[name] != now[name] for name in now if is_weight(name)):
-    raise UserError(
-      f'--workdir={workdir} was trained in the latents of '
-      f'{own.origins[CODEC]}, which are not those of {found.origins[CODEC]}: '
-      'give the same codec.path and codec.step, or a new workdir'
-    )
-  return own
+  return joined(kind.load(config, mesh, workdir) for kind in KINDS)
+
+
+def joined(parts) -> Frozen:
+  """Several groups of parts as one."""
+  params, facts = {}, {}
+  for one in parts:
+    params |= one.params
+    facts |= one.facts
+  return Frozen(params, facts)
 
 
 def copied(config: Mapping, mesh: Mesh, workdir) -> Frozen:
@@ -170,224 +79,4 @@ def copied(config: Mapping, mesh: Mesh, workdir) -> Frozen:
   Raises:
     UserError: they are missing, damaged or of another structure.
   """
-  if not codecs.is_in_latents(config):
-    return NONE
-  facts = read_facts(workdir)
-  path = files.at(workdir) / FOLDER / f'{CODEC}.safetensors'
-  if facts is None:
-    raise UserError(f'{path.with_suffix(".json")} is missing: {AGAIN}')
-  content = files.content(path, AGAIN)
-  if hashlib.sha256(content).hexdigest() != facts[SHA256]:
-    raise UserError(f'{path} is not what was saved: {AGAIN}')
-  tree = traverse_util.unflatten_dict(
-    safetensors.numpy.load(content), sep=SEPARATOR
-  )
-  _check_structure({CODEC: tree}, config, path)
-  return Frozen({CODEC: sharding.placed(tree, mesh)}, {CODEC: facts})
-
-
-def read_facts(workdir) -> dict | None:
-  """Reads parts/codec.json; None if there is no such file.
-
-  Raises:
-    UserError: the file is damaged.
-  """
-  path = files.at(workdir) / FOLDER / f'{CODEC}.json'
-  if not path.exists():
-    return None
-  try:
-    facts = json.loads(path.read_text())
-    if not {'from', 'step', 'sha256', 'scaled_by'} <= facts.keys():
-      raise ValueError('it holds something else')
-    return facts
-  except (OSError, ValueError, AttributeError) as e:
-    raise UserError(f'{path} is unreadable ({e}): {AGAIN}') from e
-
-
-def write(workdir, parts: Frozen) -> None:
-  """Copies frozen parts into a run, unless they come from there.
-
-  Call it in all processes.
-
-  Args:
-    workdir: the run's folder.
-    parts: from `load`, with a shift and a scale.
-  """
-  for name, facts in parts.facts.items():
-    if SHA256 in facts:
-      continue
-    tree = jax.tree.map(sharding.to_host, parts.params[name])
-    content = safetensors.numpy.save(models.named(tree))
-    there = files.at(workdir) / FOLDER
-
-    def put(name=name, facts=facts, content=content, there=there):
-      with files.replacing(files.make(there) / f'{name}.safetensors') as file:
-        file.write(content)
-      known = {**facts, SHA256: hashlib.sha256(content).hexdigest()}
-      files.write_json(there / f'{name}.json', known)
-
-    distributed.on_first(put)
-
-
-def _of_autoencoder(config, mesh) -> Frozen:
-  """The parts of the run or the folder that codec.path names."""
-  codec = config[CODEC]
-  if _is_folder(codec['path']):
-    _leave_out(codec, 'step', 'a folder of weights, which has no steps')
-    size = config['data']['image_size']
-    found = autoencoders.read(_at(codec['path']), size)
-    return of_folder(found, config, mesh)
-  path, there = codec['path'], _config_of(codec['path'])
-  own = {'from': str(_at(path))}
-  if codecs.is_in_latents(there):
-    for key in ('step', 'scale'):
-      _leave_out(codec, key, f'a run in latents, whose {key} is taken')
-    found = copied({**there, 'data': config['data']}, mesh, _at(path))
-    facts = {k: v for k, v in found.facts[CODEC].items() if k != SHA256}
-    return found._replace(facts={CODEC: {**facts, **own}})
-  directory = _at(path) / 'checkpoints'
-  wanted = abstract(config)[CODEC]
-  numbers = {name: wanted.pop(name) for name in ('shift', 'scale')}
-  # A DiTo's network is a part of its run, and of the codec's part here.
-  net = {models.NET: wanted.pop(models.NET)} if models.NET in wanted else {}
-  wanted = sharding.abstract({CODEC: wanted, **net}, mesh)
-
-  def read(at):
-    taken, left = checkpoint.load_common(directory, at, wanted)
-    for row in left:
-      if row['here']:
-        raise UserError(
-          f'codec.path={path} holds another autoencoder than its config.json '
-          f'says: {row["name"]} is {row["there"] or "missing"}'
-        )
-    return at, taken
-
-  step = codec['step']
-  if step:
-    checkpoint.find_step(directory, step, 'codec.step')
-  step, taken = read(step) if step else checkpoint.read_newest(directory, read)
-  part = jax.tree.structure(wanted).unflatten(
-    taken[name] for name in models.names(wanted)
-  )
-  part = {**part.pop(CODEC), **part}
-  given, scaled_by = _given_scale(codec, path)
-  given = {
-    name: np.array(np.broadcast_to(given[name], x.shape), x.dtype)
-    for name, x in numbers.items()
-  }
-  facts = {**own, 'step': step, 'ema': True}
-  facts |= {'scaled_by': scaled_by} if scaled_by else {}
-  return Frozen(
-    {CODEC: {**part, **sharding.placed(given, mesh)}}, {CODEC: facts}
-  )
-
-
-def of_folder(found: autoencoders.Folder, config, mesh: Mesh) -> Frozen:
-  """The autoencoder of a folder of diffusers.
-
-  Args:
-    found: the content of the folder.
-    config: the config of the run in its latents, completed.
-    mesh: the devices to load it to.
-
-  Raises:
-    UserError: the weights do not fit the settings, or are not finite.
-  """
-  codec = config[CODEC]
-  path = str(_at(codec['path']))
-  wanted = abstract(config)[CODEC]
-  numbers = {name: wanted.pop(name) for name in ('shift', 'scale')}
-  part = diffusers.to_params(found.tensors, wanted, path)
-  if name := models.not_finite(part):
-    raise UserError(
-      f'{path}: the weights {name} are not finite: give an earlier checkpoint, '
-      'or download it again'
-    )
-  scaled_by = IMPORTED
-  given = {'shift': found.shift, 'scale': found.scale}
-  if codec['scale']:
-    given, scaled_by = _given_scale(codec, path)
-  part |= {
-    name: np.array(np.broadcast_to(given[name], x.shape), x.dtype)
-    for name, x in numbers.items()
-  }
-  facts = {'from': path, 'step': 0, 'ema': True, 'scaled_by': scaled_by}
-  return Frozen({CODEC: sharding.placed(part, mesh)}, {CODEC: facts})
-
-
-def _leave_out(codec, key, what) -> None:
-  if codec[key]:
-    raise UserError(
-      f'codec.{key}={codec[key]}: codec.path={codec["path"]} is {what}: leave '
-      f'codec.{key} at 0'
-    )
-
-
-def _given_scale(codec, path) -> tuple[dict, str]:
-  """Shift and scale that are not measured, and who says so; '' for nobody."""
-  if codec['scale']:
-    given = {name: codec[name] for name in ('shift', 'scale')}
-    return given, 'codec.scale and codec.shift'
-  facts = runs.conversion(_at(path)) or {}
-  if 'scale' in facts:
-    given = {name: facts[name] for name in ('shift', 'scale')}
-    return given, IMPORTED
-  return {'shift': 0.0, 'scale': 1.0}, ''
-
-
-def _at(path) -> files.Path:
-  return files.absolute(files.at(path).expanduser())
-
-
-def _is_folder(path) -> bool:
-  """Whether there is an autoencoder of diffusers at a path."""
-  return bool(path) and autoencoders.is_folder(_at(path))
-
-
-def _config_of(path) -> dict:
-  """The config of an autoencoder's run, or of a run in its latents."""
-  if not path:
-    raise UserError(
-      'codec.path is empty: give the folder of an autoencoder, which a run '
-      "with codec.name='autoencoder' trains"
-    )
-  if _is_folder(path):
-    # As if it were an autoencoder's run.
-    loss = {'name': 'autoencoding'}
-    return {**autoencoders.settings_in(_at(path)), 'loss': loss}
-  config = runs.read_config(_at(path), 'codec.path')
-  if not (codecs.reconstructs(config) or codecs.is_in_latents(config)):
-    raise UserError(
-      f'codec.path={path} is a run with codec.name={config[CODEC]["name"]!r}: '
-      "give one with codec.name='autoencoder'"
-    )
-  return config
-
-
-def _has_saved(workdir) -> bool:
-  """Whether a run has a checkpoint: without one it may begin anew."""
-  return bool(checkpoint.steps(files.at(workdir) / 'checkpoints'))
-
-
-def _is_copied(workdir, config) -> bool:
-  """Whether a run was trained with the autoencoder that the config names."""
-  facts = read_facts(workdir)
-  if facts is None or not _has_saved(workdir):
-    return False
-  path, step = config[CODEC]['path'], config[CODEC]['step']
-  return facts['from'] == str(_at(path)) and step in (0, facts['step'])
-
-
-def _check_structure(tree, config, path) -> None:
-  wanted = abstract(config)
-  for row in models.differences(tree, wanted, lambda leaf: tuple(leaf.shape)):
-    raise UserError(
-      f'{path} holds another autoencoder than config.json: {row["name"]} is '
-      f'{row["there"] or "missing"} there, {row["here"] or "missing"} in the '
-      f'config: {AGAIN}'
-    )
-
-
-def is_weight(name: str) -> bool:
-  """Whether a parameter is one of the autoencoder, not shift or scale."""
-  return name not in (f'{CODEC}/shift', f'{CODEC}/scale')
+  return kept_parts.read(workdir, abstract(config), mesh)

@@ -15,7 +15,7 @@ from diffusion_jax.data import latents as cache
 from diffusion_jax.data import looks
 from diffusion_jax.data.sources import Source
 from diffusion_jax.models.autoencoder import Coder
-from diffusion_jax.runs import encoding, frozen
+from diffusion_jax.runs import encoding, frozen_codec, kept_parts
 from diffusion_jax.runs.dataset import Splits
 from diffusion_jax.system import numerics, terminal
 from diffusion_jax.training import sharding
@@ -23,7 +23,7 @@ from diffusion_jax.training import sharding
 MEASURED = 50_000
 
 
-def cached(config, splits: Splits, parts: frozen.Frozen) -> Splits:
+def cached(config, splits: Splits, parts: kept_parts.Frozen) -> Splits:
   """The splits with the latents of codec.cache in place of images.
 
   Args:
@@ -36,7 +36,7 @@ def cached(config, splits: Splits, parts: frozen.Frozen) -> Splits:
   """
   given = {
     'weights': encoding.fingerprint(parts.params),
-    'origin': parts.origins[frozen.CODEC],
+    'origin': parts.origins[frozen_codec.CODEC],
   }
   folder, (train, heldout) = config['codec']['cache'], splits
   train = cache.opened(
@@ -48,8 +48,8 @@ def cached(config, splits: Splits, parts: frozen.Frozen) -> Splits:
 
 
 def scaled(
-  config, source: Source, parts: frozen.Frozen, mesh: Mesh
-) -> frozen.Frozen:
+  config, source: Source, parts: kept_parts.Frozen, mesh: Mesh
+) -> kept_parts.Frozen:
   """The frozen parts with shift and scale, measured where there are none.
 
   Args:
@@ -58,7 +58,7 @@ def scaled(
     parts: the frozen parts.
     mesh: the devices.
   """
-  facts = parts.facts[frozen.CODEC]
+  facts = parts.facts[frozen_codec.CODEC]
   if 'scaled_by' in facts:
     return parts
   coder = encoding.coder_of(config)
@@ -68,9 +68,11 @@ def scaled(
   ):
     found = scale_of(coder, parts.params, source, mesh)
   told = f'mean and deviation over {count} training images'
-  part = {**parts.params[frozen.CODEC], **sharding.placed(found, mesh)}
+  part = {**parts.params[frozen_codec.CODEC], **sharding.placed(found, mesh)}
   facts = {**facts, 'scaled_by': told}
-  return frozen.Frozen({frozen.CODEC: part}, {frozen.CODEC: facts})
+  return kept_parts.Frozen(
+    {frozen_codec.CODEC: part}, {frozen_codec.CODEC: facts}
+  )
 
 
 @numerics.fixed()

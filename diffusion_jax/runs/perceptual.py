@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.models import lpips
 from diffusion_jax.objectives.autoencoding import LPIPS
-from diffusion_jax.runs import frozen
+from diffusion_jax.runs import kept_parts
 from diffusion_jax.system import distributed
 from diffusion_jax.training import sharding
 from diffusion_jax.weights import lpips as weights
@@ -26,7 +26,7 @@ def abstract(config: Mapping) -> dict:
   return {LPIPS: lpips.abstract()} if is_used(config) else {}
 
 
-def load(config: Mapping, mesh: Mesh) -> frozen.Frozen:
+def load(config: Mapping, mesh: Mesh) -> kept_parts.Frozen:
   """Loads the part for a start of a run; NONE for a run without.
 
   Call it in all processes.
@@ -39,8 +39,10 @@ def load(config: Mapping, mesh: Mesh) -> frozen.Frozen:
     UserError: as for `weights.lpips.read`.
   """
   if not is_used(config):
-    return frozen.NONE
+    return kept_parts.NONE
   path = config['loss']['lpips_path']
   params, digest = distributed.everywhere(lambda: weights.read(path))
-  facts = {'from': str(path), frozen.SHA256: digest}
-  return frozen.Frozen({LPIPS: sharding.placed(params, mesh)}, {LPIPS: facts})
+  facts = {'from': str(path), kept_parts.SHA256: digest}
+  return kept_parts.Frozen(
+    {LPIPS: sharding.placed(params, mesh)}, {LPIPS: facts}
+  )

@@ -8,7 +8,14 @@ from jax.sharding import Mesh
 
 from diffusion_jax import codecs
 from diffusion_jax.data import resident
-from diffusion_jax.runs import finetune, frozen, latents, perceptual, texts
+from diffusion_jax.runs import (
+  finetune,
+  frozen,
+  kept_parts,
+  latents,
+  perceptual,
+  texts,
+)
 from diffusion_jax.runs.dataset import Splits
 from diffusion_jax.system import distributed
 
@@ -27,9 +34,9 @@ def complete(config, workdir=None) -> None:
   texts.complete(config, workdir)
 
 
-def keep(workdir, parts: frozen.Frozen, splits: Splits) -> None:
+def keep(workdir, parts: kept_parts.Frozen, splits: Splits) -> None:
   """Copies frozen parts and the tokenizer into a run; see their `write`."""
-  frozen.write(workdir, parts)
+  kept_parts.write(workdir, parts)
   texts.write(workdir, splits[0])
 
 
@@ -39,7 +46,7 @@ def prepare(
   workdir,
   splits: Splits,
   origin: finetune.Origin | None = None,
-) -> tuple[Splits, frozen.Frozen]:
+) -> tuple[Splits, kept_parts.Frozen]:
   """What a run trains on, and with which frozen parts.
 
   Call it in all processes.

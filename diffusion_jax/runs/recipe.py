@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax import codecs, conditioning, models, objectives, runs
-from diffusion_jax.conditioning import text
+from diffusion_jax.conditioning import masked, text
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import (
   autoencoders,
-  dataset,
   frozen,
+  kept_parts,
   pairs,
   perceptual,
   rules,
@@ -104,7 +104,7 @@ class Recipe(NamedTuple):
     return gaussian.denoiser(network, self.schedule, self.prediction)
 
 
-def create(config: Mapping, parts: frozen.Frozen | None = None) -> Recipe:
+def create(config: Mapping, parts: kept_parts.Frozen | None = None) -> Recipe:
   """Makes the recipe of a config; nothing is compiled or allocated.
 
   Args:
@@ -125,8 +125,13 @@ def create(config: Mapping, parts: frozen.Frozen | None = None) -> Recipe:
     image_shape=runs.image_shape(config['data']), **config['codec']
   )
   conditioner = conditioning.create(
-    augment=config['data'].get('augment', 0.0), **config['conditioning']
+    augment=config['data'].get('augment', 0.0),
+    image_shape=runs.image_shape(config['data']),
+    **config['conditioning'],
   )
+  if config['conditioning'].get('channels'):
+    shape = runs.image_shape(config['data'])
+    conditioner = masked.create(conditioner, codec, shape)
   classes, learned = None, config['loss']['variance'] == gaussian.LEARNED
   if config['loss']['name'] == objectives.CLASSIFICATION:
     classes = config['conditioning']['num_classes']
@@ -148,7 +153,7 @@ def create(config: Mapping, parts: frozen.Frozen | None = None) -> Recipe:
     **loss,
   )  # fmt: skip
   parts = {models.NET: network}
-  if dataset.has_captions(config['conditioning']) and not classes:
+  if config['conditioning']['name'] == text.PART and not classes:
     parts[text.PART] = text.network(config['conditioning'])
   return Recipe(
     parts, *given, codec, conditioner, schedule,

@@ -17,23 +17,50 @@ from diffusion_jax import runs
 from diffusion_jax.conditioning import tokenizers
 from diffusion_jax.data import captions
 from diffusion_jax.data.sources import Source
-from diffusion_jax.runs import dataset, finetune
+from diffusion_jax.runs import dataset, finetune, frozen_text, kept_parts
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint
 
-FOLDER = 'parts'
-AGAIN = 'copy the folder parts/ from a backup, or train in a new workdir'
+AGAIN = kept_parts.AGAIN
+OWN = 'tokenizer'  # the file of a run with one tokenizer
 SET = ('ids', 'length', 'sha256')  # keys of conditioning that a start sets
 
 
 class Encoder(NamedTuple):
-  """A tokenizer as the `encode_fn` of a source."""
+  """A run's tokenizers, as the `encode_fn` of a source.
 
-  tokenizer: tokenizers.Tokenizer
+  Attributes:
+    each: the name of a file, without its end -> a tokenizer. A text's ids by
+      each of them stand side by side.
+  """
+
+  each: dict[str, tokenizers.Tokenizer]
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
-    return self.tokenizer.encode(texts).ids
+    return self.encode(texts).ids
+
+  def encode(self, texts: Sequence[str]) -> tokenizers.Tokens:
+    """The ids of texts by all tokenizers; what is cut is that of the first."""
+    found = [one.encode(texts) for one in self.each.values()]
+    ids, mask = (
+      np.concatenate([getattr(one, name) for one in found], axis=1)
+      for name in ('ids', 'mask')
+    )
+    return tokenizers.Tokens(ids, mask, found[0].cut)
+
+  @property
+  def length(self) -> int:
+    """The most tokens of a text, with start and end."""
+    return next(iter(self.each.values())).length
+
+  @property
+  def sha256(self) -> str:
+    """The hash of the tokenizers."""
+    digests = [one.sha256 for one in self.each.values()]
+    if len(digests) == 1:
+      return digests[0]
+    return hashlib.sha256('\n'.join(digests).encode()).hexdigest()
 
 
 def complete(config: ConfigDict, workdir=None) -> None:
@@ -53,7 +80,7 @@ def complete(config: ConfigDict, workdir=None) -> None:
   with config.unlocked():
     for key in SET:
       # A length or hash that is given is compared with that of the run.
-      if not config.conditioning.get(key):
+      if key in own and not config.conditioning.get(key):
         value = own[key]
         config.conditioning[key] = ConfigDict(value) if key == 'ids' else value
 
@@ -81,22 +108,21 @@ def prepare(
   if not dataset.has_captions(config['conditioning']):
     return splits
   made = distributed.everywhere(
-    lambda: _tokenizer(config, workdir, splits[0], origin)
+    lambda: _tokenizers(config, workdir, splits[0], origin)
   )
   if len({*distributed.gather(made.sha256)}) > 1:
     raise UserError(
       'the tokenizers are not the same on all hosts: install the same version '
       'of the package tokenizers on all of them'
     )
-  chosen = {
-    'ids': {'bos': made.bos, 'eos': made.eos, 'pad': made.pad},
-    'length': made.length,
-    'sha256': made.sha256,
-  }
+  chosen = {'sha256': made.sha256}
+  if not frozen_text.is_used(config):
+    one = made.each[OWN]
+    ids = {'bos': one.bos, 'eos': one.eos, 'pad': one.pad}
+    chosen |= {'ids': ids, 'length': one.length}
   with config.unlocked():
     config.conditioning.update(ConfigDict(chosen))
-  encode = Encoder(made)
-  return tuple(one and captions.encoded(one, encode) for one in splits)
+  return tuple(one and captions.encoded(one, made) for one in splits)
 
 
 def write(workdir, source: Source) -> None:
@@ -110,32 +136,50 @@ def write(workdir, source: Source) -> None:
   """
   if not isinstance(source.encode_fn, Encoder):
     return
-  made, folder = source.encode_fn.tokenizer, files.at(workdir) / FOLDER
+  save(workdir, source.encode_fn)
+
+
+def save(workdir, encoder: Encoder) -> None:
+  """Writes tokenizers into a run, see `write`."""
+  folder = files.at(workdir) / kept_parts.FOLDER
 
   def put():
-    path = files.make(folder) / tokenizers.FILE
-    if not path.exists() or path.read_bytes() != made.content.encode():
-      tokenizers.write(path, made)
+    for name, made in encoder.each.items():
+      path = files.make(folder) / f'{name}.json'
+      if not path.exists() or path.read_bytes() != made.content.encode():
+        tokenizers.write(path, made)
 
   distributed.on_first(put)
 
 
-def kept(workdir, config: Mapping) -> tokenizers.Tokenizer:
-  """The tokenizer that a run has kept.
+def kept(workdir, config: Mapping) -> Encoder:
+  """The tokenizers that a run has kept.
 
   Args:
     workdir: the run's folder.
     config: its config.
 
   Raises:
-    UserError: it is missing, or not what was saved.
+    UserError: they are missing, or not what was saved.
   """
-  path = files.at(workdir) / FOLDER / tokenizers.FILE
-  content = files.content(path, AGAIN)
-  digest = hashlib.sha256(content).hexdigest()
-  if digest != config['conditioning']['sha256']:
-    raise UserError(f'{path} is not what was saved: {AGAIN}')
-  return tokenizers.read(path)
+  folder = files.at(workdir) / kept_parts.FOLDER
+  names = [OWN]
+  if frozen_text.is_used(config):
+    parts = sorted(config['conditioning']['encoders'])
+    names = [frozen_text.FOLDERS[part][1] for part in parts]
+  paths = {name: folder / f'{name}.json' for name in names}
+  # Damaged files are not read.
+  digests = [
+    hashlib.sha256(files.content(path, AGAIN)).hexdigest()
+    for path in paths.values()
+  ]
+  whole = digests[0]
+  if len(digests) > 1:
+    whole = hashlib.sha256('\n'.join(digests).encode()).hexdigest()
+  if whole != config['conditioning']['sha256']:
+    given = ' or '.join(map(str, paths.values()))
+    raise UserError(f'{given} is not what was saved: {AGAIN}')
+  return Encoder({n: tokenizers.read(path) for n, path in paths.items()})
 
 
 def captions_of_grid(source: Source, count: int) -> list[str] | None:
@@ -164,15 +208,17 @@ def of_grid(source: Source, count: int) -> tuple:
   return None, {'tokens': np.asarray(source.encode_fn(told), np.int32)}
 
 
-def _tokenizer(config, workdir, source, origin) -> tokenizers.Tokenizer:
-  """The tokenizer of a start."""
+def _tokenizers(config, workdir, source, origin) -> Encoder:
+  """The tokenizers of a start."""
   options = config['conditioning']
   if workdir and checkpoint.steps(files.at(workdir) / 'checkpoints'):
     return kept(workdir, config)
+  if frozen_text.is_used(config):
+    made = of_path(options['path'], options)
+    _say_cut(made, _some(source))
+    return made
   length = options['length'] or None
-  count = min(len(source), captions.DESCRIBED)
-  each = captions.of(source, np.arange(count) * len(source) // count)
-  texts = [text for several in each for text in several]
+  texts = _some(source)
   path = options['tokenizer'] or _of_origin(origin)
   if path:
     made = tokenizers.read(_place(path), length)
@@ -184,8 +230,34 @@ def _tokenizer(config, workdir, source, origin) -> tokenizers.Tokenizer:
       f'conditioning.tokenizer={path} has {made.size} ids: set '
       f'conditioning.vocabulary={made.size}'
     )
+  made = Encoder({OWN: made})
   _say_cut(made, texts)
   return made
+
+
+def of_path(path, conditioning: Mapping) -> Encoder:
+  """The tokenizers of text encoders that are not trained.
+
+  Args:
+    path: the folder or run of the encoders.
+    conditioning: the config's group, completed.
+  """
+  encoders = conditioning['encoders']
+  return Encoder(
+    {
+      frozen_text.FOLDERS[part][1]: frozen_text.tokenizer_of(
+        path, part, encoders[part]
+      )
+      for part in sorted(encoders)
+    }
+  )
+
+
+def _some(source) -> list[str]:
+  """Captions of a source, evenly spaced."""
+  count = min(len(source), captions.DESCRIBED)
+  each = captions.of(source, np.arange(count) * len(source) // count)
+  return [text for several in each for text in several]
 
 
 def _of_origin(origin) -> str | None:
@@ -205,7 +277,7 @@ def _of_origin(origin) -> str | None:
 def _place(path):
   """A folder or file of a tokenizer; of a run its own."""
   place = files.at(path).expanduser()
-  own = place / FOLDER / tokenizers.FILE
+  own = place / kept_parts.FOLDER / tokenizers.FILE
   return own if own.is_file() else place
 
 

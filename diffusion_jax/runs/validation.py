@@ -112,6 +112,7 @@ def check(config: config_dict.ConfigDict, devices: Sequence) -> list[str]:
     *_mesh(config, len(devices)),
     *_dispatch(config),
     *_network(config),
+    *_masks(config),
   )
 
 
@@ -231,6 +232,15 @@ def _classifier(config):
   )
 
 
+def _masks(config):
+  channels = config.conditioning.get('channels')
+  yield (
+    not channels,
+    f'conditioning.channels={channels}: a network that inpaints can be sampled '
+    'from, but not trained, for data have no masks',
+  )
+
+
 def _latents(config):
   codec = config.codec
   if not codecs.is_in_latents(config):
@@ -275,6 +285,7 @@ OF_CONDITION = {
     ('num_heads', lambda x: x >= 1, '1 or more'),
     ('drop', lambda x: 0 <= x < 1, 'in [0, 1)'),
   ),
+  'frozen_text': (('drop', lambda x: 0 <= x < 1, 'in [0, 1)'),),
 }
 
 

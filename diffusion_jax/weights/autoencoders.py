@@ -17,6 +17,7 @@ import numpy as np
 
 from diffusion_jax.models import autoencoder
 from diffusion_jax.system import files
+from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import coders, diffusers, places, shards, states
 
 ONE_EACH = 'encoder.conv_in.weight'
@@ -103,6 +104,26 @@ def read(
     config, kept, shift, scale, state.tensors, state.raw, state.sha256,
     state.names, [*place.notes, *state.notes],
   )  # fmt: skip
+
+
+def of_latents(path, size, channels: int) -> Folder:
+  """Reads the autoencoder of a U-Net.
+
+  Args:
+    path: its folder, see `read`.
+    size: the size of the latents.
+    channels: their channels, those of the U-Net.
+
+  Raises:
+    UserError: as for `read`, or its latents have other channels.
+  """
+  found = read(path, latent_size=size)
+  if len(found.scale) != channels:
+    raise UserError(
+      f'{path} has latents of {len(found.scale)} channels, but the U-Net takes '
+      f'{channels}: they do not belong together'
+    )
+  return found
 
 
 def write(path, config: Mapping, params, kept: Mapping | None = None) -> None:

@@ -32,28 +32,54 @@ def write(
     UserError: diffusers does not support such a pipeline.
   """
   coder, image = config['codec']['coder'], config['data']
-  of_coder = {'codec': coder, 'data': image}
-  kind = coders.class_of(coder)
-  part, factor = unscaled(params['codec'], coder)
-  kept = kept or {}
-  given = kept.get('scaling_factor') or 1.0
-  if np.float32(1 / given) == np.float32(1 / factor):
-    factor = given  # without the rounding of the scale
-  kept = {k: kept[k] for k in kept if k == UPCAST} | {'scaling_factor': factor}
+  part, of_coder = coder_of(config, params['codec'], kept)
+  # Of others there is no setting in an LDMPipeline's autoencoder.
+  names = (UPCAST, 'scaling_factor')
+  of_coder = {name: of_coder[name] for name in names if name in of_coder}
   size, channels = image['image_size'], len(params['codec']['scale'])
   if isinstance(size, int):  # of others diffusers has no pipeline
     size //= 2 ** (len(coder['multipliers']) - 1)
   latents = {'image_size': size, 'channels': channels}
   in_latents = {**config, 'data': {**image, **latents}}
   diffusers.settings_of(in_latents)  # raises before anything is written
-  autoencoders.write(files.at(path) / places.CODECS[0], of_coder, part, kept)
+  autoencoders.write(
+    files.at(path) / places.CODECS[0],
+    {'codec': coder, 'data': image},
+    part,
+    of_coder,
+  )
   diffusers.write(
     path,
     in_latents,
     params['net'],
     diffusers.IN_LATENTS,
-    {places.CODECS[0]: kind},
+    {places.CODECS[0]: coders.class_of(coder)},
   )
+
+
+def coder_of(
+  config: Mapping, part: Mapping, kept: Mapping | None = None
+) -> tuple[dict, dict]:
+  """The autoencoder of a run in latents, as diffusers has it.
+
+  Args:
+    config: the run's config.
+    part: the parameters 'codec'.
+    kept: the settings that it was imported with, if it was.
+
+  Returns:
+    (its parameters, its settings besides the config's), see
+    `autoencoders.write`.
+
+  Raises:
+    UserError: as for `unscaled`.
+  """
+  own, factor = unscaled(part, config['codec']['coder'])
+  kept = kept or {}
+  given = kept.get('scaling_factor') or 1.0
+  if np.float32(1 / given) == np.float32(1 / factor):
+    factor = given  # without the rounding of the scale
+  return own, {**kept, 'scaling_factor': factor}
 
 
 def unscaled(part: Mapping, coder: Mapping) -> tuple[dict, float]:

@@ -24,6 +24,7 @@ from diffusion_jax.weights import (
   states,
 )
 
+CLASS = conditional.CLASS
 VARIANTS = {'': np.float32, 'fp16': np.float16}
 # What is a 1x1 convolution in folders without use_linear_projection.
 _PROJECTION = re.compile(r'.*\.attentions\.\d+\.proj_(in|out)\.weight')
@@ -88,6 +89,13 @@ def read(path) -> Folder:
   )  # fmt: skip
 
 
+def settings_of(
+  config: Mapping, doors: Mapping[str, int], kept: Mapping | None = None
+) -> dict:
+  """The content of config.json, see `conditional.unet_of`."""
+  return conditional.unet_of(config, doors, kept)
+
+
 def write(
   path,
   config: Mapping,
@@ -112,7 +120,7 @@ def write(
     UserError: diffusers does not support such a network, or a number is too
       large for float16.
   """
-  settings = conditional.unet_of(config, doors, kept)
+  settings = settings_of(config, doors, kept)
   tensors = to_tensors(params, settings)
   if variant:
     tensors = {n: _halved(n, array) for n, array in tensors.items()}
