@@ -14,7 +14,7 @@ from absl import flags
 
 from diffusion_jax import runs, samplers
 from diffusion_jax.cli import command, declare, guiding, low_rank
-from diffusion_jax.runs import averaged, calibration, guided, store
+from diffusion_jax.runs import averaged, calibration, guided, imported, store
 from diffusion_jax.runs.trained import Trained
 from diffusion_jax.samplers import grid
 from diffusion_jax.samplers import plan as plans
@@ -38,7 +38,8 @@ declare.table(
   batch_size=(256, 'Images per batch, over all devices.'),
   sampler=(
     'ancestral',
-    f'One of {", ".join(samplers.SAMPLERS)}; list prints a table of them.',
+    f'One of {", ".join(samplers.SAMPLERS)}; list prints a table of them. Of '
+    "a run from a pipeline of diffusers, by default the pipeline's.",
   ),
   num_steps=(int, 'Sampling steps; by default all of the schedule.'),
   grid=(
@@ -95,7 +96,12 @@ def asked() -> dict:
   Besides, `ema_profile`, the network's average.
   """
   names = ('sampler', 'num_steps', 'grid', 'clip', 'ema_profile', *OPTIONS)
-  return {**{name: FLAGS[name].value for name in names}, **guiding.asked()}
+  given = {name: FLAGS[name].value for name in names}
+  if all(FLAGS[name].using_default_value for name in ('sampler', 'grid')):
+    none = dict.fromkeys(('sampler', 'grid'))
+    found = imported.sampling(declare.workdir(), {**given, **none})
+    given |= {name: x for name, x in found.items() if x is not None}
+  return {**given, **guiding.asked()}
 
 
 def check_flags(**least) -> None:

@@ -132,20 +132,23 @@ def tables(
     cut, which is said once.
   """
   rest = {**plan.condition}
-  prompts, negative = rest.pop('prompts', None), rest.pop('negative_prompt', '')
+  prompts = rest.pop('prompts', None)
+  negative = rest.pop('negative_prompt', None)
   if prompts is None:
     return plan, None
   made = texts.kept(workdir, config)
-  each = made.encode([*prompts, negative])
+  both = [*prompts, *([] if negative is None else [negative])]
+  each = made.encode(both)
   for number, left in each.cut.items():
-    prompt = [*prompts, negative][number]
+    prompt = both[number]
     terminal.say_once(
       f'the prompt {_shown(prompt)} is longer than the {made.length} tokens of '
       f'the run: {left[:60]!r} is left out'
     )
-  return plan._replace(condition=rest), {
-    'tokens': each.ids[:-1], 'negative': each.ids[-1:]
-  }  # fmt: skip
+  found = {'tokens': each.ids[: len(prompts)]}
+  if negative is not None:
+    found['negative'] = each.ids[len(prompts) :]
+  return plan._replace(condition=rest), found
 
 
 def _shown(value: str | Sequence[str]) -> str:

@@ -144,11 +144,10 @@ def read(path) -> Pipeline:
 
 def _check_doors(parts, doors, folder) -> None:
   """Raises UserError unless the text encoders fit the network."""
-  shape = runs.image_shape(parts['data'])
-  given = {**default.frozen_text(), **parts['conditioning']}
-  made = conditioning.create(image_shape=shape, **given)
-  for door in sorted(made.doors.keys() | doors.keys()):
-    here, there = made.doors.get(door), doors.get(door)
+  condition = {**default.frozen_text(), **parts['conditioning']}
+  made = doors_of({**parts, 'conditioning': condition})
+  for door in sorted(made.keys() | doors.keys()):
+    here, there = made.get(door), doors.get(door)
     if here != there:
       raise UserError(
         f'{folder}: the text encoders give the U-Net {door} of {here}, but it '

@@ -19,6 +19,7 @@ from diffusion_jax.runs import (
   draw,
   frozen,
   guided,
+  imported,
   labels,
   prompts,
   recipe,
@@ -258,6 +259,7 @@ class Trained:
       UserError: an unknown name, a number out of range, or a plan that needs a
         calibration of the network, if there is none.
     """
+    options = imported.sampling(self.workdir, options, options.get('sampler'))
     asked = {name: options.pop(name, None) for name in prompts.NAMES}
     condition = prompts.condition(
       self.workdir, self.config, asked, self.guides.get(guided.CLASSIFIER)
