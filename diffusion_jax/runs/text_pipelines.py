@@ -89,6 +89,11 @@ def read(path) -> Pipeline:
   folder = places.find(path).index.parent
   index = _settings(folder / places.PIPELINE)
   kind = index.get('_class_name')
+  if not kind:
+    raise UserError(
+      f'{folder} has no {places.PIPELINE}: a {stable_diffusion.CLASS} needs '
+      'its pipeline, with autoencoder and text encoder: give its folder'
+    )
   settings.agree(folder / places.PIPELINE, '_class_name', kind, CLASSES)
   for name in (CODEC, 'scheduler', *frozen_text.FOLDERS[text.PART]):
     if not (folder / name).is_dir():

@@ -259,7 +259,7 @@ class Trained:
       UserError: an unknown name, a number out of range, or a plan that needs a
         calibration of the network, if there is none.
     """
-    options = imported.sampling(self.workdir, options, options.get('sampler'))
+    options = imported.sampling(self.workdir, options)
     asked = {name: options.pop(name, None) for name in prompts.NAMES}
     condition = prompts.condition(
       self.workdir, self.config, asked, self.guides.get(guided.CLASSIFIER)
@@ -277,9 +277,8 @@ class Trained:
       return kept
 
     return plans.for_run(
-      self.config, calibration=found, condition=condition, **facts,
-      **options,
-    )  # fmt: skip
+      self.config, calibration=found, condition=condition, **facts, **options
+    )
 
   @numerics.fixed()
   def drawer(
