@@ -93,9 +93,9 @@ def get_config():
 
   # Network inputs other than the noised data and the time.
   config.conditioning = ConfigDict()
-  # 'none', 'label', class labels of the data, or captions: 'text', with an
-  # encoder that the run trains, 'frozen_text', with trained ones. Both have keys
-  # of their own, see below.
+  # 'none', 'label', class labels of the data, or captions: 'text' trains an
+  # encoder of them, 'frozen_text' takes trained ones. Both have keys of their
+  # own, see below.
   config.conditioning.name = 'none'
   # For 'label': the number of classes of the data.
   config.conditioning.num_classes = 0
