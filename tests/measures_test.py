@@ -155,6 +155,31 @@ def test_attention_equals_that_of_jax(heads):
   same_derivatives(attention.attend, plain, tuple(args), 3e-6)
 
 
+def test_attention_in_pieces_writes_few_logits(monkeypatch):
+  """12 queries by 12 keys, of which 2 queries at once have their logits.
+
+  The backward pass keeps none of them: it takes less memory than all logits.
+  """
+  args = tuple(noise(2, 12, 2, 4, seed=i) for i in range(3))
+  plain = jax.nn.dot_product_attention
+
+  def logits(attend, length):
+    """Whether an array of all logits of a head is anywhere in the program."""
+    shapes = [jax.ShapeDtypeStruct((1, length, 1, 4), jnp.float32)] * 3
+    made = jax.make_jaxpr(jax.grad(lambda *x: attend(*x).sum()))(*shapes)
+    return f'{length},{length}]' in str(made)
+
+  assert logits(attention.attend, 12)
+  monkeypatch.setattr(attention, 'LARGEST', 24)
+  same_derivatives(attention.attend, plain, args, 3e-6)
+  assert not logits(attention.attend, 12)
+  # 11 is prime: one query at once.
+  odd = tuple(x[:, :11] for x in args)
+  np.testing.assert_allclose(
+    attention.attend(*odd), plain(*odd), rtol=0, atol=3e-6
+  )
+
+
 def test_a_projection_of_parts_is_that_of_the_whole():
   layer = nnx.Linear(10, 4, rngs=nnx.Rngs(0))
   layer.bias[...] = noise(4, seed=2)

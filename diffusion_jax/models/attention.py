@@ -1,13 +1,19 @@
 """Self-attention over all positions, with the memory traffic that it needs.
 
-The logits and the softmax are float32 for any dtype.
+The logits and the softmax are float32 for any dtype. Where cuDNN has a kernel,
+they are not written at all; of long sequences, elsewhere, only those of some
+queries exist at once.
 """
 
 import functools
+import math
 import os
 
 import jax
 import jax.numpy as jnp
+
+# Logits of a head that exist at once: 8 MB in float32.
+LARGEST = 2**21
 
 
 def attend(
@@ -22,23 +28,38 @@ def attend(
     query: [B, T, heads, D].
     key: like `query`.
     value: like `query`.
-    training: whether only gradients are taken, if any. Then cuDNN's kernel is
-      used where this machine has it, which writes no logits but has no forward
-      derivative: on a GPU in bfloat16, unless XLA_FLAGS asks for deterministic
-      operations.
+    training: whether only gradients are taken, if any. Then cuDNN's kernel,
+      which has no forward derivative, is also used backwards. It is used on a
+      GPU in bfloat16, unless XLA_FLAGS asks for deterministic operations.
 
   Returns:
     [B, T, heads, D].
   """
-  if not (training and _has_kernel(query)):
-    return _by_heads(query, key, value)
+  if not _has_kernel(query):
+    return _in_pieces(query, key, value)
+  return (_kernel if training else _forward)(query, key, value)
+
+
+def _kernel(query, key, value) -> jax.Array:
+  """cuDNN's kernel, which is compiled for GPUs only."""
   kernel = functools.partial(
     jax.nn.dot_product_attention, implementation='cudnn'
   )
   # The program may be compiled for other devices than this machine's.
   return jax.lax.platform_dependent(
-    query, key, value, cuda=kernel, default=_by_heads
+    query, key, value, cuda=kernel, default=_in_pieces
   )
+
+
+@jax.custom_jvp
+def _forward(query, key, value) -> jax.Array:
+  """`_kernel`, with derivatives of the plain form."""
+  return _kernel(query, key, value)
+
+
+@_forward.defjvp
+def _forward_jvp(primals, tangents):
+  return jax.jvp(_in_pieces, primals, tangents)
 
 
 def _has_kernel(query) -> bool:
@@ -52,8 +73,26 @@ def _has_kernel(query) -> bool:
   return major >= 8 and query.shape[-1] % 8 == 0 and query.shape[-1] <= most
 
 
+def _in_pieces(query, key, value) -> jax.Array:
+  """`attend` in plain JAX, for as many queries at once as LARGEST allows.
+
+  As in arXiv 2112.05682, but only the queries are split: a softmax over all
+  keys needs no correction.
+  """
+  b, length, *heads = query.shape
+  least = math.ceil(length * key.shape[1] / LARGEST)
+  if least <= 1:
+    return _by_heads(query, key, value)
+  count = next(n for n in range(least, length + 1) if length % n == 0)
+  pieces = query.reshape(b, count, length // count, *heads)
+  # Backwards, the logits of a piece are computed again.
+  some = jax.checkpoint(lambda piece: _by_heads(piece, key, value))
+  mixed = jax.lax.map(some, jnp.moveaxis(pieces, 1, 0))
+  return jnp.moveaxis(mixed, 0, 1).reshape(query.shape)
+
+
 def _by_heads(query, key, value) -> jax.Array:
-  """`attend` in plain JAX."""
+  """`attend` with all logits at once."""
   _, _, *heads = query.shape
   maps = (
     jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], heads[1])
