@@ -373,6 +373,7 @@ def frozen_text():
   config.conditioning.zeros = False  # whether no caption is zeros (SDXL)
   # Features of the sizes of images, which SDXL's network is told; 0 = none.
   config.conditioning.size_features = 0
+  config.conditioning.cache = ''  # a folder of encode --captions; '' = none
   # Further channels of the network that inpaints: a mask and latents; 0 = none.
   config.conditioning.channels = 0
   config.conditioning.sha256 = ''

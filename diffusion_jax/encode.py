@@ -1,4 +1,4 @@
-r"""Encodes the images of a data set once, for training in their latents.
+r"""Encodes images or captions of a data set once, for training with them.
 
   python -m diffusion_jax.encode --workdir=runs/autoencoder \
       --config=configs/emoji_ldm.py --output=latents
@@ -12,6 +12,13 @@ rounding.
 An interrupted job goes on when it is run again. Run again after it is
 complete, it checks the hash of each file and encodes those that are damaged.
 A broken image ends the job, also with data.skip_broken.
+
+  python -m diffusion_jax.encode --captions --config=configs/sd15_finetune.py \
+      --output=captions
+
+With --captions it writes what frozen text encoders (conditioning.name
+'frozen_text') make of the captions, which training reads with
+--config.conditioning.cache=captions.
 """
 
 import dataclasses
@@ -21,8 +28,14 @@ from absl import flags
 from diffusion_jax import data, runs
 from diffusion_jax.cli import command, declare
 from diffusion_jax.configs import default
-from diffusion_jax.data import images, sources
-from diffusion_jax.runs import encoding, frozen
+from diffusion_jax.data import captions, images, sources
+from diffusion_jax.runs import (
+  encoded_texts,
+  encoding,
+  frozen,
+  frozen_text,
+  texts,
+)
 from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -35,6 +48,7 @@ declare.table(
   output=(str, 'Folder of the latents; created if it does not exist.'),
   step=(int, 'Checkpoint of the autoencoder; by default the newest.'),
   batch_size=(encoding.BATCH, 'Images per batch, over all devices.'),
+  captions=(False, 'Encode the captions, with the text encoders of --config.'),
 )
 declare.shared('json')
 
@@ -42,7 +56,51 @@ declare.shared('json')
 def main():
   distributed.initialize()
   command.at_least(batch_size=1)
-  config, output = FLAGS.config, files.at(FLAGS.output).expanduser()
+  output = files.at(FLAGS.output).expanduser()
+  if FLAGS.captions:
+    _captions(FLAGS.config, output)
+  else:
+    command.need('workdir')
+    _images(FLAGS.config, output)
+
+
+def _captions(config, output):
+  if not frozen_text.is_used(config):
+    raise UserError(
+      f'--captions with conditioning.name={config.conditioning.name!r}: only '
+      "encoders that are not trained, 'frozen_text', encode captions before"
+    )
+  distributed.everywhere(lambda: frozen_text.complete(config))
+  runs.usable_folder('output', output)
+  splits = distributed.everywhere(lambda: data.both(config.data))
+  sources.say_notes(splits[0])
+  captions.check(*splits)
+  compilation.keep()
+  mesh = sharding.make_mesh()
+  parts = frozen_text.load(config, mesh)
+  splits = texts.prepare(config, None, splits)
+  tokens = encoded_texts.tokens_of(splits)
+  count = len(tokens)
+  with terminal.Progress(
+    *('encoding', count),
+    unit='captions',
+    begin='compiling the text encoders',
+    kept=lambda _: f'finished files are kept in {output}',
+  ) as progress:
+    done = encoded_texts.write(
+      config, splits, tokens, parts, mesh, output, progress.update
+    )
+  told = f'{count} captions are encoded in {output}'
+  if not done:
+    told = f'{output} is complete: {count} captions'
+  terminal.report(
+    {'output': str(output), 'captions': count, 'files_written': done},
+    f'{told}; train with --config.conditioning.cache={output}',
+    FLAGS.json,
+  )
+
+
+def _images(config, output):
   with config.unlocked():
     config.codec = default.latents()
     config.codec.path, config.codec.step = FLAGS.workdir, FLAGS.step or 0
@@ -98,4 +156,4 @@ def _whole(source):
 
 
 if __name__ == '__main__':
-  command.run(main, __doc__, required=('config', 'workdir', 'output'))
+  command.run(main, __doc__, required=('config', 'output'))

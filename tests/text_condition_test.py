@@ -134,7 +134,9 @@ class Run:
     for batch in batches:
       rows = programs.rows(self.config, self.made, BATCH)
       assert all(batch[k].shape == shape for k, (shape, _) in rows.items())
-      self.state, found = self.program.step_fn(self.state, {}, batch)
+      self.state, found = self.program.step_fn(
+        self.state, self.program.frozen, batch
+      )
       losses.append(float(found['loss']))
     return losses
 

@@ -6,7 +6,7 @@ joined; in a row of data, the ids for each encoder stand side by side. SDXL
 last one, and sizes: the door 'vector'.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from diffusion_jax.conditioning.conditioner import Conditioner
 from diffusion_jax.conditioning.text import ROW, dropped, empty, valid
 from diffusion_jax.models import doors, text
 
+# Rows with what the encoders make of captions, if it was computed before.
+ENCODED, POOLED = 'encoded', 'pooled'
 SIZES = 6  # height and width of the original, top and left, height and width
 
 
@@ -27,6 +29,41 @@ def networks(encoders: Mapping) -> dict[str, models.Model]:
     encoders: part -> options of `models.text.create`.
   """
   return {name: text.create(**encoders[name]) for name in sorted(encoders)}
+
+
+def encoder(
+  encoders: Mapping, ids: Mapping, masked: bool, size_features: int
+) -> Callable:
+  """(params of all parts, tokens [B, length]) -> what rows may hold instead.
+
+  That is {ENCODED: float32 [B, n, d]} and, if the network is told sizes,
+  {POOLED: float32 [B, p]}.
+
+  Args:
+    encoders: part -> options of `models.text.create`.
+    ids: part -> its special tokens 'bos', 'eos' and 'pad'.
+    masked: whether the padding is hidden from the encoders.
+    size_features: see `create`.
+  """
+  made = networks(encoders)
+
+  def encode(params, tokens):
+    encoded = []
+    for name, part in split(tokens, encoders).items():
+      mask = valid(part, ids[name]['eos']) if masked else None
+      encoded.append(made[name].apply(params[name], part, mask))
+    # Joined, they must be of one length.
+    found = {ENCODED: jnp.concatenate([x.tokens for x in encoded], axis=-1)}
+    return found | ({POOLED: encoded[-1].pooled} if size_features else {})
+
+  return encode
+
+
+def split(tokens: jax.Array, encoders: Mapping) -> dict[str, jax.Array]:
+  """The tokens of each encoder, which stand side by side in a row."""
+  names = sorted(encoders)
+  ends = np.cumsum([encoders[name]['length'] for name in names])[:-1]
+  return dict(zip(names, jnp.split(tokens, ends, axis=1), strict=True))
 
 
 def create(
@@ -53,59 +90,51 @@ def create(
     **others: where the encoders come from.
   """
   del others
-  made = networks(encoders)
-  lengths = [encoders[name]['length'] for name in made]
-  ends = np.cumsum(lengths)[:-1]
   # Before a run has begun, which sets them, any ids do.
   unset = {'bos': 0, 'eos': 1, 'pad': 2}
-  special = {name: ids.get(name) or unset for name in made}
+  ids = {name: ids.get(name) or unset for name in sorted(encoders)}
+  encode = encoder(encoders, ids, masked, size_features)
   none = jnp.concatenate(
-    [empty(special[name], n) for name, n in zip(made, lengths, strict=True)],
-    axis=1,
+    [empty(ids[name], encoders[name]['length']) for name in ids], axis=1
   )
   height, width = image_shape[:2]
   sizes = jnp.array([[height, width, 0, 0, height, width]], jnp.float32)
-  found = {'tokens': sum(encoders[name]['width'] for name in made)}
+  found = {'tokens': sum(one['width'] for one in encoders.values())}
   if size_features:
-    last = encoders[[*made][-1]]
+    last = encoders[max(ids)]
     pooled = last['projection'] or last['width']
     found['vector'] = pooled + SIZES * size_features
 
-  def encode(params, tokens):
-    parts = jnp.split(tokens, ends, axis=1)
-    masks = {
-      name: valid(part, special[name]['eos'])
-      for name, part in zip(made, parts, strict=True)
-    }
-    encoded = [
-      made[name].apply(params[name], part, masks[name] if masked else None)
-      for name, part in zip(made, parts, strict=True)
-    ]
-    # Joined, they must be of one length.
-    cond = {'tokens': jnp.concatenate([x.tokens for x in encoded], axis=-1)}
-    if masked:
-      cond['mask'] = next(iter(masks.values()))
-    if size_features:
-      cond['vector'] = encoded[-1].pooled
-    return cond
+  def without(params):
+    """No caption, in one row."""
+    encoded = encode(params, none)
+    return jax.tree.map(jnp.zeros_like, encoded) if zeros else encoded
 
   def condition(params, rows, keys):
     tokens = rows.get(ROW, none)
-    away = jnp.full(len(tokens), ROW not in rows)
+    if ROW not in rows:
+      encoded = without(params)
+    elif ENCODED in rows:
+      encoded = {name: rows[name] for name in (ENCODED, POOLED) if name in rows}
+    else:
+      encoded = encode(params, tokens)
     if ROW in rows and keys is not None and drop:
       away = dropped(keys, drop)
-      if not zeros:
-        tokens = jnp.where(away[:, None], none, tokens)
-    cond = encode(params, tokens)
-    if zeros:
-      cond = jax.tree.map(
-        lambda x: jnp.where(away.reshape(-1, *[1] * (x.ndim - 1)), 0, x), cond
+      tokens = jnp.where(away[:, None], none, tokens)
+      encoded = jax.tree.map(
+        lambda x, other: jnp.where(
+          away.reshape(-1, *[1] * (x.ndim - 1)), other, x
+        ),
+        encoded,
+        without(params),
       )
+    cond = {'tokens': encoded[ENCODED]}
+    if masked:
+      name, part = next(iter(split(tokens, encoders).items()))
+      cond['mask'] = valid(part, ids[name]['eos'])
     if size_features:
-      count = len(cond['vector'])
-      cond['vector'] = doors.of_sizes(
-        cond['vector'], jnp.broadcast_to(sizes, (count, SIZES)), size_features
-      )
+      rows_of = jnp.broadcast_to(sizes, (len(encoded[POOLED]), SIZES))
+      cond['vector'] = doors.of_sizes(encoded[POOLED], rows_of, size_features)
     return cond
 
   return Conditioner(condition, found, drop)

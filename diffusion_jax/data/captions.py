@@ -194,6 +194,16 @@ def encoded(source: Source, encode_fn: Callable) -> Source:
   return dataclasses.replace(source, encode_fn=encode_fn)
 
 
+def with_rows(source: Source, rows_fn: Callable) -> Source:
+  """The same images; batches of them also have rows of their tokens.
+
+  Args:
+    source: images from `encoded`.
+    rows_fn: see `Source`.
+  """
+  return dataclasses.replace(source, rows_fn=rows_fn)
+
+
 def chosen(
   source: Source, indices: np.ndarray, choices: np.ndarray
 ) -> list[str]:

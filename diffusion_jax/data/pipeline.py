@@ -326,6 +326,8 @@ def _read(source: Source, indices, mirrored, choices=None) -> dict:
   }
   if source.encode_fn:
     batch['tokens'] = captions.tokens(source, indices, choices)
+    if source.rows_fn:
+      batch |= source.rows_fn(batch['tokens'])
   return batch
 
 

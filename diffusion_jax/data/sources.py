@@ -91,6 +91,8 @@ class Source:
       empty, without decoding it; None for a set without captions. The first
       call may read all, and raise UserError.
     encode_fn: makes tokens of captions, see `captions.encoded`; None for none.
+    rows_fn: tokens int32 [R, length] -> further rows {name: [R, ...]}, see
+      `encoded_captions`; None for none.
     stand_in_fn: index -> that of the image that was read in its place, see
       `broken.left_out`.
     row: the name of what `read_fn` gives: 'image', or 'moments' [E, h, w, m]
@@ -108,6 +110,7 @@ class Source:
   label_fn: Callable[[int], int] | None = None
   caption_fn: Callable[[int], tuple[str, ...]] | None = None
   encode_fn: Callable[[list[str]], np.ndarray] | None = None
+  rows_fn: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
   stand_in_fn: Callable[[int], int] = lambda index: index
   row: str = 'image'
 

@@ -42,6 +42,7 @@ MAY_CHANGE = (
   # Of the same content.
   *('process.path', 'codec.path', 'codec.step', 'loss.lpips_path'),
   *('steps_per_dispatch', 'codec.cache', 'codec.decode_rows'),
+  *('conditioning.path', 'conditioning.cache'),
   'conditioning.tokenizer',  # the run has its own
 )
 # Keys that may change on purpose: the run goes on, but from there on it is not
@@ -51,6 +52,7 @@ ON_PURPOSE = ('optim', 'ema', 'batch_size')
 PATHS = (
   *(('data', 'path'), ('process', 'path')),
   *(('codec', 'path'), ('codec', 'cache'), ('loss', 'lpips_path')),
+  *(('conditioning', 'path'), ('conditioning', 'cache')),
   ('conditioning', 'tokenizer'),
 )
 VARIANCE = 'sample.variance'

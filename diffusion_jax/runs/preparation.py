@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from diffusion_jax import codecs
 from diffusion_jax.data import resident
 from diffusion_jax.runs import (
+  encoded_texts,
   finetune,
   frozen,
   kept_parts,
@@ -73,6 +74,10 @@ def prepare(
   if config['codec'].get('cache'):
     splits = distributed.everywhere(
       lambda: latents.cached(config, splits, parts)
+    )
+  if config['conditioning'].get('cache'):
+    splits = distributed.everywhere(
+      lambda: encoded_texts.cached(config, splits, parts)
     )
   if config['data']['on_device']:
     distributed.everywhere(lambda: resident.check(splits[0]))

@@ -233,6 +233,12 @@ def _classifier(config):
 
 
 def _masks(config):
+  cache = config.conditioning.get('cache')
+  yield (
+    not (cache and config.data.on_device),
+    f'conditioning.cache={cache} with data.on_device=True: encoded captions '
+    'are read from files: set one of them only',
+  )
   channels = config.conditioning.get('channels')
   yield (
     not channels,
