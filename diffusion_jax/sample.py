@@ -37,6 +37,11 @@ declare.table(
     64,
     'Number of images in the store, including those already drawn.',
   ),
+  image_size=(
+    str,
+    'Size of the images in pixels, SIDE or HEIGHTxWIDTH, such as 48x64, for '
+    "networks that take other sizes than the run's, which is the default.",
+  ),
   grid_images=(100, 'Maximum number of images on grid.png.'),
   png=(False, 'Also write every image as png/INDEX.png.'),
   trajectory=(
@@ -59,7 +64,7 @@ declare.table(
 
 # Flags that are not for --like.
 OWN = (
-  *('num_samples', 'grid_images', 'png'),
+  *('num_samples', 'image_size', 'grid_images', 'png'),
   *('trajectory', 'progressive', 'interpolate'),
 )
 FRAMES = 10  # most times on trajectory.png and progressive.png
@@ -89,7 +94,9 @@ def main():
       f'--num_samples=2 or more, not {FLAGS.num_samples}'
     )
   compilation.keep()
-  trained, plan, output = drawing.chosen(check=_check_plan)
+  trained, plan, output = drawing.chosen(
+    check=_check_plan, image_size=FLAGS.image_size
+  )
   drawn = drawing.fill(trained, plan, output, FLAGS.num_samples)
   protocol = drawing.protocol(trained, plan)
   if distributed.is_first():
@@ -232,6 +239,7 @@ def _draw_way(trained, plan, path, count):
 
 def _draw_interpolation(trained, plan, path):
   """Interpolates between the first samples, pair by pair."""
+  trained = trained.sized(plan.image_size)
   pairs = min(FLAGS.num_samples // 2, PAIRS)
   label, *_ = plan.condition.get('label', [None])
   carry = trajectories.carrier(

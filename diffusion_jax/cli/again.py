@@ -6,7 +6,7 @@ import numpy as np
 from absl import flags
 
 from diffusion_jax import runs
-from diffusion_jax.cli import command, declare, drawing, guiding
+from diffusion_jax.cli import command, declare, drawing, guiding, low_rank
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import addresses, guided
 from diffusion_jax.runs.trained import Trained, load
@@ -24,6 +24,12 @@ declare.table(
   ),
 )
 FOLDER = 'like'  # in samples/
+# What an address names without its place.
+FILES = {
+  guided.GUIDE: 'WORKDIR@STEP',
+  guided.CLASSIFIER: 'WORKDIR@STEP',
+  'lora': 'FILE:SCALE',
+}
 # The address gives what these flags would.
 GIVEN = (
   *('step', 'ema', 'ema_profile', 'batch_size', 'sampler', 'num_steps', 'grid'),
@@ -62,10 +68,14 @@ def draw(others: tuple[str, ...]) -> Again:
   command.refuse((*GIVEN, *others), 'a picture that is drawn again (--like)')
   found = addresses.read(FLAGS.like)
   picture = pictures.read(FLAGS.like)
-  trained, workdir = _network(found)
-  output = FLAGS.output or trained.workdir / 'samples' / FOLDER
+  given = '--workdir' if FLAGS.workdir else f'--like={FLAGS.like}: workdir'
+  workdir = FLAGS.workdir or found.run['workdir']
+  folder = files.at(workdir).expanduser()
+  config = runs.read_config(folder, given)
+  output = FLAGS.output or folder / 'samples' / FOLDER
   output = files.at(output).expanduser()
   runs.usable_output(output)
+  trained = _network(found, workdir, config)
   how = {k: x for k, x in found.how.items() if k != 'first'}
   text = addresses.of_sample(
     drawing.protocol(trained, trained.plan(**how)), workdir,
@@ -83,26 +93,26 @@ def draw(others: tuple[str, ...]) -> Again:
   return Again(found, path, int(apart.max()), float((apart > 0).mean()))
 
 
-def _network(found) -> tuple[Trained, str]:
-  """The network that drew a picture, and its folder as it was given."""
-  workdir, run = FLAGS.workdir, found.run
-  given = '--workdir' if workdir else f'--like={FLAGS.like}: workdir'
-  workdir = workdir or run['workdir']
-  config = runs.read_config(files.at(workdir).expanduser(), given)
-  FLAGS.ema = run['ema']  # of a guide, too
-  others = guiding.others_of(config)
-  for name in (guided.GUIDE, guided.CLASSIFIER):
+def _network(found, workdir, config) -> Trained:
+  """The network that drew a picture."""
+  # Of a guide, and of low-rank changes, too.
+  FLAGS.workdir, FLAGS.ema = workdir, found.run['ema']
+  for name, how in FILES.items():
     there = found.facts.get(name)
-    if (name in others) != (there is not None):
+    if there and not FLAGS[name].value:
       raise UserError(
-        f'--like={FLAGS.like} was drawn with --{name}={there}: give it, as '
-        f'--{name}=WORKDIR@STEP'
-        if there
-        else f'--like={FLAGS.like} was drawn without --{name}: leave it out'
+        f'--like={FLAGS.like} was drawn with {name}={there!s:.60}: give it, as '
+        f'--{name}={how}'
       )
-  trained = load(**{**run, 'workdir': workdir})
+    if FLAGS[name].value and not there:
+      raise UserError(
+        f'--like={FLAGS.like} was drawn without --{name}: leave it out'
+      )
+  others = guiding.others_of(config)
+  low_rank.asked()  # before weights are read
+  trained = low_rank.applied(load(**{**found.run, 'workdir': workdir}))
   if guided.GUIDE in others:
     trained = trained.guided_by(others[guided.GUIDE])
   if guided.CLASSIFIER in others:
     trained = trained.classified_by(others[guided.CLASSIFIER])
-  return trained, workdir
+  return trained

@@ -14,7 +14,14 @@ from absl import flags
 
 from diffusion_jax import runs, samplers
 from diffusion_jax.cli import command, declare, guiding, low_rank
-from diffusion_jax.runs import averaged, calibration, guided, imported, store
+from diffusion_jax.runs import (
+  averaged,
+  calibration,
+  guided,
+  imported,
+  sizes,
+  store,
+)
 from diffusion_jax.runs.trained import Trained
 from diffusion_jax.samplers import grid
 from diffusion_jax.samplers import plan as plans
@@ -151,9 +158,9 @@ def prepared(
     return trained
 
   @functools.cache
-  def calibrated(average):
+  def calibrated(average, sides=None):
     # Before a calibration of damaged weights is missed.
-    calibration.check_plain(loaded(average))
+    calibration.check_plain(loaded(average), sides)
     timesteps = config['process']['num_timesteps']
     kept = distributed.on_first(
       lambda: calibration.read(workdir, step, average or FLAGS.ema, timesteps)
@@ -164,11 +171,15 @@ def prepared(
     how = {**how}
     average = how.pop('ema_profile', None)
     averaged.check(config['ema'], FLAGS.ema, average)
+    sides = sizes.parsed(how.pop('image_size', None), config)
     facts = {name: guided.facts(one, name) for name, one in others.items()}
-    return plans.for_run(
-      config, calibration=lambda: calibrated(average), seed=FLAGS.seed,
-      condition=condition, **facts, **how,
+    made = plans.for_run(
+      config, calibration=lambda: calibrated(average, sides), seed=FLAGS.seed,
+      condition=condition, image_size=sides, **facts, **how,
     )  # fmt: skip
+    if sides:
+      sizes.check(config, sides)
+    return made
 
   def network(how):
     average = how.get('ema_profile')
@@ -184,6 +195,7 @@ def chosen(
   dtype: str = 'uint8',
   check: Callable[[Plan], None] = lambda plan: None,
   labelled: bool = True,
+  image_size: str | None = None,
 ) -> tuple[Trained, Plan, files.Path]:
   """Returns the network, the plan and the output folder that the flags select.
 
@@ -192,6 +204,7 @@ def chosen(
       depends on it.
     check: called with the plan before the weights are read.
     labelled: whether the plan chooses the labels of samples.
+    image_size: of the samples, see `sizes.parsed`.
 
   Raises:
     UserError: the flags are not valid; nothing has been written.
@@ -199,7 +212,7 @@ def chosen(
 
   def read(step):
     plan_of, network = prepared(step, labelled)
-    plan = plan_of(asked())
+    plan = plan_of({**asked(), 'image_size': image_size})
     check(plan)
     own = declare.workdir() / 'samples' / name(step, plan, dtype)
     output = files.at(FLAGS.output or own).expanduser()
@@ -303,7 +316,10 @@ def protocol(trained: Trained, plan: Plan, dtype: str = 'uint8') -> dict:
     'weights_sha256': trained.weights_sha256,
     **trained.about_changes,
     **{part: trained.config[part] for part in ('model', 'process', 'loss')},
-    'image_shape': trained.image_shape,
+    'image_shape': (
+      *(plan.image_size or trained.image_shape[:2]),
+      trained.image_shape[-1],
+    ),
     **plan.protocol(),
   }
   if not plan.adaptive and plan.evaluations != plan.num_steps:
@@ -330,6 +346,8 @@ def name(
   parts = [f'step{step}', f'{plan.sampler}{steps}']
   parts += [f'{k}{x}' for k, x in given.items()]
   parts += [how['grid']] * (how['grid'] != 'uniform')
+  if plan.image_size:
+    parts.append('size' + 'x'.join(map(str, plan.image_size)))
   parts += [*guiding.name(plan), *low_rank.name(), f'seed{plan.seed}']
   parts[-1] += averaged.suffix(how.get('ema_profile') or FLAGS.ema)
   parts += ['noclip'] * (not plan.clip)

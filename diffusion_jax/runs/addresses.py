@@ -151,6 +151,7 @@ def parsed(text: str) -> Address:
   how = {name: facts[name] for name in facts if name in own}
   if 'prompt' in facts:
     how['prompts'] = [facts['prompt']]
+  how['image_size'] = facts['image_shape'][:2]
   return Address(facts, run, {'first': facts['index'], **how})
 
 
@@ -197,6 +198,20 @@ def _are_numbers(x) -> bool:
   return isinstance(x, list) and all(map(_is_number, x))
 
 
+def _is_shape(x) -> bool:
+  return isinstance(x, list) and len(x) == 3 and all(map(_is_whole, x))
+
+
+def _are_changes(x) -> bool:
+  return isinstance(x, list) and all(
+    isinstance(one, dict)
+    and one.keys() == {'sha256', 'scale'}
+    and _is_hash(one['sha256'])
+    and _is_number(one['scale'])
+    for one in x
+  )
+
+
 def _are_times(x) -> bool:
   return isinstance(x, list) and all(
     _is_number(time) or time == grids.END for time in x
@@ -222,7 +237,7 @@ def _is_text(x) -> bool:
 
 NEEDED = {
   **{'workdir': _is_word, 'step': _is_whole, 'ema': _is_flag},
-  **{'weights_sha256': _is_hash, 'image_shape': _are_numbers},
+  **{'weights_sha256': _is_hash, 'image_shape': _is_shape},
   **{'index': _is_whole, 'seed': _is_whole},
   **{'sampler': _is_word, 'clip': _is_flag},
 }
@@ -232,6 +247,7 @@ MORE = {
   **{'guidance': _is_number, 'guidance_interval': _are_numbers},
   **{'guidance_rescale': _is_number, 'classifier_scale': _is_number},
   **dict.fromkeys((guided.GUIDE, guided.CLASSIFIER), _is_word),
+  'lora': _are_changes,
   'guide_sha256': _is_hash,
   'classifier_sha256': _is_hash,
 }

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_jax import runs
 from diffusion_jax.runs import averaged
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
@@ -95,12 +96,25 @@ def _command(workdir, step, weights) -> str:
   )
 
 
-def check_plain(trained) -> None:
-  """Raises UserError if a `Trained` is not the network of its checkpoint."""
-  if trained.changes:
+def check_plain(trained, sides: tuple[int, int] | None = None) -> None:
+  """Checks that a `Trained` is the network of its checkpoint.
+
+  Args:
+    trained: the network.
+    sides: the size of images that it is asked for; None for its own.
+
+  Raises:
+    UserError: it has been changed, or is for images of another size.
+  """
+  own = runs.image_shape(runs.read_config(trained.workdir)['data'])[:2]
+  without = '--lora' if trained.changes else ''
+  if (sides or trained.image_shape[:2]) != own:
+    without = f'another size than {own[0]}x{own[1]}'
+  if without:
     raise UserError(
-      'the statistics of a checkpoint are for its network without --lora: use '
-      'a sampler and a grid that are not calibrated, such as ddim and uniform'
+      f'the statistics of a checkpoint are for its network without {without}: '
+      'use a sampler and a grid that are not calibrated, such as ddim and '
+      'uniform'
     )
 
 

@@ -15,14 +15,14 @@ from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import (
   adapted,
   averaged,
-  calibration,
   draw,
   frozen,
   guided,
-  imported,
   labels,
+  planned,
   prompts,
   recipe,
+  sizes,
 )
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import files, numerics
@@ -47,6 +47,7 @@ class Trained:
       `classified_by`.
     average: facts about the average if one was chosen, see `averaged.load`.
     changes: what `with_lora` has added to the network.
+    of_sizes: what `sized` has made, by size.
   """
 
   workdir: files.Path
@@ -60,6 +61,7 @@ class Trained:
   guides: dict[str, 'Trained'] = dataclasses.field(default_factory=dict)
   average: dict = dataclasses.field(default_factory=dict)
   changes: tuple[adapted.Change, ...] = ()
+  of_sizes: dict = dataclasses.field(default_factory=dict)
 
   def __repr__(self):
     count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -229,7 +231,22 @@ class Trained:
     guides = {**self.guides, name: other}
     recipes = {key: one.recipe for key, one in guides.items()}
     compiled = draw.compiled(self.recipe, self.mesh, **recipes)
-    return dataclasses.replace(self, guides=guides, compiled=compiled)
+    return dataclasses.replace(
+      self, guides=guides, compiled=compiled, of_sizes={}
+    )
+
+  def sized(self, image_size) -> 'Trained':
+    """Returns the network for images of another size.
+
+    The same levels attend. What is compiled for a size is kept.
+
+    Args:
+      image_size: pixels, or (height, width), or text as of --image_size.
+
+    Raises:
+      UserError: the network cannot draw that size, see `sizes`.
+    """
+    return sizes.of(self, image_size)
 
   @property
   def all_params(self) -> dict:
@@ -253,32 +270,13 @@ class Trained:
       **options: sampler, num_steps, grid, clip, seed and the sampler's options,
         see `samplers.plan.create`; guidance, guidance_interval and
         guidance_rescale, see `samplers.guided`; label, prompts and
-        negative_prompt, see `prompts.condition`.
+        negative_prompt, see `prompts.condition`; image_size, see `sized`.
 
     Raises:
       UserError: an unknown name, a number out of range, or a plan that needs a
         calibration of the network, if there is none.
     """
-    options = imported.sampling(self.workdir, options)
-    asked = {name: options.pop(name, None) for name in prompts.NAMES}
-    condition = prompts.condition(
-      self.workdir, self.config, asked, self.guides.get(guided.CLASSIFIER)
-    )
-    facts = {
-      name: guided.facts(other, name) for name, other in self.guides.items()
-    }
-
-    def found():
-      calibration.check_plain(self)
-      kept = calibration.read(
-        self.workdir, self.step, self.weights, self.schedule.num_timesteps
-      )
-      calibration.check(kept, self)
-      return kept
-
-    return plans.for_run(
-      self.config, calibration=found, condition=condition, **facts, **options
-    )
+    return planned.plan(self, options)
 
   @numerics.fixed()
   def drawer(
@@ -302,7 +300,7 @@ class Trained:
         finite.
     """
     how, texts = prompts.tables(self.workdir, self.config, how)
-    draw_fn = self.compiled.drawer(
+    draw_fn = self.sized(how.image_size).compiled.drawer(
       json.dumps(how), frames=tuple(frames), **options
     )
 
@@ -335,8 +333,9 @@ class Trained:
       dtype: dtype of the data: 'uint8', or 'float32' in [0, 255], not rounded.
       **options: see `samplers.plan.create`: sampler ('ancestral'), num_steps
         (all), grid ('uniform'), seed (0), clip (the config's), and the
-        sampler's options, such as eta; and, of conditional runs, label or
-        prompts, negative_prompt and guidance, see `plan`.
+        sampler's options, such as eta; image_size, see `sized`; and, of
+        conditional runs, label or prompts, negative_prompt and guidance, see
+        `plan`.
 
     Returns:
       An array [num_samples, H, W, C] of the dtype.
@@ -355,7 +354,8 @@ class Trained:
       raise UserError(f'first={first}: first + num_samples is at most 2**32')
     plan = self.plan(**options)
     how, texts = prompts.tables(self.workdir, self.config, plan)
-    draw_fn = self.compiled.drawer(json.dumps(how), frames=(), dtype=dtype)
+    compiled = self.sized(how.image_size).compiled
+    draw_fn = compiled.drawer(json.dumps(how), frames=(), dtype=dtype)
     return sharding.in_batches(
       lambda rows: draw.checked(*draw_fn(self.all_params, rows, None, texts)),
       np.arange(first, first + num_samples, dtype=np.uint32),

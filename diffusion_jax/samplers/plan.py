@@ -30,6 +30,7 @@ class Plan(NamedTuple):
     guidance: see `guided.chosen`; {} for none.
     network_rows: rows of the network per sample, over all evaluations.
     from_noise: whether the grid starts at pure noise, see `solve`.
+    image_size: (height, width) of the images; None for the run's own.
   """
 
   sampler: str
@@ -41,6 +42,7 @@ class Plan(NamedTuple):
   guidance: dict = {}  # noqa: RUF012
   network_rows: int | None = None
   from_noise: bool = False
+  image_size: tuple[int, int] | None = None
 
   @property
   def num_steps(self) -> int:
@@ -111,6 +113,7 @@ def create(
   calibration: Callable | None = None,
   condition: dict | None = None,
   guidance: dict | None = None,
+  image_size: tuple[int, int] | None = None,
   **options,
 ) -> Plan:
   """Makes a plan and validates it.
@@ -125,6 +128,7 @@ def create(
     calibration: () -> the network's Calibration; called if `is_calibrated`.
     condition: see `Plan`.
     guidance: a result of `guided.chosen`.
+    image_size: see `Plan`.
     **options: the sampler's options, such as `eta`; None for the default.
 
   Raises:
@@ -173,6 +177,7 @@ def create(
     guidance or {},
     rows,
     starts_at_noise(schedule, times),
+    image_size,
   )
 
 
