@@ -113,6 +113,15 @@ def test_samples_know_their_lora(run, trained, file, tmp_path):
   again = sampled(run, f'--lora={file}:0.25', f'--output={output}').message
   assert 'lora' in again or 'weights_sha256' in again
   assert 'choose another --output' in again
+  # A picture is drawn again with the same file only.
+  result = sampled(run, f'--lora={file}:0.5', f'--output={output}', '--png')
+  assert result.code == 0, result.err
+  like = f'--like={output}/png/000003.png', f'--output={tmp_path}/again'
+  assert 'give it, as --lora=' in binaries.run('sample', *like).message
+  other = binaries.run('sample', *like, f'--lora={file}:0.25').message
+  assert 'was drawn with lora=' in other
+  same = binaries.run('sample', *like, f'--lora={file}:0.5', '--json')
+  assert json.loads(same.out)['largest_difference'] <= 1
   # Names of folders say so, too.
   two = f'--lora={file}', f'--lora={file}:-0.5'
   result = sampled(run, *two, '--json')

@@ -165,9 +165,11 @@ def check_same(there: Address, now: Address) -> None:
   Raises:
     UserError: the weights are others, or something else is.
   """
-  names = sorted(there.facts.keys() | now.facts.keys())
   # Folders may have moved: their weights are compared.
-  for name in {*names} - {'workdir', guided.GUIDE, guided.CLASSIFIER}:
+  moved = {'workdir', guided.GUIDE, guided.CLASSIFIER}
+  names = (there.facts.keys() | now.facts.keys()) - moved
+  # What changes the weights before the weights.
+  for name in sorted(names, key=lambda name: (name == 'weights_sha256', name)):
     old, new = (one.facts.get(name) for one in (there, now))
     if old == new:
       continue
