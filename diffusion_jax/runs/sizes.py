@@ -70,9 +70,10 @@ def config_for(config: Mapping, sides: tuple[int, int]) -> dict:
     if codec['decoding']:
       groups.append((codec['decoding']['model'], old, new))
   for group, *_ in groups:
-    if group.get('name') == 'dit':
+    name = group.get('name')
+    if getattr(models.MODELS.get(name), 'POSITIONS', False):
       raise UserError(
-        f"{_given(sides)}: model.name='dit' knows the positions of "
+        f'{_given(sides)}: model.name={name!r} knows the positions of '
         f'{old[0]}x{old[1]} images alone: leave the size out'
       )
   _check_halves(sides, groups, old)
@@ -98,9 +99,8 @@ def _check_halves(sides, groups, old) -> None:
   if any(side % multiple for side in sides):
     below = [max(side // multiple, 1) * multiple for side in sides]
     raise UserError(
-      f'{_given(sides)}: the network halves images {multiple.bit_length() - 1} '
-      f'times, so both sides must be multiples of {multiple}: use '
-      f'{below[0]}x{below[1]}'
+      f'{_given(sides)}: the levels of the network need multiples of '
+      f'{multiple}: use {below[0]}x{below[1]}'
     )
 
 
