@@ -74,7 +74,7 @@ PAIRS = 8  # most pairs on interpolation.png
 def main():
   if drawing.listed():
     return
-  if FLAGS.like is not None:
+  if FLAGS.like:
     _draw_again()
     return
   command.need('workdir')

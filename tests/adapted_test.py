@@ -143,3 +143,10 @@ def test_mistakes_are_one_line(run, trained, file, tmp_path):
   assert made
   message = sampled(run, f'--lora={tmp_path}/other.safetensors:0.5').message
   assert 'no low-rank parts of layers of this network' in message
+
+
+def test_a_controlnet_has_a_picture_and_a_unet(run):
+  message = sampled(run, '--control=net').message
+  assert '--control_image 0 times: give one for each' in message
+  message = sampled(run, '--control=net', '--control_image=edges.png').message
+  assert 'is for a U-Net that denoises' in message

@@ -6,7 +6,14 @@ import numpy as np
 from absl import flags
 
 from diffusion_jax import runs
-from diffusion_jax.cli import command, declare, drawing, guiding, low_rank
+from diffusion_jax.cli import (
+  command,
+  declare,
+  drawing,
+  guiding,
+  low_rank,
+  steering,
+)
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import addresses, guided
 from diffusion_jax.runs.trained import Trained, load
@@ -29,6 +36,7 @@ FILES = {
   guided.GUIDE: 'WORKDIR@STEP',
   guided.CLASSIFIER: 'WORKDIR@STEP',
   'lora': 'FILE:SCALE',
+  'control': 'FOLDER, and --control_image',
 }
 # The address gives what these flags would.
 GIVEN = (
@@ -110,7 +118,10 @@ def _network(found, workdir, config) -> Trained:
       )
   others = guiding.others_of(config)
   low_rank.asked()  # before weights are read
+  size = tuple(found.facts['image_shape'][:2])
+  steering.asked(size)
   trained = low_rank.applied(load(**{**found.run, 'workdir': workdir}))
+  trained = steering.applied(trained, size)
   if guided.GUIDE in others:
     trained = trained.guided_by(others[guided.GUIDE])
   if guided.CLASSIFIER in others:

@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from diffusion_jax import runs, samplers
-from diffusion_jax.cli import command, declare, guiding, low_rank
+from diffusion_jax.cli import command, declare, guiding, low_rank, steering
 from diffusion_jax.runs import (
   averaged,
   calibration,
@@ -35,6 +35,7 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(guiding)
 flags.adopt_module_key_flags(low_rank)
+flags.adopt_module_key_flags(steering)
 declare.shared('workdir', 'step', 'ema', 'ema_profile')
 declare.table(
   output=(
@@ -121,7 +122,7 @@ def check_flags(**least) -> None:
 
 
 def prepared(
-  step: int, labelled: bool = True
+  step: int, labelled: bool = True, image_size: str | None = None
 ) -> tuple[Callable[[dict], Plan], Callable[[dict], Trained]]:
   """Returns (fn from `asked` to a plan, fn from it to the loaded network).
 
@@ -131,6 +132,7 @@ def prepared(
   Args:
     step: the step of a checkpoint, see `declare.of_run`.
     labelled: whether plans choose the labels of samples.
+    image_size: of the samples, see `sizes.parsed`.
 
   Raises:
     UserError: there is no run. The two functions raise it if the plan or the
@@ -140,6 +142,7 @@ def prepared(
   config = runs.read_config(workdir)
 
   low_rank.asked()  # before the weights of others are read
+  steering.asked(image_size)
   others = guiding.others_of(config)
   condition = guiding.condition(workdir, config, others) if labelled else {}
 
@@ -150,6 +153,7 @@ def prepared(
     if compiled:
       return compiled[0].using(average)
     trained = low_rank.applied(declare.network(step, ema_profile=average))
+    trained = steering.applied(trained, image_size)
     if guided.GUIDE in others:
       trained = trained.guided_by(others[guided.GUIDE])
     if guided.CLASSIFIER in others:
@@ -211,7 +215,7 @@ def chosen(
   """
 
   def read(step):
-    plan_of, network = prepared(step, labelled)
+    plan_of, network = prepared(step, labelled, image_size)
     plan = plan_of({**asked(), 'image_size': image_size})
     check(plan)
     own = declare.workdir() / 'samples' / name(step, plan, dtype)
@@ -348,7 +352,8 @@ def name(
   parts += [how['grid']] * (how['grid'] != 'uniform')
   if plan.image_size:
     parts.append('size' + 'x'.join(map(str, plan.image_size)))
-  parts += [*guiding.name(plan), *low_rank.name(), f'seed{plan.seed}']
+  parts += [*guiding.name(plan), *low_rank.name()]
+  parts += [*steering.name(plan.image_size), f'seed{plan.seed}']
   parts[-1] += averaged.suffix(how.get('ema_profile') or FLAGS.ema)
   parts += ['noclip'] * (not plan.clip)
   # The plan depends on the calibration, which may differ another time.

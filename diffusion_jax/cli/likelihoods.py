@@ -51,6 +51,7 @@ OF_SAMPLES = (
   *(name for name in drawing.OPTIONS if name != 'variance'),
   *('label', 'guide', 'guide_ema_profile', 'classifier', *guided.OPTIONS),
   *('prompt', 'prompts', 'negative_prompt'),
+  *('control', 'control_image', 'control_scale'),
 )
 
 

@@ -54,7 +54,7 @@ def _parsed(text: str) -> tuple[str, float]:
 def applied(trained: Trained) -> Trained:
   """The network with the changes that --lora asks for."""
   for change in asked():
-    trained = trained.changed_by(change)
+    trained = adapted.applied(trained, change)
   return trained
 
 

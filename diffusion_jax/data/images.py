@@ -215,6 +215,24 @@ def read(file: str | BinaryIO, name: str, rule: Rule) -> np.ndarray:
     return fit(image, rule.image_size, rule.channels)
 
 
+def whole(file: str | BinaryIO, name: str) -> np.ndarray:
+  """Reads an image at its own size, in RGB.
+
+  Args:
+    file: a path, or a file open for reading bytes.
+    name: what to call the image in errors.
+
+  Returns:
+    uint8 [height, width, 3].
+
+  Raises:
+    Broken: the image cannot be read, or is too large.
+    UserError: its samples are negative, too large or floats.
+  """
+  with reading(name):
+    return np.asarray(_to_rgb(_eight_bits(_decode(file), 0, name)))
+
+
 def fit(
   image: Image.Image, image_size: tuple[int, int], channels: int
 ) -> np.ndarray:

@@ -134,7 +134,6 @@ class DiT(nnx.Module):
   """
 
   DOORS = doors_of.NAMES
-  POSITIONS = True  # those of its image_shape alone
 
   def __init__(
     self,

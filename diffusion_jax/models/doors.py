@@ -10,6 +10,10 @@ A door is named by how the network takes a condition, see
             kernel and bias, as those of the time.
   tokens    cross-attention after each self-attention.
   channels  concatenated to the noised images, at the input.
+
+Any U-Net also takes two inputs without parameters, with which a ControlNet
+works, see `control`: HINT, a list of one map that is added to the first one,
+and RESIDUALS, a list of maps that are added to its skips and its middle.
 """
 
 import jax
@@ -20,6 +24,7 @@ from diffusion_jax.models import layers, styles
 from diffusion_jax.system.errors import UserError
 
 NAMES = ('label', 'vector', 'tokens', 'channels')
+HINT, RESIDUALS = 'hint', 'residuals'
 
 
 def check(doors, allowed: tuple[str, ...], name: str) -> None:
@@ -127,6 +132,20 @@ def joined(xt: jax.Array, cond) -> jax.Array:
     )
   given = jnp.broadcast_to(given, (*xt.shape[:-1], given.shape[-1]))
   return jnp.concatenate([xt, given], axis=-1)
+
+
+def added(maps: list[jax.Array], cond, name: str) -> list[jax.Array]:
+  """Maps [B, H, W, C_i] with what a condition adds to them, if it is given.
+
+  Args:
+    maps: the maps.
+    cond: see `embedded`.
+    name: HINT or RESIDUALS, of as many maps, [B or 1, H, W, C_i] each.
+  """
+  if not cond or name not in cond:
+    return maps
+  given = zip(maps, cond[name], strict=True)
+  return [x + more.astype(x.dtype) for x, more in given]
 
 
 def tokens_of(cond, batch: int) -> tuple[jax.Array, jax.Array] | None:

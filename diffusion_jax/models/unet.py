@@ -73,16 +73,30 @@ def inputs_of(channels: int, widths: list[int], num_blocks: int):
     widths: channels of each level.
     num_blocks: blocks per level down.
   """
-  down, up, skips, width = [], [], [channels], channels
-  for level, outputs in enumerate(widths):
+  down, up, width = [], [], channels
+  skips = skips_of(channels, widths, num_blocks)
+  for outputs in widths:
     down.append([width] + [outputs] * (num_blocks - 1))
-    skips += [outputs] * (num_blocks + (level < len(widths) - 1))
     width = outputs
   for outputs in reversed(widths):
     inputs = [width] + [outputs] * num_blocks
     up.append([i + skips.pop() for i in inputs])
     width = outputs
   return down, up[::-1]
+
+
+def skips_of(channels: int, widths: list[int], num_blocks: int) -> list[int]:
+  """The widths of the skips, in the order in which they are computed.
+
+  Args:
+    channels: channels of the first convolution.
+    widths: channels of each level.
+    num_blocks: blocks per level down.
+  """
+  found = [channels]
+  for level, outputs in enumerate(widths):
+    found += [outputs] * (num_blocks + (level < len(widths) - 1))
+  return found
 
 
 def _attending(sides, style, resolutions, levels) -> tuple[bool, ...]:
@@ -138,7 +152,8 @@ class UNet(nnx.Module):
   Args:
     image_shape: (H, W, C) of x0.
     doors: name -> size, see `models.create`.
-    out_channels: channels of the prediction.
+    out_channels: channels of the prediction; 0 = the network ends after the
+      middle, see `control`.
     channels: channels of the first level.
     multipliers: channels of each level, relative to the first.
     num_blocks: residual blocks per level down (one more per level up).
@@ -225,16 +240,16 @@ class UNet(nnx.Module):
       (self.middle_attention,) = made
     self.middle_crosses = nnx.List(crosses)
     self.middle2 = block(widths[-1], widths[-1])
-    attends = num_blocks + 1 if how.up_attention == 'all' else 1
-    self.up = nnx.List(
-      stage(level, up[level], 'up' if level > 0 else None, attends)
-      for level in range(last, -1, -1)
-    )
-
-    self.norm_out = layers.norm(
-      widths[0], num_groups, epsilon=how.epsilon, **common
-    )
-    self.conv_out = layers.conv(widths[0], out_channels, scale=ZERO, **dense)
+    if out_channels:
+      attends = num_blocks + 1 if how.up_attention == 'all' else 1
+      self.up = nnx.List(
+        stage(level, up[level], 'up' if level > 0 else None, attends)
+        for level in range(last, -1, -1)
+      )
+      self.norm_out = layers.norm(
+        widths[0], num_groups, epsilon=how.epsilon, **common
+      )
+      self.conv_out = layers.conv(widths[0], out_channels, scale=ZERO, **dense)
     width = 4 * channels if how.doors_at == 'time' else channels
     doors_of.add_embeddings(self, doors, width, vector=how.vector, **common)
 
@@ -246,10 +261,12 @@ class UNet(nnx.Module):
       t: [B] times, as the objective gives them: for DDPM, raw steps.
       keys: [B] random keys for dropout; None disables it.
       cond: door -> array, see `conditioning.Conditioner`, for all doors that
-        the network was made with.
+        the network was made with, and perhaps `doors.HINT` and
+        `doors.RESIDUALS`.
 
     Returns:
-      [B, H, W, out_channels] float32.
+      [B, H, W, out_channels] float32; without out_channels the skips, in the
+      order in which they are computed, and the map of the middle.
     """
     times = layers.of_time(
       [m for _, m in nnx.iter_graph(self) if isinstance(m, layers.ResBlock)],
@@ -261,6 +278,7 @@ class UNet(nnx.Module):
     xt = doors_of.joined(xt.astype(self.conv_in.dtype), cond)
     x = layers.convolved(self.conv_in, xt, plain=self.plain)
     x = x + pointwise.broadcast(self.conv_in.bias[...], x)
+    (x,) = doors_of.added([x], cond, doors_of.HINT)
     skips = [x]
     for stage in self.down:
       x, found = of_level(functools.partial(self._down, stage))(x, given, keys)
@@ -272,7 +290,10 @@ class UNet(nnx.Module):
     for cross in self.middle_crosses:
       x = cross(x, *given.tokens)
     x = self._block(self.middle2)((x,), times[self.middle2.number], keys)
+    if not hasattr(self, 'up'):
+      return [*skips, x]
 
+    *skips, x = doors_of.added([*skips, x], cond, doors_of.RESIDUALS)
     for stage in self.up:
       left = len(skips) - len(stage.blocks)
       # That of the next skips: not twice that of x where halving rounded up.

@@ -1,5 +1,6 @@
 """Low-rank changes (LoRA) that a trained network gets when it is used."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -63,6 +64,18 @@ def read(path, scale: float, config: Mapping) -> Change:
     place, lora.kernels(shapes), weights.names_of(config['model']['name'])
   )
   return Change(str(path), scale, found, weights.sha256(found))
+
+
+def applied(trained, change: Change):
+  """A `Trained` with changes that have been read.
+
+  Args:
+    trained: the network.
+    change: low-rank changes of it.
+  """
+  params = changed(trained.params, [change])
+  changes = *trained.changes, change
+  return dataclasses.replace(trained, params=params, changes=changes)
 
 
 def changed(params: Mapping, changes: Iterable[Change]) -> Mapping:

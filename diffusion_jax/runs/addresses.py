@@ -204,14 +204,18 @@ def _is_shape(x) -> bool:
   return isinstance(x, list) and len(x) == 3 and all(map(_is_whole, x))
 
 
-def _are_changes(x) -> bool:
+def _are_changes(x, hashes=frozenset({'sha256'})) -> bool:
   return isinstance(x, list) and all(
     isinstance(one, dict)
-    and one.keys() == {'sha256', 'scale'}
-    and _is_hash(one['sha256'])
+    and one.keys() == {*hashes, 'scale'}
+    and all(_is_hash(one[name]) for name in hashes)
     and _is_number(one['scale'])
     for one in x
   )
+
+
+def _are_controls(x) -> bool:
+  return _are_changes(x, {'sha256', 'picture_sha256'})
 
 
 def _are_times(x) -> bool:
@@ -249,7 +253,7 @@ MORE = {
   **{'guidance': _is_number, 'guidance_interval': _are_numbers},
   **{'guidance_rescale': _is_number, 'classifier_scale': _is_number},
   **dict.fromkeys((guided.GUIDE, guided.CLASSIFIER), _is_word),
-  'lora': _are_changes,
+  **{'lora': _are_changes, 'control': _are_controls},
   'guide_sha256': _is_hash,
   'classifier_sha256': _is_hash,
 }

@@ -107,7 +107,8 @@ def check_plain(trained, sides: tuple[int, int] | None = None) -> None:
     UserError: it has been changed, or is for images of another size.
   """
   own = runs.image_shape(runs.read_config(trained.workdir)['data'])[:2]
-  without = '--lora' if trained.changes else ''
+  changes = [f'--{name}' for name in trained.about_changes]
+  without = ' and '.join(changes)
   if (sides or trained.image_shape[:2]) != own:
     without = f'another size than {own[0]}x{own[1]}'
   if without:

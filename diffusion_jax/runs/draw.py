@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.codecs import Codec
 from diffusion_jax.guidance import clipping
+from diffusion_jax.models.control import Control
 from diffusion_jax.process import noise
 from diffusion_jax.runs import guided
 from diffusion_jax.runs.recipe import Recipe
@@ -51,6 +52,23 @@ def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   pairs = jax.vmap(keys)(indices)
   return pairs[:, 0], pairs[:, 1]
+
+
+def indices_of(num_samples: int, first: int, batch_size: int) -> np.ndarray:
+  """The indices of samples: uint32 [num_samples], from `first` on.
+
+  Raises:
+    UserError: a number is out of range.
+  """
+  for name, value, least in (
+    ('num_samples', num_samples, 1), ('first', first, 0),
+    ('batch_size', batch_size, 1),
+  ):  # fmt: skip
+    if value < least:
+      raise UserError(f'{name}={value}: at least {least}')
+  if first + num_samples > 2**32:
+    raise UserError(f'first={first}: first + num_samples is at most 2**32')
+  return np.arange(first, first + num_samples, dtype=np.uint32)
 
 
 def conditions(
@@ -186,10 +204,12 @@ class Compiled(NamedTuple):
   Attributes:
     denoise: (params, xt, t, cond) -> Denoised.
     drawer: (a plan as JSON, **options) -> draw, see `drawer`.
+    controlled: a ControlNet -> the functions of the network with it.
   """
 
   denoise: Callable
   drawer: Callable
+  controlled: Callable
 
 
 def compiled(recipe: Recipe, mesh: Mesh, **others: Recipe) -> Compiled:
@@ -212,7 +232,13 @@ def compiled(recipe: Recipe, mesh: Mesh, **others: Recipe) -> Compiled:
     how = Plan(*json.loads(plan))
     return jax.jit(drawer(recipe, mesh, how, **others, **options))
 
-  return Compiled(denoise, of_plan)
+  # Cached, so that another picture or scale does not compile again.
+  @functools.lru_cache(maxsize=8)
+  def controlled(control: Control):
+    made = recipe._replace(controls=(*recipe.controls, control))
+    return compiled(made, mesh, **others)
+
+  return Compiled(denoise, of_plan, controlled)
 
 
 def in_groups(codec: Codec, params, x0, keys, mesh: Mesh):

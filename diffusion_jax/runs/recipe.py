@@ -17,6 +17,8 @@ from jax.sharding import Mesh
 
 from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.conditioning import masked, text
+from diffusion_jax.models import control
+from diffusion_jax.models import doors as doors_of
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import (
   autoencoders,
@@ -50,6 +52,7 @@ class Recipe(NamedTuple):
     objective: the training objective.
     reconstructs: whether it is an autoencoder: decoded again, x0 is what it
       makes of data.
+    controls: the ControlNets that steer the network, see `controlled`.
   """
 
   parts: dict[str, models.Model]
@@ -61,6 +64,7 @@ class Recipe(NamedTuple):
   prediction: gaussian.Parametrisation | str
   objective: objectives.Objective
   reconstructs: bool = False
+  controls: tuple[control.Control, ...] = ()
 
   def init(self, key) -> dict:
     """Initializes the trained parts at random.
@@ -91,6 +95,8 @@ class Recipe(NamedTuple):
       told = plan.RECONSTRUCTS if self.reconstructs else plan.CLASSIFIES
       raise UserError(plan.COMPARES if pairs.IMAGE in self.parts else told)
     apply = models.network_fn(self.parts[models.NET])
+    given = sharding.gather_fsdp(params.get(control.PART, []), mesh)
+    hints = control.hints(self.controls, given, self.codec.shape[:2])
 
     def network(xt, label):
       # Gathered here, so that a long loop does not keep the gathered copy.
@@ -99,6 +105,10 @@ class Recipe(NamedTuple):
         door: jnp.broadcast_to(x, (len(xt), *x.shape[1:]))
         for door, x in cond.items()
       }
+      if self.controls:
+        of_rows[doors_of.RESIDUALS] = control.residuals(
+          self.controls, given, hints, xt, label, of_rows
+        )
       return apply(gathered, xt, label, of_rows, None)
 
     return gaussian.denoiser(network, self.schedule, self.prediction)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from diffusion_jax import codecs, models, runs
+from diffusion_jax.models import control
 from diffusion_jax.runs import draw
 from diffusion_jax.runs import recipe as recipes
 from diffusion_jax.system.errors import UserError
@@ -70,10 +71,9 @@ def config_for(config: Mapping, sides: tuple[int, int]) -> dict:
     if codec['decoding']:
       groups.append((codec['decoding']['model'], old, new))
   for group, *_ in groups:
-    name = group.get('name')
-    if getattr(models.MODELS.get(name), 'POSITIONS', False):
+    if group.get('name') == 'dit':
       raise UserError(
-        f'{_given(sides)}: model.name={name!r} knows the positions of '
+        f"{_given(sides)}: model.name='dit' knows the positions of "
         f'{old[0]}x{old[1]} images alone: leave the size out'
       )
   _check_halves(sides, groups, old)
@@ -99,8 +99,9 @@ def _check_halves(sides, groups, old) -> None:
   if any(side % multiple for side in sides):
     below = [max(side // multiple, 1) * multiple for side in sides]
     raise UserError(
-      f'{_given(sides)}: the levels of the network need multiples of '
-      f'{multiple}: use {below[0]}x{below[1]}'
+      f'{_given(sides)}: the network halves images {multiple.bit_length() - 1} '
+      f'times, so both sides must be multiples of {multiple}: use '
+      f'{below[0]}x{below[1]}'
     )
 
 
@@ -131,11 +132,15 @@ def recipe_for(config: Mapping, made: recipes.Recipe) -> recipes.Recipe:
       f'{row["name"]} of {row["here"]}, and was trained with {row["there"]}: '
       'leave the size out'
     )
-  return found._replace(frozen=made.frozen, origins=made.origins)
+  return found._replace(
+    frozen=made.frozen, origins=made.origins, controls=made.controls
+  )
 
 
 def _shapes(made):
-  return {**made.frozen, **jax.eval_shape(made.init, jax.random.key(0))}
+  # A ControlNet is for any size, its picture for one.
+  own = {k: made.frozen[k] for k in made.frozen if k != control.PART}
+  return {**own, **jax.eval_shape(made.init, jax.random.key(0))}
 
 
 def check(config: Mapping, sides: tuple[int, int]) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import (
   adapted,
   averaged,
+  controlled,
   draw,
   frozen,
   guided,
@@ -26,8 +26,7 @@ from diffusion_jax.runs import (
 )
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import files, numerics
-from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checkpoint, sharding
+from diffusion_jax.training import checkpoint, checksum, sharding
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -48,6 +47,7 @@ class Trained:
     average: facts about the average if one was chosen, see `averaged.load`.
     changes: what `with_lora` has added to the network.
     of_sizes: what `sized` has made, by size.
+    controls: facts about what `with_control` has.
   """
 
   workdir: files.Path
@@ -62,6 +62,7 @@ class Trained:
   average: dict = dataclasses.field(default_factory=dict)
   changes: tuple[adapted.Change, ...] = ()
   of_sizes: dict = dataclasses.field(default_factory=dict)
+  controls: tuple[dict, ...] = ()
 
   def __repr__(self):
     count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -145,8 +146,7 @@ class Trained:
       params, average = averaged.load(
         directory, at, abstract, self.config['ema'], self.weights
       )
-      params = {**self.recipe.frozen, **params}
-      params = adapted.changed(params, self.changes)
+      params = adapted.changed({**self.recipe.frozen, **params}, self.changes)
       return dataclasses.replace(self, step=at, params=params, average=average)
 
     if step is None:
@@ -182,19 +182,33 @@ class Trained:
     Raises:
       UserError: it is no such file, or is for a network with other layers.
     """
-    return self.changed_by(adapted.read(path, scale, self.config))
+    return adapted.applied(self, adapted.read(path, scale, self.config))
 
   @property
   def about_changes(self) -> dict:
-    """{'lora': facts about each change}; {} without."""
-    facts = [change.facts for change in self.changes]
-    return {'lora': facts} if facts else {}
+    """{'lora': facts about each change}, and 'control' alike; {} without."""
+    lora = [change.facts for change in self.changes]
+    facts = {'lora': lora, 'control': [*self.controls]}
+    return {name: each for name, each in facts.items() if each}
 
-  def changed_by(self, change: adapted.Change) -> 'Trained':
-    """Returns the network with changes that have been read, see `with_lora`."""
-    params = adapted.changed(self.params, [change])
-    changes = *self.changes, change
-    return dataclasses.replace(self, params=params, changes=changes)
+  def with_control(
+    self, path, picture, scale: float = 1.0, image_size=None
+  ) -> 'Trained':
+    """Returns the network steered by a picture (ControlNet, arXiv 2302.05543).
+
+    Several calls add up. Another picture or scale shares what is compiled.
+
+    Args:
+      path: a folder of diffusers' `ControlNetModel`.
+      picture: a file, or uint8 [H, W, 3] or [H, W]: edges or depths, say.
+      scale: a factor on what the net adds; 0 = nothing.
+      image_size: of the images to draw, see `sized`.
+
+    Raises:
+      UserError: folder or picture do not fit, see `controlled.read`.
+    """
+    found = controlled.read(path, picture, scale, self.config, image_size)
+    return controlled.applied(self, found)
 
   def guided_by(self, guide: 'Trained') -> 'Trained':
     """Returns the network with another one as its guide (arXiv 2406.02507).
@@ -230,10 +244,8 @@ class Trained:
     guided.check_latents(self.params, other.params, other.workdir, name)
     guides = {**self.guides, name: other}
     recipes = {key: one.recipe for key, one in guides.items()}
-    compiled = draw.compiled(self.recipe, self.mesh, **recipes)
-    return dataclasses.replace(
-      self, guides=guides, compiled=compiled, of_sizes={}
-    )
+    made = draw.compiled(self.recipe, self.mesh, **recipes)
+    return dataclasses.replace(self, guides=guides, compiled=made, of_sizes={})
 
   def sized(self, image_size) -> 'Trained':
     """Returns the network for images of another size.
@@ -257,10 +269,7 @@ class Trained:
   @functools.cached_property
   def weights_sha256(self) -> str:
     """SHA-256 of the parameters: float32, in the order of their names."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(self.params):
-      digest.update(np.ascontiguousarray(sharding.to_host(leaf)).tobytes())
-    return digest.hexdigest()
+    return checksum.sha256(self.params)
 
   @numerics.fixed()
   def plan(self, **options) -> plans.Plan:
@@ -344,24 +353,15 @@ class Trained:
       UserError: an unknown name, a number out of range, or data that are not
         finite.
     """
-    for name, value, least in (
-      ('num_samples', num_samples, 1), ('first', first, 0),
-      ('batch_size', batch_size, 1),
-    ):  # fmt: skip
-      if value < least:
-        raise UserError(f'{name}={value}: at least {least}')
-    if first + num_samples > 2**32:
-      raise UserError(f'first={first}: first + num_samples is at most 2**32')
-    plan = self.plan(**options)
-    how, texts = prompts.tables(self.workdir, self.config, plan)
+    indices = draw.indices_of(num_samples, first, batch_size)
+    size = sharding.rounded(min(batch_size, num_samples), self.mesh)
+    how, texts = prompts.tables(self.workdir, self.config, self.plan(**options))
     compiled = self.sized(how.image_size).compiled
     draw_fn = compiled.drawer(json.dumps(how), frames=(), dtype=dtype)
     return sharding.in_batches(
       lambda rows: draw.checked(*draw_fn(self.all_params, rows, None, texts)),
-      np.arange(first, first + num_samples, dtype=np.uint32),
-      sharding.rounded(min(batch_size, num_samples), self.mesh),
-      self.mesh,
-    )
+      indices, size, self.mesh,
+    )  # fmt: skip
 
 
 @numerics.fixed()

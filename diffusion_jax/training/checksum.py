@@ -1,9 +1,13 @@
 """Checksums of arrays, computed on their devices, whatever their sharding."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_jax import models
+from diffusion_jax.training import sharding
 
 
 def of(tree) -> dict[str, int]:
@@ -25,6 +29,18 @@ def of(tree) -> dict[str, int]:
   # One at a time: small programs that reduce over the devices can deadlock on
   # CPUs if they run concurrently.
   return {n: int(_checksum(leaf)) for n, leaf in models.named(tree).items()}
+
+
+def sha256(tree) -> str:
+  """SHA-256 of the arrays of a tree, in the order of their names.
+
+  Args:
+    tree: global arrays.
+  """
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(tree):
+    digest.update(np.ascontiguousarray(sharding.to_host(leaf)).tobytes())
+  return digest.hexdigest()
 
 
 @jax.jit

@@ -266,7 +266,7 @@ def to_params(tensors: Mapping[str, np.ndarray], abstract, what: str) -> dict:
       names them.
   """
   tensors = of_today(tensors, what)
-  return named.place(tensors, abstract, name_of, _to_ours, what)
+  return named.place(tensors, abstract, name_of, to_ours, what)
 
 
 def of_today(tensors: Mapping[str, np.ndarray], what: str) -> dict:
@@ -309,7 +309,8 @@ def to_theirs(name: str, array: np.ndarray) -> np.ndarray:
   return array if _TABLE.fullmatch(name) else array.T
 
 
-def _to_ours(name: str, array: np.ndarray) -> np.ndarray:
+def to_ours(name: str, array: np.ndarray) -> np.ndarray:
+  """A tensor of diffusers in our layout, by our name of it."""
   if _TABLE.fullmatch(name):
     return array
   dense = _DENSE.fullmatch(name) or _POINTWISE.fullmatch(name)

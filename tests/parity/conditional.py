@@ -117,7 +117,7 @@ def ours(name: str, params=None, **changes) -> np.ndarray:
 
 def split(given: dict) -> tuple[jax.Array, dict]:
   """The noised data, and the doors."""
-  given = {name: jnp.asarray(array) for name, array in given.items()}
+  given = jax.tree.map(jnp.asarray, given)
   if 'ids' in given:
     given['vector'] = doors_of.of_sizes(
       given.pop('pooled'), given.pop('ids'), 8
