@@ -347,6 +347,8 @@ def contrastive():
   config.loss.embedding = 128  # dimensions of the space of both encoders
   config.loss.temperature = 0.07  # at first; it is learned
   config.loss.coldest = 0.01  # the lowest temperature
+  # The encoder of pictures sees means over squares of so many pixels a side.
+  config.loss.pool = 1
   # Training pictures are moved by up to so many pixels, scaled by up to this
   # share, and get noise of up to so many levels of 255, at random.
   config.loss.shift = 0.0

@@ -43,6 +43,7 @@ from diffusion_jax.runs import (
   folder,
   frozen_codec,
   kept_parts,
+  pairs,
   recipe,
   text_pipelines,
   texts,
@@ -137,7 +138,11 @@ def _export(source, target) -> tuple[dict, str]:
     raise UserError(
       '--config is for imports; a run has its own: leave --config out'
     )
-  runs.read_config(source, '--from')
+  if pairs.trains(runs.read_config(source, '--from')):
+    raise UserError(
+      f'--from={source} trains a pair of encoders, for which diffusers has no '
+      'form: give another run'
+    )
   trained = load(
     source, FLAGS.step, FLAGS.ema, sharding.make_mesh(), FLAGS.ema_profile
   )

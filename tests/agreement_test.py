@@ -7,6 +7,7 @@ import binaries
 import numpy as np
 import pytest
 from contrastive_test import flat, pair_config  # noqa: F401, a fixture
+from parity import clip as parity
 from PIL import Image
 from text_condition_test import WORDS, Run
 
@@ -220,6 +221,28 @@ def test_captions_from_a_file(runs_of, capsys, tmp_path):
   )  # fmt: skip
   assert card['protocol']['num_captions'] == 3
   assert card['details']['captions_added'] == 1
+
+
+def test_a_judge_is_not_exported(runs_of, tmp_path):
+  with pytest.raises(UserError, match='diffusers has no form'):
+    binaries.here('convert', f'--from={runs_of[1]}', f'--to={tmp_path}/x')
+
+
+def test_clip_scores_a_run(runs_of, capsys, tmp_path):
+  parity.write(tmp_path)
+  card = evaluate(
+    capsys, f'--workdir={runs_of[0]}', f'--text_judge={tmp_path}',
+    '--prompt=a red square', '--prompt=blue', '--metrics=fid', *HOW,
+  )  # fmt: skip
+  results = card['results']
+  assert {
+    'clip_score',
+    'clip_score_error',
+    'clip_score_blank',
+  } <= results.keys()
+  assert 0 <= results['clip_score'] <= 100
+  assert card['protocol']['text_judge'] == 'clip'
+  assert card['protocol']['num_captions'] == 5  # those of the run's data
 
 
 def test_a_judge_is_judged_by_real_pictures(runs_of, capsys):

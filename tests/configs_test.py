@@ -210,7 +210,7 @@ def test_state_traces_on_a_mesh(path):
 def test_all_configs_have_the_same_keys():
   """Those of a choice are of that choice."""
   loaded = [load(path) for path in CONFIGS]
-  free = ('codec.', 'loss.', 'optim.part_lr.')
+  free = ('codec.', 'conditioning.', 'loss.', 'optim.part_lr.')
   keys = [
     {k for k in runs.flatten(x.to_dict()) if not k.startswith(free)}
     for x in loaded

@@ -144,6 +144,18 @@ def test_two_vectors_are_pulled_together():
     assert abs(slope[place] - want) < 1e-4
 
 
+def test_pictures_are_pooled_before_they_are_encoded():
+  model = models.Model(None, lambda params, x, t: params * x)
+  x = np.arange(2 * 4 * 6 * 1.0).reshape(2, 4, 6, 1).astype(np.float32)
+  got = contrastive.pooled(model, 2).apply(3.0, x, None)
+  want = [
+    [3 * x[0, i : i + 2, j : j + 2].mean() for j in (0, 2, 4)] for i in (0, 2)
+  ]
+  assert got.shape == (2, 2, 3, 1)
+  np.testing.assert_allclose(got[0, ..., 0], want)
+  assert contrastive.pooled(model, 1) is model
+
+
 # --- jitter ------------------------------------------------------------------
 
 
@@ -322,6 +334,7 @@ MISTAKES = [
   ('loss.scale', 1.0, r'in \[0, 1\)'),
   ('loss.noise', -1.0, '0 or more'),
   ('loss.embedding', 0, 'at least 1'),
+  ('loss.pool', 3, 'a divisor of data.image_size=4'),
 ]
 
 

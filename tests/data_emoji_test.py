@@ -99,6 +99,9 @@ def test_the_set_is_pinned():
   assert sorted([*test, *train]) == emoji.heldout('all').tolist()
   told = {names[i] for i in test if i % 10 != 9}
   assert {'green heart', 'orange book', 'large blue square'} < told
+  combined = emoji.combinations()
+  assert told <= {*combined} <= {names[i] for i in test}
+  assert len({*combined}) == 12
 
 
 def test_a_pinned_array_is_split_like_the_source():

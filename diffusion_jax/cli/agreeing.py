@@ -11,25 +11,28 @@ from absl import flags
 from diffusion_jax import data, runs
 from diffusion_jax.cli import declare, guiding
 from diffusion_jax.data import captions
-from diffusion_jax.evaluation import agreement, features
+from diffusion_jax.evaluation import agreement, clip, features
 from diffusion_jax.evaluation.metrics import retrieval
 from diffusion_jax.runs import dataset, pairs, prompts
-from diffusion_jax.runs.trained import load
+from diffusion_jax.runs.trained import Trained, load
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system import terminal
 from diffusion_jax.system.errors import UserError
+from diffusion_jax.weights import clip as weights
 
 FLAGS = flags.FLAGS
 declare.table(
   text_judge=(
     str,
     'Runs with captions: also measure how often samples are found to show '
-    'their prompts, by a run with loss.name=contrastive, or WORKDIR@STEP.',
+    'their prompts, by a run with loss.name=contrastive, or WORKDIR@STEP; or '
+    'the CLIP score, too, by a folder of CLIP (CLIPModel of transformers).',
   ),
   captions=(
     str,
     '--text_judge: the captions among which prompts are to be found, a file '
-    "with one a line; by default all of the judge's data.",
+    "with one a line; by default all of the judge's data, with CLIP of the "
+    "run's.",
   ),
 )
 
@@ -51,18 +54,20 @@ def check(workdir) -> None:
       )
     return
   given = f'--text_judge={FLAGS.text_judge}'
-  folder, _ = guiding.parsed('text_judge', FLAGS.text_judge)
-  theirs = runs.read_config(folder, '--text_judge')
-  if not pairs.trains(theirs):
-    raise UserError(
-      f'{given} has loss.name={theirs["loss"]["name"]}: give a run with '
-      'loss.name=contrastive, such as one of emoji_judge'
-    )
   own = runs.read_config(workdir)
   if not dataset.has_captions(own['conditioning']):
     raise UserError(
       f'{given}: the run takes no text, so that its samples have no prompts: '
       'leave the judge out'
+    )
+  folder, _ = guiding.parsed('text_judge', FLAGS.text_judge)
+  if weights.is_folder(folder):
+    return
+  theirs = runs.read_config(folder, '--text_judge')
+  if not pairs.trains(theirs):
+    raise UserError(
+      f'{given} has loss.name={theirs["loss"]["name"]}: give a run with '
+      'loss.name=contrastive, such as one of emoji_judge, or a folder of CLIP'
     )
   shapes = [runs.image_shape(one['data']) for one in (theirs, own)]
   if shapes[0] != shapes[1]:
@@ -73,10 +78,11 @@ def check(workdir) -> None:
     )
 
 
-def asked(plan: Plan) -> agreement.Asked | None:
+def asked(trained: Trained, plan: Plan) -> agreement.Asked | None:
   """The prompts of a plan, among captions; None without --text_judge.
 
   Args:
+    trained: the run to judge.
     plan: how samples are drawn.
 
   Raises:
@@ -84,12 +90,15 @@ def asked(plan: Plan) -> agreement.Asked | None:
   """
   if FLAGS.text_judge is None:
     return None
-  judge = load(*guiding.parsed('text_judge', FLAGS.text_judge))
-  if FLAGS.captions is None:
-    candidates = of_data(judge.config)
+  candidates = FLAGS.captions and prompts.read(FLAGS.captions, 'captions')
+  folder, step = guiding.parsed('text_judge', FLAGS.text_judge)
+  if weights.is_folder(folder):
+    candidates = candidates or of_data(trained.config)
+    encoders = clip.of_folder(folder, trained.mesh)
   else:
-    candidates = prompts.read(FLAGS.captions, 'captions')
-  encoders = agreement.of_run(judge, features.BLOCK)
+    judge = load(folder, step)
+    candidates = candidates or of_data(judge.config)
+    encoders = agreement.of_run(judge, features.BLOCK)
   own = [[prompt] for prompt in plan.condition['prompts']]
   return agreement.ask(encoders, candidates, own)
 

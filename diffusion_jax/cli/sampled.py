@@ -62,7 +62,7 @@ def task(trained: Trained, plan: Plan) -> measure.Task:
   if not FLAGS.sweep:  # a sweep caches the reference's statistics
     usual += ['copies'] * bool(source)
     usual += ['classes'] * ('num_classes' in judge.protocol)
-  asked = agreeing.asked(plan)
+  asked = agreeing.asked(trained, plan)
   about |= {'rounding': FLAGS.rounding, **agreeing.protocol(asked)}
   made = judging.task(judge, samples, reference, held, about=about, usual=usual)
   if asked is None:

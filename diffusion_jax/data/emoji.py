@@ -78,6 +78,11 @@ def captions() -> list[str]:
   return [unicodedata.name(chr(c)).lower() for c in codepoints()]
 
 
+def combinations() -> list[str]:
+  """The captions of COMBINATIONS, which are held out."""
+  return [unicodedata.name(chr(c)).lower() for c in codepoints(COMBINATIONS)]
+
+
 def heldout(split: str) -> np.ndarray:
   """The indices of a split, 'train', 'test' or 'all', ascending."""
   known = codepoints()

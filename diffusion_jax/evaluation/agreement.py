@@ -36,6 +36,7 @@ class Encoders(NamedTuple):
     told_apart: n texts -> n values; equal ones for texts that are read alike.
     protocol: what numbers depend on, for cards.
     details: other facts for cards.
+    scores: whether the mean of the cosines is the CLIP score.
   """
 
   see: Callable[[np.ndarray], np.ndarray]
@@ -43,6 +44,7 @@ class Encoders(NamedTuple):
   told_apart: Callable[[Sequence[str]], list[Hashable]]
   protocol: dict
   details: dict
+  scores: bool = False
 
 
 class Asked(NamedTuple):
@@ -278,12 +280,38 @@ def measure(
     if len(present) > 1:
       counts = retrieval.by_text(seen, asked.vectors, groups, present, k)
       results[f'text_recall_{k}_p'] = retrieval.permuted(counts)
+  results = by_number(results)
+  if asked.encoders.scores:
+    results |= scores(asked, seen, empty, own)
   details = {**asked.encoders.details}
   if asked.added:
     details['captions_added'] = asked.added
   if 1 < len(present) <= breakdown.SHOWN:
     details['by_prompt'] = _by_prompt(asked, seen, own)
-  return by_number(results), details
+  return results, details
+
+
+def scores(
+  asked: Asked, vectors: np.ndarray, empty: np.ndarray, own: np.ndarray
+) -> dict:
+  """The CLIP score (arXiv 2104.08718): 100 times the mean of positive cosines.
+
+  Its factor is 100 in place of the paper's 2.5, as is usual for samples.
+
+  Args:
+    asked: the texts.
+    vectors: [N, D] of the pictures.
+    empty: [N, D] of blank ones.
+    own: int [N, M], the numbers of their texts, of which the first one counts.
+  """
+  texts_of = asked.vectors[own[:, 0]]
+  seen, blank_ones = (
+    100 * np.maximum((x * texts_of).sum(1), 0) for x in (vectors, empty)
+  )
+  error = seen.std(ddof=1) / np.sqrt(len(seen)) if len(seen) > 1 else None
+  told = {'clip_score': float(seen.mean())}
+  told |= {} if error is None else {'clip_score_error': float(error)}
+  return {**told, f'clip_score{BLANK}': float(blank_ones.mean())}
 
 
 def _by_prompt(asked, vectors, own) -> list[list]:

@@ -45,6 +45,8 @@ RESULTS = {
       ('_p', 'p of R@', ' ↓', '  p-value of permuted prompts'),
     )
   },
+  'clip_score': ('CLIP score ↑', 'CLIP score ± standard error'),
+  'clip_score_blank': ('blank CLIP', '  of blank pictures of the mean colour'),
   'nearest_own': ('own', '  nearest has the prompt as its caption'),
   'identical': ('identical ↓', 'identical to a training image'),
   'nearest': ('nearest', 'nearest training image, median'),

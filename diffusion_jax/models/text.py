@@ -124,8 +124,8 @@ class Transformer(nnx.Module):
     self.length = length
     common = {'dtype': dtype, 'rngs': rngs}
     embed = functools.partial(nnx.Embed, features=width, **common)
-    self.token = embed(vocabulary, embedding_init=_normal(0.02))
-    self.position = embed(length, embedding_init=_normal(0.01))
+    self.token = embed(vocabulary, embedding_init=normal(0.02))
+    self.position = embed(length, embedding_init=normal(0.01))
     self.blocks = nnx.List(
       Block(
         width, inner, num_layers, num_heads=num_heads, activation=activation,
@@ -133,10 +133,10 @@ class Transformer(nnx.Module):
       )
       for _ in range(num_layers)
     )  # fmt: skip
-    self.norm_out = _norm(width, epsilon, **common)
+    self.norm_out = norm(width, epsilon, **common)
     if projection:
       self.projection = nnx.Linear(
-        width, projection, use_bias=False, kernel_init=_normal(width**-0.5),
+        width, projection, use_bias=False, kernel_init=normal(width**-0.5),
         **common,
       )  # fmt: skip
 
@@ -174,9 +174,9 @@ class Block(nnx.Module):
     residual = width**-0.5 * (2 * num_layers) ** -0.5
 
     def linear(inputs, outputs, std):
-      return nnx.Linear(inputs, outputs, kernel_init=_normal(std), **common)
+      return nnx.Linear(inputs, outputs, kernel_init=normal(std), **common)
 
-    self.norm1, self.norm2 = (_norm(width, epsilon, **common) for _ in range(2))
+    self.norm1, self.norm2 = (norm(width, epsilon, **common) for _ in range(2))
     self.query, self.key, self.value = (
       linear(width, width, width**-0.5) for _ in range(3)
     )
@@ -202,11 +202,19 @@ class Block(nnx.Module):
     return self.out(mixed.reshape(x.shape))
 
 
-def _normal(std):
+def normal(std: float):
+  """Normal initial values of this deviation."""
   return nnx.initializers.normal(std)
 
 
-def _norm(width, epsilon, **common) -> nnx.LayerNorm:
+def norm(width: int, epsilon: float, **common) -> nnx.LayerNorm:
+  """Layer norm with an accurate variance.
+
+  Args:
+    width: of the tokens.
+    epsilon: added to the variance.
+    **common: dtype and rngs.
+  """
   return nnx.LayerNorm(
     width, epsilon=epsilon, use_fast_variance=False, **common
   )

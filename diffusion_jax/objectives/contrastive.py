@@ -115,6 +115,22 @@ def compared(
   return values, jnp.argmax(logits, axis=1) == numbers
 
 
+def pooled(image: Model, pool: int) -> Model:
+  """An encoder of means over squares of pixels.
+
+  Args:
+    image: the encoder of smaller pictures.
+    pool: pixels per side of a square.
+  """
+
+  def apply(params, x, *more):
+    size, height, width, channels = x.shape
+    blocks = size, height // pool, pool, width // pool, pool, channels
+    return image.apply(params, x.reshape(blocks).mean((2, 4)), *more)
+
+  return image if pool == 1 else Model(image.init, apply, image.doors)
+
+
 def seen(image: Model, params, x: jax.Array, dropout=None) -> jax.Array:
   """Unit vectors of pictures: [B, D] float32.
 

@@ -27,6 +27,13 @@ def trains(config: Mapping) -> bool:
   return config['loss']['name'] == objectives.CONTRASTIVE
 
 
+def pooled_shape(config: Mapping) -> tuple[int, int, int]:
+  """(H, W, C) of what the encoder of pictures sees."""
+  height, width, channels = runs.image_shape(config['data'])
+  pool = max(config['loss']['pool'], 1)
+  return max(height // pool, 1), max(width // pool, 1), channels
+
+
 def create(config: Mapping, frozen: Mapping, origins: Mapping) -> tuple:
   """The fields of the recipe of such a run, see `recipe.Recipe`.
 
@@ -36,9 +43,13 @@ def create(config: Mapping, frozen: Mapping, origins: Mapping) -> tuple:
     origins: name -> where it comes from.
   """
   shape, loss = runs.image_shape(config['data']), config['loss']
-  image = models.create(
-    image_shape=shape, out_channels=loss['embedding'], **config['model']
-  )
+  image = contrastive.pooled(
+    models.create(
+      image_shape=pooled_shape(config), out_channels=loss['embedding'],
+      **config['model'],
+    ),
+    loss['pool'],
+  )  # fmt: skip
   words = text.network(config['conditioning'], loss['embedding'])
   log = math.log(loss['temperature'])
   temperature = models.Model(
@@ -70,6 +81,12 @@ def problems(config: Mapping) -> Iterator[tuple]:
   loss, name = config['loss'], f'with loss.name={objectives.CONTRASTIVE!r}'
   for key, (allowed, fits) in _OF_LOSS.items():
     yield fits(loss[key]), f'loss.{key}={loss[key]}: {allowed}'
+  sides = runs.image_shape(config['data'])[:2]
+  yield (
+    loss['pool'] >= 1 and all(side % loss['pool'] == 0 for side in sides),
+    f'loss.pool={loss["pool"]}: at least 1, and a divisor of data.image_size='
+    f'{config["data"]["image_size"]}',
+  )
   yield (
     loss['coldest'] <= loss['temperature'] <= contrastive.WARMEST,
     f'loss.temperature={loss["temperature"]}: from loss.coldest='

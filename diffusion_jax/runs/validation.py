@@ -154,6 +154,8 @@ def _network(config):
     what = 'data.image_size'
     if codecs.is_in_latents(config):
       what = 'the size of the latents'
+    if pairs.trains(config):
+      x0, what = pairs.pooled_shape(config), 'data.image_size / loss.pool'
     yield from rules.of_network(config.model, x0, what)
   process = config.process
   yield (
