@@ -138,11 +138,7 @@ def _export(source, target) -> tuple[dict, str]:
     raise UserError(
       '--config is for imports; a run has its own: leave --config out'
     )
-  if pairs.trains(runs.read_config(source, '--from')):
-    raise UserError(
-      f'--from={source} trains a pair of encoders, for which diffusers has no '
-      'form: give another run'
-    )
+  pairs.check_export(runs.read_config(source, '--from'), source)
   trained = load(
     source, FLAGS.step, FLAGS.ema, sharding.make_mesh(), FLAGS.ema_profile
   )

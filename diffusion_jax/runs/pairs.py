@@ -14,6 +14,7 @@ from diffusion_jax.codecs import pixels
 from diffusion_jax.conditioning import text
 from diffusion_jax.objectives import contrastive
 from diffusion_jax.process import schedules
+from diffusion_jax.system.errors import UserError
 
 IMAGE, TEXT, TEMPERATURE = (
   contrastive.IMAGE,
@@ -64,6 +65,20 @@ def create(config: Mapping, frozen: Mapping, origins: Mapping) -> tuple:
     parts, frozen, origins, pixels.create(shape), conditioning.none(),
     schedules.create(**config['process']), None, objective,
   )  # fmt: skip
+
+
+def check_export(config: Mapping, workdir) -> None:
+  """Raises UserError for a run that diffusers has no form for.
+
+  Args:
+    config: the run's config.
+    workdir: its folder.
+  """
+  if trains(config):
+    raise UserError(
+      f'--from={workdir} trains a pair of encoders, for which diffusers has no '
+      'form: give another run'
+    )
 
 
 # Keys of config.loss: (the allowed values in words, whether a value is one).
