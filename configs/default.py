@@ -136,6 +136,15 @@ def get_config():
   # Names of measures of docs/speed.md that are not taken, for benchmarks.
   config.model.plain = ()
 
+  # Low-rank changes of another run's network, which are trained in place of it,
+  # see docs/lora.md.
+  config.lora = ConfigDict()
+  config.lora.rank = 0  # of the changes; 0 = none, the network is trained
+  # The changes are multiplied by alpha / rank; 0 = by 1.
+  config.lora.alpha = 0.0
+  # 'attention', 'all-linear', 'all', or names of layers, such as 'cross/*'.
+  config.lora.layers = ('attention',)
+
   # The forward process: the noise at each time, see docs/objectives.md.
   config.process = ConfigDict()
   # 'linear' (arXiv 2006.11239), 'scaled_linear' = 'quadratic', 'cosine',

@@ -20,7 +20,8 @@ r"""Imports published weights as a run, and exports a run's weights.
   the workdir of a run. Its averaged weights are written as a folder that
     diffusers loads: as a DDPMPipeline, a run in latents as an LDMPipeline, or
     with frozen text encoders as a StableDiffusionPipeline, an autoencoder as
-    an AutoencoderKL or a VQModel.
+    an AutoencoderKL or a VQModel. Of a run with LoRA only its low-rank changes
+    are, as pytorch_lora_weights.safetensors, or with --merged all of it.
 
 An import writes a workdir for sample, evaluate and train --init_from; its
 converted.json says where the weights come from. With --config the workdir has
@@ -34,33 +35,26 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from diffusion_jax import codecs, models, runs
+from diffusion_jax import models, runs
 from diffusion_jax.cli import command, config_files, declare
 from diffusion_jax.codecs import latents
 from diffusion_jax.configs import default
 from diffusion_jax.models import NET
 from diffusion_jax.runs import (
+  exports,
   folder,
   frozen_codec,
   kept_parts,
-  pairs,
   recipe,
   text_pipelines,
   texts,
   validation,
 )
 from diffusion_jax.runs.frozen_codec import CODEC
-from diffusion_jax.runs.trained import load
 from diffusion_jax.system import environment, files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, sharding
-from diffusion_jax.weights import (
-  autoencoders,
-  coders,
-  diffusers,
-  official,
-  pipelines,
-)
+from diffusion_jax.weights import autoencoders, diffusers, official
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('from', None, 'Folder, file or checkpoint to convert.')
@@ -82,6 +76,11 @@ flags.DEFINE_bool(
   'ema', True, 'Export: the averaged weights; --noema: the raw ones.'
 )
 declare.shared('ema_profile')
+flags.DEFINE_bool(
+  'merged',
+  False,
+  'Export of a run with LoRA: the whole network, with the changes in it.',
+)
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
 
 
@@ -138,42 +137,8 @@ def _export(source, target) -> tuple[dict, str]:
     raise UserError(
       '--config is for imports; a run has its own: leave --config out'
     )
-  pairs.check_export(runs.read_config(source, '--from'), source)
-  trained = load(
-    source, FLAGS.step, FLAGS.ema, sharding.make_mesh(), FLAGS.ema_profile
-  )
-  params = jax.tree.map(sharding.to_host, trained.params)
-  kept = (runs.conversion(source) or {}).get('settings')
-  if text_pipelines.is_one(trained.config):
-    encoder = texts.kept(source, trained.config)
-    kind = text_pipelines.write(target, trained.config, params, encoder, kept)
-    form = f'a {kind}'
-    text_pipelines.copy_licences(source, target, (text_pipelines.LICENCES, ''))
-  elif codecs.is_in_latents(trained.config):
-    form = 'an LDMPipeline'
-    pipelines.write(target, trained.config, params, kept)
-  elif codecs.reconstructs(trained.config):
-    params = {CODEC: params[CODEC]}
-    autoencoders.write(target, trained.config, params[CODEC], kept)
-    kind = coders.class_of(trained.config['codec'])
-    form = f'{"an" if kind == coders.KL else "a"} {kind}'
-  else:
-    form = 'a DDPMPipeline'
-    diffusers.write(target, trained.config, params[NET])
-  result = {
-    'path': str(target),
-    'step': trained.step,
-    'ema': trained.ema,
-    **trained.average,
-    'parameters': models.count(params),
-    'weights_sha256': trained.weights_sha256,
-  }
-  kind = 'averaged' if trained.ema else 'raw'
-  if trained.average:
-    kind += f' ({trained.average["ema_profile"]})'
-  return result, (
-    f'{kind} weights of step {trained.step}, {result["parameters"]:,} '
-    f'parameters, as {form}'
+  return exports.write(
+    source, target, FLAGS.step, FLAGS.ema, FLAGS.ema_profile, FLAGS.merged
   )
 
 

@@ -2,9 +2,9 @@ r"""Shows how a config's mesh shards the parameters, and the bytes per device.
 
   python -m diffusion_jax.layout --config=cifar10 --config.mesh.fsdp=8
 
-Prints the bytes of the training state between two steps; activations are not
-included. --all also lists every parameter. It needs no devices, allocates
-nothing and compiles nothing.
+Prints the bytes of the training state between two steps, and of parts that are
+not trained; activations are not included. --all also lists every parameter. It
+needs no devices, allocates nothing and compiles nothing.
 """
 
 import math
@@ -44,9 +44,9 @@ def main():
     raise UserError(wrong[0])
   sizes = sharding.mesh_shape(count, **config.mesh)
   mesh = AbstractMesh(sizes, sharding.AXES)
-  init = recipe.create(config).init
+  made = recipe.create(config)
   abstract = state.abstract_state(
-    init, optim.create(**config.optim), mesh, ema=config.ema.decay > 0,
+    made.init, optim.create(**config.optim), mesh, ema=config.ema.decay > 0,
     averages=averages.updates(config.ema),
   )  # fmt: skip
   rows = [
@@ -58,6 +58,7 @@ def main():
     'EMA': (abstract.ema_params, abstract.averages),
     'optimiser': abstract.opt_state,
     'state': abstract,
+    'frozen': sharding.abstract(made.frozen, mesh),
   }
   totals = {
     name: {
@@ -65,7 +66,7 @@ def main():
       'device': device_bytes(part),
     }
     for name, part in parts.items()
-    if jax.tree.leaves(part)  # there may be no EMA
+    if jax.tree.leaves(part)  # there may be no EMA, or nothing frozen
   }
   terminal.report(
     {'mesh': dict(mesh.shape), 'parameters': rows, 'bytes': totals},

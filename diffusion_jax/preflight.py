@@ -330,11 +330,9 @@ def _largest(place) -> None:
 
 
 def _too_large(place, batch_size, used, limit) -> UserError:
-  state = device_bytes(place.program.abstract)
-  mesh = place.mesh.shape
-  return room.too_large(
-    batch_size, place.name, used, limit, state, place.config, mesh
-  )
+  state = device_bytes((place.program.abstract, place.program.frozen))
+  about = place.config, place.mesh.shape
+  return room.too_large(batch_size, place.name, used, limit, state, *about)
 
 
 def _result(place, train, sample, judge) -> dict:
@@ -343,8 +341,10 @@ def _result(place, train, sample, judge) -> dict:
     'parameters': device_bytes(state.params),
     'EMA': device_bytes((state.ema_params, state.averages)),
     'optimiser': device_bytes(state.opt_state),
+    'frozen': device_bytes(place.program.frozen),
   }
   used = 'EMA' if state.ema_params else 'parameters'
+  drawing = {used: parts['parameters'], 'frozen': parts['frozen']}
   image = math.prod(runs.image_shape(config.data))
   result = {
     'topology': FLAGS.topology,
@@ -371,8 +371,8 @@ def _result(place, train, sample, judge) -> dict:
       'num_steps': config.sample.num_steps,
       'network_rows': place.program.plan.rows,
       **compiled.describe(
-        sample, {used: parts['parameters'], 'batch': count // place.rows * 4},
-        count, place.mesh.size,
+        sample, {**drawing, 'batch': count // place.rows * 4}, count,
+        place.mesh.size,
       ),
     }  # fmt: skip
   if judge:

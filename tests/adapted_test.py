@@ -63,7 +63,7 @@ def test_a_network_gets_the_sum(trained, tmp_path):
     wanted = weights(trained.at(20))[layer] + change
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     assert not np.allclose(found, weights(both)[layer])
-  assert [one['scale'] for one in before.about_changes['lora']] == [0.5, -2.0]
+  assert [change.scale for change in before.changes] == [0.5, -2.0]
   # A folder with the file of diffusers' name, and the network as it was.
   written(trained, tmp_path / files_of.FILE)
   again = trained.with_lora(tmp_path, 0.5)

@@ -114,6 +114,7 @@ YOUNGER = {
   'process.zero_snr': False, 'process.shift': 1.0,
   'ema.decays': (), 'ema.profiles': (), 'data.augment': 0.0,
   'data.captions': 'auto',
+  'lora.rank': 0, 'lora.alpha': 0.0, 'lora.layers': ('attention',),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ have the names of their kernels, without the last part, such as
 import fnmatch
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ KERNEL = '/kernel'
 ATTENTION, LINEAR, ALL = 'attention', 'all-linear', 'all'
 OF_ATTENTION = ('query', 'key', 'value', 'out')
 CROSS = 'cross_'  # of names in a DiT
+ENDS = ('conv_in', 'conv_out')  # of few channels, so of a low rank
 SHOWN = 24  # names in a message
 
 
@@ -59,8 +60,9 @@ def chosen(params, patterns: Iterable[str], rank: int) -> list[str]:
   Args:
     params: a network's parameters, or their shapes.
     patterns: 'attention' (query, key, value and out of attentions),
-      'all-linear' (dense layers), 'all' (convolutions, too), or ends of layers'
-      names with `*` for anything, such as 'query' or 'cross/*'.
+      'all-linear' (dense layers), 'all' (convolutions, too, but the first and
+      the last), or ends of layers' names with `*` for anything, such as 'query'
+      or 'cross/*'.
     rank: the rank of the changes.
 
   Raises:
@@ -93,7 +95,7 @@ def most(shape: tuple[int, ...]) -> int:
 
 def _fits(layer, pattern, there) -> bool:
   if pattern == ALL:
-    return True
+    return layer not in ENDS
   if pattern == LINEAR:
     return there[layer].ndim == 2
   if pattern == ATTENTION:
@@ -158,6 +160,21 @@ def of(tree, factor: float) -> Lora:
   layers = [name.removesuffix('/A') for name in named if name.endswith('/A')]
   pairs = {x: (named[f'{x}/A'], named[f'{x}/B']) for x in layers}
   return Lora(pairs, dict.fromkeys(layers, factor))
+
+
+def network_fn(network: models.Model, factor: float) -> Callable:
+  """`models.network_fn` of a network with low-rank changes in a part.
+
+  Args:
+    network: the network, of the part NET.
+    factor: of all products of the part PART.
+  """
+
+  def apply(params, *args):
+    net = merged(params[models.NET], of(params[PART], factor))
+    return models.network_fn(network)({**params, models.NET: net}, *args)
+
+  return apply
 
 
 def _nested(tree: Mapping) -> dict:

@@ -146,14 +146,14 @@ def describe(
 
   Args:
     found: the program.
-    arguments: part of the arguments -> bytes per device.
+    arguments: part of the arguments -> bytes per device; 0 = there is none.
     images: images per step.
     num_devices: size of the mesh.
   """
   return {
     # The parts add up to the total; padding is what devices add to arguments.
     'bytes': {
-      **arguments,
+      **{name: size for name, size in arguments.items() if size},
       'padding': found.arguments - sum(arguments.values()),
       'outputs': found.outputs - found.aliased,
       'temporaries': found.temporaries,

@@ -79,14 +79,15 @@ def flops_of(config: Mapping) -> tuple[float, float]:
     for name, given in programs.rows(config, program.recipe, 1).items()
   }
   step = program.step_fn.trace(program.abstract, program.frozen, batch)
-  recipe, parts = program.recipe, program.abstract.params
+  recipe, params = program.recipe, program.abstract.params
 
   def evaluate(params, xt, t):
     null = recipe.conditioner.condition(params, {}, None)
-    return recipe.parts['net'].apply(params['net'], xt, t, None, null)
+    params = recipe.whole(params, mesh)
+    return recipe.network.apply(params['net'], xt, t, None, null)
 
   evaluation = jax.make_jaxpr(evaluate)(
-    parts,
+    {**program.frozen, **params},
     jax.ShapeDtypeStruct((1, *recipe.codec.shape), jnp.float32),
     jax.ShapeDtypeStruct((1,), jnp.int32),
   )

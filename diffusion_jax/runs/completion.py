@@ -195,8 +195,9 @@ def _fits(key, value, usual) -> bool:
   if isinstance(value, tuple | list):
     if key == 'image_size':
       usual = (usual,)
+    # What is in an empty tuple is not known.
     return isinstance(usual, tuple) and all(
-      _fits('', inner, usual[0]) for inner in value
+      not usual or _fits('', inner, usual[0]) for inner in value
     )
   allowed = (int, float) if isinstance(usual, float) else type(usual)
   is_flag = isinstance(value, bool), isinstance(usual, bool)

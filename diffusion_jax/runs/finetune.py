@@ -14,8 +14,11 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+
 from diffusion_jax import runs
-from diffusion_jax.runs import dataset
+from diffusion_jax.models import lora
+from diffusion_jax.runs import dataset, low_rank
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint
@@ -148,23 +151,24 @@ def find(
 def load(
   origin: Origin | None, abstract, step: int | None = None
 ) -> tuple[Origin | None, Begun]:
-  """Loads the parameters of an origin, see `checkpoint.load_common`.
+  """Loads the parameters of an origin, see `low_rank.common`.
 
   Args:
     origin: the origin, or None.
-    abstract: the new run's parameters.
+    abstract: the new run's parameters; low-rank changes begin anew.
     step: the step that the user has named, or None: if its checkpoint is
       damaged, the parameters are those of an older one, with a word.
 
   Returns:
     the origin of the parameters, and the parameters.
   """
-  if origin is None:
-    return None, Begun({}, [])
+  if origin is None or lora.PART in abstract:
+    return origin, Begun({}, [])
   folder = _checkpoints(origin.workdir)
+  mesh = jax.tree.leaves(abstract)[0].sharding.mesh
 
   def read(at):
-    found = checkpoint.load_common(folder, at, abstract, ema=origin.ema)
+    found = low_rank.common(origin.workdir, at, origin.ema, abstract, mesh)
     return origin._replace(step=at), Begun(*found)
 
   if step is None:
@@ -205,6 +209,8 @@ def told(origin: Origin, begun: Begun, config: dict) -> list[str]:
   taken, left = begun
   here = len(taken) + sum(row['here'] is not None for row in left)
   lines = [f'starting from {describe(origin)}: {len(taken)} of {here} arrays']
+  if low_rank.is_used(config):
+    lines = [f'starting from {describe(origin)}: {low_rank.told(config)}']
   for what, names in (
     ('of another shape, random',
      [r['name'] for r in left if r['there'] and r['here']]),

@@ -50,7 +50,7 @@ def denoiser(
   found = _combined(recipe, params, rows, guidance, mesh, guide)
   if not classifier:
     return found
-  network = models.network_fn(classifier.parts[models.NET])
+  network = models.network_fn(classifier.network)
   level = guided.same_level(classifier.schedule, recipe.schedule)
 
   def log_probability(xt, t):

@@ -14,6 +14,7 @@ from diffusion_jax.runs import (
   frozen,
   kept_parts,
   latents,
+  low_rank,
   perceptual,
   texts,
 )
@@ -57,16 +58,19 @@ def prepare(
     mesh: the devices.
     workdir: the run's folder, new or existing.
     splits: the training images and the held-out ones.
-    origin: the origin of the initial parameters, see `texts.prepare`.
+    origin: the origin of the initial parameters, see `texts.prepare` and
+      `low_rank.load`.
 
   Returns:
     The splits, with cached latents in place of images if there are any and
     with tokens of captions, and the frozen parts, with shift and scale.
 
   Raises:
-    UserError: as for `frozen.load`, `perceptual.load`, `texts.prepare` and
-      `data.latents.opened`, or they do not fit on the devices.
+    UserError: as for `frozen.load`, `low_rank.load`, `perceptual.load`,
+      `texts.prepare` and `data.latents.opened`, or they do not fit on the
+      devices.
   """
+  base = low_rank.load(config, mesh, workdir, origin)
   splits = texts.prepare(config, workdir, splits, origin)
   parts = frozen.load(config, mesh, workdir)
   if perceptual.is_used(config):
@@ -81,6 +85,6 @@ def prepare(
     )
   if config['data']['on_device']:
     distributed.everywhere(lambda: resident.check(splits[0]))
-  if not codecs.is_in_latents(config):
-    return splits, parts
-  return splits, latents.scaled(config, splits[0], parts, mesh)
+  if codecs.is_in_latents(config):
+    parts = latents.scaled(config, splits[0], parts, mesh)
+  return splits, frozen.joined([parts, base])

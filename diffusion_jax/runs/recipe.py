@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.conditioning import masked, text
-from diffusion_jax.models import control
+from diffusion_jax.models import control, lora
 from diffusion_jax.models import doors as doors_of
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import (
@@ -31,6 +31,18 @@ from diffusion_jax.runs import (
 from diffusion_jax.samplers import plan
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
+
+
+class Adapted(NamedTuple):
+  """A network that low-rank changes are trained of (LoRA).
+
+  Attributes:
+    parts: name -> network of each part that would be trained without them.
+    factor: the factor of the changes.
+  """
+
+  parts: dict[str, models.Model]
+  factor: float
 
 
 class Recipe(NamedTuple):
@@ -53,6 +65,8 @@ class Recipe(NamedTuple):
     reconstructs: whether it is an autoencoder: decoded again, x0 is what it
       makes of data.
     controls: the ControlNets that steer the network, see `controlled`.
+    adapted: the network that the trained part changes; None if it is trained
+      itself.
   """
 
   parts: dict[str, models.Model]
@@ -65,6 +79,27 @@ class Recipe(NamedTuple):
   objective: objectives.Objective
   reconstructs: bool = False
   controls: tuple[control.Control, ...] = ()
+  adapted: Adapted | None = None
+
+  @property
+  def network(self) -> models.Model:
+    """The denoising network."""
+    return (self.adapted or self).parts[models.NET]
+
+  def whole(self, params, mesh: Mesh):
+    """All parts, with low-rank changes in the network, if there are any.
+
+    Args:
+      params: all parts.
+      mesh: the devices that hold them.
+    """
+    if not self.adapted:
+      return params
+    changes = lora.of(params[lora.PART], self.adapted.factor)
+    net = lora.merged(params[models.NET], changes)
+    where = sharding.shardings({models.NET: net}, mesh)[models.NET]
+    net = jax.lax.with_sharding_constraint(net, where)
+    return {**params, models.NET: net}
 
   def init(self, key) -> dict:
     """Initializes the trained parts at random.
@@ -86,7 +121,7 @@ class Recipe(NamedTuple):
     """The network as a denoiser.
 
     Args:
-      params: all parts.
+      params: all parts, see `whole`.
       cond: the conditioning inputs, see `Conditioner`; an array with one row
         is for all examples.
       mesh: the devices that hold the parameters.
@@ -94,7 +129,7 @@ class Recipe(NamedTuple):
     if self.prediction is None:
       told = plan.RECONSTRUCTS if self.reconstructs else plan.CLASSIFIES
       raise UserError(plan.COMPARES if pairs.IMAGE in self.parts else told)
-    apply = models.network_fn(self.parts[models.NET])
+    apply = models.network_fn(self.network)
     given = sharding.gather_fsdp(params.get(control.PART, []), mesh)
     hints = control.hints(self.controls, given, self.codec.shape[:2])
 
@@ -157,15 +192,40 @@ def create(config: Mapping, parts: kept_parts.Frozen | None = None) -> Recipe:
   prediction = gaussian.parametrisation(
     loss.pop('prediction'), loss['sigma_data']
   )
+  changed = config['lora']['rank'] > 0
+  network_fn = models.network_fn(network)
+  if changed:
+    network_fn = lora.network_fn(network, factor(config))
   objective = objectives.create(
-    loss.pop('name'), models.network_fn(network), codec, conditioner, schedule,
-    prediction, step_variance=config['sample'].get('variance', 'fixedlarge'),
+    loss.pop('name'), network_fn, codec, conditioner, schedule, prediction,
+    step_variance=config['sample'].get('variance', 'fixedlarge'),
     **loss,
   )  # fmt: skip
   parts = {models.NET: network}
   if config['conditioning']['name'] == text.PART and not classes:
     parts[text.PART] = text.network(config['conditioning'])
-  return Recipe(
+  made = Recipe(
     parts, *given, codec, conditioner, schedule,
     None if classes else prediction, objective,
   )  # fmt: skip
+  return _adapted(made, config) if changed else made
+
+
+def factor(config: Mapping) -> float:
+  """The factor of a config's low-rank changes."""
+  return (config['lora']['alpha'] or config['lora']['rank']) / (
+    config['lora']['rank']
+  )
+
+
+def _adapted(made: Recipe, config: Mapping) -> Recipe:
+  """A recipe that trains low-rank changes in place of the network."""
+  key, options = jax.random.key(0), config['lora']
+  shapes = {n: jax.eval_shape(part.init, key) for n, part in made.parts.items()}
+  net = shapes[models.NET]
+  layers = lora.chosen(net, options['layers'], options['rank'])
+  return made._replace(
+    parts={lora.PART: lora.create(net, layers, options['rank'])},
+    frozen={**shapes, **made.frozen},
+    adapted=Adapted(made.parts, factor(config)),
+  )

@@ -15,7 +15,7 @@ import numpy as np
 
 from diffusion_jax import codecs, models, runs
 from diffusion_jax.models import control
-from diffusion_jax.runs import draw
+from diffusion_jax.runs import draw, low_rank
 from diffusion_jax.runs import recipe as recipes
 from diffusion_jax.system.errors import UserError
 
@@ -124,7 +124,7 @@ def recipe_for(config: Mapping, made: recipes.Recipe) -> recipes.Recipe:
   Raises:
     UserError: the network would have other parameters.
   """
-  found = recipes.create(config)
+  found = recipes.create(low_rank.plain(config))
   old, new = (_shapes(one) for one in (made, found))
   for row in models.differences(old, new, lambda leaf: tuple(leaf.shape)):
     raise UserError(
@@ -153,7 +153,8 @@ def check(config: Mapping, sides: tuple[int, int]) -> None:
   Raises:
     UserError: it cannot.
   """
-  recipe_for(config_for(config, sides), recipes.create(config))
+  made = recipes.create(low_rank.plain(config))
+  recipe_for(config_for(config, sides), made)
 
 
 def of(trained, image_size):

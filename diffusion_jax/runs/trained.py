@@ -19,6 +19,8 @@ from diffusion_jax.runs import (
   frozen,
   guided,
   labels,
+  loading,
+  low_rank,
   planned,
   prompts,
   recipe,
@@ -26,7 +28,7 @@ from diffusion_jax.runs import (
 )
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import files, numerics
-from diffusion_jax.training import checkpoint, checksum, sharding
+from diffusion_jax.training import sharding
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -48,6 +50,7 @@ class Trained:
     changes: what `with_lora` has added to the network.
     of_sizes: what `sized` has made, by size.
     controls: facts about what `with_control` has.
+    known_sha256: the hash of a network with low-rank changes; '' without.
   """
 
   workdir: files.Path
@@ -63,6 +66,7 @@ class Trained:
   changes: tuple[adapted.Change, ...] = ()
   of_sizes: dict = dataclasses.field(default_factory=dict)
   controls: tuple[dict, ...] = ()
+  known_sha256: str = ''
 
   def __repr__(self):
     count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -74,7 +78,7 @@ class Trained:
   @property
   def model(self) -> models.Model:
     """The network; `model.apply(params['net'], xt, t)` is its prediction."""
-    return self.recipe.parts[models.NET]
+    return self.recipe.network
 
   @property
   def weights(self) -> bool | str:
@@ -138,20 +142,7 @@ class Trained:
       UserError: there is no such checkpoint, it is damaged, or its parameters
         are not finite.
     """
-    directory = self.workdir / 'checkpoints'
-    shapes = jax.eval_shape(self.recipe.init, jax.random.key(0))
-    abstract = sharding.abstract(shapes, self.mesh)
-
-    def read(at):
-      params, average = averaged.load(
-        directory, at, abstract, self.config['ema'], self.weights
-      )
-      params = adapted.changed({**self.recipe.frozen, **params}, self.changes)
-      return dataclasses.replace(self, step=at, params=params, average=average)
-
-    if step is None:
-      return checkpoint.read_newest(directory, read)
-    return read(checkpoint.find_step(directory, step, 'step'))
+    return loading.at(self, step)
 
   def using(self, ema_profile: str | float | None) -> 'Trained':
     """Returns the network with another average of the parameters.
@@ -176,7 +167,8 @@ class Trained:
     The compiled functions are shared, as by `at`. Several calls add up.
 
     Args:
-      path: a safetensors file of LoRA, or a folder with one.
+      path: a safetensors file of LoRA, a folder with one, or a run that has
+        trained LoRA.
       scale: a factor on the changes; 0 = none of them.
 
     Raises:
@@ -268,8 +260,11 @@ class Trained:
 
   @functools.cached_property
   def weights_sha256(self) -> str:
-    """SHA-256 of the parameters: float32, in the order of their names."""
-    return checksum.sha256(self.params)
+    """SHA-256 of the parameters: float32, in the order of their names.
+
+    Of a network with low-rank changes, of those without them and of these.
+    """
+    return adapted.sha256(self.params, self.known_sha256)
 
   @numerics.fixed()
   def plan(self, **options) -> plans.Plan:
@@ -391,7 +386,9 @@ def load(
   workdir = files.at(workdir).expanduser()
   config = runs.read_config(workdir, 'workdir')
   mesh = mesh or sharding.make_mesh()
-  made = recipe.create(config, frozen.copied(config, mesh, workdir))
+  made = recipe.create(
+    low_rank.plain(config), frozen.copied(config, mesh, workdir)
+  )
   compiled = draw.compiled(made, mesh)
   average = averaged.check(config['ema'], ema, ema_profile)
   ema = ema and (bool(average) or config['ema']['decay'] > 0)

@@ -44,6 +44,8 @@ OF_NETWORK = {
     f'different numbers above 0, at most {averages.WIDEST}',
     lambda x: len({*x}) == len(x) and all(0 < y <= averages.WIDEST for y in x),
   ),
+  'lora.rank': ('0 (none) or more', lambda x: x >= 0),
+  'lora.alpha': ('0 (as lora.rank) or more', lambda x: 0 <= x < math.inf),
   'process.num_timesteps': ('at least 2', lambda x: x >= 2),
   'loss.(law_std|gamma|huber|variance_weight)': (
     '0 or more, finite',
@@ -148,6 +150,7 @@ def _network(config):
   yield from _conditioning(config.conditioning)
   yield from _classifier(config)
   yield from _latents(config)
+  yield from _lora(config)
   yield from autoencoder_rules.of_autoencoder(config)
   if config.loss.name != 'autoencoding':  # which has no denoising network
     x0 = codecs.x0_shape(runs.image_shape(config.data), config.codec)
@@ -246,6 +249,21 @@ def _masks(config):
     not channels,
     f'conditioning.channels={channels}: a network that inpaints can be sampled '
     'from, but not trained, for data have no masks',
+  )
+
+
+def _lora(config):
+  if config.lora.rank == 0:
+    return
+  denoises = config.loss.name == 'denoising' and not codecs.reconstructs(config)
+  yield (
+    denoises,
+    f'lora.rank={config.lora.rank} with loss.name={config.loss.name!r}: LoRA '
+    "changes denoising networks: set loss.name='denoising', or lora.rank=0",
+  )
+  yield (
+    config.lora.layers and all(config.lora.layers),
+    f"lora.layers={config.lora.layers}: at least one, such as ('attention',)",
   )
 
 
