@@ -154,10 +154,7 @@ def drawer(
     UserError: an unknown dtype, or one that does not fit the data.
   """
   codec, schedule = recipe.codec, recipe.schedule
-  known = ROUNDED if codec.eight_bits else {'float32': ROUNDED['float32']}
-  if isinstance(dtype, type | np.dtype):  # such as np.uint8
-    dtype = np.dtype(dtype).name
-  dtype = one_of('dtype', dtype or next(iter(known)), known)
+  dtype = _dtype(dtype, codec)
   sampler, grid = plan.create(), plan.grid
 
   def draw(params, indices, rows=None, texts=None):
@@ -197,6 +194,14 @@ def drawer(
     return (data, shown), is_finite & are_finite.all()
 
   return draw
+
+
+def _dtype(asked, codec: Codec) -> str:
+  """The dtype of data that `drawer` is asked for, or its default."""
+  known = ROUNDED if codec.eight_bits else {'float32': ROUNDED['float32']}
+  if isinstance(asked, type | np.dtype):  # such as np.uint8
+    asked = np.dtype(asked).name
+  return one_of('dtype', asked or next(iter(known)), known)
 
 
 class Compiled(NamedTuple):
