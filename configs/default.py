@@ -308,8 +308,8 @@ def latents():
   config = ConfigDict()
   config.codec = ConfigDict({'name': 'latents'})
   # The folder of an autoencoder's run, or of a run in its latents, whose scale
-  # is then taken, too; or of an AutoencoderKL or VQModel of diffusers. The run
-  # copies it when it begins.
+  # is then taken, too; or of an AutoencoderKL or VQModel of diffusers, or of a
+  # pipeline with one. The run copies it when it begins.
   config.codec.path = ''
   config.codec.step = 0  # the checkpoint; 0 = the newest
   # Latents are (z - shift) / scale. 0 = as imported weights say, otherwise the

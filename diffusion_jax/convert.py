@@ -45,6 +45,7 @@ from diffusion_jax.runs import (
   folder,
   frozen_codec,
   kept_parts,
+  licences,
   recipe,
   text_pipelines,
   texts,
@@ -121,7 +122,7 @@ def _check_target(source, target) -> None:
   there = folder.foreign(target)
   # The remains of an interrupted import are overwritten.
   ours = {runs.CONVERTED, 'checkpoints', kept_parts.FOLDER}
-  ours.add(text_pipelines.LICENCES)
+  ours.add(licences.FOLDER)
   unfinished = {runs.CONVERTED} <= there <= ours
   if there and not unfinished:
     raise UserError(
@@ -204,9 +205,6 @@ def _import_text_pipeline(source, target) -> tuple[dict, str]:
   def beside():
     kept_parts.write(target, parts)
     texts.save(target, encoder)
-    text_pipelines.copy_licences(
-      config.codec.path, target, ('', text_pipelines.LICENCES)
-    )
 
   return _write(target, config, own, raw, step, facts, beside)
 
@@ -298,7 +296,8 @@ def _config_with(parts, groups=()) -> ConfigDict:
       if config[name].name != group.name:
         config[name] = group
   before = runs.to_plain(config)
-  with config.unlocked():
+  # The size of images may be a pair.
+  with config.unlocked(), config.ignore_type():
     config.model.details = ConfigDict()
     for part, values in parts.items():
       config[part].update(values)
@@ -350,9 +349,12 @@ def _write(
       'an earlier checkpoint, or download it again'
     )
   config.num_steps = max(step, 1)  # marks training as finished
+  found = licences.of(FLAGS['from'].value)
   files.write_json(target / runs.CONVERTED, facts)
-  files.remove(target / 'checkpoints')
+  for name in ('checkpoints', kept_parts.FOLDER, licences.FOLDER):
+    files.remove(target / name)
   beside()
+  licences.write(target / licences.FOLDER, found)
   checkpoint.save_params(target / 'checkpoints', step, params, raw)
   runs.write_config(target, config)
   count = models.count(params)

@@ -32,7 +32,7 @@ from diffusion_jax.data import captions, images, sources
 from diffusion_jax.runs import (
   encoded_texts,
   encoding,
-  frozen,
+  frozen_codec,
   frozen_text,
   texts,
 )
@@ -104,12 +104,12 @@ def _images(config, output):
   with config.unlocked():
     config.codec = default.latents()
     config.codec.path, config.codec.step = FLAGS.workdir, FLAGS.step or 0
-  distributed.everywhere(lambda: frozen.complete(config))
+  distributed.everywhere(lambda: frozen_codec.complete(config))
   runs.usable_folder('output', output)
   splits = distributed.everywhere(lambda: _opened(config.data))
   compilation.keep()
   mesh = sharding.make_mesh()
-  parts = frozen.load(config, mesh)
+  parts = frozen_codec.load(config, mesh)
   sources.say_notes(splits[0])
   count = sum(map(len, filter(None, splits)))
   with terminal.Progress(

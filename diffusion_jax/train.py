@@ -121,7 +121,7 @@ def main():
     kept = distributed.on_first(
       lambda: _begin(stack, workdir, config, known, origin, begun)
     )
-    preparation.keep(workdir, parts, splits)
+    preparation.keep(workdir, parts, splits, origin)
     signals = preemption.Signals(FLAGS.stop_secs, _give_up)
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(

@@ -105,8 +105,9 @@ def asked() -> dict:
   """
   names = ('sampler', 'num_steps', 'grid', 'clip', 'ema_profile', *OPTIONS)
   given = {name: FLAGS[name].value for name in names}
-  if all(FLAGS[name].using_default_value for name in ('sampler', 'grid')):
-    none = dict.fromkeys(('sampler', 'grid'))
+  if FLAGS['sampler'].using_default_value:
+    names = ('sampler', 'grid')
+    none = {x: None for x in names if FLAGS[x].using_default_value}
     found = imported.sampling(declare.workdir(), {**given, **none})
     given |= {name: x for name, x in found.items() if x is not None}
   return {**given, **guiding.asked()}

@@ -7,6 +7,7 @@ converted.json         the source of converted weights
 checkpoints/           one folder per step
 parts/                 parts that are not trained, see frozen.py, and the
                        tokenizer of captions, see texts.py
+licences/              of weights from elsewhere, see licences.py
 saved.json             the newest saved step, see training/saved.py
 held.json              checkpoints not to be deleted, see training/held.py
 starts.jsonl           one object per start: time, step, versions, devices,

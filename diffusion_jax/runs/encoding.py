@@ -39,7 +39,8 @@ def fingerprint(params) -> str:
   Args:
     params: the frozen parts, on any mesh.
   """
-  sums = checksum.of(params)
+  own = {frozen_codec.CODEC: params[frozen_codec.CODEC]}
+  sums = checksum.of(own)
   own = {
     name: sums[name] for name in sorted(sums) if frozen_codec.is_weight(name)
   }

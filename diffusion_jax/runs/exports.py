@@ -4,7 +4,7 @@ import jax
 
 from diffusion_jax import codecs, models, runs
 from diffusion_jax.models import NET
-from diffusion_jax.runs import low_rank, pairs, text_pipelines, texts
+from diffusion_jax.runs import licences, low_rank, pairs, text_pipelines, texts
 from diffusion_jax.runs.frozen_codec import CODEC
 from diffusion_jax.runs.trained import load
 from diffusion_jax.system import files
@@ -55,7 +55,6 @@ def write(
     encoder = texts.kept(source, trained.config)
     kind = text_pipelines.write(target, trained.config, params, encoder, kept)
     form = f'a {kind}'
-    text_pipelines.copy_licences(source, target, (text_pipelines.LICENCES, ''))
   elif codecs.is_in_latents(trained.config):
     form = 'an LDMPipeline'
     pipelines.write(target, trained.config, params, kept)
@@ -67,6 +66,7 @@ def write(
   else:
     form = 'a DDPMPipeline'
     diffusers.write(target, trained.config, params[NET])
+  licences.write(target, licences.of(source))
   result = {
     'path': str(target),
     'step': trained.step,
@@ -89,6 +89,7 @@ def _write_changes(source, target, asked) -> tuple[dict, str]:
   found, step, average = low_rank.read(source, *asked)
   path = files.make(target) / weights.FILE
   weights.write(path, found, low_rank.names_of(source))
+  licences.write(target, licences.of(source))
   count = models.count(found.pairs)
   facts = {
     'path': str(path),

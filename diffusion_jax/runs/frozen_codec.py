@@ -19,7 +19,7 @@ from diffusion_jax.runs import kept_parts
 from diffusion_jax.runs.kept_parts import SHA256, Frozen, place
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint, checksum, sharding
-from diffusion_jax.weights import autoencoders, diffusers
+from diffusion_jax.weights import autoencoders, diffusers, places
 
 CODEC = 'codec'  # the part
 IMPORTED = 'the settings of the imported weights'
@@ -47,7 +47,7 @@ def complete(config: ConfigDict, workdir=None) -> None:
     theirs = runs.image_shape(found['data'])
   # Imported weights are for images of any size.
   imported = shape != theirs and (
-    _is_folder(path) or runs.converted_from(place(path))
+    _folder_in(path) or runs.converted_from(place(path))
   )
   if shape[-1] != theirs[-1] or not (shape == theirs or imported):
     there, here = ('x'.join(map(str, sizes)) for sizes in (theirs, shape))
@@ -124,10 +124,9 @@ def load(config: Mapping, mesh: Mesh, workdir=None) -> Frozen:
 def _of_autoencoder(config, mesh) -> Frozen:
   """The parts of the run or the folder that codec.path names."""
   codec = config[CODEC]
-  if _is_folder(codec['path']):
+  if folder := _folder_in(codec['path']):
     _leave_out(codec, 'step', 'a folder of weights, which has no steps')
-    size = config['data']['image_size']
-    found = autoencoders.read(place(codec['path']), size)
+    found = autoencoders.read(folder, config['data']['image_size'])
     return of_folder(found, config, mesh)
   path, there = codec['path'], _config_of(codec['path'])
   own = {'from': str(place(path))}
@@ -229,9 +228,13 @@ def _given_scale(codec, path) -> tuple[dict, str]:
   return {'shift': 0.0, 'scale': 1.0}, ''
 
 
-def _is_folder(path) -> bool:
-  """Whether there is an autoencoder of diffusers at a path."""
-  return bool(path) and autoencoders.is_folder(place(path))
+def _folder_in(path):
+  """The folder of an autoencoder of diffusers, be it a pipeline's, or None."""
+  if not path:
+    return None
+  there = place(path)
+  folders = (there, *(there / name for name in places.CODECS))
+  return next(filter(autoencoders.is_folder, folders), None)
 
 
 def _config_of(path) -> dict:
@@ -241,10 +244,10 @@ def _config_of(path) -> dict:
       'codec.path is empty: give the folder of an autoencoder, which a run '
       "with codec.name='autoencoder' trains"
     )
-  if _is_folder(path):
+  if folder := _folder_in(path):
     # As if it were an autoencoder's run.
     loss = {'name': 'autoencoding'}
-    return {**autoencoders.settings_in(place(path)), 'loss': loss}
+    return {**autoencoders.settings_in(folder), 'loss': loss}
   config = runs.read_config(place(path), 'codec.path')
   if not (codecs.reconstructs(config) or codecs.is_in_latents(config)):
     raise UserError(

@@ -84,7 +84,8 @@ def _of_pipeline(folder) -> dict:
   """The keys FOUND, of a folder with text encoders."""
   index = _settings(folder / places.PIPELINE)
   unet = _settings(folder / places.UNET / places.SETTINGS)
-  is_xl = index.get('_class_name', '').startswith('StableDiffusionXL')
+  second = FOLDERS[f'{text.PART}_2'][0]
+  is_xl = (folder / second).is_dir()
   # SDXL takes the input of the last layer of both encoders.
   layer = {'skip': 1, 'final_norm': False} if is_xl else {}
   layer = {'skip': 0, 'final_norm': True, **layer}

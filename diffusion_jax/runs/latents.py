@@ -71,7 +71,8 @@ def scaled(
   part = {**parts.params[frozen_codec.CODEC], **sharding.placed(found, mesh)}
   facts = {**facts, 'scaled_by': told}
   return kept_parts.Frozen(
-    {frozen_codec.CODEC: part}, {frozen_codec.CODEC: facts}
+    {**parts.params, frozen_codec.CODEC: part},
+    {**parts.facts, frozen_codec.CODEC: facts},
   )
 
 

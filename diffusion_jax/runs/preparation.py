@@ -6,7 +6,7 @@ names, and what later starts need is kept in the run.
 
 from jax.sharding import Mesh
 
-from diffusion_jax import codecs
+from diffusion_jax import codecs, models
 from diffusion_jax.data import resident
 from diffusion_jax.runs import (
   encoded_texts,
@@ -14,12 +14,13 @@ from diffusion_jax.runs import (
   frozen,
   kept_parts,
   latents,
+  licences,
   low_rank,
   perceptual,
   texts,
 )
 from diffusion_jax.runs.dataset import Splits
-from diffusion_jax.system import distributed
+from diffusion_jax.system import distributed, files
 
 
 def complete(config, workdir=None) -> None:
@@ -36,10 +37,38 @@ def complete(config, workdir=None) -> None:
   texts.complete(config, workdir)
 
 
-def keep(workdir, parts: kept_parts.Frozen, splits: Splits) -> None:
-  """Copies frozen parts and the tokenizer into a run; see their `write`."""
+def keep(
+  workdir,
+  parts: kept_parts.Frozen,
+  splits: Splits,
+  origin: finetune.Origin | None = None,
+) -> None:
+  """Copies what a run needs into it: frozen parts, tokenizer and licences.
+
+  Call it in all processes.
+
+  Args:
+    workdir: the run's folder.
+    parts: the frozen parts, from `prepare`.
+    splits: the images, from `prepare`.
+    origin: the origin of the initial parameters.
+  """
+  places = {
+    name: facts['from']
+    for name, facts in parts.facts.items()
+    if kept_parts.SHA256 not in facts
+  }
+  if origin:
+    places[models.NET] = origin.workdir
+
+  def copy():
+    for part, place in places.items():
+      target = files.at(workdir) / licences.FOLDER
+      licences.write(target, licences.of(place), part)
+
   kept_parts.write(workdir, parts)
   texts.write(workdir, splits[0])
+  distributed.on_first(copy)
 
 
 def prepare(

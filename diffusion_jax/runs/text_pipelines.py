@@ -10,7 +10,6 @@ Networks of other kinds in it (a safety checker) are left out. Neither diffusers
 nor transformers is needed, and nothing in the folder is executed.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -37,13 +36,11 @@ from diffusion_jax.weights import (
 PLAIN, INPAINTING = 'StableDiffusionPipeline', 'StableDiffusionInpaintPipeline'
 XL = 'StableDiffusionXLPipeline'
 CLASSES = (PLAIN, INPAINTING, XL)
+FAMILY = 'StableDiffusion'  # also of those that are not known here
 CODEC = 'vae'  # the folder of the autoencoder
 STEPS = 50  # diffusers' default
 GUIDANCE = {XL: 5.0}
 USUAL_GUIDANCE = 7.5
-LICENCES = 'licences'  # the folder in a run
-LARGEST = 2**20  # bytes of a licence
-LICENCE = re.compile(r'(licen[cs]e|copying|notice)\b', re.IGNORECASE)
 # What a pipeline does not need, as it is written.
 NOTHING = dict.fromkeys(('safety_checker', 'feature_extractor'), (None, None))
 
@@ -72,8 +69,13 @@ class Pipeline(NamedTuple):
 
 
 def is_folder(path) -> bool:
-  """Whether there is such a pipeline at a path."""
-  return stable_diffusion.is_folder(path)
+  """Whether there is such a pipeline at a path, be it incomplete."""
+  model = places.model_in(path)
+  if model is None:
+    return False
+  kind = _settings(model / places.PIPELINE).get('_class_name')
+  named = str(kind).startswith(FAMILY)
+  return named or stable_diffusion.is_folder(path)
 
 
 def read(path) -> Pipeline:
@@ -95,11 +97,7 @@ def read(path) -> Pipeline:
       'its pipeline, with autoencoder and text encoder: give its folder'
     )
   settings.agree(folder / places.PIPELINE, '_class_name', kind, CLASSES)
-  for name in (CODEC, 'scheduler', *frozen_text.FOLDERS[text.PART]):
-    if not (folder / name).is_dir():
-      raise UserError(
-        f'{folder} has no {name}/, which a {kind} needs: download it, too'
-      )
+  _check_parts(path, folder, kind)
   structure = frozen_text.structure_of(folder)
   network = stable_diffusion.read(path)
   latent = network.config['data']
@@ -109,7 +107,7 @@ def read(path) -> Pipeline:
   file = folder / 'scheduler' / places.SCHEDULER
   scheduler = _settings(file)
   process = settings.process_of(scheduler, file)
-  sampling = settings.sampling_of(scheduler, file)
+  sampling, other = settings.sampling_of(_changed(scheduler, kind), file)
   guidance = GUIDANCE.get(kind, USUAL_GUIDANCE)
   there = str(files.absolute(folder))
   parts = {
@@ -143,8 +141,38 @@ def read(path) -> Pipeline:
   _check_doors(parts, network.doors, folder)
   return Pipeline(
     parts, groups, network, coder, kept, {**sampling, 'num_steps': STEPS},
-    [*network.notes, *coder.notes, *_left_out(index)],
+    [
+      *_told_of(places.UNET, network.notes), *_told_of(CODEC, coder.notes),
+      *_left_out(index), *other,
+    ],
   )  # fmt: skip
+
+
+def _check_parts(path, folder, kind) -> None:
+  """Raises UserError unless a folder has all parts of such a pipeline."""
+  encoders = [name for names in frozen_text.FOLDERS.values() for name in names]
+  needed = [CODEC, 'scheduler', *(encoders if kind == XL else encoders[:2])]
+  lacking = [name for name in needed if not (folder / name).is_dir()]
+  if not stable_diffusion.is_folder(path):  # it may be unet_ema/
+    lacking.insert(0, places.UNET)
+  if lacking:
+    raise UserError(
+      f'{folder} has no {lacking[0]}/, which a {kind} needs: download it, too'
+    )
+
+
+def _changed(scheduler, kind) -> dict:
+  """The settings of a scheduler as pipelines other than XL's change them."""
+  if kind == XL:
+    return scheduler
+  changed = {'steps_offset': 1, 'clip_sample': False}
+  if kind == INPAINTING:
+    changed['skip_prk_steps'] = True
+  return {**scheduler, **changed}
+
+
+def _told_of(part, notes) -> list[str]:
+  return [f'{part}/: {note}' for note in notes]
 
 
 def _check_doors(parts, doors, folder) -> None:
@@ -206,40 +234,6 @@ def params_of(found: Pipeline, config: Mapping, abstract, mesh: Mesh) -> tuple:
     )
   )
   return own, raw, parts, texts.of_path(given['path'], given)
-
-
-def copy_licences(source, target, names: tuple[str, str] = ('', '')) -> list:
-  """Copies the licences of a folder; returns their names.
-
-  Args:
-    source: the folder, or the run.
-    target: the run, or the folder.
-    names: the folders of the licences in the two.
-
-  Raises:
-    UserError: a licence is too large to be one.
-  """
-  source, target = (
-    files.at(path) / name if name else files.at(path)
-    for path, name in zip((source, target), names, strict=True)
-  )
-  if not source.is_dir():
-    return []
-  found = [
-    name
-    for name in sorted(files.entries(source))
-    if LICENCE.match(name) and (source / name).is_file()
-  ]
-  for name in found:
-    content = (source / name).read_bytes()
-    if len(content) > LARGEST:
-      raise UserError(
-        f'{source / name} has {len(content):,} bytes, more than a licence: '
-        'remove it from the folder'
-      )
-    with files.replacing(files.make(target) / name) as file:
-      file.write(content)
-  return found
 
 
 # --- runs as pipelines -------------------------------------------------------

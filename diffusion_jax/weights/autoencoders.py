@@ -5,8 +5,7 @@
   config.json  diffusion_pytorch_model.safetensors
 
 A folder is read as parts of a run's config and parameters that are renamed to
-ours; writing them again gives bitwise the same numbers. Settings that concern
-what is done with the latents, such as scaling_factor, are kept as they are.
+ours; writing them again gives bitwise the same numbers and equal settings.
 diffusers is not needed.
 """
 
@@ -29,7 +28,7 @@ class Folder(NamedTuple):
   Attributes:
     config: parts of a run's config: 'data' (image_size and channels only) and
       'codec'.
-    kept: settings that the config does not have, name -> value.
+    kept: all settings, as they are.
     shift: what pipelines subtract from the latents, a number per channel.
     scale: what they divide the difference by.
     tensors: name in the file -> array: the averaged weights, or the only ones.
@@ -71,7 +70,7 @@ def settings_in(path) -> dict:
 def read(
   path,
   image_size: int | tuple[int, int] | None = None,
-  latent_size: int | None = None,
+  latent_size: int | list[int] | None = None,
 ) -> Folder:
   """Reads a folder.
 
@@ -87,19 +86,24 @@ def read(
   """
   place = places.find(path)
   file = place.network / places.SETTINGS
-  theirs = diffusers.read_settings(file)
+  kept = diffusers.read_settings(file)
+  theirs = {**kept}
   if image_size is not None:
     sides = image_size if isinstance(image_size, int) else list(image_size)
     theirs['sample_size'] = sides
   if latent_size is not None:
     levels = {**coders.DEFAULTS, **theirs}['block_out_channels']
-    theirs['sample_size'] = latent_size * 2 ** (len(levels) - 1)
+    factor = 2 ** (len(levels) - 1)
+    theirs['sample_size'] = (
+      factor * latent_size
+      if isinstance(latent_size, int)
+      else [factor * side for side in latent_size]
+    )
   config = coders.network_of(theirs, file)
   state = states.read(place.weights, ONE_EACH)
-  kept = {**coders.KEPT_OF[theirs['_class_name']]}
-  kept |= {name: theirs[name] for name in kept if name in theirs}
   channels = autoencoder.channels_of(**config['codec'])
-  shift, scale = coders.scaling(kept, channels, file)
+  usual = coders.KEPT_OF[theirs['_class_name']]
+  shift, scale = coders.scaling({**usual, **kept}, channels, file)
   return Folder(
     config, kept, shift, scale, state.tensors, state.raw, state.sha256,
     state.names, [*place.notes, *state.notes],
@@ -133,8 +137,8 @@ def write(path, config: Mapping, params, kept: Mapping | None = None) -> None:
     path: the folder; config.json is written last.
     config: the run's config.
     params: the autoencoder's parameters, on the host.
-    kept: settings that the config does not have, see `Folder`; by default
-      diffusers', and a scaling_factor of 1.
+    kept: the settings that it was read with, see `coders.settings_of`; by
+      default a scaling_factor of 1.
 
   Raises:
     UserError: diffusers does not support such a network, or as for

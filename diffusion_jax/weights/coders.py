@@ -80,7 +80,9 @@ def settings_of(config: Mapping, kept: Mapping) -> dict:
 
   Args:
     config: the run's config.
-    kept: settings that the config does not have.
+    kept: the settings that it was read with, or some that the config does not
+      have, see KEPT_OF. Those that it was read with are returned as they are if
+      they still describe it.
 
   Raises:
     UserError: diffusers does not support such a network.
@@ -101,7 +103,7 @@ def settings_of(config: Mapping, kept: Mapping) -> dict:
       'num_vq_embeddings': codec['codes'],
       'vq_embed_dim': codec['code_channels'] or None,
     }
-  return {
+  settings = {
     '_class_name': kind,
     'in_channels': colours,
     'out_channels': colours,
@@ -118,6 +120,13 @@ def settings_of(config: Mapping, kept: Mapping) -> dict:
     **KEPT_OF[kind],
     **{name: kept[name] for name in kept if name in KEPT_OF[kind]},
   }
+  if kept.get('_class_name') != kind:
+    return settings
+  same = {**kept}
+  if network_of(kept, kind)['data'] != network_of(settings, kind)['data']:
+    same['sample_size'] = settings['sample_size']
+  is_same = network_of(same, kind) == network_of(settings, kind)
+  return same if is_same else settings
 
 
 def _kind(kinds: Mapping[str, bool], attends: bool) -> str:

@@ -13,7 +13,7 @@ from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.weights import autoencoders, coders, diffusers, places
 
-UPCAST = 'force_upcast'
+UPCAST, FACTOR = 'force_upcast', 'scaling_factor'
 
 
 def write(
@@ -34,8 +34,9 @@ def write(
   coder, image = config['codec']['coder'], config['data']
   part, of_coder = coder_of(config, params['codec'], kept)
   # Of others there is no setting in an LDMPipeline's autoencoder.
-  names = (UPCAST, 'scaling_factor')
-  of_coder = {name: of_coder[name] for name in names if name in of_coder}
+  usual = coders.KEPT_OF[coders.class_of(coder)]
+  names = (UPCAST, FACTOR)
+  of_coder = {name: of_coder.get(name, usual[name]) for name in names}
   size, channels = image['image_size'], len(params['codec']['scale'])
   if isinstance(size, int):  # of others diffusers has no pipeline
     size //= 2 ** (len(coder['multipliers']) - 1)
@@ -74,12 +75,17 @@ def coder_of(
   Raises:
     UserError: as for `unscaled`.
   """
-  own, factor = unscaled(part, config['codec']['coder'])
-  kept = kept or {}
-  given = kept.get('scaling_factor') or 1.0
-  if np.float32(1 / given) == np.float32(1 / factor):
-    factor = given  # without the rounding of the scale
-  return own, {**kept, 'scaling_factor': factor}
+  coder, kept = config['codec']['coder'], kept or {}
+  own, factor = unscaled(part, coder)
+  # Files may leave it out.
+  usual = (
+    coders.KEPT_OF[coders.class_of(coder)] if '_class_name' in kept else {}
+  )
+  given = kept.get(FACTOR, usual.get(FACTOR)) or 1.0
+  if np.float32(1 / given) != np.float32(1 / factor):
+    return own, {**kept, FACTOR: factor}
+  # Without the rounding of the scale.
+  return own, {**kept} if usual else {**kept, FACTOR: given}
 
 
 def unscaled(part: Mapping, coder: Mapping) -> tuple[dict, float]:

@@ -22,21 +22,25 @@ SCHEDULERS = (
   *('DDPMScheduler', 'DDIMScheduler', 'PNDMScheduler'),
   *('DPMSolverMultistepScheduler', 'DPMSolverSinglestepScheduler'),
   *('UniPCMultistepScheduler', 'EulerDiscreteScheduler'),
+  *('EulerAncestralDiscreteScheduler', 'LMSDiscreteScheduler'),
 )
 # Those that clip unless they say otherwise; in diffusers, the others have no
 # such setting, and never clip.
 CLIPPED = ('DDPMScheduler', 'DDIMScheduler')
 # Sampling as a scheduler does, class -> (sampler, the settings that it must
 # have, as in PROCESS).
-LEADING = {'timestep_spacing': ('leading', 'leading')}
+LEADING = {'timestep_spacing': ('leading', 'leading'), 'steps_offset': (0, 1)}
+UNCLIPPED = {'clip_sample': (True, False)}
+TRAILING = {**UNCLIPPED, 'set_alpha_to_one': (True, True)}
 SAMPLERS = {
-  'DDIMScheduler': ('ddim', LEADING),
+  'DDIMScheduler': ('ddim', {**LEADING, **UNCLIPPED}),
   'PNDMScheduler': ('plms', {**LEADING, 'skip_prk_steps': (False, True)}),
   'EulerDiscreteScheduler': (
     'euler',
     {
+      **LEADING,
       'timestep_spacing': ('linspace', 'leading'),
-      'steps_offset': (0, 1),
+      'rescale_betas_zero_snr': (False, False),
       'interpolation_type': ('linear', 'linear'),
       'final_sigmas_type': ('zero', 'zero'),
       'timestep_type': ('discrete', 'discrete'),
@@ -49,6 +53,7 @@ SAMPLERS = {
     },
   ),
 }
+USUAL = 'ddim'  # in place of others
 VARIANCES = {
   **{'fixed_small': 'fixedsmall', 'fixed_large': 'fixedlarge'},
   **{'learned_range': 'learned'},
@@ -173,32 +178,44 @@ def process_of(settings: dict, path) -> dict:
   }
 
 
-def sampling_of(settings: dict, path) -> dict:
+def sampling_of(settings: dict, path) -> tuple[dict, list[str]]:
   """How a pipeline of Stable Diffusion samples with a scheduler.
 
   Args:
-    settings: the content of its scheduler_config.json; missing settings have
-      diffusers' defaults.
+    settings: the content of its scheduler_config.json, as the pipeline changes
+      it; missing settings have diffusers' defaults.
     path: the path of that file, for messages.
 
   Returns:
-    'sampler' and its options, and 'grid', as `samplers.plan.create` takes them.
-
-  Raises:
-    UserError: no sampler here does the same; the message names the setting.
+    ('sampler' and its options, and 'grid', as `samplers.plan.create` takes
+    them; a line if no sampler here does exactly the same, else none).
   """
   kind = settings.get('_class_name')
-  agree(path, '_class_name', kind, SAMPLERS)
-  sampler, rules = SAMPLERS[kind]
-  must_be(settings, rules, path)
-  # Of other offsets, the pipelines make 1.
-  agree(path, 'steps_offset', settings.get('steps_offset', 0), [0, 1])
-  # Euler always ends in clean data; DDIM does by default.
-  clean = settings.get('set_alpha_to_one', kind == 'DDIMScheduler')
-  clean = clean or kind == 'EulerDiscreteScheduler'
-  options = {'variant': 'improved_euler'} if sampler == 'plms' else {}
+  sampler, rules = SAMPLERS.get(kind, (USUAL, {}))
+  # The others end in clean data; DDIM does by default.
+  choose = kind in ('DDIMScheduler', 'PNDMScheduler')
+  default = kind == 'DDIMScheduler'
+  clean = not choose or settings.get('set_alpha_to_one', default)
   grid = 'sdxl' if clean else 'stable_diffusion'
-  return {'sampler': sampler, 'grid': grid, **options}
+  if sampler == USUAL and settings.get('timestep_spacing') == 'trailing':
+    grid, rules = 'trailing', rules and TRAILING
+  options = {'variant': 'improved_euler'} if sampler == 'plms' else {}
+  found = {'sampler': sampler, 'grid': grid, **options}
+  given = {name: settings.get(name, rules[name][0]) for name in rules}
+  other = [
+    f'{name} is {shown(given[name])} in place of {shown(wanted)}'
+    for name, (_, wanted) in rules.items()
+    if given[name] != wanted
+  ]
+  if kind not in SAMPLERS:
+    other = [f'_class_name is {shown(kind)}']
+  if not other:
+    return found, []
+  return found, [
+    f'{path}: {", ".join(other)}, which no sampler here follows exactly: '
+    f'samples are drawn with --sampler={sampler} --grid={grid}, unless flags '
+    'say otherwise'
+  ]
 
 
 def must_be(settings: Mapping, rules: Mapping, path) -> None:
