@@ -163,3 +163,11 @@ def test_a_classifier_learns_labels_of_noised_images():
   assert float(found['loss']) < math.log(3)
   right = found['accuracy_q1']
   assert 0 < right.count == right.total
+
+
+def test_a_run_without_lora_has_nothing_to_merge(run, tmp_path):
+  with pytest.raises(UserError, match='--merged is for runs with LoRA'):
+    binaries.here(
+      'convert', f'--from={run}', f'--to={tmp_path}/out', '--merged'
+    )
+  assert not (tmp_path / 'out').exists()
