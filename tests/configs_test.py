@@ -10,6 +10,7 @@ import binaries
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from diffusion_jax import models, runs
@@ -190,6 +191,10 @@ QUICK = ('celebahq256', 'cifar10', 'digits', 'emoji_autoencoder')
 def test_state_traces_on_a_mesh(path):
   """Nothing is allocated: shapes, and a sharding for each leaf."""
   config = load(path)
+  if config.conditioning.name == 'frozen_text':  # the encoder of 1.5
+    options = {'width': 768, 'inner': 3072, 'num_heads': 12, 'length': 77}
+    encoders = {'text': {'vocabulary': 49408, 'projection': 0, **options}}
+    config.conditioning.encoders = ConfigDict(encoders)
   abstract = state.abstract_state(
     recipes.create(config).init,
     optim.create(**config.optim),
@@ -203,6 +208,7 @@ def test_state_traces_on_a_mesh(path):
     'imagenet64_adm': 295_905_222,
     'celebahq256': 113_673_219,
     'lsun': 113_673_219,
+    'sd15_finetune': 859_520_964,
   }
   count = models.count(abstract.params)
   assert count == published.get(path.stem, count)

@@ -54,7 +54,8 @@ class Worded(nnx.Module):
     )
 
   def __call__(self, xt, t, keys=None, cond=None):
-    mask = cond['mask'][..., None]
+    every = jnp.ones(cond['tokens'].shape[:2])
+    mask = cond.get('mask', every)[..., None]
     mean = jnp.sum(cond['tokens'] * mask, axis=1) / jnp.sum(mask, axis=1)
     return xt + self.out(mean).reshape(-1, *self.shape)
 

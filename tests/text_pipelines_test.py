@@ -82,7 +82,21 @@ def test_diffusers_draws_the_same_of_what_is_exported(kind, tmp_path):
   )
   back = converted(converted(folder, tmp_path / 'run'), tmp_path / 'back')
   found, wanted = (parity.drawn_live(name, path) for path in (back, folder))
-  np.testing.assert_array_equal(found, wanted)
+  # Where all is painted, latents of the picture are drawn at random.
+  assert parity.error(found, wanted) < 1e-4
+
+
+@pytest.mark.parity
+def test_diffusers_draws_what_a_run_of_ours_draws(run, tmp_path):
+  """One that has been trained does not have the settings of its origin."""
+  mine = shutil.copytree(run, tmp_path / 'run')
+  (mine / 'converted.json').unlink()
+  back = converted(mine, tmp_path / 'back')
+  wanted = parity.drawn_live('ddim', back)
+  found = parity.drawn_ours(
+    'ddim', load(mine), sampler='ddim', grid='stable_diffusion'
+  )
+  assert parity.error(found, wanted) < parity.TOLERANCE
 
 
 # --- round trips -------------------------------------------------------------

@@ -18,7 +18,7 @@ import jax
 
 from diffusion_jax import runs
 from diffusion_jax.models import lora
-from diffusion_jax.runs import dataset, low_rank
+from diffusion_jax.runs import dataset, kept_parts, low_rank
 from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import checkpoint
@@ -33,6 +33,8 @@ MEANING = (
 # Also, if both runs have captions.
 OF_CAPTIONS = ('conditioning.sha256', 'conditioning.num_heads')
 HARMLESS = ('codec.cache', 'codec.decode_rows')
+# Also, if the run takes its autoencoder from the one that it starts from.
+OF_ITSELF = ('codec.path', 'codec.step')
 
 SHOWN = 4  # names to show in a line before 'and N more'
 
@@ -223,10 +225,14 @@ def told(origin: Origin, begun: Begun, config: dict) -> list[str]:
   meaning = MEANING
   if all(dataset.has_captions(c.get('conditioning')) for c in (there, config)):
     meaning += OF_CAPTIONS
+  harmless = HARMLESS
+  path = config['codec'].get('path')
+  if path and str(files.resolved(kept_parts.place(path))) == origin.workdir:
+    harmless += OF_ITSELF
   differ = [
     line
     for key, line in runs.differences(there, config).items()
-    if key.startswith(meaning) and key not in HARMLESS
+    if key.startswith(meaning) and key not in harmless
   ]
   if differ:
     lines.append(

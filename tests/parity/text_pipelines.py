@@ -326,14 +326,16 @@ def drawn_golden(name: str) -> np.ndarray:
     return file[name]
 
 
-def drawn_ours(name: str, trained) -> np.ndarray:
+def drawn_ours(name: str, trained, **options) -> np.ndarray:
   """The same of a run, which samples as its pipeline does.
 
   Args:
     name: a key of DRAWS.
     trained: `diffusion_jax.load` of the run.
+    **options: of its sampler, in place of its pipeline's.
   """
   given = {'negative_prompt': NEGATIVE} if DRAWS[name].negative else {}
+  given |= options
   images = trained.sample(
     2, seed=SEED, num_steps=STEPS, prompts=PROMPTS, dtype='float32', **given
   )
