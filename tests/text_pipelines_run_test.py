@@ -97,13 +97,20 @@ SMALL = {
   'data.heldout_every': 6, 'model.channels': 4, 'model.multipliers': '(1,2)',
   'model.transformer_depths': '(1,0,1)', 'model.num_blocks': 1,
   'model.num_heads': 2, 'model.num_groups': 2, 'model.dtype': 'float32',
-  'optim.lr': 1e-3, 'optim.warmup_steps': 0, 'sample.num_steps': 2,
+  'optim.warmup_steps': 0, 'sample.num_steps': 2,
+  'optim.moments_dtype': 'float32',
 }  # fmt: skip
 
 
 @pytest.mark.slow
 def test_fine_tuning(folder, origin, tmp_path):
-  """On one device, killed and on eight; then as a folder again."""
+  """On one device, killed and on eight; then as a folder again.
+
+  The learning rate is the config's, 1e-5. Gradients of this random network, of
+  two channels a group and a norm of 52, are only known to 1e-4 in float32: with
+  a rate of 1e-3 the losses of one device, too, differ by 1e-3 after ten steps
+  if a batch is processed in two pieces.
+  """
   kinds = np.arange(24) % 3
   images = np.zeros((24, parity.SIZE, parity.SIZE, 3), np.uint8)
   images[np.arange(24), :, :, kinds] = 255 - np.arange(24)[:, None, None]
@@ -134,7 +141,7 @@ def test_fine_tuning(folder, origin, tmp_path):
   train(*flags('many', folder, origin), devices=8)
   many = tiny.losses(tmp_path / 'many')
   np.testing.assert_allclose(
-    [many[step] for step in losses], [*losses.values()], rtol=1e-5
+    [many[step] for step in losses], [*losses.values()], rtol=3e-6
   )
   killed = binaries.start('train', *flags('killed'))
   saved = tmp_path / 'killed' / 'checkpoints'
