@@ -9,8 +9,7 @@ Other configs start from it and change what differs:
     config.optim.lr = 2e-5
     return config
 
-Some groups have other keys for another name, see the functions after
-get_config:
+The functions after get_config have the keys of groups with another name:
 
     config.codec = default.autoencoder()
     config.codec.channels = 32
@@ -373,11 +372,8 @@ def frozen_text():
   # A folder with text_encoder/ and tokenizer/, such as that of Stable
   # Diffusion, or another run with captions. The run copies both when it begins.
   config.conditioning.path = ''
-  # The probability with which training drops the caption of an image, so that
-  # the network can also sample without one and be guided.
-  config.conditioning.drop = 0.1
-  # The text encoders' structure, special tokens and layers, and the hash of the
-  # tokenizers; set when a run begins.
+  config.conditioning.drop = 0.1  # as for 'text'
+  # What encoders and tokenizers are like; set when a run begins.
   config.conditioning.encoders = ConfigDict()
   config.conditioning.ids = ConfigDict()
   config.conditioning.masked = False  # whether the padding is hidden

@@ -18,10 +18,10 @@ r"""Imports published weights as a run, and exports a run's weights.
     the vae/ of Stable Diffusion. The images are of the folder's sample_size,
     or of the size in --config;
   the workdir of a run. Its averaged weights are written as a folder that
-    diffusers loads: as a DDPMPipeline, a run in latents as an LDMPipeline, or
-    with frozen text encoders as a StableDiffusionPipeline, an autoencoder as
-    an AutoencoderKL or a VQModel. Of a run with LoRA only its low-rank changes
-    are, as pytorch_lora_weights.safetensors, or with --merged all of it.
+    diffusers loads: a DDPMPipeline; of a run in latents an LDMPipeline, or a
+    StableDiffusionPipeline if it has frozen text encoders; of an autoencoder an
+    AutoencoderKL or a VQModel. A run with LoRA becomes a file of its low-rank
+    changes, pytorch_lora_weights.safetensors, or with --merged such a folder.
 
 An import writes a workdir for sample, evaluate and train --init_from; its
 converted.json says where the weights come from. With --config the workdir has

@@ -45,12 +45,18 @@ command.define_config('Config whose data are encoded, such as that of the run.')
 flags.adopt_module_key_flags(distributed)
 declare.table(
   workdir=(str, "Folder of the autoencoder's run."),
-  output=(str, 'Folder of the latents; created if it does not exist.'),
+  output=(str, 'Folder to write; created if it does not exist.'),
   step=(int, 'Checkpoint of the autoencoder; by default the newest.'),
   batch_size=(encoding.BATCH, 'Images per batch, over all devices.'),
-  captions=(False, 'Encode the captions, with the text encoders of --config.'),
+  captions=(
+    False,
+    'Encode captions in place of images, with the text encoders of --config.',
+  ),
 )
 declare.shared('json')
+
+# Flags that are not for --captions.
+OF_IMAGES = ('workdir', 'step', 'batch_size')
 
 
 def main():
@@ -65,6 +71,7 @@ def main():
 
 
 def _captions(config, output):
+  command.refuse(OF_IMAGES, '--captions')
   if not frozen_text.is_used(config):
     raise UserError(
       f'--captions with conditioning.name={config.conditioning.name!r}: only '
@@ -72,9 +79,8 @@ def _captions(config, output):
     )
   distributed.everywhere(lambda: frozen_text.complete(config))
   runs.usable_folder('output', output)
-  splits = distributed.everywhere(lambda: data.both(config.data))
+  splits = distributed.everywhere(lambda: _captioned(config.data))
   sources.say_notes(splits[0])
-  captions.check(*splits)
   compilation.keep()
   mesh = sharding.make_mesh()
   parts = frozen_text.load(config, mesh)
@@ -129,6 +135,13 @@ def _images(config, output):
     f'{told}; train with --config.codec.cache={output}',
     FLAGS.json,
   )
+
+
+def _captioned(config):
+  """The images of a config's data, each of which must have a caption."""
+  splits = data.both(config)
+  captions.check(*splits)
+  return splits
 
 
 def _opened(config):

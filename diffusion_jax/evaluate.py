@@ -36,7 +36,7 @@ import contextlib
 
 from absl import flags
 
-from diffusion_jax import runs, samplers
+from diffusion_jax import codecs, runs, samplers
 from diffusion_jax.cli import (
   agreeing,
   command,
@@ -51,6 +51,7 @@ from diffusion_jax.cli import (
 )
 from diffusion_jax.evaluation import cards, follow, sweep, tables
 from diffusion_jax.reporting import page, plots
+from diffusion_jax.runs import pairs
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -119,12 +120,15 @@ def main():
   workdir = declare.workdir()
   runs.usable_folder('workdir', workdir)
   runs.usable_folder('workdir', workdir / 'evaluations')
-  if reconstructions.are_asked(workdir):
-    reconstructions.carry_out()
-    return
-  if retrieval.is_asked(workdir):
-    retrieval.carry_out()
-    return
+  # --follow may wait for a run.
+  is_there = not FLAGS.follow or (workdir / 'config.json').exists()
+  config = runs.read_config(workdir) if is_there else None
+  for trains, judged in (
+    (codecs.reconstructs, reconstructions), (pairs.trains, retrieval)
+  ):  # fmt: skip
+    if config and trains(config):
+      judged.carry_out()
+      return
   if FLAGS.jitter != retrieval.JITTER:
     raise UserError(
       f'--jitter={",".join(FLAGS.jitter)} is for runs with '

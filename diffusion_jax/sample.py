@@ -3,13 +3,13 @@ r"""Draws images from a trained run.
   python -m diffusion_jax.sample --workdir=runs/digits --num_samples=64 \
     --sampler=ddim --num_steps=50
 
-The default sampler is DDPM's own with 1000 ancestral steps. Images are written
-to a sample store, by default a folder in WORKDIR/samples named after the
-settings. An interrupted job resumes, and a larger --num_samples draws only the
-missing images. The folder also gets samples.npz (`arr_0`, uint8) with all of
-its images, grid.png, the pictures that flags ask for, and with
---sampler=adaptive evaluations.npy, the number of network evaluations for each
-image.
+The default sampler is DDPM's own with 1000 ancestral steps, or that of the
+pipeline of diffusers that the run was imported from. Images are written to a
+sample store, by default a folder in WORKDIR/samples named after the settings.
+An interrupted job resumes, and a larger --num_samples draws only the missing
+images. The folder also gets samples.npz (`arr_0`, uint8) with all of its
+images, grid.png, the pictures that flags ask for, and with --sampler=adaptive
+evaluations.npy, the number of network evaluations for each image.
 
 grid.png and the images of --png carry their addresses: run, checksum of the
 weights, seed, index, prompt or label, and sampler. --like=PICTURE draws such an

@@ -125,6 +125,15 @@ def test_encoded_captions_train_alike(folder, origin, whole, tmp_path, capsys):
     )  # fmt: skip
 
 
+def test_flags_of_images_are_not_for_captions(tmp_path):
+  with pytest.raises(UserError, match='--workdir does not apply to --captions'):
+    binaries.here(
+      'encode', '--captions', '--config=configs/digits.py',
+      f'--workdir={tmp_path}', f'--output={tmp_path}/out',
+    )  # fmt: skip
+  assert not (tmp_path / 'out').exists()
+
+
 def test_mistakes_are_one_line(folder, origin, tmp_path):
   other = words.Run(folder, tmp_path / 'other', seed=1).write().workdir
   run = run_of(folder, tmp_path / 'run', origin.workdir).write()

@@ -173,8 +173,10 @@ def _help(doc: str, full: bool) -> None:
       default = ','.join(default) or None
     shown = '' if default is None else f' [{default}]'
     name = f'--[no]{flag.name}' if flag.boolean else f'--{flag.name}'
+    # Flags that may be given several times say so, and absl does again.
+    told = re.sub(r';\s+repeat this option.*', '', flag.help)
     text = textwrap.fill(
-      f'{name:<16} {flag.help}{shown}',
+      f'{name:<16} {told}{shown}',
       width=79,
       initial_indent='  ',
       subsequent_indent=' ' * 19,

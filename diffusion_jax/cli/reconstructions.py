@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from diffusion_jax import codecs, models, runs
+from diffusion_jax import models
 from diffusion_jax.cli import (
   command,
   declare,
@@ -31,20 +31,6 @@ IDLE = (
   *('guide_ema_profile', *guided.OPTIONS, *drawing.OPTIONS),
   *('prompt', 'prompts', 'negative_prompt', 'lora'),
 )
-
-
-def are_asked(workdir: files.Path) -> bool:
-  """Whether it is the run of an autoencoder; --follow may wait for a run.
-
-  Args:
-    workdir: the run's folder.
-
-  Raises:
-    UserError: there is no such run.
-  """
-  if FLAGS.follow and not (workdir / 'config.json').exists():
-    return False
-  return codecs.reconstructs(runs.read_config(workdir))
 
 
 def carry_out() -> None:

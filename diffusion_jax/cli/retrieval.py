@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from absl import flags
 
-from diffusion_jax import runs
 from diffusion_jax.cli import (
   agreeing,
   command,
@@ -21,7 +20,7 @@ from diffusion_jax.codecs import pixels
 from diffusion_jax.data import captions, jitter
 from diffusion_jax.evaluation import agreement, cards, features, tables
 from diffusion_jax.reporting import page
-from diffusion_jax.runs import averaged, pairs
+from diffusion_jax.runs import averaged
 from diffusion_jax.system import distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 
@@ -43,20 +42,6 @@ IDLE = (
 )
 STREAM = 4  # of keys: training has 0, samples 1, likelihoods 2, calibration 3
 SHAKEN = '_shaken'
-
-
-def is_asked(workdir: files.Path) -> bool:
-  """Whether it is the run of a pair of encoders; --follow may wait for a run.
-
-  Args:
-    workdir: the run's folder.
-
-  Raises:
-    UserError: there is no such run.
-  """
-  if FLAGS.follow and not (workdir / 'config.json').exists():
-    return False
-  return pairs.trains(runs.read_config(workdir))
 
 
 def carry_out() -> None:

@@ -8,7 +8,6 @@ Files are written atomically and in order, so an interrupted job goes on.
 """
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -19,25 +18,12 @@ from diffusion_jax.system.errors import UserError
 
 ABOUT, TOKENS = 'captions.json', 'tokens.npy'
 AGAIN = 'run diffusion_jax.encode --captions again'
-KEYS = {'weights', 'tokenizers', 'captions', 'shapes', 'files'}
+KEYS = frozenset(('weights', 'tokenizers', 'captions', 'shapes', 'files'))
 
 
 def read_about(folder) -> dict | None:
-  """Reads captions.json; None if there is none.
-
-  Raises:
-    UserError: it is damaged.
-  """
-  path = files.at(folder).expanduser() / ABOUT
-  if not path.exists():
-    return None
-  try:
-    about = json.loads(path.read_text())
-    if not about.keys() >= KEYS:
-      raise ValueError('it holds something else')
-    return about
-  except (OSError, ValueError, AttributeError) as e:
-    raise UserError(f'{path} is unreadable ({e}): {AGAIN}') from e
+  """Reads captions.json, see `latents.read_about`."""
+  return latents.read_about(folder, ABOUT, KEYS, AGAIN)
 
 
 def opened(folder, about: Mapping) -> Callable:

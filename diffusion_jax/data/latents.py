@@ -24,6 +24,7 @@ from diffusion_jax.system import files
 from diffusion_jax.system.errors import UserError
 
 ABOUT = 'latents.json'
+KEYS = frozenset(('weights', 'from', 'shape', 'per_file', 'splits'))
 PER_FILE = 256  # images
 ROW = 'moments'  # the name of latents in a batch
 AGAIN = 'run diffusion_jax.encode again, which computes what is missing'
@@ -34,22 +35,30 @@ def name_of(first: int, end: int) -> str:
   return f'{first:09d}-{end - 1:09d}.npy'
 
 
-def read_about(folder) -> dict | None:
-  """Reads latents.json; None if there is none.
+def read_about(
+  folder, name: str = ABOUT, keys: frozenset = KEYS, advice: str = AGAIN
+) -> dict | None:
+  """Reads what a folder says of itself; None if there is no such file.
+
+  Args:
+    folder: the folder.
+    name: the name of the file.
+    keys: what it must have.
+    advice: what to do about a damaged one.
 
   Raises:
     UserError: it is damaged.
   """
-  path = files.at(folder).expanduser() / ABOUT
+  path = files.at(folder).expanduser() / name
   if not path.exists():
     return None
   try:
     about = json.loads(path.read_text())
-    if not {'weights', 'from', 'shape', 'per_file', 'splits'} <= about.keys():
+    if not keys <= about.keys():
       raise ValueError('it holds something else')
     return about
   except (OSError, ValueError, AttributeError) as e:
-    raise UserError(f'{path} is unreadable ({e}): {AGAIN}') from e
+    raise UserError(f'{path} is unreadable ({e}): {advice}') from e
 
 
 def write_about(folder, about: Mapping) -> None:

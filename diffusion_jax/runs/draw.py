@@ -273,24 +273,6 @@ def in_groups(codec: Codec, params, x0, keys, mesh: Mesh):
   return sharding.join_batch(data, mesh)
 
 
-def check_asked(num_samples: int, first: int, batch_size: int) -> None:
-  """Raises UserError for samples that cannot be drawn.
-
-  Args:
-    num_samples: the number of samples.
-    first: the index of the first.
-    batch_size: the number of samples drawn at once.
-  """
-  for name, value, least in (
-    ('num_samples', num_samples, 1), ('first', first, 0),
-    ('batch_size', batch_size, 1),
-  ):  # fmt: skip
-    if value < least:
-      raise UserError(f'{name}={value}: at least {least}')
-  if first + num_samples > 2**32:
-    raise UserError(f'first={first}: first + num_samples is at most 2**32')
-
-
 def checked(data, is_finite):
   """Returns drawn data if they are finite.
 

@@ -87,8 +87,7 @@ def _of_pipeline(folder) -> dict:
   second = FOLDERS[f'{text.PART}_2'][0]
   is_xl = (folder / second).is_dir()
   # SDXL takes the input of the last layer of both encoders.
-  layer = {'skip': 1, 'final_norm': False} if is_xl else {}
-  layer = {'skip': 0, 'final_norm': True, **layer}
+  layer = {'skip': int(is_xl), 'final_norm': not is_xl}
   encoders, ids = {}, {}
   for name, (of_encoder, _) in FOLDERS.items():
     file = folder / of_encoder / places.SETTINGS
