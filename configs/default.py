@@ -339,6 +339,8 @@ def text():
   config.conditioning.width = 256  # of the tokens
   config.conditioning.num_layers = 4
   config.conditioning.num_heads = 4
+  # Whether the network is also told the caption as one vector, with the time.
+  config.conditioning.pooled = False
   # The probability with which training drops the caption of an image, so that
   # the network can also sample without one and be guided.
   config.conditioning.drop = 0.1

@@ -24,7 +24,7 @@ from diffusion_jax.configs import default
 
 def get_config():
   config = default.get_config()
-  config.num_steps = 8000
+  config.num_steps = 10_000
   config.batch_size = 16
 
   config.log_every = 50
@@ -43,6 +43,7 @@ def get_config():
   config.conditioning = default.text()
   config.conditioning.width = 128
   config.conditioning.num_layers = 2
+  config.conditioning.pooled = True
 
   config.model.channels = 48
   config.model.multipliers = (1, 2, 2)
@@ -50,16 +51,18 @@ def get_config():
   config.model.attention_resolutions = (16, 8)
   config.model.num_groups = 8
   config.model.time_scale = 1000.0
+  config.model.details.scale_shift = True
 
   config.process.schedule = 'flow'
   config.loss.prediction = 'flow'
   config.loss.law = 'logitnormal'
+  config.loss.law_mean = 0.5  # names say what is seen through much noise
 
   config.optim.lr = 1e-3
   config.optim.warmup_steps = 100
   config.optim.decay = 'linear'
-  config.optim.decay_from = 6000
-  config.optim.decay_steps = 8000
+  config.optim.decay_from = 7000
+  config.optim.decay_steps = 10_000
   config.optim.end_lr = 1e-4
   config.ema.decay = 0.998
   config.sample.clip = False

@@ -1,8 +1,10 @@
 """Captions as the condition: token ids -> the doors 'tokens' and 'mask'.
 
 A text encoder, the part 'text' of a run, makes a vector of each token of a
-caption, to which the network attends. A dropped caption is the empty one, which
-the encoder encodes like any other.
+caption, to which the network attends. The network can also be told the vector
+of the end token, which stands for the whole caption, as in GLIDE (arXiv
+2112.10741, section 3): the door 'vector'. A dropped caption is the empty one,
+which the encoder encodes like any other.
 """
 
 from collections.abc import Mapping
@@ -96,11 +98,12 @@ def valid(tokens: jax.Array, eos: int) -> jax.Array:
   return jnp.arange(tokens.shape[1])[None] <= last[:, None]
 
 
-def create(drop: float, **options) -> Conditioner:
+def create(drop: float, pooled: bool = False, **options) -> Conditioner:
   """The tokens of each caption, replaced by the empty caption at random.
 
   Args:
     drop: the probability with which training drops an example's caption.
+    pooled: whether there is the door 'vector'.
     **options: the other keys of a config's conditioning.
   """
   encoder, ids = network(options), ids_of(options)
@@ -112,6 +115,8 @@ def create(drop: float, **options) -> Conditioner:
       tokens = jnp.where(dropped(keys, drop)[:, None], none, tokens)
     mask = valid(tokens, ids['eos'])
     encoded = encoder.apply(params[PART], tokens, mask)
-    return {'tokens': encoded.tokens, 'mask': mask}
+    cond = {'tokens': encoded.tokens, 'mask': mask}
+    return cond | ({'vector': encoded.pooled} if pooled else {})
 
-  return Conditioner(condition, {'tokens': options['width']}, drop)
+  names = ('tokens', 'vector') if pooled else ('tokens',)
+  return Conditioner(condition, dict.fromkeys(names, options['width']), drop)
