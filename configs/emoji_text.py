@@ -56,7 +56,8 @@ def get_config():
   config.process.schedule = 'flow'
   config.loss.prediction = 'flow'
   config.loss.law = 'logitnormal'
-  config.loss.law_mean = 0.5  # names say what is seen through much noise
+  config.loss.law_mean = 0.5  # names tell most where noise hides most
+  config.loss.law_std = 1.0
 
   config.optim.lr = 1e-3
   config.optim.warmup_steps = 100
