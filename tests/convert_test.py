@@ -204,6 +204,7 @@ def test_the_same_noise_gives_the_images_of_the_pipelines(came_in, name):
   assert np.abs(ours - golden).max() < pipelines.TOLERANCE
 
 
+@pytest.mark.optimized
 @pytest.mark.parity
 @pytest.mark.parametrize('name', pipelines.DRAWS)
 def test_diffusers_draws_the_same_of_what_we_write(tmp_path, name):

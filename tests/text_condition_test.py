@@ -14,9 +14,9 @@ from flax import nnx
 from PIL import Image
 
 import diffusion_jax
-from diffusion_jax import data, models, runs
+from diffusion_jax import conditioning, data, models, runs
 from diffusion_jax.cli import command, config_files, drawing, grids, run_data
-from diffusion_jax.conditioning import conditioner
+from diffusion_jax.conditioning import conditioner, text
 from diffusion_jax.configs import default
 from diffusion_jax.data import captions, pipeline
 from diffusion_jax.evaluation.batches import Batches
@@ -245,6 +245,39 @@ def test_a_dropped_caption_is_the_empty_one_for_its_row_only(whole):
   # By its own key, wherever the row is.
   turned = apply(params, {'tokens': ids[::-1]}, keys[::-1])
   np.testing.assert_allclose(turned['tokens'][::-1], got['tokens'], atol=1e-5)
+
+
+def test_the_network_may_be_told_the_caption_as_one_vector():
+  options = {
+    'name': 'text', 'drop': 0.5, 'vocabulary': 530, 'length': LENGTH,
+    'width': WIDTH, 'num_layers': 1, 'num_heads': 2,
+  }  # fmt: skip
+  plain = conditioning.create(**options)
+  told = conditioning.create(**options, pooled=True)
+  assert plain.doors == {'tokens': WIDTH}
+  assert told.doors == {'tokens': WIDTH, 'vector': WIDTH}
+  encoder = text.network(options)
+  params = {text.PART: encoder.init(jax.random.key(0))}
+  eos, pad = text.ids_of(options)['eos'], text.ids_of(options)['pad']
+  rows = jnp.array([[7, 9, eos], [9, 8, eos]] * 4)
+  rows = jnp.pad(rows, ((0, 0), (0, LENGTH - 3)), constant_values=pad)
+  own = told.condition(params, {text.ROW: rows}, None)
+  want = encoder.apply(params[text.PART], rows, own['mask'])
+  np.testing.assert_array_equal(own['vector'], want.pooled)
+  # The end token's, for which order counts.
+  np.testing.assert_allclose(own['vector'], own['tokens'][:, 2], atol=1e-6)
+  assert np.abs(own['vector'][0] - own['vector'][1]).max() > 1e-3
+  # It is dropped with the caption.
+  keys = jax.vmap(jax.random.key)(jnp.arange(8))
+  null = told.condition(params, {}, None)
+  got = told.condition(params, {text.ROW: rows}, keys)
+  is_dropped = np.asarray(text.dropped(keys, 0.5))
+  assert 0 < is_dropped.sum() < 8
+  for i in range(8):
+    want = null['vector'][0] if is_dropped[i] else own['vector'][i]
+    np.testing.assert_allclose(got['vector'][i], want, atol=1e-5)
+  with pytest.raises(UserError, match=r'data\.augment'):
+    conditioning.create(**options, pooled=True, augment=0.1)
 
 
 # --- sampling ----------------------------------------------------------------
