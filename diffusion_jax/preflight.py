@@ -18,21 +18,19 @@ with random images and new parameters, and reports the time per step.
 """
 
 import functools
-import math
 import os
 from concurrent import futures
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_dict
 
-from diffusion_jax import runs
 from diffusion_jax.cli import command
 from diffusion_jax.evaluation import features
 from diffusion_jax.models import inception
 from diffusion_jax.planning import (
+  arguments,
   checks,
   chips,
   compiled,
@@ -87,8 +85,6 @@ flags.DEFINE_bool(
   'are looked at.',
 )  # fmt: skip
 flags.DEFINE_bool('json', False, 'Print the result as JSON.')
-
-TAPS = ('2048',)  # of Inception, the features of FID
 
 
 class Place(NamedTuple):
@@ -255,39 +251,19 @@ def _compiling(place, batch_size, also=''):
 
 
 def _compile_step(place, batch_size) -> Compiled:
-  program = place.program
-  shapes = programs.rows(place.config, program.recipe, batch_size)
-  batch = {name: _rows(place, *x) for name, x in shapes.items()}
-  args = program.abstract, program.frozen, batch
-  return compiled.compile(program.step_fn, args, place.limit, place.fast)
+  args = arguments.of_step(*place[:3], batch_size)
+  return compiled.compile(place.program.step_fn, args, place.limit, place.fast)
 
 
 def _compile_sampling(place) -> Compiled:
-  indices = _rows(place, (place.sampled,), jnp.uint32)
-  program = place.program
-  args = {**program.frozen, **program.abstract.averaged}, indices
-  return compiled.compile(program.draw_fn, args, place.limit, place.fast)
+  args = arguments.of_drawing(*place[:3], place.sampled)
+  return compiled.compile(place.program.draw_fn, args, place.limit, place.fast)
 
 
 def _compile_judging(place) -> Compiled:
-  shape = (place.judged, *runs.image_shape(place.config.data))
-  args = _weights(place), _rows(place, shape, jnp.uint8)
-  fn = jax.jit(functools.partial(inception.apply, taps=TAPS))
+  args = arguments.of_judging(place.config, place.mesh, place.judged)
+  fn = jax.jit(functools.partial(inception.apply, taps=arguments.TAPS))
   return compiled.compile(fn, args, place.limit, place.fast)
-
-
-def _weights(place) -> dict:
-  """Inception's abstract parameters, the same on all devices."""
-  where = sharding.replicated(place.mesh)
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-    inception.parameters(TAPS),
-  )
-
-
-def _rows(place, shape, dtype):
-  where = sharding.batch_sharding(place.mesh)
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
 
 def _largest(place) -> None:
@@ -345,7 +321,7 @@ def _result(place, train, sample, judge) -> dict:
   }
   used = 'EMA' if state.ema_params else 'parameters'
   drawing = {used: parts['parameters'], 'frozen': parts['frozen']}
-  image = math.prod(runs.image_shape(config.data))
+  _, _, batch = arguments.of_step(*place[:3], config.batch_size)
   result = {
     'topology': FLAGS.topology,
     'device': place.device,
@@ -360,27 +336,27 @@ def _result(place, train, sample, judge) -> dict:
     'fits': True,  # otherwise an error was raised
     'notes': place.notes,
     'train': compiled.describe(
-      train, {**parts, 'batch': config.batch_size // place.rows * image},
-      config.batch_size, place.mesh.size,
+      train, {**parts, 'batch': device_bytes(batch)}, config.batch_size,
+      place.mesh.size,
     ),
   }  # fmt: skip
   if sample:
+    _, *given = arguments.of_drawing(*place[:3], count)
     result['sample'] = {
       'batch_size': count,
       'sampler': config.sample.sampler,
       'num_steps': config.sample.num_steps,
       'network_rows': place.program.plan.rows,
       **compiled.describe(
-        sample, {**drawing, 'batch': count // place.rows * 4}, count,
+        sample, {**drawing, 'batch': device_bytes(given)}, count,
         place.mesh.size,
       ),
     }  # fmt: skip
   if judge:
     judged = place.judged
-    parts = {
-      'weights': device_bytes(_weights(place)),
-      'batch': judged // place.rows * image,
-    }
+    given = arguments.of_judging(place.config, place.mesh, judged)
+    weights, images = map(device_bytes, given)
+    parts = {'weights': weights, 'batch': images}
     result['judge'] = {
       'batch_size': judged,
       **compiled.describe(judge, parts, judged, place.mesh.size),

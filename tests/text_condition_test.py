@@ -21,6 +21,8 @@ from diffusion_jax.configs import default
 from diffusion_jax.data import captions, pipeline
 from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.models import layers
+from diffusion_jax.planning import arguments
+from diffusion_jax.planning.compiled import device_bytes
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import (
   addresses,
@@ -449,6 +451,19 @@ def test_other_commands_know_what_the_run_has_found_out(
   with pytest.raises(Reached) as error:
     binaries.here('preflight', *how)
   assert error.value.args == (whole[0].config.conditioning.to_dict(),)
+
+
+def test_preflight_plans_guided_samples_of_a_prompt(tmp_path):
+  config = config_of(tmp_path, **{'sample.guidance': 3.0})
+  mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
+  program = programs.create(config, mesh)
+  args = arguments.of_drawing(config, mesh, program, 6)
+  images, is_finite = program.draw_fn.trace(*args).out_info
+  assert images.shape == (6, 4, 4, 3)
+  assert is_finite.shape == ()
+  _, _, batch = arguments.of_step(config, mesh, program, 8)
+  # Pixels and tokens.
+  assert device_bytes(batch) == 8 // 2 * (4 * 4 * 3 + 77 * 4)
 
 
 def test_likelihoods_need_an_empty_caption_that_was_trained(tmp_path):

@@ -110,7 +110,9 @@ def compile(fn, args, limit: int, fast: bool = False) -> Compiled:
   text = program.as_text()
   return Compiled(
     limit,
-    memory.argument_size_in_bytes,
+    # XLA leaves out those that the program does not read, such as a decoder
+    # while training, but they are in memory, too.
+    max(memory.argument_size_in_bytes, device_bytes(args)),
     memory.output_size_in_bytes,
     memory.alias_size_in_bytes,
     memory.temp_size_in_bytes,

@@ -70,8 +70,13 @@ def measure(
   if sample:
     indices = sharding.padded_indices(count, mesh)
     params = {**frozen, **now[0].averaged}
+    texts = {
+      name: jax.device_put(np.zeros(*x), sharding.replicated(mesh))
+      for name, x in programs.prompts(config, program.recipe).items()
+    }
     seconds, calls = _timed(
-      'the sampling program', lambda: sample.program(params, indices)
+      'the sampling program',
+      lambda: sample.program(params, indices, None, texts),
     )
     evaluations = count * program.plan.rows
     found['sample'] = {

@@ -156,6 +156,21 @@ def rows(config: Mapping, made: recipe.Recipe, batch_size: int) -> dict:
   return found
 
 
+def prompts(config: Mapping, made: recipe.Recipe) -> dict:
+  """The arrays of a prompt, of which samples are drawn: name -> (shape, dtype).
+
+  Args:
+    config: the run's config.
+    made: its recipe.
+
+  Returns:
+    As `draw.conditions` takes them; {} for runs that take no prompts.
+  """
+  if text.ROW not in made.conditioner.doors:
+    return {}
+  return {text.ROW: ((1, text.length_of(config['conditioning'])), np.int32)}
+
+
 def _plan(config: Mapping, made: recipe.Recipe) -> plan.Plan:
   """The plan of samples drawn during training; labels come in turn."""
   sample, schedule = config['sample'], made.schedule
