@@ -56,7 +56,9 @@ def test_guided_samples_equal_diffusers_step_by_step(name):
 @pytest.mark.parity
 @pytest.mark.parametrize('name', guided.CASES)
 def test_guided_golden_samples_are_diffusers(name):
-  np.testing.assert_allclose(guided.golden(name), guided.live(name), atol=1e-4)
+  wanted = guided.live(name)
+  atol = 1e-5 * np.abs(wanted).max()  # samples reach 90
+  np.testing.assert_allclose(guided.golden(name), wanted, rtol=0, atol=atol)
 
 
 @SHAPES
