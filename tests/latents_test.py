@@ -17,6 +17,7 @@ from diffusion_jax.conditioning import Conditioner
 from diffusion_jax.configs import default
 from diffusion_jax.data import latents as cache
 from diffusion_jax.data import pipeline
+from diffusion_jax.process import noise
 from diffusion_jax.runs import (
   draw,
   encoding,
@@ -417,3 +418,30 @@ def test_samples_are_decoded_in_groups(tmp_path):
   np.testing.assert_allclose(found[1], found[8], atol=1e-3)
   np.testing.assert_allclose(found[2], found[8], atol=1e-3)
   assert np.ptp(found[8]) > 1
+
+
+def test_each_device_decodes_its_own_samples(monkeypatch):
+  """Where parameters are split over the devices, too.
+
+  XLA then splits the decoder's channels, if it is left the choice, and all
+  images are on every device.
+  """
+  monkeypatch.setattr(sharding, 'SMALL', 1)
+  coder = codec.coder_of(SHAPE, CODER | {'channels': 16, 'num_groups': 8})
+  part = coder.init(jax.random.key(0))
+  part |= {'shift': jnp.ones(2), 'scale': jnp.full(2, 2.0)}
+  mesh = sharding.make_mesh(1, 8, 1, devices=jax.devices()[:8])
+  params = sharding.abstract({'codec': part}, mesh)
+  made = codec.create(SHAPE, coder)
+
+  @jax.jit
+  def draw_fn(params, indices):
+    first, later = draw.sample_keys(0, indices)
+    x = noise.normal(first, coder.shape, jnp.float32)
+    x, _ = jax.lax.scan(lambda x, _: (x / 2, None), x, length=3)
+    return draw.in_groups(made, params, x, later, mesh)
+
+  indices = sharding.padded_indices(8, mesh)
+  text = draw_fn.lower(params, indices).compile().as_text()
+  assert 'f32[1,8,8,' in text
+  assert 'f32[8,8,8,' not in text

@@ -72,8 +72,9 @@ class Batches(NamedTuple):
       rows = {'image': images.astype(dtype)}
       if labels is not None:
         rows['label'] = jnp.asarray(labels)[numbers]
-      cond = trained.recipe.conditioner.condition(params, rows, None)
-      x0 = trained.codec.encode(params, rows, keys)
+      whole = sharding.gather_fsdp(params, trained.mesh)
+      cond = trained.recipe.conditioner.condition(whole, rows, None)
+      x0 = trained.codec.encode(whole, rows, keys)
       return fn(params, cond, x0, keys, *rest)
 
     def call(*given):

@@ -19,7 +19,7 @@ from diffusion_jax.runs import averaged, dataset
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.samplers import guided as options
 from diffusion_jax.system.errors import UserError
-from diffusion_jax.training import checksum
+from diffusion_jax.training import checksum, sharding
 
 # The entries of params that hold all parts of other networks.
 GUIDE, CLASSIFIER = 'guide', 'classifier'
@@ -65,21 +65,24 @@ def denoiser(
 
 def _combined(recipe, params, rows, guidance, mesh, guide) -> gaussian.Denoiser:
   """The denoiser without a classifier."""
-  cond = recipe.conditioner.condition(params, rows, None)
+  # Parts that conditions do not need are not gathered.
+  gathered = sharding.gather_fsdp(params, mesh)
+  cond = recipe.conditioner.condition(gathered, rows, None)
   conditional = recipe.denoiser(params, cond, mesh)
   if 'guidance' not in guidance:
     return conditional
   schedule = recipe.schedule
   if guide:
     theirs = params[GUIDE]
-    other = guide.conditioner.condition(theirs, rows, None)
+    gathered = sharding.gather_fsdp(theirs, mesh)
+    other = guide.conditioner.condition(gathered, rows, None)
     u = guided.at_level(
       guide.denoiser(theirs, other, mesh), guide.schedule, schedule
     )
     pair = guided.by_guide(conditional, u)
   else:
     negative = {'tokens': rows['negative']} if 'negative' in rows else {}
-    null = recipe.conditioner.condition(params, negative, None)
+    null = recipe.conditioner.condition(gathered, negative, None)
     u = recipe.denoiser(params, null, mesh)
     pair = guided.classifier_free(
       recipe.denoiser(params, jax.tree.map(_both, cond, null), mesh)
