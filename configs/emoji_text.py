@@ -7,8 +7,9 @@ Data:       1,236 emoji drawn from the font Noto Color Emoji, with their names
             in Unicode; held out are every tenth and twelve combinations of a
             colour and a thing: apt-get install fonts-noto-color-emoji.
 Hardware:   2 CPU cores.
-Time:       36 minutes, estimated: 0.27 s a step, which takes 1.09 times as long
-            as one of emoji_ldm; after the autoencoder's 7.5 minutes.
+Time:       44 minutes, 0.26 s a step, after the autoencoder's 6 minutes.
+Result:     the names of 38% of the samples of training names are found first
+            among 1,382, and of 50% of the twelve combinations: docs/text.md.
 Command:    python -m diffusion_jax.train --workdir=runs/emoji_autoencoder \
               --config=configs/emoji_autoencoder.py
             python -m diffusion_jax.encode --workdir=runs/emoji_autoencoder \
@@ -17,6 +18,9 @@ Command:    python -m diffusion_jax.train --workdir=runs/emoji_autoencoder \
               --config=configs/emoji_text.py \
               --config.codec.cache=runs/emoji_latents
             docs/text.md has the evaluation.
+
+The network is told a name as one vector, too, which scales and shifts its
+blocks; docs/text.md compares it with a network without.
 """
 
 from diffusion_jax.configs import default
