@@ -1,8 +1,8 @@
 """Self-attention over all positions, with the memory traffic that it needs.
 
-The logits and the softmax are float32 for any dtype. Where cuDNN has a kernel,
-they are not written at all; of long sequences, elsewhere, only those of some
-queries exist at once.
+The logits and the softmax are float32 for any dtype. Where cuDNN or JAX (on
+TPUs) has a kernel, they are not written at all; of long sequences, elsewhere,
+only those of some queries exist at once.
 """
 
 import functools
@@ -11,6 +11,8 @@ import os
 
 import jax
 import jax.numpy as jnp
+
+from diffusion_jax.models import splash
 
 # Logits of a head that exist at once: 8 MB in float32.
 LARGEST = 2**21
@@ -28,26 +30,24 @@ def attend(
     query: [B, T, heads, D].
     key: like `query`.
     value: like `query`.
-    training: whether only gradients are taken, if any. Then cuDNN's kernel,
-      which has no forward derivative, is also used backwards. It is used on a
-      GPU in bfloat16, unless XLA_FLAGS asks for deterministic operations.
+    training: whether only gradients are taken, if any. Then a kernel, which has
+      no forward derivative, is also used backwards. There is one in bfloat16 on
+      a GPU, unless XLA_FLAGS asks for deterministic operations, and on a TPU
+      for long sequences, see `splash`.
 
   Returns:
     [B, T, heads, D].
   """
-  if not _has_kernel(query):
+  if not _kernels(query):
     return _in_pieces(query, key, value)
   return (_kernel if training else _forward)(query, key, value)
 
 
 def _kernel(query, key, value) -> jax.Array:
-  """cuDNN's kernel, which is compiled for GPUs only."""
-  kernel = functools.partial(
-    jax.nn.dot_product_attention, implementation='cudnn'
-  )
-  # The program may be compiled for other devices than this machine's.
+  """The kernel of the device that the program is compiled for."""
+  # Which may be another than this machine's.
   return jax.lax.platform_dependent(
-    query, key, value, cuda=kernel, default=_in_pieces
+    query, key, value, **_kernels(query), default=_in_pieces
   )
 
 
@@ -62,7 +62,17 @@ def _forward_jvp(primals, tangents):
   return jax.jvp(_in_pieces, primals, tangents)
 
 
-def _has_kernel(query) -> bool:
+def _kernels(query) -> dict:
+  """Platform -> the kernel for these queries, of those that have one."""
+  found = {'tpu': splash.attend} if splash.fits(query) else {}
+  if _has_cudnn(query):
+    found['cuda'] = functools.partial(
+      jax.nn.dot_product_attention, implementation='cudnn'
+    )
+  return found
+
+
+def _has_cudnn(query) -> bool:
   """Whether cuDNN has a kernel for these heads on this machine's GPUs."""
   if query.dtype != jnp.bfloat16 or jax.default_backend() != 'gpu':
     return False

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.conditioning import masked, text
-from diffusion_jax.models import control, lora
+from diffusion_jax.models import control, lora, splash
 from diffusion_jax.models import doors as doors_of
 from diffusion_jax.process import gaussian, schedules
 from diffusion_jax.runs import (
@@ -144,7 +144,8 @@ class Recipe(NamedTuple):
         of_rows[doors_of.RESIDUALS] = control.residuals(
           self.controls, given, hints, xt, label, of_rows
         )
-      return apply(gathered, xt, label, of_rows, None)
+      with splash.over(mesh):
+        return apply(gathered, xt, label, of_rows, None)
 
     return gaussian.denoiser(network, self.schedule, self.prediction)
 

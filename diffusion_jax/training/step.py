@@ -11,6 +11,7 @@ from jax.experimental import layout
 
 from diffusion_jax import models
 from diffusion_jax.data.resident import take
+from diffusion_jax.models import splash
 from diffusion_jax.objectives.objective import Aux, Objective
 from diffusion_jax.training import averages, optim, sharding
 from diffusion_jax.training.state import TrainState
@@ -102,7 +103,8 @@ def train_step(
 
   def loss_fn(params, piece):
     parts = sharding.gather_fsdp({**frozen, **params}, mesh)
-    values, aux = objective.loss(parts, state.extras, *piece)
+    with splash.over(mesh):
+      values, aux = objective.loss(parts, state.extras, *piece)
     return jnp.mean(values), (values, aux)
 
   gradient_fn = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
@@ -228,5 +230,6 @@ def heldout_loss(
   index = first + jnp.arange(len(weight))
   keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
   parts = sharding.gather_fsdp(parts, mesh)
-  values = objective.heldout(parts, extras, batch, keys, index)
+  with splash.over(mesh):
+    values = objective.heldout(parts, extras, batch, keys, index)
   return jnp.sum(values * weight)
