@@ -20,7 +20,7 @@ Command:    python -m diffusion_jax.train --workdir=runs/emoji_autoencoder \
             docs/text.md has the evaluation.
 
 The network is told a name as one vector, too, which scales and shifts its
-blocks; docs/text.md compares it with a network without.
+blocks.
 """
 
 from diffusion_jax.configs import default
@@ -60,7 +60,7 @@ def get_config():
   config.process.schedule = 'flow'
   config.loss.prediction = 'flow'
   config.loss.law = 'logitnormal'
-  config.loss.law_mean = 0.5  # names tell most where noise hides most
+  config.loss.law_mean = 0.5  # more noise: there, names tell most
   config.loss.law_std = 1.0
 
   config.optim.lr = 1e-3

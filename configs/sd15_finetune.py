@@ -10,9 +10,12 @@ Data:       a folder of images with NAME.txt beside NAME.png, see docs/data.md,
 Hardware:   one GPU or TPU of 80 GB, or several: 8.6 GB of state in each (3.4 of
             parameters, 5.2 of moments), 3.4 GB of gradients, 0.8 GB of the
             frozen parts, and the activations of four images at once;
-            --config.microbatches=32 has one. --config.mesh.fsdp=8 splits the
-            state over eight devices.
-Time:       unknown; `preflight --measure` times a step on your machine.
+            --config.microbatches=32 has one image at once.
+            --config.mesh.fsdp=8 --config.microbatches=4 splits the state over
+            eight devices: compiled for TPUs of 16 GB it fits, see
+            docs/scaling.md.
+Time:       not yet measured; `preflight --measure` times a step on your
+            machine, and docs/scaling.md has lower bounds for TPUs.
 Command:    python -m diffusion_jax.convert --from=stable-diffusion-v1-5 \
               --to=runs/sd15
             python -m diffusion_jax.train --config=configs/sd15_finetune.py \

@@ -35,7 +35,7 @@ def of_step(
 def of_drawing(
   config: Mapping, mesh: jax.sharding.Mesh, program: Programs, count: int
 ) -> tuple:
-  """(parameters, indices, no rows, prompts) of the sampling program.
+  """(parameters, indices, None for rows, prompts) of the sampling program.
 
   Args:
     config: the run's config.

@@ -262,7 +262,7 @@ def in_groups(codec: Codec, params, x0, keys, mesh: Mesh):
   if codec.decode_rows is None:
     return codec.decode(params, x0, keys)
   # Otherwise XLA splits the decoder's channels in place of the images, which
-  # then are all on each device. Parts that it does not need are not gathered.
+  # then are all on each device. It removes gathers of parts that are not read.
   params = sharding.gather_fsdp(params, mesh)
   parts = mesh.shape['data'] * mesh.shape['fsdp']
   rows, left = divmod(len(x0), parts)

@@ -65,7 +65,7 @@ def denoiser(
 
 def _combined(recipe, params, rows, guidance, mesh, guide) -> gaussian.Denoiser:
   """The denoiser without a classifier."""
-  # Parts that conditions do not need are not gathered.
+  # XLA removes the gathers of parts that are not read.
   gathered = sharding.gather_fsdp(params, mesh)
   cond = recipe.conditioner.condition(gathered, rows, None)
   conditional = recipe.denoiser(params, cond, mesh)

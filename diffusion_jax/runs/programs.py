@@ -38,9 +38,10 @@ class Programs(NamedTuple):
       updates, see `step.train_steps`; the state is donated.
     loss_fn: (params, extras, batch, weight, first) -> the weighted sum of the
       held-out loss, see `step.heldout_loss`.
-    draw_fn: (params, indices) -> (samples, whether they are finite), with the
-      config's `sample` settings; of an autoencoder (params, indices, images) ->
-      (reconstructions, ...), see `autoencoders.reconstructor`.
+    draw_fn: (params, indices, rows, texts) -> (samples, whether they are
+      finite), with the config's `sample` settings, see `draw.drawer`; of an
+      autoencoder (params, indices, images) -> (reconstructions, ...), see
+      `autoencoders.reconstructor`.
     plan: the plan of these samples; None for an autoencoder.
   """
 

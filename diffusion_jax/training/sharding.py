@@ -171,7 +171,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def gather_fsdp(params, mesh: Mesh):
-  """Inside a jitted step: gathers the parameters over 'fsdp'.
+  """Inside a jitted function: gathers the parameters over 'fsdp'.
 
   FSDP does this anyway; the constraint makes it explicit. Without it, XLA
   silently computes wrong gradients for convolutions with kernels split over

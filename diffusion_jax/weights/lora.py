@@ -156,7 +156,7 @@ def read(path, kernels: Mapping[str, Any], names: Names) -> Lora:
   path = files.at(path)
   if path.suffix != states.SAFE:
     raise UserError(
-      f'{path} is no file of {states.SAFE}: save the LoRA as one, such as '
+      f'{path} is not a {states.SAFE} file: save the LoRA as one, such as '
       f'{FILE}, as no other format is read'
     )
   content = files.content(path, 'give a file of LoRA')
