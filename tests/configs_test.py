@@ -215,9 +215,11 @@ def test_state_traces_on_a_mesh(path):
 
 
 def test_all_configs_have_the_same_keys():
-  """Those of a choice are of that choice."""
+  """Those of a choice are of that choice, and details those that differ."""
   loaded = [load(path) for path in CONFIGS]
-  free = ('codec.', 'conditioning.', 'loss.', 'optim.part_lr.')
+  free = (
+    *('codec.', 'conditioning.', 'loss.', 'optim.part_lr.'), 'model.details',
+  )  # fmt: skip
   keys = [
     {k for k in runs.flatten(x.to_dict()) if not k.startswith(free)}
     for x in loaded
