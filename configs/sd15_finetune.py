@@ -7,7 +7,7 @@ Reproduces: nothing published; the network, the autoencoder and the text encoder
 Data:       a folder of images with NAME.txt beside NAME.png, see docs/data.md,
             and the folder of Stable Diffusion 1.5, which you download: unet/,
             vae/, text_encoder/, tokenizer/ and scheduler/.
-Hardware:   one GPU or TPU of 80 GB, or several: 8.6 GB of state in each (3.4 of
+Hardware:   one GPU or TPU, or several: 8.6 GB of state in each (3.4 of
             parameters, 5.2 of moments), 3.4 GB of gradients, 0.8 GB of the
             frozen parts, and the activations of four images at once;
             --config.microbatches=32 has one image at once.

@@ -278,8 +278,6 @@ def test_the_network_may_be_told_the_caption_as_one_vector():
   for i in range(8):
     want = null['vector'][0] if is_dropped[i] else own['vector'][i]
     np.testing.assert_allclose(got['vector'][i], want, atol=1e-5)
-  with pytest.raises(UserError, match=r'data\.augment'):
-    conditioning.create(**options, pooled=True, augment=0.1)
 
 
 # --- sampling ----------------------------------------------------------------
@@ -530,6 +528,9 @@ def test_mistakes_of_the_keys(tmp_path):
     (message, *_) = validation.check(config, jax.devices()[:1])
     assert key in message
     assert told.replace('\\', '') in message
+  wrong = {'conditioning.pooled': True, 'data.augment': 0.1}
+  told = validation.check(config_of(tmp_path, **wrong), jax.devices()[:1])
+  assert 'data.augment=0.1 with conditioning.pooled=True' in told[0]
   config = config_of(tmp_path, **{'model.name': 'dense'})
   with pytest.raises(UserError, match='tokens'):
     recipe.create(config)

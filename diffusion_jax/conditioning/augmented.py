@@ -4,7 +4,6 @@ import jax.numpy as jnp
 
 from diffusion_jax.conditioning.conditioner import Conditioner
 from diffusion_jax.data.augment import SIZE
-from diffusion_jax.system.errors import UserError
 
 
 def create(conditioner: Conditioner) -> Conditioner:
@@ -14,16 +13,7 @@ def create(conditioner: Conditioner) -> Conditioner:
 
   Args:
     conditioner: the other condition, which has no vector.
-
-  Raises:
-    UserError: it has one.
   """
-  if 'vector' in conditioner.doors:
-    raise UserError(
-      'data.augment needs the network input that this run uses for its text '
-      '(conditioning.pooled, or the encoders of XL): set data.augment=0.0, or '
-      'conditioning.pooled=False'
-    )
 
   def condition(params, rows, keys):
     cond = conditioner.condition(params, rows, keys)

@@ -3,8 +3,8 @@
 A text encoder, the part 'text' of a run, makes a vector of each token of a
 caption, to which the network attends. The network can also be told the vector
 of the end token, which stands for the whole caption, as in GLIDE (arXiv
-2112.10741, section 3): the door 'vector'. A dropped caption is the empty one,
-which the encoder encodes like any other.
+2112.10741): the door 'vector'. A dropped caption is the empty one, which the
+encoder encodes like any other.
 """
 
 from collections.abc import Mapping

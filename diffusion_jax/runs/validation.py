@@ -147,7 +147,7 @@ def _network(config):
     told += hint(flat[key], known, ALIASES)
     yield flat[key] in known, told
   yield from _limits(config, OF_NETWORK)
-  yield from _conditioning(config.conditioning)
+  yield from _conditioning(config.conditioning, config.data.augment)
   yield from _classifier(config)
   yield from _latents(config)
   yield from _lora(config)
@@ -315,7 +315,7 @@ OF_CONDITION = {
 }
 
 
-def _conditioning(condition):
+def _conditioning(condition, augment):
   for key, fits, allowed in OF_CONDITION.get(condition.name, ()):
     value = condition.get(key)
     yield (
@@ -328,6 +328,12 @@ def _conditioning(condition):
       condition.width % condition.num_heads == 0,
       f'conditioning.num_heads={condition.num_heads} does not divide '
       f'conditioning.width={condition.width}',
+    )
+  for key in ('pooled', 'size_features'):
+    yield (
+      not (condition.get(key) and augment),
+      f'data.augment={augment} with conditioning.{key}={condition.get(key)}: '
+      'the network would be told of both by the same input, so it must be 0',
     )
 
 
