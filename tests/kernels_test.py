@@ -161,3 +161,31 @@ def test_a_program_compiled_here(steps):
   rows = [one for one in found if one.bytes >= 8000]
   assert sum(one.count for one in rows) == steps
   assert all(one.bytes < 8100 for one in rows)
+
+
+def test_attributes_of_a_kernel_may_take_several_lines():
+  """As XLA writes those of Pallas kernels: the computation goes on after them.
+
+  A product after the kernel, and a sum over two devices, are seen.
+  """
+  text = """HloModule jit_f
+
+ENTRY %main (p.1: f32[8,16]) -> f32[8,16] {
+  %p.1 = f32[8,16]{1,0} parameter(0)
+  %attend.1 = f32[8,16]{1,0} custom-call(%p.1), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+ "note":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/attend"}
+  %add.1 = f32[8,16]{1,0} add(%attend.1, %p.1)
+  ROOT %all-reduce.1 = f32[8,16]{1,0} all-reduce(%add.1), \
+replica_groups={{0,1}}, to_apply=%sum
+}
+"""
+  found = kernels.kernels(text)
+  assert [(one.name, one.kind, one.bytes) for one in found] == [
+    ('attend.1', 'tpu_custom_call', 2 * A),
+    ('add.1', 'add', 3 * A),
+    ('all-reduce.1', 'all-reduce', 2 * A),
+  ]
+  assert found[0].source == 'jit(f)/attend'
+  assert hlo.collectives(text, 2) == [Collective('all-reduce', 2, 1, A)]

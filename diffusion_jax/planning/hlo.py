@@ -10,8 +10,10 @@ KINDS = (
   'collective-permute',
 )  # fmt: skip
 COMPUTATION = re.compile(
-  r'^(ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}', re.M | re.S
+  r'^(ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}(?!\})', re.M | re.S
 )
+# An instruction; attributes of kernels continue in lines without its indent.
+LINES = re.compile(r'\n(?=  )')
 # Fusions and `async-start` have calls, a while loop has body and condition.
 CALL = re.compile(
   r'(?:calls|body|condition|called_computations|branch_computations|'
@@ -88,9 +90,9 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """{name: lines} of a program's computations, and the name of the entry."""
+  """{name: instructions} of a program's computations, and the entry's name."""
   found = COMPUTATION.findall(text)
-  bodies = {name: body.splitlines() for _, name, body in found}
+  bodies = {name: LINES.split(body.rstrip()) for _, name, body in found}
   return bodies, next(name for entry, name, _ in found if entry)
 
 
