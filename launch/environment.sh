@@ -24,3 +24,15 @@ install_package() {
   python -m pip install --quiet --disable-pip-version-check --editable "$1"
   touch "$stamp"
 }
+
+# keep_memory: on a CPU, glibc returns XLA's buffers to the system after every
+# step, and gets them back in pages of 4 KB. These settings make it keep them, in
+# pages of 2 MB where the system has them (docs/speed.md).
+keep_memory() {
+  local settings=(
+    hugetlb=1 mmap_max=0 trim_threshold=4000000000 arena_max=1
+  )
+  [ -n "${GLIBC_TUNABLES+set}" ] ||
+    GLIBC_TUNABLES=$(printf ':glibc.malloc.%s' "${settings[@]}" | cut -c2-)
+  export GLIBC_TUNABLES
+}

@@ -41,10 +41,7 @@ fi
 
 . launch/environment.sh
 install_package .
-# On a CPU, glibc returns XLA's buffers to the system after every step, which
-# costs a seventh of the time. These settings make glibc keep them.
-export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4000000000}
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4000000000}
+keep_memory
 
 python -m diffusion_jax.train --config=configs/digits.py \
   --workdir="$workdir" ${overrides[@]+"${overrides[@]}"}

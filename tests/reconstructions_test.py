@@ -54,6 +54,24 @@ def test_numbers_of_reconstructions_are_means_over_images():
   assert kept.keys() == {'psnr', 'ssim', 'l1'}
 
 
+@pytest.mark.parametrize(('kept', 'decoded'), [(2**20, 10), (7 * 432, 13)])
+def test_what_is_kept_is_not_decoded_again(monkeypatch, kept, decoded):
+  """Two readings of 10 images; room for all, or for the first block of 7."""
+  monkeypatch.setattr(reconstructions, 'KEPT', kept)
+  images, given = pictures()
+  asked = []
+
+  def reconstruct(indices, batch):
+    asked.extend(indices)
+    return batch + 1
+
+  made = reconstructions.Coding(reconstruct, None)
+  seen = reconstructions.reconstructed(given, made)
+  for _ in range(2):
+    np.testing.assert_array_equal(np.concatenate([*seen.stream()]), images + 1)
+  assert len(asked) == decoded
+
+
 @pytest.mark.parametrize('regulariser', ['vq', 'fsq', 'kl'])
 def test_codes_are_counted_but_not_those_of_padding(regulariser):
   codec = {

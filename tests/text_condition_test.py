@@ -166,6 +166,7 @@ def trained(whole):
 # --- training ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_losses_are_the_same_on_any_mesh_in_any_pieces(folder, whole):
   run = Run(folder, folder / 'other', (2, 2, 2), microbatches=2)
   np.testing.assert_allclose(run.train(), whole[1], rtol=3e-6)

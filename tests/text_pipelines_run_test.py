@@ -33,6 +33,7 @@ def origin(folder):
   return run
 
 
+@pytest.mark.slow
 def test_the_losses_of_frozen_parts_are_the_same_on_any_mesh(origin, tmp_path):
   """In the latents of an autoencoder of one's own, whose scale is measured."""
   own = latents_test.autoencoder(tmp_path / 'own', size=4)

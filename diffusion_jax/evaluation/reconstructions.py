@@ -15,6 +15,9 @@ from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
 
+KEPT = 2**26  # bytes of reconstructions, which are not decoded again
+
+
 class Coding(NamedTuple):
   """The compiled functions of an autoencoder.
 
@@ -81,14 +84,21 @@ def coding(trained: Trained, batch_size: int, seed: int = 0) -> Coding:
 def reconstructed(images: Images, made: Coding) -> Images:
   """The reconstructions of a set of images, as a set.
 
-  The noise of an image depends on its number in the set.
+  The noise of an image depends on its number in the set. The first ones are
+  kept, since a set is read more than once and decoders can be slow.
   """
+  kept = {}
 
   def stream():
     first = 0
     for batch in images.stream():
-      indices = np.arange(first, first + len(batch), dtype=np.uint32)
-      yield made.reconstruct(indices, batch)
+      seen = kept.get(first)
+      if seen is None:
+        indices = np.arange(first, first + len(batch), dtype=np.uint32)
+        seen = made.reconstruct(indices, batch)
+        if sum(x.nbytes for x in kept.values()) + seen.nbytes <= KEPT:
+          kept[first] = seen
+      yield seen
       first += len(batch)
 
   def image(i):
