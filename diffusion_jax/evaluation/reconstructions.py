@@ -14,7 +14,6 @@ from diffusion_jax.runs.trained import Trained
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
-
 KEPT = 2**26  # bytes of reconstructions, which are not decoded again
 
 
