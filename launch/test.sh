@@ -23,7 +23,6 @@ done
 
 . launch/environment.sh
 install_package ".[$extra]"
-keep_memory
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 # One worker per core. Each starts with consecutive tests, which share fixtures,
 # and takes over tests of another worker when it has none left.
