@@ -4,8 +4,8 @@ Reproduces: nothing published; it shows autoencoders on a laptop.
 Data:       1,236 emoji drawn from the font Noto Color Emoji, 146 held out:
             apt-get install fonts-noto-color-emoji. No other download.
 Hardware:   2 CPU cores.
-Time:       7.5 minutes, 0.50 s a step; with :dito estimated at 10, since a
-            step has 28.5 GFLOP in place of 21.5.
+Time:       7.5 minutes, 0.50 s a step; with :dito 13.3 minutes beside other
+            work (docs/latents.md).
 Command:    python -m diffusion_jax.train --workdir=runs/emoji_autoencoder \
               --config=configs/emoji_autoencoder.py
 Others:     --config=configs/emoji_autoencoder.py:dito is trained by one

@@ -29,10 +29,8 @@ install_package() {
 # step, and gets them back in pages of 4 KB. These settings make it keep them, in
 # pages of 2 MB where the system has them (docs/speed.md).
 keep_memory() {
-  local settings=(
-    hugetlb=1 mmap_max=0 trim_threshold=4000000000 arena_max=1
-  )
-  [ -n "${GLIBC_TUNABLES+set}" ] ||
-    GLIBC_TUNABLES=$(printf ':glibc.malloc.%s' "${settings[@]}" | cut -c2-)
-  export GLIBC_TUNABLES
+  local m=glibc.malloc
+  local settings=$m.hugetlb=1:$m.mmap_max=0:$m.arena_max=1
+  settings+=:$m.trim_threshold=4000000000
+  export GLIBC_TUNABLES=${GLIBC_TUNABLES-$settings}
 }

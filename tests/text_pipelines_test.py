@@ -111,16 +111,13 @@ def content(folder) -> dict[str, bytes]:
   }
 
 
-EACH_KIND = pytest.mark.parametrize(
+@pytest.mark.parametrize(
   'kind',
   [
     pytest.param(kind, marks=[pytest.mark.slow] * (kind != 'sdxl'))
     for kind in parity.KINDS
   ],
 )
-
-
-@EACH_KIND
 def test_a_round_trip_gives_the_same_bits_and_settings(kind, tmp_path):
   theirs = parity.folder_of(kind, tmp_path / 'theirs')
   run = converted(theirs, tmp_path / 'run')
