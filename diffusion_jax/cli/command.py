@@ -12,7 +12,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -23,6 +23,8 @@ from diffusion_jax.system import distributed, errors, numerics, terminal
 from diffusion_jax.system.errors import UserError
 
 flags.disclaim_key_flags()  # --config belongs to the binary
+
+HELP = ('--help', '-h', '-help', '--helpfull')
 
 # Raised by absl and ml_collections for a mistake on the command line.
 FLAG_ERRORS = (flags.Error, AttributeError, LookupError, TypeError, ValueError)
@@ -71,7 +73,7 @@ def run(main: Callable[[], int | None], doc: str, required: Sequence[str] = ()):
   sys.argv = _resolve_config(_last(sys.argv))
 
   def parse(argv):
-    if any(word in ('--help', '-h', '-help', '--helpfull') for word in argv):
+    if any(word in HELP for word in argv):
       _help(doc, full='--helpfull' in argv)
     try:
       rest = flags.FLAGS(argv)
@@ -267,6 +269,33 @@ def _is_several(name: str) -> bool:
 def _switch(name: str) -> bool:
   """Whether it is a flag without a value."""
   return name in flags.FLAGS and flags.FLAGS[name].boolean
+
+
+def task(doc: str, tasks: Mapping[str, str]) -> str:
+  """Takes the task off the command line of a binary that has several.
+
+  Args:
+    doc: the binary's docstring, which --help prints, followed by the tasks.
+    tasks: name -> what it does.
+
+  Returns:
+    the name; the arguments behind it stay in sys.argv.
+  """
+  terminal.prepare()
+  given = sys.argv[1] if len(sys.argv) > 1 else ''
+  if given in HELP:
+    width = max(map(len, tasks))
+    rows = [f'  {name:<{width}}  {what}' for name, what in tasks.items()]
+    terminal.write('\n'.join([doc.strip(), '', *rows]))
+    sys.exit(0)
+  known = ', '.join(tasks)
+  if not given or given.startswith('-'):
+    terminal.fail(f'the first argument is the task: one of {known}')
+  if given not in tasks:
+    hint = errors.hint(given, tasks)
+    terminal.fail(f'there is no task {given!r}: one of {known}{hint}')
+  del sys.argv[1]
+  return given
 
 
 def need(*names: str) -> None:
