@@ -170,8 +170,13 @@ def get_config():
   # docs/objectives.md.
   config.loss.prediction = 'eps'
   config.loss.sigma_data = 0.5  # for 'edm': the data's standard deviation
-  # The times of training: 'uniform', 'stratified', 'importance', or
-  # log(sigma / alpha) is normal: 'lognormal' (EDM), 'logitnormal' (flow).
+  # What the network is told of the noise: 'auto', the time, or what the
+  # prediction says; or 'alpha', sqrt(alpha_bar), which model.time_scale
+  # multiplies (SR3).
+  config.loss.level = 'auto'
+  # The times of training: 'uniform', 'stratified', 'importance'; 'levels':
+  # sqrt(alpha_bar) is uniform between whole times (SR3); or log(sigma / alpha)
+  # is normal: 'lognormal' (EDM), 'logitnormal' (flow).
   config.loss.law = 'uniform'
   config.loss.law_mean = 0.0  # of log(sigma / alpha)
   config.loss.law_std = 0.0  # 0 = the published mean and deviation

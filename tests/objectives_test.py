@@ -190,6 +190,39 @@ def test_a_normal_law_of_the_level(name, options, mean, std):
   assert stats.kstest(level, stats.norm(mean, std).cdf).pvalue > 0.999
 
 
+@pytest.mark.parametrize('name', ['linear', 'cosine', 'flow'])
+def test_levels_are_uniform_between_whole_times(x64, name):
+  """sqrt(alpha_bar) is, by Kolmogorov and Smirnov; and so are whole times."""
+  schedule = schedules.create(name, num_timesteps=50, zero_snr=name == 'cosine')
+  law, t, factor = drawn('levels', schedule)
+  assert factor is None
+  table = np.concatenate([[1.0], np.exp(0.5 * schedule.log_alpha_bar)])
+
+  def shares(t):
+    t = np.asarray(t, np.float64)
+    assert t.min() > -1
+    assert t.max() <= 49
+    whole = np.ceil(t).astype(int)
+    alpha = np.asarray(schedule.alpha(jnp.asarray(t), jnp.float64))
+    low, high = table[whole + 1], table[whole]
+    return whole, (alpha - low) / (high - low)
+
+  whole, share = shares(t)
+  assert stats.chisquare(np.bincount(whole)).pvalue > 1e-3
+  for some in (whole >= 0, whole == 0, whole == 49):
+    assert stats.kstest(share[some], stats.uniform.cdf).pvalue > 1e-3
+  whole, share = shares(law.spread(jnp.arange(4000)))
+  assert np.abs(np.bincount(whole) - 80).max() <= 2
+  assert stats.kstest(share, stats.uniform.cdf).pvalue > 0.9
+
+
+def test_times_before_the_first_step_are_in_the_first_quarter():
+  t = jnp.array([-0.5, 10.0, 999.0])
+  found = denoising.by_quarter(jnp.array([1.0, 2.0, 4.0]), t, 1000)
+  assert [float(found[f'loss_q{q}'].total) for q in (1, 4)] == [3, 4]
+  assert [float(found[f'loss_q{q}'].count) for q in (1, 4)] == [2, 1]
+
+
 def test_strata_have_one_time_each():
   _, t, factor = drawn('stratified', schedules.linear(COUNT))
   assert factor is None
@@ -497,6 +530,7 @@ def test_the_curve_is_the_same_in_any_pieces(name, meshes, tmp_path):
     ({'prediction': 'edm'}, {}, 'flow', 'loss.prediction=edm'),
     ({'weight': 'bound', 'law': 'lognormal'}, {}, 'linear', 'law=lognormal'),
     ({'variance': 'learned', 'law': 'logitnormal'}, {}, 'linear', 'learned'),
+    ({'weight': 'bound', 'law': 'levels'}, {}, 'linear', 'law=levels'),
     ({'weight': 'bound', 'huber': 0.1}, {}, 'linear', 'loss.huber=0.1'),
     ({}, {'variance': 'learned'}, 'linear', 'sample.variance=learned'),
     ({'law_mean': -0.8}, {}, 'linear', 'loss.law_mean=-0.8'),

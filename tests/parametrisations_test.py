@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.process import gaussian, schedules
+from diffusion_jax.system.errors import UserError
 
 LEVEL = 1.3  # sigma / alpha
 
@@ -105,3 +106,22 @@ def test_a_learned_variance_is_the_second_half():
   np.testing.assert_array_equal(found.fraction, jnp.zeros_like(xt))
   plain = gaussian.from_prediction(schedule, xt, xt, jnp.array([0, 9]), 'eps')
   assert plain.fraction is None
+
+
+@pytest.mark.parametrize('kind', ['eps', 'v', 'flow'])
+def test_a_network_can_be_told_the_level(kind):
+  """sqrt(alpha_bar), also between steps (arXiv 2104.07636); nothing else."""
+  schedule = schedules.linear(1000)
+  plain = gaussian.parametrisation(kind)
+  how = gaussian.parametrisation(kind, level='alpha')
+  assert how._replace(label=None) == plain._replace(label=None)
+  xt, t = jnp.ones((3, 2)), jnp.array([-0.25, 400.5, 999.0])
+  told = []
+  gaussian.predict(
+    lambda x, label: told.append(label) or x, schedule, xt, t, how
+  )
+  np.testing.assert_allclose(
+    told[0], np.exp(0.5 * schedule.host(t)[0]), rtol=1e-6
+  )
+  with pytest.raises(UserError, match="level='sigma'"):
+    gaussian.parametrisation(kind, level='sigma')

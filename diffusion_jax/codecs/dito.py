@@ -43,7 +43,9 @@ def create(shape: tuple[int, int, int], channels: int, config: Mapping) -> DiTo:
     image_shape=shape, doors={'channels': channels}, **config['model']
   )
   network_fn = models.network_fn(network)
-  how = gaussian.parametrisation(loss['prediction'], loss['sigma_data'])
+  how = gaussian.parametrisation(
+    loss['prediction'], loss['sigma_data'], loss.get('level', 'auto')
+  )
   decode = decoder(network_fn, schedule, how, shape, loss['decode_steps'])
   return DiTo(network, network_fn, schedule, how, decode)
 

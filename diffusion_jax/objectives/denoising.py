@@ -65,7 +65,7 @@ def create(
   factor_fn = weights.create(weight, how, gamma, k, bias, sigma_data)
   times = laws.create(law, schedule, law_mean, law_std, learned or bound)
   scores = {'factor_fn': factor_fn, 'huber': huber, 'hybrid': not bound}
-  if weight in weights.PER_LOGSNR and law in laws.WHOLE:
+  if weight in weights.PER_LOGSNR and law not in laws.NORMALS:
     scores['rate_fn'] = schedule.logsnr_rate
   if learned or bound:
     fixed_or_not = variance if learned else step_variance
@@ -209,7 +209,7 @@ def by_quarter(
     factor: [B], which the values contain: the mean is weighted by it; None for
       equal weights.
   """
-  quarter = 4 * t // num_timesteps
+  quarter = 4 * jnp.maximum(t, 0) // num_timesteps
 
   def count(inside):
     if factor is None:

@@ -23,7 +23,8 @@ LEAST = 'least'  # the least time of an example, among its rows; of 'uniform'
 NORMALS = {'lognormal': (-1.2, 1.2), 'logitnormal': (0.0, 1.0)}
 # Laws in which all whole times have their share.
 WHOLE = ('uniform', 'stratified', 'importance')
-LAWS = (*WHOLE, *NORMALS)
+LEVELS = 'levels'  # between the whole times, with the same shares
+LAWS = (*WHOLE, LEVELS, *NORMALS)
 
 MOST_BINS = 100
 UNIFORM = 0.01  # share of the uniform law in 'importance'
@@ -80,6 +81,8 @@ def create(
     )
   if law == 'importance':
     return _importance(count, whole_times)
+  if law == LEVELS:
+    return _of_quantiles(_between(schedule))
   if not std:
     mean, std = NORMALS[law]
   return _normal(schedule, mean, std)
@@ -139,10 +142,40 @@ def _normal(schedule, mean, std) -> Law:
     t = schedule.t_of_logsnr(logsnr)
     return jnp.clip(t, 0, schedule.num_timesteps - 1)
 
+  return _of_quantiles(quantile)
+
+
+def _of_quantiles(quantile: Callable) -> Law:
   return Law(
     lambda keys, extras, rows: (quantile(_uniform(keys)), None),
     lambda index: quantile(_spread(index).astype(jnp.float32) / 2**24),
   )
+
+
+def _between(schedule) -> Callable:
+  """sqrt(alpha_bar) is uniform between a whole time and the one before it.
+
+  The whole time is uniform (SR3, arXiv 2104.07636, section 2.3); before t = 0
+  are clean data.
+
+  Returns:
+    uniform numbers in [0, 1) -> times in (-1, T-1].
+  """
+  count = schedule.num_timesteps
+  falls = np.diff(np.concatenate([[0.0], 0.5 * schedule.log_alpha_bar]))
+
+  def quantile(u):
+    t = _floor(u, count)
+    # Above 0, also where rounded: clean data have no noise to predict.
+    down = 1 - jnp.clip(u * count - t, 0, 1 - 2**-20)
+    fall = jnp.asarray(falls, u.dtype)[t]
+    finite = jnp.isfinite(fall)
+    fall = jnp.where(finite, fall, -1)
+    # Of the logarithm, which a schedule interpolates but in a step to noise.
+    part = jnp.log1p(down * jnp.expm1(fall)) / fall
+    return t - 1 + jnp.where(finite, part, down)
+
+  return quantile
 
 
 def _importance(count, whole_times) -> Law:

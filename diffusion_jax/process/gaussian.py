@@ -17,6 +17,9 @@ from diffusion_jax.system.errors import one_of
 
 VARIANCES = ('fixedsmall', 'fixedlarge')
 LEARNED = 'learned'  # between them, see `Denoised.fraction`
+# What a network is told of the noise: the time or what its prediction says, or
+# sqrt(alpha_bar), as in SR3 (arXiv 2104.07636).
+LEVELS = ('auto', 'alpha')
 
 
 class Denoised(NamedTuple):
@@ -238,22 +241,25 @@ PARAMETRISATIONS = {
 
 
 def parametrisation(
-  kind: str | Parametrisation, sigma_data: float = 0.5
+  kind: str | Parametrisation, sigma_data: float = 0.5, level: str = 'auto'
 ) -> Parametrisation:
   """One of PARAMETRISATIONS.
 
   Args:
     kind: its name, or a parametrisation, which is returned.
     sigma_data: of 'edm', see `edm`.
+    level: one of LEVELS, unless a parametrisation is given.
 
   Raises:
     UserError: the name is not known.
   """
   if isinstance(kind, Parametrisation):
     return kind
-  if one_of('prediction', kind, PARAMETRISATIONS) == 'edm':
-    return edm(sigma_data)
-  return PARAMETRISATIONS[kind]
+  one_of('prediction', kind, PARAMETRISATIONS)
+  how = edm(sigma_data) if kind == 'edm' else PARAMETRISATIONS[kind]
+  if one_of('level', level, LEVELS) == 'auto':
+    return how
+  return how._replace(label=lambda schedule, t: schedule.alpha(t))
 
 
 def split(output, channels: int) -> tuple:

@@ -67,7 +67,7 @@ def _dito(config):
   """Parts, codec and objective of a diffusion autoencoder."""
   coder, shape = coder_of(config), runs.image_shape(config['data'])
   made = dito.create(shape, coder.shape[-1], config)
-  told = ('name', 'prediction', 'decode_steps')
+  told = ('name', 'prediction', 'level', 'decode_steps')
   loss = {k: x for k, x in config['loss'].items() if k not in told}
   objective = dito_objective.create(
     made.network_fn, coder, pixels.create(shape), made.schedule,

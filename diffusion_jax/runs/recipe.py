@@ -191,7 +191,7 @@ def create(config: Mapping, parts: kept_parts.Frozen | None = None) -> Recipe:
   rules.check(config, schedule)
   loss = dict(config['loss'])
   prediction = gaussian.parametrisation(
-    loss.pop('prediction'), loss['sigma_data']
+    loss.pop('prediction'), loss['sigma_data'], loss.pop('level')
   )
   changed = config['lora']['rank'] > 0
   network_fn = models.network_fn(network)

@@ -81,6 +81,7 @@ NAMES = {
   'conditioning.name': conditioning.CONDITIONERS,
   'loss.prediction': gaussian.PARAMETRISATIONS,
   'process.schedule': schedules.SCHEDULES,
+  'loss.level': gaussian.LEVELS,
   'loss.law': laws.LAWS,
   'loss.weight': weights.WEIGHTS,
   'loss.variance': ('fixed', gaussian.LEARNED),

@@ -94,6 +94,11 @@ def scheduler_of(config: Mapping) -> dict:
       f'process.shift={process["shift"]}: a DDPMScheduler has none: such a run '
       'cannot be written'
     )
+  if config['loss'].get('level', 'auto') != 'auto':
+    raise UserError(
+      f'loss.level={config["loss"]["level"]}: networks of diffusers are told '
+      'the time: such a run cannot be written'
+    )
   schedule = {'quadratic': 'scaled_linear'}.get(
     process['schedule'], process['schedule']
   )
