@@ -30,7 +30,8 @@ class Sampler(NamedTuple):
       none is needed.
     step: (denoiser, row, x, memory, noise_fn) -> (x, memory): computes one row,
       with one call of the denoiser. `noise_fn()` returns standard normal noise
-      of x's shape, the same for every call in a row.
+      of x's shape, the same for every call in a row; `noise_fn(k)` the k-th of
+      several independent ones, k = 0 being the first.
     evaluations: grid -> the number of rows; for `run`, the largest number of
       evaluations per sample.
     run: (denoiser, schedule, x) -> (x0, `adaptive.Took`), from t = T-1 to clean
@@ -162,8 +163,8 @@ def solve(
     x, memory, kept = carry
     row, i, slot = inputs
 
-    def noise_fn():
-      return noise.draw(keys, i, x.shape[1:], x.dtype)
+    def noise_fn(k=0):
+      return noise.draw(keys, i + k * num_rows, x.shape[1:], x.dtype)
 
     x, memory = sampler.step(denoiser, row, x, memory, noise_fn)
     if frames:

@@ -1,0 +1,1 @@
+"""Editing: measurements of a picture, and samplers that keep to them."""
