@@ -32,6 +32,7 @@ setup(
     'etils[epath]>=1.15',  # gs://, which Orbax reaches by it too
     'filelock>=3.16',  # JAX locks its cache of compiled programs by it
     'flax>=0.12.8',
+    'flatbuffers>=25.12',  # files of jax.export
     'fsspec>=2026.9',
     'grain>=0.2.18',
     'jax>=0.10.2',

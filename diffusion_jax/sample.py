@@ -14,6 +14,9 @@ evaluations.npy, the number of network evaluations for each image.
 grid.png and the images of --png carry their addresses: run, checksum of the
 weights, seed, index, prompt or label, and sampler. --like=PICTURE draws such an
 image again.
+
+--export=FILE writes the sampler itself, with the weights, in place of images: a
+program that draws with JAX alone, see docs/samplers.md.
 """
 
 import itertools
@@ -23,7 +26,13 @@ from absl import flags
 
 from diffusion_jax.cli import again, command, declare, drawing, grids
 from diffusion_jax.reporting import pictures
-from diffusion_jax.runs import addresses, labels, store, trajectories
+from diffusion_jax.runs import (
+  addresses,
+  labels,
+  standalone,
+  store,
+  trajectories,
+)
 from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
@@ -54,6 +63,11 @@ declare.table(
     'Also write progressive.png: the estimates of x0 of this many samples at '
     'the same times.',
   ),
+  export=(
+    str,
+    'Draw nothing, but write the sampler with its weights to this file of '
+    'jax.export, which draws without this package; FILE.json says how.',
+  ),
   interpolate=(
     0,
     'Also write interpolation.png: this many images between samples 0 and 1, 2 '
@@ -65,6 +79,11 @@ declare.table(
 # Flags that are not for --like.
 OWN = (
   *('num_samples', 'image_size', 'grid_images', 'png'),
+  *('trajectory', 'progressive', 'interpolate', 'export'),
+)
+# Flags that are not for --export; the seed is an argument of the program.
+NOT_EXPORTED = (
+  *('num_samples', 'grid_images', 'png', 'output', 'seed'),
   *('trajectory', 'progressive', 'interpolate'),
 )
 FRAMES = 10  # most times on trajectory.png and progressive.png
@@ -76,6 +95,9 @@ def main():
     return
   if FLAGS.like:
     _draw_again()
+    return
+  if FLAGS.export is not None:
+    _export()
     return
   command.need('workdir')
   distributed.initialize()
@@ -220,6 +242,32 @@ def _draw_again():
     },
     f'sample {facts["index"]} of step {facts["step"]}: {told}; picture: '
     f'{made.path}',
+    FLAGS.json,
+  )  # fmt: skip
+
+
+def _export():
+  """Writes the sampler as a program of its own."""
+  command.need('workdir')
+  command.refuse(NOT_EXPORTED, 'a sampler that is written to a file (--export)')
+  command.at_least(batch_size=1)
+  distributed.initialize()
+  standalone.check(FLAGS.export)
+  compilation.keep()
+  trained, plan, _ = drawing.chosen(image_size=FLAGS.image_size)
+  path = files.at(FLAGS.export).expanduser()
+  given = FLAGS['batch_size'].present
+  written = standalone.create(
+    trained, plan, path.name, FLAGS.batch_size if given else standalone.GROUP
+  )
+  protocol = drawing.protocol(trained, plan)
+  if distributed.is_first():
+    standalone.write(path, written, protocol)
+  terminal.report(
+    {'output': str(path), 'step': trained.step, 'bytes': len(written.content)},
+    f'the sampler of step {trained.step} ({plan.cost()} an image) as a program '
+    f'of {len(written.content):,} bytes: {path}; {path.name}.json says '
+    'how to draw with it',
     FLAGS.json,
   )  # fmt: skip
 

@@ -14,26 +14,33 @@ from diffusion_jax.models import layers
 
 
 class Dense(nnx.Module):
-  """Its input, plus a layer of all values and the time, swish, and a layer."""
+  """Its input, plus a layer of all values and the time, swish, and a layer.
 
-  DOORS = ()
+  A label's embedding is added before the swish.
+  """
+
+  DOORS = ('label',)
 
   def __init__(
     self, image_shape, *, doors, out_channels, channels=8, dropout=0.1,
     dtype='float32', rngs,
   ):  # fmt: skip
-    del doors
     self.shape, self.dropout = (*image_shape[:-1], out_channels), dropout
     self.dtype = jnp.dtype(dtype)
     common = {'dtype': self.dtype, 'rngs': rngs}
     inputs, outputs = math.prod(image_shape) + 1, math.prod(self.shape)
     self.hidden = layers.linear(inputs, channels, **common)
     self.out = layers.linear(channels, outputs, scale=0.1, **common)
+    if 'label' in doors:
+      self.label = nnx.Embed(doors['label'] + 1, channels, rngs=rngs)
 
   def __call__(self, xt, t, keys=None, cond=None):
     time = jnp.broadcast_to(t / 1000, len(xt)).astype(xt.dtype)
     rows = jnp.concatenate([xt.reshape(len(xt), -1), time[:, None]], axis=1)
-    hidden = nnx.swish(self.hidden(rows))
+    hidden = self.hidden(rows)
+    if cond:
+      hidden += self.label(cond['label'])
+    hidden = nnx.swish(hidden)
     hidden = layers.dropout(hidden, self.dropout, keys, 0)
     predicted = self.out(hidden).reshape(len(xt), *self.shape)
     return jnp.float32(xt + predicted)
