@@ -23,6 +23,7 @@ from diffusion_jax.editing import kernels
 from diffusion_jax.process import gaussian
 from diffusion_jax.system.errors import UserError, one_of
 
+CUT = 0.03  # singular values below this share of the largest, see `estimates`
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts to 'L'
 
 
@@ -309,6 +310,22 @@ def shape_of(kind: Mapping, shape) -> tuple[int, int, int]:
   return jax.eval_shape(lambda x: make(rows).apply(x), x).shape[1:]
 
 
+def has_spectrum(kind: Mapping, shape) -> bool:
+  """Whether the singular values are known: of all but some blurs.
+
+  Args:
+    kind: see the module.
+    shape: (H, W, C).
+
+  Raises:
+    UserError: see `create`.
+  """
+  create(kind, shape)
+  if kind['name'] != 'deblur':
+    return True
+  return kernels.factors(kernels.given(kind['kernel'], shape)) is not None
+
+
 def observe(kind: Mapping, measurement: Measurement, x, standard) -> jax.Array:
   """y = A x + noise n, for experiments with a known picture.
 
@@ -325,3 +342,46 @@ def observe(kind: Mapping, measurement: Measurement, x, standard) -> jax.Array:
     standard = measurement.apply(standard)
   y = measurement.apply(x)
   return y + gaussian.per_example(measurement.noise, y) * standard
+
+
+def estimates(measurement: Measurement, y, cut: float = CUT) -> tuple:
+  """What y says of each coordinate V' x: U' y / S, and its noise's level.
+
+  Args:
+    measurement: one with a spectrum.
+    y: what was measured.
+    cut: singular values up to this share of the largest count as 0, because
+      the rounding of y, divided by them, would be large. As in the code of
+      DDRM (arXiv 2201.11793) for blurs.
+
+  Returns:
+    (U' y / S [B, H, W, C], noise / S, which broadcasts to it): 0 and inf where
+    nothing is known.
+  """
+  spectrum = measurement.spectrum
+  values = spectrum.values
+  most = values.max(axis=(1, 2, 3), keepdims=True)
+  is_seen = values > cut * most
+  values = jnp.where(is_seen, values, 1)
+  level = gaussian.per_example(measurement.noise, values) / values
+  found = jnp.where(is_seen, spectrum.observed(y) / values, 0)
+  return found, jnp.where(is_seen, level, jnp.inf)
+
+
+def paste(measurement: Measurement, x, y) -> jax.Array:
+  """x with what is known without noise; of a mask, the pixels of y themselves.
+
+  Args:
+    measurement: one with a spectrum.
+    x: [B, H, W, C], a result.
+    y: what was measured.
+
+  Returns:
+    [B, H, W, C], with A x = y, apart from singular values that `estimates`
+    cuts, where the noise of an example is 0; x where it is not.
+  """
+  known, level = estimates(measurement, y)
+  spectrum = measurement.spectrum
+  there = jnp.where(level == 0, known, spectrum.coordinates(x))
+  is_known = gaussian.per_example(measurement.noise == 0, x)
+  return jnp.where(is_known, spectrum.picture(there), x)
