@@ -25,11 +25,7 @@ def runs(tmp_path_factory):
   """A run without labels, and one with them."""
   folder = tmp_path_factory.mktemp('runs')
   tiny.trained(folder / 'plain')
-  tiny.train(
-    folder / 'labelled', num_steps=5, checkpoint_every=5, sample_every=0,
-    eval_every=0, **{'conditioning.name': 'label',
-                     'conditioning.num_classes': 10},
-  )  # fmt: skip
+  tiny.labelled(folder / 'labelled')
   return folder
 
 

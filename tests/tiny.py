@@ -255,6 +255,18 @@ def train(workdir, **changes):
   return result
 
 
+# A run with labels, which learns nothing.
+LABELLED = {
+  'num_steps': 3, 'checkpoint_every': 3, 'sample_every': 0, 'eval_every': 0,
+  'conditioning.name': 'label', 'conditioning.num_classes': 10,
+}  # fmt: skip
+
+
+def labelled(workdir) -> Path:
+  """A copy of a run with labels, which the session trains once."""
+  return _copied('labelled', LABELLED, workdir)
+
+
 def trained(workdir, **changes) -> Path:
   """A copy of a finished run, which the session trains once.
 
@@ -262,22 +274,27 @@ def trained(workdir, **changes) -> Path:
     workdir: the copy's.
     **changes: of its config, to what the same weights go with.
   """
-  made = Path(os.environ['DIFFUSION_JAX_TEST_SESSION'], 'run')
+  _copied('run', {}, workdir)
+  if changes:
+    place = Path(workdir, 'config.json')
+    config = ConfigDict(json.loads(place.read_text()))
+    config.update_from_flattened_dict(changes)
+    place.write_text(config.to_json())
+  return Path(workdir)
+
+
+def _copied(name, how, workdir) -> Path:
+  made = Path(os.environ['DIFFUSION_JAX_TEST_SESSION'], name)
   with made.with_suffix('.lock').open('w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)  # of the workers, the first one trains
     if not made.exists():
       # Compiled alike whichever module asks first: all share its numbers.
       plain = {binaries.OPTIONS: 'True'}
       unfinished = made.with_suffix('.unfinished')
-      result = binaries.run('train', *flags(unfinished), **plain)
+      result = binaries.run('train', *flags(unfinished, **how), **plain)
       assert result.code == 0, result.err
       unfinished.rename(made)
   shutil.copytree(made, workdir)
-  if changes:
-    place = Path(workdir, 'config.json')
-    config = ConfigDict(json.loads(place.read_text()))
-    config.update_from_flattened_dict(changes)
-    place.write_text(config.to_json())
   return Path(workdir)
 
 
