@@ -429,9 +429,9 @@ def test_guidance_has_its_law(x64, name, eta, data):
 def test_guidance_agrees_with_the_reference(x64, reference):
   theirs = {'covariance': 'exact', 'pigdm': 'pgdm', 'likelihood': 'dps'}
   for name, eta, data in GUIDED:
-    ddim = eta == 0
-    law = reference.run(theirs[name], reference.full, ddim, DATA[data])
-    close(law, KNOWN[name, eta, data], 1e-6)
+    if data == 'correlated':
+      law = reference.run(theirs[name], reference.full, eta == 0)
+      close(law, KNOWN[name, eta, data], 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -494,24 +494,21 @@ def test_the_exact_covariance_samples_as_the_conditional_denoiser(x64):
     close(found, chain(steps()), 1e-12)
 
 
-def test_pure_noise_is_not_guided(x64):
+def test_pure_noise_is_not_guided_and_eps_belongs_to_x0(x64):
   schedule = schedules.flow(50)
   assert schedule.ends_in_noise
-  for name in SPREADS:
-    editing = edited(name, schedule=schedule)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(9, *SHAPE)))
-    plain = exact(CORRELATED, schedule)(x, 49)
-    found = editing.denoiser(x, 49)
-    np.testing.assert_array_equal(found.x0, plain.x0)
-    np.testing.assert_array_equal(found.eps, plain.eps)
-
-
-def test_guided_eps_belongs_to_x0(x64):
   x = jnp.asarray(np.random.default_rng(0).normal(size=(9, *SHAPE)))
+  plain = exact(CORRELATED, schedule)
   for name in SPREADS:
-    found = edited(name).denoiser(x, jnp.asarray(300.0))
-    there = alpha(300) * found.x0 + np.sqrt(variance(300)) * found.eps
+    denoiser = jax.jit(edited(name, schedule=schedule).denoiser)
+    for one, other in zip(denoiser(x, 49.0), plain(x, 49.0), strict=True):
+      if one is not None:
+        np.testing.assert_allclose(one, other, atol=1e-15)
+    found = denoiser(x, 30.0)
+    there = schedule.alpha(30.0, jnp.float64) * found.x0
+    there += schedule.sigma(30.0, jnp.float64) * found.eps
     np.testing.assert_allclose(there, x, atol=1e-12)
+    assert np.abs(found.x0 - plain(x, 30.0).x0).max() > 0.01
 
 
 def test_dps_takes_the_gradient_of_each_examples_norm(x64):
@@ -561,6 +558,7 @@ def test_repaint_has_its_law(x64, how):
   close(found, KNOWN['repaint', how])
 
 
+@pytest.mark.slow
 def test_repaint_of_a_thousand_steps(x64):
   editing = edited('repaint', noise_std=0.0)
   found = law_of(editing, LINEAR, FULL)
@@ -829,22 +827,23 @@ def test_sdedit_starts_from_a_noised_picture_at_each_examples_time(x64):
   t0 = jnp.array([200.0, 500.5, -1.0])
   y = jnp.ones((3, *POINT))
   noises = jnp.full((3, *POINT), 2.0)
+  keys = jax.random.split(jax.random.key(0), 3)
   denoiser = exact(np.array([[Q]]))
+  times = grid.uniform(LINEAR, 8)
 
-  def run(at):
-    editing = sdedit.sdedit(denoiser, LINEAR, None, y[at], t0=t0[at], eta=1.0)
-    x = editing.start(noises[at], 999)
-    keys = jax.random.split(jax.random.key(0), 3)[at]
-    times = grid.uniform(LINEAR, 8)
+  @jax.jit
+  def run(y, t0, noises, keys):
+    editing = sdedit.sdedit(denoiser, LINEAR, None, y, t0=t0, eta=1.0)
+    x = editing.start(noises, 999)
     return x, solve(editing.sampler, denoiser, LINEAR, times, x, keys)
 
-  x, result = run(slice(None))
+  x, result = run(y, t0, noises, keys)
   level = np.sqrt(variance(200))
   np.testing.assert_allclose(x[0].ravel(), alpha(200) + 2 * level, atol=1e-12)
-  for i in range(3):
-    alone = run(slice(i, i + 1))[1]
-    np.testing.assert_allclose(alone[0], result[i], atol=1e-12)
-  assert float(result[2].ravel()[0]) == 1.0  # clean data stays as it is
+  # An example does not depend on the others' times.
+  _, turned = run(y, t0[::-1], noises, keys[::-1])
+  np.testing.assert_allclose(turned[::-1], result, atol=1e-12)
+  assert float(result[2, 0, 0, 0]) == 1.0  # clean data stays as it is
 
 
 LEVELS = np.array([0.1, 0.5, 2.0])
@@ -872,9 +871,9 @@ def test_the_posterior_mean_takes_one_evaluation(x64):
     return exact(np.array([[Q]]))(x, t)
 
   y = jnp.full((4, *POINT), 0.7)
-  found = sdedit.mean(denoiser, LINEAR, one, y).ravel()
+  found = jax.jit(lambda y: sdedit.mean(denoiser, LINEAR, one, y))(y)
   expected = 0.7 * np.append(Q / (Q + LEVELS**2), 1.0)
-  np.testing.assert_allclose(found, expected, rtol=1e-9)
+  np.testing.assert_allclose(found.ravel(), expected, rtol=1e-9)
   assert len(calls) == 1
 
 
