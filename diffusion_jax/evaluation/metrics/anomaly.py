@@ -47,19 +47,18 @@ def levels_of(errors) -> Levels:
   return Levels(errors.mean(0), _positive(errors.std(0, ddof=1)))
 
 
-def scores(errors, levels: Levels) -> np.ndarray:
-  """The scores of images that are not of the reference: float64 [N].
+def standardised(errors, levels: Levels) -> np.ndarray:
+  """Errors of images that are not of the reference: float64 [N, K].
 
   Args:
     errors: [N, K].
     levels: those of the reference.
   """
-  errors = np.asarray(errors, np.float64)
-  return ((errors - levels.mean) / levels.deviation).mean(1)
+  return (np.asarray(errors, np.float64) - levels.mean) / levels.deviation
 
 
 def left_out(errors) -> np.ndarray:
-  """The scores of reference images, each by the levels of all others.
+  """Errors of reference images, each standardised by all others.
 
   With d = x - mean of N errors of deviation s, those of the others are
   mean - d / (N - 1) and the root of ((N - 1) s^2 - N d^2 / (N - 1)) / (N - 2).
@@ -68,7 +67,7 @@ def left_out(errors) -> np.ndarray:
     errors: [N, K], N > 2.
 
   Returns:
-    float64 [N].
+    float64 [N, K].
 
   Raises:
     UserError: the errors of all but one image are the same.
@@ -80,7 +79,7 @@ def left_out(errors) -> np.ndarray:
   left = (squares.sum(0) - n * squares / (n - 1)) / (n - 2)
   # A difference of large numbers is not exactly 0.
   left = np.where(left > 1e-12 * squares.sum(0), left, 0.0)
-  return (n / (n - 1) * off / _positive(np.sqrt(left))).mean(1)
+  return n / (n - 1) * off / _positive(np.sqrt(left))
 
 
 def _positive(deviation) -> np.ndarray:
