@@ -184,7 +184,7 @@ def _checked() -> tuple[dict, anomalies.How, files.Path]:
 def _output(workdir) -> files.Path:
   """The output folder, which is new or holds results of this task alone."""
   output = files.at(FLAGS.output).expanduser()
-  runs.usable_output(output, 'anomalies')
+  runs.usable_output(output, 'anomalies', workdir)
   if files.resolved(output) == files.resolved(workdir / 'anomalies'):
     raise UserError(
       f'--output={FLAGS.output} holds what is kept of all calls: choose a '
