@@ -173,6 +173,27 @@ def test_a_set_that_is_there_stays_and_a_lost_one_is_written_again(run, sets):
     np.testing.assert_array_equal(mine, theirs)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('given', [[], ['--from=train', '--strength=1']])
+def test_two_processes_write_the_same_set(run, tmp_path, given):
+  """A process draws half of the samples; both choose among all of them."""
+  paths = [tmp_path / f'{count}.npz' for count in (2, 1)]
+  for path, start in zip(paths, (binaries.run_several, binaries.run),
+                         strict=True):  # fmt: skip
+    copy = tmp_path / path.stem
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns('samples'))
+    found = start(
+      'edit', 'augment', f'--workdir={copy}', *HOW, f'--output={path}',
+      '--per_class=3', *given,
+    )  # fmt: skip
+    for one in found if isinstance(found, list) else [found]:
+      assert one.code == 0, one.err
+  facts = [facts_of(path) for path in paths]
+  assert facts[0]['indices'] == facts[1]['indices']
+  images = [read(run, path)[0].astype(int) for path in paths]
+  np.testing.assert_allclose(*images, atol=1)
+
+
 @pytest.mark.parametrize(
   ('given', 'told'),
   [
