@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 import diffusion_jax
+from diffusion_jax.models import attention, splash
 from diffusion_jax.runs import standalone
 from diffusion_jax.system.errors import UserError
 
@@ -78,6 +79,24 @@ def test_samples_that_are_not_finite_are_said_to_be_so(runs):
   content = standalone.create(broken, plan, 'x').content
   sampler = jax.export.deserialize(bytearray(content)).call
   assert not sampler(np.uint32(0), np.arange(2, dtype=np.uint32))[1]
+
+
+def test_a_program_for_all_platforms_has_the_kernels_of_none():
+  """Of attention over sequences for which a TPU has one; it is lowered only."""
+  query = jax.ShapeDtypeStruct((1, 1024, 1, 128), 'bfloat16')
+
+  def attend(query):
+    with splash.over(tiny.one_device()):
+      assert splash.fits(query)
+      return attention.attend(query, query, query)
+
+  with attention.plain():
+    exported = jax.export.export(
+      jax.jit(attend), platforms=standalone.PLATFORMS
+    )(query)
+  text = exported.mlir_module()
+  assert 'dot_general' in text
+  assert 'custom_call' not in text
 
 
 def test_too_many_weights_are_refused(runs, monkeypatch):

@@ -4,9 +4,9 @@ r"""Writes a labelled set of new images, or of varied training images.
     --per_class=100 --output=more.npz --sampler=ddim --num_steps=50
 
 The run is one with labels. Every class gets --per_class images, or with --label
-those that it names. Near-copies of training images are left out: of those that
-are as near to one as fewer than --near of the held-out images are. More are
-drawn in their place.
+those that it names. Near-copies of training images are left out, and others are
+drawn in their place: a sample is one if it is as near to a training image as
+less than a share --near of the held-out images.
 
 --output=FILE.npz writes `images` and `labels`, another path a folder of PNGs by
 class, and --format=arrayrecord a prepared set of TFDS; data.name is then

@@ -5,9 +5,12 @@ TPUs) has a kernel, they are not written at all; of long sequences, elsewhere,
 only those of some queries exist at once.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
 import os
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,17 @@ from diffusion_jax.models import splash
 
 # Logits of a head that exist at once: 8 MB in float32.
 LARGEST = 2**21
+_PLAIN = contextvars.ContextVar('plain', default=False)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+  """While a network is traced: no kernels, which are each for one device."""
+  token = _PLAIN.set(True)
+  try:
+    yield
+  finally:
+    _PLAIN.reset(token)
 
 
 def attend(
@@ -64,6 +78,8 @@ def _forward_jvp(primals, tangents):
 
 def _kernels(query) -> dict:
   """Platform -> the kernel for these queries, of those that have one."""
+  if _PLAIN.get():
+    return {}
   found = {'tpu': splash.attend} if splash.fits(query) else {}
   if _has_cudnn(query):
     found['cuda'] = functools.partial(
