@@ -173,9 +173,11 @@ def test_a_workdir_is_needed_and_must_be_a_folder(tmp_path):
   assert file.read_text() == 'mine'
 
 
-@pytest.mark.parametrize('binary', ['train', 'sample'])
+@pytest.mark.parametrize(
+  'binary', ['train', 'sample', 'edit inpaint', 'edit denoise', 'edit']
+)
 def test_help_reads_well_and_is_no_error(binary):
-  result = binaries.run(binary, '--help')
+  result = binaries.run(*binary.split(), '--help')
   assert result.code == 0
   assert not result.err
   assert f'python -m diffusion_jax.{binary}' in result.out

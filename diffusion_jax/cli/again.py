@@ -122,8 +122,4 @@ def _network(found, workdir, config) -> Trained:
   steering.asked(size)
   trained = low_rank.applied(load(**{**found.run, 'workdir': workdir}))
   trained = steering.applied(trained, size)
-  if guided.GUIDE in others:
-    trained = trained.guided_by(others[guided.GUIDE])
-  if guided.CLASSIFIER in others:
-    trained = trained.classified_by(others[guided.CLASSIFIER])
-  return trained
+  return guiding.applied(trained, others)

@@ -155,10 +155,7 @@ def prepared(
       return compiled[0].using(average)
     trained = low_rank.applied(declare.network(step, ema_profile=average))
     trained = steering.applied(trained, image_size)
-    if guided.GUIDE in others:
-      trained = trained.guided_by(others[guided.GUIDE])
-    if guided.CLASSIFIER in others:
-      trained = trained.classified_by(others[guided.CLASSIFIER])
+    trained = guiding.applied(trained, others)
     compiled.append(trained)
     return trained
 

@@ -93,18 +93,27 @@ def condition(workdir, config: dict, others: dict) -> dict:
   Raises:
     UserError: the run does not take that, or --prompts is no file of prompts.
   """
-  told = FLAGS.prompt
-  if FLAGS.prompts is not None:
-    if told:
-      raise UserError(
-        f'--prompts={FLAGS.prompts} and --prompt={told[0]!r}: give one of them'
-      )
-    told = prompts.read(FLAGS.prompts)
-  asked = FLAGS.label, told, FLAGS.negative_prompt
+  asked = FLAGS.label, prompts_asked(), FLAGS.negative_prompt
   return prompts.condition(
     workdir, config, dict(zip(prompts.NAMES, asked, strict=True)),
     others.get(guided.CLASSIFIER),
   )  # fmt: skip
+
+
+def prompts_asked() -> list[str] | None:
+  """The prompts of --prompt or --prompts; None without.
+
+  Raises:
+    UserError: both are given, or --prompts is no file of prompts.
+  """
+  if FLAGS.prompts is None:
+    return FLAGS.prompt
+  if FLAGS.prompt:
+    raise UserError(
+      f'--prompts={FLAGS.prompts} and --prompt={FLAGS.prompt[0]!r}: give one '
+      'of them'
+    )
+  return prompts.read(FLAGS.prompts)
 
 
 def name(plan: Plan) -> list[str]:
@@ -169,6 +178,20 @@ def others_of(config: dict) -> dict[str, Trained]:
       average = FLAGS.guide_ema_profile if flag == guided.GUIDE else None
       found[flag] = _load(flag, text, FLAGS.ema, average)
   return found
+
+
+def applied(trained: Trained, others: dict[str, Trained]) -> Trained:
+  """The network with the others that guide it.
+
+  Args:
+    trained: the network.
+    others: a result of `others_of`.
+  """
+  if guided.GUIDE in others:
+    trained = trained.guided_by(others[guided.GUIDE])
+  if guided.CLASSIFIER in others:
+    trained = trained.classified_by(others[guided.CLASSIFIER])
+  return trained
 
 
 def parsed(flag: str, text: str) -> tuple[files.Path, int | None]:

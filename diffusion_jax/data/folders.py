@@ -83,16 +83,7 @@ def create(
   """
   images.check_channels(wanted.channels)
   root = Path(path).expanduser()
-  if not root.is_dir():
-    raise UserError(f'{what} is not a folder{hint(root)}')
-  try:
-    found = _find(root.resolve())
-  except OSError as error:
-    raise UserError(
-      f'{what} cannot be read: {error.strerror}: {error.filename}'
-    ) from error
-  if not found.images:
-    raise UserError(_no_images(found, what))
+  found = files_of(root, what)
   left, seen = _overviews(root, found, wanted)
   names = [name for name, _ in found.images if name not in left]
   beside = layouts.annotations(names, wanted)
@@ -130,6 +121,29 @@ def create(
     labels.__getitem__, caption_fn,
   )  # fmt: skip
   return sources.keep_in_memory(source, rule.shape)
+
+
+def files_of(root: Path, what: str) -> Found:
+  """The files of a folder and its sub-folders.
+
+  Args:
+    root: the folder.
+    what: what to call it in errors.
+
+  Raises:
+    UserError: it is missing, cannot be read or has no images.
+  """
+  if not root.is_dir():
+    raise UserError(f'{what} is not a folder{hint(root)}')
+  try:
+    found = _find(root.resolve())
+  except OSError as error:
+    raise UserError(
+      f'{what} cannot be read: {error.strerror}: {error.filename}'
+    ) from error
+  if not found.images:
+    raise UserError(_no_images(found, what))
+  return found
 
 
 def _captions(root, found, names, asked, what) -> tuple:

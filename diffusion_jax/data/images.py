@@ -233,6 +233,20 @@ def whole(file: str | BinaryIO, name: str) -> np.ndarray:
     return np.asarray(_to_rgb(_eight_bits(_decode(file), 0, name)))
 
 
+def opacity(file: str | BinaryIO, name: str) -> np.ndarray | None:
+  """The alpha channel of an image: uint8 [height, width]; None without one.
+
+  Args:
+    file: a path, or a file open for reading bytes.
+    name: what to call the image in errors.
+  """
+  with reading(name):
+    image = _decode(file)
+    if not image.has_transparency_data:
+      return None
+    return np.asarray(image.convert('RGBA').getchannel('A'))
+
+
 def fit(
   image: Image.Image, image_size: tuple[int, int], channels: int
 ) -> np.ndarray:

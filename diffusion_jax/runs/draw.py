@@ -211,11 +211,13 @@ class Compiled(NamedTuple):
     denoise: (params, xt, t, cond) -> Denoised.
     drawer: (a plan as JSON, **options) -> draw, see `drawer`.
     controlled: a ControlNet -> the functions of the network with it.
+    edits: what `edits.program` has compiled.
   """
 
   denoise: Callable
   drawer: Callable
   controlled: Callable
+  edits: dict
 
 
 def compiled(recipe: Recipe, mesh: Mesh, **others: Recipe) -> Compiled:
@@ -244,7 +246,7 @@ def compiled(recipe: Recipe, mesh: Mesh, **others: Recipe) -> Compiled:
     made = recipe._replace(controls=(*recipe.controls, control))
     return compiled(made, mesh, **others)
 
-  return Compiled(denoise, of_plan, controlled)
+  return Compiled(denoise, of_plan, controlled, {})
 
 
 def in_groups(codec: Codec, params, x0, keys, mesh: Mesh):

@@ -41,3 +41,21 @@ def at(trained, step: int | None):
   if step is None:
     return checkpoint.read_newest(directory, read)
   return read(checkpoint.find_step(directory, step, 'step'))
+
+
+def using(trained, ema_profile: str | float | None):
+  """A `Trained` with another average of its parameters.
+
+  Args:
+    trained: the network.
+    ema_profile: the average, see `trained.load`; None = that of `ema.decay`.
+
+  Raises:
+    UserError: there is no such average, or as for `at`.
+  """
+  average = averaged.check(trained.config['ema'], True, ema_profile)
+  if average.get('ema_profile') == trained.average.get('ema_profile'):
+    return trained
+  ema = bool(average) or trained.config['ema']['decay'] > 0
+  found = dataclasses.replace(trained, ema=ema, average=average)
+  return at(found, trained.step)

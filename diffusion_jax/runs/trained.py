@@ -16,6 +16,7 @@ from diffusion_jax.runs import (
   averaged,
   controlled,
   draw,
+  edits,
   frozen,
   guided,
   labels,
@@ -130,9 +131,7 @@ class Trained:
 
   @numerics.fixed()
   def at(self, step: int | None = None) -> 'Trained':
-    """Returns the network at another checkpoint of the same run.
-
-    The compiled functions are shared: sampling from several compiles only once.
+    """Returns the network at another checkpoint, with the same programs.
 
     Args:
       step: the step of the checkpoint; by default the newest that is not
@@ -145,9 +144,7 @@ class Trained:
     return loading.at(self, step)
 
   def using(self, ema_profile: str | float | None) -> 'Trained':
-    """Returns the network with another average of the parameters.
-
-    The compiled functions are shared, as by `at`.
+    """Returns the network with another average, with the same programs.
 
     Args:
       ema_profile: the average, see `load`; None = that of `ema.decay`.
@@ -155,11 +152,7 @@ class Trained:
     Raises:
       UserError: there is no such average, or as for `at`.
     """
-    average = averaged.check(self.config['ema'], True, ema_profile)
-    if average.get('ema_profile') == self.average.get('ema_profile'):
-      return self
-    ema = bool(average) or self.config['ema']['decay'] > 0
-    return dataclasses.replace(self, ema=ema, average=average).at(self.step)
+    return loading.using(self, ema_profile)
 
   def with_lora(self, path, scale: float = 1.0) -> 'Trained':
     """Returns the network with low-rank changes (LoRA, arXiv 2106.09685).
@@ -188,7 +181,7 @@ class Trained:
   ) -> 'Trained':
     """Returns the network steered by a picture (ControlNet, arXiv 2302.05543).
 
-    Several calls add up. Another picture or scale shares what is compiled.
+    Several calls add up, and share what is compiled.
 
     Args:
       path: a folder of diffusers' `ControlNetModel`.
@@ -205,9 +198,8 @@ class Trained:
   def guided_by(self, guide: 'Trained') -> 'Trained':
     """Returns the network with another one as its guide (arXiv 2406.02507).
 
-    Samples with a guidance w other than 1 are then drawn with the denoiser
-    u + w (c - u), where c is this network and u the guide, with the same
-    condition.
+    Samples with a guidance w other than 1 are then drawn with u + w (c - u),
+    where c is this network and u the guide, with the same condition.
 
     Args:
       guide: another checkpoint or run, such as a smaller network or an earlier
@@ -357,6 +349,17 @@ class Trained:
       lambda rows: draw.checked(*draw_fn(self.all_params, rows, None, texts)),
       indices, size, self.mesh,
     )  # fmt: skip
+
+  @numerics.fixed()
+  def edit(self, images, measurement, **options) -> np.ndarray:
+    """Answers what is known of pictures: uint8 [N, samples, H, W, C].
+
+    Args:
+      images: what is known, [N, H, W, C] in [0, 255].
+      measurement: such as 'inpaint', see `runs.edits.edit`.
+      **options: method, samples, noise, mask, strength, seed, label; see there.
+    """
+    return edits.edit(self, images, measurement, **options)
 
 
 @numerics.fixed()
