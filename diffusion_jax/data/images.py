@@ -242,9 +242,8 @@ def opacity(file: str | BinaryIO, name: str) -> np.ndarray | None:
   """
   with reading(name):
     image = _decode(file)
-    if not image.has_transparency_data:
-      return None
-    return np.asarray(image.convert('RGBA').getchannel('A'))
+    clear = image.has_transparency_data
+    return np.asarray(image.convert('RGBA').getchannel('A')) if clear else None
 
 
 def fit(
