@@ -63,6 +63,7 @@ def task(name: str) -> tuple[Callable, str, tuple[str, ...]]:
     name: its name.
   """
   edit_tasks.declare_own(name)
+  flags.adopt_module_key_flags(edit_tasks)
   able = edit_plans.able(edit_tasks.KINDS[name])
   declare.table(
     method=(str, f'One of {", ".join(able)}; by default {able[0]}.')
