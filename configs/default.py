@@ -102,6 +102,17 @@ def get_config():
   # image, so that the network can also sample without one and be guided.
   config.conditioning.drop = 0.1
 
+  # Networks that sharpen pictures, see docs/super_resolution.md.
+  config.super_resolution = ConfigDict()
+  # How many times larger the sides of images are than those of the pictures of
+  # low resolution that they are drawn for; 0 = there are none.
+  config.super_resolution.factor = 0
+  # How training makes them of images: 'mean' of blocks, or 'bicubic'.
+  config.super_resolution.by = 'mean'
+  # The largest deviation of noise on them in training, of which the network is
+  # told, in units of [-1, 1]; 0 = none.
+  config.super_resolution.noise = 0.0
+
   config.model = ConfigDict()
   # 'unet', 'dit', a transformer, see docs/networks.md, or 'encoder', of a
   # classifier, see docs/conditions.md, or of pictures, see docs/text.md.

@@ -52,7 +52,7 @@ def main():
   about = {
     'images': images.description,
     **features.facts_of(images),
-    **run_data.of_captions(config),
+    **run_data.of_conditions(config),
     'seed': FLAGS.seed,
   }
   found = _kept(place, about, trained) or _pass(trained, images, about, place)

@@ -48,6 +48,7 @@ from diffusion_jax.cli import (
   reconstructions,
   retrieval,
   sampled,
+  sharpening,
 )
 from diffusion_jax.evaluation import cards, follow, sweep, tables
 from diffusion_jax.reporting import page, plots
@@ -135,6 +136,8 @@ def main():
       'loss.name=contrastive: leave it out'
     )
   agreeing.check(workdir)
+  if is_there:
+    sharpening.of_heldout()
   if FLAGS.follow:
     _follow(workdir)
   elif FLAGS.sweep:

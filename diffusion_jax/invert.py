@@ -25,7 +25,13 @@ from diffusion_jax.cli import command, declare, low_rank, run_data
 from diffusion_jax.codecs import pixels
 from diffusion_jax.evaluation import cards, features
 from diffusion_jax.reporting import pictures
-from diffusion_jax.runs import averaged, dataset, labels, trajectories
+from diffusion_jax.runs import (
+  averaged,
+  dataset,
+  labels,
+  trajectories,
+  upscaled,
+)
 from diffusion_jax.samplers import grid as grids
 from diffusion_jax.samplers import inversion
 from diffusion_jax.samplers import plan as plans
@@ -82,6 +88,7 @@ def main():
   workdir = declare.workdir()
   config = runs.read_config(workdir)
   how = {name: FLAGS[name].value for name in ('num_steps', 'grid', 'clip')}
+  upscaled.check_plain(config, 'inversion')
   plan = plans.for_run(config, sampler='ddim', **how)
   asked = _label(workdir, config)
   low_rank.asked()

@@ -24,6 +24,7 @@ import itertools
 import numpy as np
 from absl import flags
 
+from diffusion_jax import runs
 from diffusion_jax.cli import again, command, declare, drawing, grids
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import (
@@ -32,6 +33,7 @@ from diffusion_jax.runs import (
   standalone,
   store,
   trajectories,
+  upscaled,
 )
 from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -40,7 +42,7 @@ from diffusion_jax.training import sharding
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(drawing)
 flags.adopt_module_key_flags(again)
-declare.shared('json')
+declare.shared('accept_data', 'json')
 declare.table(
   num_samples=(
     64,
@@ -154,6 +156,8 @@ def _check_plan(plan):
       f'--interpolate={FLAGS.interpolate} is not for runs with captions: leave '
       'it out'
     )
+  if FLAGS.interpolate:
+    upscaled.check_plain(runs.read_config(declare.workdir()), '--interpolate')
   if (
     FLAGS.interpolate and plan.condition and len(grids.labels_asked(plan)) != 1
   ):
@@ -216,7 +220,9 @@ def _write(output, plan, trained, protocol):
     own = labels.of_samples(plan, FLAGS.num_samples)
     for i, image in enumerate(images):
       label = None if own is None else own[i]
-      text = addresses.of_sample(protocol, FLAGS.workdir, i, label)
+      text = addresses.of_sample(
+        protocol, FLAGS.workdir, i, label, upscaled.of_sample(trained, i)
+      )
       pictures.save(output / 'png' / f'{i:06d}.png', image, text)
 
 
@@ -252,6 +258,7 @@ def _export():
   command.refuse(NOT_EXPORTED, 'a sampler that is written to a file (--export)')
   command.at_least(batch_size=1)
   distributed.initialize()
+  upscaled.check_plain(runs.read_config(declare.workdir()), '--export')
   standalone.check(FLAGS.export)
   compilation.keep()
   trained, plan, _ = drawing.chosen(image_size=FLAGS.image_size)

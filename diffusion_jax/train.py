@@ -40,6 +40,7 @@ from diffusion_jax.runs import (
   programs,
   recipe,
   texts,
+  upscaled,
   validation,
 )
 from diffusion_jax.system import (
@@ -227,9 +228,9 @@ def _train(
     once.look(finished, row)
 
   def draw(now, at):
-    count, shown = config.sample.num_images, heldout or source
-    shown = source if source.encode_fn else shown  # the captions of training
-    _draw_grid(program, now, at, count, mesh, workdir, writer, shown)
+    # The captions of training.
+    shown = source if source.encode_fn else heldout or source
+    _draw_grid(program, config, now, at, mesh, workdir, writer, shown)
 
   profiled = profiling.profiled(
     profiling.parse(FLAGS.profile), start, workdir, config.steps_per_dispatch
@@ -313,15 +314,20 @@ def _heldout_loss(program, train_state, source, config, mesh) -> dict:
 
 
 def _draw_grid(
-  program, train_state, at, count, mesh, workdir, writer, source
+  program, config, train_state, at, mesh, workdir, writer, source
 ) -> None:
   """Draws samples as a picture in the workdir and in TensorBoard.
 
-  Of an autoencoder, it draws images of the source beside reconstructions.
+  Of an autoencoder, it draws images of the source beside reconstructions; of a
+  run that sharpens pictures small images, samples, and the images.
   """
+  count = config.sample.num_images
   params = {**program.frozen, **train_state.averaged}
   reconstructs, originals = program.recipe.reconstructs, None
   rows = (sharding.padded_indices(count, mesh), *texts.of_grid(source, count))
+  small, beside = upscaled.of_grid(config, source, count, mesh)
+  if small:
+    rows = (rows[0], small, *rows[2:])
   if reconstructs:
     rows = autoencoders.examples(source, count, mesh)
     originals = sharding.to_host(rows[1])
@@ -331,8 +337,10 @@ def _draw_grid(
     return
   images = sharding.to_host(images)
   if distributed.is_first():
-    if reconstructs:
-      picture = pictures.pairs(originals, images)
+    if beside:
+      picture = pictures.beside(beside[0], images[:count], beside[1])
+    elif reconstructs:
+      picture = pictures.beside(originals, images)
     else:
       shown = images[:count]
       picture = grids.of_training(program.recipe, shown, source, workdir)

@@ -157,7 +157,7 @@ def here(binary: str, *arguments) -> None:
   """
   for name in (
     *('again', 'drawing', 'judging', 'likelihoods', 'run_data'),
-    *('agreeing', 'retrieval'),
+    *('agreeing', 'retrieval', 'sharpening'),
   ):
     importlib.import_module(f'diffusion_jax.cli.{name}')  # they keep theirs
   known = flags.FLAGS._flags()

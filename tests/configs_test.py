@@ -116,6 +116,8 @@ YOUNGER = {
   'process.zero_snr': False, 'process.shift': 1.0,
   'ema.decays': (), 'ema.profiles': (), 'data.augment': 0.0,
   'data.captions': 'auto',
+  'super_resolution.factor': 0, 'super_resolution.by': 'mean',
+  'super_resolution.noise': 0.0,
   'lora.rank': 0, 'lora.alpha': 0.0, 'lora.layers': ('attention',),
 }  # fmt: skip
 

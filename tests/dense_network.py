@@ -10,16 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax import models
+from diffusion_jax.models import doors as doors_of
 from diffusion_jax.models import layers
 
 
 class Dense(nnx.Module):
   """Its input, plus a layer of all values and the time, swish, and a layer.
 
-  A label's embedding is added before the swish.
+  A label's embedding is added before the swish. Channels are more inputs.
   """
 
-  DOORS = ('label',)
+  DOORS = ('label', 'channels')
 
   def __init__(
     self, image_shape, *, doors, out_channels, channels=8, dropout=0.1,
@@ -28,7 +29,9 @@ class Dense(nnx.Module):
     self.shape, self.dropout = (*image_shape[:-1], out_channels), dropout
     self.dtype = jnp.dtype(dtype)
     common = {'dtype': self.dtype, 'rngs': rngs}
-    inputs, outputs = math.prod(image_shape) + 1, math.prod(self.shape)
+    more = math.prod(image_shape[:-1]) * doors.get('channels', 0)
+    inputs = math.prod(image_shape) + more + 1
+    outputs = math.prod(self.shape)
     self.hidden = layers.linear(inputs, channels, **common)
     self.out = layers.linear(channels, outputs, scale=0.1, **common)
     if 'label' in doors:
@@ -36,9 +39,9 @@ class Dense(nnx.Module):
 
   def __call__(self, xt, t, keys=None, cond=None):
     time = jnp.broadcast_to(t / 1000, len(xt)).astype(xt.dtype)
-    rows = jnp.concatenate([xt.reshape(len(xt), -1), time[:, None]], axis=1)
-    hidden = self.hidden(rows)
-    if cond:
+    given = doors_of.joined(xt, cond).reshape(len(xt), -1)
+    hidden = self.hidden(jnp.concatenate([given, time[:, None]], axis=1))
+    if cond and 'label' in cond:
       hidden += self.label(cond['label'])
     hidden = nnx.swish(hidden)
     hidden = layers.dropout(hidden, self.dropout, keys, 0)

@@ -18,6 +18,7 @@ import numpy as np
 import PIL
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
 import diffusion_jax
 from diffusion_jax import runs
@@ -209,9 +210,12 @@ def draw_no_grid(workdir):
     recipe=types.SimpleNamespace(reconstructs=None),
   )
   source = types.SimpleNamespace(encode_fn=None)
+  config = ConfigDict(
+    {'sample': {'num_images': 4}, 'super_resolution': {'factor': 0}}
+  )
   with contextlib.redirect_stderr((workdir / 'told').open('w')):
     train._draw_grid(
-      program, state, 7, 4, tiny.one_device(), workdir, None, source
+      program, config, state, 7, tiny.one_device(), workdir, None, source
     )
 
 

@@ -12,6 +12,7 @@ from diffusion_jax.cli import (
   drawing,
   guiding,
   low_rank,
+  sharpening,
   steering,
 )
 from diffusion_jax.reporting import pictures
@@ -37,12 +38,14 @@ FILES = {
   guided.CLASSIFIER: 'WORKDIR@STEP',
   'lora': 'FILE:SCALE',
   'control': 'FOLDER, and --control_image',
+  'low_resolution': 'PLACE',
 }
 # The address gives what these flags would.
 GIVEN = (
   *('step', 'ema', 'ema_profile', 'batch_size', 'sampler', 'num_steps', 'grid'),
   *('clip', 'seed', *drawing.OPTIONS, *options.OPTIONS),
   *('label', 'prompt', 'prompts', 'negative_prompt', 'guide_ema_profile'),
+  'low_resolution_noise',
 )
 
 
@@ -83,11 +86,14 @@ def draw(others: tuple[str, ...]) -> Again:
   output = FLAGS.output or folder / 'samples' / FOLDER
   output = files.at(output).expanduser()
   runs.usable_output(output)
-  trained = _network(found, workdir, config)
+  trained, small = sharpening.again(
+    _network(found, workdir, config), found.facts.get('low_resolution'),
+    found.how['image_size'],
+  )  # fmt: skip
   how = {k: x for k, x in found.how.items() if k != 'first'}
   text = addresses.of_sample(
     drawing.protocol(trained, trained.plan(**how)), workdir,
-    found.facts['index'], found.facts.get('label'),
+    found.facts['index'], found.facts.get('label'), small,
   )  # fmt: skip
   addresses.check_same(found, addresses.parsed(text[addresses.KEY]))
   (image,) = trained.sample(**found.how)

@@ -13,7 +13,14 @@ import numpy as np
 from absl import flags
 
 from diffusion_jax import runs, samplers
-from diffusion_jax.cli import command, declare, guiding, low_rank, steering
+from diffusion_jax.cli import (
+  command,
+  declare,
+  guiding,
+  low_rank,
+  sharpening,
+  steering,
+)
 from diffusion_jax.runs import (
   averaged,
   calibration,
@@ -36,6 +43,7 @@ flags.adopt_module_key_flags(distributed)
 flags.adopt_module_key_flags(guiding)
 flags.adopt_module_key_flags(low_rank)
 flags.adopt_module_key_flags(steering)
+flags.adopt_module_key_flags(sharpening)
 declare.shared('workdir', 'step', 'ema', 'ema_profile')
 declare.table(
   output=(
@@ -145,7 +153,10 @@ def prepared(
   low_rank.asked()  # before the weights of others are read
   steering.asked(image_size)
   others = guiding.others_of(config)
-  condition = guiding.condition(workdir, config, others) if labelled else {}
+  condition = {}
+  if labelled:
+    condition = guiding.condition(workdir, config, others)
+    condition |= sharpening.condition(image_size)
 
   compiled = []
 
@@ -155,6 +166,7 @@ def prepared(
       return compiled[0].using(average)
     trained = low_rank.applied(declare.network(step, ema_profile=average))
     trained = steering.applied(trained, image_size)
+    trained = sharpening.applied(trained, image_size) if labelled else trained
     trained = guiding.applied(trained, others)
     compiled.append(trained)
     return trained
@@ -351,7 +363,8 @@ def name(
   if plan.image_size:
     parts.append('size' + 'x'.join(map(str, plan.image_size)))
   parts += [*guiding.name(plan), *low_rank.name()]
-  parts += [*steering.name(plan.image_size), f'seed{plan.seed}']
+  parts += [*steering.name(plan.image_size), *sharpening.name(plan)]
+  parts += [f'seed{plan.seed}']
   parts[-1] += averaged.suffix(how.get('ema_profile') or FLAGS.ema)
   parts += ['noclip'] * (not plan.clip)
   # The plan depends on the calibration, which may differ another time.

@@ -6,14 +6,14 @@ import numpy as np
 
 from diffusion_jax.data import Source
 from diffusion_jax.reporting import pictures
-from diffusion_jax.runs import guided, labels, texts
+from diffusion_jax.runs import guided, labels, texts, upscaled
 from diffusion_jax.runs.recipe import Recipe
 from diffusion_jax.runs.trained import Trained
 from diffusion_jax.samplers.plan import Plan
 
 
 def of_samples(trained: Trained, plan: Plan, images: np.ndarray) -> np.ndarray:
-  """A picture of the first samples, see `rows`.
+  """A picture of the first samples, see `rows`, beside what they sharpen.
 
   Args:
     trained: the network.
@@ -23,6 +23,9 @@ def of_samples(trained: Trained, plan: Plan, images: np.ndarray) -> np.ndarray:
   Returns:
     uint8 [height, width, 3].
   """
+  if trained.low_resolution is not None:
+    small = upscaled.rows(trained.low_resolution, np.arange(len(images)))
+    return pictures.beside(small[upscaled.ROW], images)
   captions = told(trained, plan, len(images))
   return pictures.in_turn(images, rows(plan, len(images)), captions)
 

@@ -52,6 +52,7 @@ OF_SAMPLES = (
   *('label', 'guide', 'guide_ema_profile', 'classifier', *guided.OPTIONS),
   *('prompt', 'prompts', 'negative_prompt'),
   *('control', 'control_image', 'control_scale'),
+  *('low_resolution', 'low_resolution_noise'),
 )
 
 
@@ -101,7 +102,7 @@ def carry_out() -> None:
     'split': config[f'{FLAGS.split}_split'],
     **features.facts_of(images),
     **({} if images.labels is None else {'condition': 'label'}),
-    **run_data.of_captions(trained.config),
+    **run_data.of_conditions(trained.config),
   }
   hows = [_how(kind, trained, plan) for kind in kinds]
   for how in hows:

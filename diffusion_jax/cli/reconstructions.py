@@ -111,7 +111,7 @@ def _beside(images, made):
   chosen = [i * images.count // count for i in range(count)]
   originals = jnp.stack([images.image(i) for i in chosen])
   seen = made.reconstruct(jnp.asarray(chosen, jnp.uint32), originals)
-  return pictures.pairs(jax.device_get(originals), seen)
+  return pictures.beside(jax.device_get(originals), seen)
 
 
 def cost(trained) -> dict:

@@ -6,7 +6,7 @@ from diffusion_jax import data
 from diffusion_jax.cli import declare
 from diffusion_jax.data import Source, labels, sources
 from diffusion_jax.evaluation import features
-from diffusion_jax.runs import dataset
+from diffusion_jax.runs import dataset, upscaled
 from diffusion_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -42,11 +42,15 @@ def splits(config: dict) -> tuple[Source, Source | None]:
   return opened
 
 
-def of_captions(config: dict) -> dict:
-  """What images of a run with captions are judged with; {} of other runs."""
+def of_conditions(config: dict) -> dict:
+  """What images are judged with besides labels; {} of most runs."""
+  found = {}
   if dataset.has_captions(config['conditioning']):
-    return {'condition': 'empty caption'}
-  return {}
+    found['condition'] = 'empty caption'
+  if upscaled.factor(config):
+    how = config['super_resolution']
+    found[upscaled.ROW] = f'{how["by"]} 1/{how["factor"]}'
+  return found
 
 
 def images(

@@ -3,7 +3,14 @@
 import numpy as np
 from absl import flags
 
-from diffusion_jax.cli import agreeing, drawing, judges, judging, run_data
+from diffusion_jax.cli import (
+  agreeing,
+  drawing,
+  judges,
+  judging,
+  run_data,
+  sharpening,
+)
 from diffusion_jax.data import labels as labels_of_data
 from diffusion_jax.evaluation import cards, features, measure
 from diffusion_jax.runs import dataset, guided, labels, store
@@ -65,9 +72,15 @@ def task(trained: Trained, plan: Plan) -> measure.Task:
   asked = agreeing.asked(trained, plan)
   about |= {'rounding': FLAGS.rounding, **agreeing.protocol(asked)}
   made = judging.task(judge, samples, reference, held, about=about, usual=usual)
-  if asked is None:
+
+  if asked is None and trained.low_resolution is None:
     return made
-  return made._replace(more=lambda images: agreeing.measured(asked, images))
+
+  def more(images):
+    results, details = agreeing.measured(asked, images)
+    return results | sharpening.measured(trained, images), details
+
+  return made._replace(more=more)
 
 
 def _of_labels(trained):

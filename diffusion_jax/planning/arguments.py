@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from diffusion_jax import runs
 from diffusion_jax.models import inception
+from diffusion_jax.runs import upscaled
 from diffusion_jax.runs.programs import Programs, prompts, rows
 from diffusion_jax.training import sharding
 
@@ -35,7 +36,7 @@ def of_step(
 def of_drawing(
   config: Mapping, mesh: jax.sharding.Mesh, program: Programs, count: int
 ) -> tuple:
-  """(parameters, indices, None for rows, prompts) of the sampling program.
+  """(parameters, indices, pictures, prompts) of the sampling program.
 
   Args:
     config: the run's config.
@@ -45,9 +46,10 @@ def of_drawing(
   """
   where = sharding.batch_sharding(mesh)
   indices = jax.ShapeDtypeStruct((count,), jnp.uint32, sharding=where)
+  pictures = _arrays(upscaled.of_drawing(config, count), where) or None
   texts = prompts(config, program.recipe)
   params = {**program.frozen, **program.abstract.averaged}
-  return params, indices, None, _arrays(texts, sharding.replicated(mesh))
+  return params, indices, pictures, _arrays(texts, sharding.replicated(mesh))
 
 
 def of_judging(config: Mapping, mesh: jax.sharding.Mesh, count: int) -> tuple:

@@ -9,7 +9,7 @@ from ml_collections import config_dict
 
 from diffusion_jax.planning import chips
 from diffusion_jax.planning.compiled import Compiled
-from diffusion_jax.runs import programs
+from diffusion_jax.runs import programs, upscaled
 from diffusion_jax.system import distributed, terminal
 from diffusion_jax.training import sharding
 
@@ -74,9 +74,14 @@ def measure(
       name: jax.device_put(np.zeros(*x), sharding.replicated(mesh))
       for name, x in programs.prompts(config, program.recipe).items()
     }
+    pictures = {
+      name: np.zeros(*x)
+      for name, x in upscaled.of_drawing(config, count).items()
+    }
+    pictures = sharding.put_batch(pictures, mesh) if pictures else None
     seconds, calls = _timed(
       'the sampling program',
-      lambda: sample.program(params, indices, None, texts),
+      lambda: sample.program(params, indices, pictures, texts),
     )
     evaluations = count * program.plan.rows
     found['sample'] = {

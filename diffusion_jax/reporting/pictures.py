@@ -127,19 +127,25 @@ def in_turn(
   return grid(images[order], turns, told)
 
 
-def pairs(originals: np.ndarray, others: np.ndarray) -> np.ndarray:
-  """A grid of images, each with another one to its right.
+def beside(*sets: np.ndarray) -> np.ndarray:
+  """A grid of images, each with those of other sets to its right.
 
   Args:
-    originals: uint8 [N, H, W, C].
-    others: uint8 [N or more, H, W, C].
+    *sets: uint8 [N or more, h, w, C] each, N images of the first one. The
+      pixels of smaller images are repeated.
 
   Returns:
     uint8 [height, width, 3].
   """
-  both = np.stack([originals, others[: len(originals)]], axis=1)
-  columns = 2 * math.ceil(math.sqrt(len(originals) / 2))
-  return grid(both.reshape(-1, *originals.shape[1:]), columns)
+  count, kinds = len(sets[0]), len(sets)
+  side = max(images.shape[1] for images in sets)
+  same = [
+    images[:count].repeat(factor, 1).repeat(factor, 2)
+    for images in sets
+    for factor in [side // images.shape[1]]
+  ]
+  columns = kinds * math.ceil(math.sqrt(count / kinds))
+  return grid(np.stack(same, 1).reshape(-1, *same[0].shape[1:]), columns)
 
 
 def columns(frames: np.ndarray, labels: Sequence[str]) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from diffusion_jax import samplers
-from diffusion_jax.runs import guided
+from diffusion_jax.runs import guided, upscaled
 from diffusion_jax.samplers import grid as grids
 from diffusion_jax.samplers import guided as guidance
 from diffusion_jax.system import files
@@ -52,7 +52,11 @@ class Address(NamedTuple):
 
 
 def of_sample(
-  protocol: Mapping, workdir: str, index: int, label: int | None = None
+  protocol: Mapping,
+  workdir: str,
+  index: int,
+  label: int | None = None,
+  picture: str | None = None,
 ) -> dict[str, str]:
   """The text chunks of a picture of a sample.
 
@@ -61,12 +65,16 @@ def of_sample(
     workdir: the run's folder, as it was given.
     index: the index of the sample.
     label: its label, if it has one.
+    picture: the hash of the picture that it sharpens, if it does.
   """
   facts = _facts(protocol, workdir) | {'index': index}
   if prompts := facts.pop('prompts', None):
     facts['prompt'] = prompts[index % len(prompts)]
   if label is not None:
     facts['label'] = int(label)
+  if picture is not None:
+    noise = facts[upscaled.ROW]['noise']
+    facts[upscaled.ROW] = {'sha256': picture, 'noise': noise}
   return _text(facts)
 
 
@@ -218,6 +226,15 @@ def _are_controls(x) -> bool:
   return _are_changes(x, {'sha256', 'picture_sha256'})
 
 
+def _is_picture(x) -> bool:
+  return (
+    isinstance(x, dict)
+    and x.keys() == {'sha256', 'noise'}
+    and _is_hash(x['sha256'])
+    and _is_number(x['noise'])
+  )
+
+
 def _are_times(x) -> bool:
   return isinstance(x, list) and all(
     _is_number(time) or time == grids.END for time in x
@@ -254,6 +271,7 @@ MORE = {
   **{'guidance_rescale': _is_number, 'classifier_scale': _is_number},
   **dict.fromkeys((guided.GUIDE, guided.CLASSIFIER), _is_word),
   **{'lora': _are_changes, 'control': _are_controls},
+  upscaled.ROW: _is_picture,
   'guide_sha256': _is_hash,
   'classifier_sha256': _is_hash,
 }

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.codecs import Codec
+from diffusion_jax.conditioning import low_resolution
 from diffusion_jax.guidance import clipping
 from diffusion_jax.models.control import Control
 from diffusion_jax.process import noise
@@ -27,7 +28,7 @@ from diffusion_jax.system.errors import UserError, one_of
 from diffusion_jax.training import sharding
 
 # Numbers that `solve` never folds in.
-DECODING, LABEL = 2**32 - 1, 2**32 - 2
+DECODING, LABEL, PICTURE = 2**32 - 1, 2**32 - 2, 2**32 - 3
 
 
 def sample_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -147,8 +148,9 @@ def drawer(
   Returns:
     draw(params, indices [B], rows={}, texts=None) -> (data [B, ...], whether
     finite). `params` holds all parts, and `rows` the data that a condition is
-    computed from, by default those of `conditions`. With `frames`, the data are
-    a pair of them and [F, B, ...]; with `took`, of them and `adaptive.Took`.
+    computed from, beside and before those of `conditions`. With `frames`, the
+    data are a pair of them and [F, B, ...]; with `took`, of them and
+    `adaptive.Took`.
 
   Raises:
     UserError: an unknown dtype, or one that does not fit the data.
@@ -158,15 +160,15 @@ def drawer(
   sampler, grid = plan.create(), plan.grid
 
   def draw(params, indices, rows=None, texts=None):
-    rows = rows or conditions(plan, indices, texts)
+    first, later = sample_keys(plan.seed, indices)
+    rows = _given(rows, conditions(plan, indices, texts), later)
     params = recipe.whole(params, mesh)
     denoiser = guided.denoiser(
       recipe, params, rows, plan.guidance, mesh, guide, classifier
     )
     if plan.clip and codec.bound is not None:
       denoiser = clipping.clip_x0(denoiser, schedule, codec.bound)
-    first, later = sample_keys(plan.seed, indices)
-    decoding = jax.vmap(lambda key: jax.random.fold_in(key, DECODING))(later)
+    decoding = _folded(later, DECODING)
 
     def decode(x0):
       data = in_groups(codec, params, x0, decoding, mesh)
@@ -194,6 +196,18 @@ def drawer(
     return (data, shown), is_finite & are_finite.all()
 
   return draw
+
+
+def _given(rows, others, later) -> dict:
+  """All rows, with the keys of the noise of pictures if they get any."""
+  found = {**others, **(rows or {})}
+  if low_resolution.NOISE in found:
+    found[low_resolution.KEYS] = _folded(later, PICTURE)
+  return found
+
+
+def _folded(keys, number):
+  return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def _dtype(asked, codec: Codec) -> str:

@@ -4,7 +4,14 @@ import jax
 
 from diffusion_jax import codecs, models, runs
 from diffusion_jax.models import NET
-from diffusion_jax.runs import licences, low_rank, pairs, text_pipelines, texts
+from diffusion_jax.runs import (
+  licences,
+  low_rank,
+  pairs,
+  text_pipelines,
+  texts,
+  upscaled,
+)
 from diffusion_jax.runs.frozen_codec import CODEC
 from diffusion_jax.runs.trained import load
 from diffusion_jax.system import files
@@ -41,6 +48,7 @@ def write(
   asked = step, ema, ema_profile
   config = runs.read_config(source, '--from')
   pairs.check_export(config, source)
+  upscaled.check_plain(config, 'a pipeline of diffusers')
   if low_rank.is_used(config) and not merged:
     return _write_changes(source, target, asked)
   if merged and not low_rank.is_used(config):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax import models, runs
+from diffusion_jax.conditioning import low_resolution
 from diffusion_jax.guidance import guided
 from diffusion_jax.guidance.classifier import by_classifier
 from diffusion_jax.objectives import (
@@ -81,7 +82,10 @@ def _combined(recipe, params, rows, guidance, mesh, guide) -> gaussian.Denoiser:
     )
     pair = guided.by_guide(conditional, u)
   else:
-    negative = {'tokens': rows['negative']} if 'negative' in rows else {}
+    # Both are for the same picture.
+    negative = {k: rows[k] for k in low_resolution.ROWS if k in rows}
+    if 'negative' in rows:
+      negative['tokens'] = rows['negative']
     null = recipe.conditioner.condition(gathered, negative, None)
     u = recipe.denoiser(params, null, mesh)
     pair = guided.classifier_free(
@@ -134,6 +138,12 @@ def check(config: Mapping, guide: Mapping, workdir, flag: str = GUIDE) -> None:
     raise UserError(
       f'{given} is for images of {theirs}, this run for {own}: give a run of '
       'the same data'
+    )
+  kinds = [one['super_resolution'] for one in (config, guide)]
+  if kinds[1]['factor'] and kinds[0] != kinds[1]:
+    raise UserError(
+      f'{given} sharpens other pictures than this run: give a run of the same '
+      'super_resolution'
     )
   if _codec(config) != _codec(guide):
     raise UserError(

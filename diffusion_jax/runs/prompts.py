@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from diffusion_jax.conditioning import low_resolution
 from diffusion_jax.runs import dataset, labels, texts
 from diffusion_jax.samplers.plan import Plan
 from diffusion_jax.system import files, terminal
@@ -127,11 +128,13 @@ def tables(
     plan: the plan.
 
   Returns:
-    (the plan without prompts; the tokens of the prompts, see
-    `draw.conditions`, or None without prompts). Prompts that are too long are
-    cut, which is said once.
+    (the plan without prompts, and without what it says of pictures, which are
+    given by rows; the tokens of the prompts, see `draw.conditions`, or None
+    without prompts). Prompts that are too long are cut, which is said once.
   """
   rest = {**plan.condition}
+  if rest.pop(low_resolution.ROW, None):
+    plan = plan._replace(condition=rest)
   prompts = rest.pop('prompts', None)
   negative = rest.pop('negative_prompt', None)
   if prompts is None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax import codecs, conditioning, models, objectives, runs
-from diffusion_jax.conditioning import masked, text
+from diffusion_jax.conditioning import low_resolution, masked, text
 from diffusion_jax.models import control, lora, splash
 from diffusion_jax.models import doors as doors_of
 from diffusion_jax.process import gaussian, schedules
@@ -178,6 +178,10 @@ def create(config: Mapping, parts: kept_parts.Frozen | None = None) -> Recipe:
   if config['conditioning'].get('channels'):
     shape = runs.image_shape(config['data'])
     conditioner = masked.create(conditioner, codec, shape)
+  if config['super_resolution']['factor']:
+    conditioner = low_resolution.create(
+      conditioner, codec, **config['super_resolution']
+    )
   classes, learned = None, config['loss']['variance'] == gaussian.LEARNED
   if config['loss']['name'] == objectives.CLASSIFICATION:
     classes = config['conditioning']['num_classes']

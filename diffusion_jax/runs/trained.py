@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 
 import jax
@@ -23,9 +22,9 @@ from diffusion_jax.runs import (
   loading,
   low_rank,
   planned,
-  prompts,
   recipe,
   sizes,
+  upscaled,
 )
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import files, numerics
@@ -52,6 +51,7 @@ class Trained:
     of_sizes: what `sized` has made, by size.
     controls: facts about what `with_control` has.
     known_sha256: the hash of a network with low-rank changes; '' without.
+    low_resolution: the pictures that it sharpens, see `upscaled`.
   """
 
   workdir: files.Path
@@ -68,6 +68,7 @@ class Trained:
   of_sizes: dict = dataclasses.field(default_factory=dict)
   controls: tuple[dict, ...] = ()
   known_sha256: str = ''
+  low_resolution: upscaled.Pictures | None = None
 
   def __repr__(self):
     count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -267,6 +268,7 @@ class Trained:
         see `samplers.plan.create`; guidance, guidance_interval and
         guidance_rescale, see `samplers.guided`; label, prompts and
         negative_prompt, see `prompts.condition`; image_size, see `sized`.
+        Pictures to sharpen are those of `low_resolution`.
 
     Raises:
       UserError: an unknown name, a number out of range, or a plan that needs a
@@ -295,15 +297,13 @@ class Trained:
       UserError: an unknown dtype. The function raises it for data that are not
         finite.
     """
-    how, texts = prompts.tables(self.workdir, self.config, how)
-    draw_fn = self.sized(how.image_size).compiled.drawer(
-      json.dumps(how), frames=tuple(frames), **options
-    )
+    draw_fn = planned.drawer(self, how, frames=tuple(frames), **options)
 
     @numerics.fixed()
     def draw_batch(indices):
-      rows = sharding.padded_indices(indices, self.mesh)
-      return draw.checked(*draw_fn(self.all_params, rows, None, texts))
+      rows = planned.rows(self, indices)
+      size = sharding.rounded(len(indices), self.mesh)
+      return draw_fn(sharding.put_padded(rows, size, self.mesh))
 
     return draw_batch
 
@@ -329,9 +329,10 @@ class Trained:
       dtype: dtype of the data: 'uint8', or 'float32' in [0, 255], not rounded.
       **options: see `samplers.plan.create`: sampler ('ancestral'), num_steps
         (all), grid ('uniform'), seed (0), clip (the config's), and the
-        sampler's options, such as eta; image_size, see `sized`; and, of
-        conditional runs, label or prompts, negative_prompt and guidance, see
-        `plan`.
+        sampler's options, such as eta; image_size, see `sized`; of conditional
+        runs, label or prompts, negative_prompt and guidance, see `plan`; and of
+        runs that sharpen pictures low_resolution, uint8 [P, h, w, C], which
+        images get in turn, and low_resolution_noise, see `upscaled.given`.
 
     Returns:
       An array [num_samples, H, W, C] of the dtype.
@@ -342,13 +343,10 @@ class Trained:
     """
     indices = draw.indices_of(num_samples, first, batch_size)
     size = sharding.rounded(min(batch_size, num_samples), self.mesh)
-    how, texts = prompts.tables(self.workdir, self.config, self.plan(**options))
-    compiled = self.sized(how.image_size).compiled
-    draw_fn = compiled.drawer(json.dumps(how), frames=(), dtype=dtype)
-    return sharding.in_batches(
-      lambda rows: draw.checked(*draw_fn(self.all_params, rows, None, texts)),
-      indices, size, self.mesh,
-    )  # fmt: skip
+    made = upscaled.asked(self, options)
+    draw_fn = planned.drawer(made, made.plan(**options), frames=(), dtype=dtype)
+    rows = planned.rows(made, indices)
+    return sharding.in_batches(draw_fn, rows, size, self.mesh)
 
   @numerics.fixed()
   def edit(self, images, measurement, **options) -> np.ndarray:

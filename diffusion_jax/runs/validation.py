@@ -10,7 +10,7 @@ from diffusion_jax import codecs, conditioning, models, objectives, runs
 from diffusion_jax.models import rules, styles, unet
 from diffusion_jax.objectives import laws, weights
 from diffusion_jax.process import gaussian, schedules
-from diffusion_jax.runs import autoencoder_rules, completion, pairs
+from diffusion_jax.runs import autoencoder_rules, completion, pairs, upscaled
 from diffusion_jax.system.errors import hint
 from diffusion_jax.training import averages, optim, sharding
 
@@ -152,6 +152,7 @@ def _network(config):
   yield from _classifier(config)
   yield from _latents(config)
   yield from _lora(config)
+  yield from upscaled.problems(config)
   yield from autoencoder_rules.of_autoencoder(config)
   if config.loss.name != 'autoencoding':  # which has no denoising network
     x0 = codecs.x0_shape(runs.image_shape(config.data), config.codec)
