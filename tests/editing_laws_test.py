@@ -956,6 +956,18 @@ def test_conjugate_gradients_agree_with_singular_values(x64):
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
+def test_estimates_are_clipped_after_guidance(x64):
+  """The gradient is that of the estimate as it is, and x0 is within bounds."""
+  x = jnp.asarray(4 * np.random.default_rng(0).normal(size=(9, *SHAPE)))
+  for name in ('covariance', 'ddrm'):
+    plain = edited(name).denoiser(x, jnp.asarray(300.0))
+    found = edited(name, bound=0.5).denoiser(x, jnp.asarray(300.0))
+    assert np.abs(plain.x0).max() > 1
+    np.testing.assert_array_equal(found.x0, jnp.clip(plain.x0, -0.5, 0.5))
+    there = alpha(300) * found.x0 + np.sqrt(variance(300)) * found.eps
+    np.testing.assert_allclose(there, x, atol=1e-12)
+
+
 # --- the table ----------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from diffusion_jax.editing.editing import Editing
 from diffusion_jax.editing.guided import covariance, dps, likelihood, pigdm
 from diffusion_jax.editing.replacement import repaint, replacement, walk
 from diffusion_jax.editing.sdedit import denoise, sdedit
+from diffusion_jax.guidance import clipping
 from diffusion_jax.system.errors import UserError, one_of
 
 SPECTRUM, GRADIENTS, PICTURE, NOISY = (
@@ -215,16 +216,20 @@ def count_evaluations(name: str, grid, **given) -> int:
   return ABOUT[name].count(grid, options(name, **given))
 
 
-def create(name: str, denoiser, schedule, measurement, y, **given) -> Editing:
+def create(
+  name: str, denoiser, schedule, measurement, y, *, bound=None, **given
+) -> Editing:
   """A method by name, to be called inside jit.
 
   Args:
     name: a key of ABOUT.
-    denoiser: the model, with its conditioning, clipping and guidance.
+    denoiser: the model, with its conditioning and guidance, not clipped.
     schedule: the noise schedule.
     measurement: what is known, see `measurements`; None if the method needs a
       picture.
     y: what was measured, or the picture.
+    bound: x0 is clipped to [-bound, bound], after guidance by gradients: the
+      gradient of a clipped estimate is 0, as if it were certain. None for not.
     **given: the method's options, None for the default, and data: `t0` of
       sdedit, `covariance` of daps.
 
@@ -233,9 +238,14 @@ def create(name: str, denoiser, schedule, measurement, y, **given) -> Editing:
   """
   data = {option: given.pop(option) for option in DATA if option in given}
   chosen = options(name, **given)
-  return ABOUT[name].create(
-    denoiser, schedule, measurement, y, **chosen, **data
-  )
+  about, last = ABOUT[name], GRADIENTS in ABOUT[name].needs
+  if bound is not None and not last:
+    denoiser = clipping.clip_x0(denoiser, schedule, bound)
+  made = about.create(denoiser, schedule, measurement, y, **chosen, **data)
+  if bound is None or not last:
+    return made
+  clipped = clipping.clip_x0(made.denoiser, schedule, bound)
+  return made._replace(denoiser=clipped)
 
 
 def table() -> list[tuple[str, ...]]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from diffusion_jax.codecs import pixels
 from diffusion_jax.editing import measurements, methods, noise_level
-from diffusion_jax.guidance import clipping, tiles
+from diffusion_jax.guidance import tiles
 from diffusion_jax.process import noise
 from diffusion_jax.runs import draw, guided, prompts
 from diffusion_jax.runs.edit_plans import Edit, plan
@@ -190,8 +190,6 @@ def _answers(params, rows, texts, *, recipe, mesh, edit, others) -> Answers:
   denoiser = guided.denoiser(
     recipe, params, given, how.guidance, mesh, **others
   )
-  if how.clip and codec.bound is not None:
-    denoiser = clipping.clip_x0(denoiser, schedule, codec.bound)
   if edit.tile:
     denoiser = tiles.tiled(denoiser, shape, edit.tile, edit.overlap)
   first, later = answer_keys(how.seed, rows['input'], rows['index'])
@@ -208,9 +206,11 @@ def _answers(params, rows, texts, *, recipe, mesh, edit, others) -> Answers:
     known = codec.encode(params, {'image': (known + 1) * 127.5}, decoding)
   if 'strength' in rows:
     given['t0'] = rows['strength'] * schedule.num_timesteps - 1
+  bound = codec.bound if how.clip else None
   made = methods.create(
-    edit.method, denoiser, schedule, measurement, known, **edit.options, **given
-  )
+    edit.method, denoiser, schedule, measurement, known, bound=bound,
+    **edit.options, **given,
+  )  # fmt: skip
   x = made.start(noise.normal(first, shape, jnp.float32), how.grid[0])
   x0 = solve(made.sampler, made.denoiser, schedule, how.grid, x, later)
   data = draw.in_groups(codec, params, x0, decoding, mesh)
