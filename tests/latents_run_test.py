@@ -112,3 +112,16 @@ def test_a_run_in_latents(tmp_path):
   )  # fmt: skip
   assert 0 <= there['error']['max_255'] <= 255
   assert runs.read_config(workdir)['codec']['coder']['channels'] == 4
+
+  # Anomalies, whose errors are those of decoded pixels.
+  pictures, out = tmp_path / 'images.npz', tmp_path / 'found'
+  ok(
+    'edit', 'anomaly', f'--workdir={workdir}', f'--input={pictures}',
+    f'--reference={pictures}', '--num_steps=2', '--start_times=500',
+    '--bound_times=500', '--false_alarms=0.2', f'--output={out}',
+  )  # fmt: skip
+  rows = (out / 'scores.csv').read_text().splitlines()
+  assert len(rows) == 1 + latents_test.COUNT
+  assert np.isfinite([float(row.split(',')[3]) for row in rows[1:]]).all()
+  with Image.open(out / 'heat_maps' / '000000.png') as heat:
+    assert heat.size == (8, 8)
