@@ -23,7 +23,7 @@ from diffusion_jax.reporting import anomalies as writing
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
-HOW = anomalies.How(3, [700, 200, 0], [800, 300], 3, 'fixedlarge', False)
+HOW = anomalies.How(3, [700, 200, 0], [800, 300], 3, 'fixedlarge', False, 1)
 
 
 def set_of(images):
@@ -81,18 +81,25 @@ def test_errors_of_gaussian_data_are_the_closed_form(tmp_path):
     compiled=types.SimpleNamespace(denoise=denoise),
   )  # fmt: skip
   images = np.full((500, *tiny.SHAPE), 150, np.uint8)
-  images[:, 0, 0, 0] = np.arange(500) % 256  # or all had the same noise
-  images[256:, 0, 1, 0] = 151
-  x = np.square(images / 127.5 - 1).mean()
-  found = measured(trained, images, tmp_path)
+  # No two are the same, or they had the same noise.
+  code = np.arange(500)[:, None] >> np.arange(9) & 1
+  images.reshape(500, -1)[:, :9] += code.astype(np.uint8)
+  # With two noises the errors spread half as much, so the mean is closer.
+  how = HOW._replace(bound_draws=2, start_draws=2)
+  x = np.square(images / 127.5 - 1).mean((1, 2, 3))
+  single = measured(trained, images, tmp_path)
+  found = measured(trained, images, tmp_path / 'two', how)
+
+  def check(two, one, wanted):
+    error = two - wanted
+    assert error.mean() == pytest.approx(0, abs=4 * error.std() / 500**0.5)
+    assert error.var() / (one - wanted).var() == pytest.approx(0.5, abs=0.15)
+
   for i, start in enumerate(HOW.start_times):
     alpha_bar, variance = trained.schedule.host(start)
     kept = kept_of(trained.schedule, anomalies.grid_of(start, 3))
     wanted = (kept * np.exp(alpha_bar / 2) - 1) ** 2 * x + kept**2 * variance
-    errors = found.reconstruction[:, i]
-    assert errors.mean() == pytest.approx(
-      wanted, abs=4 * errors.std() / 500**0.5
-    )
+    check(found.reconstruction[:, i], single.reconstruction[:, i], wanted)
   steps = likelihood.prepare(trained.schedule, range(999, -2, -1))
   for i, time in enumerate(HOW.bound_times[:-1]):
     alpha_bar, variance = trained.schedule.host(time)
@@ -101,8 +108,7 @@ def test_errors_of_gaussian_data_are_the_closed_form(tmp_path):
     mse = (kept * alpha - 1) ** 2 * x + kept**2 * variance
     row = 999 - time
     wanted = (steps.constant[row] + steps.weight[row] * mse) / np.log(2)
-    bits = found.bound[:, i]
-    assert bits.mean() == pytest.approx(wanted, abs=4 * bits.std() / 500**0.5)
+    check(found.bound[:, i], single.bound[:, i], wanted)
 
 
 def test_an_image_has_its_scores_in_any_set_batch_and_mesh(run, tmp_path):
@@ -234,7 +240,8 @@ def anomaly_of(run, output, *arguments, **how):
 
 
 CHEAP = ('--num_steps=2', '--start_times=500,100', '--bound_times=300',
-         '--num_reference=60', '--false_alarms=0.1')  # fmt: skip
+         '--bound_draws=1', '--num_reference=60',
+         '--false_alarms=0.1')  # fmt: skip
 
 
 def test_the_command_leaves_a_table_maps_a_picture_and_a_card(

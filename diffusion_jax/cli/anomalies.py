@@ -77,6 +77,12 @@ declare.table(
   ),
   start_times=([], 'Times that images are noised to; by default the same.'),
   num_steps=(10, 'Steps of a reconstruction.'),
+  bound_draws=(
+    10,
+    "Noises that each of the bound's terms is the mean over: with as many as "
+    'a reconstruction has steps, both scores cost the same.',
+  ),
+  start_draws=(1, 'Noises that the error of a reconstruction is the mean of.'),
   clip=(bool, "Clip x0 to [-1, 1] in every step; by default the config's."),
   num_reference=(1000, 'At most so many reference images, evenly spaced.'),
   image_size=(
@@ -143,7 +149,13 @@ def main():
 def _checked() -> tuple[dict, anomalies.How, files.Path]:
   """(config, settings, output) after all that needs no images is checked."""
   command.at_least(
-    num_steps=1, num_reference=3, batch_size=1, shown=1, heat_max=1e-3
+    num_steps=1,
+    bound_draws=1,
+    start_draws=1,
+    num_reference=3,
+    batch_size=1,
+    shown=1,
+    heat_max=1e-3,
   )
   command.seeds('seed')
   rate = FLAGS.false_alarms
@@ -174,7 +186,14 @@ def _checked() -> tuple[dict, anomalies.How, files.Path]:
   )
   variance = config['sample'].get('variance') or 'fixedlarge'
   how = anomalies.How(
-    plan.seed, bound, start, FLAGS.num_steps, variance, plan.clip
+    plan.seed,
+    bound,
+    start,
+    FLAGS.num_steps,
+    variance,
+    plan.clip,
+    FLAGS.bound_draws,
+    FLAGS.start_draws,
   )
   low_rank.asked()
   runs.usable_folder('workdir', workdir / 'anomalies')

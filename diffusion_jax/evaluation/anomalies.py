@@ -15,7 +15,7 @@ the pixel's squared error, standardised by the mean and the deviation of all
 pixels of all reference images at that level. A pixel's own deviation would be 0
 where the data never change.
 
-An image's noise depends on the seed, its pixels and the time only. So its
+An image's noises depend on the seed, its pixels and the time only. So its
 scores are the same in any set, order and batch, and on any mesh.
 """
 
@@ -52,6 +52,8 @@ class How(NamedTuple):
     num_steps: network evaluations of a reconstruction.
     variance: variance of p(xt-1 | xt) in the bound.
     clip: whether to clip the estimates of x0, in both scores.
+    bound_draws: noises that each of the bound's terms is the mean over.
+    start_draws: the same of reconstructions.
   """
 
   seed: int
@@ -60,11 +62,15 @@ class How(NamedTuple):
   num_steps: int
   variance: str
   clip: bool
+  bound_draws: int = 10
+  start_draws: int = 1
 
   @property
   def evaluations(self) -> int:
     """Network evaluations per image."""
-    return len(self.bound_times) + len(self.start_times) * self.num_steps
+    reconstructions = len(self.start_times) * self.start_draws
+    terms = len(self.bound_times) * self.bound_draws
+    return terms + reconstructions * self.num_steps
 
 
 class Found(NamedTuple):
@@ -226,7 +232,14 @@ def _program(batches: Batches, how: How):
   codec, schedule = trained.codec, trained.schedule
   last = schedule.num_timesteps - 1
   steps = likelihood.prepare(schedule, range(last, -2, -1), how.variance)
-  which = last - np.asarray(how.bound_times)
+  # What the noises depend on: [times, draws].
+  labels, others = (
+    np.asarray(times)[:, None] + schedule.num_timesteps * np.arange(draws)
+    for times, draws in (
+      (how.bound_times, how.bound_draws), (how.start_times, how.start_draws),
+    )
+  )  # fmt: skip
+  which = np.repeat(last - np.asarray(how.bound_times), how.bound_draws)
   starts = np.asarray(how.start_times, np.float64)
   log_alpha_bar, variance = schedule.host(starts)
   sampler = samplers.create('ddim')
@@ -255,28 +268,32 @@ def _program(batches: Batches, how: How):
       for part in range(2)
     )
     bits = likelihood.terms(
-      denoiser, steps, x0, first, which, codec.levels == 256,
-      np.asarray(how.bound_times),
-    ).bits  # fmt: skip
+      denoiser, steps, x0, first, which, codec.levels == 256, labels.ravel(),
+    ).bits.reshape(*labels.shape, len(x0)).mean(1)  # fmt: skip
     seen = pixels.to_float(images)
 
     def level(total, given):
-      label, weight, at = given
-      eps = noise.draw(second, label, x0.shape[1:], x0.dtype)
-      x, _ = jax.lax.scan(
-        lambda x, row: (sampler.step(denoiser, row, x, (), None)[0], None),
-        at['alpha'] * x0 + at['sigma'] * eps,
-        at['steps'],
-      )
-      data = draw.in_groups(codec, params, x, second, trained.mesh)
-      off = jnp.square(pixels.to_float(data) - seen).mean(-1)
+      each, weight, at = given
+
+      def one(sum_of, label):
+        eps = noise.draw(second, label, x0.shape[1:], x0.dtype)
+        x, _ = jax.lax.scan(
+          lambda x, row: (sampler.step(denoiser, row, x, (), None)[0], None),
+          at['alpha'] * x0 + at['sigma'] * eps,
+          at['steps'],
+        )
+        data = draw.in_groups(codec, params, x, second, trained.mesh)
+        off = jnp.square(pixels.to_float(data) - seen).mean(-1)
+        return sum_of + off / how.start_draws, None
+
+      off, _ = jax.lax.scan(one, jnp.zeros_like(total), each)
       means = off.mean((1, 2)), jnp.square(off).mean((1, 2))
       return total + weight * off, means
 
-    total = jnp.zeros(seen.shape[:-1], seen.dtype)
-    labels = np.asarray(how.start_times)
     total, (means, squares) = jax.lax.scan(
-      level, total, (labels, weights, levels)
+      level,
+      jnp.zeros(seen.shape[:-1], seen.dtype),
+      (others, weights, levels),
     )
     maps = jnp.moveaxis(total, 0, -1)
     return {
