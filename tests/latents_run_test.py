@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusion_jax import load, runs
 from diffusion_jax.cli import config_files
+from diffusion_jax.system.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -20,6 +21,23 @@ def ok(binary, *arguments) -> binaries.Result:
   result = binaries.run(binary, *map(str, arguments))
   assert result.code == 0, result.err
   return result
+
+
+def _edits_look_through_the_decoder(trained, images):
+  how = {'num_steps': 2, 'label': 1}
+  near = trained.edit(images, None, strength=0.2, **how)
+  again = trained.edit(images[::-1], None, strength=0.2, batch_size=3, **how)
+  assert near.shape == (4, 1, 8, 8, 3)
+  assert np.abs(near[::-1].astype(int) - again).max() <= 1
+  mask = np.arange(64).reshape(8, 8) % 3 > 0
+  mask = np.broadcast_to(mask, (4, 8, 8))
+  filled = trained.edit(images, 'inpaint', mask=mask, method='dps', **how)[:, 0]
+  np.testing.assert_array_equal(filled[mask], images[mask])
+  assert (filled[~mask] != images[~mask]).any()
+  with pytest.raises(UserError, match='cannot look through the decoder'):
+    trained.edit(images, 'inpaint', mask=mask, method='ddrm', **how)
+  with pytest.raises(UserError, match='does not keep to it'):
+    trained.edit(images, 'denoise', method='sdedit', strength=0.5, **how)
 
 
 def test_a_run_in_latents(tmp_path):
@@ -82,6 +100,8 @@ def test_a_run_in_latents(tmp_path):
   assert trained.params.keys() == {'codec', 'net'}
   drawn = trained.sample(4, sampler='ddim', num_steps=2, guidance=2.0)
   assert np.abs(drawn.astype(int) - images).max() <= 1
+
+  _edits_look_through_the_decoder(trained, images)
 
   for binary, *flags in (
     ('sample', '--num_samples=4', '--clip'),

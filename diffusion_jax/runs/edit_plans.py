@@ -12,14 +12,14 @@ from diffusion_jax.system.errors import UserError, one_of
 MEAN = 'mean'  # of 'denoise' in one step, which needs no other method
 # Method -> its usual number of steps, and its grid.
 USUAL = {
-  'replacement': (250, 'uniform'),
-  'repaint': (50, 'uniform'),
+  'replacement': (100, 'uniform'),
+  'repaint': (30, 'uniform'),
   'ddrm': (50, 'uniform'),
-  'pigdm': (100, 'uniform'),
-  'covariance': (50, 'uniform'),
-  'likelihood': (250, 'uniform'),
-  'dps': (250, 'uniform'),
-  'daps': (50, 'karras'),
+  'pigdm': (50, 'uniform'),
+  'covariance': (25, 'uniform'),
+  'likelihood': (100, 'uniform'),
+  'dps': (100, 'uniform'),
+  'daps': (30, 'karras'),
   'sdedit': (100, 'uniform'),
   'denoise': (100, 'uniform'),
 }
