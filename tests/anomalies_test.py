@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import types
 
 import binaries
@@ -277,7 +278,8 @@ def test_the_command_leaves_a_table_maps_a_picture_and_a_card(
   area = anomaly.auroc(scores['good'], scores['bad'])
   assert card['results']['auroc_bound'] == pytest.approx(area.value, abs=0.01)
   # In another place and order, against the reference itself; it replaces.
-  Image.open(pictures / 'bad' / '3.png').save(tmp_path / 'alone.png')
+  with Image.open(pictures / 'bad' / '3.png') as image:
+    image.save(tmp_path / 'alone.png')
   again = anomaly_of(
     run, output, f'--input={tmp_path}/alone.png', '--reference=heldout', *CHEAP
   )
@@ -316,9 +318,9 @@ def test_several_processes_find_the_same(run, pictures, tmp_path):
     (['--start_times=0'], 'whole times from 1 to 999'),
     (['--bound_times=1000,3'], 'whole times from 0 to 999'),
     (['--input={empty}'], 'has no images'),
-    (['--input={large}'], '16x16x1.*8x8x1.*--image_size=8 crops them'),
+    (['--input={large}'], '16x16x1.*8x8x1: --resize crops them'),
     (['--input={arrays}'], '16x16x1.*8x8x1: only image files are resized'),
-    (['--image_size=16'], 'the run takes images of 8x8'),
+    (['--reference={mixed}'], 'is 9x9 and the first one 8x8: --resize crops'),
     (['--normal=good'], 'has no labels'),
     (['--input=digits@test', '--normal=12'], 'no class 12: its classes are 0'),
     (['--normal=0', '--inliers=reference'], 'give one of them'),
@@ -336,10 +338,12 @@ def test_a_mistake_is_told_in_one_line(
     folder.mkdir()
     for i in range(count):
       Image.new('L', (size, size), 255 - i).save(folder / f'{i}.png')
+  shutil.copytree(pair, tmp_path / 'mixed')
+  Image.new('L', (9, 9), 255).save(tmp_path / 'mixed' / '2.png')
   np.save(tmp_path / 'large.npy', np.full((2, 16, 16), 255, np.uint8))
   places = {
     'large': large, 'pair': pair, 'empty': empty, 'run': run,
-    'arrays': tmp_path / 'large.npy',
+    'arrays': tmp_path / 'large.npy', 'mixed': tmp_path / 'mixed',
   }  # fmt: skip
   before = sorted(map(str, [*run.rglob('*'), *tmp_path.rglob('*')]))
   given = {'workdir': run, 'input': pictures / 'bad', 'reference': 'heldout',

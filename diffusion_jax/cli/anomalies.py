@@ -13,7 +13,6 @@ from diffusion_jax.cli import (
 from diffusion_jax.evaluation import anomalies, anomaly_scores, cards
 from diffusion_jax.evaluation.batches import Batches
 from diffusion_jax.reporting import anomalies as writing
-from diffusion_jax.runs import sizes
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system import compilation, distributed, files, terminal
 from diffusion_jax.system.errors import UserError
@@ -85,10 +84,10 @@ declare.table(
   start_draws=(1, 'Noises that the error of a reconstruction is the mean of.'),
   clip=(bool, "Clip x0 to [-1, 1] in every step; by default the config's."),
   num_reference=(1000, 'At most so many reference images, evenly spaced.'),
-  image_size=(
-    str,
-    "The run's size, such as 8: crops images of other sizes to the centre and "
-    "resizes them (Pillow's bicubic). By default they are refused.",
+  resize=(
+    False,
+    'Crop image files of other sizes to the centre, and resize them '
+    "(Pillow's bicubic). By default they are refused.",
   ),
   batch_size=(256, 'Images per batch, over all devices.'),
   seed=(0, 'Seed of the noise.'),
@@ -127,7 +126,8 @@ def main():
     cards.subject_of(trained), _protocol(sets, how), results,
     {
       **{flag: one.images.description for flag, one in sets.items()},
-      'heat_max': heat_max, 'notes': notes, **details,
+      'heat_max': heat_max, 'notes': notes,
+      'levels': anomaly_scores.levels(found['reference']), **details,
     },
   )  # fmt: skip
   names = {flag: one.names for flag, one in sets.items()}
@@ -148,15 +148,8 @@ def main():
 
 def _checked() -> tuple[dict, anomalies.How, files.Path]:
   """(config, settings, output) after all that needs no images is checked."""
-  command.at_least(
-    num_steps=1,
-    bound_draws=1,
-    start_draws=1,
-    num_reference=3,
-    batch_size=1,
-    shown=1,
-    heat_max=1e-3,
-  )
+  ones = ('num_steps', 'bound_draws', 'start_draws', 'batch_size', 'shown')
+  command.at_least(num_reference=3, heat_max=1e-3, **dict.fromkeys(ones, 1))
   command.seeds('seed')
   rate = FLAGS.false_alarms
   if not 0 < rate < 1:
@@ -171,13 +164,6 @@ def _checked() -> tuple[dict, anomalies.How, files.Path]:
   workdir = declare.workdir()
   config = runs.read_config(workdir)
   plan = plans.for_run(config, sampler='ddim', clip=FLAGS.clip, seed=FLAGS.seed)
-  size = FLAGS.image_size
-  if size is not None and sizes.parsed(size, config):
-    own = 'x'.join(map(str, runs.image_shape(config['data'])[:2]))
-    raise UserError(
-      f'--image_size={size}: the run takes images of {own}: give that, or '
-      'leave it out'
-    )
   steps = config['process']['num_timesteps']
   usual = anomalies.default_times(steps)
   bound, start = (
@@ -186,15 +172,9 @@ def _checked() -> tuple[dict, anomalies.How, files.Path]:
   )
   variance = config['sample'].get('variance') or 'fixedlarge'
   how = anomalies.How(
-    plan.seed,
-    bound,
-    start,
-    FLAGS.num_steps,
-    variance,
-    plan.clip,
-    FLAGS.bound_draws,
-    FLAGS.start_draws,
-  )
+    plan.seed, bound, start, FLAGS.num_steps, variance, plan.clip,
+    FLAGS.bound_draws, FLAGS.start_draws,
+  )  # fmt: skip
   low_rank.asked()
   runs.usable_folder('workdir', workdir / 'anomalies')
   return config, how, _output(workdir)
@@ -252,7 +232,7 @@ def _protocol(sets, how) -> dict:
     'reference': 'each by all others',
     'inliers': FLAGS.inliers or '',
     'normal': FLAGS.normal,
-    'image_size': FLAGS.image_size or '',
+    'resize': FLAGS.resize,
     **{
       f'{flag}_{name}': value
       for flag, one in sets.items()

@@ -44,14 +44,30 @@ class Set(NamedTuple):
 
 
 def open_set(flag: str, config: dict) -> Set:
-  """The set of images that a flag names; all of it is read once."""
+  """The set of images that a flag names; all of it is read once.
+
+  Args:
+    flag: input, reference or inliers.
+    config: the run's config.
+
+  Raises:
+    UserError: there is no such set, or its images are not of the run's size.
+  """
+  try:
+    return _opened(flag, config)
+  except UserError as e:
+    # The rule for files names the flag of the binaries that take any size.
+    raise UserError(str(e).replace('--image_size=N', '--resize')) from e
+
+
+def _opened(flag, config) -> Set:
   text, shape = FLAGS[flag].value, runs.image_shape(config['data'])
   source = _source(flag, text, config, shape)
   first = source[0]['image'].shape
   if first != shape:
     there, here = ('x'.join(map(str, x)) for x in (first, shape))
     remedy = (
-      f'--image_size={shape[0]} crops them to the centre and resizes them '
+      '--resize crops them to the centre and resizes them '
       "(Pillow's bicubic), and scores are then those of the resized images"
     )
     if text.endswith(ARRAYS) or text in WORDS:
@@ -90,7 +106,7 @@ def _source(flag, text, config, shape) -> Source:
     return source
   given.check(flag, text)
   is_square = shape[0] == shape[1]
-  size = shape[:2] if FLAGS.image_size or not is_square else None
+  size = shape[:2] if FLAGS.resize or not is_square else None
   wanted = sources.Wanted('train', size, shape[2])
   path = files.at(text).expanduser()
   if path.suffix.lower() in folders.SUFFIXES and path.is_file():

@@ -61,6 +61,15 @@ def judge(
   return {name: scored(one) for name, one in found.items()}, limit
 
 
+def levels(reference: Found) -> dict[str, dict[str, list[float]]]:
+  """What errors are standardised with, for a card: score -> its levels."""
+  found = {name: anomaly.levels_of(reference.errors(name)) for name in SCORES}
+  return {
+    name: {part: x.tolist() for part, x in one._asdict().items()}
+    for name, one in found.items()
+  }
+
+
 class Group(NamedTuple):
   """Some images of a set, such as the normal ones.
 
