@@ -16,21 +16,21 @@ from diffusion_jax.configs import cifar10
 
 def get_config():
   config = cifar10.get_config()
-  config.num_steps = 2400
+  config.num_steps = 1500
   config.batch_size = 32
   config.log_every = 50
-  config.eval_every = 600
+  config.eval_every = 250
   config.eval_images = 256
   config.sample_every = 0
-  config.checkpoint_every = 600
+  config.checkpoint_every = 250
   config.keep_every = 0
 
   config.super_resolution.factor = 4
   config.super_resolution.by = 'mean'
   config.super_resolution.noise = 0.3
 
-  config.model.channels = 32
-  config.model.multipliers = (1, 2, 2)
+  config.model.channels = 16
+  config.model.multipliers = (1, 2, 4)
   config.model.num_blocks = 1
   config.model.attention_resolutions = (8,)
   config.model.num_groups = 8
@@ -39,7 +39,7 @@ def get_config():
 
   config.loss.law = 'levels'
   config.loss.level = 'alpha'
-  config.optim.lr = 1e-3
+  config.optim.lr = 2e-3
   config.optim.warmup_steps = 100
   config.ema.decay = 0.995
   config.sample.num_images = 27

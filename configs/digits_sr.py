@@ -2,6 +2,8 @@ r"""Super-resolution of scikit-learn's handwritten digits: 8x8 from 4x4.
 
 Reproduces: nothing published; it shows SR3 (arXiv 2104.07636) on real data: the
             enlarged picture as a condition, and continuous noise levels.
+            Held-out loss 0.048 at the end. PSNR of samples of held-out digits
+            18.1 dB, of bicubic interpolation 13.5 (docs/super_resolution.md).
 Data:       as in digits.py; the small pictures are means of 2x2 pixels.
 Hardware:   2 CPU cores.
 Time:       4 to 5 minutes.

@@ -19,7 +19,7 @@ from diffusion_jax.configs import digits_sr
 from diffusion_jax.data import augment
 from diffusion_jax.evaluation import features, sharpness
 from diffusion_jax.reporting import pictures
-from diffusion_jax.runs import exports, planned, upscaled, validation
+from diffusion_jax.runs import exports, planned, store, upscaled, validation
 from diffusion_jax.system.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -262,6 +262,23 @@ def test_a_drawer_takes_the_pictures_of_its_network(trained):
   assert planned.rows(trained, np.arange(2))[1:] == []
 
 
+def test_a_cascade_takes_the_samples_of_a_store(run, tmp_path, capsys):
+  """Up to a gap; those of other sizes are refused."""
+  low = tmp_path / 'low'
+  for folder, images in ((low, SMALL), (tmp_path / 'wide', IMAGES)):
+    store.open_store(folder, {'dtype': 'uint8'})
+    store.save(folder, np.arange(3), images[:3])
+  common = 'sample', f'--workdir={run}', *HOW, '--num_samples=4'
+  out = tmp_path / 'out'
+  binaries.here(*common, f'--low_resolution={low}', f'--output={out}')
+  want = diffusion_jax.load(run).sample(
+    4, low_resolution=SMALL, sampler='ddim', num_steps=2
+  )
+  np.testing.assert_array_equal(store.load(out, 4), want)
+  with pytest.raises(UserError, match='is a sample store of images of'):
+    binaries.here(*common, f'--low_resolution={tmp_path / "wide"}')
+
+
 @pytest.mark.parametrize(
   ('options', 'told'),
   [
@@ -331,6 +348,8 @@ def test_evaluate_takes_the_held_out_images(run, capsys):
   results = json.loads(capsys.readouterr().out)['results']
   assert results['psnr'] < results['psnr_bicubic']
   assert {'ssim', 'ssim_bicubic', 'rms_low'} <= results.keys()
+  (picture,) = run.glob('evaluations/*_sharpened.png')
+  assert pictures.read(picture).shape[1] == 4 * (64 + 8) + 8
   (store,) = run.glob('samples/*_low*/store.json')
   assert json.loads(store.read_text())[upscaled.ROW]['count'] == 359
 

@@ -16,7 +16,7 @@ from diffusion_jax.evaluation import cards, features, measure
 from diffusion_jax.runs import dataset, guided, labels, store
 from diffusion_jax.runs.trained import Trained
 from diffusion_jax.samplers.plan import Plan
-from diffusion_jax.system import files
+from diffusion_jax.system import distributed, files
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(agreeing)
@@ -171,4 +171,5 @@ def judge(
     mesh=trained.mesh,
     sample_cache=output,
   )
+  distributed.on_first(lambda: sharpening.draw(trained, samples, path))
   return card, drawn

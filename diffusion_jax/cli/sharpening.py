@@ -13,8 +13,10 @@ from PIL import Image
 
 from diffusion_jax import data, runs
 from diffusion_jax.cli import declare, given, run_data
+from diffusion_jax.conditioning import low_resolution
 from diffusion_jax.data import images
 from diffusion_jax.evaluation import features, sharpness
+from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import sizes, upscaled
 from diffusion_jax.runs.trained import Trained
 from diffusion_jax.samplers.plan import Plan
@@ -37,6 +39,7 @@ declare.table(
   ),
 )
 HELDOUT = 'heldout'
+SHOWN = 8  # rows of a picture
 LARGEST = 2**32  # bytes of pictures
 
 
@@ -185,3 +188,31 @@ def measured(trained: Trained, samples: features.Images) -> dict:
   how = trained.config['super_resolution']
   small = trained.low_resolution.images
   return sharpness.measure(samples, small, originals, how['factor'], how['by'])
+
+
+def draw(trained: Trained, samples: features.Images, card) -> None:
+  """Draws a picture beside a card: small pictures, samples and originals.
+
+  Args:
+    trained: the network.
+    samples: its samples.
+    card: the file of the card; runs that sharpen nothing have no picture.
+  """
+  if trained.low_resolution is None:
+    return
+  count = min(SHOWN, samples.count)
+  sides = trained.image_shape[:2]
+  found = upscaled.rows(trained.low_resolution, np.arange(count))
+  small = found[upscaled.ROW]
+  enlarged = low_resolution.enlarged(small, sides)
+  plain = features.whole(np.clip(np.asarray(enlarged), 0, 255))
+  shown = {
+    'given': upscaled.repeated(small, sides),
+    'bicubic': plain,
+    'sample': np.stack([samples.image(i) for i in range(count)]),
+  }
+  if FLAGS.low_resolution == HELDOUT:
+    originals = _originals(trained.config)
+    shown['original'] = originals[np.arange(count) % len(originals)]
+  picture = pictures.columns(np.stack([*shown.values()]), [*shown])
+  pictures.save(card.with_name(f'{card.stem}_sharpened.png'), picture)

@@ -255,6 +255,18 @@ def of_grid(config: Mapping, source: Source, count: int, mesh) -> tuple:
   return sharding.put_padded({ROW: small}, size, mesh), [small, whole]
 
 
+def repeated(small: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+  """Pictures in the size of images, by repeating pixels, to be shown.
+
+  Args:
+    small: uint8 [N, h, w, C].
+    sides: (H, W), multiples of (h, w).
+  """
+  for axis, side in enumerate(sides, start=1):
+    small = small.repeat(side // small.shape[axis], axis=axis)
+  return small
+
+
 def of_drawing(config: Mapping, count: int) -> dict:
   """The rows of the sampling program: name -> (shape, dtype); {} without.
 
