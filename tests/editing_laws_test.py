@@ -304,28 +304,6 @@ KNOWN = {
     [0.9900986142543833, 0.0],
     [[0.009180492237687833, 0.0], [0.0, 0.9910673763528228]],
   ),
-  ('likelihood', 0.0, 'correlated'): (
-    [1.0031793925659773, 1.076759970751234],
-    [
-      [0.00025421339159414664, -0.005825961017865138],
-      [-0.00582596101786514, 0.13351704868432956],
-    ],
-  ),
-  ('likelihood', 0.0, 'eye'): (
-    [1.0098148479025406, 0.0],
-    [[1.5755103688134425e-46, 0.0], [0.0, 0.9962521062682106]],
-  ),
-  ('likelihood', 1.0, 'correlated'): (
-    [1.0000000000000009, 0.9943621624170552],
-    [
-      [0.004335509188420854, 0.00041548411632385445],
-      [0.0004154841163238543, 0.15211572904082674],
-    ],
-  ),
-  ('likelihood', 1.0, 'eye'): (
-    [1.0000000000000002, 0.0],
-    [[0.0043285311891173095, 0.0], [0.0, 0.9910673763528228]],
-  ),
   'replacement': (
     [1.0, 0.6256140611171593],
     [[0.0, 0.0], [0.0, 0.3077974125581102]],
@@ -407,7 +385,6 @@ def reference():
 SPREADS = {
   'covariance': lambda S, t: estimate(S, t)[1],
   'pigdm': lambda S, t: variance(t) * EYE,
-  'likelihood': lambda S, t: 0 * EYE,
 }
 GUIDED = [
   (name, eta, S)
@@ -427,7 +404,7 @@ def test_guidance_has_its_law(x64, name, eta, data):
 
 
 def test_guidance_agrees_with_the_reference(x64, reference):
-  theirs = {'covariance': 'exact', 'pigdm': 'pgdm', 'likelihood': 'dps'}
+  theirs = {'covariance': 'exact', 'pigdm': 'pgdm'}
   for name, eta, data in GUIDED:
     if data == 'correlated':
       law = reference.run(theirs[name], reference.full, eta == 0)

@@ -55,35 +55,6 @@ def by_likelihood(
   return denoise
 
 
-def likelihood(
-  denoiser: gaussian.Denoiser,
-  schedule,
-  measurement: Measurement,
-  y,
-  *,
-  eta: float = 1.0,
-) -> Editing:
-  """C = 0: the estimate of x0 is taken for x0 (DPS's reading, 2209.14687).
-
-  It trusts the estimate at all noise levels, so it needs many steps and leaves
-  too little variety.
-
-  Args:
-    denoiser: the model.
-    schedule: the noise schedule.
-    measurement: the measurement.
-    y: what is known.
-    eta: of DDIM's steps, 1 for ancestral ones.
-  """
-
-  def explain(residual, alpha, sigma, back):
-    noise2 = linear.variance_of(measurement, residual)
-    return measurement.adjoint(residual / noise2)
-
-  guided = by_likelihood(denoiser, schedule, y, explain, measurement.apply)
-  return Editing(ddim(eta), guided, from_noise)
-
-
 def pigdm(
   denoiser: gaussian.Denoiser,
   schedule,

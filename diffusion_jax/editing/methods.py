@@ -9,7 +9,7 @@ from diffusion_jax.editing import measurements
 from diffusion_jax.editing.daps import daps
 from diffusion_jax.editing.ddrm import ddrm
 from diffusion_jax.editing.editing import Editing
-from diffusion_jax.editing.guided import covariance, dps, likelihood, pigdm
+from diffusion_jax.editing.guided import covariance, dps, pigdm
 from diffusion_jax.editing.replacement import repaint, replacement, walk
 from diffusion_jax.editing.sdedit import denoise, sdedit
 from diffusion_jax.guidance import clipping
@@ -77,10 +77,6 @@ _ALL = (
     covariance, (GRADIENTS,), '2310.06721',
     'gradient of the likelihood, covariance by the Jacobian',
     evaluations='1 + back, iterations + 1 times',
-  ),
-  About(
-    likelihood, (GRADIENTS,), '2209.14687',
-    'gradient of the likelihood, no covariance', evaluations='1 + back',
   ),
   About(
     dps, (GRADIENTS,), '2209.14687', 'gradient of the distance, fixed length',

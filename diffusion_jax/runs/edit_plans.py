@@ -12,12 +12,11 @@ from diffusion_jax.system.errors import UserError, one_of
 MEAN = 'mean'  # of 'denoise' in one step, which needs no other method
 # Method -> its usual number of steps, and its grid.
 USUAL = {
-  'replacement': (100, 'uniform'),
+  'replacement': (100, 'quadratic'),
   'repaint': (30, 'uniform'),
-  'ddrm': (50, 'uniform'),
+  'ddrm': (100, 'karras'),
   'pigdm': (50, 'uniform'),
   'covariance': (25, 'uniform'),
-  'likelihood': (100, 'uniform'),
   'dps': (100, 'uniform'),
   'daps': (30, 'karras'),
   'sdedit': (100, 'uniform'),
