@@ -55,17 +55,17 @@ def main():
   train, test = (_digits(split) for split in ('train', 'test'))
   result = {}
   if FLAGS.workdir:
-    odd, masks = _others(test[0][1::2])
+    odd, masks = others(test[0][1::2], FLAGS.cifar)
     sets = {'normal': test[0][1::2], **odd}
     result['other'] = _kept(
-      folder / 'other.json',
+      folder / f'other_{FLAGS.bound_draws}.json',
       lambda: _table(
         folder, FLAGS.workdir, train[0], test[0][::2], sets, masks
       ),
     )  # fmt: skip
   for name in FLAGS.classes:
     found = _kept(
-      folder / f'without_{name}.json',
+      folder / f'without_{name}_{FLAGS.bound_draws}.json',
       lambda left=int(name): _without(folder, left, train, test),
     )
     result.setdefault('class', {}).update(found)
@@ -100,8 +100,16 @@ def _digits(split) -> tuple[np.ndarray, np.ndarray]:
   return tuple(np.stack([row[k] for row in rows]) for k in ('image', 'label'))
 
 
-def _others(digits) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-  """Name -> anomalous images; name -> which pixels of them are, if some are."""
+def others(digits, cifar=None) -> tuple[dict, dict]:
+  """Makes anomalies of digits.
+
+  Args:
+    digits: uint8 [N, 8, 8, 1].
+    cifar: CIFAR-10's images, a set by name; None to leave them out.
+
+  Returns:
+    (name -> images, name -> which pixels are anomalous, where some are).
+  """
   rng = np.random.default_rng(0)
   count = len(digits)
   flat = digits.reshape(count, -1)
@@ -113,8 +121,8 @@ def _others(digits) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     one[top : top + BLOCK, left : left + BLOCK] = True
   block = np.where(mask[..., None], 255 - digits, digits)
   found = {'negatives': 255 - digits, 'shuffled': shuffled, 'block': block}
-  if FLAGS.cifar:
-    source = data.open_set(FLAGS.cifar, path=FLAGS.data_path or '')
+  if cifar:
+    source = data.open_set(cifar, path=FLAGS.data_path or '')
     chosen = [source[i]['image'] for i in range(min(count, len(source)))]
     found['CIFAR-10'] = np.stack(
       [image_files.fit(Image.fromarray(x), (8, 8), 1) for x in chosen]
@@ -145,7 +153,7 @@ def _table(folder, run, train, reference, sets, masks=None) -> dict:
   for name in sets.keys() - {'normal'}:
     row = {'images': [len(sets['normal']), len(sets[name])]}
     for method, scores in by_method.items():
-      row[method] = _best(scores['normal'], scores[name])
+      row[method] = best(scores['normal'], scores[name])
     table[name] = row
   for name, mask in (masks or {}).items():
     table[name]['pixels'] = {
@@ -156,20 +164,20 @@ def _table(folder, run, train, reference, sets, masks=None) -> dict:
   return {name: table[name] for name in sets if name in table}
 
 
-def _best(normal, anomalous) -> dict:
+def best(normal, anomalous) -> dict:
   """The best area of some settings {setting: [runs, N]}, mean over runs."""
   found = {}
   for setting, scores in normal.items():
     pairs = zip(scores, anomalous[setting], strict=True)
     areas = [anomaly.auroc(*pair) for pair in pairs]
     found[setting] = [float(x) for x in np.mean(areas, axis=0)]
-  best = max(found, key=lambda setting: found[setting][0])
-  area, error = found[best]
-  return {'auroc': area, 'error': error, 'setting': best}
+  setting = max(found, key=lambda setting: found[setting][0])
+  area, error = found[setting]
+  return {'auroc': area, 'error': error, 'setting': setting}
 
 
 def _of_pixels(maps, mask) -> dict:
-  """The area over pixels of the best of some settings, see `_best`."""
+  """The area over pixels of the best of some settings, see `best`."""
   pixels = {
     setting: ([x[~mask] for x in each], [x[mask] for x in each])
     for setting, each in maps.items()
@@ -177,14 +185,16 @@ def _of_pixels(maps, mask) -> dict:
   normal, odd = (
     {setting: x[k] for setting, x in pixels.items()} for k in range(2)
   )
-  return _best(normal, odd)
+  return best(normal, odd)
 
 
 def _ours(folder, run, reference, sets) -> dict:
   """Score -> set -> {'': [1, N]}, and heat maps, by the defaults."""
   trained = load(run)
   times = anomalies.default_times(trained.schedule.num_timesteps)
-  how = anomalies.How(0, times, times, 10, 'fixedlarge', clip=True)
+  how = anomalies.How(
+    0, times, times, 10, 'fixedlarge', True, FLAGS.bound_draws
+  )
   found, levels = {}, None
   for name, x in {'reference': reference, **sets}.items():
     images = features.Images(len(x), lambda x=x: iter([x]), name, x.__getitem__)
@@ -260,6 +270,7 @@ if __name__ == '__main__':
     cifar=(str, "CIFAR-10's test images, given like --input of edit anomaly."),
     data_path=(str, "TFDS's data_dir."),
     classes=([], 'Classes to leave out of training, with commas between.'),
+    bound_draws=(10, "Noises of the bound's terms."),
     output=(str, 'A JSON file to write the tables to.'),
   )
   command.run(main, __doc__)
