@@ -207,6 +207,25 @@ def trained(run):
 SMALL = RNG.integers(0, 256, (3, 4, 4, 1), dtype=np.uint8)
 
 
+def test_edit_upscales_by_what_the_run_was_trained_for(trained):
+  kind = {'name': 'upscale', 'factor': 2}
+  found = trained.edit(SMALL, kind, samples=2, num_steps=3)
+  assert found.shape == (3, 2, 8, 8, 1)
+  alone = trained.edit(SMALL[1:2], kind, samples=2, num_steps=3)
+  np.testing.assert_array_equal(alone[0], found[1])
+  assert (found[:, 0] != found[:, 1]).any()
+  # The network sees the picture: another one has another answer.
+  eps = trained.edit(SMALL[1:2], kind, num_steps=1, eta=0.0)
+  other = trained.edit(255 - SMALL[1:2], kind, num_steps=1, eta=0.0)
+  assert (eps != other).any()
+  for what, options in (
+    ('denoise', {'noise': 9}), ({'name': 'upscale', 'factor': 4}, {}),
+    (kind, {'method': 'ddrm'}), (kind, {'tile': 4}),
+  ):  # fmt: skip
+    with pytest.raises(UserError, match='upscale with factor=2'):
+      trained.edit(SMALL, what, **options)
+
+
 def test_training_shows_pictures_samples_and_images(run):
   picture = pictures.read(run / 'samples/train_00000004.png')
   tile, gap = 64, 8

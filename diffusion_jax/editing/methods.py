@@ -12,20 +12,18 @@ from diffusion_jax.editing.editing import Editing
 from diffusion_jax.editing.guided import covariance, dps, pigdm
 from diffusion_jax.editing.replacement import repaint, replacement, walk
 from diffusion_jax.editing.sdedit import denoise, sdedit
+from diffusion_jax.editing.trained import trained
 from diffusion_jax.guidance import clipping
 from diffusion_jax.system.errors import UserError, one_of
 
-SPECTRUM, GRADIENTS, PICTURE, NOISY = (
-  'spectrum',
-  'gradients',
-  'picture',
-  'noisy',
-)
+SPECTRUM, GRADIENTS = 'spectrum', 'gradients'
+PICTURE, NOISY, TRAINED = 'picture', 'noisy', 'trained'
 NEEDS = {
   SPECTRUM: 'singular values of the measurement',
   GRADIENTS: 'gradients through the network',
   PICTURE: 'a picture of the size of the result',
   NOISY: 'a noisy picture of which nothing is missing',
+  TRAINED: 'a small picture, and a run that was trained to sharpen it',
 }
 
 
@@ -93,6 +91,9 @@ _ALL = (
   ),
   About(
     denoise, (NOISY,), '2006.11239', 'samples on from the noise of a picture',
+  ),
+  About(
+    trained, (TRAINED,), '2104.07636', 'samples, by a run that was told of y',
   ),
 )  # fmt: skip
 ABOUT = {about.create.__name__: about for about in _ALL}
@@ -191,6 +192,8 @@ def _lacks(name, kind, shape) -> str | None:
     return None if PICTURE in needs else SPECTRUM
   if PICTURE in needs and measurements.shape_of(kind, shape) != tuple(shape):
     return PICTURE
+  if TRAINED in needs and kind['name'] != 'upscale':
+    return TRAINED
   if NOISY in needs and kind['name'] != 'denoise':
     return NOISY
   if SPECTRUM in needs and not measurements.has_spectrum(kind, shape):

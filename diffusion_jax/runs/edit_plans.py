@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from diffusion_jax.editing import measurements, methods
 from diffusion_jax.guidance import tiles
-from diffusion_jax.runs import guided, labels, planned, prompts
+from diffusion_jax.runs import guided, labels, planned, prompts, upscaled
 from diffusion_jax.samplers import plan as plans
 from diffusion_jax.system.errors import UserError, one_of
 
+TRAINED = 'trained'  # of runs that sharpen pictures
 MEAN = 'mean'  # of 'denoise' in one step, which needs no other method
 # Method -> its usual number of steps, and its grid.
 USUAL = {
@@ -21,6 +24,7 @@ USUAL = {
   'daps': (30, 'karras'),
   'sdedit': (100, 'uniform'),
   'denoise': (100, 'uniform'),
+  TRAINED: (100, 'uniform'),
 }
 # What is known -> the method that docs/editing.md shows best for it.
 BEST = {
@@ -89,7 +93,9 @@ def able(kind: str | None) -> list[str]:
     kind: the name of a measurement; None for a picture to start from.
   """
   found = [MEAN, *USUAL] if kind == 'denoise' else [*USUAL]
-  of_kind = {'sdedit': (None,), 'denoise': ('denoise',)}
+  of_kind = {
+    'sdedit': (None,), 'denoise': ('denoise',), TRAINED: ('upscale',)
+  }  # fmt: skip
   fits = [x for x in found if kind in of_kind.get(x, (kind,))]
   if kind is None:
     fits = ['sdedit']
@@ -129,7 +135,7 @@ def plan(
   name = kind and kind['name']
   if name is not None:
     one_of('measurement', name, measurements.KINDS)
-  method = method or BEST[name]
+  method = _of_trained(trained.config, kind, method, tile) or BEST[name]
   if method == MEAN and name == 'denoise':
     if 'num_steps' in given or 'grid' in given:
       raise UserError('method=mean takes one evaluation: leave num_steps out')
@@ -156,6 +162,25 @@ def plan(
   )  # fmt: skip
 
 
+def _of_trained(config, kind, method: str | None, tile) -> str | None:
+  """The method, checked to be `TRAINED` of runs that sharpen pictures alone."""
+  factor = upscaled.factor(config)
+  if not factor:
+    if method == TRAINED:
+      raise UserError(
+        'method=trained needs a run that was trained to sharpen pictures, with '
+        'super_resolution.factor: use another method'
+      )
+    return method
+  own = kind is not None and kind.get('factor') == factor
+  if not own or method not in (None, TRAINED) or tile:
+    raise UserError(
+      f'the run was trained to sharpen pictures {factor} times: it answers '
+      f'upscale with factor={factor} by method=trained, without tiles'
+    )
+  return TRAINED
+
+
 def _check_in_latents(method, kind, tile) -> None:
   """Raises UserError for what cannot be done through a decoder."""
   fit = [name for name, about in methods.ABOUT.items() if about.decoder]
@@ -178,9 +203,15 @@ def _plan(trained, given: dict, sides) -> plans.Plan:
   asked = any(given.get(name) is not None for name in prompts.NAMES)
   if not asked:
     labels.check_null(trained.recipe.conditioner, 'a label, such as --label=0')
+  if upscaled.factor(trained.config):  # what is known comes with the rows
+    shape = upscaled.shape_of(trained.config, sides)
+    some = upscaled.Pictures(np.zeros((1, *shape), np.uint8))
+    trained = upscaled.applied(trained, some)
   made = planned.plan(
     trained, {'sampler': 'ddim', 'image_size': sides, **given}
   )
+  rest = {k: x for k, x in made.condition.items() if k not in upscaled.NAMES}
+  made = made._replace(condition=rest)
   if asked:
     return made
   guidance = made.guidance

@@ -20,7 +20,7 @@ from diffusion_jax.codecs import pixels
 from diffusion_jax.editing import measurements, methods, noise_level
 from diffusion_jax.guidance import tiles
 from diffusion_jax.process import noise
-from diffusion_jax.runs import draw, guided, prompts
+from diffusion_jax.runs import draw, edit_plans, guided, prompts, upscaled
 from diffusion_jax.runs.edit_plans import Edit, plan
 from diffusion_jax.samplers.solve import solve
 from diffusion_jax.system.errors import UserError
@@ -187,6 +187,9 @@ def _answers(params, rows, texts, *, recipe, mesh, edit, others) -> Answers:
     name: x if name == 'negative' else jnp.repeat(x, edit.tiles, axis=0)
     for name, x in given.items()
   }
+  if edit.method == edit_plans.TRAINED:
+    whole = jnp.round((rows['measured'] + 1) * 127.5)
+    given[upscaled.ROW] = jnp.clip(whole, 0, 255)
   denoiser = guided.denoiser(
     recipe, params, given, how.guidance, mesh, **others
   )
