@@ -70,6 +70,7 @@ setup(
       'setuptools>=77',  # what it would ship is tested
     ],
     'docs': ['pdoc>=16'],
+    'benchmarks': ['scikit-image>=0.26'],  # what edits are compared with
     # Pinned: the golden files come from these.
     'parity': [
       'torch==2.13.0',

@@ -26,13 +26,11 @@ import json
 import time
 from pathlib import Path
 
-import edit_rivals
 import jax
 import jax.numpy as jnp
 import numpy as np
 import rounds
 from absl import flags
-from skimage import metrics
 
 from diffusion_jax import data, load
 from diffusion_jax.cli import command, declare, judges
@@ -109,6 +107,9 @@ def tasks(name: str, count: int) -> dict:
 
 def main():
   command.need('workdir', 'tasks', 'output')
+  rounds.need('skimage', extra='benchmarks')
+  import edit_rivals
+
   trained = load(FLAGS.workdir)
   _, heldout = data.splits(trained.config['data'])
   count = FLAGS.num_images or len(heldout)
@@ -219,6 +220,8 @@ def _cell(answer, known, whole, noise, judge) -> dict:
   facts = {'seconds': (time.perf_counter() - start) / len(known)}
   if isinstance(answers, tuple):
     answers, facts = answers
+  from skimage import metrics
+
   each = [
     metrics.structural_similarity(
       a, b, win_size=7, data_range=255, channel_axis=-1

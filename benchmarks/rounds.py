@@ -128,11 +128,11 @@ def described(found: Mapping, *packages: str) -> str:
   )
 
 
-def need(*packages: str) -> None:
-  """Raises UserError unless these packages are installed."""
+def need(*packages: str, extra: str = 'parity') -> None:
+  """Raises UserError unless these packages, of an extra, are installed."""
   for name in packages:
     if not importlib.util.find_spec(name):
-      raise UserError(f"{name} is not installed: pip install '.[parity]'")
+      raise UserError(f"{name} is not installed: pip install '.[{extra}]'")
 
 
 def numbers(flag: str, given: Sequence[str]) -> list[int]:
