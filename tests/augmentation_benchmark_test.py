@@ -22,7 +22,7 @@ def test_a_classifier_learns_from_the_sets_of_its_arm(monkeypatch, arm, right):
   """The new images have the labels of the others."""
   monkeypatch.setattr(augmentation, 'BATCH', 8)
   sets = {'real': dark_and_light(), 'new': dark_and_light(flip=True)}
-  trained = augmentation.train(sets, arm, 0, steps=20)
+  (trained,) = augmentation.train(sets, arm, [0], steps=20)
   assert augmentation.accuracy(trained, dark_and_light(6)) == right
 
 
