@@ -47,7 +47,7 @@ FLAGS = flags.FLAGS
 # by heart.
 STEPS = {'10': 600, '50': 1000, 'all': 3000}
 PER_CLASS = 100  # of each set of generated images
-HOW = ('--sampler=ddim', '--num_steps=50')
+HOW = ('--sampler=ddim', '--num_steps=20')
 STRENGTH = 0.5
 SEEDS, CLASSES = (0, 1, 2), 10
 CLASSIFIER_STEPS, BATCH, LEARNING_RATE = 600, 64, 2e-3
