@@ -19,7 +19,7 @@ from diffusion_jax.evaluation.metrics import neighbours
 from diffusion_jax.system.errors import UserError
 
 MOST = 20  # times as many candidates as are wanted, at most
-SPARE = 1.1  # the first ones are this many times as many
+SPARE = 1.2  # the first ones are this many times as many
 
 
 class Ruler(NamedTuple):
