@@ -120,6 +120,8 @@ def main():
   found = json.loads(path.read_text()) if path.exists() else {}
   found.setdefault('cells', {})
   for task, (kind, noise, masks) in tasks(FLAGS.tasks, count).items():
+    if FLAGS.only and task not in FLAGS.only:
+      continue
     known = measured(kind, whole, noise, masks)
     cells = found['cells'].setdefault(task, {})
     answers = {
@@ -254,6 +256,7 @@ declare.shared('workdir')
 declare.table(
   tasks=(('digits', 'cifar10'), 'Which tasks.'),
   num_images=(int, 'Held-out images; by default all.'),
+  only=(list, 'Only these tasks, such as x2,x4; by default all.'),
   methods=(list, 'Only these, ours or others; by default all.'),
   output=(str, 'The result as JSON; cells in it are not computed again.'),
 )
