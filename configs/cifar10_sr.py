@@ -2,9 +2,11 @@ r"""Super-resolution of CIFAR-10, 32x32 from 8x8: a narrow network.
 
 Reproduces: nothing published; a demonstration of SR3 (arXiv 2104.07636) that
             two CPU cores can train. For good pictures, train wider and longer.
+            Not yet run to the end: loss 0.048 after 300 of 1,000 steps.
 Data:       as in cifar10.py; the small pictures are means of 4x4 pixels.
 Hardware:   2 CPU cores.
-Time:       about 10 minutes.
+Time:       10 to 15 minutes, by the first 330 steps, at 1.2 steps/s beside
+            other programs.
 Command:    python -m diffusion_jax.train --config=configs/cifar10_sr.py \
               --workdir=runs/cifar10_sr
 Samples:    python -m diffusion_jax.sample --workdir=runs/cifar10_sr \
@@ -16,7 +18,7 @@ from diffusion_jax.configs import cifar10
 
 def get_config():
   config = cifar10.get_config()
-  config.num_steps = 1500
+  config.num_steps = 1000
   config.batch_size = 32
   config.log_every = 50
   config.eval_every = 250
