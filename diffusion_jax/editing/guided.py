@@ -18,6 +18,7 @@ import numpy as np
 from diffusion_jax.editing import linear
 from diffusion_jax.editing.editing import Editing, from_noise
 from diffusion_jax.editing.measurements import Measurement
+from diffusion_jax.models import convolution
 from diffusion_jax.process import gaussian
 from diffusion_jax.samplers.ddim import ddim
 from diffusion_jax.samplers.solve import Sampler
@@ -42,7 +43,8 @@ def by_likelihood(
       seen = denoiser(x, t)
       return seen.x0, seen
 
-    x0, vjp, seen = jax.vjp(seen_at, xt, has_aux=True)
+    with convolution.backwards():
+      x0, vjp, seen = jax.vjp(seen_at, xt, has_aux=True)
     alpha, sigma = gaussian.alpha_sigma(schedule, t, xt)
     # Pure noise tells nothing of x0, and alpha is 0.
     alpha = jnp.where(alpha == 0, jnp.inf, alpha)
@@ -158,7 +160,8 @@ def dps(
       x0 = denoiser(x, row['t']).x0
       return y - measurement.apply(x0), x0
 
-    residual, vjp, x0 = jax.vjp(residual_at, x, has_aux=True)
+    with convolution.backwards():
+      residual, vjp, x0 = jax.vjp(residual_at, x, has_aux=True)
     axes = tuple(range(1, residual.ndim))
     norm = jnp.sqrt(jnp.sum(residual**2, axes, keepdims=True))
     slope = vjp(residual / jnp.where(norm > 0, norm, 1))[0]

@@ -15,6 +15,7 @@ from flax import nnx
 
 from diffusion_jax.models import (
   attention,
+  convolution,
   normalise,
   pointwise,
   styles,
@@ -25,7 +26,6 @@ from diffusion_jax.models import (
 # take a set of these names, `plain`, to compute them in the usual form.
 MEASURES = ('norm', 'padding', 'upsampling', 'attention', 'dropout')
 COLOURS = 8
-LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 
 
 def kernel_init(scale: float = 1.0):
@@ -64,6 +64,7 @@ def conv(inputs, outputs, *, scale=1.0, init='ddpm', **kwargs) -> nnx.Conv:
     **kwargs: arguments of nnx.Conv.
   """
   how = initial(init, scale, 9 * inputs)
+  how['conv_general_dilated'] = convolution.general
   return nnx.Conv(inputs, outputs, (3, 3), **how, **kwargs)
 
 
@@ -176,10 +177,7 @@ def convolved(
     missing = [max(0, COLOURS - size) for size in (inputs, outputs)]
     kernel = jnp.pad(kernel, [(0, 0), (0, 0), *((0, n) for n in missing)])
     x = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing[0])])
-  y = jax.lax.conv_general_dilated(
-    x, kernel, (1, 1), 'SAME', dimension_numbers=LAYOUT
-  )
-  return y[..., :outputs]
+  return convolution.same(x, kernel)[..., :outputs]
 
 
 def time_features(

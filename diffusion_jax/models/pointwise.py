@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_jax.models import convolution
+
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 
 
@@ -39,6 +41,9 @@ def _dense_jvp(primals, tangents):
   y = _convolved(x, kernel)
   # As the transpose of `_of_kernel`, so that the backward pass is `_of_kernel`.
   by_kernel = jax.linear_transpose(lambda dy: _of_kernel(x, dy), y)
+  if convolution.is_for_backwards():
+    back = jax.linear_transpose(lambda dy: _convolved(dy, kernel.T), y)
+    return y, back(dx)[0] + by_kernel(dkernel)[0]
   return y, _convolved(dx, kernel) + by_kernel(dkernel)[0]
 
 
