@@ -2,9 +2,9 @@
 
 XLA's CPU compiler brings convolutions into the form of its fast kernel outside
 of loops only. A derivative in another form, with the channels of the kernel
-swapped, takes 2 to 18 times as long in a loop, such as that of a sampler. As JAX
-derives a convolution, the forward-mode derivative has the fast form; derived as
-the transpose of another convolution, the backward pass has it.
+swapped, takes 2 to 18 times as long in a loop, such as that of a sampler. JAX
+gives the fast form to the forward-mode derivative. Derived as the transpose of
+another convolution, the backward pass has it.
 """
 
 import contextlib
