@@ -216,6 +216,36 @@ def test_a_mistake_writes_nothing(workdir, folder, tmp_path, task, flags, must):
   assert not output.exists()
 
 
+@pytest.mark.slow
+def test_a_mask_may_be_a_box_a_picture_or_transparency(workdir, tmp_path):
+  """The same pixels are known, so the answers are the same."""
+  white = np.zeros((8, 8), np.uint8)
+  white[2:6, 1:5] = 255
+  clear = np.dstack([np.repeat(IMAGES[0], 3, -1), 255 - white])
+  for name, picture in (('mask', white), ('clear', clear)):
+    (tmp_path / name).mkdir()
+    Image.fromarray(picture).save(tmp_path / name / 'p.png')
+  (tmp_path / 'plain').mkdir()
+  pictures.save(tmp_path / 'plain' / 'p.png', IMAGES[0])
+  answers = []
+  for i, (place, *flags) in enumerate((
+    ('plain', '--box=2,1,4,4'), ('plain', f'--mask={tmp_path}/mask/p.png'),
+    ('plain', f'--mask={tmp_path}/mask'), ('clear',),
+  )):  # fmt: skip
+    output = tmp_path / f'out{i}'
+    found = edit('inpaint', workdir, tmp_path / place, output, *flags)
+    assert found.code == 0, found.err
+    answers.append(pictures.read(output / 'p_0.png'))
+  for other in answers[1:]:
+    np.testing.assert_array_equal(other, answers[0])
+  small = tmp_path / 'small.png'
+  Image.fromarray(white[:4]).save(small)
+  message = edit(
+    'inpaint', workdir, tmp_path / 'plain', tmp_path / 'no', f'--mask={small}'
+  ).message
+  assert 'give a mask of the same size' in message
+
+
 def test_inputs_of_other_sizes_are_answered_or_told(workdir, folder, tmp_path):
   odd = tmp_path / 'odd'
   odd.mkdir()

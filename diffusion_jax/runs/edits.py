@@ -78,7 +78,7 @@ def rows(
   }
   if mask is not None:
     found['mask'] = _mask(mask, edit.image_shape, len(known))
-    found['measured'] = found['measured'] * found['mask']
+    found['measured'] = np.where(found['mask'] > 0, found['measured'], 0)
   if (edit.method == 'sdedit') != (strength is not None):
     need = 'needs a strength' if strength is None else 'takes no strength'
     raise UserError(f'method={edit.method} {need}, above 0 and at most 1')
