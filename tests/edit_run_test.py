@@ -249,6 +249,8 @@ def test_a_mask_may_be_a_box_a_picture_or_transparency(workdir, tmp_path):
 def test_inputs_of_other_sizes_are_answered_or_told(workdir, folder, tmp_path):
   odd = tmp_path / 'odd'
   odd.mkdir()
+  none = edit('denoise', workdir, odd, tmp_path / 'none', '--noise=9')
+  assert 'odd has no images' in none.message
   pictures.save(odd / 'large.png', np.tile(IMAGES[0], (2, 3, 1))[:13, :19])
   output = tmp_path / 'out'
   message = edit('denoise', workdir, odd, output, '--noise=9').message
