@@ -239,17 +239,27 @@ def _cell(answer, known, whole, noise, judge) -> dict:
 
 
 def text(cells: dict) -> str:
-  """All tasks as Markdown tables."""
+  """A Markdown table for each number: a row a method, a column a task."""
+  rows = dict.fromkeys(name for found in cells.values() for name in found)
+  keys = dict.fromkeys(
+    key for found in cells.values() for row in found.values() for key in row
+  )
   lines = []
-  for task, rows in cells.items():
-    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
-    lines += [f'**{task}**', '', f'| | {" | ".join(keys)} |']
-    lines += ['|---|' + '---:|' * len(keys)]
-    for name, row in rows.items():
-      shown = [f'{row[k]:.3g}' if k in row else '' for k in keys]
-      lines.append(f'| {name} | {" | ".join(shown)} |')
+  for key in keys:
+    lines += [
+      f'| {key} | {" | ".join(cells)} |',
+      '|---|' + '---:|' * len(cells),
+    ]
+    for name in rows:
+      shown = [_shown(found.get(name, {}).get(key)) for found in cells.values()]
+      if any(shown):
+        lines.append(f'| {name} | {" | ".join(shown)} |')
     lines.append('')
   return '\n'.join(lines)
+
+
+def _shown(value) -> str:
+  return '' if value is None else f'{value:.3g}'
 
 
 declare.shared('workdir')

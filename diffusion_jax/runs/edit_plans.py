@@ -28,10 +28,10 @@ USUAL = {
 }
 # What is known -> the method that docs/editing.md shows best for it.
 BEST = {
-  'inpaint': 'repaint',
-  'upscale': 'pigdm',
-  'colourise': 'pigdm',
-  'deblur': 'pigdm',
+  'inpaint': 'dps',
+  'upscale': 'covariance',
+  'colourise': 'covariance',
+  'deblur': 'covariance',
   'denoise': MEAN,
   None: 'sdedit',
 }
@@ -135,7 +135,10 @@ def plan(
   name = kind and kind['name']
   if name is not None:
     one_of('measurement', name, measurements.KINDS)
-  method = _of_trained(trained.config, kind, method, tile) or BEST[name]
+  method = _of_trained(trained.config, kind, method, tile)
+  in_latents = trained.codec.levels is None
+  # Of the others, through a decoder only DPS keeps to what is known.
+  method = method or ('dps' if kind and in_latents else BEST[name])
   if method == MEAN and name == 'denoise':
     if 'num_steps' in given or 'grid' in given:
       raise UserError('method=mean takes one evaluation: leave num_steps out')
@@ -149,7 +152,7 @@ def plan(
       f'pictures have {image_shape[-1]} channels, and those of the run '
       f'{trained.image_shape[-1]}: give others'
     )
-  if trained.codec.levels is None:
+  if in_latents:
     _check_in_latents(method, kind, tile)
   if tile:
     tile, overlap = _tile(tile, overlap, image_shape)
