@@ -79,10 +79,11 @@ def non_local_means(noise):
   """
 
   def answer(one, i):
-    return restoration.denoise_nl_means(
+    found = restoration.denoise_nl_means(
       one, patch_size=3, patch_distance=5, h=0.8 * noise, sigma=noise,
       fast_mode=False, channel_axis=-1, preserve_range=True,
     )  # fmt: skip
+    return found.reshape(one.shape)
 
   return lambda known: _each(known, answer)
 
