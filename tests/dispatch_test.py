@@ -104,7 +104,9 @@ def test_several_steps_train_the_same_as_single_ones(make, sizes, microbatches):
   )
   several = jax.jit(
     functools.partial(
-      step.train_steps, step_fn=lambda state, _, batch: step_fn(state, batch)
+      step.train_steps,
+      step_fn=lambda state, _, batch: step_fn(state, batch),
+      mesh=mesh,
     ),
     donate_argnums=0,
     out_shardings=(

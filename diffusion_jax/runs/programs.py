@@ -104,7 +104,9 @@ def create(
     microbatches=config['microbatches'],
     **common,
   )
-  train_steps = functools.partial(step.train_steps, step_fn=train_step)
+  train_steps = functools.partial(
+    step.train_steps, step_fn=train_step, mesh=mesh
+  )
   step_fn, steps_fn = (
     jax.jit(
       fn,

@@ -1,5 +1,6 @@
 """The training step: one pure function, jitted once."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -11,7 +12,7 @@ from jax.experimental import layout
 
 from diffusion_jax import models
 from diffusion_jax.data.resident import take
-from diffusion_jax.models import splash
+from diffusion_jax.models import convolution, splash
 from diffusion_jax.objectives.objective import Aux, Objective
 from diffusion_jax.training import averages, optim, sharding
 from diffusion_jax.training.state import TrainState
@@ -59,9 +60,16 @@ def accumulate(
   one = jax.tree.map(lambda x: x[0], pieced)
   shapes = jax.eval_shape(lambda: gradient_fn(one)[1][1].sums)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, shapes))
-  (grads, sums), by_row = jax.lax.scan(add, zeros, pieced)
+  with _loop(mesh):
+    (grads, sums), by_row = jax.lax.scan(add, zeros, pieced)
   values, by_row = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), by_row)
   return grads, (values, Aux(by_row, sums))
+
+
+def _loop(mesh: jax.sharding.Mesh):
+  """The context in which the gradients of a loop are traced."""
+  on_cpu = mesh.devices.flat[0].platform == 'cpu'
+  return convolution.backwards() if on_cpu else contextlib.nullcontext()
 
 
 def train_step(
@@ -186,7 +194,13 @@ def _together(updates):
 
 
 def train_steps(
-  state: TrainState, frozen: dict, batches, resident=None, *, step_fn: Callable
+  state: TrainState,
+  frozen: dict,
+  batches,
+  resident=None,
+  *,
+  step_fn: Callable,
+  mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, dict]:
   """Several updates in one program.
 
@@ -196,6 +210,7 @@ def train_steps(
     batches: [K, B, ...] rows of data, or their orders, see `resident.orders`.
     resident: all images, of which `batches` are orders, see `resident.place`.
     step_fn: (state, frozen, batch) -> (state, metrics), one update.
+    mesh: the devices.
 
   Returns:
     The state after K updates, and their metrics [K].
@@ -206,7 +221,8 @@ def train_steps(
       batch = take(resident, batch)
     return step_fn(state, frozen, batch)
 
-  return jax.lax.scan(one, state, batches)
+  with _loop(mesh):
+    return jax.lax.scan(one, state, batches)
 
 
 def heldout_loss(
