@@ -10,6 +10,7 @@ import tiny
 from PIL import Image
 
 import diffusion_jax
+from diffusion_jax.data import pictures as given
 from diffusion_jax.editing import measurements
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import edits
@@ -119,6 +120,7 @@ def test_tiles_answer_pictures_of_any_size(trained):
     ('denoise', {'method': 'nope'}, 'nope'),
     ('denoise', {'method': 'sdedit'}, 'strength'),
     ('denoise', {'samples': 0}, 'samples=0'),
+    ('denoise', {'samples': 2}, 'the mean is one answer'),
     ('denoise', {'overlap': 3}, 'overlap=3'),
     ('denoise', {'tile': 9}, 'tile=9x9'),
     ('denoise', {'label': 3}, 'label=3'),
@@ -208,12 +210,36 @@ def test_it_writes_answers_and_goes_on_where_it_stopped(
     ('restyle', ('--simulate',), '--simulate'),
     ('denoise', ('--num_images=3',), '--num_images=3'),
     ('denoise', ('--mask=x.png',), 'mask'),
+    ('denoise', ('--samples=2',), '--samples=2: the mean is one answer'),
+    ('denoise', ('--method=sdedit',), 'sdedit'),
+    ('deblur', ('--blur=motion', '--length=9'), '--length=9: from 1'),
+    ('denoise', ('--tile=0',), '--tile=0'),
   ],
 )  # fmt: skip
 def test_a_mistake_writes_nothing(workdir, folder, tmp_path, task, flags, must):
   output = tmp_path / 'out'
   assert must in edit(task, workdir, folder, output, *flags).message
   assert not output.exists()
+
+
+def test_each_picture_of_a_folder_has_a_name(tmp_path):
+  for name in ('a/b.png', 'a_b.png', 'c.png', 'c.bmp', 'd.png'):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    Image.fromarray(IMAGES[0, ..., 0]).save(tmp_path / name)
+  found = given.listed(str(tmp_path), 'input')
+  assert len(found) == 5
+  assert {*found} >= {'d', 'c.png', 'c.bmp'}
+  assert len({*found.values()}) == 5
+
+
+@pytest.mark.slow
+def test_what_answers_depend_on_is_not_mixed(workdir, folder, tmp_path):
+  how = 'vary', workdir, folder
+  assert edit(*how, tmp_path / 'out', '--samples=1').code == 0
+  other = edit(*how, tmp_path / 'out', '--samples=1', '--strength=0.9')
+  assert 'choose another --output' in other.message
+  inside = edit(*how, folder / 'out')
+  assert 'is inside of --input' in inside.message
 
 
 @pytest.mark.slow

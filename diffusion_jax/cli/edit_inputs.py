@@ -104,7 +104,7 @@ def asked(task: str, config: dict) -> Asked:
   if task == 'upscale' and not FLAGS.simulate:
     larger = FLAGS.factor
   found = [_fitted(picture, config, larger) for picture in found]
-  kind = _kind(task, own)
+  kind = _kind(task, np.min([one.pixels.shape for one in found], axis=0))
   masks = None
   if task == 'inpaint':
     masks = [_mask(picture) for picture in found]
@@ -177,9 +177,10 @@ def _fitted(picture: Picture, config, larger: int) -> Picture:
   if larger > 1:
     given += f', its answer {sides[1]} and {sides[0]}'
   remedy = (
-    f'--resize crops it to the proportions of {own[0]}x{own[1]} and resizes '
-    f'it, --tile={min(own)} answers it by overlapping tiles'
+    f'--resize crops it to the proportions of {own[0]}x{own[1]} and resizes it'
   )
+  if min(sides) >= min(own):
+    remedy += f', --tile={min(own)} answers it by overlapping tiles'
   try:
     sizes.check(config, sides)
   except UserError as e:
@@ -193,7 +194,7 @@ def _fitted(picture: Picture, config, larger: int) -> Picture:
   return picture
 
 
-def _kind(task: str, own) -> dict | None:
+def _kind(task: str, shape) -> dict | None:
   """The measurement of a task's flags, see `edit_plans.Edit`."""
   if edit_tasks.KINDS[task] is None:
     return None
@@ -201,12 +202,13 @@ def _kind(task: str, own) -> dict | None:
   if task == 'upscale':
     kind |= {'factor': FLAGS.factor, 'by': FLAGS.by}
   if task == 'deblur':
-    kind['kernel'] = np.round(_kernel(own), 12).tolist()
+    kind['kernel'] = np.round(_kernel(shape), 12).tolist()
   return kind
 
 
-def _kernel(own) -> np.ndarray:
-  """The kernel of --blur."""
+def _kernel(shape) -> np.ndarray:
+  """The kernel of --blur, for pictures of this shape and larger ones."""
+  side = int(min(shape[:2]))
   for name, of in (
     ('sd', 'gaussian'),
     ('length', 'motion'),
@@ -215,15 +217,19 @@ def _kernel(own) -> np.ndarray:
     if FLAGS[name].present and FLAGS.blur != of:
       raise UserError(f'--{name} is for --blur={of}, not --blur={FLAGS.blur}')
   if FLAGS.blur == 'gaussian':
-    return kernels.gaussian(FLAGS.sd)
+    return kernels.gaussian(FLAGS.sd, side)
   if FLAGS.blur == 'motion':
+    if not 1 <= FLAGS.length <= side:
+      raise UserError(
+        f'--length={FLAGS.length:g}: from 1 to the side of the pictures, {side}'
+      )
     return kernels.motion(FLAGS.length, FLAGS.angle)
   if not Path(FLAGS.blur).expanduser().is_file():
     raise UserError(
       f'--blur={FLAGS.blur}: gaussian, motion, or a picture of the kernel'
     )
   path = Path(FLAGS.blur).expanduser()
-  return kernels.given(pictures.read(path.stem, path, 1).pixels[..., 0], own)
+  return kernels.given(pictures.read(path.stem, path, 1).pixels[..., 0], shape)
 
 
 def _mask(picture: Picture) -> np.ndarray:

@@ -6,6 +6,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from diffusion_jax.cli import edit_tasks
 from diffusion_jax.evaluation import cards
 from diffusion_jax.objectives import similarity
 from diffusion_jax.reporting import pictures
@@ -73,7 +74,7 @@ def _open(output, protocol) -> None:
   path = output / 'edit.json'
   if path.is_file():
     try:
-      there = json.loads(path.read_text())['protocol']
+      there = dict(json.loads(path.read_text())['protocol'])
     except (ValueError, KeyError, TypeError) as e:
       raise UserError(f'{path} is damaged: choose another --output') from e
     own = json.loads(json.dumps(protocol))
@@ -99,7 +100,8 @@ def _protocol(trained, task, edit) -> dict:
   subject.pop('workdir')
   how = edit.protocol()
   how.pop('image_shape')
-  return {'task': task, **subject, **how}
+  given = {name: FLAGS[name].value for name in edit_tasks.OWN[task]}
+  return {'task': task, **subject, **how, 'given': given}
 
 
 def _pairs(group) -> list[tuple[int, int]]:

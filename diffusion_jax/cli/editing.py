@@ -19,6 +19,7 @@ from diffusion_jax.editing import methods
 from diffusion_jax.runs import edit_plans
 from diffusion_jax.samplers import grid as grids
 from diffusion_jax.system import compilation, distributed, files, terminal
+from diffusion_jax.system.errors import UserError, one_of
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(distributed)
@@ -82,7 +83,7 @@ def main(name: str) -> None:
     UserError: a flag, a picture or the run does not fit.
   """
   distributed.initialize()
-  command.at_least(samples=1, batch_size=1)
+  command.at_least(samples=1, batch_size=1, tile=1)
   command.seeds('seed')
   if FLAGS.samples is None:
     FLAGS.samples = 4 if name == 'vary' else 1
@@ -90,6 +91,20 @@ def main(name: str) -> None:
   config = runs.read_config(workdir)
   output = files.at(FLAGS.output).expanduser()
   runs.usable_output(output, 'edits')
+  if files.resolved(FLAGS.input) in (files.resolved(output), *files.parents(
+    files.resolved(output)
+  )):  # fmt: skip
+    raise UserError(
+      f'--output={FLAGS.output} is inside of --input={FLAGS.input}, whose '
+      'pictures its answers would become: choose a folder outside'
+    )
+  able = edit_plans.able(edit_tasks.KINDS[name])
+  method = one_of('method', FLAGS.method or able[0], able)
+  if method == edit_plans.MEAN and FLAGS.samples > 1:
+    raise UserError(
+      f'--samples={FLAGS.samples}: the mean is one answer; samples are those '
+      'of --method=denoise'
+    )
   low_rank.asked()
   others = guiding.others_of(config)
   asked = edit_inputs.asked(name, config)

@@ -28,7 +28,7 @@ def listed(place: str, flag: str) -> dict[str, Path]:
   """Name -> file of a picture, or of all pictures in a folder.
 
   The names of a folder's pictures are their paths without the suffix, with '_'
-  for '/'; with it, if two would be equal.
+  for '/'; those that would be equal keep their suffix, and a number if need be.
 
   Args:
     place: a file or a folder.
@@ -41,14 +41,17 @@ def listed(place: str, flag: str) -> dict[str, Path]:
   if path.is_file():
     return {path.stem: path}
   found = folders.files_of(path, f'--{flag}={place}')
-  names = [name for name, _ in found.images]
-  short = [Path(name).with_suffix('').as_posix() for name in names]
-  twice = len({*short}) < len(short)
-  called = names if twice else short
-  return {
-    name.replace('/', '_'): path / file
-    for name, file in zip(called, names, strict=True)
-  }
+  paths = [path for path, _ in found.images]
+  short = [Path(name).with_suffix('').as_posix() for name in paths]
+  names = {}
+  for name, whole in zip(short, paths, strict=True):
+    called = name.replace('/', '_')
+    if [other.replace('/', '_') for other in short].count(called) > 1:
+      called = whole.replace('/', '_')
+    while called in names:
+      called += '_2'
+    names[called] = path / whole
+  return names
 
 
 def read(name: str, path: Path, channels: int) -> Picture:

@@ -71,25 +71,23 @@ def tiled(
     weights(height, tile[0], tops)[:, None, :, None]
     * weights(width, tile[1], lefts)[None, :, None, :]
   ).reshape(-1, *tile, 1)
-  corners = [(top, left) for top in tops for left in lefts]
+  # By index, so that the program does not grow with the number of tiles.
+  down = np.repeat(np.add.outer(tops, np.arange(tile[0])), len(lefts), 0)
+  right = np.tile(np.add.outer(lefts, np.arange(tile[1])), (len(tops), 1))
+  places = down[:, :, None], right[:, None, :]
 
   def cut(x):
-    pieces = [
-      x[:, top : top + tile[0], left : left + tile[1]] for top, left in corners
-    ]
-    return jnp.stack(pieces, 1).reshape(-1, *tile, channels)
+    return x[:, *places].reshape(-1, *tile, channels)
 
   def joined(pieces):
-    pieces = pieces.reshape(-1, len(corners), *tile, channels)
+    pieces = pieces.reshape(-1, len(down), *tile, channels)
     found = jnp.zeros((len(pieces), *image_shape), pieces.dtype)
-    for i, (top, left) in enumerate(corners):
-      rows, columns = slice(top, top + tile[0]), slice(left, left + tile[1])
-      own = pieces[:, i] * jnp.asarray(shares[None, i], pieces.dtype)
-      found = found.at[:, rows, columns].add(own)
-    return found
+    return found.at[:, *places].add(
+      pieces * jnp.asarray(shares[None], pieces.dtype)
+    )
 
   def denoise(xt, t):
-    times = jnp.repeat(t, len(corners)) if jnp.ndim(t) else t
+    times = jnp.repeat(t, len(down)) if jnp.ndim(t) else t
     return jax.tree.map(joined, denoiser(cut(xt), times))
 
   return denoise

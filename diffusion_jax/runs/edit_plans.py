@@ -228,7 +228,7 @@ def _plan(trained, given: dict, sides) -> plans.Plan:
 
 def _tile(tile, overlap, image_shape) -> tuple[tuple[int, int], int]:
   """The tile and the overlap, checked."""
-  tile = (tile, tile) if isinstance(tile, int) else tuple(tile)
+  tile = (int(tile),) * 2 if np.ndim(tile) == 0 else tuple(map(int, tile))
   if not all(1 <= a <= b for a, b in zip(tile, image_shape, strict=False)):
     raise UserError(
       f'tile={tile[0]}x{tile[1]}: from 1 to the size of the pictures, '

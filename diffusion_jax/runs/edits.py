@@ -329,6 +329,10 @@ def edit(
   factor = (kind or {}).get('factor', 1)
   shape = height * factor, width * factor, trained.image_shape[-1]
   made = plan(trained, kind, shape, method=method, **options)
+  if samples > 1 and (made.method, made.evaluations) == ('denoise', 1):
+    raise UserError(
+      f"samples={samples}: the mean is one answer; give method='denoise'"
+    )
   found = rows(made, images, noise, mask, strength)
   pairs = np.indices((len(images), samples)).reshape(2, -1)
   given = {name: x[pairs[0]] for name, x in found.items()}
