@@ -141,7 +141,7 @@ def test_upsampling_equals_repeating_and_convolving():
   def plain(x, kernel):
     repeated = x.repeat(2, axis=1).repeat(2, axis=2)
     return jax.lax.conv_general_dilated(
-      repeated, kernel, (1, 1), 'SAME', dimension_numbers=layers.LAYOUT
+      repeated, kernel, (1, 1), 'SAME', dimension_numbers=upsampling.LAYOUT
     )
 
   args = noise(2, 4, 6, 3), noise(3, 3, 3, 5, seed=1)

@@ -46,6 +46,9 @@ def strings() -> list[str]:
 
 def known_flags() -> set[str]:
   running = [binaries.start(name, '--help') for name in BINARIES]
+  tasks = re.findall(r'^  (\w+)  ', binaries.run('edit', '--help').out, re.M)
+  assert len(tasks) > 8
+  running += [binaries.start('edit', task, '--help') for task in tasks]
   names = set()
   for one in running:
     names |= set(re.findall(r'^  --(?:\[no\])?(\w+)', one.end().out, re.M))

@@ -476,7 +476,7 @@ def test_likelihoods_need_an_empty_caption_that_was_trained(tmp_path):
     Batches(trained, images, tmp_path, 2).program(None, **how)
   trained.recipe.conditioner = made._replace(drop=0.1)
   assert Batches(trained, images, tmp_path, 2).program(None, **how)
-  told = run_data.of_captions(config_of(tmp_path))
+  told = run_data.of_conditions(config_of(tmp_path))
   assert told == {'condition': 'empty caption'}
 
 

@@ -35,7 +35,15 @@ def is_for_backwards() -> bool:
 
 
 def general(x, kernel, strides, padding, **how) -> jax.Array:
-  """`jax.lax.conv_general_dilated`, as nnx.Conv calls it."""
+  """`jax.lax.conv_general_dilated`, as nnx.Conv calls it.
+
+  Args:
+    x: [B, H, W, I].
+    kernel: [K, K, I, O].
+    strides: of H and W.
+    padding: 'SAME', or others.
+    **how: its other arguments.
+  """
   keeps = padding == 'SAME' and {*strides} == {1} and kernel.shape[0] % 2
   if _BACKWARDS.get() and keeps and how.get('feature_group_count', 1) == 1:
     return _for_backwards(x, kernel)
