@@ -11,7 +11,7 @@ from PIL import Image
 
 import diffusion_jax
 from diffusion_jax.data import pictures as given
-from diffusion_jax.editing import measurements
+from diffusion_jax.editing import measurements, methods
 from diffusion_jax.reporting import pictures
 from diffusion_jax.runs import edits
 from diffusion_jax.system.errors import UserError
@@ -220,6 +220,14 @@ def test_a_mistake_writes_nothing(workdir, folder, tmp_path, task, flags, must):
   output = tmp_path / 'out'
   assert must in edit(task, workdir, folder, output, *flags).message
   assert not output.exists()
+
+
+def test_list_prints_all_methods_and_needs_no_run():
+  told = binaries.run('edit', 'deblur', '--method=list')
+  assert told.code == 0, told.err
+  lines = told.out.splitlines()
+  assert [line.split()[0] for line in lines] == ['method', *methods.ABOUT]
+  assert '--workdir is missing' in binaries.run('edit', 'deblur').message
 
 
 def test_each_picture_of_a_folder_has_a_name(tmp_path):

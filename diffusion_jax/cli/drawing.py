@@ -97,11 +97,7 @@ def listed() -> bool:
     return False
   head, *rows = samplers.table()
   result = [dict(zip(head, row, strict=True)) for row in rows]
-  # All columns are words, so all are left-aligned.
-  widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-  lines = [
-    '  '.join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)
-  ]
+  lines = terminal.words(head, rows)
   terminal.report({'samplers': result}, '\n'.join(lines), FLAGS.json)
   return True
 

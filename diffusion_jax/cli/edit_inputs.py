@@ -140,8 +140,6 @@ def _pictures(config, channels) -> list[Picture]:
       )
     there = pictures.listed(FLAGS.input, 'input')
     return [pictures.read(*one, channels) for one in there.items()]
-  if not FLAGS.simulate and FLAGS.input == 'heldout':
-    terminal.say_once('(the images of the run are whole: --simulate measures)')
   found = run_data.images(config, FLAGS.input, FLAGS.num_images, at_most=False)
   whole = np.concatenate(list(found.stream()))
   width = len(str(found.count - 1))
@@ -188,8 +186,8 @@ def _fitted(picture: Picture, config, larger: int) -> Picture:
       f'{given}, which the network does not take: {remedy}'
     ) from e
   terminal.say_once(
-    f'({given}, the training images {own[1]} and {own[0]}: the network sees it '
-    f'whole; {remedy})'
+    f'(answers of {sides[0]}x{sides[1]}, training images of {own[0]}x{own[1]}: '
+    f'the network sees such pictures whole; {remedy.replace(" it", " them")})'
   )
   return picture
 

@@ -48,8 +48,8 @@ def fill(trained, task: str, groups, output: files.Path) -> int:
   each = groups[0].edit
   tiled = f' of {each.tiles} tiles' if each.tile else ''
   terminal.say(
-    f'drawing {missing} answers by {each.method}, {each.evaluations} '
-    f'evaluations{tiled} each, into {output}'
+    f'drawing {_count(missing, "answer")} by {each.method}, '
+    f'{_count(each.evaluations, "evaluation")}{tiled} each, into {output}'
   )
   with terminal.Progress(
     *(task, total, total - missing, 'answers'),
@@ -271,6 +271,11 @@ def text(result: dict) -> str:
   table = terminal.table(['picture', *keys], rows)
   return '\n'.join([
     *table, '',
-    f'{len(result["pictures"])} pictures, {result["samples"]} answers each, '
-    f'{result["drawn"]} drawn now; picture: {result["output"]}/overview.png',
+    f'{_count(len(result["pictures"]), "picture")}, '
+    f'{_count(result["samples"], "answer")} each, {result["drawn"]} drawn now; '
+    f'picture: {result["output"]}/overview.png',
   ])  # fmt: skip
+
+
+def _count(number: int, what: str) -> str:
+  return f'{number} {what}' + 's' * (number != 1)

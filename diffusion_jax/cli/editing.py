@@ -67,10 +67,13 @@ def task(name: str) -> tuple[Callable, str, tuple[str, ...]]:
   flags.adopt_module_key_flags(edit_tasks)
   able = edit_plans.able(edit_tasks.KINDS[name])
   declare.table(
-    method=(str, f'One of {", ".join(able)}; by default {able[0]}.')
+    method=(
+      str,
+      f'One of {", ".join(able)}; by default {able[0]}. list prints a table of '
+      'all methods.',
+    )
   )
-  required = ('workdir', 'input', 'output')
-  return functools.partial(main, name), edit_tasks.DOCS[name], required
+  return functools.partial(main, name), edit_tasks.DOCS[name], ()
 
 
 def main(name: str) -> None:
@@ -82,6 +85,13 @@ def main(name: str) -> None:
   Raises:
     UserError: a flag, a picture or the run does not fit.
   """
+  if FLAGS.method == 'list':
+    head, *rows = methods.table()
+    found = [dict(zip(head, row, strict=True)) for row in rows]
+    lines = terminal.words(head, rows)
+    terminal.report({'methods': found}, '\n'.join(lines), FLAGS.json)
+    return
+  command.need('workdir', 'input', 'output')
   distributed.initialize()
   command.at_least(samples=1, batch_size=1, tile=1)
   command.seeds('seed')

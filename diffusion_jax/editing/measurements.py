@@ -366,22 +366,3 @@ def estimates(measurement: Measurement, y, cut: float = CUT) -> tuple:
   level = gaussian.per_example(measurement.noise, values) / values
   found = jnp.where(is_seen, spectrum.observed(y) / values, 0)
   return found, jnp.where(is_seen, level, jnp.inf)
-
-
-def paste(measurement: Measurement, x, y) -> jax.Array:
-  """x with what is known without noise; of a mask, the pixels of y themselves.
-
-  Args:
-    measurement: one with a spectrum.
-    x: [B, H, W, C], a result.
-    y: what was measured.
-
-  Returns:
-    [B, H, W, C], with A x = y, apart from singular values that `estimates`
-    cuts, where the noise of an example is 0; x where it is not.
-  """
-  known, level = estimates(measurement, y)
-  spectrum = measurement.spectrum
-  there = jnp.where(level == 0, known, spectrum.coordinates(x))
-  is_known = gaussian.per_example(measurement.noise == 0, x)
-  return jnp.where(is_known, spectrum.picture(there), x)

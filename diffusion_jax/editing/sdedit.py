@@ -85,21 +85,6 @@ def level_time(schedule, noise, dtype=jnp.float32) -> jax.Array:
   return schedule.t_of_logsnr(-2 * jnp.log(noise), dtype)
 
 
-def mean(
-  denoiser: gaussian.Denoiser, schedule, measurement: Measurement, y
-) -> jax.Array:
-  """The posterior mean of a noisy picture: the best estimate, one evaluation.
-
-  Args:
-    denoiser: the model.
-    schedule: the noise schedule.
-    measurement: its noise is that of y.
-    y: [B, H, W, C], x0 + noise n.
-  """
-  x, t = _noised(schedule, measurement, y)
-  return jnp.where(gaussian.per_example(t < 0, x), y, denoiser(x, t).x0)
-
-
 def denoise(
   denoiser: gaussian.Denoiser,
   schedule,
@@ -111,8 +96,8 @@ def denoise(
   """Samples of the posterior of a noisy picture.
 
   alpha y has the distribution of xt at the time whose noise is that of y, so
-  sampling goes on from there, exactly. The squared error of a sample is twice
-  that of `mean`, whatever the data are.
+  sampling goes on from there, exactly. A single step gives the posterior mean.
+  The squared error of a sample is twice that of the mean, for any data.
 
   Args:
     denoiser: the model.

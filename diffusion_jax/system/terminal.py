@@ -215,6 +215,14 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
   return ['  '.join(line).rstrip() for line in zip(*aligned, strict=True)]
 
 
+def words(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+  """The lines of a table of words: all columns are left-aligned."""
+  widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+  return [
+    '  '.join(map(str.ljust, row, widths)).rstrip() for row in (heads, *rows)
+  ]
+
+
 def _padded(column, pad):
   width = max(map(len, column))
   return [pad(cell, width) for cell in column]
