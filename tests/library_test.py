@@ -70,7 +70,7 @@ def test_the_readmes_lines_run(folder, monkeypatch):
   scope = {}
   exec(block, scope)
   assert scope['images'].shape == (16, 8, 8, 1)
-  assert scope['large'].shape == (16, 1, 8, 8, 1)
+  assert scope['varied'].shape == (16, 1, 8, 8, 1)
   assert Image.open(folder / 'digits.png').size[0] > 4 * 64
   assert len(block.strip().splitlines()) <= 12
 
