@@ -78,7 +78,8 @@ def test_the_readmes_lines_run(folder, monkeypatch):
 @pytest.mark.slow
 def test_the_lines_of_samplers_md_run(folder, monkeypatch):
   text = (binaries.ROOT / 'docs' / 'samplers.md').read_text()
-  adaptive, inversion = re.findall(r'```python\n(import.*?)```', text, re.S)
+  blocks = re.findall(r'```python\n(.*?)```', text, re.S)
+  adaptive, inversion = (b for b in blocks if 'samplers' in b.split('\n')[2])
   monkeypatch.chdir(folder)
   scope = {}
   exec(adaptive, scope)
