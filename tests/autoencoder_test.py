@@ -99,11 +99,7 @@ def test_bfloat16_is_only_the_dtype_of_the_computation():
 
 
 def test_blocks_of_a_hybrid_begin_as_the_identity_and_see_all_positions():
-  block = models.fence(
-    lambda keys: autoencoder.Transformer(
-      (2, 3), 8, dtype=jnp.float32, rngs=keys
-    )
-  )
+  block = models.fence(autoencoder.Transformer, (2, 3), 8, dtype=jnp.float32)
   params = jax.jit(block.init)(jax.random.key(0))
   x = rng.normal(size=(1, 2, 3, 8)).astype(np.float32)
   changed = x.copy()

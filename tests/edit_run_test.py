@@ -122,7 +122,14 @@ def test_tiles_answer_pictures_of_any_size(trained):
     ('denoise', {'samples': 0}, 'samples=0'),
     ('denoise', {'samples': 2}, 'the mean is one answer'),
     ('denoise', {'overlap': 3}, 'overlap=3'),
-    ('denoise', {'tile': 9}, 'tile=9x9'),
+    ('denoise', {'tile': 9}, 'tile=9: '),
+    ('denoise', {'tile': 4.5}, 'tile=4.5: one or two whole numbers'),
+    ('denoise', {'tile': (4, 4, 1)}, 'tile=(4, 4, 1)'),
+    ('denoise', {'noise': 'much'}, 'noise=much'),
+    ('denoise', {'noise': [1, 2]}, 'one for each of 5'),
+    ({'name': 'upscale', 'factor': '2'}, {}, "factor='2'"),
+    ({'factor': 2}, {}, 'measurement=None'),
+    (None, {'strength': 'half'}, 'strength=half'),
     ('denoise', {'label': 3}, 'label=3'),
     ('denoise', {'zeta': 0.5}, 'zeta'),
     ('colourise', {}, 'grey'),
@@ -286,6 +293,7 @@ def test_inputs_of_other_sizes_are_answered_or_told(workdir, folder, tmp_path):
   none = edit('denoise', workdir, odd, tmp_path / 'none', '--noise=9')
   assert 'odd has no images' in none.message
   pictures.save(odd / 'large.png', np.tile(IMAGES[0], (2, 3, 1))[:13, :19])
+  pictures.save(odd / 'usual.png', IMAGES[1])
   output = tmp_path / 'out'
   message = edit('denoise', workdir, odd, output, '--noise=9').message
   for word in ('large is 19 wide and 13 high', '--resize', '--tile=8'):
@@ -298,3 +306,9 @@ def test_inputs_of_other_sizes_are_answered_or_told(workdir, folder, tmp_path):
     assert found.code == 0, found.err
     answer = pictures.read(tmp_path / f'out{flag}' / 'large_0.png')
     assert answer.shape == shape
+    told = json.loads((output.parent / f'out{flag}/edit.json').read_text())
+    counts = [one.get('tiles') for one in told['pictures']]
+    assert counts == ([12, 1] if flag == '--tile=8' else [None, None])
+    # It has the pictures of all sizes.
+    overview = pictures.read(output.parent / f'out{flag}/overview.png')
+    assert overview.shape[0] > 18 + 2 * 64

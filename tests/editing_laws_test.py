@@ -878,9 +878,11 @@ def test_solve_gives_a_row_several_independent_noises(x64):
     )
     c0, ct, small = backwards(t, s)
     x = c0 * x @ estimate(CORRELATED, t)[0].T + ct * x + np.sqrt(small) * z
-    left = variance(s) - (alpha(s) * NOISE) ** 2
-    if left >= 0:  # otherwise y is noisier than the step's end
-      x[:, 0] = alpha(s) * Y + np.sqrt(left) * n[:, 0]
+    # y, with what its own noise leaves of sigma, by its share of precision.
+    own = (alpha(s) * NOISE) ** 2
+    noised = alpha(s) * Y + np.sqrt(max(variance(s) - own, 0)) * n[:, 0]
+    share = variance(s) / (variance(s) + own)
+    x[:, 0] = share * noised + (1 - share) * x[:, 0]
   np.testing.assert_allclose(found.reshape(9, 2), x, atol=1e-12)
 
 

@@ -46,7 +46,9 @@ def fill(trained, task: str, groups, output: files.Path) -> int:
   if not missing:
     return 0
   each = groups[0].edit
-  tiled = f' of {each.tiles} tiles' if each.tile else ''
+  counts = sorted({group.edit.tiles for group in groups})
+  tiled = f' of {" to ".join(map(str, counts[:1] + counts[1:][-1:]))} tiles'
+  tiled = tiled if each.tile else ''
   terminal.say(
     f'drawing {_count(missing, "answer")} by {each.method}, '
     f'{_count(each.evaluations, "evaluation")}{tiled} each, into {output}'
@@ -176,8 +178,7 @@ def write(trained, task: str, groups, output: files.Path, drawn: int) -> dict:
       found.append(_measured(group, i, answers))
       if spread:
         pictures.save(spread / f'{name}.png', spread_of(answers))
-  picture = _overview(groups[0], output)
-  pictures.save(output / 'overview.png', picture)
+  pictures.save(output / 'overview.png', _overview(groups, output))
   each = groups[0].edit
   result = {
     'protocol': _protocol(trained, task, each),
@@ -185,7 +186,6 @@ def write(trained, task: str, groups, output: files.Path, drawn: int) -> dict:
     'drawn': drawn,
     'samples': FLAGS.samples,
     'evaluations': each.evaluations,
-    'tiles': each.tiles,
     'pictures': found,
   }
   files.write_json(output / 'edit.json', result)
@@ -200,6 +200,7 @@ def _measured(group, i, answers) -> dict:
     'name': group.names[i],
     'input': f'{group.rows["input"][i]:08x}',
     'image_shape': list(group.edit.image_shape),
+    **({'tiles': group.edit.tiles} if group.edit.tile else {}),
     'noise': 127.5 * float(group.rows['noise'][i]),
     'residual' if group.edit.kind else 'change': off.tolist(),
   }
@@ -229,9 +230,17 @@ def spread_of(answers: np.ndarray) -> np.ndarray:
   return np.clip(np.round(deviation * 255 / 64), 0, 255).astype(np.uint8)
 
 
-def _overview(group, output) -> np.ndarray:
-  """The first pictures: what is known, answers, their spread, the original."""
-  count = range(min(ROWS, len(group.names)))
+def _overview(groups, output) -> np.ndarray:
+  """The first pictures, those of each size below one another."""
+  each = max(1, ROWS // len(groups))
+  return pictures.below(
+    [_answered(group, output, each) for group in groups[:ROWS]]
+  )
+
+
+def _answered(group, output, most: int) -> np.ndarray:
+  """What is known, answers, their spread and the original, of the first."""
+  count = range(min(most, len(group.names)))
   shown = range(min(ANSWERS, FLAGS.samples))
   answers = np.stack([
     [pictures.read(path_of(output, group, i, k)) for i in count]

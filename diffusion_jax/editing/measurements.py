@@ -211,11 +211,27 @@ def bicubic_matrix(side: int, factor: int) -> np.ndarray:
 REDUCTIONS = {'mean': mean_matrix, 'bicubic': bicubic_matrix}
 
 
+def factor_of(kind: Mapping | None) -> int:
+  """How many times smaller than the picture y is: 1 but for 'upscale'.
+
+  Args:
+    kind: see the module; None if nothing is known.
+
+  Raises:
+    UserError: the factor is no whole number from 2.
+  """
+  if kind is None or kind.get('name') != 'upscale':
+    return 1
+  factor = kind.get('factor')
+  if type(factor) is not int or factor < 2:
+    raise UserError(f'factor={factor!r}: a whole number from 2')
+  return factor
+
+
 def _upscale(shape, factor=None, by='mean'):
   height, width, channels = shape
   one_of('by', by, REDUCTIONS)
-  whole = isinstance(factor, int) and not isinstance(factor, bool)
-  if not whole or factor < 2 or height % factor or width % factor:
+  if type(factor) is not int or factor < 2 or height % factor or width % factor:
     raise UserError(
       f'factor={factor}: a whole number from 2 that divides the picture, '
       f'{height}x{width}'

@@ -21,17 +21,21 @@ def _putting(measurement: Measurement, y):
   """(x, alpha, sigma, noise) -> x with what is known of it, at that level.
 
   A known coordinate becomes alpha y + sigma n. Noise of y itself counts as part
-  of sigma; where it is larger than sigma / alpha, x keeps its coordinate.
+  of sigma, and with it y counts less: its share is that of the precisions of y
+  and of x, k^2 / (k^2 + level^2) at k = sigma / alpha.
   """
   known, level = measurements.estimates(measurement, y)
   spectrum = measurement.spectrum
 
   def put(x, alpha, sigma, noise):
-    own = jnp.where(jnp.isinf(level), jnp.inf, alpha * level)
+    own = alpha * jnp.where(jnp.isinf(level), 0, level)
     std = jnp.sqrt(jnp.maximum(sigma**2 - own**2, 0))
     noised = alpha * known + std * noise
-    there = jnp.where(own <= sigma, noised, spectrum.coordinates(x))
-    return spectrum.picture(there)
+    total = sigma**2 + own**2
+    share = jnp.where(total > 0, sigma**2 / jnp.where(total > 0, total, 1), 1)
+    share = jnp.where(jnp.isinf(level), 0, share)
+    there = spectrum.coordinates(x)
+    return spectrum.picture(there + share * (noised - there))
 
   return put
 

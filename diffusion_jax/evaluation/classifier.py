@@ -45,7 +45,7 @@ def network(*shape) -> models.Model:
   Args:
     *shape: (H, W, C) and the number of classes.
   """
-  return models.fence(lambda keys: Classifier(*shape, rngs=keys))
+  return models.fence(Classifier, *shape)
 
 
 def num_steps_for(num_images: int) -> int:

@@ -21,6 +21,8 @@ from diffusion_jax.models.unet import UNet
 from diffusion_jax.system.errors import one_of
 
 MODELS = {'unet': UNet, 'dit': DiT, 'encoder': Encoder}
+MOSTKEPT = 16  # networks of a process that are kept when nobody uses them
+KEPT = {}
 NET = 'net'  # name of the run's part that is the denoising network
 
 
@@ -71,9 +73,7 @@ def create(
   doors_of.check(doors, network.DOORS, name)
   out_channels = out_channels or image_shape[-1]
   model = fence(
-    lambda keys: network(
-      image_shape, doors=doors, out_channels=out_channels, rngs=keys, **kwargs
-    )
+    network, image_shape, doors=doors, out_channels=out_channels, **kwargs
   )
   dtype = jnp.dtype(kwargs.get('dtype', 'float32'))
   names = getattr(network, 'CAST', None)
@@ -91,15 +91,38 @@ def arguments(network: type) -> set[str]:
   return set(inspect.signature(network.__init__).parameters)
 
 
-def fence(build: Callable) -> Model:
+def fence(network: Callable, *args, **kwargs) -> Model:
   """Converts an NNX module to two pure functions.
 
-  Args:
-    build: rngs -> module; `rngs` is a replacement for nnx.Rngs.
-  """
+  Building a module takes a second if it is large. Those of the last arguments
+  are kept, so JAX traces them only once, too.
 
+  Args:
+    network: (*args, rngs=..., **kwargs) -> module; `rngs` is a replacement for
+      nnx.Rngs.
+    *args: its arguments.
+    **kwargs: more of them.
+  """
+  key = network, _frozen(args), _frozen(kwargs)
+  made = KEPT.pop(key, None) or _fenced(network, *args, **kwargs)
+  KEPT[key] = made  # the last one used
+  while len(KEPT) > MOSTKEPT:
+    KEPT.pop(next(iter(KEPT)))
+  return made
+
+
+def _frozen(value):
+  """The value as a key of a dict; 1 and True differ."""
+  if isinstance(value, Mapping):
+    return tuple((name, _frozen(each)) for name, each in value.items())
+  if isinstance(value, (list, tuple)):
+    return tuple(map(_frozen, value))
+  return type(value), value
+
+
+def _fenced(network, *args, **kwargs) -> Model:
   def module(key):
-    return build(_Keys(key))
+    return network(*args, rngs=_Keys(key), **kwargs)
 
   abstract = nnx.eval_shape(lambda: module(jax.random.key(0)))
   graphdef, state = nnx.split(abstract)

@@ -107,18 +107,14 @@ def create(
   latents = channels_of(regulariser, latent_channels, code_channels, levels)
   doubled = 1 + (regulariser == 'kl')
   coder = models.fence(
-    lambda keys: Encoder(
-      colours, doubled * latent_channels, doubled * latents,
-      quant_conv=quant_conv, hybrid=hybrid, rngs=keys, **common,
-    )
+    Encoder, colours, doubled * latent_channels, doubled * latents,
+    quant_conv=quant_conv, hybrid=hybrid, **common,
   )  # fmt: skip
   parts = {'encoder': coder.init}
   if decoder:
     uncoder = models.fence(
-      lambda keys: Decoder(
-        latents, latent_channels, colours,
-        quant_conv=quant_conv, rngs=keys, **common,
-      )
+      Decoder, latents, latent_channels, colours, quant_conv=quant_conv,
+      **common,
     )  # fmt: skip
     parts['decoder'] = uncoder.init
   if regulariser == 'vq':

@@ -113,17 +113,11 @@ def create(
     dtype: dtype of the computation.
     **options: other arguments of `unet.UNet`.
   """
-
-  def net(keys):
-    return Net(
-      image_shape, doors=doors, channels=channels, dtype=dtype, rngs=keys,
-      **options,
-    )  # fmt: skip
-
-  def embedding(keys):
-    return Embedding(widths, channels, dtype=dtype, rngs=keys)
-
-  return Control(models.fence(net), models.fence(embedding), tuple(doors))
+  net = models.fence(
+    Net, image_shape, doors=doors, channels=channels, dtype=dtype, **options
+  )
+  embedding = models.fence(Embedding, widths, channels, dtype=dtype)
+  return Control(net, embedding, tuple(doors))
 
 
 def side_of(side: int, widths: Sequence[int]) -> int:

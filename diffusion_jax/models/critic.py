@@ -49,9 +49,7 @@ def create(
   """
   count = strides_of(image_shape, strides)
   return models.fence(
-    lambda keys: Critic(
-      image_shape[-1], channels, count, dtype=jnp.dtype(dtype), rngs=keys
-    )
+    Critic, image_shape[-1], channels, count, dtype=jnp.dtype(dtype)
   )
 
 

@@ -104,12 +104,10 @@ def create(
     )
   one_of('activation', activation, ACTIVATIONS)
   return models.fence(
-    lambda keys: Transformer(
-      vocabulary, length, width, inner, num_layers,
-      projection=projection, eos=eos, skip=skip, final_norm=final_norm,
-      num_heads=num_heads, activation=activation, causal=causal,
-      epsilon=epsilon, dtype=jnp.dtype(dtype), rngs=keys,
-    )
+    Transformer, vocabulary, length, width, inner, num_layers,
+    projection=projection, eos=eos, skip=skip, final_norm=final_norm,
+    num_heads=num_heads, activation=activation, causal=causal,
+    epsilon=epsilon, dtype=jnp.dtype(dtype),
   )  # fmt: skip
 
 

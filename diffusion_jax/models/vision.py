@@ -60,11 +60,9 @@ def create(
       f'{patch_size}: at least 1, and not larger than the picture'
     )
   return models.fence(
-    lambda keys: Vision(
-      image_size // patch_size, patch_size, width, inner, num_layers,
-      num_heads=num_heads, activation=activation, projection=projection,
-      epsilon=epsilon, dtype=jnp.float32, rngs=keys,
-    )
+    Vision, image_size // patch_size, patch_size, width, inner, num_layers,
+    num_heads=num_heads, activation=activation, projection=projection,
+    epsilon=epsilon, dtype=jnp.float32,
   )  # fmt: skip
 
 

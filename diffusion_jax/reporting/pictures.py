@@ -167,6 +167,22 @@ def columns(frames: np.ndarray, labels: Sequence[str]) -> np.ndarray:
   return np.asarray(canvas)
 
 
+def below(parts: Sequence[np.ndarray]) -> np.ndarray:
+  """Pictures of any widths below one another, on white.
+
+  Args:
+    parts: uint8 [h, w, 3] each.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  width = max(part.shape[1] for part in parts)
+  sides = [((0, 0), (0, width - part.shape[1]), (0, 0)) for part in parts]
+  return np.concatenate(
+    [np.pad(*of, constant_values=255) for of in zip(parts, sides, strict=True)]
+  )
+
+
 def _with_margins(picture, top=0, right=0):
   """The picture with white margins for labels, and a pen to write them."""
   height, width, _ = picture.shape

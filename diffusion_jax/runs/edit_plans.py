@@ -1,5 +1,6 @@
 """Plans of edits: what is known, the method, its options and its grid."""
 
+import numbers
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -132,8 +133,12 @@ def plan(
   """
   given = {name: x for name, x in options.items() if x is not None}
   own = {name: given.pop(name) for name in methods.RANGES if name in given}
-  name = kind and kind['name']
-  if name is not None:
+  if kind is not None:  # as JSON has it
+    kind = {
+      key: x.tolist() if hasattr(x, 'tolist') else x for key, x in kind.items()
+    }
+  name = kind and kind.get('name')
+  if kind is not None:
     one_of('measurement', name, measurements.KINDS)
   method = _of_trained(trained.config, kind, method, tile)
   in_latents = trained.codec.levels is None
@@ -228,12 +233,17 @@ def _plan(trained, given: dict, sides) -> plans.Plan:
 
 def _tile(tile, overlap, image_shape) -> tuple[tuple[int, int], int]:
   """The tile and the overlap, checked."""
-  tile = (int(tile),) * 2 if np.ndim(tile) == 0 else tuple(map(int, tile))
-  if not all(1 <= a <= b for a, b in zip(tile, image_shape, strict=False)):
+  sides = (tile,) * 2 if np.ndim(tile) == 0 else tuple(tile)
+  fits = len(sides) == 2 and all(
+    isinstance(a, numbers.Integral) and 1 <= a <= b
+    for a, b in zip(sides, image_shape, strict=False)
+  )
+  if not fits:
     raise UserError(
-      f'tile={tile[0]}x{tile[1]}: from 1 to the size of the pictures, '
-      f'{image_shape[0]}x{image_shape[1]}'
+      f'tile={tile}: one or two whole numbers, from 1 to the size of the '
+      f'pictures, {image_shape[0]}x{image_shape[1]}'
     )
+  tile = tuple(map(int, sides))
   overlap = min(tile) // 2 if overlap is None else overlap
   if not 0 <= overlap < min(tile):
     raise UserError(

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -66,7 +67,12 @@ def rows(
   if level is None:
     scaled = known / 127.5 - 1.0
     level = [127.5 * noise_level.estimate(one) for one in scaled]
-  levels = np.broadcast_to(np.asarray(level, np.float64), len(known))
+  try:
+    levels = np.broadcast_to(np.asarray(level, np.float64), len(known))
+  except (TypeError, ValueError) as e:
+    raise UserError(
+      f'noise={level}: one number, or one for each of {len(known)} pictures'
+    ) from e
   for each in levels:
     if not 0 <= each < math.inf:
       raise UserError(f'noise={each:g}: at least 0, in levels of 255')
@@ -83,7 +89,7 @@ def rows(
     need = 'needs a strength' if strength is None else 'takes no strength'
     raise UserError(f'method={edit.method} {need}, above 0 and at most 1')
   if strength is not None:
-    if not 0 < strength <= 1:
+    if not isinstance(strength, numbers.Real) or not 0 < strength <= 1:
       raise UserError(f'strength={strength}: above 0 and at most 1')
     found['strength'] = np.full(len(known), strength, np.float32)
   pieces = [found[name] for name in ('measured', 'mask') if name in found]
@@ -326,7 +332,7 @@ def edit(
   if type(samples) is not int or samples < 1:
     raise UserError(f'samples={samples}: at least 1')
   height, width, _ = images.shape[1:]
-  factor = (kind or {}).get('factor', 1)
+  factor = measurements.factor_of(kind)
   shape = height * factor, width * factor, trained.image_shape[-1]
   made = plan(trained, kind, shape, method=method, **options)
   if samples > 1 and (made.method, made.evaluations) == ('denoise', 1):
