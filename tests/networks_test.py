@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from microbatch_test import two_steps
 from parity.unet import random_params
@@ -322,6 +323,35 @@ def test_gradients_are_the_same_on_a_mesh_in_pieces(name):
 
 
 # Mistakes.
+
+
+def test_a_network_is_built_once(monkeypatch):
+  monkeypatch.setattr(models, 'KEPT', {})
+  built = []
+
+  class Small(nnx.Module):
+    def __init__(self, sides, doors, scale, rngs):
+      built.append((sides, doors, scale))
+      self.layer = layers.linear(2, 2, rngs=rngs)
+
+    def __call__(self, x):
+      return self.layer(x)
+
+  def small(sides=(1, 2), doors=None, scale=1):
+    return models.fence(Small, sides, doors=doors or {'a': 1}, scale=scale)
+
+  first = small()
+  assert small([1, 2]).apply is first.apply
+  others = [
+    small((2, 1)), small(scale=1.0), small(scale=True), small(doors={'b': 1}),
+    small(doors={'a': 1, 'b': 1}), small(doors={'b': 1, 'a': 1}),
+  ]  # fmt: skip
+  assert len({made.apply for made in (first, *others)}) == 1 + len(others)
+  assert len(built) == 1 + len(others)
+  for scale in range(2, 2 + models.MOST_KEPT):
+    small(scale=scale)
+  assert len(models.KEPT) == models.MOST_KEPT
+  assert small().apply is not first.apply
 
 
 @pytest.mark.parametrize(

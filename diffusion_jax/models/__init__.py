@@ -21,8 +21,8 @@ from diffusion_jax.models.unet import UNet
 from diffusion_jax.system.errors import one_of
 
 MODELS = {'unet': UNet, 'dit': DiT, 'encoder': Encoder}
-MOSTKEPT = 16  # networks of a process that are kept when nobody uses them
-KEPT = {}
+MOST_KEPT = 16  # networks
+KEPT = {}  # the networks that were used last, see `fence`
 NET = 'net'  # name of the run's part that is the denoising network
 
 
@@ -94,8 +94,8 @@ def arguments(network: type) -> set[str]:
 def fence(network: Callable, *args, **kwargs) -> Model:
   """Converts an NNX module to two pure functions.
 
-  Building a module takes a second if it is large. Those of the last arguments
-  are kept, so JAX traces them only once, too.
+  Building a large module takes seconds. Equal arguments give the same functions,
+  which are also traced only once.
 
   Args:
     network: (*args, rngs=..., **kwargs) -> module; `rngs` is a replacement for
@@ -106,7 +106,7 @@ def fence(network: Callable, *args, **kwargs) -> Model:
   key = network, _frozen(args), _frozen(kwargs)
   made = KEPT.pop(key, None) or _fenced(network, *args, **kwargs)
   KEPT[key] = made  # the last one used
-  while len(KEPT) > MOSTKEPT:
+  while len(KEPT) > MOST_KEPT:
     KEPT.pop(next(iter(KEPT)))
   return made
 

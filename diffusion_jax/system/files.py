@@ -236,7 +236,12 @@ def make(directory) -> Path:
   """Creates a folder and its parents; a bucket needs none."""
   directory = at(directory)
   if not in_bucket(directory):
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as e:  # although its parents exist, as in /proc
+      raise UserError(
+        f'{directory} cannot be created there: choose another folder'
+      ) from e
   return directory
 
 
