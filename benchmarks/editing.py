@@ -36,7 +36,7 @@ from diffusion_jax import data, load
 from diffusion_jax.cli import command, declare, judges
 from diffusion_jax.codecs import pixels
 from diffusion_jax.editing import kernels, measurements
-from diffusion_jax.evaluation import features
+from diffusion_jax.evaluation import features, inception
 from diffusion_jax.evaluation.metrics import frechet
 from diffusion_jax.runs import edit_plans, edits
 from diffusion_jax.system import files, terminal
@@ -191,8 +191,8 @@ def _judge(trained, whole, labels):
       *data.splits(trained.config['data']), trained.image_shape, folder
     )
   else:
-    judge = judges.judge_of(None, None, trained.image_shape)
-  tap = '768' if '768' in judge.taps else next(iter(judge.taps))
+    judge = inception.load(FLAGS.features, taps=['768'])
+  tap = next(iter(judge.taps))
 
   def seen(images):
     each = [x for _, x in features.passes(judge, [images], 64, trained.mesh)]

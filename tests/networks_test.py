@@ -10,6 +10,7 @@ import tiny
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from microbatch_test import two_steps
+from ml_collections import ConfigDict
 from parity.unet import random_params
 from unet_test import (
   layer,
@@ -342,6 +343,7 @@ def test_a_network_is_built_once(monkeypatch):
 
   first = small()
   assert small([1, 2]).apply is first.apply
+  assert small(doors=ConfigDict({'a': 1})).apply is first.apply
   others = [
     small((2, 1)), small(scale=1.0), small(scale=True), small(doors={'b': 1}),
     small(doors={'a': 1, 'b': 1}), small(doors={'b': 1, 'a': 1}),

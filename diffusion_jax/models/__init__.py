@@ -94,8 +94,8 @@ def arguments(network: type) -> set[str]:
 def fence(network: Callable, *args, **kwargs) -> Model:
   """Converts an NNX module to two pure functions.
 
-  Building a large module takes seconds. Equal arguments give the same functions,
-  which are also traced only once.
+  Building a large module takes seconds. Equal arguments give the same two
+  functions, which are also traced only once.
 
   Args:
     network: (*args, rngs=..., **kwargs) -> module; `rngs` is a replacement for
@@ -113,7 +113,7 @@ def fence(network: Callable, *args, **kwargs) -> Model:
 
 def _frozen(value):
   """The value as a key of a dict; 1 and True differ."""
-  if isinstance(value, Mapping):
+  if hasattr(value, 'items'):  # a dict, or a ConfigDict
     return tuple((name, _frozen(each)) for name, each in value.items())
   if isinstance(value, (list, tuple)):
     return tuple(map(_frozen, value))
