@@ -2,11 +2,12 @@ r"""Super-resolution of CIFAR-10, 32x32 from 8x8: a narrow network.
 
 Reproduces: nothing published; a demonstration of SR3 (arXiv 2104.07636) that
             two CPU cores can train. For good pictures, train wider and longer.
-            Not yet run to the end: loss 0.048 after 300 of 1,000 steps.
+            Held-out loss 0.071 at the end. PSNR of samples of 128 held-out
+            images 18.5 dB, of bicubic interpolation 21.3
+            (docs/super_resolution.md).
 Data:       as in cifar10.py; the small pictures are means of 4x4 pixels.
 Hardware:   2 CPU cores.
-Time:       10 to 15 minutes, by the first 330 steps, at 1.2 steps/s beside
-            other programs.
+Time:       12 minutes, at 2.1 steps/s beside another training.
 Command:    python -m diffusion_jax.train --config=configs/cifar10_sr.py \
               --workdir=runs/cifar10_sr
 Samples:    python -m diffusion_jax.sample --workdir=runs/cifar10_sr \
