@@ -233,7 +233,14 @@ def entries(directory) -> set[str]:
 
 
 def make(directory) -> Path:
-  """Creates a folder and its parents; a bucket needs none."""
+  """Creates a folder and its parents; a bucket needs none.
+
+  Args:
+    directory: the folder.
+
+  Raises:
+    UserError: the file system does not create it.
+  """
   directory = at(directory)
   if not in_bucket(directory):
     try:
