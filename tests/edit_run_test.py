@@ -108,6 +108,12 @@ def test_tiles_answer_pictures_of_any_size(trained):
   np.testing.assert_array_equal(whole, tiled)
 
 
+def test_the_usual_method_depends_on_the_size(trained):
+  for side, method in ((8, 'dps'), (20, 'covariance')):
+    plan = edits.plan(trained, {'name': 'inpaint'}, (side, 8, 1), tile=8)
+    assert plan.method == method
+
+
 @pytest.mark.parametrize(
   ('measurement', 'options', 'must'),
   [

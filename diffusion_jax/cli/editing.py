@@ -66,10 +66,14 @@ def task(name: str) -> tuple[Callable, str, tuple[str, ...]]:
   edit_tasks.declare_own(name)
   flags.adopt_module_key_flags(edit_tasks)
   able = edit_plans.able(edit_tasks.KINDS[name])
+  small, large = edit_plans.BEST[edit_tasks.KINDS[name]]
+  usual = small
+  if large != small:
+    usual += f' up to {edit_plans.SMALL} pixels a side, and {large} above'
   declare.table(
     method=(
       str,
-      f'One of {", ".join(able)}; by default {able[0]}. list prints a table of '
+      f'One of {", ".join(able)}; by default {usual}. list prints a table of '
       'all methods.',
     )
   )

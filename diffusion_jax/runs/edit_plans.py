@@ -27,14 +27,16 @@ USUAL = {
   'denoise': (100, 'uniform'),
   TRAINED: (100, 'uniform'),
 }
-# What is known -> the method that docs/editing.md shows best for it.
+SMALL = 16  # pixels a side
+# What is known -> the methods that docs/editing.md shows best for it: of
+# pictures up to SMALL by the digits, of larger ones by CIFAR-10.
 BEST = {
-  'inpaint': 'dps',
-  'upscale': 'covariance',
-  'colourise': 'covariance',
-  'deblur': 'covariance',
-  'denoise': MEAN,
-  None: 'sdedit',
+  'inpaint': ('dps', 'covariance'),
+  'upscale': ('covariance', 'ddrm'),
+  'colourise': ('covariance', 'covariance'),
+  'deblur': ('covariance', 'covariance'),
+  'denoise': (MEAN, MEAN),
+  None: ('sdedit', 'sdedit'),
 }
 
 
@@ -88,7 +90,7 @@ class Edit(NamedTuple):
 
 
 def able(kind: str | None) -> list[str]:
-  """The methods that may do a task, the usual one first.
+  """The methods that may do a task, the usual ones first.
 
   Args:
     kind: the name of a measurement; None for a picture to start from.
@@ -100,7 +102,18 @@ def able(kind: str | None) -> list[str]:
   fits = [x for x in found if kind in of_kind.get(x, (kind,))]
   if kind is None:
     fits = ['sdedit']
-  return sorted(fits, key=lambda x: x != BEST[kind])
+  return sorted(fits, key=lambda x: x not in BEST[kind])
+
+
+def best(kind: str | None, image_shape) -> str:
+  """The usual method.
+
+  Args:
+    kind: see `able`.
+    image_shape: (H, W, C) of the answers.
+  """
+  small, large = BEST[kind]
+  return small if max(image_shape[:2]) <= SMALL else large
 
 
 def plan(
@@ -143,7 +156,7 @@ def plan(
   method = _of_trained(trained.config, kind, method, tile)
   in_latents = trained.codec.levels is None
   # Of the others, through a decoder only DPS keeps to what is known.
-  method = method or ('dps' if kind and in_latents else BEST[name])
+  method = method or ('dps' if kind and in_latents else best(name, image_shape))
   if method == MEAN and name == 'denoise':
     if 'num_steps' in given or 'grid' in given:
       raise UserError('method=mean takes one evaluation: leave num_steps out')
