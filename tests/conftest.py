@@ -97,6 +97,19 @@ def programs(request):
     _give_back()
 
 
+@pytest.fixture(autouse=True)
+def networks(request):
+  """Builds networks anew where a test may change how they are built."""
+  if 'monkeypatch' not in request.fixturenames:
+    yield
+    return
+  from diffusion_jax import models  # after the environment is set
+
+  kept, models.KEPT = models.KEPT, {}
+  yield
+  models.KEPT = kept
+
+
 def _memory() -> float:
   """Bytes that this process holds; where Linux does not tell, too many."""
   try:

@@ -1,6 +1,7 @@
 """Edits of a tiny run: addresses, batches, meshes, resuming, mistakes."""
 
 import json
+import types
 
 import binaries
 import jax
@@ -13,7 +14,7 @@ import diffusion_jax
 from diffusion_jax.data import pictures as given
 from diffusion_jax.editing import measurements, methods
 from diffusion_jax.reporting import pictures
-from diffusion_jax.runs import edits
+from diffusion_jax.runs import edit_plans, edits
 from diffusion_jax.system.errors import UserError
 from diffusion_jax.training import sharding
 
@@ -109,9 +110,13 @@ def test_tiles_answer_pictures_of_any_size(trained):
 
 
 def test_the_usual_method_depends_on_the_size(trained):
-  for side, method in ((8, 'dps'), (20, 'covariance')):
+  """Of the run's images, so that a folder is answered by one method."""
+  for side in (8, 20):
     plan = edits.plan(trained, {'name': 'inpaint'}, (side, 8, 1), tile=8)
-    assert plan.method == method
+    assert plan.method == 'dps'
+  one = types.SimpleNamespace(image_shape=(32, 8, 3))
+  assert edit_plans.best('inpaint', one) == 'covariance'
+  assert edit_plans.best('denoise', one) == 'mean'
 
 
 @pytest.mark.parametrize(
@@ -128,6 +133,7 @@ def test_the_usual_method_depends_on_the_size(trained):
     ('denoise', {'samples': 0}, 'samples=0'),
     ('denoise', {'samples': 2}, 'the mean is one answer'),
     ('denoise', {'overlap': 3}, 'overlap=3'),
+    ('denoise', {'tile': 4, 'overlap': 1.5}, 'overlap=1.5'),
     ('denoise', {'tile': 9}, 'tile=9: '),
     ('denoise', {'tile': 4.5}, 'tile=4.5: one or two whole numbers'),
     ('denoise', {'tile': (4, 4, 1)}, 'tile=(4, 4, 1)'),

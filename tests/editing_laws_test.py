@@ -878,12 +878,26 @@ def test_solve_gives_a_row_several_independent_noises(x64):
     )
     c0, ct, small = backwards(t, s)
     x = c0 * x @ estimate(CORRELATED, t)[0].T + ct * x + np.sqrt(small) * z
-    # y, with what its own noise leaves of sigma, by its share of precision.
-    own = (alpha(s) * NOISE) ** 2
-    noised = alpha(s) * Y + np.sqrt(max(variance(s) - own, 0)) * n[:, 0]
-    share = variance(s) / (variance(s) + own)
-    x[:, 0] = share * noised + (1 - share) * x[:, 0]
+    # y by its share of the precisions.
+    share = variance(s) / (variance(s) + (alpha(s) * NOISE) ** 2)
+    x[:, 0] += share * (alpha(s) * Y - x[:, 0])
+    x[:, 0] += np.sqrt(variance(s) * share) * n[:, 0]
   np.testing.assert_allclose(found.reshape(9, 2), x, atol=1e-12)
+
+
+@pytest.mark.parametrize('level', [0.0, 0.2, 1.0, 3.0])
+def test_what_is_put_back_has_the_noise_of_its_level(level):
+  """For any noise of y, of which the noise of x knows nothing."""
+  rng = np.random.default_rng(0)
+  count, x0, a, sigma = 200_000, 0.3, 0.8, 0.6
+  rows = {'noise': jnp.full(1, a and sigma / a * level)}
+  one = measurements.diagonal(rows)
+  x, y, n = rng.normal(size=(3, 1, count, 1, 1))
+  y = x0 + sigma / a * level * y
+  put = replacement._putting(one, jnp.asarray(y))
+  found = put(jnp.asarray(a * x0 + sigma * x), a, sigma, jnp.asarray(n))
+  assert abs(found.mean() - a * x0) < 0.01
+  assert abs(found.std() / sigma - 1) < 0.01
 
 
 KINDS = {

@@ -405,7 +405,6 @@ def test_one_head_by_default(monkeypatch):
     right(self, *args, num_heads=num_heads, **kwargs)
 
   monkeypatch.setattr(layers.Attention, '__init__', init)
-  monkeypatch.setattr(models, 'KEPT', {})
   models.create('unet', (8, 8, 3), channels=32, multipliers=(1,))
   assert heads == {1}
 

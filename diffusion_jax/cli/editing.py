@@ -69,7 +69,7 @@ def task(name: str) -> tuple[Callable, str, tuple[str, ...]]:
   small, large = edit_plans.BEST[edit_tasks.KINDS[name]]
   usual = small
   if large != small:
-    usual += f' up to {edit_plans.SMALL} pixels a side, and {large} above'
+    usual += f' of runs up to {edit_plans.SMALL} pixels, {large} of others'
   declare.table(
     method=(
       str,

@@ -211,6 +211,23 @@ def bicubic_matrix(side: int, factor: int) -> np.ndarray:
 REDUCTIONS = {'mean': mean_matrix, 'bicubic': bicubic_matrix}
 
 
+def plain(kind: Mapping | None) -> dict | None:
+  """A kind as JSON has it: lists and numbers in place of arrays.
+
+  Args:
+    kind: see the module; None if nothing is known.
+  """
+
+  def of(value):
+    if hasattr(value, 'tolist'):
+      return value.tolist()
+    if isinstance(value, list | tuple):
+      return [of(each) for each in value]
+    return value
+
+  return kind and {key: of(value) for key, value in kind.items()}
+
+
 def factor_of(kind: Mapping | None) -> int:
   """How many times smaller than the picture y is: 1 but for 'upscale'.
 

@@ -20,22 +20,22 @@ from diffusion_jax.samplers.solve import Sampler
 def _putting(measurement: Measurement, y):
   """(x, alpha, sigma, noise) -> x with what is known of it, at that level.
 
-  A known coordinate becomes alpha y + sigma n. Noise of y itself counts as part
-  of sigma, and with it y counts less: its share is that of the precisions of y
-  and of x, k^2 / (k^2 + level^2) at k = sigma / alpha.
+  A known coordinate becomes alpha y + sigma n. If y is noisy, it counts less: x
+  moves towards alpha y by the share of y in their precisions, k^2 / (k^2 +
+  level^2) at k = sigma / alpha, and gets as much noise as keeps its level, if
+  the noises of x and y are independent.
   """
   known, level = measurements.estimates(measurement, y)
   spectrum = measurement.spectrum
 
   def put(x, alpha, sigma, noise):
     own = alpha * jnp.where(jnp.isinf(level), 0, level)
-    std = jnp.sqrt(jnp.maximum(sigma**2 - own**2, 0))
-    noised = alpha * known + std * noise
     total = sigma**2 + own**2
     share = jnp.where(total > 0, sigma**2 / jnp.where(total > 0, total, 1), 1)
     share = jnp.where(jnp.isinf(level), 0, share)
     there = spectrum.coordinates(x)
-    return spectrum.picture(there + share * (noised - there))
+    moved = there + share * (alpha * known - there)
+    return spectrum.picture(moved + sigma * jnp.sqrt(share) * noise)
 
   return put
 

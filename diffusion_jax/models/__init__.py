@@ -5,6 +5,7 @@ of arrays and two pure functions. Parameter names are the dict's paths joined by
 '/', such as `down/0/blocks/1/conv1/kernel`.
 """
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -94,8 +95,9 @@ def arguments(network: type) -> set[str]:
 def fence(network: Callable, *args, **kwargs) -> Model:
   """Converts an NNX module to two pure functions.
 
-  Building a large module takes seconds. Equal arguments give the same two
-  functions, which are also traced only once.
+  Building a large module takes seconds, so equal arguments give the same two
+  functions. Traces depend on contexts such as `convolution.backwards`: jit a
+  function of your own that calls them, not `apply` itself.
 
   Args:
     network: (*args, rngs=..., **kwargs) -> module; `rngs` is a replacement for
@@ -104,10 +106,11 @@ def fence(network: Callable, *args, **kwargs) -> Model:
     **kwargs: more of them.
   """
   key = network, _frozen(args), _frozen(kwargs)
-  made = KEPT.pop(key, None) or _fenced(network, *args, **kwargs)
+  made = KEPT.pop(key, None)
+  made = made or _fenced(network, *copy.deepcopy(args), **copy.deepcopy(kwargs))
   KEPT[key] = made  # the last one used
   while len(KEPT) > MOST_KEPT:
-    KEPT.pop(next(iter(KEPT)))
+    KEPT.pop(next(iter(KEPT)), None)
   return made
 
 

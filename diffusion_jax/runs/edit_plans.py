@@ -28,8 +28,8 @@ USUAL = {
   TRAINED: (100, 'uniform'),
 }
 SMALL = 16  # pixels a side
-# What is known -> the methods that docs/editing.md shows best for it: of
-# pictures up to SMALL by the digits, of larger ones by CIFAR-10.
+# What is known -> the methods that docs/editing.md shows best for it: of small
+# images by the digits, of others, but for deblur, by CIFAR-10.
 BEST = {
   'inpaint': ('dps', 'covariance'),
   'upscale': ('covariance', 'ddrm'),
@@ -105,15 +105,15 @@ def able(kind: str | None) -> list[str]:
   return sorted(fits, key=lambda x: x not in BEST[kind])
 
 
-def best(kind: str | None, image_shape) -> str:
-  """The usual method.
+def best(kind: str | None, trained) -> str:
+  """The usual method of a run, for pictures of any size.
 
   Args:
     kind: see `able`.
-    image_shape: (H, W, C) of the answers.
+    trained: the network, a `Trained`.
   """
   small, large = BEST[kind]
-  return small if max(image_shape[:2]) <= SMALL else large
+  return small if max(trained.image_shape[:2]) <= SMALL else large
 
 
 def plan(
@@ -146,17 +146,14 @@ def plan(
   """
   given = {name: x for name, x in options.items() if x is not None}
   own = {name: given.pop(name) for name in methods.RANGES if name in given}
-  if kind is not None:  # as JSON has it
-    kind = {
-      key: x.tolist() if hasattr(x, 'tolist') else x for key, x in kind.items()
-    }
+  kind = measurements.plain(kind)
   name = kind and kind.get('name')
   if kind is not None:
     one_of('measurement', name, measurements.KINDS)
   method = _of_trained(trained.config, kind, method, tile)
   in_latents = trained.codec.levels is None
   # Of the others, through a decoder only DPS keeps to what is known.
-  method = method or ('dps' if kind and in_latents else best(name, image_shape))
+  method = method or ('dps' if kind and in_latents else best(name, trained))
   if method == MEAN and name == 'denoise':
     if 'num_steps' in given or 'grid' in given:
       raise UserError('method=mean takes one evaluation: leave num_steps out')
@@ -258,8 +255,10 @@ def _tile(tile, overlap, image_shape) -> tuple[tuple[int, int], int]:
     )
   tile = tuple(map(int, sides))
   overlap = min(tile) // 2 if overlap is None else overlap
-  if not 0 <= overlap < min(tile):
+  whole = isinstance(overlap, numbers.Integral)
+  if not whole or not 0 <= overlap < min(tile):
     raise UserError(
-      f'overlap={overlap}: from 0 to less than the tile, {min(tile)}'
+      f'overlap={overlap}: a whole number from 0 to less than the tile, '
+      f'{min(tile)}'
     )
   return tile, overlap

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -89,7 +88,7 @@ def rows(
     need = 'needs a strength' if strength is None else 'takes no strength'
     raise UserError(f'method={edit.method} {need}, above 0 and at most 1')
   if strength is not None:
-    if not isinstance(strength, numbers.Real) or not 0 < strength <= 1:
+    if isinstance(strength, str) or not 0 < strength <= 1:
       raise UserError(f'strength={strength}: above 0 and at most 1')
     found['strength'] = np.full(len(known), strength, np.float32)
   pieces = [found[name] for name in ('measured', 'mask') if name in found]
@@ -321,9 +320,9 @@ def edit(
   Raises:
     UserError: see `plan` and `rows`, or answers that are not finite.
   """
-  kind = measurement
   if isinstance(measurement, str):
-    kind = {'name': measurement}
+    measurement = {'name': measurement}
+  kind = measurements.plain(measurement)
   images = np.asarray(images)
   if images.ndim != 4 or not len(images):
     raise UserError(

@@ -247,7 +247,7 @@ def make(directory) -> Path:
       directory.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as e:  # although its parents exist, as in /proc
       raise UserError(
-        f'{directory} cannot be created there: choose another folder'
+        f'{directory} cannot be created: choose another folder'
       ) from e
   return directory
 
