@@ -77,7 +77,7 @@ _ALL = (
     evaluations='1 + back, iterations + 1 times',
   ),
   About(
-    dps, (GRADIENTS,), '2209.14687', 'gradient of the distance, fixed length',
+    dps, (GRADIENTS,), '2209.14687', 'gradient of the distance, times zeta',
     True, '1 + back',
   ),
   About(
