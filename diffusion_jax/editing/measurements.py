@@ -218,12 +218,10 @@ def plain(kind: Mapping | None) -> dict | None:
     kind: see the module; None if nothing is known.
   """
 
-  def of(value):
-    if hasattr(value, 'tolist'):
-      return value.tolist()
-    if isinstance(value, list | tuple):
-      return [of(each) for each in value]
-    return value
+  def of(x):
+    if isinstance(x, list | tuple):
+      return [of(each) for each in x]
+    return x.tolist() if hasattr(x, 'tolist') else x
 
   return kind and {key: of(value) for key, value in kind.items()}
 
