@@ -178,7 +178,7 @@ WRONG = [
   ({'name': 'sharpen'}, 'inpaint'),
   ({}, 'inpaint'),
   ({'name': 'upscale'}, 'factor'),
-  ({'name': 'upscale', 'factor': 3}, 'divides'),
+  ({'name': 'upscale', 'factor': 3}, 'must divide'),
   ({'name': 'upscale', 'factor': 1}, 'from 2'),
   ({'name': 'upscale', 'factor': 2.0}, 'whole'),
   ({'name': 'upscale', 'factor': 2, 'by': 'lanczos'}, 'bicubic'),

@@ -46,9 +46,8 @@ def fill(trained, task: str, groups, output: files.Path) -> int:
   if not missing:
     return 0
   each = groups[0].edit
-  counts = sorted({group.edit.tiles for group in groups})
-  tiled = f' of {" to ".join(map(str, counts[:1] + counts[1:][-1:]))} tiles'
-  tiled = tiled if each.tile else ''
+  most = max(group.edit.tiles for group in groups)
+  tiled = f' of up to {_count(most, "tile")}' if each.tile else ''
   terminal.say(
     f'drawing {_count(missing, "answer")} by {each.method}, '
     f'{_count(each.evaluations, "evaluation")}{tiled} each, into {output}'

@@ -73,11 +73,19 @@ def task(name: str) -> tuple[Callable, str, tuple[str, ...]]:
   declare.table(
     method=(
       str,
-      f'One of {", ".join(able)}; by default {usual}. list prints a table of '
-      'all methods.',
+      f'One of {", ".join(able)}; by default {usual}{_elsewhere(name)}. list '
+      'prints a table of all methods.',
     )
   )
   return functools.partial(main, name), edit_tasks.DOCS[name], ()
+
+
+def _elsewhere(name: str) -> str:
+  """The usual methods of runs that differ from others."""
+  found = '; dps in latents' if edit_tasks.KINDS[name] else ''
+  if name == 'upscale':
+    found += '; trained of runs that were trained for it'
+  return found
 
 
 def main(name: str) -> None:

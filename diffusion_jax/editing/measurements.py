@@ -246,10 +246,10 @@ def factor_of(kind: Mapping | None) -> int:
 def _upscale(shape, factor=None, by='mean'):
   height, width, channels = shape
   one_of('by', by, REDUCTIONS)
-  if type(factor) is not int or factor < 2 or height % factor or width % factor:
+  factor_of({'name': 'upscale', 'factor': factor})
+  if height % factor or width % factor:
     raise UserError(
-      f'factor={factor}: a whole number from 2 that divides the picture, '
-      f'{height}x{width}'
+      f'factor={factor}: it must divide the picture, {height}x{width}'
     )
   matrix = REDUCTIONS[by]
   return separable(
